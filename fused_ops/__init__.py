@@ -1,0 +1,1 @@
+"""Fused multi-LoRA operators: Triton kernels and the plain torch references that define them. Imports torch and triton only."""

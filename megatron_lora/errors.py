@@ -1,0 +1,9 @@
+"""What a user can get wrong.
+
+One class: its message is one line that names the key, the value and what would be right. The command line prints that line
+and ends with status 2; nothing else in the project catches it.
+"""
+
+
+class UserError(ValueError):
+    """Wrong input: a config key, a file, a model, a machine that does not fit. The message is one line with the remedy."""

@@ -1,0 +1,33 @@
+"""Packages, dependencies and extras of megatron-lora; tool settings live in pyproject.toml."""
+
+from setuptools import setup
+
+setup(
+    name="megatron-lora",
+    version="0.1.0",
+    description="Train many LoRA adapters at once over one frozen base model, on Megatron's tensor and pipeline parallel layers",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["megatron_lora", "fused_ops", "scheduling"],
+    install_requires=[
+        "torch>=2.8",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "pyyaml",
+        "transformers>=4.56",
+        "safetensors",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+        "triton; platform_system == 'Linux'",
+    ],
+    extras_require={
+        "dev": ["pytest", "hypothesis", "ruff", "peft", "accelerate"],
+        "gguf": ["gguf", "accelerate"],
+        "parquet": ["pyarrow"],
+        "te": ["transformer-engine[pytorch]"],
+        "liger": ["liger-kernel"],
+        "wandb": ["wandb"],
+    },
+    entry_points={"console_scripts": ["megatron-lora=megatron_lora.__main__:main"]},
+)
