@@ -1,0 +1,173 @@
+"""What one value of a config may be: rules from (key path, value) to the checked value.
+
+A rule returns the value to store or raises UserError with one line: the key, the value, what would be right. Types are strict:
+`true` is not a number, `16.0` is not a whole number, `"1e-4"` in quotes is text. Rules are made by the functions below and stand
+beside the fields that they guard, in config.py's dataclasses:
+
+    r: int = key(16, whole_number("a LoRA rank", 1, 256))
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+
+from megatron_lora.errors import UserError
+
+Rule = Callable[[str, object], object]
+
+OTHER_WORDS = {  # what other trainers call a key of ours
+    "adam_eps": "adam_epsilon",
+    "alpha": "lora_alpha",
+    "batch_size": "global_batch_size",
+    "base_model_name_or_path": "base_model",
+    "dropout": "lora_dropout",
+    "dtype": "precision",
+    "epochs": "num_epochs",
+    "gradient_accumulation_steps": "global_batch_size",
+    "lora_r": "r",
+    "lora_target_modules": "target_modules",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler",
+    "max_length": "sequence_len",
+    "max_seq_length": "sequence_len",
+    "micro_batch_size": "microbatch_tokens",
+    "model": "base_model",
+    "model_name_or_path": "base_model",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "global_batch_size",
+    "pipeline_parallel_size": "parallel.pipeline",
+    "rank": "r",
+    "steps": "max_steps",
+    "tensor_parallel_size": "parallel.tensor",
+    "test_datasets": "val_datasets",
+}
+
+
+def show(value: object) -> str:
+    """Write a value as it would stand in YAML, on one line of at most 60 characters."""
+    text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def whole_number(what: str, low: int, high: int | None = None) -> Rule:
+    """Accept an int from `low` to `high`; `what` says what the number is, as in "a LoRA rank"."""
+    span = f"from {low} to {high}" if high is not None else f"of at least {low}"
+
+    def rule(path: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+            raise UserError(f"{path}: {show(value)} is not {what}; use a whole number {span}")
+        return value
+
+    return rule
+
+
+def number(what: str, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
+    """Accept a finite int or float from `low` to `high`; `above` and `below` exclude the ends."""
+    if high == math.inf:
+        span = f"above {low:g}" if above else f"of at least {low:g}"
+    else:
+        span = f"{'above' if above else 'from'} {low:g} {'and below' if below else 'to'} {high:g}"
+
+    def rule(path: str, value: object) -> float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not fits or value < low or value > high or (above and value == low) or (below and value == high):
+            quoted = "; it is text in quotes here" if isinstance(value, str) and _reads_as_number(value) else ""
+            raise UserError(f"{path}: {show(value)} is not {what}; use a number {span}{quoted}")
+        return float(value)
+
+    return rule
+
+
+def truth() -> Rule:
+    """Accept true or false."""
+
+    def rule(path: str, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {show(value)} is neither true nor false; use one of the two, without quotes")
+        return value
+
+    return rule
+
+
+def text(what: str) -> Rule:
+    """Accept non-empty text."""
+
+    def rule(path: str, value: object) -> str:
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
+            quote = ", in quotes" if isinstance(value, (int, float)) else ""
+            raise UserError(f"{path}: {show(value)} is not {what}; use text{quote}")
+        return value
+
+    return rule
+
+
+def one_of(*choices: str) -> Rule:
+    """Accept one of a few words, with a suggestion when another is close."""
+
+    def rule(path: str, value: object) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise UserError(f"{path}: {show(value)} is unknown{suggest(value, choices)}; use {' or '.join(choices)}")
+        return value
+
+    return rule
+
+
+def list_of(what: str, item: Rule, *, empty: bool = False) -> Rule:
+    """Accept a list whose entries obey `item`; the result is a tuple."""
+
+    def rule(path: str, value: object) -> tuple:
+        if not isinstance(value, list) or (not value and not empty):
+            raise UserError(f"{path}: {show(value)} is not a list of {what}; write [{what}, ...] with at least one entry")
+        return tuple(item(f"{path}.{position}", entry) for position, entry in enumerate(value))
+
+    return rule
+
+
+def subset_of(what: str, choices: tuple[str, ...]) -> Rule:
+    """Accept a non-empty list of distinct words out of `choices`; the result stands in the order of `choices`."""
+    words = list_of(what, one_of(*choices))
+
+    def rule(path: str, value: object) -> tuple[str, ...]:
+        chosen = words(path, value)
+        for word in chosen:
+            if chosen.count(word) > 1:
+                raise UserError(f"{path}: {word!r} stands in the list twice; remove one of the two")
+        return tuple(word for word in choices if word in chosen)
+
+    return rule
+
+
+def null_or(rule: Rule) -> Rule:
+    """Accept null, or what `rule` accepts."""
+    return lambda path, value: None if value is None else rule(path, value)
+
+
+def later(rule: Rule, *, off: object) -> Rule:
+    """Guard a key whose feature is not there yet: its value must obey `rule`, and only `off` is accepted."""
+
+    def guarded(path: str, value: object) -> object:
+        checked = rule(path, value)
+        if checked != off:
+            raise UserError(f"{path}: {show(value)} is not supported yet; use {show(list(off) if isinstance(off, tuple) else off)}")
+        return checked
+
+    return guarded
+
+
+def suggest(word: object, known: Iterable[str]) -> str:
+    """Return " (did you mean ...?)" when one of the known words is close to `word`, else an empty string."""
+    known = list(known)
+    close = difflib.get_close_matches(str(word).lower(), known, n=1, cutoff=0.6)
+    other = OTHER_WORDS.get(str(word).lower(), "")
+    if other.split(".")[0] in known:
+        close = [other]
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _reads_as_number(value: str) -> bool:
+    """Whether text would be a number without its quotes."""
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
