@@ -1,1 +1,4 @@
-"""Pure planning on plain data: which samples share a microbatch, in which order, and what each stage does. No tensor, no clock, no GPU."""
+"""Pure planning on plain data: which samples share a microbatch, in which order microbatches enter the pipeline, and what each stage does.
+
+Imports the standard library only (numpy where it pays); knows nothing of tensors, models or the trainer.
+"""

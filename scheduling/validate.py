@@ -1,0 +1,175 @@
+"""The executable definition of a correct plan: replay every stage's actions against versions, verdicts, messages and memory.
+
+Rules, each checked on every stage: every sample once and in its own step; the token budget; one segment per job; every F and B
+meets its adapter at weight version == step; backward in FIFO order; at most P - stage microbatches live; each STEP finds all
+backwards of its step done and its verdict delivered; no message is awaited for ever (deadlock). Used by tests and at start-up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+
+from scheduling.pipeline import Ending, endings, stage_actions, with_drain
+from scheduling.types import Action, Lengths, Op, PlanError, Stream
+
+
+def replay(
+    stream: Stream,
+    lengths: Lengths,
+    num_stages: int,
+    capacity: int,
+    delay: int = 0,
+    actions: Sequence[Sequence[Action]] | None = None,
+) -> None:
+    """Raise PlanError on the first rule that a plan breaks; `actions` (per stage, of the drained stream) default to stage_actions."""
+    stream = with_drain(stream, num_stages, delay)
+    check_stream(stream, lengths, capacity)
+    if actions is None:
+        actions = [stage_actions(stream, stage, num_stages, delay) for stage in range(num_stages)]
+    if len(actions) != num_stages:
+        raise PlanError(f"{len(actions)} action lists for {num_stages} stages")
+    _Pipeline(stream, [len(steps) for steps in lengths], actions, delay).run()
+
+
+def check_stream(stream: Stream, lengths: Lengths, capacity: int) -> None:
+    """Check what a stream holds: every sample once, true token counts, the budget, at most one segment per job and slot."""
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for slot, microbatch in enumerate(stream):
+        if microbatch.num_tokens > capacity:
+            raise PlanError(f"slot {slot}: {microbatch.num_tokens} tokens, over the budget of {capacity}")
+        jobs = [segment.job for segment in microbatch.segments]
+        if len(set(jobs)) < len(jobs):
+            raise PlanError(f"slot {slot}: two segments of one job: {jobs}")
+        if microbatch.evaluate:
+            continue
+        for segment in microbatch.segments:
+            try:
+                tokens = sum(lengths[segment.job][segment.step][sample] for sample in segment.samples)
+            except IndexError:
+                raise PlanError(f"slot {slot}: no such sample in {segment}") from None
+            if min((segment.job, segment.step, *segment.samples)) < 0 or not segment.samples or tokens != segment.num_tokens:
+                raise PlanError(f"slot {slot}: {segment} does not hold {tokens} tokens of existing samples")
+            seen.update((segment.job, segment.step, sample) for sample in segment.samples)
+    twice = [key for key, count in seen.items() if count > 1]
+    if twice:
+        raise PlanError(f"(job, step, sample) {twice[0]} is scheduled {seen[twice[0]]} times")
+    for job, steps in enumerate(lengths):
+        for step, batch in enumerate(steps):
+            for sample in range(len(batch)):
+                if (job, step, sample) not in seen:
+                    raise PlanError(f"(job, step, sample) {(job, step, sample)} is never scheduled")
+
+
+class _Stage:
+    """One stage during a replay: versions of its adapters, live forwards, delivered verdicts, and what waits for it."""
+
+    def __init__(self, stage: int, num_jobs: int, queue: Sequence[Action]):
+        self.stage, self.queue = stage, deque(queue)
+        self.version = [0] * num_jobs
+        self.live: deque[int] = deque()  # slots whose backward is due, in the order of their forwards
+        self.next_forward = self.next_backward = self.num_judged = 0
+        self.known: set[Ending] = set()
+        self.news: list[Ending] = []  # verdicts to send on with the next forward
+        self.forwards: deque[tuple[int, list[Ending]]] = deque()  # arrived messages: (slot, verdicts)
+        self.gradients: deque[int] = deque()
+
+
+class _Pipeline:
+    """All stages of a replay and the messages between them."""
+
+    def __init__(self, stream: Stream, num_steps: Sequence[int], actions: Sequence[Sequence[Action]], delay: int):
+        self.stream, self.ended, self.delay, self.num_steps = stream, endings(stream), delay, list(num_steps)
+        self.stages = [_Stage(stage, len(num_steps), queue) for stage, queue in enumerate(actions)]
+        self.num_stages = len(self.stages)
+
+    def run(self) -> None:
+        """Execute all actions until all are done or no stage can move."""
+        moved = True
+        while moved:
+            moved = False
+            for stage in self.stages:
+                while stage.queue and self._ready(stage, stage.queue[0]):
+                    self._execute(stage, stage.queue.popleft())
+                    moved = True
+        for stage in self.stages:
+            if stage.queue:
+                raise PlanError(f"deadlock: stage {stage.stage} waits for ever at {stage.queue[0]}")
+            if stage.live or stage.next_forward != len(self.stream) or stage.version != self.num_steps:
+                raise PlanError(
+                    f"stage {stage.stage} ends after {stage.next_forward} of {len(self.stream)} slots, "
+                    f"with live slots {list(stage.live)} and steps taken {stage.version} of {self.num_steps}"
+                )
+
+    def _ready(self, stage: _Stage, action: Action) -> bool:
+        """Whether the message that an action needs has arrived; a STEP needs the next forward's, on which its verdict rides."""
+        if action.op is Op.BACKWARD:
+            return stage.stage == self.num_stages - 1 or bool(stage.gradients)
+        return stage.stage == 0 or bool(stage.forwards)
+
+    def _execute(self, stage: _Stage, action: Action) -> None:
+        if action.op is Op.STEP:
+            self._step(stage, action.index)
+        elif not 0 <= action.index < len(self.stream):
+            raise PlanError(f"stage {stage.stage}: {action} is outside the stream of {len(self.stream)} slots")
+        elif action.op is Op.BACKWARD:
+            self._backward(stage, action)
+        else:
+            self._forward(stage, action)
+        if stage.stage == 0:  # a verdict exists once stage 0 has its B, and `delay` forwards later where other ranks must be asked
+            judged = min(stage.next_backward, stage.next_forward - self.num_stages - self.delay + 1)
+            for slot in range(stage.num_judged, judged):
+                stage.news += self.ended[slot]
+                stage.known.update(self.ended[slot])
+            stage.num_judged = max(stage.num_judged, judged)
+
+    def _step(self, stage: _Stage, job: int) -> None:
+        if stage.stage:
+            stage.known.update(stage.forwards[0][1])
+        key = (job, stage.version[job])
+        if key not in stage.known:
+            raise PlanError(f"stage {stage.stage}: STEP of job {job} step {key[1]} before its verdict is delivered")
+        stage.known.remove(key)
+        stage.version[job] += 1
+
+    def _forward(self, stage: _Stage, action: Action) -> None:
+        slot = action.index
+        if slot != stage.next_forward or self.stream[slot].evaluate != (action.op is Op.EVAL):
+            raise PlanError(f"stage {stage.stage}: {action} where slot {stage.next_forward} is next")
+        if stage.stage:
+            sent, stage.news = stage.forwards.popleft()
+            assert sent == slot, "forwards are sent in slot order"
+            stage.known.update(key for key in stage.news if key[1] >= stage.version[key[0]])
+        self._meet(stage, action)
+        stage.live.append(slot)
+        stage.next_forward += 1
+        if len(stage.live) > self.num_stages - stage.stage:
+            raise PlanError(
+                f"stage {stage.stage}: {len(stage.live)} microbatches live at {action}, more than {self.num_stages - stage.stage}"
+            )
+        if stage.stage < self.num_stages - 1:
+            self.stages[stage.stage + 1].forwards.append((slot, stage.news))
+        stage.news = []
+
+    def _backward(self, stage: _Stage, action: Action) -> None:
+        slot = action.index
+        if not stage.live or stage.live.popleft() != slot:
+            raise PlanError(f"stage {stage.stage}: {action} is not the oldest live forward")
+        if stage.stage < self.num_stages - 1 and stage.gradients.popleft() != slot:
+            raise PlanError(f"stage {stage.stage}: {action} receives another slot's gradient")
+        self._meet(stage, action)
+        stage.next_backward += 1
+        if stage.stage:
+            self.stages[stage.stage - 1].gradients.append(slot)
+
+    def _meet(self, stage: _Stage, action: Action) -> None:
+        """Check that every adapter in the microbatch stands at the planned version (evaluation slots: in their forward alone)."""
+        microbatch = self.stream[action.index]
+        if microbatch.evaluate and action.op is Op.BACKWARD:
+            return
+        for segment in microbatch.segments:
+            if stage.version[segment.job] != segment.step:
+                raise PlanError(
+                    f"stage {stage.stage}: {action} meets job {segment.job} at version {stage.version[segment.job]}, "
+                    f"planned for {segment.step}"
+                )
