@@ -1,0 +1,117 @@
+"""The only file that touches Megatron's and torch's unstable names.
+
+Two kinds of things live here. First, starting the process groups: `initialize_parallel` joins `torch.distributed`, hands the layout
+to megatron-core's `parallel_state` and returns this rank's device. Ranks are numbered tensor-first:
+rank = t + tensor * (d + data * p) for tensor rank t, replica d and pipeline stage p.
+
+Second, what megatron-core assumes of CUDA and a CPU run does not have. Each such symbol is replaced by one function named
+`patch_<symbol>`: idempotent, it checks that the symbol exists, and it returns a function that puts the original back.
+`patch_for_cpu` applies them all. Nothing is replaced on a CUDA run.
+
+`deallocate_output_tensor` and `custom_backward` (free a sent activation, keep its graph) are re-exported for the executor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
+from megatron.core.tensor_parallel import random as megatron_random
+
+from megatron_lora.errors import UserError
+
+__all__ = [
+    "custom_backward",
+    "deallocate_output_tensor",
+    "destroy_parallel",
+    "initialize_parallel",
+    "patch_current_device",
+    "patch_for_cpu",
+    "patch_rng_fork",
+]
+
+Undo = Callable[[], None]
+
+
+class Layout(Protocol):
+    """The part of ParallelConfig that process groups depend on."""
+
+    pipeline: int
+    tensor: int
+    data: int
+
+
+def initialize_parallel(parallel: Layout, backend: str, seed: int = 0, timeout_s: float = 1800.0) -> torch.device:
+    """Join the process groups of `parallel` and return this rank's device ("gloo": CPU, "nccl": its CUDA device).
+
+    Uses torchrun's environment when there is one; without it the run is a single process. A group that already exists is used.
+    Raises UserError when the number of ranks is not pipeline * tensor * data.
+    """
+    device = torch.device("cpu")
+    if backend == "nccl":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        patch_for_cpu()
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
+    needed = parallel.pipeline * parallel.tensor * parallel.data
+    if dist.get_world_size() != needed:
+        raise UserError(
+            f"parallel: pipeline {parallel.pipeline} x tensor {parallel.tensor} x data {parallel.data} needs {needed} ranks, "
+            f"{dist.get_world_size()} were started; start exactly {needed}"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        create_gloo_process_groups=False,
+    )
+    if backend == "nccl":
+        megatron_random.model_parallel_cuda_manual_seed(seed)
+    return device
+
+
+def destroy_parallel() -> None:
+    """Leave all process groups; `initialize_parallel` may then set up another layout."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def patch_for_cpu() -> Undo:
+    """Replace what megatron-core asks of CUDA with what a CPU has; return the function that undoes it."""
+    undo = [patch_current_device(), patch_rng_fork()]
+    return lambda: [restore() for restore in undo] and None
+
+
+def patch_current_device() -> Undo:
+    """Make `torch.cuda.current_device` name the CPU: Megatron allocates collectives' outputs on "the current device"."""
+    return _replace(torch.cuda, "current_device", lambda: "cpu")
+
+
+def patch_rng_fork() -> Undo:
+    """Make the CUDA random-state tracker's `fork` do nothing: it surrounds dropout that we do not use."""
+    return _replace(megatron_random.CudaRNGStatesTracker, "fork", _no_fork)
+
+
+@contextlib.contextmanager
+def _no_fork(self, name=None):
+    yield
+
+
+def _replace(owner: object, name: str, replacement: Callable) -> Undo:
+    original = getattr(owner, name)  # AttributeError here: this version renamed the symbol
+    if getattr(original, "_megatron_lora_original", None) is not None:
+        original = original._megatron_lora_original
+    else:
+        replacement._megatron_lora_original = original
+        setattr(owner, name, replacement)
+    return lambda: setattr(owner, name, original)

@@ -1,0 +1,41 @@
+"""A planned microbatch as tensors: what a stage needs to run one microbatch, and nothing else.
+
+The T rows of a microbatch are the tokens of its samples, one sample after the other. `Packing` says where samples begin and which
+position in its sample each row has; `StageInput` adds tokens, labels, loss weights and the route to the adapters. Under sequence
+parallelism T is a multiple of the tensor-parallel size: the rows that fill it up are one more sample with label -100 and weight 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fused_ops.route import Route
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """Where each sample of a microbatch lies in its T rows.
+
+    `cu_seqlens` int32 [samples + 1] and `positions` int64 [T] are on the device; `lengths` (tokens per sample, summing to T) and
+    `max_length` are on the host, so that no kernel launch has to wait for the device.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    positions: Tensor
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageInput:
+    """One microbatch for one stage: `tokens`, `labels` (-100: none) int64 [T], `weights` fp32 [T], packing and route."""
+
+    tokens: Tensor
+    labels: Tensor
+    weights: Tensor
+    packing: Packing
+    route: Route | None

@@ -1,0 +1,46 @@
+"""Fixtures for all tests: one thread per process, a single process as a world of one, and a pool of ranks.
+
+`one_process` puts the test process itself into a world of one rank. `pool` gives more ranks:
+`pool(pp=2, tp=2).run(fn, *args)` calls the module-level function `fn` on four ranks and returns their results in rank order;
+inside, `parallel_state` is set up. See rank_pool.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402
+import rank_pool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def one_process():
+    """Join a world of one gloo rank, in this process, for the session."""
+    import torch
+
+    from megatron_lora.compat import destroy_parallel, initialize_parallel
+
+    torch.set_num_threads(1)
+    initialize_parallel(SimpleNamespace(pipeline=1, tensor=1, data=1), "gloo")
+    yield
+    destroy_parallel()
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Return a function layout -> object with `.run(fn, *args)`; the ranks live as long as the session."""
+    ranks = rank_pool.RankPool()
+
+    def choose(pp: int = 1, tp: int = 1, dp: int = 1, sequence: bool = False):
+        layout = SimpleNamespace(pipeline=pp, tensor=tp, data=dp, sequence=sequence)
+        return SimpleNamespace(run=partial(ranks.run, layout), parallel=layout)
+
+    yield choose
+    ranks.close()

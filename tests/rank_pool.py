@@ -1,0 +1,137 @@
+"""A pool of gloo ranks that tests share, so that a multi-rank test costs milliseconds and not a process start.
+
+`RankPool.run(layout, fn, *args)` calls `fn(*args)` on every rank of the layout and returns the results in rank order. The worker
+processes are started once, each forked from one server that has imported torch and megatron-core, and are kept over the session; a
+change of layout only leaves the old process groups and joins new ones. `fn` is a module-level function of a test file (or of the
+package); arguments and results are pickled. When a rank raises, its traceback is raised here and all workers are replaced.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import wait
+from types import SimpleNamespace
+
+PRELOAD = ["torch", "megatron.core.models.gpt", "rank_pool"]
+
+
+class RankError(AssertionError):
+    """A function failed on a rank; the message holds that rank's traceback."""
+
+
+class RankPool:
+    """Worker processes and the layout that they are in now."""
+
+    def __init__(self):
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOAD)
+        self.workers = []
+        self.layout = None
+
+    def run(self, layout: SimpleNamespace, fn, *args, timeout_s: float = 120.0) -> list:
+        """Call `fn(*args)` on each rank of `layout`; return the results in rank order. Raises RankError."""
+        num_ranks = layout.pipeline * layout.tensor * layout.data
+        if layout != self.layout:
+            if self.layout is not None:
+                self._call(_leave, (), timeout_s)
+            while len(self.workers) < num_ranks:
+                self.workers.append(self._start())
+            self.layout = layout
+            store = tempfile.NamedTemporaryFile(prefix="rank_pool_", delete=False)
+            self._call(_join, (layout, "file://" + store.name), timeout_s)
+        return self._call(fn, args, timeout_s)
+
+    def close(self) -> None:
+        """End all workers."""
+        for process, pipe in self.workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self.workers, self.layout = [], None
+
+    def _start(self):
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_work, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def _call(self, fn, args, timeout_s: float) -> list:
+        layout = self.layout
+        pipes = [pipe for _, pipe in self.workers[: layout.pipeline * layout.tensor * layout.data]]
+        module = sys.modules[fn.__module__]
+        for rank, pipe in enumerate(pipes):
+            pipe.send((rank, module.__name__, module.__file__, pickle.dumps((fn, args))))
+        answers, deadline = {}, time.monotonic() + timeout_s
+        while len(answers) < len(pipes):
+            ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in answers], max(0.0, deadline - time.monotonic()))
+            for pipe in ready:
+                answers[pipes.index(pipe)] = _receive(pipe)
+            if any(error for _, error in answers.values()):
+                deadline = min(deadline, time.monotonic() + 2.0)  # the others may hang in a collective, or tell the same story
+            if not ready:
+                break
+        errors = [f"rank {rank}:\n{error}" for rank, (_, error) in sorted(answers.items()) if error]
+        if errors or len(answers) < len(pipes):
+            self.close()
+            missing = [rank for rank in range(len(pipes)) if rank not in answers]
+            raise RankError("\n".join(errors) or f"ranks {missing} did not answer within {timeout_s:g} s")
+        return [pickle.loads(answers[rank][0]) for rank in range(len(pipes))]
+
+
+def _receive(pipe):
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        return None, "the process ended"
+
+
+def _join(layout, address: str) -> None:
+    import torch.distributed as dist
+
+    from megatron_lora.compat import initialize_parallel
+
+    rank = int(os.environ["RANK_POOL_RANK"])
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=layout.pipeline * layout.tensor * layout.data)
+    initialize_parallel(layout, "gloo")
+
+
+def _leave() -> None:
+    from megatron_lora.compat import destroy_parallel
+
+    destroy_parallel()
+
+
+def _work(pipe) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, module_name, path, payload = pipe.recv()
+        except EOFError:
+            return
+        os.environ["RANK_POOL_RANK"] = str(rank)
+        try:
+            _load(module_name, path)
+            fn, args = pickle.loads(payload)
+            answer = pickle.dumps(fn(*args)), None
+        except BaseException:
+            answer = None, traceback.format_exc()
+        pipe.send(answer)
+
+
+def _load(module_name: str, path: str) -> None:
+    """Import a test file under the name that pytest gave it, so that what refers to it by name can be unpickled."""
+    if module_name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
