@@ -1,0 +1,121 @@
+"""One frozen linear with the LoRA adapters of many jobs: the autograd.Function that strings the operators together.
+
+    forward    S = c' (M * X) A^T                Y  = X W^T (+ bias) + S B^T
+    backward   dS = c' dY B     dB += dY^T S     dX = dY W + M * (dS A)      dA += dS^T (M * X)
+
+X is saved by `save_for_backward` and shares its producer's storage; S, the weight, the group and the route stay on the context as
+attributes, because another job's optimizer step between forward and backward changes the arena in place. Adapter gradients are
+added to the group's float32 views, not returned. The output requires a gradient only if X does: a trainer makes the embedding's
+output require one. Tensor and sequence parallelism enter through `Collectives` alone; everything between them is linear in
+partial sums, so no operator here communicates.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fused_ops import reference
+from fused_ops.adapters import LoraGroup
+from fused_ops.route import Route
+
+
+class Collectives:
+    """What a parallel layer does around the operators; this base class is a single rank's identity."""
+
+    def gather_input(self, x: Tensor) -> Tensor:
+        """Return X of all rows, before the GEMM (column-parallel under sequence parallelism: all-gather)."""
+        return x
+
+    def reduce_output(self, y: Tensor) -> Tensor:
+        """Return Y summed over ranks (row-parallel: all-reduce, or reduce-scatter under sequence parallelism)."""
+        return y
+
+    def gather_grad(self, dy: Tensor) -> Tensor:
+        """Return dY of all rows (row-parallel under sequence parallelism: all-gather)."""
+        return dy
+
+    def reduce_grad(self, dx: Tensor) -> Tensor:
+        """Return dX summed over ranks (column-parallel: all-reduce, or reduce-scatter under sequence parallelism)."""
+        return dx
+
+    def reduce_ds(self, ds: Tensor) -> Tensor:
+        """Return what dA needs of the partial dS [T, width]: the rows of `local_rows`, summed over ranks when X is a shard of rows."""
+        return ds
+
+    def local_rows(self, num_rows: int) -> tuple[int, int]:
+        """Return (first, end): the rows of X that this rank holds, of `num_rows`."""
+        return 0, num_rows
+
+
+_IDENTITY = Collectives()
+
+
+def backend_for(device: torch.device, backend: str | None = None) -> ModuleType:
+    """Return the module of operators for a device: Triton kernels on CUDA, plain torch elsewhere, unless `backend` names one."""
+    name = backend or ("triton" if device.type == "cuda" else "reference")
+    if name == "reference":
+        return reference
+    if name == "triton":
+        from fused_ops import triton_ops
+
+        return triton_ops
+    raise ValueError(f"backend {name!r} is neither 'reference' nor 'triton'")
+
+
+def multi_lora_linear(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    group: LoraGroup | None,
+    route: Route | None,
+    collectives: Collectives = _IDENTITY,
+    backend: str | None = None,
+) -> Tensor:
+    """Return Y [T, N] = X W^T (+ bias) + each row's adapter; without group or route, the frozen linear alone.
+
+    x_TK [T_local, K], weight_NK [N, K] (frozen), bias_N [N] or None. Raises ValueError where shapes or dtypes do not fit.
+    """
+    if group is None or route is None or not route.segments or group.width == 0:
+        group = route = None
+    _check(x_TK, weight_NK, bias_N, group)
+    return _MultiLoraLinear.apply(x_TK, weight_NK, bias_N, group, route, collectives, backend_for(x_TK.device, backend))
+
+
+class _MultiLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TK, weight_NK, bias_N, group, route, collectives, ops):
+        full_x = collectives.gather_input(x_TK)
+        if route is not None and route.num_rows != full_x.shape[0]:
+            raise ValueError(f"the route has {route.num_rows} rows but X has {full_x.shape[0]}")
+        s_TR = None if group is None else ops.down(full_x, group, route)
+        y_TN = ops.up(full_x, weight_NK, bias_N, s_TR, group, route)
+        if group is not None:
+            ctx.save_for_backward(x_TK)
+        ctx.s_TR, ctx.weight_NK, ctx.group, ctx.route, ctx.collectives, ctx.ops = s_TR, weight_NK, group, route, collectives, ops
+        return collectives.reduce_output(y_TN)
+
+    @staticmethod
+    def backward(ctx, dy_TN):
+        group, route, ops = ctx.group, ctx.route, ctx.ops
+        dy_TN = ctx.collectives.gather_grad(dy_TN).contiguous()
+        ds_TR = None if group is None else ops.grad_s_and_b(dy_TN, ctx.s_TR, group, route)
+        dx_TK = None
+        if ctx.needs_input_grad[0]:
+            dx_TK = ctx.collectives.reduce_grad(ops.grad_x(dy_TN, ctx.weight_NK, ds_TR, group, route))
+        if group is not None:
+            (x_TK,) = ctx.saved_tensors
+            local = route.rows(*ctx.collectives.local_rows(route.num_rows))
+            ops.grad_a(x_TK, ctx.collectives.reduce_ds(ds_TR), group, local)
+        return dx_TK, None, None, None, None, None, None
+
+
+def _check(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, group: LoraGroup | None) -> None:
+    if x_TK.dim() != 2 or weight_NK.dim() != 2 or x_TK.shape[1] != weight_NK.shape[1] or x_TK.dtype != weight_NK.dtype:
+        raise ValueError(f"X {x_TK.dtype} {list(x_TK.shape)} does not fit W {weight_NK.dtype} {list(weight_NK.shape)}")
+    if bias_N is not None and bias_N.shape != weight_NK.shape[:1]:
+        raise ValueError(f"bias {list(bias_N.shape)} does not fit W {list(weight_NK.shape)}")
+    if group is not None and (group.a_RK.shape[1] != weight_NK.shape[1] or group.columns[-1][1] > weight_NK.shape[0]):
+        raise ValueError(f"adapters A {list(group.a_RK.shape)}, columns {group.columns} do not fit W {list(weight_NK.shape)}")
+    if group is not None and (group.a_RK.dtype != x_TK.dtype or group.a_RK.device != x_TK.device):
+        raise ValueError(f"adapters are {group.a_RK.dtype} on {group.a_RK.device}, X is {x_TK.dtype} on {x_TK.device}")

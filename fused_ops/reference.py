@@ -1,0 +1,91 @@
+"""The slow, obvious twin of every kernel, in plain torch: what CPU runs use and what the kernels are tested against.
+
+Each function takes one segment at a time and touches that segment's rows alone, so a job's numbers (NaN included) never depend on
+its neighbours. LoRA arithmetic is float32 whatever the compute dtype; S and dS are kept in the compute dtype, as the kernels keep them.
+`multi_lora_reference` writes the same mathematics as one differentiable expression: its autograd gradients test the backward formulas.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_ops.adapters import LoraGroup, padded_rank
+from fused_ops.dropout import keep_mask
+from fused_ops.route import Route
+
+
+def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
+    """Return S [T, width] in x's dtype: c / (1 - p) (M * X) A^T of each row's job; zero where there is none."""
+    s_TR = x_TK.new_zeros(x_TK.shape[0], group.width)
+    for rows, slot, module, columns, a_rows, _ in _parts(group, route):
+        xd = _dropped(x_TK[rows].float(), group, route.row_keys[rows], slot, module)
+        s_TR[rows, columns] = (xd @ group.a_RK[a_rows].float().T * group.slots.effective_scales[slot]).to(x_TK.dtype)
+    return s_TR
+
+
+def up(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
+    """Return Y [T, N] = X W^T (+ bias) + S B^T."""
+    y_TN = F.linear(x_TK, weight_NK, bias_N)
+    if s_TR is None or group is None or route is None:
+        return y_TN
+    for rows, _, module, columns, _, b_rows in _parts(group, route):
+        start, stop = group.columns[module]
+        y_TN[rows, start:stop] += (s_TR[rows, columns].float() @ group.b_RN[module][b_rows].float()).to(y_TN.dtype)
+    return y_TN
+
+
+def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
+    """Return dS [T, width] = c / (1 - p) dY B in dY's dtype, and add dB = dY^T S into the group's gradients."""
+    ds_TR = torch.zeros_like(s_TR)
+    for rows, slot, module, columns, _, b_rows in _parts(group, route):
+        start, stop = group.columns[module]
+        dy = dy_TN[rows, start:stop].float()
+        ds_TR[rows, columns] = (dy @ group.b_RN[module][b_rows].float().T * group.slots.effective_scales[slot]).to(ds_TR.dtype)
+        group.grad_b_RN[module][b_rows] += s_TR[rows, columns].float().T @ dy
+    return ds_TR
+
+
+def grad_x(dy_TN: Tensor, weight_NK: Tensor, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
+    """Return dX [T, K] = dY W + M * (dS A)."""
+    dx_TK = dy_TN @ weight_NK
+    if ds_TR is None or group is None or route is None:
+        return dx_TK
+    for rows, slot, module, columns, a_rows, _ in _parts(group, route):
+        product = ds_TR[rows, columns].float() @ group.a_RK[a_rows].float()
+        dx_TK[rows] += _dropped(product, group, route.row_keys[rows], slot, module).to(dx_TK.dtype)
+    return dx_TK
+
+
+def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -> None:
+    """Add dA = dS^T (M * X) into the group's gradients."""
+    for rows, slot, module, columns, a_rows, _ in _parts(group, route):
+        xd = _dropped(x_TK[rows].float(), group, route.row_keys[rows], slot, module)
+        group.grad_a_RK[a_rows] += ds_TR[rows, columns].float().T @ xd
+
+
+def multi_lora_reference(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, group: LoraGroup, route: Route) -> Tensor:
+    """Return Y as one expression that autograd differentiates in X, A and B: y = x W^T + c B (A (M * x) / (1 - p)), in x's dtype."""
+    y_TN = F.linear(x_TK, weight_NK, bias_N)
+    for rows, slot, module, _, a_rows, b_rows in _parts(group, route):
+        start, stop = group.columns[module]
+        xd = _dropped(x_TK[rows], group, route.row_keys[rows], slot, module) * group.slots.effective_scales[slot]
+        part = (xd @ group.a_RK[a_rows].T) @ group.b_RN[module][b_rows]
+        y_TN = y_TN + F.pad(part, (start, y_TN.shape[1] - stop, rows.start, y_TN.shape[0] - rows.stop))
+    return y_TN
+
+
+def _dropped(values_TK: Tensor, group: LoraGroup, row_keys: Tensor, slot: int, module: int) -> Tensor:
+    p = group.slots.dropouts[slot]
+    if p == 0.0:
+        return values_TK
+    return torch.where(keep_mask(row_keys, group.first_feature, values_TK.shape[1], module, p), values_TK, 0.0)
+
+
+def _parts(group: LoraGroup, route: Route):
+    """Yield (rows, slot, module, columns of S, rows of A, rows of B) of every targeted module of every segment."""
+    for first, end, slot in route.segments:
+        rank = padded_rank(group.slots.ranks[slot])
+        for module in range(group.num_modules):
+            a, b, column = group.a_rows[slot][module], group.b_rows[slot][module], group.s_column(slot, module)
+            if a >= 0:
+                yield slice(first, end), slot, module, slice(column, column + rank), slice(a, a + rank), slice(b, b + rank)

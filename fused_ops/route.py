@@ -1,0 +1,122 @@
+"""The route of a microbatch: which rows belong to which adapter slot, and the small tables that kernels read.
+
+Invariants: segments are ascending, disjoint, inside [0, num_rows), and name each slot at most once; they begin and end anywhere
+(no padding); a row in no segment is base-only. One route serves all layers of a stage, forward and backward. Its device tables
+are made on first use from host numbers alone, through pinned memory, so that nothing waits for the device:
+
+    tiles(block)       [ceil(T / block), 2]   first and end index into `segment_table` of the segments that meet a tile of the row grid
+    items(block)       [n, 4]                 (first row, end row, slot, index) of blocks that start at segment starts: one job each
+    item_ranges(block) [num_segments, 3]      (first item, end item, slot): the items of one segment, for reductions over rows
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Route:
+    """Rows to slots for one microbatch. Build with `make_route`; immutable but for the caches of its tables."""
+
+    def __init__(self, num_rows: int, segments: tuple[tuple[int, int, int], ...], row_keys: Tensor):
+        _check(num_rows, segments, row_keys)
+        self.num_rows = num_rows
+        self.segments = tuple(segment for segment in segments if segment[1] > segment[0])
+        self.row_keys = row_keys
+        self._tables: dict[tuple, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device that holds the row keys and the tables."""
+        return self.row_keys.device
+
+    @cached_property
+    def segment_table(self) -> Tensor:
+        """Return int32 [num_segments, 4]: first row, end row, slot, 0."""
+        return self._upload([(first, end, slot, 0) for first, end, slot in self.segments], 4)
+
+    def tiles(self, block: int) -> Tensor:
+        """Return int32 [ceil(T / block), 2]: which segments meet each tile of `block` rows."""
+        return self._cached(("tiles", block), lambda: self._upload(_tiles(self.num_rows, self.segments, block), 2))
+
+    def items(self, block: int) -> Tensor:
+        """Return int32 [n, 4]: (first row, end row, slot, index) of at most `block` rows each, starting at segment starts."""
+        return self._cached(("items", block), lambda: self._upload(_items(self.segments, block)[0], 4))
+
+    def item_ranges(self, block: int) -> Tensor:
+        """Return int32 [num_segments, 3]: (first item, end item, slot) of each segment's items of `block` rows."""
+        return self._cached(("ranges", block), lambda: self._upload(_items(self.segments, block)[1], 3))
+
+    def num_items(self, block: int) -> int:
+        """Return how many items of at most `block` rows there are."""
+        return sum(-(-(end - first) // block) for first, end, _ in self.segments)
+
+    def rows(self, first: int, end: int) -> "Route":
+        """Return the route of rows [first, end) alone, renumbered from 0; the same object when that is all of them."""
+        if (first, end) == (0, self.num_rows):
+            return self
+        return self._cached(("rows", first, end), lambda: self._cut(first, end))
+
+    def _cut(self, first: int, end: int) -> "Route":
+        clipped = ((max(a, first) - first, min(b, end) - first, slot) for a, b, slot in self.segments)
+        return Route(end - first, tuple(s for s in clipped if s[0] < s[1]), self.row_keys[first:end])
+
+    def _cached(self, key: tuple, make):
+        if key not in self._tables:
+            self._tables[key] = make()
+        return self._tables[key]
+
+    def _upload(self, rows: list[tuple[int, ...]], width: int) -> Tensor:
+        return upload(torch.tensor(rows, dtype=torch.int32).view(-1, width), self.device)
+
+
+def make_route(num_rows: int, segments: Sequence[tuple[int, int, int]], row_keys: Tensor | np.ndarray, device) -> Route:
+    """Build a route: `segments` are (first row, end row, slot), `row_keys` int32 [num_rows]. No host-device synchronisation.
+
+    Raises ValueError when segments overlap, leave the rows, are out of order or repeat a slot.
+    """
+    keys = torch.from_numpy(np.ascontiguousarray(row_keys)) if isinstance(row_keys, np.ndarray) else row_keys
+    return Route(num_rows, tuple((int(a), int(b), int(c)) for a, b, c in segments), upload(keys, torch.device(device)))
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a small host tensor to `device` without waiting for it; return tensors that are there already as they are."""
+    if host.device == device or device.type != "cuda" or host.is_cuda:
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def _check(num_rows: int, segments, row_keys: Tensor) -> None:
+    if row_keys.dtype != torch.int32 or tuple(row_keys.shape) != (num_rows,):
+        raise ValueError(f"row_keys must be int32 [{num_rows}], not {row_keys.dtype} {list(row_keys.shape)}")
+    previous_end, slots = 0, set()
+    for first, end, slot in segments:
+        if not previous_end <= first <= end <= num_rows:
+            raise ValueError(f"segment ({first}, {end}, {slot}) is out of order, overlaps, or leaves the {num_rows} rows")
+        if slot < 0 or slot in slots:
+            raise ValueError(f"segment ({first}, {end}, {slot}): slot {slot} is negative or appears twice in one route")
+        slots.add(slot)
+        previous_end = end
+
+
+def _tiles(num_rows: int, segments, block: int) -> list[tuple[int, int]]:
+    tiles, low, high = [], 0, 0
+    for start in range(0, num_rows, block):
+        while low < len(segments) and segments[low][1] <= start:
+            low += 1
+        high = max(high, low)
+        while high < len(segments) and segments[high][0] < start + block:
+            high += 1
+        tiles.append((low, high))
+    return tiles
+
+
+def _items(segments, block: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    items, ranges = [], []
+    for first, end, slot in segments:
+        before = len(items)
+        items += [(row, min(row + block, end), slot, before + i) for i, row in enumerate(range(first, end, block))]
+        ranges.append((before, len(items), slot))
+    return items, ranges

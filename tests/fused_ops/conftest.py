@@ -1,0 +1,101 @@
+"""A builder of small multi-LoRA problems: an arena, a route and the tensors of one linear."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from fused_ops.adapters import LoraGroup, SlotTable, padded_rank
+from fused_ops.dropout import row_keys
+from fused_ops.route import Route, make_route
+
+
+@dataclass
+class Problem:
+    x: torch.Tensor
+    weight: torch.Tensor
+    dy: torch.Tensor
+    group: LoraGroup
+    route: Route
+
+    def zero_grads(self):
+        self.group.grad_a_RK.zero_()
+        for grad in self.group.grad_b_RN:
+            grad.zero_()
+
+    @property
+    def grads(self):
+        return (self.group.grad_a_RK, *self.group.grad_b_RN)
+
+
+def build_problem(
+    lengths,
+    ranks,
+    k=48,
+    n=(40,),
+    dropouts=None,
+    scales=None,
+    gaps=0,
+    missing=(),
+    dtype=torch.float32,
+    device="cpu",
+    seed=0,
+    first_feature=0,
+    slot_order=None,
+):
+    """Make a Problem: `lengths` rows per slot, `gaps` base-only rows before each segment, `missing` = (slot, module) not targeted."""
+    gen = torch.Generator().manual_seed(seed)
+    num_slots, num_modules = len(ranks), len(n)
+    slots = SlotTable(
+        ranks=tuple(ranks),
+        scales=tuple(scales or [2.0 / (1 + i % 3) for i in range(num_slots)]),
+        dropouts=tuple(dropouts or [0.0] * num_slots),
+    )
+    a_rows, b_rows, a_end, b_end = [], [], 0, [0] * num_modules
+    for slot, r in enumerate(ranks):
+        a_row, b_row = [-1] * num_modules, [-1] * num_modules
+        for m in range(num_modules):
+            if (slot, m) not in missing:
+                a_row[m], b_row[m] = a_end, b_end[m]
+                a_end += padded_rank(r)
+                b_end[m] += padded_rank(r)
+        a_rows.append(tuple(a_row))
+        b_rows.append(tuple(b_row))
+    a, b = torch.zeros(a_end, k), [torch.zeros(b_end[m], n[m]) for m in range(num_modules)]
+    for slot, r in enumerate(ranks):
+        for m in range(num_modules):
+            if a_rows[slot][m] >= 0:
+                a[a_rows[slot][m] :][:r] = torch.randn(r, k, generator=gen) / k**0.5
+                b[m][b_rows[slot][m] :][:r] = torch.randn(r, n[m], generator=gen) / r**0.5
+    starts = np.cumsum([0, *n])
+    segments, keys, row = [], [], 0
+    for slot in slot_order or range(num_slots):
+        keys.append(np.zeros(gaps, np.int32))
+        segments.append((row + gaps, row + gaps + lengths[slot], slot))
+        keys.append(row_keys(seed + slot, slot, 0, lengths[slot]))
+        row += gaps + lengths[slot]
+    to = {"dtype": dtype, "device": device}
+    group = LoraGroup(
+        a_RK=a.to(**to),
+        b_RN=tuple(part.to(**to) for part in b),
+        grad_a_RK=torch.zeros(a_end, k, device=device),
+        grad_b_RN=tuple(torch.zeros_like(part).to(device) for part in b),
+        columns=tuple((int(starts[m]), int(starts[m + 1])) for m in range(num_modules)),
+        a_rows=tuple(a_rows),
+        b_rows=tuple(b_rows),
+        slots=slots,
+        first_feature=first_feature,
+    )
+    return Problem(
+        x=torch.randn(row, k, generator=gen).to(**to),
+        weight=(torch.randn(sum(n), k, generator=gen) / k**0.5).to(**to),
+        dy=torch.randn(row, sum(n), generator=gen).to(**to),
+        group=group,
+        route=make_route(row, segments, np.concatenate(keys), device),
+    )
+
+
+@pytest.fixture
+def make_problem():
+    return build_problem
