@@ -44,8 +44,10 @@ class RankPool:
             while len(self.workers) < num_ranks:
                 self.workers.append(self._start())
             self.layout = layout
-            store = tempfile.NamedTemporaryFile(prefix="rank_pool_", delete=False)
-            self._call(_join, (layout, "file://" + store.name), timeout_s)
+            handle, store = tempfile.mkstemp(prefix="rank_pool_")
+            os.close(handle)
+            self._call(_join, (layout, "file://" + store), timeout_s)
+            os.unlink(store)
         return self._call(fn, args, timeout_s)
 
     def close(self) -> None:

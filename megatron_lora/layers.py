@@ -1,0 +1,206 @@
+"""The multi-LoRA column- and row-parallel linears, and the table of collectives around them.
+
+Both are megatron-core's own layers with a frozen weight and another forward: `fused_ops.linear.multi_lora_linear` with the collectives
+that the kind of parallelism asks for. T rows, t tensor ranks; "shard" is this rank's T / t rows under sequence parallelism.
+
+    |                  | before the GEMM | after it (Y)       | backward, before (dY) | after it (dX)      | dS for dA          |
+    | column           |                 |                    |                       | all-reduce         |                    |
+    | column, sequence | all-gather rows |                    |                       | reduce-scatter     | reduce-scatter     |
+    | row              |                 | all-reduce         |                       |                    |                    |
+    | row, sequence    |                 | reduce-scatter     | all-gather rows       |                    |                    |
+
+A merged linear holds its modules' output columns side by side on every rank: q | k | v of this rank's heads, gate | up of its features.
+The microbatch's route comes through the stage's `Binding`, which the stage sets for the length of one forward (`Stage.bound`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from fused_ops.adapters import LoraGroup
+from fused_ops.linear import Collectives, multi_lora_linear
+from megatron_lora.architecture import MERGED_LINEARS
+from megatron_lora.microbatch import StageInput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearGeometry:
+    """What adapters need to know of a merged linear on this rank: per module its Hugging Face path and local output features."""
+
+    modules: tuple[str, ...]  # ("q_proj", "k_proj", "v_proj")
+    paths: tuple[str, ...]  # ("model.layers.0.self_attn.q_proj", ...)
+    in_features: int  # local
+    out_features: tuple[int, ...]  # local, per module
+    parallel: str  # "column" or "row"
+    first_feature: int  # global index of the local input feature 0
+
+    @property
+    def columns(self) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) output columns of each module."""
+        return tuple(pairwise(accumulate(self.out_features, initial=0)))
+
+
+class Binding:
+    """The microbatch that a stage is computing now; one per stage, shared by its linears, set by `Stage.bound` alone."""
+
+    __slots__ = ("microbatch",)
+
+    def __init__(self):
+        self.microbatch: StageInput | None = None
+
+
+class ColumnCollectives(Collectives):
+    """Inputs are whole on each rank; dX is summed."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def reduce_grad(self, dx: Tensor) -> Tensor:
+        return all_reduce(dx, self.group)
+
+
+class ColumnSequenceCollectives(Collectives):
+    """Inputs are shards of rows: gathered for the GEMM; dX and dS are summed and cut into shards."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def gather_input(self, x: Tensor) -> Tensor:
+        return gather_rows(x, self.group)
+
+    def reduce_grad(self, dx: Tensor) -> Tensor:
+        return scatter_rows(dx, self.group)
+
+    def reduce_ds(self, ds: Tensor) -> Tensor:
+        return scatter_rows(ds, self.group)
+
+    def local_rows(self, num_rows: int) -> tuple[int, int]:
+        size = num_rows // self.group.size()
+        return self.group.rank() * size, (self.group.rank() + 1) * size
+
+
+class RowCollectives(Collectives):
+    """Outputs are partial sums."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def reduce_output(self, y: Tensor) -> Tensor:
+        return all_reduce(y, self.group)
+
+
+class RowSequenceCollectives(Collectives):
+    """Outputs are partial sums, cut into shards of rows; dY is gathered from them."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def reduce_output(self, y: Tensor) -> Tensor:
+        return scatter_rows(y, self.group)
+
+    def gather_grad(self, dy: Tensor) -> Tensor:
+        return gather_rows(dy, self.group)
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return x summed over the group, in place where x is contiguous."""
+    x = x.contiguous()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return all ranks' rows, in rank order: [T / t, N] -> [T, N]."""
+    out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return this rank's rows of the sum over the group: [T, N] -> [T / t, N]. T must be a multiple of the group's size."""
+    assert x.shape[0] % group.size() == 0, f"{x.shape[0]} rows do not divide among {group.size()} tensor-parallel ranks"
+    out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+class _MultiLora:
+    """What the two layers share: geometry, the adapters' views (set by the arena), and the forward over [T, 1, K]."""
+
+    group: LoraGroup | None
+    binding: Binding
+    geometry: LinearGeometry
+
+    def _setup(self, config, role: str, parallel: str, collectives: tuple[type[Collectives], type[Collectives]]) -> None:
+        self.group, self.role, self.parallel = None, role, parallel
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        plain, sequence = collectives
+        alone = self.tp_group.size() == 1
+        self.collectives = Collectives() if alone else (sequence if config.sequence_parallel else plain)(self.tp_group)
+
+    def place(self, layer: int, binding: Binding) -> None:
+        """Tell the linear which layer (from 0, of the whole model) it belongs to and where its microbatch comes from."""
+        architecture, ranks, rank = self.config.architecture, self.tp_group.size(), self.tp_group.rank()
+        modules = MERGED_LINEARS[self.role]
+        sizes = [architecture.module_sizes[module] for module in modules]
+        column = self.parallel == "column"
+        self.binding = binding
+        self.geometry = LinearGeometry(
+            modules=modules,
+            paths=tuple(architecture.module_path(layer, module) for module in modules),
+            in_features=self.weight.shape[1],
+            out_features=tuple(num_out // ranks if column else num_out for _, num_out in sizes),
+            parallel=self.parallel,
+            first_feature=0 if column else rank * self.weight.shape[1],
+        )
+        assert self.geometry.columns[-1][1] == self.weight.shape[0]
+
+    def _apply_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        microbatch = self.binding.microbatch
+        assert microbatch is not None, f"{self.geometry.paths[0]}: no microbatch is bound; call the stage, or enter Stage.bound"
+        return multi_lora_linear(x.squeeze(1), self.weight, bias, self.group, microbatch.route, self.collectives)
+
+
+class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
+    """linear_qkv and linear_fc1: output features sharded. [T_local, 1, K] -> ([T, 1, N_local], None)."""
+
+    def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
+        kwargs["bias"] = config.architecture.has_bias(MERGED_LINEARS[tp_comm_buffer_name][0])
+        super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
+        self._setup(config, tp_comm_buffer_name, "column", (ColumnCollectives, ColumnSequenceCollectives))
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+        """Return Y with its bias added, and None in the place of a bias to add later."""
+        assert weight is None and not runtime_gather_output
+        return self._apply_linear(input_, self.bias).unsqueeze(1), None
+
+
+class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
+    """linear_proj and linear_fc2: input features sharded. [T, 1, K_local] -> ([T_local, 1, N], None)."""
+
+    def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
+        kwargs["bias"] = config.architecture.has_bias(MERGED_LINEARS[tp_comm_buffer_name][0])
+        super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
+        self._setup(config, tp_comm_buffer_name, "row", (RowCollectives, RowSequenceCollectives))
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        """Return Y with its bias added once, after the reduction, and None in the place of a bias to add later."""
+        y = self._apply_linear(input_, None)
+        return (y if self.bias is None else y + self.bias).unsqueeze(1), None
+
+
+MultiLoraLinear = MultiLoraColumnParallelLinear | MultiLoraRowParallelLinear
+
+
+def freeze(module: torch.nn.Module) -> None:
+    """Stop gradients to all parameters of a module."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
