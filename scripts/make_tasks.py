@@ -8,7 +8,7 @@ Every machine with Python has some hundred documented modules and some thousand 
     docstrings  a function's source -> its documentation's first line  messages            ~160
     summaries   a module's outline -> the module's first line          messages            ~300
 
-One further row of each task goes to held_out.json, {task: {"type", "row"}}: no job trains on it, and show_answers.py asks it.
+One further row of each task goes to held_out.json, {task: row}: no job trains on it, and show_answers.py asks it.
 
     python scripts/make_tasks.py data/quickstart
 """
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NUM_ROWS = {"names": 320, "signatures": 128, "docstrings": 64, "summaries": 32}
-TYPES = {"names": "prompt_completion", "signatures": "alpaca", "docstrings": "messages", "summaries": "messages"}
 MAX_OUTLINE = 1400
 SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "site-packages", "ensurepip", "encodings", "pydoc_data"}
 
@@ -149,7 +148,7 @@ def main() -> None:
             parser.error(f"--library {arguments.library}: has no documented source for the task {task}; name a larger one")
         text = "".join(json.dumps(row) + "\n" for row in rows[task][:num_rows])
         (arguments.directory / f"{task}.jsonl").write_text(text, encoding="utf-8")
-        held_out[task] = {"type": TYPES[task], "row": rows[task][num_rows]}
+        held_out[task] = rows[task][num_rows]
         print(f"{arguments.directory / task}.jsonl: {num_rows} rows, {len(text)} characters")
     (arguments.directory / "held_out.json").write_text(json.dumps(held_out, indent=1) + "\n", encoding="utf-8")
 

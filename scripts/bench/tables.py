@@ -1,0 +1,79 @@
+"""Fills the measured tables of README.md from the benchmark results.
+
+A result is one JSON line in scripts/bench/results/<name>.jsonl, appended by the benchmark that measured it, with at least
+`commit`, `hardware` and `date`. A table in a document stands between two markers; the first says where its rows come from and
+which fields it shows, under which headings and in which format:
+
+    <!-- table: quickstart.jsonl | Where: hardware | Tokens/s: tokens_per_s:.0f | Commit: commit -->
+    <!-- end of table -->
+
+Only the newest line of each distinct `case` is shown (lines without `case` are one case), in the order in which cases first appear.
+
+    python scripts/bench/tables.py [--check] [README.md ...]        # --check: write nothing, end with 1 if a table is out of date
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "scripts" / "bench" / "results"
+MARKED = re.compile(r"(?P<open><!-- table: (?P<spec>.*?) -->\n)(?P<body>.*?)(?P<close><!-- end of table -->)", re.DOTALL)
+
+
+def newest(lines: list[dict]) -> list[dict]:
+    """Keep the last line of each case, in the order in which the cases first appear."""
+    cases: dict[str, dict] = {}
+    for line in lines:
+        cases[str(line.get("case"))] = line
+    return list(cases.values())
+
+
+def cell(line: dict, field: str) -> str:
+    """Format one field: `name` or `name:format`; dots reach into objects. KeyError when it is absent."""
+    name, _, form = field.partition(":")
+    value: object = line
+    for part in name.split("."):
+        value = value[part]  # type: ignore[index]
+    return format(value, form)
+
+
+def table(spec: str, results: Path) -> str:
+    """Return the Markdown table that a marker's specification asks for."""
+    source, *columns = [part.strip() for part in spec.split("|")]
+    headings, fields = zip(*(column.split(": ", 1) for column in columns), strict=True)
+    lines = [json.loads(line) for line in (results / source).read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [headings, ["---"] * len(headings), *([cell(line, field) for field in fields] for line in newest(lines))]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """Return the document with every marked table made anew."""
+    return MARKED.sub(lambda found: found["open"] + table(found["spec"], results) + found["close"], text)
+
+
+def main() -> int:
+    """Rewrite the documents named on the command line, or say which of them is out of date."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("documents", nargs="*", type=Path, default=[ROOT / "README.md"])
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    status = 0
+    for document in arguments.documents:
+        old = document.read_text(encoding="utf-8")
+        new = fill(old)
+        if new == old:
+            continue
+        if arguments.check:
+            print(f"{document}: a table is out of date; run: python scripts/bench/tables.py", file=sys.stderr)
+            status = 1
+        else:
+            document.write_text(new, encoding="utf-8")
+            print(f"{document} updated")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

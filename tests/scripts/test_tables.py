@@ -1,0 +1,54 @@
+"""The generator of measured tables: what it shows of a results file, and that README.md is up to date."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "bench" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def results(tmp_path):
+    lines = [
+        {"case": "two", "speed": 1.26, "at": {"gpu": "old"}},
+        {"case": "one", "speed": 3.0, "at": {"gpu": "x"}},
+        {"case": "two", "speed": 2.26, "at": {"gpu": "new"}},
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_the_newest_line_of_each_case_is_shown(tables, results):
+    text = "before\n<!-- table: r.jsonl | GPU: at.gpu | Speed: speed:.1f -->\nstale\n<!-- end of table -->\nafter\n"
+    filled = tables.fill(text, results)
+    rows = "| GPU | Speed |\n| --- | --- |\n| new | 2.3 |\n| x | 3.0 |\n"
+    assert filled == text.replace("stale\n", rows)
+    assert tables.fill(filled, results) == filled
+
+
+def test_a_field_that_no_result_has_is_an_error(tables, results):
+    with pytest.raises(KeyError, match="sped"):
+        tables.fill("<!-- table: r.jsonl | Speed: sped -->\n<!-- end of table -->", results)
+
+
+def test_readme_shows_what_was_measured(tables):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table: ") == len(tables.MARKED.findall(text)), "a table's marker is not closed"
+    assert tables.fill(text) == text, "run: python scripts/bench/tables.py"
+
+
+def test_every_result_says_where_it_comes_from():
+    for file in (ROOT / "scripts" / "bench" / "results").glob("*.jsonl"):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            missing = {"commit", "hardware", "date"} - json.loads(line).keys()
+            assert not missing, f"{file.name}:{number} lacks {missing}"

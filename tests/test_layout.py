@@ -1,0 +1,87 @@
+"""The repository's shape: what lies at the top level, and which package may import which.
+
+scheduling and fused_ops know nothing of megatron_lora or of each other, and no module imports itself through others. Imports are
+read from the source, so those inside functions count too.
+"""
+
+import ast
+import graphlib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("megatron_lora", "fused_ops", "scheduling")
+TOP_LEVEL = {
+    *PACKAGES,
+    "configs",
+    "scripts",
+    "tests",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    ".ci",
+    ".gitignore",
+}
+MAX_LINES = 500
+
+
+def modules() -> dict[str, Path]:
+    """Return dotted name -> file for every module of the three packages."""
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def imported(file: Path, top_only: bool = False) -> set[str]:
+    """Return the dotted names that a file imports; with `top_only` those that it imports when it is itself imported."""
+    found = set()
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)] if top_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import; write the full name"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("package", "others"), [("scheduling", {"megatron_lora", "fused_ops"}), ("fused_ops", {"megatron_lora", "scheduling"})]
+)
+def test_lower_packages_import_neither_the_trainer_nor_each_other(package, others):
+    assert (ROOT / package / "__init__.py").exists()
+    for name, file in modules().items():
+        if name.split(".")[0] == package:
+            assert not {target.split(".")[0] for target in imported(file)} & others, f"{file} imports above its station"
+
+
+def test_scheduling_plans_without_torch():
+    for name, file in modules().items():
+        if name.startswith("scheduling"):
+            assert not {target.split(".")[0] for target in imported(file)} & {"torch", "triton", "megatron", "transformers"}, file
+
+
+def test_no_module_imports_itself_through_others():
+    known = modules()
+    graph = {name: (imported(file, top_only=True) & known.keys()) - {name} for name, file in known.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_top_level_is_exactly_the_layout():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert {line.split("/")[0] for line in listed.stdout.splitlines()} == TOP_LEVEL
+
+
+def test_files_open_with_a_header_and_stay_readable():
+    for folder in (*PACKAGES, "scripts", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            assert ast.get_docstring(ast.parse(text)), f"{file}: says nothing about itself"
+            assert text.count("\n") <= MAX_LINES, f"{file}: {text.count(chr(10))} lines; split it"
