@@ -23,6 +23,12 @@ from megatron_lora.errors import UserError
 Message = Mapping[str, str]
 # What templates that print today's date are told: equal rows must give equal tokens on any day. Llama's templates default to it too.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+# Templates call strftime_now(format); transformers hands them data alone, so ours is a macro (whose newline jinja trims).
+STRFTIME_NOW = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{letter}', '{TEMPLATE_DATE.strftime('%' + letter)}')" for letter in "aAbBdHIjmMpSyY")
+    + " }}{% endmacro %}\n"
+)
 
 
 def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -45,13 +51,11 @@ def encode_chat(
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
     """Apply the tokenizer's chat template to a whole conversation; UserError when the template refuses it."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = STRFTIME_NOW + template
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            strftime_now=TEMPLATE_DATE.strftime,
-            date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
-        )
+        return tokenizer.apply_chat_template([dict(message) for message in messages], chat_template=template, tokenize=False)
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages[:6]) + (", ..." if len(messages) > 6 else "")
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
