@@ -1,0 +1,117 @@
+"""The command line: parse, call, exit status. `megatron-lora`, or `python -m megatron_lora`.
+
+Exit status of train: 0 all jobs done; 2 wrong input; 3 some jobs failed, the others are done; 75 preempted, state saved, run again.
+The other commands end 0, or 2 for wrong input. Commands are imported when they are called, so that help and config errors are quick.
+"""
+
+import argparse
+import os
+import sys
+
+from megatron_lora import __version__
+from megatron_lora.errors import UserError
+
+OVERRIDE = "an override such as defaults.learning_rate=1e-4, jobs.0.r=32 or jobs.NAME.r=32"
+EXAMPLES = {
+    "train": """examples:
+  megatron-lora train configs/quickstart.yaml
+  megatron-lora train configs/quickstart.yaml output_dir=runs/second defaults.learning_rate=1e-4
+  torchrun --nproc-per-node 8 -m megatron_lora train CONFIG     the same by hand
+
+exit status: 0 all jobs done, 2 wrong input, 3 some jobs failed, 75 preempted (run again to continue)""",
+    "plan": """examples:
+  megatron-lora plan configs/quickstart.yaml
+  megatron-lora plan configs/quickstart.yaml parallel.pipeline=4 microbatch_tokens=8192""",
+    "preview": """examples:
+  megatron-lora preview configs/quickstart.yaml --job summarise
+  megatron-lora preview configs/quickstart.yaml --job summarise --samples 5 jobs.summarise.sequence_len=128""",
+    "doctor": """example:
+  megatron-lora doctor""",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, as all of ours are."""
+
+    def error(self, message: str):
+        """Print the message with where to find help, and end with status 2."""
+        self.exit(2, f"megatron-lora: {message}; see {self.prog} --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = Parser(
+        prog="megatron-lora",
+        description="Train many LoRA adapters at once over one frozen base model.",
+        epilog="megatron-lora COMMAND --help shows examples",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-lora {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    train = add("train", "train the jobs of a config; starts torchrun itself, with the ranks the config needs")
+    plan = add("plan", "show how the jobs would share the pipeline: slots, fill, no-ops, bubble; needs no GPU and trains nothing")
+    preview = add("preview", "show the tokens of a few samples of a job, with those that the loss counts marked")
+    add("doctor", "show versions, devices, the backends that will be used, what is missing and what that costs")
+    for command in (train, plan, preview):
+        command.add_argument("config", metavar="CONFIG", help="a YAML config")
+        command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
+    preview.add_argument("--job", required=True, metavar="NAME", help="the job whose samples are shown")
+    preview.add_argument("--samples", type=int, default=3, metavar="N", help="how many samples (default: 3)")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Call the command; returns the exit status."""
+    if arguments.command == "train":
+        from megatron_lora import worker
+
+        if worker.under_torchrun():
+            return worker.main(arguments.config, arguments.overrides)
+        from megatron_lora import launch
+
+        return launch.train(arguments.config, arguments.overrides)
+    if arguments.command == "plan":
+        from megatron_lora import plan_report
+
+        return plan_report.main(arguments.config, arguments.overrides)
+    if arguments.command == "preview":
+        from megatron_lora import preview
+
+        return preview.main(arguments.config, arguments.overrides, arguments.job, arguments.samples)
+    from megatron_lora import doctor
+
+    return doctor.main()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command of the command line; returns the exit status."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    flags = [argument for argument in rest if argument.startswith("-")]
+    if flags or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unknown argument {(flags or rest)[0]!r}")
+    if rest:  # argparse stops taking overrides at the first flag
+        arguments.overrides += rest
+    try:
+        return run(arguments)
+    except UserError as error:
+        print(f"megatron-lora: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # as in `megatron-lora plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""The process a user starts: check everything, start torchrun with the ranks that the config needs, end with the run's status.
+
+    check config, files, model, data, machine -> make the output directory -> agent (torchrun) -> ranks (worker.py) -> train.run
+
+Nothing is written before every check has passed. The ranks live in a session of their own, so that Ctrl-C reaches this process
+alone; it passes SIGTERM, SIGUSR1 and Ctrl-C on to the ranks as SIGTERM, the second time to torchrun, which ends them. On several
+SLURM nodes (`srun` with one task per node) each node runs this; the first node owns the output directory.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_lora.checks import check_run
+from megatron_lora.config import RunConfig, load_config
+from megatron_lora.environment import environment, num_cores
+from megatron_lora.errors import UserError
+from megatron_lora.run_dir import RunDirectory
+from megatron_lora.worker import LAUNCHED
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Nodes:
+    """The machines of a run, and which one this is."""
+
+    count: int = 1
+    index: int = 0
+    address: str = ""
+    port: str = ""
+
+
+def train(config_path: str, overrides: list[str]) -> int:
+    """Run a config to its end; returns 0, 3 or 75 as the run recorded it, 2 for wrong input found by a rank, 1 for a crash."""
+    config = load_config(config_path, overrides)
+    nodes = find_nodes(os.environ)
+    ranks_here = split_ranks(config, nodes)
+    check_run(config, ranks_here, owner=nodes.index == 0)
+    command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides]
+    if nodes.index > 0:
+        return _start(command, ranks_here, lock=None).status
+    with RunDirectory.create(config, environment()) as run:
+        ending = _start(command, ranks_here, run.lock)
+        recorded = run.status()["exit_status"]
+        if recorded is not None:
+            return recorded
+        if ending.status == 2:
+            run.discard()
+        else:
+            run.finish(ending.status, ending.reason or "the run ended without saying how")
+        return ending.status
+
+
+def find_nodes(environ: Mapping[str, str]) -> Nodes:
+    """Read the machines from SLURM's step (one task per node) and MASTER_ADDR, MASTER_PORT; one machine without SLURM."""
+    count = int(environ.get("SLURM_STEP_NUM_NODES", "1"))
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", count))
+    if tasks != count:
+        raise UserError(f"srun: started {tasks} tasks on {count} nodes; use srun --ntasks-per-node=1, each task starts its own ranks")
+    if count == 1:
+        return Nodes()
+    if not environ.get("MASTER_ADDR"):
+        raise UserError(
+            f"MASTER_ADDR: is not set, and {count} nodes need a place to meet; export the first node's host name as MASTER_ADDR"
+        )
+    port = environ.get("MASTER_PORT") or str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 10000)
+    return Nodes(count=count, index=int(environ["SLURM_NODEID"]), address=environ["MASTER_ADDR"], port=port)
+
+
+def split_ranks(config: RunConfig, nodes: Nodes) -> int:
+    """Ranks per node; UserError when the nodes cannot have the same number."""
+    ranks = config.parallel.world_size
+    if ranks % nodes.count:
+        raise UserError(f"parallel: {ranks} ranks do not divide over {nodes.count} nodes; use a number of nodes that divides {ranks}")
+    return ranks // nodes.count
+
+
+def torchrun_arguments(ranks_here: int, nodes: Nodes) -> list[str]:
+    """How torchrun starts this node's ranks: alone on a free port, or at the first node's address."""
+    if nodes.count == 1:
+        return ["--standalone", "--nproc-per-node", str(ranks_here)]
+    meeting = ["--master-addr", nodes.address, "--master-port", nodes.port]
+    return ["--nnodes", str(nodes.count), "--node-rank", str(nodes.index), "--nproc-per-node", str(ranks_here), *meeting]
+
+
+def rank_environment(environ: Mapping[str, str], ranks_here: int) -> dict[str, str]:
+    """The environment of the ranks: this process's, with the machine's cores shared out unless OMP_NUM_THREADS says otherwise."""
+    threads = str(max(1, min(16, num_cores() // ranks_here)))
+    fetched = {"HF_HUB_OFFLINE": "1"}  # the checks have fetched the model
+    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"} | dict(environ) | fetched | {LAUNCHED: "1"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ending:
+    """How torchrun ended: 0, 1 (crash), 2 (a user's mistake) or 128 + signal, and why."""
+
+    status: int
+    reason: str = ""
+
+
+def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
+    """Run the agent to its end with signals passed on; print its report, once. It inherits the lock, and keeps it if we die."""
+    received: list[int] = []
+    with tempfile.TemporaryDirectory(prefix="megatron-lora-") as folder:
+        report_file = Path(folder) / "report.json"
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "megatron_lora.agent", str(report_file), *command],
+            env=rank_environment(os.environ, ranks_here),
+            pass_fds=() if lock is None else (lock,),
+            start_new_session=True,
+        )
+
+        def forward(number: int, frame: object) -> None:
+            targets = [agent.pid] if received else _children(agent.pid)
+            received.append(number)
+            for process in targets or [agent.pid]:
+                _send(process, signal.SIGTERM)
+
+        before = {number: signal.signal(number, forward) for number in FORWARDED}
+        try:
+            status = agent.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if agent.poll() is None:
+                agent.terminate()
+        report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.exists() else None
+    if received and status:
+        return _Ending(128 + received[0], f"stopped by {signal.Signals(received[0]).name} before its state was saved")
+    if report is None:
+        return _Ending(0) if status == 0 else _Ending(1, f"torchrun ended with status {status}")
+    print(f"{report['traceback']}megatron-lora: {report['line']}", file=sys.stderr)
+    return _Ending(2 if report["kind"] == "user" else 1, report["line"])
+
+
+def _children(parent: int) -> list[int]:
+    """Process ids of the children of a process, from /proc; empty where there is none."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()  # after "pid (name)": state, parent, ...
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(fields[1]) == parent:
+            found.append(int(entry.parent.name))
+    return found
+
+
+def _send(process: int, number: int) -> None:
+    """Signal a process that may have ended already."""
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,227 @@
+"""The output directory of a run: who may write it, and the files that describe the run as a whole.
+
+    .lock         held by every live process of the run (flock, so it goes with the process, however that ends)
+    config.yaml   the resolved config          env.json   versions, commit, machine
+    status.json   state of every job and, once the run has ended, its exit status; always a complete file
+    plan/         the plan windows that were executed          jobs/<name>/   what a job writes
+
+Invariant: a directory belongs to one run. `check` refuses, without touching it, one that another process uses, that holds a run
+which has trained, or that holds files of other origin; what a run left that never took a step may be taken over. The owner makes
+the directory under an exclusive lock and then shares it; workers of the run `join` with a shared lock, newcomers find it taken.
+
+    RunDirectory.check(config.output_dir)          # early, read-only
+    with RunDirectory.create(config) as run: ...   # the owner: the parent process, or rank 0 under a bare torchrun
+    with RunDirectory.join(config) as run:         # a worker
+        run.set_job("summarise", "running"); run.set_job("summarise", "failed", "loss is not finite")
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+from megatron_lora.config import RunConfig, dump_config
+from megatron_lora.errors import UserError
+
+JOB_STATES = ("queued", "running", "paused", "done", "failed")
+LOCK, STATUS = ".lock", "status.json"
+OURS = {LOCK, STATUS, "config.yaml", "env.json", "plan", "timeline.json", "jobs"}
+
+
+class RunDirectory:
+    """An output directory whose lock this process holds."""
+
+    def __init__(self, path: Path, lock: int, made: bool):
+        """Wrap a directory and the descriptor of its locked lock file; use create or join."""
+        self.path, self.lock, self._made = path, lock, made
+
+    @staticmethod
+    def check(output_dir: str | Path) -> None:
+        """Raise UserError when a new run cannot have this directory; writes nothing."""
+        path = Path(output_dir)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output_dir: {str(path)!r} is a file; choose a directory that does not exist yet")
+        if not path.exists():
+            above = next((parent for parent in path.absolute().parents if parent.exists()), path)
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                raise UserError(f"output_dir: {str(path)!r} cannot be made below {str(above)!r}; choose a directory that you may write")
+            return
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: {str(path)!r} cannot be written; choose a directory that you may write")
+        if (path / LOCK).exists() and not _unlocked(path / LOCK):
+            raise UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
+        visible = {name for name in os.listdir(path) if not name.startswith(".")}
+        foreign = sorted(visible if STATUS not in visible else visible - OURS)
+        if foreign:
+            raise UserError(f"output_dir: {str(path)!r} holds {foreign[0]!r}, which no run wrote; choose an empty or new directory")
+        _refuse_trained(path)
+
+    @classmethod
+    def create(cls, config: RunConfig, environment: dict | None = None) -> "RunDirectory":
+        """Make the directory of a new run, with every job queued, and lock it; UserError when check refuses it."""
+        path = Path(config.output_dir)
+        cls.check(path)
+        made = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path, fcntl.LOCK_EX)
+        try:
+            _refuse_trained(path)  # by a run that ended between the check and the lock
+            shutil.rmtree(path / "plan", ignore_errors=True)
+            shutil.rmtree(path / "jobs", ignore_errors=True)
+            (path / "timeline.json").unlink(missing_ok=True)
+            run = cls(path, lock, made)
+            run._write_status({"exit_status": None, "reason": "", "jobs": {job.name: _job("queued", "") for job in config.jobs}})
+            write_atomically(path / "config.yaml", dump_config(config))
+            write_atomically(path / "env.json", json.dumps(environment or {}, indent=1) + "\n")
+            (path / "plan").mkdir()
+        except BaseException:
+            os.close(lock)
+            raise
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return run
+
+    @classmethod
+    def join(cls, config: RunConfig) -> "RunDirectory":
+        """Take part in a run whose owner has made its directory: a shared lock, nothing written."""
+        path = Path(config.output_dir)
+        assert (path / STATUS).exists(), f"{path} was not made by RunDirectory.create"
+        return cls(path, _lock(path, fcntl.LOCK_SH), False)
+
+    @property
+    def plan_dir(self) -> Path:
+        """Where the executed plan windows go."""
+        return self.path / "plan"
+
+    def job_dir(self, name: str) -> Path:
+        """The directory of a job, made when it is not there yet."""
+        path = self.path / "jobs" / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def status(self) -> dict:
+        """What status.json says: exit_status, reason and jobs, a mapping from name to state and reason."""
+        return _read_status(self.path)
+
+    def set_job(self, name: str, state: str, reason: str = "") -> None:
+        """Record the state of one job; one process of a run does this."""
+        assert state in JOB_STATES, state
+        status = self.status()
+        assert name in status["jobs"], name
+        status["jobs"][name] = _job(state, reason)
+        self._write_status(status)
+
+    def finish(self, exit_status: int, reason: str = "") -> None:
+        """Record how the run ended; jobs that are still queued or running have failed, unless it was preempted (75)."""
+        status = self.status() | {"exit_status": exit_status, "reason": reason}
+        for name, job in status["jobs"].items():
+            if job["state"] in ("queued", "running") and exit_status != 75:
+                status["jobs"][name] = _job("failed", reason or "the run ended first")
+        self._write_status(status)
+
+    def discard(self) -> None:
+        """Take away everything that a run wrote which never took a step; a run that has trained stays."""
+        if has_trained(self.path):
+            return
+        for entry in OURS:
+            if (self.path / entry).is_dir():
+                shutil.rmtree(self.path / entry)
+            else:
+                (self.path / entry).unlink(missing_ok=True)
+        if self._made:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    def close(self) -> None:
+        """Give this process's hold on the lock back; processes that inherited it keep theirs."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _write_status(self, status: dict) -> None:
+        write_atomically(self.path / STATUS, json.dumps(status, indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, sees the old or the new content, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def has_trained(path: Path) -> bool:
+    """Whether a directory holds steps or adapters of a job."""
+    metrics = any(file.stat().st_size for file in path.glob("jobs/*/metrics.jsonl"))
+    return metrics or any(path.glob("jobs/*/adapter_model.safetensors")) or any(path.glob("jobs/*/checkpoint-*"))
+
+
+def _refuse_trained(path: Path) -> None:
+    if has_trained(path):
+        raise UserError(f"output_dir: {str(path)!r} {_ended(path)}; choose another directory, or remove this one")
+
+
+def _job(state: str, reason: str) -> dict:
+    return {"state": state, "reason": reason}
+
+
+def _read_status(path: Path) -> dict:
+    return json.loads((path / STATUS).read_text(encoding="utf-8"))
+
+
+def _lock(path: Path, kind: int) -> int:
+    """Open and lock the lock file; the owner (an exclusive lock) leaves its process id in it. Returns the descriptor."""
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(
+            f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory"
+        ) from None
+    except OSError as error:
+        os.close(lock)
+        raise UserError(f"output_dir: {str(path)!r} cannot be locked ({error.strerror}); choose another file system") from None
+    if kind == fcntl.LOCK_EX:
+        os.truncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+    return lock
+
+
+def _unlocked(lock_file: Path) -> bool:
+    """Whether no live process holds the lock."""
+    with open(lock_file, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _holder(lock_file: Path) -> str:
+    """Who holds a lock, in words."""
+    try:
+        return lock_file.read_text(encoding="utf-8") or "another process"
+    except OSError:
+        return "another process"
+
+
+def _ended(path: Path) -> str:
+    """What the earlier run in a directory came to, in words."""
+    try:
+        states = [job["state"] for job in _read_status(path)["jobs"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "holds the results of an earlier run"
+    if states and all(state == "done" for state in states):
+        return "holds a finished run"
+    counts = ", ".join(f"{states.count(state)} {state}" for state in JOB_STATES if state in states)
+    return f"holds a run that has ended ({counts} jobs), and resuming is not supported yet"

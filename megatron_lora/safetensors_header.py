@@ -1,0 +1,79 @@
+"""Are a model's weights all there and whole? Answered from the headers of its safetensors files, without reading a tensor.
+
+A safetensors file is 8 bytes (the header's length n, little-endian), n bytes of JSON (name -> dtype, shape, data_offsets), data.
+A file cut short by a broken download, a missing shard or a tensor of another model is found here in milliseconds.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from megatron_lora.errors import UserError
+
+DTYPES = ("F32", "BF16", "F16")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+REFETCH = "fetch the model again"
+
+
+class Shapes(Protocol):
+    """The part of Architecture that says which tensors there must be."""
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """All tensors by name."""
+
+
+def check_weights(model_dir: Path, architecture: Shapes) -> None:
+    """Raise UserError where a safetensors file is damaged, or lacks or misshapes a tensor of the architecture."""
+    found: dict[str, dict] = {}
+    for file in weight_files(model_dir):
+        found |= read_header(file)
+    for name, shape in architecture.tensor_shapes().items():
+        if name not in found:
+            raise UserError(f"base_model: {str(model_dir)!r} has no tensor {name}, which its config.json calls for; {REFETCH}")
+        if tuple(found[name]["shape"]) != shape:
+            raise UserError(
+                f"base_model: {str(model_dir)!r}: {name} has shape {found[name]['shape']} and config.json calls for {list(shape)}; {REFETCH}"
+            )
+        if found[name]["dtype"] not in DTYPES:
+            raise UserError(
+                f"base_model: {str(model_dir)!r}: {name} is {found[name]['dtype']}; use a checkpoint in bf16, fp16 or fp32, not a quantised one"
+            )
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The safetensors files of a model directory: the one, or those of the index."""
+    index = model_dir / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"base_model: {index} is damaged; {REFETCH}") from None
+        return [model_dir / name for name in names]
+    if (model_dir / SINGLE).is_file():
+        return [model_dir / SINGLE]
+    pickled = " (its .bin files are pickles, which are not read)" if any(model_dir.glob("*.bin")) else ""
+    raise UserError(f"base_model: {str(model_dir)!r} has no {SINGLE}{pickled}; use a model saved as safetensors, or load_weights: false")
+
+
+def read_header(path: Path) -> Mapping[str, dict]:
+    """Read name -> {dtype, shape, data_offsets} of one file; UserError when the file is missing, cut short or no safetensors file."""
+    damaged = UserError(f"base_model: {path} is damaged or no safetensors file; {REFETCH}")
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if 0 < length <= size - 8 else b""
+        header = json.loads(text)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except FileNotFoundError:
+        raise UserError(f"base_model: {path} is missing; {REFETCH}") from None
+    except OSError as error:
+        raise UserError(f"base_model: {path} cannot be read ({error.strerror}); check its permissions") from None
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise damaged from None
+    if size != 8 + length + end:
+        raise UserError(f"base_model: {path} has {size} bytes where its header says {8 + length + end}; {REFETCH}")
+    return tensors
