@@ -8,6 +8,7 @@ Second, what megatron-core assumes of CUDA and a CPU run does not have. Each suc
 `patch_<symbol>`: idempotent, it checks that the symbol exists, and it returns a function that puts the original back.
 `patch_for_cpu` applies them all. Nothing is replaced on a CUDA run.
 
+`all_gather_single` and `reduce_scatter_single` are the names that torch 2.13 gives to `all_gather_into_tensor` and `reduce_scatter_tensor`.
 `deallocate_output_tensor` and `custom_backward` (free a sent activation, keep its graph) are re-exported for the executor.
 """
 
@@ -28,6 +29,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron_lora.errors import UserError
 
 __all__ = [
+    "all_gather_single",
     "custom_backward",
     "deallocate_output_tensor",
     "destroy_parallel",
@@ -35,7 +37,12 @@ __all__ = [
     "patch_current_device",
     "patch_for_cpu",
     "patch_rng_fork",
+    "pipelines",
+    "reduce_scatter_single",
 ]
+
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Undo = Callable[[], None]
 
@@ -77,6 +84,12 @@ def initialize_parallel(parallel: Layout, backend: str, seed: int = 0, timeout_s
     if backend == "nccl":
         megatron_random.model_parallel_cuda_manual_seed(seed)
     return device
+
+
+def pipelines(parallel: Layout) -> list[list[int]]:
+    """List every pipeline of a run as its global ranks from the first stage to the last."""
+    t, d = parallel.tensor, parallel.data
+    return [[i_tensor + t * (i_data + d * stage) for stage in range(parallel.pipeline)] for i_data in range(d) for i_tensor in range(t)]
 
 
 def destroy_parallel() -> None:

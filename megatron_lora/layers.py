@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fused_ops.adapters import LoraGroup
 from fused_ops.linear import Collectives, multi_lora_linear
+from megatron_lora import compat
 from megatron_lora.architecture import MERGED_LINEARS
 from megatron_lora.microbatch import StageInput
 
@@ -118,7 +119,7 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return all ranks' rows, in rank order: [T / t, N] -> [T, N]."""
     out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    compat.all_gather_single(out, x.contiguous(), group=group)
     return out
 
 
@@ -126,7 +127,7 @@ def scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return this rank's rows of the sum over the group: [T, N] -> [T / t, N]. T must be a multiple of the group's size."""
     assert x.shape[0] % group.size() == 0, f"{x.shape[0]} rows do not divide among {group.size()} tensor-parallel ranks"
     out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    compat.reduce_scatter_single(out, x.contiguous(), group=group)
     return out
 
 

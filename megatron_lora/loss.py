@@ -40,8 +40,9 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, chunk_rows: int | 
     return _ChunkedCrossEntropy.apply(hidden, labels, head, rows, hidden.requires_grad and torch.is_grad_enabled())
 
 
+@torch.no_grad()
 def logits(hidden: Tensor, head: Head) -> Tensor:
-    """Return the full logits [T, vocabulary], whole on every rank. For tests and small inputs: training never makes them."""
+    """Return the full logits [T, vocabulary], whole on every rank, without a graph. For tests: training never makes them."""
     full = gather_rows(hidden, head.group) if head.sequence_parallel else hidden
     part = full @ head.weight_VH.t()
     if head.group.size() == 1:
