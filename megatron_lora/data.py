@@ -53,6 +53,12 @@ class JobData:
         """Targets of all samples: what an epoch's losses are averaged over."""
         return sum(int(sample.targets.sum()) for sample in self.samples)
 
+    def describe(self) -> str:
+        """Say in one line what there is, what was cut and what was dropped."""
+        text = f"{len(self.samples):,} samples, {sum(self.lengths):,} tokens, {self.num_targets:,} targets"
+        cut = f", {self.num_truncated:,} cut at sequence_len" if self.num_truncated else ""
+        return text + cut + (f", {self.num_dropped:,} dropped: no target before the cut" if self.num_dropped else "")
+
 
 def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer of a base model's directory; UserError when there is none."""
@@ -139,7 +145,13 @@ class _Reader:
         dataset = fetch(self._cache_dir, key)
         if dataset is None:
             dataset = tokenise(path, format, self._encoder, train_on_inputs, sequence_len)
-            store(self._cache_dir, key, dataset)
+            try:
+                store(self._cache_dir, key, dataset)
+            except OSError as error:
+                raise UserError(
+                    f"{self._cache_dir}: tokenised data cannot be kept there ({error.strerror}); "
+                    "set MEGATRON_LORA_CACHE to a directory that you may write, with space left"
+                ) from None
         return dataset
 
 

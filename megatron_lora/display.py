@@ -42,15 +42,19 @@ class Progress:
             self.state = "running"
 
     @property
+    def _is_running(self) -> bool:
+        return self.state == "running" and (self.last is None or self.last.step < self.total_steps)
+
+    @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of wall-clock time over the last steps; 0 when none is known or the job does not run."""
+        """Tokens per second of wall-clock time over the last steps; 0 when none is known or the job has no step left to run."""
         seconds = self._recent[-1][0] - self._recent[0][0]
-        return sum(tokens for _, tokens in list(self._recent)[1:]) / seconds if self.state == "running" and seconds > 0 else 0.0
+        return sum(tokens for _, tokens in list(self._recent)[1:]) / seconds if self._is_running and seconds > 0 else 0.0
 
     @property
     def seconds_left(self) -> float | None:
         """Time to the last step at the pace of the last steps; None when unknown."""
-        if self.state != "running" or self.last is None:
+        if not self._is_running or self.last is None:
             return None
         return (self.total_steps - self.last.step) * (self._recent[-1][0] - self._recent[0][0]) / (len(self._recent) - 1)
 
@@ -208,7 +212,7 @@ def line(job: Progress, total_tokens_per_second: float) -> str:
     step, loss, learning_rate, grad_norm, rate, share, left = cells(job, total_tokens_per_second)
     parts = [f"{job.name}: step {step}", f"loss {loss}", f"lr {learning_rate}", f"grad norm {grad_norm}"]
     parts += [f"{rate} tokens/s ({share})"] if rate else []
-    parts += [f"ETA {left}"] if left and job.last is not None and job.last.step < job.total_steps else []
+    parts += [f"ETA {left}"] if left else []
     return ", ".join(parts)
 
 

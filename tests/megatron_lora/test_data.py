@@ -129,6 +129,7 @@ def test_ids_are_rows_of_the_concatenated_files_before_anything_is_dropped(tmp_p
     assert [sample.row for sample in loaded.samples] == [0, 2, 3, 5]
     assert texts(tokenizer, loaded) == ["abcd</s>", "along ", "along ", "abcd</s>"]
     assert (loaded.num_truncated, loaded.num_dropped) == (2, 2)
+    assert loaded.describe() == "4 samples, 22 tokens, 16 targets, 2 cut at sequence_len, 2 dropped: no target before the cut"
     assert loaded.samples[1].targets.tolist() == [False, True, True, True, True, True]
 
 
@@ -197,6 +198,12 @@ def test_a_damaged_cache_is_made_again(tmp_path, tokenizer, count_reads, damage)
     entry.write_bytes(damage(whole))
     assert same(first, load_job_data(job(path), tokenizer, cache))
     assert len(count_reads) == 2 and entry.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="set MEGATRON_LORA_CACHE to a directory that you may write"):
+        load_job_data(job(write(tmp_path / "a.jsonl", PAIRS)), tokenizer, tmp_path / "file" / "cache")
 
 
 # ---- tokenizers ----
