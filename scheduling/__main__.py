@@ -1,7 +1,8 @@
-"""Plan bare length workloads: python -m scheduling plan WORKLOAD.json -o PLAN.json [--only NAME].
+"""Plan bare length workloads: python -m scheduling plan WORKLOAD.json -o PLAN.json [--only NAME] [--effort N].
 
 Workload: {"<name>": {"stages": 4, "capacity": 6144, "data": [job][step][sample] = tokens}, ...}.
-Plan:     {"<name>": {"microbatches": [[[job, step, sample, tokens], ...], ...], "seconds": 0.01}, ...}.
+Plan:     {"<name>": {"microbatches": [[[job, step, sample, tokens], ...], ...], "seconds": 0.01, "efficiency": 0.95,
+           "estimate": 0.96}, ...}; efficiency is the predicted one, estimate that of perfectly even slots.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 
 from scheduling.plan_json import stream_to_json
 from scheduling.planner import plan_stream
+from scheduling.slot_cost import efficiency, even_slot_estimate
 from scheduling.types import PlanError
 
 
@@ -23,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     plan.add_argument("workload")
     plan.add_argument("-o", "--output", required=True, help="the plan file to write")
     plan.add_argument("--only", help="plan this workload alone")
+    plan.add_argument("--effort", type=int, default=1, help="multiply the work of the local search (counted in proposals)")
     args = parser.parse_args(argv)
     try:
         with open(args.workload) as file:
@@ -30,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.only is not None and args.only not in workloads:
             raise PlanError(f"--only {args.only}: no such workload; the file has {', '.join(sorted(workloads))}")
         names = list(workloads) if args.only is None else [args.only]
-        plans = {name: _plan(workloads[name]) for name in names}
+        plans = {name: _plan(workloads[name], args.effort) for name in names}
         with open(args.output, "w") as file:
             json.dump(plans, file)
     except (OSError, PlanError, json.JSONDecodeError) as error:
@@ -39,10 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _plan(workload: dict) -> dict:
+def _plan(workload: dict, effort: int) -> dict:
     start = time.perf_counter()
-    stream = plan_stream(workload["data"], workload["stages"], workload["capacity"])
-    return {"microbatches": stream_to_json(stream, workload["data"]), "seconds": round(time.perf_counter() - start, 4)}
+    lengths, num_stages, capacity = workload["data"], workload["stages"], workload["capacity"]
+    stream = plan_stream(lengths, num_stages, capacity, effort=effort)
+    return {
+        "microbatches": stream_to_json(stream, lengths),
+        "seconds": round(time.perf_counter() - start, 4),
+        "efficiency": round(efficiency(stream, lengths, num_stages), 4),
+        "estimate": round(even_slot_estimate(lengths, num_stages, capacity), 4),
+    }
 
 
 if __name__ == "__main__":

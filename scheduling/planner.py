@@ -1,79 +1,111 @@
-"""From sample lengths to a stream: a dependency-aware greedy, tried at several target sizes.
+"""From sample lengths to a stream: try two constructions at several numbers of slots, then improve the best ones by local search.
 
-A slot is filled up to a target size from the *ready* jobs (those whose previous step ended at least P + delay slots ago): jobs with
-a started step first, so that a step sits in few slots and its gap starts early; then those with the longest remaining critical path.
-The candidate with the smallest predicted makespan wins. Deterministic: no clock, no randomness, ties broken by index.
+What decides between candidates is the predicted makespan of the slot times under 1F1B, fill and drain included. Effort is counted in
+proposals of the search, not in seconds, and nothing depends on job numbers or hash seeds: the same workload gives the same plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from scheduling.types import Lengths, Microbatch, PlanError, Segment, Stream
+from scheduling.backlog import Backlog, Layout, check_workload, costs_of, open_backlog, to_stream
+from scheduling.packing import fill, spread
+from scheduling.search import anneal
+from scheduling.slot_cost import SlotCost
+from scheduling.timing import makespan
+from scheduling.types import Lengths, Stream
+
+_STRETCHES = (
+    1.01,
+    1.02,
+    1.03,
+    1.045,
+    1.06,
+    1.08,
+    1.11,
+    1.15,
+    1.2,
+    1.25,
+    1.3,
+    1.36,
+    1.43,
+    1.5,
+    1.6,
+    1.7,
+    1.85,
+    2.0,
+)  # numbers of slots / fewest
+_SEARCH_WORK = 600_000  # proposals x (stages + 2) per unit of effort: about 0.3 s
+_SEARCH_PER_ITEM = 300  # at most so many proposals per sample and unit of effort
+_PACKING_WORK = 40_000  # items that constructions may handle per unit of effort
+_PATIENCE = 5  # candidates in a row without a better one
 
 
-def check_workload(lengths: Lengths, capacity: int) -> None:
-    """Raise PlanError, naming the sample, where no plan can exist: empty steps, empty samples, samples over the budget."""
-    for job, steps in enumerate(lengths):
-        for step, batch in enumerate(steps):
-            if not batch:
-                raise PlanError(f"job {job} step {step} has no samples")
-            for sample, tokens in enumerate(batch):
-                if not 0 < tokens <= capacity:
-                    raise PlanError(f"job {job} step {step} sample {sample} has {tokens} tokens; the budget is 1 to {capacity}")
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A layout with its predicted makespan (per unit of work, when a horizon cuts it off)."""
+
+    value: float
+    layout: Layout
 
 
-def plan_stream(lengths: Lengths, num_stages: int, capacity: int, delay: int = 0) -> Stream:
-    """Plan a whole workload as one stream (without drain slots); steps of a job are at least num_stages + delay slots apart."""
+def plan_stream(lengths: Lengths, num_stages: int, capacity: int, delay: int = 0, effort: int = 1, cost: SlotCost | None = None) -> Stream:
+    """Plan a whole workload as one stream, without drain slots (see pipeline.with_drain).
+
+    Steps of a job are at least num_stages + delay slots apart; `effort` multiplies the work of the search (1: a few tenths of a
+    second for hundreds of slots). Raises PlanError where no plan exists.
+    """
     check_workload(lengths, capacity)
-    longest = max((tokens for steps in lengths for batch in steps for tokens in batch), default=0)
-    candidates = [greedy(lengths, num_stages + delay, capacity, target) for target in _targets(longest, capacity)]
-    return min(candidates, key=lambda stream: _rough_makespan(stream, num_stages))
+    backlog = open_backlog(lengths, num_stages, capacity, delay, cost or SlotCost())
+    return to_stream(backlog, plan_backlog(backlog, effort))
 
 
-def _targets(longest: int, capacity: int) -> list[int]:
-    """Target sizes from a quarter of the budget to all of it."""
-    return sorted({max(1, min(capacity, capacity * k // 16)) for k in range(4, 17)}, reverse=True)
+def plan_backlog(backlog: Backlog, effort: int = 1, horizon: int | None = None, known: Layout | None = None) -> Layout:
+    """Return a layout of a backlog, or of its first `horizon` slots; never slower than a `known` layout of the same items."""
+    if not backlog.tokens:
+        return []
+    proposals = effort * min(_SEARCH_WORK // (backlog.num_stages + 2), _SEARCH_PER_ITEM * len(backlog.tokens))
+    starts = [best for build in (fill, spread) if (best := _best_stretch(backlog, build, effort, horizon)) is not None]
+    if known is not None:
+        starts.append(_rate(backlog, known))
+    improved = [_improve(backlog, start, proposals // 4, seed=1) for start in starts]
+    best = min(improved, key=lambda candidate: candidate.value)
+    return _improve(backlog, best, proposals - len(starts) * (proposals // 4), seed=2).layout
 
 
-def _rough_makespan(stream: Stream, num_stages: int) -> float:
-    """Largest-slot pace of fill and drain plus the slots' own time, in tokens (128 per slot for launches)."""
-    costs = [microbatch.num_tokens + 128 if microbatch.segments else 0 for microbatch in stream]
-    windows = [max(costs[i : i + num_stages]) for i in range(len(costs))]
-    return sum(windows) + (num_stages - 1) * max(costs, default=0)
+def _improve(backlog: Backlog, start: Candidate, proposals: int, seed: int) -> Candidate:
+    return min(start, _rate(backlog, anneal(backlog, start.layout, proposals, seed=seed)), key=lambda candidate: candidate.value)
 
 
-def greedy(lengths: Lengths, gap: int, capacity: int, target: int) -> Stream:
-    """Fill slot after slot up to `target` tokens from the ready jobs; a slot for which no job is ready becomes a no-op."""
-    num_jobs = len(lengths)
-    step, free_at = [0] * num_jobs, [0] * num_jobs
-    rest = [_by_length(steps[0]) if steps else [] for steps in lengths]  # samples of the current step, longest first
-    path = [sum(max(1.0, sum(batch) / capacity) + gap - 1 for batch in steps) for steps in lengths]
-    stream: list[Microbatch] = []
-    while any(rest):
-        ready = [job for job in range(num_jobs) if rest[job] and free_at[job] <= len(stream)]
-        ready.sort(key=lambda job: (len(rest[job]) == len(lengths[job][step[job]]), -path[job], job))
-        room, segments = max(target, 1), []
-        for job in ready:
-            batch, taken = lengths[job][step[job]], []
-            for sample in list(rest[job]):
-                if batch[sample] <= room or not (segments or taken):  # an empty slot takes a sample that is over the target
-                    taken.append(sample)
-                    rest[job].remove(sample)
-                    room -= batch[sample]
-            if taken:
-                tokens = sum(batch[sample] for sample in taken)
-                segments.append(Segment(job, step[job], tuple(taken), tokens))
-                path[job] -= tokens / capacity
-            if not rest[job]:
-                path[job] -= gap - 1
-                step[job] += 1
-                free_at[job] = len(stream) + gap
-                if step[job] < len(lengths[job]):
-                    rest[job] = _by_length(lengths[job][step[job]])
-        stream.append(Microbatch(tuple(segments)))
-    return tuple(stream)
+def _rate(backlog: Backlog, layout: Layout) -> Candidate:
+    """Value a layout by its makespan per unit of work laid out."""
+    work = sum([backlog.times[item] for slot in layout for item in slot])
+    return Candidate(makespan(costs_of(backlog, layout), backlog.num_stages) / work, layout)
 
 
-def _by_length(batch: Sequence[int]) -> list[int]:
-    return sorted(range(len(batch)), key=lambda sample: (-batch[sample], sample))
+def _best_stretch(
+    backlog: Backlog, build: Callable[[Backlog, int, int | None], Layout | None], effort: int, horizon: int | None
+) -> Candidate | None:
+    """Build layouts for growing numbers of slots until they stop to improve or the work is spent; then look closer around the best."""
+    least, best, best_stretch, since = backlog.least_slots(), None, 1.0, 0
+    tries = max(1, effort * _PACKING_WORK // len(backlog.tokens))
+    if build is spread and len(backlog.tokens) * least > _PACKING_WORK * 10 * len(backlog.groups):
+        return None
+    pending = list(_STRETCHES)
+    while pending and tries > 0 and since < _PATIENCE:
+        stretch = pending.pop(0)
+        layout = build(backlog, max(1, round(least * stretch)), horizon)
+        tries -= 1
+        if layout is None:
+            continue
+        candidate = _rate(backlog, layout)
+        since += 1
+        if best is None or candidate.value < best.value:
+            best, best_stretch, since = candidate, stretch, 0
+    for stretch in (best_stretch * 0.995, best_stretch * 1.005, best_stretch * 1.013)[: max(0, tries)]:
+        layout = build(backlog, max(1, round(least * stretch)), horizon)
+        if layout is not None:
+            candidate = _rate(backlog, layout)
+            best = candidate if best is None or candidate.value < best.value else best
+    return best

@@ -24,20 +24,20 @@ WORKLOADS = st.lists(
 STAGES, DELAY = st.integers(1, 5), st.integers(0, 1)
 
 
-@given(WORKLOADS, STAGES, DELAY)
-def test_plans_replay(lengths, num_stages, delay):
-    replay(plan_stream(lengths, num_stages, CAPACITY, delay), lengths, num_stages, CAPACITY, delay)
+@given(WORKLOADS, STAGES, DELAY, st.integers(0, 1))
+def test_plans_replay(lengths, num_stages, delay, effort):
+    replay(plan_stream(lengths, num_stages, CAPACITY, delay, effort), lengths, num_stages, CAPACITY, delay)
 
 
 @given(WORKLOADS, STAGES)
 def test_json_round_trip(lengths, num_stages):
-    stream = plan_stream(lengths, num_stages, CAPACITY)
+    stream = plan_stream(lengths, num_stages, CAPACITY, effort=0)
     assert stream_from_json(json.loads(json.dumps(stream_to_json(stream, lengths)))) == stream
 
 
 @given(WORKLOADS, STAGES, DELAY, st.integers(1, 7))
 def test_window_actions_concatenate_to_the_whole(lengths, num_stages, delay, size):
-    stream = with_drain(plan_stream(lengths, num_stages, CAPACITY, delay), num_stages, delay)
+    stream = with_drain(plan_stream(lengths, num_stages, CAPACITY, delay, effort=0), num_stages, delay)
     for stage in range(num_stages):
         whole = stage_actions(stream, stage, num_stages, delay)
         cuts = [*range(0, len(stream), size), len(stream)]

@@ -1,0 +1,139 @@
+"""What is left to plan, in flat lists: the form in which packing and search work.
+
+An *item* is one sample still to be placed; a *group* is what is left of one step of one job; a *layout* is a list of slots, each a
+list of items. A layout is correct when consecutive groups of a job are at least `gap` slots apart (last item of one to first of the
+next), no first group starts before the job's `ready` slot, and no slot is over the budget. Jobs are taken in an order that their
+content alone decides, so that plans do not depend on how jobs are numbered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scheduling.slot_cost import SlotCost
+from scheduling.types import Lengths, Microbatch, PlanError, Segment, Stream
+
+Layout = list[list[int]]  # [slot] -> items
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where one job stands at a window border: the samples `taken` of step `step`, and the first slot from the border on for the rest."""
+
+    step: int = 0
+    taken: tuple[int, ...] = ()
+    ready: int = 0
+
+
+@dataclass(slots=True)
+class Backlog:
+    """Items, groups and jobs left to plan, with the constants of the problem; not changed once built."""
+
+    num_stages: int
+    gap: int
+    capacity: int
+    fixed: float
+    tokens: list[int]  # of an item
+    times: list[float]
+    keys: list[tuple[int, int, int]]  # (job, step, sample)
+    group_of: list[int]
+    groups: list[list[int]]  # items of a group, longest first
+    jobs: list[range]  # groups of a job, in order
+    ready: list[int]  # first slot of a job's first group
+    started: list[bool]  # whether the first group had samples in earlier windows
+    later_time: list[float]  # of a job, beyond the groups that are listed
+    later_steps: list[int]
+    recent: tuple[float, ...]  # slot times just before this backlog: the pipeline is not empty
+
+    @property
+    def total_time(self) -> float:
+        """Time of all that is left, listed or later, without the slots' fixed part."""
+        return sum(self.times) + sum(self.later_time)
+
+    def least_slots(self) -> int:
+        """Slots that the work and the longest chain of steps need at the very least (roughly, when some steps are not listed)."""
+        chains = [0]
+        for job, span in enumerate(self.jobs):
+            times = [sum(self.times[item] for item in self.groups[group]) for group in span]
+            steps = len(span) + self.later_steps[job]
+            if steps:
+                slots = sum(max(1.0, time / self.capacity) for time in times) + max(
+                    self.later_steps[job], self.later_time[job] / self.capacity
+                )
+                chains.append(int(slots) + (steps - 1) * (self.gap - 1) + self.ready[job])
+        return max(-(-int(self.total_time) // self.capacity), *chains)
+
+
+def check_workload(lengths: Lengths, capacity: int) -> None:
+    """Raise PlanError, naming the sample, where no plan can exist: empty steps, empty samples, samples over the budget."""
+    for job, steps in enumerate(lengths):
+        for step, batch in enumerate(steps):
+            if not batch:
+                raise PlanError(f"job {job} step {step} has no samples")
+            if min(batch) <= 0 or max(batch) > capacity:
+                sample, tokens = next((k, tokens) for k, tokens in enumerate(batch) if not 0 < tokens <= capacity)
+                raise PlanError(f"job {job} step {step} sample {sample} has {tokens} tokens; the budget is 1 to {capacity}")
+
+
+def open_backlog(
+    lengths: Lengths,
+    num_stages: int,
+    capacity: int,
+    delay: int,
+    cost: SlotCost,
+    progress: Sequence[Progress] = (),
+    recent: tuple[float, ...] = (),
+    horizon: int | None = None,
+) -> Backlog:
+    """Flatten what is left; with a horizon, list only the steps of each job that could start within that many slots."""
+    gap = num_stages + delay
+    standing = [*progress, *[Progress()] * (len(lengths) - len(progress))]
+    order = sorted(range(len(lengths)), key=lambda job: (-len(lengths[job]), lengths[job], standing[job].step, standing[job].taken))
+    backlog = Backlog(num_stages, gap, capacity, cost.fixed, [], [], [], [], [], [], [], [], [], [], recent)
+    for job in order:
+        _append_job(backlog, job, lengths[job], standing[job], cost, horizon)
+    return backlog
+
+
+def _append_job(backlog: Backlog, job: int, steps: Sequence[Sequence[int]], stand: Progress, cost: SlotCost, horizon: int | None) -> None:
+    """Append one job's groups: what is left of its current step, then whole steps, up to the horizon."""
+    first_group, slot, taken, step = len(backlog.groups), float(stand.ready), set(stand.taken), stand.step
+    while step < len(steps) and (horizon is None or slot < horizon):
+        batch = steps[step]
+        members = [sample for sample in range(len(batch)) if sample not in taken]
+        members.sort(key=lambda sample: (-batch[sample], sample))
+        first_item = len(backlog.tokens)
+        backlog.tokens += [batch[sample] for sample in members]
+        backlog.times += [cost.sample(batch[sample]) for sample in members]
+        backlog.keys += [(job, step, sample) for sample in members]
+        backlog.group_of += [len(backlog.groups)] * len(members)
+        backlog.groups.append(list(range(first_item, len(backlog.tokens))))
+        slot += max(1.0, sum(backlog.times[first_item:]) / backlog.capacity) + backlog.gap - 1
+        taken, step = set(), step + 1
+    backlog.jobs.append(range(first_group, len(backlog.groups)))
+    backlog.ready.append(stand.ready)
+    backlog.started.append(bool(stand.taken))
+    backlog.later_time.append(sum(cost.sample(tokens) for batch in steps[step:] for tokens in batch))
+    backlog.later_steps.append(len(steps) - step)
+
+
+def to_stream(backlog: Backlog, layout: Layout) -> Stream:
+    """Turn a layout into a stream: segments by job, samples ascending."""
+    stream = []
+    for slot in layout:
+        held: dict[tuple[int, int], list[int]] = {}
+        for item in sorted(slot, key=lambda item: backlog.keys[item]):
+            held.setdefault(backlog.keys[item][:2], []).append(item)
+        segments = [
+            Segment(job, step, tuple(backlog.keys[item][2] for item in items), sum(backlog.tokens[item] for item in items))
+            for (job, step), items in held.items()
+        ]
+        stream.append(Microbatch(tuple(segments)))
+    return tuple(stream)
+
+
+def costs_of(backlog: Backlog, layout: Layout) -> list[float]:
+    """Slot times of a layout, after those of the recent slots."""
+    times, fixed = backlog.times, backlog.fixed
+    return [*backlog.recent, *(sum([times[item] for item in slot]) + fixed if slot else 0.0 for slot in layout)]

@@ -1,0 +1,182 @@
+"""Two ways to lay a backlog out, each for a wanted number of slots; the planner tries several numbers and keeps the best.
+
+* `fill` goes slot by slot: ready jobs in order (started steps first, then the longest remaining critical path), whole remainders
+  while they fit, then the subset of the next jobs' samples that meets the slot's target time exactly. Best where the budget binds.
+* `spread` goes step by step: every step gets an equal, staggered share of the slots, and its samples, longest first, go to the
+  emptiest slot of that share. Best where jobs are so few that gaps bind: smaller, even slots take the place of no-ops.
+
+Targets ramp from one half to one over the first and last P - 1 slots: in a pipeline that fills or drains, a slow ramp is almost
+free, while the fill itself then costs half as much (the linear program over slot times says the same).
+"""
+
+from __future__ import annotations
+
+from scheduling.backlog import Backlog, Layout
+from scheduling.subset_sum import SubsetSums
+
+_RESOLUTION = 512  # parts of a slot in subset sums
+_CLOSE = 0.01  # a slot this near its target (relative) is full
+
+
+def ramp(num_slots: int, num_stages: int, starts_empty: bool) -> list[float]:
+    """Return each slot's share of the full target: 1/2 .. 1 at the end of a run and, into an empty pipeline, at its start."""
+    shares = [1.0] * num_slots
+    for k in range(min(num_stages - 1, num_slots // 2)):
+        share = 0.5 + 0.5 * k / (num_stages - 1)
+        shares[num_slots - 1 - k] = share
+        if starts_empty:
+            shares[k] = share
+    return shares
+
+
+class _Job:
+    """A job while slots are being filled: its current group, what is left of it, and how long the rest must take."""
+
+    __slots__ = ("group", "end", "rest", "started", "free_at", "paths", "first")
+
+    def __init__(self, backlog: Backlog, index: int, slot_time: float):
+        span = backlog.jobs[index]
+        self.group = self.first = span.start
+        self.end = span.stop
+        self.rest = list(backlog.groups[span.start]) if span else []
+        self.started, self.free_at = backlog.started[index], backlog.ready[index]
+        path = backlog.later_time[index] / slot_time + backlog.later_steps[index] * (backlog.gap - 1)
+        self.paths = []  # critical path, in slots, from each group on
+        for group in reversed(span):
+            path += max(1.0, sum([backlog.times[item] for item in backlog.groups[group]]) / slot_time) + backlog.gap - 1
+            self.paths.append(path)
+        self.paths.reverse()
+
+    def take(self, backlog: Backlog, items: set[int], slot: int) -> None:
+        """Remove placed items; move to the next group when none is left."""
+        self.rest = [item for item in self.rest if item not in items]
+        self.started = True
+        if not self.rest:
+            self.group, self.started, self.free_at = self.group + 1, False, slot + backlog.gap
+            if self.group < self.end:
+                self.rest = list(backlog.groups[self.group])
+
+
+def fill(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout:
+    """Lay out slot by slot towards `num_slots` even ones; stops at the horizon, goes on past `num_slots` when gaps force it to."""
+    slot_time = max(1.0, backlog.total_time / num_slots)
+    jobs = [_Job(backlog, index, slot_time) for index in range(len(backlog.jobs))]
+    shares = ramp(num_slots, backlog.num_stages, not backlog.recent)
+    time_left, shares_left = backlog.total_time, sum(shares)
+    layout: Layout = []
+    open_jobs = [index for index, job in enumerate(jobs) if job.rest]
+    while open_jobs and (horizon is None or len(layout) < horizon):
+        slot = len(layout)
+        target = slot_time
+        if slot < num_slots:
+            target = (time_left + backlog.fixed * (num_slots - slot)) * shares[slot] / max(shares_left, 0.5) - backlog.fixed
+            shares_left -= shares[slot]
+        ready = [index for index in open_jobs if jobs[index].free_at <= slot]
+        ready.sort(key=lambda index: (not jobs[index].started, -jobs[index].paths[jobs[index].group - jobs[index].first], index))
+        chosen = _fill_slot(backlog, [jobs[index] for index in ready], max(1.0, target))
+        placed = set(chosen)
+        for index in ready:
+            if not placed.isdisjoint(jobs[index].rest):
+                jobs[index].take(backlog, placed, slot)
+        time_left -= sum([backlog.times[item] for item in chosen])
+        layout.append(chosen)
+        open_jobs = [index for index in open_jobs if jobs[index].rest]
+    return layout
+
+
+def _fill_slot(backlog: Backlog, ready: list[_Job], target: float) -> list[int]:
+    """Choose the items of one slot: whole remainders in order while they fit, then the best subset of the jobs that follow."""
+    times, tokens = backlog.times, backlog.tokens
+    chosen: list[int] = []
+    room, token_room, num_whole = target, backlog.capacity, 0
+    for job in ready:
+        needed, needed_tokens = sum([times[item] for item in job.rest]), sum([tokens[item] for item in job.rest])
+        if needed > room or needed_tokens > token_room:
+            break
+        chosen += job.rest
+        room, token_room, num_whole = room - needed, token_room - needed_tokens, num_whole + 1
+    if num_whole < len(ready) and room > _CLOSE * target:
+        chosen += _fit(backlog, ready[num_whole:], room, token_room, target)
+    if not chosen and ready:  # even the shortest sample is over the target
+        chosen = [ready[0].rest[-1]]
+    return chosen
+
+
+def _fit(backlog: Backlog, ready: list[_Job], room: float, token_room: int, target: float) -> list[int]:
+    """Return the subset of the ready jobs' items whose time is nearest to `room`, drawing on as few jobs as that takes."""
+    times, tokens, unit = backlog.times, backlog.tokens, target / _RESOLUTION
+    goal, slack = int(room / unit), int(2 * _CLOSE * _RESOLUTION)
+    sums, pool = SubsetSums(goal + slack), []
+    best: list[int] = []
+    missed = float("inf")
+    for job in ready:
+        pool += job.rest
+        sums.extend([max(1, round(times[item] / unit)) for item in job.rest])
+        below, above = sums.below(goal), sums.above(goal)
+        for total in sorted({below, below if above is None else above}, key=lambda total: abs(total - goal)):
+            if abs(total - goal) >= missed:
+                continue
+            subset = [pool[index] for index in sums.pick(total)]
+            if sum([tokens[item] for item in subset]) <= token_room:
+                best, missed = subset, abs(total - goal)
+                break
+        if missed <= _CLOSE * _RESOLUTION:
+            return best
+    return best or _fit_tokens(backlog, ready, token_room)
+
+
+def _fit_tokens(backlog: Backlog, ready: list[_Job], token_room: int) -> list[int]:
+    """Where the token budget binds before the time does: the first jobs' samples, longest first, that still fit."""
+    subset = []
+    for job in ready:
+        for item in job.rest:
+            if backlog.tokens[item] <= token_room:
+                subset.append(item)
+                token_room -= backlog.tokens[item]
+    return subset
+
+
+def spread(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout | None:
+    """Lay out step by step over equal, staggered shares of the slots; None where a share cannot hold its samples."""
+    allowed = _shares_of_steps(backlog, num_slots)
+    if allowed is None:
+        return None
+    num_slots = max(end for _, end in allowed) + 1
+    shares = ramp(num_slots, backlog.num_stages, not backlog.recent)
+    loads, room, layout = [backlog.fixed] * num_slots, [backlog.capacity] * num_slots, [[] for _ in range(num_slots)]
+    for item in sorted(range(len(backlog.tokens)), key=lambda item: (-backlog.tokens[item], item)):
+        first, end = allowed[backlog.group_of[item]]
+        if horizon is not None and first >= horizon:
+            continue
+        time, tokens = backlog.times[item], backlog.tokens[item]
+        slots = [slot for slot in range(first, end + 1) if room[slot] >= tokens]
+        if not slots:
+            return None
+        slot = min(slots, key=lambda slot: (loads[slot] + time) / shares[slot])
+        loads[slot] += time
+        room[slot] -= tokens
+        layout[slot].append(item)
+    while not layout[-1]:
+        layout.pop()
+    return layout
+
+
+def _shares_of_steps(backlog: Backlog, num_slots: int) -> list[tuple[int, int]] | None:
+    """Return the first and last slot that each group may use, or None where the shares are shorter than the gap."""
+    num_jobs, gap = len(backlog.jobs), backlog.gap
+    steps = [len(span) + later for span, later in zip(backlog.jobs, backlog.later_steps, strict=True)]
+    period = (num_slots + gap - 1) / (max(steps) + (num_jobs - 1) / num_jobs)
+    allowed: list[tuple[int, int]] = [(0, 0)] * len(backlog.groups)
+    for index, span in enumerate(backlog.jobs):
+        if backlog.recent:
+            start, late = float(backlog.ready[index]), 0.0
+        else:
+            start = period * index / num_jobs
+            late = period * (num_jobs - 1) / num_jobs - start  # slots that the last job to start still needs after this one ends
+        share = (num_slots + gap - 1 - start - late) / max(1, steps[index])
+        for position, group in enumerate(span):
+            first, end = int(start + share * position), int(start + share * (position + 1)) - gap
+            if end < first and steps[index] > 1:
+                return None
+            allowed[group] = (first, max(first, end))
+    return allowed

@@ -1,0 +1,167 @@
+"""Local search on a layout: annealing by sweeps that move or swap samples between nearby slots and time each change exactly.
+
+A sweep walks the slots from left to right with the head of the recursion of timing.py at its side; for each slot p it proposes a few
+changes between p and a slot up to 2 P to its right, times them in the rounds that they touch (head, changed rounds, tail), and accepts
+by Metropolis' rule. Changes to the right of p leave the head valid, those to the left of a round leave its tail valid, so nothing is
+recomputed but a few tails after an accepted change. Work is counted in proposals, never in seconds, and random numbers come from a
+fixed seed: the same input gives the same plan everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from scheduling.backlog import Backlog, Layout, costs_of
+from scheduling.timing import Clock, makespan
+
+_COOLING = 0.05  # last temperature / first
+_PROPOSALS_PER_SLOT = 10
+
+
+def anneal(backlog: Backlog, layout: Layout, proposals: int, heat: float = 0.2, seed: int = 0) -> Layout:
+    """Return the best layout that about this many proposals find, never a slower one than the given.
+
+    The first temperature is `heat` times the time per slot that the pipeline loses to unevenness, fill and drain.
+    """
+    search = _Search(backlog, layout)
+    num_slots = max(1, len(layout))
+    sweeps = proposals // (num_slots * _PROPOSALS_PER_SLOT)
+    start = makespan(search.costs, backlog.num_stages)
+    hot = heat * max(0.0, start - 2 * sum(search.costs)) / num_slots
+    rng = random.Random(seed)
+    for sweep in range(sweeps):
+        search.sweep(rng, hot * _COOLING ** (sweep / sweeps))
+    found = without_gaps(backlog, search.layout())
+    return found if makespan(costs_of(backlog, found), backlog.num_stages) < start else layout
+
+
+def without_gaps(backlog: Backlog, layout: Layout) -> Layout:
+    """Drop every no-op slot that no gap before a step of a job needs."""
+    layout = [list(slot) for slot in layout]
+    first, last = [-1] * len(backlog.groups), [-1] * len(backlog.groups)
+    for k, slot in enumerate(layout):
+        for item in slot:
+            group = backlog.group_of[item]
+            first[group], last[group] = (k if first[group] < 0 else first[group]), k
+    for k in range(len(layout) - 1, -1, -1):
+        if layout[k] or any(_needs(backlog, job, k, first, last) for job in range(len(backlog.jobs))):
+            continue
+        del layout[k]
+        first = [slot - (slot > k) for slot in first]
+        last = [slot - (slot > k) for slot in last]
+    return layout
+
+
+def _needs(backlog: Backlog, job: int, k: int, first: list[int], last: list[int]) -> bool:
+    """Whether slot k is part of a gap of a job that must not shrink (first and last: the extent of each group, -1 where not laid out)."""
+    earliest = backlog.ready[job]
+    for group in backlog.jobs[job]:
+        if k < first[group]:
+            return first[group] <= earliest
+        earliest = last[group] + backlog.gap
+        if k <= last[group]:
+            return False
+    return False
+
+
+class _Search:
+    """A layout under change: slot contents, slot times, and where each group begins and ends; slots count from the recent ones on."""
+
+    def __init__(self, backlog: Backlog, layout: Layout):
+        self.backlog, self.clock = backlog, Clock(backlog.num_stages)
+        self.offset = len(backlog.recent)
+        self.slots = [[] for _ in backlog.recent] + [list(slot) for slot in layout]
+        self.costs = costs_of(backlog, layout)
+        self.tokens = [sum([backlog.tokens[item] for item in slot]) for slot in self.slots]
+        self.at = {item: k for k, slot in enumerate(self.slots) for item in slot}
+        num_groups = len(backlog.groups)
+        self.members = [[item for item in group if item in self.at] for group in backlog.groups]
+        self.earliest, self.latest = [0] * num_groups, [len(self.slots) - 1] * num_groups  # slots that a group's items may use
+        self.before, self.after = [-1] * num_groups, [-1] * num_groups
+        for span, ready in zip(backlog.jobs, backlog.ready, strict=True):
+            for group in span:
+                self.before[group] = group - 1 if group > span.start else -1
+                self.after[group] = group + 1 if group + 1 < span.stop else -1
+                self.earliest[group] = self.offset + ready
+        for group in range(num_groups):
+            self._bound(group)
+
+    def layout(self) -> Layout:
+        return self.slots[self.offset :]
+
+    def _bound(self, group: int) -> None:
+        """After a change in a group's extent: renew the slots that the groups before and after it may use."""
+        slots = [self.at[item] for item in self.members[group]]
+        if not slots:
+            return
+        if self.before[group] >= 0:
+            self.latest[self.before[group]] = min(slots) - self.backlog.gap
+        if self.after[group] >= 0:
+            self.earliest[self.after[group]] = max(slots) + self.backlog.gap
+
+    def sweep(self, rng: random.Random, temperature: float) -> None:
+        """Propose changes between each slot and those to its right, from left to right."""
+        clock, costs, reach = self.clock, self.costs, 2 * self.backlog.num_stages
+        num_slots, draw = len(self.slots), rng.random
+        tails = clock.tails(costs)
+        head = clock.advance((0.0,) * clock.num_stages, costs, 0, self.offset)
+        now = max(map(float.__add__, head, tails[self.offset]))
+        last_round = len(tails) - 1
+        for p in range(self.offset, num_slots - 1):
+            for _ in range(_PROPOSALS_PER_SLOT):
+                q = p + 1 + int(draw() * reach)
+                if q >= num_slots:
+                    continue
+                change = self._propose(p, q, draw(), draw())
+                if change is None:
+                    continue
+                kept = costs[p], costs[q]
+                costs[p], costs[q] = change[2:]
+                end = min(q + clock.num_stages, last_round)
+                value = max(map(float.__add__, clock.advance(head, costs, p, end), tails[end]))
+                if value <= now or (temperature > 0 and draw() < math.exp((now - value) / temperature)):
+                    now = value
+                    self._apply(p, q, change[0], change[1])
+                    for k in range(end - 1, p, -1):
+                        tails[k] = clock.retreat(tails[k + 1], costs, k)
+                else:
+                    costs[p], costs[q] = kept
+            head = clock.advance(head, costs, p, p + 1)
+
+    def _propose(self, p: int, q: int, draw_p: float, draw_q: float) -> tuple[int, int, float, float] | None:
+        """Draw an item of slot p, one of slot q (-1: none) to trade places; None unless every rule allows it, else with the new costs."""
+        backlog, here, there = self.backlog, self.slots[p], self.slots[q]
+        index, other = int(draw_p * (len(here) + 1)), int(draw_q * (len(there) + 1))
+        right = here[index] if index < len(here) else -1
+        left = there[other] if other < len(there) else -1
+        time, tokens = 0.0, 0
+        if right >= 0:
+            if q > self.latest[backlog.group_of[right]]:
+                return None
+            time, tokens = backlog.times[right], backlog.tokens[right]
+        if left >= 0:
+            if p < self.earliest[backlog.group_of[left]]:
+                return None
+            time, tokens = time - backlog.times[left], tokens - backlog.tokens[left]
+        elif right < 0:
+            return None
+        if self.tokens[q] + tokens > backlog.capacity or self.tokens[p] - tokens > backlog.capacity:
+            return None
+        cost_p, cost_q = self.costs[p] - time, self.costs[q] + time
+        if left < 0:
+            cost_p, cost_q = 0.0 if len(here) == 1 else cost_p, cost_q if there else cost_q + backlog.fixed
+        elif right < 0:
+            cost_p, cost_q = cost_p if here else cost_p + backlog.fixed, 0.0 if len(there) == 1 else cost_q
+        return right, left, cost_p, cost_q
+
+    def _apply(self, p: int, q: int, right: int, left: int) -> None:
+        """Carry out an accepted change: item `right` goes from p to q, item `left` from q to p."""
+        for item, source, target in ((right, p, q), (left, q, p)):
+            if item >= 0:
+                self.slots[source].remove(item)
+                self.slots[target].append(item)
+                self.tokens[source] -= self.backlog.tokens[item]
+                self.tokens[target] += self.backlog.tokens[item]
+                self.at[item] = target
+                self._bound(self.backlog.group_of[item])

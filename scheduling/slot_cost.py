@@ -1,0 +1,72 @@
+"""What a slot costs, in token-equivalents, and the even-slot estimate that plans are measured against.
+
+    time(slot) = tokens + per_square * sum(length^2) + fixed        (0 for a no-op)
+
+forward and backward alike: linear layers, attention over packed samples, launches. `cost.py` fits the constants to a model and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scheduling.timing import makespan
+from scheduling.types import Lengths, Microbatch, Stream
+
+
+@dataclass(frozen=True, slots=True)
+class SlotCost:
+    """Constants of the slot time; the defaults are those of an 8B Llama on one H100-class device."""
+
+    per_square: float = 1.9e-5
+    fixed: float = 128.0
+
+    def sample(self, tokens: int) -> float:
+        """Return the time of one sample in token-equivalents."""
+        return tokens + self.per_square * tokens * tokens
+
+    def slot(self, sample_tokens: Sequence[int]) -> float:
+        """Return the time of a slot that packs samples of these lengths."""
+        return sum(map(self.sample, sample_tokens)) + self.fixed if sample_tokens else 0.0
+
+
+def slot_times(stream: Stream, lengths: Lengths, cost: SlotCost) -> list[float]:
+    """Return the predicted time of every slot (evaluation slots: by their tokens alone)."""
+    return [_slot_time(microbatch, lengths, cost) for microbatch in stream]
+
+
+def _slot_time(microbatch: Microbatch, lengths: Lengths, cost: SlotCost) -> float:
+    if microbatch.evaluate:
+        return microbatch.num_tokens + cost.fixed
+    return cost.slot([lengths[segment.job][segment.step][sample] for segment in microbatch.segments for sample in segment.samples])
+
+
+def work_time(lengths: Lengths, cost: SlotCost) -> float:
+    """Return the time of all samples, one way on one stage, without slots, fill or drain."""
+    return sum(cost.sample(tokens) for steps in lengths for batch in steps for tokens in batch)
+
+
+def efficiency(stream: Stream, lengths: Lengths, num_stages: int, cost: SlotCost | None = None) -> float:
+    """Return ideal time of the tokens / makespan of the stream."""
+    cost = cost or SlotCost()
+    span = makespan(slot_times(stream, lengths, cost), num_stages)
+    return 2 * work_time(lengths, cost) / span if span else 1.0
+
+
+def even_slot_estimate(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost | None = None) -> float:
+    """Return the efficiency of perfectly even slots at their best number.
+
+    Indivisible samples and gaps between steps may forbid it; slots that ramp up and down at the ends can beat it by a percent.
+    """
+    cost = cost or SlotCost()
+    work = work_time(lengths, cost)
+    least = least_slots(lengths, capacity)
+    if not least:
+        return 1.0
+    best = max(least, round(((num_stages - 1) * work / max(cost.fixed, 1e-9)) ** 0.5))  # of (work + fixed n)(n + P - 1) / n
+    return max(work * n / ((work + cost.fixed * n) * (n + num_stages - 1)) for n in (best, best + 1, max(least, best - 1)))
+
+
+def least_slots(lengths: Lengths, capacity: int) -> int:
+    """Return the number of slots below which the token budget cannot hold all samples."""
+    return -(-sum(tokens for steps in lengths for batch in steps for tokens in batch) // capacity)

