@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(arguments)
     except UserError as error:
-        print(f"megatron-lora: {error}", file=sys.stderr)
+        from megatron_lora.strict_yaml import one_line
+
+        print(f"megatron-lora: {one_line(error, 1000)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as in `megatron-lora plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

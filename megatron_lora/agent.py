@@ -56,7 +56,7 @@ def explain(failures: dict) -> dict:
         return {"kind": "user", "rank": rank, "line": data["line"], "traceback": ""}
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        hint = "; SIGKILL mostly means that the machine ran out of memory" if name == "SIGKILL" else ""
+        hint = ", which mostly means that the machine ran out of memory" if name == "SIGKILL" else ""
         return {"kind": "signal", "rank": rank, "line": f"rank {rank} was ended by {name}{hint}", "traceback": ""}
     line = data.get("line", f"ended with status {failure.exitcode}")
     return {"kind": "crash", "rank": rank, "line": f"rank {rank}: {line}", "traceback": data.get("message", "") if "line" in data else ""}

@@ -49,7 +49,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         check_weights(model_dir, architecture)
     for job in config.jobs:
         check_init_adapter(job, architecture)
-    data = read_data(config, model_dir)
+    data = read_data(config, model_dir, architecture.vocab_size)
     for job, job_data in zip(config.jobs, data, strict=True):
         check_lengths(job, job_data, config.microbatch_tokens, architecture)
     return Inputs(model_dir=model_dir, architecture=architecture, data=data)
@@ -94,8 +94,11 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
         return
     from megatron_lora.peft_format import check_adapter, read_adapter
 
-    adapter = read_adapter(job.init_adapter)
     where = f"jobs.{job.name}"
+    try:
+        adapter = read_adapter(job.init_adapter)
+    except UserError as error:
+        raise UserError(f"{where}.init_adapter: {error}") from None
     for key in ("r", "lora_alpha", "use_rslora"):
         wanted, found = getattr(job, key), getattr(adapter, key)
         if wanted != found:
@@ -112,16 +115,15 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
     check_adapter(f"{where}.init_adapter: {job.init_adapter!r}", adapter, shapes)
 
 
-def read_data(config: RunConfig, model_dir: Path) -> tuple:
+def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
     """Tokenise every job's datasets, or take them from the cache."""
-    from megatron_lora.data import load_job_data, load_tokenizer
+    from megatron_lora.data import load_jobs_data, load_tokenizer
 
-    tokenizer = load_tokenizer(model_dir)
-    return tuple(load_job_data(job, tokenizer, cache_dir()) for job in config.jobs)
+    return load_jobs_data(config.jobs, load_tokenizer(model_dir), cache_dir(), vocab_size)
 
 
 def check_lengths(job: JobConfig, data, microbatch_tokens: int, architecture: Architecture) -> None:
-    """Check that each sample fits into a microbatch and the model: tokens within the budget, the positions and the vocabulary."""
+    """Check that each sample fits into a microbatch and the model: within the budget and the positions."""
     where = f"jobs.{job.name}"
     longest = max(data.samples, key=lambda sample: len(sample.tokens))
     tokens = len(longest.tokens)
@@ -134,12 +136,6 @@ def check_lengths(job: JobConfig, data, microbatch_tokens: int, architecture: Ar
         raise UserError(
             f"{where}.sequence_len: {job.sequence_len} lets row {longest.row} have {tokens} tokens, and the model has "
             f"{architecture.max_positions} positions; set it to at most {architecture.max_positions}"
-        )
-    largest = max(int(sample.tokens.max()) for sample in data.samples)
-    if largest >= architecture.vocab_size:
-        raise UserError(
-            f"base_model: its tokenizer gives token {largest} and its vocabulary ends at {architecture.vocab_size - 1}; "
-            "use the tokenizer that belongs to the model"
         )
 
 

@@ -95,7 +95,7 @@ def text(what: str) -> Rule:
     def rule(path: str, value: object) -> str:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             quote = ", in quotes" if isinstance(value, (int, float)) else ""
-            raise UserError(f"{path}: {show(value)} is not {what}; use text{quote}")
+            raise UserError(f"{path}: {show(value)} is not {what}; write one as text{quote}")
         return value
 
     return rule

@@ -133,7 +133,9 @@ def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
                 agent.terminate()
         report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.exists() else None
     if received and status:
-        return _Ending(128 + received[0], f"stopped by {signal.Signals(received[0]).name} before its state was saved")
+        reason = f"stopped by {signal.Signals(received[0]).name} before its state was saved"
+        print(f"megatron-lora: {reason}", file=sys.stderr)
+        return _Ending(128 + received[0], reason)
     if report is None:
         return _Ending(0) if status == 0 else _Ending(1, f"torchrun ended with status {status}")
     print(f"{report['traceback']}megatron-lora: {report['line']}", file=sys.stderr)

@@ -98,12 +98,12 @@ def report(config: RunConfig, workload: Lengths, together: Figures, alone: Seque
     after_each_other = sum(figures.time for figures in alone)
     saved = 1 - together.time / after_each_other
     lines.append(row("together", sum(map(len, workload)), together, f"{saved:.0%}" if len(config.jobs) > 1 else ""))
-    parallel = config.parallel
+    stages = config.parallel.pipeline
     lines.append("")
     lines.append(
-        f"{parallel.pipeline} {'stage' if parallel.pipeline == 1 else 'stages'}, {config.microbatch_tokens} tokens per microbatch; each job's line is the job trained alone. "
-        "Times are predicted from tokens, for even stages."
+        f"{stages} {'stage' if stages == 1 else 'stages'}, {config.microbatch_tokens} tokens per microbatch; a job's line is the job alone."
     )
+    lines.append("Times are predicted from tokens, for even stages.")
     return [*lines, *advice(config, saved, gains)]
 
 

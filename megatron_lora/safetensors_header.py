@@ -29,17 +29,14 @@ def check_weights(model_dir: Path, architecture: Shapes) -> None:
     found: dict[str, dict] = {}
     for file in weight_files(model_dir):
         found |= read_header(file)
+    model = f"base_model: {str(model_dir)!r}"
     for name, shape in architecture.tensor_shapes().items():
         if name not in found:
-            raise UserError(f"base_model: {str(model_dir)!r} has no tensor {name}, which its config.json calls for; {REFETCH}")
+            raise UserError(f"{model} has no tensor {name}, which its config.json calls for; {REFETCH}")
         if tuple(found[name]["shape"]) != shape:
-            raise UserError(
-                f"base_model: {str(model_dir)!r}: {name} has shape {found[name]['shape']} and config.json calls for {list(shape)}; {REFETCH}"
-            )
+            raise UserError(f"{model}: {name} has shape {found[name]['shape']} and config.json calls for {list(shape)}; {REFETCH}")
         if found[name]["dtype"] not in DTYPES:
-            raise UserError(
-                f"base_model: {str(model_dir)!r}: {name} is {found[name]['dtype']}; use a checkpoint in bf16, fp16 or fp32, not a quantised one"
-            )
+            raise UserError(f"{model}: {name} is {found[name]['dtype']}; use a checkpoint in bf16, fp16 or fp32, not a quantised one")
 
 
 def weight_files(model_dir: Path) -> list[Path]:

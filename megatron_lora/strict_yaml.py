@@ -19,7 +19,7 @@ STRING = "tag:yaml.org,2002:str"
 SCALARS = {
     "tag:yaml.org,2002:null": re.compile(r"^(?:~|null|Null|NULL|)$"),
     "tag:yaml.org,2002:bool": re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
-    "tag:yaml.org,2002:int": re.compile(r"^(?:[-+]?[0-9]{1,30}|0o[0-7]{1,30}|0x[0-9a-fA-F]{1,30})$"),
+    "tag:yaml.org,2002:int": re.compile(r"^(?:[-+]?[0-9]{1,300}|0o[0-7]{1,30}|0x[0-9a-fA-F]{1,30})$"),
     "tag:yaml.org,2002:float": re.compile(
         r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
     ),
@@ -64,7 +64,8 @@ def parse_yaml(text: str, source: str) -> object:
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise UserError(f"{source}:{mark.line + 1 if mark else 1}: not valid YAML: {one_line(error.problem or error.context)}") from None
+        said = one_line(", ".join(filter(None, (error.context, error.problem))))
+        raise UserError(f"{source}:{mark.line + 1 if mark else 1}: not valid YAML: {said}") from None
     except yaml.reader.ReaderError as error:
         raise UserError(f"{source}: not valid YAML: the character {error.character!r} is not allowed") from None
     return None if root is None else _construct(root, source, ())

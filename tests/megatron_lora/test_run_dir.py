@@ -1,0 +1,126 @@
+"""The output directory: one run at a time, nothing of another run touched, status.json always whole."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_lora.config import DatasetConfig, JobConfig, RunConfig, load_config
+from megatron_lora.errors import UserError
+from megatron_lora.run_dir import RunDirectory
+
+
+def config(path) -> RunConfig:
+    jobs = tuple(JobConfig(name=name, seed=0, datasets=(DatasetConfig(path="a.jsonl", type="text"),)) for name in ("a", "b"))
+    return RunConfig(base_model="m", output_dir=str(path), jobs=jobs)
+
+
+def states(run: RunDirectory) -> dict[str, str]:
+    return {name: job["state"] for name, job in run.status()["jobs"].items()}
+
+
+def snapshot(path) -> dict:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_run_records_config_environment_and_states(tmp_path):
+    with RunDirectory.create(config(tmp_path / "run"), {"python": "3"}) as run:
+        assert load_config(run.path / "config.yaml") == config(tmp_path / "run")
+        assert json.loads((run.path / "env.json").read_text()) == {"python": "3"}
+        assert run.plan_dir.is_dir() and states(run) == {"a": "queued", "b": "queued"}
+        with RunDirectory.join(config(tmp_path / "run")) as worker:
+            worker.set_job("a", "running")
+            worker.set_job("b", "failed", "loss is not finite")
+            worker.set_job("a", "done")
+            worker.finish(3)
+        assert run.status() == {
+            "exit_status": 3,
+            "reason": "",
+            "jobs": {"a": {"state": "done", "reason": ""}, "b": {"state": "failed", "reason": "loss is not finite"}},
+        }
+
+
+@pytest.mark.parametrize(("exit_status", "ended"), [(1, {"a": "failed", "b": "failed"}), (75, {"a": "running", "b": "queued"})])
+def test_what_had_not_ended_has_failed_unless_the_run_was_preempted(tmp_path, exit_status, ended):
+    with RunDirectory.create(config(tmp_path / "run")) as run:
+        run.set_job("a", "running")
+        run.finish(exit_status, "a reason")
+        assert states(run) == ended and run.status()["reason"] == "a reason"
+
+
+def test_a_live_owner_or_worker_keeps_others_out_and_death_lets_go(tmp_path):
+    path = tmp_path / "run"
+    owner = RunDirectory.create(config(path))
+    worker = RunDirectory.join(config(path))
+    for process in (owner, worker):
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+            RunDirectory.check(path)
+        with pytest.raises(UserError, match="in use by process"):
+            RunDirectory.create(config(path))
+        process.close()
+    RunDirectory.check(path)
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    path = tmp_path / "run"
+    code = (
+        "import os, sys; from test_run_dir import config; from megatron_lora.run_dir import RunDirectory\n"
+        f"run = RunDirectory.create(config({str(path)!r})); print('held', flush=True); sys.stdin.read()"
+    )
+    here = os.path.dirname(__file__)
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([here, os.getcwd(), os.environ.get("PYTHONPATH", "")])}
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
+        RunDirectory.check(path)
+    holder.kill()
+    holder.wait()
+    RunDirectory.check(path)
+
+
+def test_a_run_that_never_took_a_step_may_be_taken_over_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "run"
+    with RunDirectory.create(config(path)) as run:
+        (run.plan_dir / "window-0000.json").write_text("{}")
+        (run.job_dir("a") / "metrics.jsonl").write_text("")
+        run.finish(1, "crashed")
+    with RunDirectory.create(config(path)) as run:
+        assert not list(run.plan_dir.iterdir()) and run.status()["exit_status"] is None and not (path / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [({"a": "done", "b": "done"}, "holds a finished run"), ({"a": "done", "b": "failed"}, r"\(1 done, 1 failed jobs\), and resuming")],
+)
+def test_a_run_that_has_trained_is_refused_by_what_it_is_and_not_touched(tmp_path, end, words):
+    path = tmp_path / "run"
+    with RunDirectory.create(config(path)) as run:
+        (run.job_dir("a") / "metrics.jsonl").write_text('{"step": 1}\n')
+        for name, state in end.items():
+            run.set_job(name, state)
+        run.discard()  # takes nothing away from a run that has trained
+    before = snapshot(path)
+    assert "jobs/a/metrics.jsonl" in before
+    for attempt in (lambda: RunDirectory.check(path), lambda: RunDirectory.create(config(path))):
+        with pytest.raises(UserError, match=words):
+            attempt()
+    assert snapshot(path) == before
+
+
+def test_discard_takes_a_directory_away_that_it_made_and_empties_one_that_was_there(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("made", "there"):
+        with RunDirectory.create(config(tmp_path / name)) as run:
+            run.job_dir("a")
+            run.discard()
+    assert not (tmp_path / "made").exists()
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_files_of_other_origin_are_refused_and_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    with pytest.raises(UserError, match="holds 'thesis.tex', which no run wrote"):
+        RunDirectory.create(config(tmp_path))
+    assert snapshot(tmp_path) == {"thesis.tex": b"all of it"}
