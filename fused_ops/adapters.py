@@ -19,6 +19,7 @@ from fused_ops.route import upload
 
 RANK_ALIGN = 16
 MAX_RANK = 256
+SLOT_FIELDS = 16
 
 
 def padded_rank(r: int) -> int:
@@ -112,15 +113,15 @@ class LoraGroup:
 
     @cached_property
     def slot_table(self) -> Tensor:
-        """Return int32 [slots, 12] on the arena's device: padded rank, threshold, width, then per module (A row, B row, S column)."""
+        """Return int32 [slots, 16] on the arena's device: padded rank, threshold, width, first A row, then A row, B row, S column per module."""
         rows = []
-        for slot in range(len(self.slots)):
-            row = [padded_rank(self.slots.ranks[slot]), self.slots.thresholds[slot], self.widths[slot]]
-            for module in range(MAX_MODULES):
-                there = module < self.num_modules
-                row += [self.a_rows[slot][module], self.b_rows[slot][module], self.s_column(slot, module)] if there else [-1, -1, -1]
-            rows.append(row)
-        return upload(torch.tensor(rows, dtype=torch.int32).view(-1, 12), self.a_RK.device)
+        for slot, r in enumerate(self.slots.ranks):
+            first = min((row for row in self.a_rows[slot] if row >= 0), default=-1)
+            row = [padded_rank(r), self.slots.thresholds[slot], self.widths[slot], first]
+            for module in range(self.num_modules):
+                row += [self.a_rows[slot][module], self.b_rows[slot][module], self.s_column(slot, module)]
+            rows.append(row + [-1] * (SLOT_FIELDS - len(row)))
+        return upload(torch.tensor(rows, dtype=torch.int32).view(-1, SLOT_FIELDS), self.a_RK.device)
 
     @cached_property
     def scale_table(self) -> Tensor:

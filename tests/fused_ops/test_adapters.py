@@ -28,9 +28,9 @@ def test_columns_of_s_lie_side_by_side(make_problem):
     assert group.widths == (32, 64, 0) and group.width == 64 and group.max_padded_rank == 32 and group.has_dropout
     assert [[group.s_column(s, m) for m in range(3)] for s in range(3)] == [[-1, 0, 16], [0, -1, 32], [-1, -1, -1]]
     assert group.slot_table.tolist() == [
-        [16, 0, 32, -1, -1, -1, 0, 0, 0, 16, 0, 16],
-        [32, 102, 64, 32, 0, 0, -1, -1, -1, 64, 16, 32],
-        [16, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1],
+        [16, 0, 32, 0, -1, -1, -1, 0, 0, 0, 16, 0, 16, -1, -1, -1],
+        [32, 102, 64, 32, 32, 0, 0, -1, -1, -1, 64, 16, 32, -1, -1, -1],
+        [16, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1],
     ]
     assert group.scale_table.tolist() == pytest.approx([2.0, 1.0 / (1 - 102 / 1024), 2 / 3])
 

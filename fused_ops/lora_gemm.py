@@ -1,0 +1,249 @@
+"""The frozen GEMM with the LoRA term in its epilogue: Y = X W^T (+ bias) + S B^T, and dX = dY W + M * (dS A).
+
+One kernel body serves both. Output tiles lie on the plain row grid; after the K loop a tile goes through the segments that meet it
+(`Route.tiles`) and adds dot(S [rows, r], L [r, columns]), where L is B (forward: each module its own columns) or A (backward: all
+columns). The *product* is masked by row, column and dropout, so that a neighbour's NaN stays where it is. The accumulator is
+worked on in two or four column parts, which bounds the registers that the product needs.
+
+Names: input [T, I] times weight gives output [T, O]; weight is [O, I] forward and [I, O] backward. Without dropout, dX treats the
+modules of a slot as one: their rows of A, and their columns of dS, lie side by side (WIDE).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.route import Route
+from fused_ops.shapes import num_processors
+from fused_ops.triton_dropout import column_keys, hash_bits, keep
+
+_FIELDS = tl.constexpr(SLOT_FIELDS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmConfig:
+    """How a GEMM is cut: the output tile, the inner block, pipeline stages, column parts of the epilogue, and the grid."""
+
+    rows: int = 128
+    columns: int = 256
+    inner: int = 64
+    stages: int = 4
+    parts: int = 2
+    group: int = 8
+    warps: int = 8
+    persistent: bool = False
+
+
+def default_config(tma: bool, dropout: bool) -> GemmConfig:
+    """Return the configuration that is used where nothing was measured."""
+    if not tma:
+        return GemmConfig(columns=128, inner=32, stages=3)
+    return GemmConfig(parts=4 if dropout else 2)
+
+
+@triton.jit
+def _add_lora(
+    b_acc, i_row, i_col, o_row, o_col, num_cols, i_low, i_high, s, s_stride, adapters, l_strides, starts, stops,
+    segments_ptr, slots_ptr, keys_ptr, first_feature,
+    BACKWARD: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return b_acc [BM, BP] plus the LoRA products of its rows and columns, segment by segment, module by module."""
+    if DROPOUT:
+        b_columns = column_keys(o_col + first_feature)
+    for i_segment in tl.range(i_low, i_high, num_stages=1):
+        first, end = tl.load(segments_ptr + i_segment * 4), tl.load(segments_ptr + i_segment * 4 + 1)
+        slot_ptr = slots_ptr + tl.load(segments_ptr + i_segment * 4 + 2) * _FIELDS
+        m_row = (o_row >= first) & (o_row < end)
+        if DROPOUT:
+            b_keys = tl.load(keys_ptr + o_row, m_row, 0).to(tl.uint32, bitcast=True)
+            b_threshold = tl.where(m_row, tl.load(slot_ptr + 1), 1024).to(tl.uint32)  # 1024: no element of the row is kept
+        for i_module in tl.static_range(1 if WIDE else MODULES):
+            if WIDE:
+                rank, l_row, s_col = tl.load(slot_ptr + 2), tl.load(slot_ptr + 3), 0
+            else:
+                rank, s_col = tl.load(slot_ptr), tl.load(slot_ptr + 6 + 3 * i_module)
+                l_row = tl.load(slot_ptr + (4 if BACKWARD else 5) + 3 * i_module)
+            start, stop = (0, num_cols) if BACKWARD else (starts[i_module], stops[i_module])
+            lora = adapters[0 if BACKWARD else i_module]
+            if (l_row >= 0) & (i_col + o_col.shape[0] > start) & (i_col < stop):
+                for o_rank in tl.range(0, rank, RANK, num_stages=1):
+                    if TMA:
+                        b_s = s.load([i_row, s_col + o_rank])
+                        b_l = lora.load([l_row + o_rank, i_col - start])
+                    else:
+                        o_r = o_rank + tl.arange(0, RANK)
+                        s_at = s + o_row.to(tl.int64)[:, None] * s_stride + (s_col + o_r)[None, :]
+                        b_s = tl.load(s_at, m_row[:, None] & (o_r < rank)[None, :], 0.0)
+                        l_at = lora + (l_row + o_r).to(tl.int64)[:, None] * l_strides[0 if BACKWARD else i_module] + (o_col - start)[None, :]
+                        b_l = tl.load(l_at, (o_r < rank)[:, None] & ((o_col >= start) & (o_col < stop))[None, :], 0.0)
+                    b_product = tl.dot(b_s, b_l, input_precision="ieee")
+                    # Columns of other modules get a product of zeros; only rows need a mask against other jobs.
+                    if DROPOUT:
+                        b_hash = hash_bits(b_keys, b_columns, MODULES)
+                        b_acc += tl.where(keep(b_hash, b_threshold[:, None], i_module), b_product, 0.0)
+                    else:
+                        b_acc += tl.where(m_row[:, None], b_product, 0.0)
+    return b_acc
+
+
+@triton.jit
+def _add_one_job(
+    b_acc, i_row, i_col, num_cols, s, whole, starts, stops, slot_ptr,
+    MODULES: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Return b_acc [BM, BN] plus the products of the one job that owns all rows of the tile: nothing to mask."""
+    for i_module in tl.static_range(1 if WIDE else MODULES):
+        if WIDE:
+            rank, l_row, s_col = tl.load(slot_ptr + 2), tl.load(slot_ptr + 3), 0
+        else:
+            rank, l_row, s_col = tl.load(slot_ptr), tl.load(slot_ptr + 5 + 3 * i_module), tl.load(slot_ptr + 6 + 3 * i_module)
+        start, stop = (0, num_cols) if WIDE else (starts[i_module], stops[i_module])
+        if (l_row >= 0) & (i_col + BN > start) & (i_col < stop):
+            for o_rank in tl.range(0, rank, RANK, num_stages=1):
+                b_l = whole[i_module].load([l_row + o_rank, i_col - start])
+                b_acc = tl.dot(s.load([i_row, s_col + o_rank]), b_l, b_acc, input_precision="ieee")
+    return b_acc
+
+
+@triton.jit
+def _store(output, bias_ptr, b_acc, i_row, i_col, o_row, o_col, num_rows, num_cols, o_stride, HAS_BIAS: tl.constexpr, TMA: tl.constexpr):
+    if HAS_BIAS:
+        b_acc += tl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(tl.float32)[None, :]
+    if TMA:
+        output.store([i_row, i_col], b_acc.to(output.dtype))
+    else:
+        at = output + o_row.to(tl.int64)[:, None] * o_stride + o_col[None, :]
+        tl.store(at, b_acc.to(output.dtype.element_ty), (o_row < num_rows)[:, None] & (o_col < num_cols)[None, :])
+
+
+@triton.jit
+def _halves(b_acc):
+    rows: tl.constexpr = b_acc.shape[0]
+    cols: tl.constexpr = b_acc.shape[1]
+    return tl.split(tl.permute(tl.reshape(b_acc, (rows, 2, cols // 2)), (0, 2, 1)))
+
+
+@triton.jit(do_not_specialize=["num_rows", "s_stride", "first_feature"])
+def _gemm_kernel(
+    input, weight, output, bias_ptr, s, adapters, whole, l_strides, starts, stops, tiles_ptr, segments_ptr, slots_ptr, keys_ptr,
+    num_rows, num_cols, num_inner, i_stride, w_stride, o_stride, s_stride, first_feature,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, NUM_STAGES: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    num_m, num_n = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN)
+    # One program per tile when NUM_PROGRAMS is 0, else each program takes every NUM_PROGRAMS-th tile.
+    stride = num_m * num_n if NUM_PROGRAMS == 0 else NUM_PROGRAMS
+    for i_tile in tl.range(tl.program_id(0), num_m * num_n, stride, num_stages=1):
+        # Groups of GROUP row tiles share the columns of W that are in the cache.
+        group_first = (i_tile // (GROUP * num_n)) * GROUP
+        group_rows = min(num_m - group_first, GROUP)
+        i_m = group_first + (i_tile % (GROUP * num_n)) % group_rows
+        i_n = (i_tile % (GROUP * num_n)) // group_rows
+        o_row = i_m * BM + tl.arange(0, BM)
+
+        b_acc = tl.zeros([BM, BN], tl.float32)
+        for i_k in tl.range(0, tl.cdiv(num_inner, BK), num_stages=NUM_STAGES):
+            if TMA:
+                b_in = input.load([i_m * BM, i_k * BK])
+                b_w = weight.load([i_k * BK, i_n * BN]) if BACKWARD else weight.load([i_n * BN, i_k * BK]).T
+            else:
+                o_k = i_k * BK + tl.arange(0, BK)
+                o_c = i_n * BN + tl.arange(0, BN)
+                in_at = input + o_row.to(tl.int64)[:, None] * i_stride + o_k[None, :]
+                b_in = tl.load(in_at, (o_row < num_rows)[:, None] & (o_k < num_inner)[None, :], 0.0)
+                if BACKWARD:
+                    w_at = weight + o_k.to(tl.int64)[:, None] * w_stride + o_c[None, :]
+                else:
+                    w_at = weight + o_c.to(tl.int64)[None, :] * w_stride + o_k[:, None]
+                b_w = tl.load(w_at, (o_k < num_inner)[:, None] & (o_c < num_cols)[None, :], 0.0)
+            b_acc = tl.dot(b_in, b_w, b_acc, input_precision="ieee")
+
+        if LORA:
+            i_low, i_high = tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1)
+            if TMA and not DROPOUT:
+                first, end = tl.load(segments_ptr + i_low * 4, i_low < i_high, 0), tl.load(segments_ptr + i_low * 4 + 1, i_low < i_high, 0)
+                if (first <= i_m * BM) & (end >= min(i_m * BM + BM, num_rows)):
+                    b_acc = _add_one_job(
+                        b_acc, i_m * BM, i_n * BN, num_cols, s, whole, starts, stops,
+                        slots_ptr + tl.load(segments_ptr + i_low * 4 + 2) * _FIELDS, MODULES, RANK, WIDE, BN,
+                    )  # fmt: skip
+                    i_high = i_low
+
+        if PARTS == 1:
+            parts = (b_acc,)
+        elif PARTS == 2:
+            parts = _halves(b_acc)
+        else:
+            low, high = _halves(b_acc)
+            part0, part1 = _halves(low)
+            part2, part3 = _halves(high)
+            parts = (part0, part1, part2, part3)
+        for i_part in tl.static_range(PARTS):
+            i_col = i_n * BN + i_part * (BN // PARTS)
+            o_col = i_col + tl.arange(0, BN // PARTS)
+            b_part = parts[i_part]
+            if LORA:
+                b_part = _add_lora(
+                    b_part, i_m * BM, i_col, o_row, o_col, num_cols, i_low, i_high, s, s_stride, adapters, l_strides, starts, stops,
+                    segments_ptr, slots_ptr, keys_ptr, first_feature, BACKWARD, MODULES, RANK, DROPOUT, WIDE, TMA,
+                )  # fmt: skip
+            _store(output, bias_ptr, b_part, i_m * BM, i_col, o_row, o_col, num_rows, num_cols, o_stride, HAS_BIAS, TMA)
+
+
+def gemm(
+    input_TI: Tensor,
+    weight: Tensor,
+    bias_O: Tensor | None,
+    s_TR: Tensor | None,
+    group: LoraGroup | None,
+    route: Route | None,
+    backward: bool,
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """Return input W^T (+ bias) + S B^T, or with `backward` input W + M * (S A). s_TR, group and route are None together."""
+    num_rows, num_inner = input_TI.shape
+    num_cols = weight.shape[1 if backward else 0]
+    out_TO = torch.empty(num_rows, num_cols, dtype=input_TI.dtype, device=input_TI.device)
+    if num_rows == 0:
+        return out_TO
+    lora = group is not None
+    dropout = lora and backward and group.has_dropout
+    wide = lora and backward and not dropout
+    adapters = () if not lora else (group.a_RK,) if backward else group.b_RN
+    starts, stops = zip(*group.columns, strict=True) if lora else ((), ())
+    tma = uses_tma(input_TI, weight, out_TO, *adapters)
+    config = config or default_config(tma, dropout)
+    tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
+    rank, part = 16, config.columns // config.parts
+    args = (input_TI, weight, out_TO, bias_O, s_TR, adapters, ())
+    if tma:
+        boxes = ((config.rows, config.inner), (config.inner, config.columns) if backward else (config.columns, config.inner), (config.rows, part))
+        described = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(args[:3], boxes, strict=True))
+        s = TensorDescriptor.from_tensor(s_TR, [config.rows, rank]) if lora else None
+        in_parts, whole = (tuple(TensorDescriptor.from_tensor(t, [rank, n]) for t in adapters) for n in (part, config.columns))
+        args = (*described, bias_O, s, in_parts, whole)
+    programs = min(num_processors(input_TI.device), tiles) if config.persistent else tiles
+    _gemm_kernel[(programs,)](
+        *args, tuple(t.stride(0) for t in adapters), starts, stops,
+        route.tiles(config.rows) if lora else None, route.segment_table if lora else None,
+        group.slot_table if lora else None, route.row_keys if lora else None,
+        num_rows, num_cols, num_inner, input_TI.stride(0), weight.stride(0), out_TO.stride(0),
+        s_TR.stride(0) if lora else 0, group.first_feature if lora else 0,
+        BM=config.rows, BN=config.columns, BK=config.inner, GROUP=config.group, PARTS=config.parts, NUM_STAGES=config.stages,
+        NUM_PROGRAMS=programs if config.persistent else 0, BACKWARD=backward, LORA=lora, MODULES=group.num_modules if lora else 1, RANK=rank,
+        DROPOUT=dropout, WIDE=wide, HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
+    )  # fmt: skip
+    return out_TO
+
+
+def uses_tma(*tensors: Tensor) -> bool:
+    """Return whether every tensor can have a TMA descriptor: Hopper or later, 16-byte aligned rows."""
+    device = tensors[0].device
+    capable = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    return capable and all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)

@@ -1,0 +1,21 @@
+"""The Triton operators, under the names of fused_ops.reference: what `linear.py` calls on CUDA."""
+
+from torch import Tensor
+
+from fused_ops.adapters import LoraGroup
+from fused_ops.lora_down import down
+from fused_ops.lora_gemm import gemm
+from fused_ops.lora_grad import grad_a, grad_s_and_b
+from fused_ops.route import Route
+
+__all__ = ["down", "grad_a", "grad_s_and_b", "grad_x", "up"]
+
+
+def up(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
+    """Return Y [T, N] = X W^T (+ bias) + S B^T."""
+    return gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False)
+
+
+def grad_x(dy_TN: Tensor, weight_NK: Tensor, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
+    """Return dX [T, K] = dY W + M * (dS A)."""
+    return gemm(dy_TN, weight_NK, None, ds_TR, group, route, backward=True)

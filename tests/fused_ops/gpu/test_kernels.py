@@ -1,0 +1,154 @@
+"""The Triton kernels on a GPU: calibrated accuracy, isolation, repetition, the pointer path. Needs CUDA, compute capability >= 8.0."""
+
+import pytest
+import torch
+
+from fused_ops import reference, triton_ops
+from fused_ops.adamw import adamw_, adamw_reference_, make_chunks, setting_row
+from fused_ops.linear import multi_lora_linear
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+MIXES = {
+    "one token": {"lengths": [1], "ranks": [1], "k": 64, "n": (64,)},
+    "aligned": {"lengths": [256, 256], "ranks": [16, 16], "k": 512, "n": (512,)},
+    "ragged": {"lengths": [100, 0, 77, 340, 5], "ranks": [16, 8, 3, 16, 12], "k": 512, "n": (384,), "gaps": 3},
+    "mixed ranks": {"lengths": [130, 70, 300, 129, 64], "ranks": [1, 16, 256, 40, 128], "k": 264, "n": (200,), "gaps": 1},
+    "mixed ranks and dropout": {"lengths": [130, 70, 300], "ranks": [8, 256, 40], "k": 264, "n": (200,), "dropouts": [0.1, 0.0, 0.5]},
+    "dropout": {"lengths": [200, 333, 90], "ranks": [16, 8, 16], "k": 512, "n": (256,), "dropouts": [0.1, 0.0, 0.7], "gaps": 1},
+    "merged": {"lengths": [150, 260, 90], "ranks": [8, 33, 16], "k": 256, "n": (192, 64, 64), "missing": {(0, 1), (1, 0), (2, 1)}},
+    "merged and dropout": {"lengths": [150, 260, 90], "ranks": [8, 33, 16], "k": 256, "n": (192, 64, 64), "dropouts": [0.1, 0.3, 0.0]},
+    "merged of rank 16": {"lengths": [150, 260], "ranks": [16, 16], "k": 256, "n": (512, 256, 256), "dropouts": [0.1, 0.3]},
+    "two modules": {"lengths": [700, 400], "ranks": [16, 32], "k": 256, "n": (512, 512), "dropouts": [0.0, 0.2]},
+    "odd sizes": {"lengths": [100, 40], "ranks": [8, 16], "k": 77, "n": (51, 33), "dropouts": [0.1, 0.0], "gaps": 1},
+    "forty jobs": {"lengths": [7 * i % 61 for i in range(40)], "ranks": [1 + 5 * i % 64 for i in range(40)], "k": 128, "n": (136,)},
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill every torch.empty with NaN, so that an element that a kernel forgets, or should not read, is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def steps(ops, p):
+    p.zero_grads()
+    s = ops.down(p.x, p.group, p.route)
+    y = ops.up(p.x, p.weight, None, s, p.group, p.route)
+    ds = ops.grad_s_and_b(p.dy, s, p.group, p.route)
+    dx = ops.grad_x(p.dy, p.weight, ds, p.group, p.route)
+    ops.grad_a(p.x, ds, p.group, p.route)
+    return {"y": y, "dx": dx, "da": p.group.grad_a_RK.clone(), **{f"db{m}": g.clone() for m, g in enumerate(p.group.grad_b_RN)}}
+
+
+def exact(p, make_problem, mix):
+    """Return the same steps in float32 over the bf16 problem's values."""
+    q = make_problem(**mix, device="cuda")
+    q.x, q.weight, q.dy = p.x.float(), p.weight.float(), p.dy.float()
+    q.group.a_RK.copy_(p.group.a_RK)
+    for b, half in zip(q.group.b_RN, p.group.b_RN, strict=True):
+        b.copy_(half)
+    return steps(reference, q)
+
+
+def plain_bf16(p):
+    """Return what PEFT's formula gives in bf16 under autograd."""
+    leaves = [t.clone().requires_grad_() for t in (p.x, p.group.a_RK, *p.group.b_RN)]
+    group = type(p.group)(**{**{f: getattr(p.group, f) for f in p.group.__dataclass_fields__}, "a_RK": leaves[1], "b_RN": tuple(leaves[2:])})
+    y = reference.multi_lora_reference(leaves[0], p.weight, None, group, p.route)
+    grads = torch.autograd.grad(y, leaves, p.dy, allow_unused=True)
+    grads = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)]
+    return dict(zip(["y", "dx", "da", *[f"db{m}" for m in range(len(leaves) - 2)]], [y.detach(), *grads], strict=True))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_as_accurate_as_plain_bf16(make_problem, mix):
+    p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
+    ours, truth, plain = steps(triton_ops, p), exact(p, make_problem, MIXES[mix]), plain_bf16(p)
+    for name, value in ours.items():
+        error, allowed = value.float() - truth[name], plain[name].float() - truth[name]
+        tiny = 1e-6 * float(truth[name].abs().max()) + 1e-30
+        assert error.isfinite().all(), name
+        assert error.pow(2).mean().sqrt() <= 2 * allowed.pow(2).mean().sqrt() + tiny, name
+        assert error.abs().max() <= 3 * allowed.abs().max() + 10 * tiny, name
+
+
+@pytest.mark.parametrize("mix", ["ragged", "merged and dropout"])
+def test_float32_is_float32(make_problem, mix):
+    p = make_problem(**MIXES[mix], device="cuda")
+    for (name, ours), truth in zip(steps(triton_ops, p).items(), steps(reference, p).values(), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("mix", ["mixed ranks and dropout", "merged and dropout", "two modules", "forty jobs"])
+def test_repetition_gives_the_same_bits(make_problem, mix):
+    p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
+    first = steps(triton_ops, p)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first.values(), steps(triton_ops, p).values(), strict=True))
+
+
+def test_masks_are_the_references(make_problem):
+    """With A of ones, S counts kept features exactly: the kernel's bits are the reference's bits."""
+    for n in ((16,), (16, 16, 16)):
+        p = make_problem([300, 100], [16, 16], k=256, n=n, dropouts=[0.25, 0.5], scales=[0.75, 0.5], dtype=torch.bfloat16, device="cuda")
+        p.x.fill_(1.0)
+        p.group.a_RK.fill_(1.0)
+        assert torch.equal(triton_ops.down(p.x, p.group, p.route), reference.down(p.x, p.group, p.route))
+
+
+@pytest.mark.parametrize("where", ["x", "dy", "a", "b"])
+@pytest.mark.parametrize("dropouts", [None, [0.1, 0.2, 0.1]])
+def test_nan_stays_with_its_job(make_problem, where, dropouts):
+    mix = {"lengths": [60, 50, 90], "ranks": [4, 20, 16], "k": 128, "n": (192, 64), "dropouts": dropouts, "gaps": 1}
+    clean, p = (make_problem(**mix, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    first, end, _ = p.route.segments[1]
+    a0, b0 = p.group.a_rows[1][0], p.group.b_rows[1]
+    if where in ("x", "dy"):
+        getattr(p, where)[first:end] = float("nan")
+    elif where == "a":
+        p.group.a_RK[a0 : a0 + 64] = float("nan")
+    else:
+        for m in range(2):
+            p.group.b_RN[m][b0[m] : b0[m] + 32] = float("nan")
+    got, expected = steps(triton_ops, p), steps(triton_ops, clean)
+    assert any(not value.isfinite().all() for value in got.values())
+    for name, cut in {"y": (first, end), "dx": (first, end), "da": (a0, a0 + 64), "db0": (b0[0], b0[0] + 32), "db1": (b0[1], b0[1] + 32)}.items():
+        others = torch.ones(len(got[name]), dtype=torch.bool, device="cuda")
+        others[cut[0] : cut[1]] = False
+        assert torch.equal(got[name][others], expected[name][others]), name
+
+
+def test_under_a_cuda_graph(make_problem):
+    p = make_problem(**MIXES["merged and dropout"], dtype=torch.bfloat16, device="cuda")
+    x = p.x.clone().requires_grad_()
+
+    def run():
+        p.zero_grads()
+        x.grad = None
+        y = multi_lora_linear(x, p.weight, None, p.group, p.route)
+        y.backward(p.dy)
+        return y
+
+    expected = run().clone(), x.grad.clone(), *[g.clone() for g in p.grads]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip((y, x.grad, *p.grads), expected, strict=True))
+
+
+def test_adamw_matches_its_reference():
+    gen, size, states = torch.Generator().manual_seed(0), 50_000, []
+    values = [torch.randn(size, generator=gen), torch.randn(size, generator=gen), torch.rand(size, generator=gen), torch.rand(size, generator=gen)]
+    chunks = make_chunks([(0, 9000, 0), (9001, 30_000, 1), (40_000, 5, 2)])
+    common = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "clip_scale": 0.5}
+    rows = [setting_row(lr=1e-2 * (j + 1), weight_decay=0.1 * j, step=3 + j, finite=j != 2, **common) for j in range(3)]
+    for device, step in (("cpu", adamw_reference_), ("cuda", adamw_)):
+        state = [v.clone().to(device) for v in values] + [values[0].bfloat16().to(device)]
+        step(*state, chunks.to(device), torch.tensor(rows, device=device))
+        states.append(state)
+    for ours, theirs in zip(states[1], states[0], strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-6)
