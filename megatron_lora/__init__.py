@@ -1,3 +1,8 @@
 """Train many LoRA adapters at once over one frozen base model, on Megatron's tensor and pipeline parallel layers."""
 
+import warnings
+
+# megatron-core warns at import of each optional package it does not find; `megatron-lora doctor` says what is missing and what it costs.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+
 __version__ = "0.1.0"

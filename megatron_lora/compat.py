@@ -15,6 +15,7 @@ Second, what megatron-core assumes of CUDA and a CPU run does not have. Each suc
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -38,6 +39,7 @@ __all__ = [
     "patch_for_cpu",
     "patch_rng_fork",
     "pipelines",
+    "quieten_gpt_model",
     "reduce_scatter_single",
 ]
 
@@ -76,11 +78,15 @@ def initialize_parallel(parallel: Layout, backend: str, seed: int = 0, timeout_s
             f"parallel: pipeline {parallel.pipeline} x tensor {parallel.tensor} x data {parallel.data} needs {needed} ranks, "
             f"{dist.get_world_size()} were started; start exactly {needed}"
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        create_gloo_process_groups=False,
-    )
+    if parallel_state.model_parallel_is_initialized():
+        sizes = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size()
+        assert sizes == (parallel.tensor, parallel.pipeline), f"this process is already part of a layout of tensor x pipeline {sizes}"
+    else:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            create_gloo_process_groups=False,
+        )
     if backend == "nccl":
         megatron_random.model_parallel_cuda_manual_seed(seed)
     return device
@@ -97,6 +103,11 @@ def destroy_parallel() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def quieten_gpt_model() -> None:
+    """Keep GPTModel from telling users, each time it is built, that newer models of megatron-core succeed it."""
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
 def patch_for_cpu() -> Undo:

@@ -35,7 +35,7 @@ class RankPool:
         self.workers = []
         self.layout = None
 
-    def run(self, layout: SimpleNamespace, fn, *args, timeout_s: float = 120.0) -> list:
+    def run(self, layout: SimpleNamespace, fn, *args, timeout_s: float = 400.0) -> list:
         """Call `fn(*args)` on each rank of `layout`; return the results in rank order. Raises RankError."""
         num_ranks = layout.pipeline * layout.tensor * layout.data
         if layout != self.layout:

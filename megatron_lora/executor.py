@@ -1,0 +1,251 @@
+"""Runs one stage's actions over the pipeline's messages. No policy: what happens when is in the plan.
+
+    F(t)     take the message of slot t, compute, pass it on               header: verdicts of the steps that ended at slot t - P - d
+    B(t)     take the gradient of slot t, go back, pass it on              header: sums so far for the steps that ended at slot t - d
+    STEP(j)  update job j with the verdict that came with the next forward
+
+A verdict is a squared gradient norm. Each stage adds its own part to the gradient message of the slot where the step ends (d slots
+later when the parts must first be summed over other ranks), the first stage then knows the whole and sends it along with the forward
+messages. Neither an all-reduce over stages nor a device synchronisation is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_lora.messages import SLOT, Links, Message, MessageLayout
+from megatron_lora.microbatch import StageInput
+from megatron_lora.timeline import Timeline
+from scheduling.pipeline import endings
+from scheduling.types import Action, Op, Stream
+
+
+class StageModel(Protocol):
+    """What the executor asks of a stage's model (megatron_lora.base_model.Stage)."""
+
+    def __call__(self, microbatch: StageInput, hidden: Tensor | None) -> Tensor: ...
+
+    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor: ...
+
+
+class StageOptimizer(Protocol):
+    """What the executor asks of a job's optimizer on this rank (megatron_lora.optimizer.JobOptimizer)."""
+
+    def start_reduction(self) -> None: ...
+
+    def finish_reduction(self) -> Tensor: ...
+
+    def step(self, step: int, square_norm: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where this stage stands in its pipeline, and how many slots its norms take (d)."""
+
+    stage: int
+    num_stages: int
+    delay: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether microbatches enter here."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether losses are computed here."""
+        return self.stage == self.num_stages - 1
+
+    @property
+    def lag(self) -> int:
+        """Slots between the end of a step and the forward that brings its verdict."""
+        return self.num_stages + self.delay
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """A step that this stage has taken; tensors [] on the device, so that nobody waits for them. `loss` counts on the first stage only."""
+
+    job: int
+    step: int
+    square_norm: Tensor
+    loss: Tensor
+
+
+@dataclass(slots=True)
+class _Live:
+    """A microbatch between its forward and its backward."""
+
+    hidden: Tensor | None  # the stage's input, a leaf; None on the first stage
+    output: Tensor | None = None  # what backward starts from, []: the loss, or the end of a hand-over
+    gradient: Tensor | None = None  # what a hand-over's backward gives to the stage's output
+
+
+class _HandOver(torch.autograd.Function):
+    """Copy a stage's output into its message, keep nothing of it, and give back the gradient that arrives later."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, body: Tensor, live: _Live) -> Tensor:
+        body.copy_(output)
+        ctx.live = live
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.live.gradient, None, None
+
+
+class Executor:
+    """One stage of one pipeline, from the first slot of a stream to its last."""
+
+    def __init__(
+        self,
+        model: StageModel,
+        stream: Stream,
+        position: Position,
+        links: Links,
+        layout: MessageLayout,
+        *,
+        load: Callable[[int], StageInput],
+        rows: Sequence[int],
+        optimizers: Sequence[StageOptimizer],
+        on_step: Callable[[StepDone], None],
+        on_forward: Callable[[int], None],
+        timeline: Timeline,
+        device: torch.device,
+    ):
+        """Bind a stage to its stream.
+
+        `load(slot)` gives the tensors of a slot, `rows[slot]` the rows of its messages on this rank (0: header alone);
+        `on_forward(slot)` and `on_step(done)` are told what began and what was taken.
+        """
+        self.model, self.stream, self.position, self.links, self.layout = model, stream, position, links, layout
+        self.load, self.rows, self.optimizers = load, rows, optimizers
+        self.on_step, self.on_forward, self.timeline, self.device = on_step, on_forward, timeline, device
+        self.endings = endings(stream)
+        self.next_slot = 0
+        self.arrived: Message | None = None  # forward message of next_slot, once taken
+        self.verdicts: dict[int, Message] = {}  # first stage: slot where steps ended -> the gradient message with their sums
+        self.live: dict[int, _Live] = {}
+        self.losses = torch.zeros(len(optimizers), dtype=torch.float32, device=device)  # last stage: of each job's current step
+        self.misplaced = torch.zeros((), dtype=torch.float32, device=device)  # messages whose header names another slot
+
+    def run(self, actions: Sequence[Action]) -> None:
+        """Execute all actions of this stage, then wait for what was sent."""
+        perform = {Op.FORWARD: self._forward, Op.BACKWARD: self._backward, Op.STEP: self._step}
+        if self.links.forward_in is not None:
+            self.links.forward_in.post(0, self.rows[0])
+        if self.links.backward_in is not None:
+            self.links.backward_in.post(0, self.rows[0])
+        for action in actions:
+            perform[action.op](action.index)
+        self.links.drain()
+        assert not self.live and not bool(self.misplaced), "messages and slots went out of step"
+
+    def _next_message(self) -> Message:
+        """Take the forward message of the next slot (on the first stage: make it), once."""
+        if self.arrived is None:
+            slot, lag = self.next_slot, self.position.lag
+            if self.links.forward_in is None:
+                self.arrived = self.layout.blank(slot, 0, self.device)
+                if slot >= lag and self.endings[slot - lag]:
+                    self.arrived.square_norms.copy_(self.verdicts[slot - lag].square_norms)
+            else:
+                with self.timeline.span("wait F", slot):
+                    self.arrived = self.links.forward_in.take(slot)
+                if slot + 1 < len(self.stream):
+                    self.links.forward_in.post(slot + 1, self.rows[slot + 1])
+                self.misplaced += self.arrived.header[SLOT] != slot
+        return self.arrived
+
+    def _forward(self, slot: int) -> None:
+        message = self._next_message()
+        self.arrived, self.next_slot = None, slot + 1
+        self.verdicts.pop(slot - self.position.lag, None)
+        if self.stream[slot].is_noop:
+            self._pass_on(self._onward(message, 0))
+            return
+        self.on_forward(slot)
+        data = self.load(slot)
+        with self.timeline.span("F", slot):
+            hidden = None if self.position.is_first else message.body.detach().requires_grad_()
+            output = self.model(data, hidden)
+            if self.position.is_last:
+                self.live[slot] = _Live(hidden, self._loss(output, data))
+            else:
+                onward = self._onward(message, output.shape[0])
+                live = _Live(hidden)
+                live.output = _HandOver.apply(output, onward.body, live)
+                self.live[slot] = live
+                self._pass_on(onward)
+
+    def _loss(self, output: Tensor, data: StageInput) -> Tensor:
+        weighted = self.model.losses(output, data.labels) * data.weights
+        for first, end, job in data.route.segments:
+            self.losses[job] += weighted[first:end].detach().sum()
+        return weighted.sum()
+
+    def _onward(self, message: Message, num_rows: int) -> Message:
+        """Begin the message for the next stage: the same header, an unwritten body."""
+        onward = self.layout.empty(num_rows, self.device)
+        onward.header.copy_(message.header)
+        return onward
+
+    def _pass_on(self, message: Message) -> None:
+        if self.links.forward_out is not None:
+            self.links.forward_out.post(message)
+
+    def _backward(self, slot: int) -> None:
+        message = self._gradient_message(slot)
+        gradient = None
+        if slot in self.live:
+            live = self.live.pop(slot)
+            live.gradient = None if self.position.is_last else message.body
+            with self.timeline.span("B", slot):
+                live.output.backward()
+            gradient = None if live.hidden is None else live.hidden.grad
+        for job, _ in self.endings[slot]:
+            self.optimizers[job].start_reduction()
+        ended = slot - self.position.delay
+        self._add_own_part(message, ended)
+        if self.links.backward_out is None:
+            self.verdicts[ended] = self._onward(message, 0)
+            return
+        upward = self._onward(message, 0 if gradient is None else gradient.shape[0])
+        if gradient is not None:
+            upward.body.copy_(gradient)
+        self.links.backward_out.post(upward)
+
+    def _gradient_message(self, slot: int) -> Message:
+        """Take the gradient message of a slot; the last stage begins a new one."""
+        if self.links.backward_in is None:
+            return self.layout.blank(slot, 0, self.device)
+        with self.timeline.span("wait B", slot):
+            message = self.links.backward_in.take(slot)
+        if slot + 1 < len(self.stream):
+            self.links.backward_in.post(slot + 1, self.rows[slot + 1])
+        self.misplaced += message.header[SLOT] != slot
+        return message
+
+    def _add_own_part(self, message: Message, slot: int) -> None:
+        """Add this stage's squared norms (and on the last stage the losses) of the steps that ended at `slot`."""
+        for i, (job, _) in enumerate(self.endings[slot] if slot >= 0 else ()):
+            message.square_norms[i] += self.optimizers[job].finish_reduction()
+            if self.position.is_last:
+                message.losses[i] = self.losses[job]
+                self.losses[job] = 0.0
+
+    def _step(self, job: int) -> None:
+        message = self._next_message()
+        slot = self.next_slot - self.position.lag
+        i, step = next((i, step) for i, (ended, step) in enumerate(self.endings[slot]) if ended == job)
+        square_norm = message.square_norms[i]
+        with self.timeline.span("STEP", job):
+            self.optimizers[job].step(step, square_norm)
+        losses = self.verdicts[slot].losses if self.position.is_first else message.losses
+        self.on_step(StepDone(job, step, square_norm.clone(), losses[i].clone()))

@@ -1,0 +1,57 @@
+"""From a config to jobs that can be planned and trained: their samples, the order of their steps, their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lora.arena import AdapterSpec
+from megatron_lora.collate import JobRows
+from megatron_lora.config import JobConfig
+from megatron_lora.data import JobData, load_jobs_data
+from megatron_lora.optimizer import OptimizerSettings
+from megatron_lora.order import job_steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingJob:
+    """A job with its data read and its steps laid out."""
+
+    config: JobConfig
+    data: JobData
+    rows: JobRows
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the job."""
+        return len(self.rows.steps)
+
+    def adapter(self) -> AdapterSpec:
+        """Return what the arena needs."""
+        c = self.config
+        return AdapterSpec(r=c.r, scale=c.scale, dropout=c.lora_dropout, target_modules=frozenset(c.target_modules))
+
+    def optimizer(self) -> OptimizerSettings:
+        """Return what the optimizer needs."""
+        c = self.config
+        return OptimizerSettings(
+            learning_rate=c.learning_rate,
+            lr_scheduler=c.lr_scheduler,
+            warmup_ratio=c.warmup_ratio,
+            num_steps=self.num_steps,
+            weight_decay=c.weight_decay,
+            adam_beta1=c.adam_beta1,
+            adam_beta2=c.adam_beta2,
+            adam_epsilon=c.adam_epsilon,
+            max_grad_norm=c.max_grad_norm,
+        )
+
+
+def read_jobs(configs: Sequence[JobConfig], tokenizer, cache_dir: Path | None, vocab_size: int) -> tuple[TrainingJob, ...]:
+    """Tokenise every job's data (from the cache where it was before) and lay out its steps; UserError for data that cannot be used."""
+    jobs = []
+    for c, data in zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True):
+        steps = job_steps(len(data.samples), c.global_batch_size, c.num_epochs, c.max_steps, c.shuffle, c.seed)
+        jobs.append(TrainingJob(config=c, data=data, rows=JobRows(seed=c.seed, samples=data.samples, steps=steps)))
+    return tuple(jobs)

@@ -1,0 +1,67 @@
+"""What ran when on each stage, in Chrome trace format (opens in Perfetto).
+
+Spans are measured where the work happens: with CUDA events on a GPU (nothing is synchronised until the end), with the host clock on CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+class Timeline:
+    """Collects one rank's spans."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.spans: list[tuple[str, int, object, object]] = []
+        self.origin_s = time.time()  # ranks of one host share this clock
+        self.origin = self._now()
+
+    def _now(self) -> object:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def span(self, name: str, index: int) -> Iterator[None]:
+        """Record the time that the block takes on the device."""
+        start = self._now()
+        yield
+        self.spans.append((name, index, start, self._now()))
+
+    def events(self, rank: int, stage: int) -> list[dict]:
+        """Return the spans as complete events of the Chrome trace format, times in microseconds; waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        base_us = self.origin_s * 1e6
+        rows = []
+        for name, index, start, end in self.spans:
+            begin, finish = self._microseconds(start), self._microseconds(end)
+            rows.append(
+                {"name": f"{name} {index}", "cat": name, "ph": "X", "ts": base_us + begin, "dur": finish - begin, "pid": stage, "tid": rank}
+            )
+        return rows
+
+    def _microseconds(self, moment: object) -> float:
+        if self.cuda:
+            return self.origin.elapsed_time(moment) * 1e3  # type: ignore[attr-defined]
+        return (moment - self.origin) * 1e6  # type: ignore[operator]
+
+
+def write_timeline(path: Path, events_of_ranks: list[list[dict]]) -> None:
+    """Write the spans of all ranks as one trace, beginning at zero."""
+    events = [event for events in events_of_ranks for event in events]
+    first = min((event["ts"] for event in events), default=0.0)
+    for event in events:
+        event["ts"] -= first
+    names = {(event["pid"]): f"stage {event['pid']}" for event in events}
+    meta = [{"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}} for pid, name in sorted(names.items())]
+    path.write_text(json.dumps({"traceEvents": meta + events, "displayTimeUnit": "ms"}))

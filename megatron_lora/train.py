@@ -1,0 +1,225 @@
+"""The story of a run, top to bottom: what every rank does between the config and the exit status.
+
+The plan, the data and the adapters' first values are functions of the config alone, so each rank makes its own; the first rank's plan
+is compared with everyone's before anything runs. The first rank (first stage, first tensor rank) reports and writes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_lora.architecture import read_architecture
+from megatron_lora.arena import Arena
+from megatron_lora.base_model import build_stage
+from megatron_lora.checks import cache_dir
+from megatron_lora.collate import collate, num_rows
+from megatron_lora.compat import initialize_parallel, pipelines
+from megatron_lora.config import ParallelConfig, RunConfig
+from megatron_lora.data import load_tokenizer
+from megatron_lora.executor import Executor, Position, StepDone
+from megatron_lora.export import AdapterCollector, Weights
+from megatron_lora.hub import resolve_base_model
+from megatron_lora.jobs import TrainingJob, read_jobs
+from megatron_lora.messages import MessageLayout, connect
+from megatron_lora.metrics import Observer, StepReport, make_observers
+from megatron_lora.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer
+from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
+from megatron_lora.reports import StepReporter
+from megatron_lora.run_dir import RunDirectory, write_atomically
+from megatron_lora.timeline import Timeline, write_timeline
+from scheduling.pipeline import endings, stage_actions, with_drain
+from scheduling.plan_json import stream_to_json
+from scheduling.planner import plan_stream
+from scheduling.types import Stream
+from scheduling.validate import replay
+
+
+def run(config: RunConfig) -> int:
+    """Train all jobs of a config as one of its ranks; return the run's exit status: 0, or 3 when some jobs failed.
+
+    The output directory exists already. Raises UserError for wrong input.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
+    host = dist.new_group(backend="gloo")
+    is_first_rank = dist.get_rank() == 0
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}[config.precision]
+
+    model_dir = resolve_base_model(config.base_model)
+    architecture = read_architecture(model_dir)
+    jobs = _read_jobs(config, model_dir, architecture.vocab_size, host)
+    position = _position(config.parallel)
+    stream = _plan(config, jobs, position, host)
+
+    stage = build_stage(
+        architecture, model_dir, config.parallel, dtype=dtype, device=device, load_weights=config.load_weights, seed=config.seed
+    )
+    group = stage.tensor_group if config.parallel.tensor > 1 else None
+    arena = Arena(
+        stage.linears,
+        [job.adapter() for job in jobs],
+        tensor_rank=stage.tensor_group.rank(),
+        tensor_ranks=config.parallel.tensor,
+        dtype=dtype,
+        device=device,
+    )
+    for slot, job in enumerate(jobs):
+        if job.config.init_adapter is None:
+            arena.initialise(slot, job.rows.seed)
+        else:
+            arena.load(slot, read_adapter(job.config.init_adapter).weights)
+    optimizers = [JobOptimizer(arena, slot, job.optimizer(), group) for slot, job in enumerate(jobs)]
+
+    desk = _Desk(config, jobs, stream) if is_first_rank else None
+    collector = AdapterCollector(arena, _writer(config, jobs), host)
+
+    def on_step(done: StepDone) -> None:
+        job, optimizer = jobs[done.job], optimizers[done.job]
+        if _is_first_move(optimizer, done.step):
+            _tell_unmoved(job, optimizer)
+        last = done.step == job.num_steps - 1
+        if last and not optimizer.has_failed():
+            collector.submit(done.job)
+        if desk is not None:
+            desk.reporter.on_step(done)
+
+    multiple = config.parallel.tensor if config.parallel.sequence else 1
+    rows = [num_rows(microbatch, multiple) // multiple for microbatch in stream]
+    layout = MessageLayout(max_endings=max(map(len, endings(stream))), hidden_size=architecture.hidden_size, dtype=dtype)
+    timeline = Timeline(device)
+    executor = Executor(
+        stage,
+        stream,
+        position,
+        connect(pipelines(config.parallel), layout, device),
+        layout,
+        load=lambda slot: collate(stream[slot], [job.rows for job in jobs], multiple=multiple, device=device),
+        rows=rows,
+        optimizers=optimizers,
+        on_step=on_step,
+        on_forward=desk.reporter.on_forward if desk is not None else lambda slot: None,
+        timeline=timeline,
+        device=device,
+    )
+    executor.run(stage_actions(stream, position.stage, position.num_stages, position.delay))
+    collector.finish()
+    _save_timeline(config, timeline, position, host)
+    failed = [job.config.name for job, optimizer in zip(jobs, optimizers, strict=True) if optimizer.has_failed()]
+    if desk is not None:
+        desk.close(failed)
+    return 3 if failed else 0
+
+
+def _read_jobs(config: RunConfig, model_dir: Path, vocab_size: int, host: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
+    """Read the jobs' data, the first rank before the others, so that they find it in the cache."""
+    tokenizer = load_tokenizer(model_dir)
+    jobs = None
+    for turn in (True, False):
+        if (dist.get_rank() == 0) == turn:
+            jobs = read_jobs(config.jobs, tokenizer, cache_dir(), vocab_size)
+        dist.barrier(group=host)
+    assert jobs is not None
+    return jobs
+
+
+def _position(parallel: ParallelConfig) -> Position:
+    """Return this rank's place; a norm takes one slot more where it is summed over other ranks of the stage."""
+    delay = 1 if parallel.tensor * parallel.data > 1 else 0
+    return Position(stage=dist.get_rank() // (parallel.tensor * parallel.data), num_stages=parallel.pipeline, delay=delay)
+
+
+def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, host: dist.ProcessGroup) -> Stream:
+    """Plan the run, replay the plan, and make sure that all ranks have the same; the first rank files it."""
+    lengths = [job.rows.lengths() for job in jobs]
+    stream = plan_stream(lengths, position.num_stages, config.microbatch_tokens, position.delay)
+    stream = with_drain(stream, position.num_stages, position.delay)
+    replay(stream, lengths, position.num_stages, config.microbatch_tokens, position.delay)
+    text = json.dumps({"stages": position.num_stages, "delay": position.delay, "microbatches": stream_to_json(stream, lengths)})
+    plans: list = [None] * dist.get_world_size()
+    dist.all_gather_object(plans, text, group=host)
+    assert all(plan == text for plan in plans), "the ranks made different plans"
+    if dist.get_rank() == 0:
+        write_atomically(Path(config.output_dir) / "plan" / "window-0000.json", text + "\n")
+    return stream
+
+
+def _writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[int, Weights], None]:
+    """Return what writes a job's PEFT directory."""
+
+    def write(slot: int, weights: Weights) -> None:
+        job = jobs[slot].config
+        adapter = AdapterFile(
+            r=job.r,
+            lora_alpha=job.lora_alpha,
+            use_rslora=job.use_rslora,
+            lora_dropout=job.lora_dropout,
+            target_modules=job.target_modules,
+            weights=weights,
+        )
+        write_adapter(Path(config.output_dir) / "jobs" / job.name, adapter, config.base_model)
+
+    return write
+
+
+def _is_first_move(optimizer: JobOptimizer, step: int) -> bool:
+    """Whether a step (from 0) is the first with a non-zero learning rate."""
+    return optimizer.learning_rate(step) > 0 and all(optimizer.learning_rate(before) == 0 for before in range(step))
+
+
+def _tell_unmoved(job: TrainingJob, optimizer: JobOptimizer) -> None:
+    """Say which B a job's first step has left where it was: its adapter would not train there."""
+    unmoved = optimizer.unmoved()
+    if unmoved:
+        names = f"{', '.join(unmoved[:3])}{f' and {len(unmoved) - 3} more' if len(unmoved) > 3 else ''}"
+        print(f"megatron-lora: warning: job {job.config.name}: B has not moved in its first step: {names}", file=sys.stderr)
+
+
+def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, host: dist.ProcessGroup) -> None:
+    """Collect the spans of all ranks and write them as one trace."""
+    rank = dist.get_rank()
+    events: list | None = [None] * dist.get_world_size() if rank == 0 else None
+    dist.gather_object(timeline.events(rank, position.stage), events, group=host)
+    if events is not None:
+        write_timeline(Path(config.output_dir) / "timeline.json", events)
+
+
+class _Desk:
+    """The first rank's desk: reports to observers, states of jobs to status.json."""
+
+    def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], stream: Stream):
+        self.jobs = jobs
+        self.directory = RunDirectory.join(config)
+        self.observers: Sequence[Observer] = make_observers(config, jobs)
+        self.reporter = StepReporter(jobs, stream, self._report)
+        self.skipped_in_a_row = [0] * len(jobs)
+
+    def _report(self, job: int, report: StepReport) -> None:
+        if report.step == 1:
+            self._state(job, "running", "")
+        for observer in self.observers:
+            observer.on_step(report)
+        self.skipped_in_a_row[job] = self.skipped_in_a_row[job] + 1 if report.skipped else 0
+        if self.skipped_in_a_row[job] == MAX_SKIPPED_IN_A_ROW:
+            self._state(job, "failed", f"the gradient norm was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to {report.step}")
+
+    def _state(self, job: int, state: str, reason: str) -> None:
+        name = self.jobs[job].config.name
+        self.directory.set_job(name, state, reason)
+        for observer in self.observers:
+            observer.on_status(name, state, reason)
+
+    def close(self, failed: Sequence[str]) -> None:
+        """Give out the last reports and end."""
+        self.reporter.flush(wait=True)
+        for job, training in enumerate(self.jobs):
+            if training.config.name not in failed:
+                self._state(job, "done", "")
+        for observer in self.observers:
+            observer.close()
+        self.directory.close()

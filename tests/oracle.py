@@ -1,0 +1,123 @@
+"""The oracle: transformers + peft + torch.optim.AdamW training one job alone, one sample at a time; and the small files that runs read.
+
+Everything the trainer does differently (packing, merged linears, pipelines, neighbours) is absent here on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+WORDS = [f"w{i}" for i in range(120)]
+
+
+def make_model(directory: Path, *, num_layers: int = 4, kv_heads: int = 2, seed: int = 0) -> Path:
+    """Save a tiny random Llama with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def make_rows(path: Path, num_rows: int, seed: int, longest: int = 30) -> Path:
+    """Write prompt_completion rows of random words."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(low: int, high: int) -> str:
+        count = int(torch.randint(low, high, (), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (count,), generator=generator).tolist())
+
+    rows = [{"prompt": words(2, longest // 2), "completion": " " + words(2, longest // 2)} for _ in range(num_rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def swap_words(source: Path, target: Path) -> Path:
+    """Copy rows with every word replaced by another: other tokens, the same lengths."""
+    other = {word: WORDS[(7 * i + 3) % len(WORDS)] for i, word in enumerate(WORDS)}
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    swapped = [{key: " ".join(other.get(word, word) for word in text.split(" ")) for key, text in row.items()} for row in rows]
+    target.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    return target
+
+
+def make_adapter(model_dir: Path, directory: Path, *, r: int, lora_alpha: float, target_modules: list[str], seed: int) -> Path:
+    """Save a fresh adapter as peft initialises it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), lora).save_pretrained(directory)
+    return directory
+
+
+def encode(tokenizer, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens [L] and labels [L] (-100 on the prompt) of a prompt_completion row."""
+    prompt = tokenizer(row["prompt"]).input_ids
+    completion = tokenizer(row["completion"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return torch.tensor(prompt + completion), torch.tensor([-100] * len(prompt) + completion)
+
+
+def train_alone(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train one job; returns the loss of each step and the final adapter's tensors."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter_dir, is_trainable=True)
+    rows = [encode(tokenizer, json.loads(line)) for line in rows_path.read_text().splitlines()]
+    batch, num_steps = job["global_batch_size"], job["max_steps"]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=job["learning_rate"], weight_decay=job.get("weight_decay", 0.0))
+    kind = {"constant": "constant_with_warmup"}.get(job["lr_scheduler"], job["lr_scheduler"])
+    warmup = math.ceil(job["warmup_ratio"] * num_steps)
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+    batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    losses = []
+    for step in range(num_steps):
+        global_batch = batches[step % len(batches)]
+        num_targets = sum(int((labels[1:] != -100).sum()) for _, labels in global_batch)
+        total = 0.0
+        for tokens, labels in global_batch:
+            logits = model(input_ids=tokens[None]).logits[0]
+            loss = F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum") / num_targets
+            loss.backward()
+            total += float(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, job["max_grad_norm"])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, get_peft_model_state_dict(model)
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], kind: str) -> float:
+    """Return the relative Frobenius distance of all A ("lora_A") or all B ("lora_B"), concatenated."""
+    keys = sorted(key for key in theirs if kind in key)
+    assert keys and keys == sorted(key for key in ours if kind in key)
+    mine, other = (torch.cat([tensors[key].double().flatten() for key in keys]) for tensors in (ours, theirs))
+    return float((mine - other).norm() / other.norm())
