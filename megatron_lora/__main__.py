@@ -21,6 +21,7 @@ EXAMPLES = {
 exit status: 0 all jobs done, 2 wrong input, 3 some jobs failed, 75 preempted (run again to continue)""",
     "plan": """examples:
   megatron-lora plan configs/quickstart.yaml
+  megatron-lora plan configs/quickstart.yaml --plot plan.png
   megatron-lora plan configs/quickstart.yaml parallel.pipeline=4 microbatch_tokens=8192""",
     "preview": """examples:
   megatron-lora preview configs/quickstart.yaml --job summarise
@@ -66,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (train, plan, preview):
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
         command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
+    plan.add_argument("--plot", metavar="FILE", help="also draw the plan, stage by stage, into a new .png, .svg or .pdf")
     preview.add_argument("--job", required=True, metavar="NAME", help="the job whose samples are shown")
     preview.add_argument("--samples", type=int, default=3, metavar="N", help="how many samples (default: 3)")
     return parser
@@ -84,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "plan":
         from megatron_lora import plan_report
 
-        return plan_report.main(arguments.config, arguments.overrides)
+        return plan_report.main(arguments.config, arguments.overrides, arguments.plot)
     if arguments.command == "preview":
         from megatron_lora import preview
 

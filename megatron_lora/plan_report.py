@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from megatron_lora.checks import read_inputs
 from megatron_lora.config import RunConfig, load_config
 from megatron_lora.order import job_steps
+from megatron_lora.plan_plot import check_plot_path, draw
 from scheduling.planner import plan_stream
+from scheduling.simulate import simulate
+from scheduling.slot_cost import SlotCost, slot_times
+from scheduling.timing import makespan
 from scheduling.types import Lengths, Stream
 
 WORTH = 0.02  # a gain below this share of the time is called nothing
-SLOT_TOKENS = 128  # what a slot costs however few its tokens: launches and messages
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """A stream in numbers; `time` is the makespan in units of one token on one stage."""
+    """A stream in numbers; `time` is the makespan in units of one token's forward on one stage."""
 
     tokens: int
     slots: int
@@ -29,16 +32,20 @@ class Figures:
     bubble: float
 
 
-def main(config_path: str, overrides: list[str]) -> int:
-    """Print the plan of a config; returns 0."""
+def main(config_path: str, overrides: list[str], plot: str | None = None) -> int:
+    """Print the plan of a config, and draw it into the file `plot`; returns 0."""
     config = load_config(config_path, overrides)
-    inputs = read_inputs(config)
-    workload = lengths_of_jobs(config, inputs.data)
-    stages, budget = config.parallel.pipeline, config.microbatch_tokens
-    together = measure(plan(config, workload), stages, budget)
-    alone = [measure(plan(config, [steps]), stages, budget) for steps in workload]
+    if plot is not None:
+        check_plot_path(plot)
+    workload = lengths_of_jobs(config, read_inputs(config).data)
+    stream = plan(config, workload)
+    together = figures_of(config, stream, workload)
+    alone = [figures_of(config, plan(config, [steps]), [steps]) for steps in workload]
     gains = [gain(config, workload, job, together.time, alone[job].time) for job in range(len(workload))]
     print("\n".join(report(config, workload, together, alone, gains)))
+    if plot is not None:
+        times = slot_times(stream, workload, SlotCost())
+        draw(plot, simulate(stream, config.parallel.pipeline, times, delay=delay_of(config)), stream, [job.name for job in config.jobs])
     return 0
 
 
@@ -54,24 +61,31 @@ def lengths_of_jobs(config: RunConfig, data: Sequence) -> list[list[list[int]]]:
 
 def plan(config: RunConfig, workload: Lengths) -> Stream:
     """Plan a workload as training does."""
-    parallel = config.parallel
-    return plan_stream(workload, parallel.pipeline, config.microbatch_tokens, delay=int(parallel.tensor * parallel.data > 1))
+    return plan_stream(workload, config.parallel.pipeline, config.microbatch_tokens, delay_of(config))
 
 
-def measure(stream: Stream, num_stages: int, budget: int) -> Figures:
-    """Count a stream and simulate it on even stages whose forward takes a unit per token, backward two."""
-    tokens = [microbatch.num_tokens for microbatch in stream]
-    costs = [count + SLOT_TOKENS if count else 0 for count in tokens]
+def delay_of(config: RunConfig) -> int:
+    """Slots by which a verdict is later where a norm is summed over other ranks of the stage."""
+    return int(config.parallel.tensor * config.parallel.data > 1)
+
+
+def figures_of(config: RunConfig, stream: Stream, workload: Lengths) -> Figures:
+    """Measure a stream of a config's run."""
+    return measure(stream, workload, config.parallel.pipeline, config.microbatch_tokens)
+
+
+def measure(stream: Stream, workload: Lengths, num_stages: int, budget: int) -> Figures:
+    """Count a stream and time it under 1F1B on even stages."""
+    costs = slot_times(stream, workload, SlotCost())
     time = makespan(costs, num_stages)
-    busy = 3.0 * sum(costs)
-    slots = len(stream)
+    tokens, slots = sum(microbatch.num_tokens for microbatch in stream), len(stream)
     return Figures(
-        tokens=sum(tokens),
+        tokens=tokens,
         slots=slots,
         noops=sum(microbatch.is_noop for microbatch in stream),
-        fill=sum(tokens) / (slots * budget) if slots else 0.0,
+        fill=tokens / (slots * budget) if slots else 0.0,
         time=time,
-        bubble=1 - busy / time if time else 0.0,
+        bubble=1 - 2 * sum(costs) / time if time else 0.0,
     )
 
 
@@ -80,7 +94,7 @@ def gain(config: RunConfig, workload: Lengths, job: int, together: float, alone:
     others = [steps for other, steps in enumerate(workload) if other != job]
     if not others:
         return 0.0
-    without = measure(plan(config, others), config.parallel.pipeline, config.microbatch_tokens).time
+    without = figures_of(config, plan(config, others), others).time
     return 1 - (together - without) / alone
 
 
@@ -118,33 +132,3 @@ def advice(config: RunConfig, saved: float, gains: Sequence[float]) -> list[str]
     if idle:
         lines.append(f"Does not gain by being co-trained: {', '.join(idle)}.")
     return lines
-
-
-def makespan(costs: Sequence[int], num_stages: int) -> float:
-    """End of the last backward under 1F1B on even stages without communication; slot m takes costs[m] forward, twice that backward.
-
-    Stage s runs num_stages - s - 1 forwards first, then F and B in turn; F(m) waits for stage s - 1's, B(m) for stage s + 1's.
-    """
-    slots = len(costs)
-    forward = [[0.0] * slots for _ in range(num_stages)]
-    backward = [[0.0] * slots for _ in range(num_stages)]
-    clock, done_f, done_b = [0.0] * num_stages, [0] * num_stages, [0] * num_stages
-    while done_b[0] < slots:
-        for stage in range(num_stages):
-            while done_b[stage] < slots:
-                ahead = min(slots, done_b[stage] + num_stages - stage)
-                if done_f[stage] < ahead:
-                    slot = done_f[stage]
-                    if stage and done_f[stage - 1] <= slot:
-                        break
-                    ready = forward[stage - 1][slot] if stage else 0.0
-                    clock[stage] = forward[stage][slot] = max(clock[stage], ready) + costs[slot]
-                    done_f[stage] += 1
-                else:
-                    slot = done_b[stage]
-                    if stage + 1 < num_stages and done_b[stage + 1] <= slot:
-                        break
-                    ready = backward[stage + 1][slot] if stage + 1 < num_stages else 0.0
-                    clock[stage] = backward[stage][slot] = max(clock[stage], ready) + 2 * costs[slot]
-                    done_b[stage] += 1
-    return max(clock)

@@ -22,9 +22,10 @@ from megatron_lora import agent, doctor, launch
 from megatron_lora.__main__ import main
 from megatron_lora.config import load_config
 from megatron_lora.errors import UserError
-from megatron_lora.plan_report import SLOT_TOKENS, makespan, measure
+from megatron_lora.plan_report import measure
 from megatron_lora.run_dir import RunDirectory
 from megatron_lora.worker import LAUNCHED
+from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch, Segment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -253,21 +254,22 @@ def test_plan_says_when_co_training_gains_nothing(scene, capsys):
     assert "nothing to co-train it with" in capsys.readouterr().out
 
 
-def test_makespan_is_that_of_1f1b_by_hand():
-    assert makespan([5, 7], 1) == 3 * 12
-    # two stages, two slots of 1: F0 at 0-1 | 1-2, B0 on the last 2-4, F1 on the first 1-2, on the last 4-5, B1 5-7; first: B0 4-6, B1 7-9
-    assert makespan([1, 1], 2) == 9
-    # many even slots: (slots + stages - 1) of 3 units each
-    assert makespan([1] * 20, 4) == 3 * 23
-    assert makespan([], 2) == 0
-
-
 def test_figures_count_fill_no_ops_and_bubble():
     full = Microbatch((Segment(0, 0, (0,), 100),))
-    figures = measure((full, Microbatch(), full), num_stages=1, budget=200)
+    slot = SlotCost().slot([100])
+    figures = measure((full, Microbatch(), full), [[[100]]], num_stages=1, budget=200)
     assert (figures.tokens, figures.slots, figures.noops) == (200, 3, 1)
-    assert figures.fill == 200 / 600 and figures.bubble == 0.0 and figures.time == 2 * 3 * (100 + SLOT_TOKENS)
-    assert measure((full,), num_stages=3, budget=100).bubble == pytest.approx(2 / 3)
+    assert figures.fill == 200 / 600 and figures.bubble == 0.0 and figures.time == pytest.approx(2 * 2 * slot)
+    assert measure((full,), [[[100]]], num_stages=3, budget=100).bubble == pytest.approx(2 / 3)
+
+
+def test_plan_draws_a_new_picture_and_overwrites_none(scene, capsys):
+    assert main(["plan", "config.yaml", "--plot", "plan.png"]) == 0
+    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+    for name, words in [("plan.png", "exists"), ("plan.doc", "no kind of picture"), ("no/plan.png", "make 'no' first")]:
+        assert main(["plan", "config.yaml", "--plot", name]) == 2
+        err = capsys.readouterr().err
+        assert f"--plot: '{name}'" in err and words in err and err.count("\n") == 1
 
 
 def test_preview_marks_what_the_loss_counts(scene, materials, capsys):

@@ -1,0 +1,48 @@
+"""A plan as a picture: one lane per stage, time to the right, a bar per forward (pale) and backward (full), coloured by job.
+
+A microbatch that several jobs share is cut into their shares of its tokens, so the picture shows whose work fills whose bubbles.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lora.errors import UserError
+from scheduling.simulate import Timeline
+from scheduling.types import Op, Stream
+
+ENDINGS = (".png", ".svg", ".pdf")
+
+
+def check_plot_path(path: str) -> None:
+    """Refuse a file that could not be drawn into, or that is there already."""
+    if not path.endswith(ENDINGS):
+        raise UserError(f"--plot: {path!r} is no kind of picture that is drawn; end it in {', '.join(ENDINGS)}")
+    if Path(path).exists():
+        raise UserError(f"--plot: {path!r} exists; choose another name, or remove it")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--plot: {path!r} lies in no directory; make {str(Path(path).parent)!r} first")
+
+
+def draw(path: str, timeline: Timeline, stream: Stream, jobs: Sequence[str]) -> None:
+    """Draw a simulated stream into a new picture file."""
+    from matplotlib.colors import hsv_to_rgb
+    from matplotlib.figure import Figure
+
+    colours = [hsv_to_rgb((job * 0.618 % 1, 0.7, 0.85)) for job in range(len(jobs))]  # golden-ratio steps: neighbours differ
+    figure = Figure(figsize=(14, 1.2 + 0.6 * timeline.num_stages), layout="constrained")
+    axes = figure.add_subplot()
+    for event in timeline.events:
+        if event.op is Op.STEP or event.index >= len(stream) or stream[event.index].is_noop:
+            continue
+        slot, start = stream[event.index], event.start_s
+        for segment in slot.segments:
+            width = (event.end_s - event.start_s) * segment.num_tokens / slot.num_tokens
+            pale = 0.45 if event.op is Op.FORWARD else 1.0
+            axes.barh(event.stage, width, left=start, height=0.8, color=colours[segment.job], alpha=pale, linewidth=0)
+            start += width
+    axes.set_yticks(range(timeline.num_stages), [f"stage {stage}" for stage in range(timeline.num_stages)])
+    axes.invert_yaxis()
+    axes.set_xlabel("predicted time, in tokens' forwards")
+    handles = [axes.barh(0, 0, color=colour) for colour in colours]
+    axes.legend(handles, jobs, ncols=min(8, len(jobs)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.savefig(path, dpi=150)
