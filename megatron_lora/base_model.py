@@ -2,8 +2,8 @@
 
 `build_stage` turns an `Architecture` into the part of the GPTModel that this rank owns, through ModuleSpec: our linears, norms and core
 attention. Positions come in through the core attention ('none' for Megatron); the output layer passes hidden states through, because the
-loss reads the head in chunks; a tied matrix is held twice, by the first and the last stage, since neither copy is trained. No parameter
-requires a gradient: adapters live in the arena, outside the module tree.
+loss reads the head in chunks; a tied matrix is held by the first and by the last stage (once, where they are one), since neither copy is
+trained. No parameter requires a gradient: adapters live in the arena, outside the module tree.
 
     stage = build_stage(read_architecture(directory), directory, parallel, dtype=torch.bfloat16, device=device)
     hidden = stage(microbatch, received)            # received: None on the first stage
@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_lora import loss
+from megatron_lora import compat, loss
 from megatron_lora.architecture import Architecture, check_layout, layers_of_stages
 from megatron_lora.attention import MergedSelfAttention, PackedAttention, PackedRows
 from megatron_lora.config import ParallelConfig
@@ -148,8 +148,9 @@ class Stage(torch.nn.Module):
             yield from _linear_parts(linear)
         if self.is_last:
             yield Part(target=self.model.decoder.final_layernorm.weight, name="model.norm.weight", index=(everything,))
-            tied = self.architecture.tied_head
-            yield self._vocabulary_part(self.model.output_layer.weight, "model.embed_tokens.weight" if tied else "lm_head.weight")
+            if not (self.architecture.tied_head and self.is_first):
+                name = "model.embed_tokens.weight" if self.architecture.tied_head else "lm_head.weight"
+                yield self._vocabulary_part(self.model.output_layer.weight, name)
 
     def _vocabulary_part(self, weight: Tensor, name: str) -> Part:
         first = self.tensor_group.rank() * weight.shape[0]
@@ -184,6 +185,7 @@ def build_stage(
     `parallel_state` must be initialised (compat.initialize_parallel). Raises UserError where model, files and layout do not fit.
     """
     check_layout(architecture, parallel)
+    compat.quieten_gpt_model()
     layers = layers_of_stages(architecture.num_layers, parallel)[parallel_state.get_pipeline_model_parallel_rank()]
     config = _stage_config(architecture, parallel, dtype, device)
     model = GPTModel(
@@ -197,7 +199,8 @@ def build_stage(
         share_embeddings_and_output_weights=False,
     )
     if model.post_process:
-        model.output_layer = PassThrough(model.output_layer.weight)
+        shared = architecture.tied_head and model.pre_process
+        model.output_layer = PassThrough(model.embedding.word_embeddings.weight if shared else model.output_layer.weight)
     freeze(model)
     with torch.no_grad():
         for parameter in model.parameters():

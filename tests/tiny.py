@@ -2,7 +2,7 @@
 
 `save_model` writes a random transformers model of one of `KINDS`; `stage_input` packs samples; `attach_adapters` gives every linear of a
 stage a LoraGroup cut out of factors that depend on the module's path alone; `train_step` runs one forward and backward through the
-pipeline with blocking sends; `whole_gradients` puts the factors' gradients together again from all ranks.
+pipeline with blocking sends, freeing what was sent; `whole_gradients` puts the factors' gradients together again from all ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from fused_ops.adapters import LoraGroup, SlotTable
 from fused_ops.route import make_route
+from megatron_lora.compat import custom_backward, deallocate_output_tensor
 from megatron_lora.microbatch import Packing, StageInput
 
 BASE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 61, "max_position_embeddings": 128}
@@ -155,8 +156,9 @@ def train_step(stage, microbatch: StageInput, parallel) -> dict:
     else:
         dist.send(out.detach(), rank + stride)
         grad = torch.empty_like(out)
+        deallocate_output_tensor(out, True)
         dist.recv(grad, rank + stride)
-        out.backward(grad)
+        custom_backward(out, grad)
     if received is not None:
         dist.send(received.grad, rank - stride)
     return answer | {"gradients": whole_gradients(stage.linears) if stage.linears[0].group else {}}

@@ -168,6 +168,37 @@ def test_samples_never_see_each_other(models, one_process):
     assert torch.equal(before[:5], after[:5]) and torch.equal(before[27:], after[27:])
 
 
+def test_nan_in_one_jobs_adapter_stays_with_its_rows(models, one_process):
+    directory, _ = models("qwen3")
+    results = []
+    for poison in (0.0, float("nan")):
+        stage = build(directory)
+        attach_adapters(stage.linears, 1, 0.25)
+        for linear in stage.linears:
+            linear.group.b_RN[-1][linear.group.b_rows[1][-1]] += poison
+        microbatch = stage_input(LENGTHS, 61, ((0, 27, 0), (28, 44, 1)))  # jobs own whole samples; row 27 is base-only
+        results.append(train_step(stage, microbatch, ParallelConfig()))
+    clean, poisoned = results
+    assert poisoned["losses"][29:].isnan().any()
+    assert torch.equal(clean["losses"][:28], poisoned["losses"][:28])
+    others = [name for name in clean["gradients"] if name.endswith(" 0")]
+    assert len(others) == 2 * 3 * 6 and all(torch.equal(clean["gradients"][name], poisoned["gradients"][name]) for name in others)
+
+
+def test_a_tied_matrix_is_held_once_where_the_stages_are_one(models, one_process, pool):
+    directory, _ = models("llama-tied")
+    stage = build(directory)
+    assert stage.head.weight_VH.data_ptr() == stage.model.embedding.word_embeddings.weight.data_ptr()
+    assert pool(pp=2).run(vocabulary_sizes, directory) == [(61 * 48, 0), (0, 61 * 48)]
+
+
+def vocabulary_sizes(directory):
+    """Return the numbers in this stage's embedding and head."""
+    model = build(directory, ParallelConfig(pipeline=2)).model
+    parts = [getattr(model, name, None) for name in ("embedding", "output_layer")]
+    return tuple(sum(parameter.numel() for parameter in part.parameters()) if part is not None else 0 for part in parts)
+
+
 def test_a_missing_tensor_is_named(models, one_process):
     directory, _ = models("llama")
     with pytest.raises(UserError, match="the tensor model.layers.3.no_such.weight is in none of the safetensors files"):
