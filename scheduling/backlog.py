@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths, Microbatch, PlanError, Segment, Stream
@@ -114,7 +115,7 @@ def _append_job(backlog: Backlog, job: int, steps: Sequence[Sequence[int]], stan
     backlog.jobs.append(range(first_group, len(backlog.groups)))
     backlog.ready.append(stand.ready)
     backlog.started.append(bool(stand.taken))
-    backlog.later_time.append(sum(cost.sample(tokens) for batch in steps[step:] for tokens in batch))
+    backlog.later_time.append(sum([sum(batch) + cost.per_square * sum(map(mul, batch, batch)) for batch in steps[step:]]))
     backlog.later_steps.append(len(steps) - step)
 
 

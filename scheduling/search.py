@@ -123,8 +123,7 @@ class _Search:
                 if value <= now or (temperature > 0 and draw() < math.exp((now - value) / temperature)):
                     now = value
                     self._apply(p, q, change[0], change[1])
-                    for k in range(end - 1, p, -1):
-                        tails[k] = clock.retreat(tails[k + 1], costs, k)
+                    clock.retreat(tails, costs, end, min(end, p + clock.num_stages))  # those before are not asked for again
                 else:
                     costs[p], costs[q] = kept
             head = clock.advance(head, costs, p, p + 1)
