@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import sys
-import tempfile
 import time
 import traceback
 from multiprocessing.connection import wait
@@ -34,6 +33,16 @@ class RankPool:
         self.context.set_forkserver_preload(PRELOAD)
         self.workers = []
         self.layout = None
+        self.store = None  # where ranks meet, for every process group that they make
+        self.num_layouts = 0
+
+    def _store_port(self) -> int:
+        """Return the port of the store in this process, which outlives every layout."""
+        import torch.distributed as dist
+
+        if self.store is None:
+            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return self.store.port
 
     def run(self, layout: SimpleNamespace, fn, *args, timeout_s: float = 400.0) -> list:
         """Call `fn(*args)` on each rank of `layout`; return the results in rank order. Raises RankError."""
@@ -44,10 +53,8 @@ class RankPool:
             while len(self.workers) < num_ranks:
                 self.workers.append(self._start())
             self.layout = layout
-            handle, store = tempfile.mkstemp(prefix="rank_pool_")
-            os.close(handle)
-            self._call(_join, (layout, "file://" + store), timeout_s)
-            os.unlink(store)
+            self.num_layouts += 1
+            self._call(_join, (layout, self._store_port(), f"layout {self.num_layouts}"), timeout_s)
         return self._call(fn, args, timeout_s)
 
     def close(self) -> None:
@@ -95,13 +102,14 @@ def _receive(pipe):
         return None, "the process ended"
 
 
-def _join(layout, address: str) -> None:
+def _join(layout, port: int, name: str) -> None:
     import torch.distributed as dist
 
     from megatron_lora.compat import initialize_parallel
 
     rank = int(os.environ["RANK_POOL_RANK"])
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=layout.pipeline * layout.tensor * layout.data)
+    store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.pipeline * layout.tensor * layout.data)
     initialize_parallel(layout, "gloo")
 
 
