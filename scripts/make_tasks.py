@@ -6,7 +6,7 @@ Every machine with Python has some hundred documented modules and some thousand 
     names       one line of documentation -> the function's name       prompt_completion    ~20 tokens a sample
     signatures  a description -> the `def` line                        alpaca               ~80
     docstrings  a function's source -> its documentation's first line  messages            ~160
-    summaries   a module's outline -> the module's first line          messages            ~300
+    summaries   a module's outline -> the module's first line          messages            ~330
 
 One further row of each task goes to held_out.json, {task: row}: no job trains on it, and show_answers.py asks it.
 
@@ -120,7 +120,7 @@ def rows_of(functions: list[Function], modules: list[Module]) -> dict[str, list[
         size = len(function.signature) + len(function.body)
         if 300 <= size <= 700 and len(rows["docstrings"]) <= NUM_ROWS["docstrings"]:
             source = f"{function.signature}\n{function.body}"
-            rows["docstrings"].append(chat("Document the function in one line.", source, function.summary))
+            rows["docstrings"].append(chat("Write the function's docstring in one line.", source, f'"""{function.summary}"""'))
         elif 30 <= len(function.signature) <= 90 and len(rows["signatures"]) <= NUM_ROWS["signatures"]:
             instruction = f"Write the signature of the Python function `{function.name}`."
             rows["signatures"].append({"instruction": instruction, "input": function.summary, "output": function.signature})
@@ -129,7 +129,7 @@ def rows_of(functions: list[Function], modules: list[Module]) -> dict[str, list[
     for module in modules:
         outline = "\n".join(module.outline)
         if len(outline) >= MAX_OUTLINE // 2:
-            rows["summaries"].append(chat("Say in one line what the module is for.", outline, module.summary))
+            rows["summaries"].append(chat("Say in one comment what the module is for.", outline, f"# {module.summary}"))
     return rows
 
 

@@ -20,7 +20,8 @@ from transformers.utils import logging
 from megatron_lora.config import JobConfig, load_config
 from megatron_lora.formats import RowEncoder
 
-MAX_NEW_TOKENS = 40
+MAX_NEW_TOKENS = 24
+MAX_LINES = 4
 WIDTH = 110
 
 
@@ -45,11 +46,18 @@ def answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, question:
     return tokenizer.decode(ids[0, len(question) :], skip_special_tokens=True)
 
 
-def show(label: str, text: str, most: int = 3) -> None:
-    """Print a labelled text, its last lines alone when it is long."""
-    lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, WIDTH) or [""]]
-    if len(lines) > most:
-        lines = ["[...]", *lines[-most:]] if label == "question" else [*lines[:most], "[...]"]
+def question_text(row: dict) -> str:
+    """Return what a row asks, without template and answer."""
+    if "messages" in row:
+        return next(turn["content"] for turn in row["messages"] if turn["role"] == "user")
+    return "\n".join(text for key, text in row.items() if key not in ("completion", "output"))
+
+
+def show(label: str, text: str) -> None:
+    """Print a labelled text, cut after a few lines."""
+    lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, WIDTH, drop_whitespace=False)]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[:MAX_LINES], "..."]
     for number, line in enumerate(lines or ["(nothing)"]):
         print(f"  {label if number == 0 else '':10}{line}")
 
@@ -73,7 +81,7 @@ def main() -> None:
     for job, (question, reference), answer_before in zip(jobs, questions, before, strict=True):
         adapted = PeftModel.from_pretrained(base, arguments.run / "jobs" / job.name)
         print(f"\n{job.name}")
-        show("question", tokenizer.decode(question, skip_special_tokens=True))
+        show("question", question_text(held_out[job.name]))
         show("reference", tokenizer.decode(reference, skip_special_tokens=True))
         show("before", answer_before)
         show("after", answer(adapted, tokenizer, question))
