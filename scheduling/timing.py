@@ -15,6 +15,7 @@ uneven among P neighbours: makespan is convex in c, and a slow ramp is almost fr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 Head = tuple[float, ...]  # b_s(k - 1) for all stages s: the state before round k
 _NEVER = -1e300
@@ -36,11 +37,14 @@ class Clock:
 
     def advance(self, head: Head, costs: Sequence[float], first: int, end: int) -> Head:
         """Run rounds first .. end - 1 from the state before round `first`; returns the state before round `end`."""
-        steady_from, steady_to = max(first, self.num_stages - 1), min(end, len(costs))
-        if steady_from >= steady_to:
-            return self._border(head, costs, first, end)
-        head = self._steady(self._border(head, costs, first, steady_from), costs, steady_from, steady_to)
-        return self._border(head, costs, steady_to, end)
+        filling, num_slots = self.num_stages - 1, len(costs)
+        if first < filling:
+            head = self._border(head, costs, first, min(end, filling))
+            first = filling
+        if first < end and first < num_slots:
+            head = self._steady(head, costs, first, min(end, num_slots))
+            first = num_slots
+        return self._border(head, costs, first, end) if first < end else head
 
     def _border(self, head: Head, costs: Sequence[float], first: int, end: int) -> Head:
         """Rounds of fill and drain (correct, if slower, for every round)."""
@@ -84,6 +88,7 @@ class Clock:
         return tuple(before)
 
 
+@lru_cache
 def _unrolled(num_stages: int) -> tuple[Callable[..., Head], Callable[..., Head]]:
     """Compile the steady rounds with the loop over stages written out: 3.5 times faster than the `_border` twins, equal in the tests."""
     states = ", ".join(f"b{stage}" for stage in range(num_stages)) + ","
