@@ -100,7 +100,10 @@ def backends() -> list[Finding]:
         attention = Finding("attention", "torch.nn.attention.varlen")
     else:
         attention = Finding("attention", "Transformer Engine" if engine else "none", "" if engine else "install torch 2.11 or newer")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    idle = "no GPU is visible, so it runs as a CPU build would" if torch.version.cuda and not cuda else ""
     return [
+        Finding("torch built for", build, idle),
         Finding("precision auto", "bf16" if cuda else "fp32"),
         Finding("transport", "NCCL" if cuda else "gloo"),
         attention,
