@@ -25,18 +25,25 @@ class Shapes(Protocol):
 
 
 def check_weights(model_dir: Path, architecture: Shapes) -> None:
-    """Raise UserError where a safetensors file is damaged, or lacks or misshapes a tensor of the architecture."""
+    """Raise UserError where a safetensors file is damaged, or lacks, misshapes or adds a tensor of the architecture.
+
+    A stored rotary table and a copy of a tied head say nothing new; any other addition would be left out of the model in silence.
+    """
     found: dict[str, dict] = {}
     for file in weight_files(model_dir):
         found |= read_header(file)
     model = f"base_model: {str(model_dir)!r}"
-    for name, shape in architecture.tensor_shapes().items():
+    shapes = architecture.tensor_shapes()
+    for name, shape in shapes.items():
         if name not in found:
             raise UserError(f"{model} has no tensor {name}, which its config.json calls for; {REFETCH}")
         if tuple(found[name]["shape"]) != shape:
             raise UserError(f"{model}: {name} has shape {found[name]['shape']} and config.json calls for {list(shape)}; {REFETCH}")
         if found[name]["dtype"] not in DTYPES:
             raise UserError(f"{model}: {name} is {found[name]['dtype']}; use a checkpoint in bf16, fp16 or fp32, not a quantised one")
+    for name in sorted(found.keys() - shapes.keys() - {"lm_head.weight"}):
+        if not name.endswith(".rotary_emb.inv_freq"):
+            raise UserError(f"{model} has a tensor {name} that its config.json does not call for; use the config.json of these weights")
 
 
 def weight_files(model_dir: Path) -> list[Path]:

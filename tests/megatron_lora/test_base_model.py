@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import KINDS, attach_adapters, save_model, stage_input, train_step
 
 from megatron_lora.architecture import read_architecture
 from megatron_lora.base_model import build_stage
 from megatron_lora.config import ParallelConfig
 from megatron_lora.errors import UserError
+from megatron_lora.safetensors_header import check_weights
 from megatron_lora.weights import Checkpoint, load
 
 CPU = torch.device("cpu")
@@ -156,6 +158,18 @@ def test_sharded_checkpoint(tmp_path, models, one_process):
     microbatch = stage_input(LENGTHS, 61)
     single, sharded = build(models("qwen3")[0]), build(tmp_path)
     assert torch.equal(single(microbatch), sharded(microbatch))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_a_tensor_without_a_place_in_the_model_is_refused(kind, tmp_path):
+    save_model(tmp_path, kind)
+    tensors = load_file(tmp_path / "model.safetensors")
+    harmless = {"lm_head.weight": torch.zeros(61, 48), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    save_file(harmless | tensors, tmp_path / "model.safetensors")
+    check_weights(tmp_path, read_architecture(tmp_path))
+    save_file(tensors | {"model.layers.0.mlp.gate_proj.scale": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="has a tensor model.layers.0.mlp.gate_proj.scale that its config.json does not call for"):
+        check_weights(tmp_path, read_architecture(tmp_path))
 
 
 def test_samples_never_see_each_other(models, one_process):
