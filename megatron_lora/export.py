@@ -34,6 +34,7 @@ class AdapterCollector:
         factors: list = [None] * self.world_size
         dist.all_gather_object(factors, arena.factors, group=self.group)
         self.factors_of_rank: Sequence[Sequence[Sequence[Factor]]] = factors
+        self.written: queue.SimpleQueue[int] = queue.SimpleQueue()  # slots whose files are there
         self.failure: BaseException | None = None
         self.waiting: queue.SimpleQueue[tuple[int, Tensor] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="adapter-collector", daemon=True)
@@ -72,6 +73,7 @@ class AdapterCollector:
             dist.recv(part, rank, group=self.group)
             parts.append(part)
         self.write(slot, join_shards([ranks[slot] for ranks in self.factors_of_rank], parts))
+        self.written.put(slot)
 
 
 def join_shards(factors_of_rank: Sequence[Sequence[Factor]], flats: Sequence[Tensor]) -> Weights:

@@ -6,6 +6,7 @@ is compared with everyone's before anything runs. The first rank (first stage, f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -16,22 +17,21 @@ import torch.distributed as dist
 
 from megatron_lora.architecture import read_architecture
 from megatron_lora.arena import Arena
-from megatron_lora.base_model import build_stage
+from megatron_lora.base_model import Stage, build_stage
 from megatron_lora.checks import cache_dir
 from megatron_lora.collate import collate, num_rows
 from megatron_lora.compat import initialize_parallel, pipelines
 from megatron_lora.config import ParallelConfig, RunConfig
 from megatron_lora.data import load_tokenizer
+from megatron_lora.desk import Desk
 from megatron_lora.executor import Executor, Position, StepDone
 from megatron_lora.export import AdapterCollector, Weights
 from megatron_lora.hub import resolve_base_model
 from megatron_lora.jobs import TrainingJob, read_jobs
 from megatron_lora.messages import MessageLayout, connect
-from megatron_lora.metrics import Observer, StepReport, make_observers
-from megatron_lora.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer
+from megatron_lora.optimizer import JobOptimizer
 from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
-from megatron_lora.reports import StepReporter
-from megatron_lora.run_dir import RunDirectory, write_atomically
+from megatron_lora.run_dir import write_atomically
 from megatron_lora.timeline import Timeline, write_timeline
 from scheduling.pipeline import endings, stage_actions, with_drain
 from scheduling.plan_json import stream_to_json
@@ -48,7 +48,6 @@ def run(config: RunConfig) -> int:
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
     host = dist.new_group(backend="gloo")
-    is_first_rank = dist.get_rank() == 0
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}[config.precision]
 
     model_dir = resolve_base_model(config.base_model)
@@ -76,24 +75,46 @@ def run(config: RunConfig) -> int:
             arena.load(slot, read_adapter(job.config.init_adapter).weights)
     optimizers = [JobOptimizer(arena, slot, job.optimizer(), group) for slot, job in enumerate(jobs)]
 
-    desk = _Desk(config, jobs, stream) if is_first_rank else None
-    collector = AdapterCollector(arena, _writer(config, jobs), host)
+    with Desk(config, jobs, stream) if dist.get_rank() == 0 else contextlib.nullcontext() as desk:
+        collector = AdapterCollector(arena, _writer(config, jobs), host)
 
-    def on_step(done: StepDone) -> None:
-        job, optimizer = jobs[done.job], optimizers[done.job]
-        if _is_first_move(optimizer, done.step):
-            _tell_unmoved(job, optimizer)
-        last = done.step == job.num_steps - 1
-        if last and not optimizer.has_failed():
-            collector.submit(done.job)
+        def on_step(done: StepDone) -> None:
+            job, optimizer = jobs[done.job], optimizers[done.job]
+            if _is_first_move(optimizer, done.step):
+                _tell_unmoved(job, optimizer)
+            if done.step == job.num_steps - 1 and not optimizer.has_failed():
+                collector.submit(done.job)
+            if desk is not None:
+                desk.on_step(done, collector.written)
+
+        timeline = Timeline(device)
+        executor = _executor(config, jobs, stream, position, stage, optimizers, on_step, desk, timeline, dtype, device)
+        executor.run(stage_actions(stream, position.stage, position.num_stages, position.delay))
+        collector.finish()
         if desk is not None:
-            desk.reporter.on_step(done)
+            desk.finish(collector.written)
+    _save_timeline(config, timeline, position, host)
+    return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
 
+
+def _executor(
+    config: RunConfig,
+    jobs: Sequence[TrainingJob],
+    stream: Stream,
+    position: Position,
+    stage: Stage,
+    optimizers: Sequence[JobOptimizer],
+    on_step: Callable[[StepDone], None],
+    desk: Desk | None,
+    timeline: Timeline,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Executor:
+    """Connect this rank to its neighbours and give it its stream."""
     multiple = config.parallel.tensor if config.parallel.sequence else 1
     rows = [num_rows(microbatch, multiple) // multiple for microbatch in stream]
-    layout = MessageLayout(max_endings=max(map(len, endings(stream))), hidden_size=architecture.hidden_size, dtype=dtype)
-    timeline = Timeline(device)
-    executor = Executor(
+    layout = MessageLayout(max_endings=max(map(len, endings(stream))), hidden_size=stage.architecture.hidden_size, dtype=dtype)
+    return Executor(
         stage,
         stream,
         position,
@@ -103,17 +124,10 @@ def run(config: RunConfig) -> int:
         rows=rows,
         optimizers=optimizers,
         on_step=on_step,
-        on_forward=desk.reporter.on_forward if desk is not None else lambda slot: None,
+        on_forward=desk.on_forward if desk is not None else lambda slot: None,
         timeline=timeline,
         device=device,
     )
-    executor.run(stage_actions(stream, position.stage, position.num_stages, position.delay))
-    collector.finish()
-    _save_timeline(config, timeline, position, host)
-    failed = [job.config.name for job, optimizer in zip(jobs, optimizers, strict=True) if optimizer.has_failed()]
-    if desk is not None:
-        desk.close(failed)
-    return 3 if failed else 0
 
 
 def _read_jobs(config: RunConfig, model_dir: Path, vocab_size: int, host: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
@@ -187,39 +201,3 @@ def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, ho
     dist.gather_object(timeline.events(rank, position.stage), events, group=host)
     if events is not None:
         write_timeline(Path(config.output_dir) / "timeline.json", events)
-
-
-class _Desk:
-    """The first rank's desk: reports to observers, states of jobs to status.json."""
-
-    def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], stream: Stream):
-        self.jobs = jobs
-        self.directory = RunDirectory.join(config)
-        self.observers: Sequence[Observer] = make_observers(config, jobs)
-        self.reporter = StepReporter(jobs, stream, self._report)
-        self.skipped_in_a_row = [0] * len(jobs)
-
-    def _report(self, job: int, report: StepReport) -> None:
-        if report.step == 1:
-            self._state(job, "running", "")
-        for observer in self.observers:
-            observer.on_step(report)
-        self.skipped_in_a_row[job] = self.skipped_in_a_row[job] + 1 if report.skipped else 0
-        if self.skipped_in_a_row[job] == MAX_SKIPPED_IN_A_ROW:
-            self._state(job, "failed", f"the gradient norm was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to {report.step}")
-
-    def _state(self, job: int, state: str, reason: str) -> None:
-        name = self.jobs[job].config.name
-        self.directory.set_job(name, state, reason)
-        for observer in self.observers:
-            observer.on_status(name, state, reason)
-
-    def close(self, failed: Sequence[str]) -> None:
-        """Give out the last reports and end."""
-        self.reporter.flush(wait=True)
-        for job, training in enumerate(self.jobs):
-            if training.config.name not in failed:
-                self._state(job, "done", "")
-        for observer in self.observers:
-            observer.close()
-        self.directory.close()

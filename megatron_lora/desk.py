@@ -1,0 +1,72 @@
+"""The first rank's desk: reports go to the observers, states of jobs to status.json.
+
+Numbers arrive after the fact (see reports.py) and adapters are written beside the run (export.py); here both become what people see:
+a job runs from its first report on, has failed after three skipped steps in a row, and is done once its adapter is written.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+
+from megatron_lora.config import RunConfig
+from megatron_lora.executor import StepDone
+from megatron_lora.jobs import TrainingJob
+from megatron_lora.metrics import Observer, StepReport, make_observers
+from megatron_lora.optimizer import MAX_SKIPPED_IN_A_ROW
+from megatron_lora.reports import StepReporter
+from megatron_lora.run_dir import RunDirectory
+from scheduling.types import Stream
+
+
+class Desk:
+    """Everything that only the first rank tells. A context manager: observers are closed whatever happens."""
+
+    def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], stream: Stream):
+        """Take up the run's directory, which exists, and start the observers."""
+        self.jobs = jobs
+        for job in jobs:
+            print(f"{job.config.name}: {job.data.describe()}; {job.num_steps} steps", flush=True)
+        self.directory = RunDirectory.join(config)
+        self.observers: Sequence[Observer] = make_observers(config, jobs)
+        self.reporter = StepReporter(jobs, stream, self._report)
+        self.on_forward = self.reporter.on_forward
+        self.skipped_in_a_row = [0] * len(jobs)
+
+    def __enter__(self) -> Desk:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for observer in self.observers:
+            observer.close()
+        self.directory.close()
+
+    def on_step(self, done: StepDone, written: queue.SimpleQueue[int]) -> None:
+        """Note a step that was taken, and the adapters that were written meanwhile."""
+        self.reporter.on_step(done)
+        self._note(written)
+
+    def finish(self, written: queue.SimpleQueue[int]) -> None:
+        """Give out the last reports and states."""
+        self.reporter.flush(wait=True)
+        self._note(written)
+
+    def _note(self, written: queue.SimpleQueue[int]) -> None:
+        while not written.empty():
+            self._set_state(written.get(), "done", "")
+
+    def _report(self, job: int, report: StepReport) -> None:
+        if report.step == 1:
+            self._set_state(job, "running", "")
+        for observer in self.observers:
+            observer.on_step(report)
+        self.skipped_in_a_row[job] = self.skipped_in_a_row[job] + 1 if report.skipped else 0
+        if self.skipped_in_a_row[job] == MAX_SKIPPED_IN_A_ROW:
+            reason = f"the gradient norm was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step {report.step}"
+            self._set_state(job, "failed", reason)
+
+    def _set_state(self, job: int, state: str, reason: str) -> None:
+        name = self.jobs[job].config.name
+        self.directory.set_job(name, state, reason)
+        for observer in self.observers:
+            observer.on_status(name, state, reason)
