@@ -112,6 +112,9 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"megatron-lora: {one_line(error, 1000)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # Ctrl-C before the ranks were started, or in a command that has none
+        print("megatron-lora: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # as in `megatron-lora plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

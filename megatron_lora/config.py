@@ -15,16 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lora.config_rules import (
+    OTHER_WORDS,
     Rule,
     later,
     list_of,
     null_or,
     number,
     one_of,
+    path_of,
     show,
     subset_of,
     suggest,
-    text,
     truth,
     whole_number,
 )
@@ -59,7 +60,7 @@ def job_name(path: str, value: object) -> str:
 
 def dataset_file(path: str, value: object) -> str:
     """Accept the path of a file of rows."""
-    name = text("the path of a dataset")(path, value)
+    name = path_of("the path of a dataset")(path, value)
     if not name.endswith(DATASET_FILES):
         raise UserError(f"{path}: {show(value)} is no kind of file that is read; use one that ends in {', '.join(DATASET_FILES)}")
     return name
@@ -117,7 +118,7 @@ class JobConfig:
     lora_dropout: float = key(0.0, number("a dropout probability", 0, 1, below=True))
     use_rslora: bool = key(False, truth())
     target_modules: tuple[str, ...] = key(TARGET_MODULES, subset_of("module names", TARGET_MODULES))
-    init_adapter: str | None = key(None, null_or(text("a PEFT directory")))
+    init_adapter: str | None = key(None, null_or(path_of("a PEFT directory")))
     learning_rate: float = key(2.0e-4, number("a learning rate", 0, 1))
     lr_scheduler: str = key("cosine", one_of("constant", "linear", "cosine"))
     warmup_ratio: float = key(0.03, number("a share of the steps", 0, 1))
@@ -143,8 +144,8 @@ class JobConfig:
 class RunConfig:
     """A whole run. `precision` auto is bf16 on CUDA and fp32 on CPU."""
 
-    base_model: str = required(text("a model directory or hub id"))
-    output_dir: str = required(text("the path of a directory"))
+    base_model: str = required(path_of("a model directory or hub id"))
+    output_dir: str = required(path_of("the path of a directory"))
     precision: str = key("auto", one_of("auto", "bf16", "fp32"))
     seed: int = key(0, SEED)
     parallel: ParallelConfig = key(ParallelConfig(), lambda path, value: parallel(path, value))
@@ -239,11 +240,11 @@ def _check_keys(kind: type, path: str, tree: dict, extra: tuple[str, ...] = ()) 
     for name in tree:
         if name in known:
             continue
-        hint = suggest(name, known)
+        hint, meant = suggest(name, known), OTHER_WORDS.get(name.lower(), name)
         homes = {RunConfig: "the top level", ParallelConfig: "parallel", JobConfig: "defaults or a job", DatasetConfig: "a dataset"}
-        home = next((place for other, place in homes.items() if other is not kind and name in _names(other)), None)
-        if home:
-            hint = f" here; it is a key of {home}"
+        home = next((place for other, place in homes.items() if other is not kind and meant in _names(other)), None)
+        if home and (meant == name or not hint):
+            hint = f" here; {'it' if meant == name else meant} is a key of {home}"
         listed = "" if hint else f"; the keys are {', '.join(sorted(known))}"
         raise UserError(f"{path}.{name}".lstrip(".") + f": unknown key{hint}{listed}")
 

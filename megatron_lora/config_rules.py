@@ -9,6 +9,7 @@ beside the fields that they guard, in config.py's dataclasses:
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable
 
 from megatron_lora.errors import UserError
@@ -99,6 +100,12 @@ def text(what: str) -> Rule:
         return value
 
     return rule
+
+
+def path_of(what: str) -> Rule:
+    """Accept the path of something; a leading ~ becomes the user's home directory."""
+    words = text(what)
+    return lambda path, value: os.path.expanduser(words(path, value))
 
 
 def one_of(*choices: str) -> Rule:

@@ -16,7 +16,7 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
 def resolve_base_model(base_model: str) -> Path:
     """Return the model's directory, fetching it when `base_model` is a hub id; UserError when there is neither."""
-    path = Path(base_model).expanduser()
+    path = Path(base_model)
     if path.is_dir():
         return path
     if path.exists():

@@ -64,6 +64,12 @@ def test_overrides_reach_keys_by_index_by_name_and_through_missing_sections(load
     assert config.output_dir == "runs/x=y"
 
 
+def test_a_tilde_is_the_home_directory(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load(MINIMAL, "output_dir=~/runs/one", "jobs.0.datasets.0.path=~/a.jsonl")
+    assert (config.output_dir, config.jobs[0].datasets[0].path) == ("/home/someone/runs/one", "/home/someone/a.jsonl")
+
+
 def test_an_alias_is_a_copy_that_an_override_changes_alone(load):
     text = """
 base_model: m
