@@ -1,9 +1,10 @@
-"""Two ways to lay a backlog out, each for a wanted number of slots; the planner tries several numbers and keeps the best.
+"""Ways to lay a backlog out, each for a wanted number of slots; the planner tries several numbers and keeps the best.
 
 * `fill` goes slot by slot: ready jobs in order (started steps first, then the longest remaining critical path), whole remainders
   while they fit, then the subset of the next jobs' samples that meets the slot's target time exactly. Best where the budget binds.
 * `spread` goes step by step: every step gets an equal, staggered share of the slots, and its samples, longest first, go to the
   emptiest slot of that share. Best where jobs are so few that gaps bind: smaller, even slots take the place of no-ops.
+* `first_fit` is the plain greedy: what the two must beat.
 
 Targets ramp from one half to one over the first and last P - 1 slots: in a pipeline that fills or drains, a slow ramp is almost
 free, while the fill itself then costs half as much (the linear program over slot times says the same).
@@ -134,6 +135,32 @@ def _fit_tokens(backlog: Backlog, ready: list[_Job], token_room: int) -> list[in
                 subset.append(item)
                 token_room -= backlog.tokens[item]
     return subset
+
+
+def first_fit(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout:
+    """Lay out slot by slot up to one target size, longest samples first; the plain greedy that the planner starts from.
+
+    Jobs with a started step come first, then those with the longest remaining path; without a ready job the slot is a no-op.
+    """
+    target = min(float(backlog.capacity), backlog.total_time / num_slots)
+    jobs = [_Job(backlog, index, backlog.capacity) for index in range(len(backlog.jobs))]
+    layout: Layout = []
+    while any(job.rest for job in jobs) and (horizon is None or len(layout) < horizon):
+        ready = [job for job in jobs if job.rest and job.free_at <= len(layout)]
+        ready.sort(key=lambda job: (not job.started, -job.paths[job.group - job.first]))
+        slot: list[int] = []
+        room = target
+        for job in ready:
+            taken = []
+            for item in job.rest:
+                if backlog.tokens[item] <= room or not (slot or taken):  # an empty slot takes a sample that is over the target
+                    taken.append(item)
+                    room -= backlog.tokens[item]
+            if taken:
+                job.take(backlog, set(taken), len(layout))
+                slot += taken
+        layout.append(slot)
+    return layout
 
 
 def spread(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout | None:

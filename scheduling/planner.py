@@ -10,36 +10,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from scheduling.backlog import Backlog, Layout, check_workload, costs_of, open_backlog, to_stream
-from scheduling.packing import fill, spread
+from scheduling.packing import fill, first_fit, spread
 from scheduling.search import anneal
 from scheduling.slot_cost import SlotCost
 from scheduling.timing import makespan
 from scheduling.types import Lengths, Stream
 
-_STRETCHES = (
-    1.01,
-    1.02,
-    1.03,
-    1.045,
-    1.06,
-    1.08,
-    1.11,
-    1.15,
-    1.2,
-    1.25,
-    1.3,
-    1.36,
-    1.43,
-    1.5,
-    1.6,
-    1.7,
-    1.85,
-    2.0,
-)  # numbers of slots / fewest
+# Numbers of slots that are tried, as multiples of the fewest possible.
+_STRETCHES = (1.01, 1.02, 1.03, 1.045, 1.06, 1.08, 1.11, 1.15, 1.2, 1.25, 1.3, 1.36, 1.43, 1.5, 1.6, 1.7, 1.85, 2.0)
+_NEARBY = (0.995, 1.005, 1.013)
+_PATIENCE = 5  # candidates in a row without a better one
+_PACKING_WORK = 40_000  # items that a construction may handle in all its tries, per unit of effort
+_MANY_ITEMS = 15_000  # beyond these `fill` alone is tried
+_SPREAD_WORK = 400_000  # items x slots / groups that `spread` may handle: its work is items x slots of a step
 _SEARCH_WORK = 600_000  # proposals x (stages + 2) per unit of effort: about 0.3 s
 _SEARCH_PER_ITEM = 300  # at most so many proposals per sample and unit of effort
-_PACKING_WORK = 40_000  # items that constructions may handle per unit of effort
-_PATIENCE = 5  # candidates in a row without a better one
+
+
+Build = Callable[[Backlog, int, int | None], Layout | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +54,14 @@ def plan_backlog(backlog: Backlog, effort: int = 1, horizon: int | None = None, 
     if not backlog.tokens:
         return []
     proposals = effort * min(_SEARCH_WORK // (backlog.num_stages + 2), _SEARCH_PER_ITEM * len(backlog.tokens))
-    starts = [best for build in (fill, spread) if (best := _best_stretch(backlog, build, effort, horizon)) is not None]
+    builds = (fill, spread, first_fit) if len(backlog.tokens) <= _MANY_ITEMS else (fill,)
+    starts = [best for build in builds if (best := best_stretch(backlog, build, effort, horizon)) is not None]
     if known is not None:
         starts.append(_rate(backlog, known))
-    improved = [_improve(backlog, start, proposals // 4, seed=1) for start in starts]
+    starts.sort(key=lambda start: start.value)
+    improved = [_improve(backlog, start, proposals // 4, seed=1) for start in starts[:2]]
     best = min(improved, key=lambda candidate: candidate.value)
-    return _improve(backlog, best, proposals - len(starts) * (proposals // 4), seed=2).layout
+    return _improve(backlog, best, proposals - len(improved) * (proposals // 4), seed=2).layout
 
 
 def _improve(backlog: Backlog, start: Candidate, proposals: int, seed: int) -> Candidate:
@@ -84,28 +74,32 @@ def _rate(backlog: Backlog, layout: Layout) -> Candidate:
     return Candidate(makespan(costs_of(backlog, layout), backlog.num_stages) / work, layout)
 
 
-def _best_stretch(
-    backlog: Backlog, build: Callable[[Backlog, int, int | None], Layout | None], effort: int, horizon: int | None
-) -> Candidate | None:
-    """Build layouts for growing numbers of slots until they stop to improve or the work is spent; then look closer around the best."""
-    least, best, best_stretch, since = backlog.least_slots(), None, 1.0, 0
-    tries = max(1, effort * _PACKING_WORK // len(backlog.tokens))
-    if build is spread and len(backlog.tokens) * least > _PACKING_WORK * 10 * len(backlog.groups):
+def best_stretch(backlog: Backlog, build: Build, effort: int = 1, horizon: int | None = None) -> Candidate | None:
+    """Return the best layout of one construction over growing numbers of slots, and then closer around the best of these.
+
+    Stops when larger numbers no longer help, or when the work allowed by `effort` is spent; None where the construction finds nothing.
+    """
+    least = backlog.least_slots()
+    if build is spread and len(backlog.tokens) * least > _SPREAD_WORK * len(backlog.groups):
         return None
-    pending = list(_STRETCHES)
-    while pending and tries > 0 and since < _PATIENCE:
-        stretch = pending.pop(0)
-        layout = build(backlog, max(1, round(least * stretch)), horizon)
-        tries -= 1
-        if layout is None:
-            continue
-        candidate = _rate(backlog, layout)
-        since += 1
-        if best is None or candidate.value < best.value:
-            best, best_stretch, since = candidate, stretch, 0
-    for stretch in (best_stretch * 0.995, best_stretch * 1.005, best_stretch * 1.013)[: max(0, tries)]:
-        layout = build(backlog, max(1, round(least * stretch)), horizon)
-        if layout is not None:
-            candidate = _rate(backlog, layout)
-            best = candidate if best is None or candidate.value < best.value else best
+    best, best_at, misses = None, 1.0, 0
+    tries_left = max(1, effort * _PACKING_WORK // len(backlog.tokens))
+    for stretch in _STRETCHES:
+        if tries_left == 0 or misses == _PATIENCE:
+            break
+        tries_left -= 1
+        candidate = _try(backlog, build, least * stretch, horizon)
+        if candidate is not None:
+            misses += 1
+            if best is None or candidate.value < best.value:
+                best, best_at, misses = candidate, stretch, 0
+    for nearby in _NEARBY[:tries_left] if best is not None else ():
+        candidate = _try(backlog, build, least * best_at * nearby, horizon)
+        if candidate is not None and candidate.value < best.value:  # type: ignore[union-attr]
+            best = candidate
     return best
+
+
+def _try(backlog: Backlog, build: Build, num_slots: float, horizon: int | None) -> Candidate | None:
+    layout = build(backlog, max(1, round(num_slots)), horizon)
+    return None if layout is None else _rate(backlog, layout)

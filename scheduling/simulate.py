@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scheduling.pipeline import endings, stage_actions, with_drain
-from scheduling.types import Op, Stream
+from scheduling.types import Microbatch, Op, Stream
 
 Times = Sequence[Sequence[float]]  # [stage][slot] -> seconds
 
@@ -124,19 +124,33 @@ def _duration(stream: Stream, forward: Times, backward: Times, action, stage: in
 
 
 def _steps(stream: Stream, events: Sequence[Event]) -> tuple[StepSpan, ...]:
-    """Match the STEPs of stage 0 with the first forwards of their samples."""
+    """Match the STEPs of stage 0, which come in the order of the stream's endings, with the first forwards of their samples."""
     started: dict[tuple[int, int], float] = {}
-    taken: dict[int, int] = {}
-    spans = []
     for event in events:
         if event.op is Op.FORWARD:
             for segment in stream[event.index].segments:
                 started.setdefault((segment.job, segment.step), event.start_s)
-        elif event.op is Op.STEP:
-            step = taken.get(event.index, 0)
-            taken[event.index] = step + 1
-            spans.append(StepSpan(event.index, step, started[event.index, step], event.end_s))
-    return tuple(spans)
+    ended = [ending for slot_endings in endings(stream) for ending in slot_endings]
+    taken = [event for event in events if event.op is Op.STEP]
+    return tuple(StepSpan(job, step, started[job, step], event.end_s) for (job, step), event in zip(ended, taken, strict=True))
+
+
+def simulate_runs(runs: Sequence[tuple[Stream, Sequence[float]]], num_stages: int) -> tuple[Stream, Timeline]:
+    """Run streams, given with their slot times, one after another with a flush between; returns them as one stream and timeline."""
+    joined: list[Microbatch] = []
+    events: list[Event] = []
+    steps: list[StepSpan] = []
+    clock = 0.0
+    for stream, times in runs:
+        timeline = simulate(stream, num_stages, times)
+        for event in timeline.events:
+            index = event.index if event.op is Op.STEP else event.index + len(joined)
+            if event.op is Op.STEP or event.index < len(stream):
+                events.append(Event(event.stage, event.op, index, event.start_s + clock, event.end_s + clock))
+        steps += [StepSpan(span.job, span.step, span.start_s + clock, span.end_s + clock) for span in timeline.steps]
+        joined += stream
+        clock += timeline.makespan_s
+    return tuple(joined), Timeline(num_stages, clock, tuple(events), tuple(steps))
 
 
 def chrome_trace(timeline: Timeline, stream: Stream, job_name: Callable[[int], str] = "job {}".format) -> dict:
