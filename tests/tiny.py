@@ -27,7 +27,7 @@ KINDS = {  # name: (transformers class, what differs); query heads per kv head: 
     "llama-tied": ("Llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "tie_word_embeddings": True,
                              "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
     "mistral": ("Mistral", {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 7}),
-    "qwen2": ("Qwen2", {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 56, "tie_word_embeddings": True,
+    "qwen2": ("Qwen2", {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 56, "tie_word_embeddings": True,
                         "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_parameters": YARN}),
     "qwen3-biased": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True,

@@ -69,6 +69,7 @@ def test_logits_and_losses_equal_transformers(kind, models, one_process):
 @pytest.mark.parametrize("kind, layout", [
     ("llama", {"tp": 2}),
     ("llama-tied", {"tp": 2, "sequence": True}),
+    ("qwen2", {"tp": 2}),
     ("qwen2", {"pp": 2}),
     ("qwen3-biased", {"pp": 3}),
     ("mistral", {"pp": 2, "tp": 2}),
@@ -131,6 +132,17 @@ def test_nothing_of_the_base_model_is_trained(models, one_process):
 def random_weights(directory, parallel, seed):
     stage = build(directory, parallel, load_weights=False, seed=seed)
     return train_step(stage, stage_input(LENGTHS, stage.architecture.vocab_size), parallel)
+
+
+def test_evaluation_keeps_no_graph(models, one_process):
+    stage = build(models("llama")[0])
+    attach_adapters(stage.linears, 1)
+    microbatch = stage_input(LENGTHS, 61, SEGMENTS)
+    with torch.no_grad():
+        hidden = stage(microbatch)
+        losses = stage.losses(hidden, microbatch.labels)
+    assert not hidden.requires_grad and not losses.requires_grad
+    torch.testing.assert_close(hidden, stage(microbatch).detach())
 
 
 def test_random_weights_depend_on_the_seed_alone(models, one_process, pool):
