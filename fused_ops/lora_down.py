@@ -2,7 +2,8 @@
 
 S takes V = X and L = A; dS takes V = the module's columns of dY and L = B (only above rank 32, see lora_grad.py). A program owns up
 to BM rows of one segment (`Route.items`), so no row of another job enters it, and goes over the inner dimension once for each
-RANK rows of L. Without dropout the modules of a slot are one (WIDE): their rows of A, and their columns of S, lie side by side; with
+RANK rows of L. The inner dimension is cut among several programs, so that enough loads are in flight; the last one to arrive adds
+their float32 partial sums in ascending order, whoever it is. Without dropout the modules of a slot are one (WIDE): their rows of A, and their columns of S, lie side by side; with
 dropout each module masks its own copy of the tile, from one hash. Output columns beyond a slot's width are not written.
 """
 
@@ -13,16 +14,29 @@ from torch import Tensor
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.route import Route
-from fused_ops.shapes import rank_class, row_block
+from fused_ops.shapes import BLOCK_ROWS, inner_splits, rank_class
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
 
 _FIELDS = tl.constexpr(SLOT_FIELDS)
 
 
 @triton.jit
-def _store_rows(out_ptr, o_row, m_row, out_stride, column, o_r, rank, b_acc, scale):
+def _store_rows(out_ptr, o_row, m_row, out_stride, column, o_r, rank, b_acc):
     at = out_ptr + o_row.to(tl.int64)[:, None] * out_stride + (column + o_r)[None, :]
-    tl.store(at, (b_acc * scale).to(out_ptr.dtype.element_ty), m_row[:, None] & (o_r < rank)[None, :])
+    tl.store(at, b_acc.to(out_ptr.dtype.element_ty), m_row[:, None] & (o_r < rank)[None, :])
+
+
+@triton.jit
+def _add_splits(out_ptr, partial_ptr, o_row, m_row, num_rows, stride, column, rank, scale, RANK: tl.constexpr):
+    """Write out = scale * the sum of all splits, for one module's columns of S."""
+    for o_rank in tl.range(0, rank, RANK, num_stages=1):
+        o_r = o_rank + tl.arange(0, RANK)
+        m_in = m_row[:, None] & (o_r < rank)[None, :]
+        at = o_row.to(tl.int64)[:, None] * stride + (column + o_r)[None, :]
+        b_sum = tl.load(partial_ptr + at, m_in, 0.0, cache_modifier=".cg")
+        for i_split in tl.range(1, tl.num_programs(1), num_stages=1):
+            b_sum += tl.load(partial_ptr + i_split * num_rows.to(tl.int64) * stride + at, m_in, 0.0, cache_modifier=".cg")
+        tl.store(out_ptr + at, (b_sum * scale).to(out_ptr.dtype.element_ty), m_in)
 
 
 @triton.jit
@@ -32,13 +46,25 @@ def _lora_rows(lora_ptr, lora_stride, row, o_r, rank, o_k, m_k):
     return tl.load(at, m_k[:, None] & (o_r < rank)[None, :], 0.0)
 
 
-@triton.jit(do_not_specialize=["first_feature"])
+@triton.jit
+def arrive_last(counter_ptr, num_programs):
+    """Count this program in; return whether it was the last of num_programs, whose stores it then sees, and reset the counter."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_programs - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit(do_not_specialize=["first_feature", "num_rows", "split_blocks", "out_stride"])
 def _down_kernel(
-    value_ptr, lora_ptr, out_ptr, items_ptr, slots_ptr, scales_ptr, keys_ptr, num_inner, value_stride, lora_stride, out_stride, first_feature,
+    value_ptr, lora_ptr, out_ptr, partial_ptr, counters_ptr, items_ptr, slots_ptr, scales_ptr, keys_ptr,
+    num_rows, num_inner, split_blocks, value_stride, lora_stride, out_stride, first_feature,
     ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr,
     MODULES: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    item_ptr = items_ptr + tl.program_id(0) * 4
+    item_ptr = items_ptr + tl.program_id(0) * 6
     first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
     slot_ptr = slots_ptr + slot * _FIELDS
     rank, column0, row0 = tl.load(slot_ptr + (2 if WIDE else 0)), 0, tl.load(slot_ptr + (3 if WIDE else ROW_FIELD))
@@ -49,6 +75,11 @@ def _down_kernel(
         row1, column1 = tl.load(slot_ptr + ROW_FIELD + 3), tl.load(slot_ptr + COLUMN_FIELD + 3)
     if MODULES > 2:
         row2, column2 = tl.load(slot_ptr + ROW_FIELD + 6), tl.load(slot_ptr + COLUMN_FIELD + 6)
+    rank0, rank1, rank2 = tl.where(row0 >= 0, rank, 0), tl.where(row1 >= 0, rank, 0), tl.where(row2 >= 0, rank, 0)
+    first_block = tl.program_id(1) * split_blocks
+    end_block = min(first_block + split_blocks, tl.cdiv(num_inner, BK))
+    # The partial sums of one split have the rows and the stride of the output.
+    put_ptr = partial_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_stride
     scale = tl.load(scales_ptr + slot)
     o_row = first + tl.arange(0, BM)
     m_row = o_row < end
@@ -57,13 +88,12 @@ def _down_kernel(
         threshold = tl.load(slot_ptr + 1).to(tl.uint32)
     for o_rank in tl.range(0, rank, RANK, num_stages=1):
         o_r = o_rank + tl.arange(0, RANK)
-        rank0, rank1, rank2 = tl.where(row0 >= 0, rank, 0), tl.where(row1 >= 0, rank, 0), tl.where(row2 >= 0, rank, 0)
         b_acc0 = tl.zeros([BM, RANK], tl.float32)
         if MODULES > 1:
             b_acc1 = tl.zeros([BM, RANK], tl.float32)
         if MODULES > 2:
             b_acc2 = tl.zeros([BM, RANK], tl.float32)
-        for i_k in tl.range(0, tl.cdiv(num_inner, BK), num_stages=NUM_STAGES):
+        for i_k in tl.range(first_block, end_block, num_stages=NUM_STAGES):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = o_k < num_inner
             b_v = tl.load(value_ptr + o_row.to(tl.int64)[:, None] * value_stride + o_k[None, :], m_row[:, None] & m_k[None, :], 0.0)
@@ -80,11 +110,17 @@ def _down_kernel(
                 b_acc1 = tl.dot(b_v1, _lora_rows(lora_ptr, lora_stride, row1, o_r, rank1, o_k, m_k), b_acc1, input_precision="ieee")
             if MODULES > 2:
                 b_acc2 = tl.dot(b_v2, _lora_rows(lora_ptr, lora_stride, row2, o_r, rank2, o_k, m_k), b_acc2, input_precision="ieee")
-        _store_rows(out_ptr, o_row, m_row, out_stride, column0, o_r, rank0, b_acc0, scale)
+        _store_rows(put_ptr, o_row, m_row, out_stride, column0, o_r, rank0, b_acc0)
         if MODULES > 1:
-            _store_rows(out_ptr, o_row, m_row, out_stride, column1, o_r, rank1, b_acc1, scale)
+            _store_rows(put_ptr, o_row, m_row, out_stride, column1, o_r, rank1, b_acc1)
         if MODULES > 2:
-            _store_rows(out_ptr, o_row, m_row, out_stride, column2, o_r, rank2, b_acc2, scale)
+            _store_rows(put_ptr, o_row, m_row, out_stride, column2, o_r, rank2, b_acc2)
+    if arrive_last(counters_ptr + tl.program_id(0), tl.num_programs(1)):
+        _add_splits(out_ptr, partial_ptr, o_row, m_row, num_rows, out_stride, column0, rank0, scale, RANK)
+        if MODULES > 1:
+            _add_splits(out_ptr, partial_ptr, o_row, m_row, num_rows, out_stride, column1, rank1, scale, RANK)
+        if MODULES > 2:
+            _add_splits(out_ptr, partial_ptr, o_row, m_row, num_rows, out_stride, column2, rank2, scale, RANK)
 
 
 def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
@@ -105,12 +141,19 @@ def down_module(dy_TN: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, mo
 
 
 def _launch(value, lora, out, group, route, row_field, column_field, num_modules, rank, dropout, wide, first_feature) -> None:
-    block = row_block(value.shape[0], value.device)
-    if not route.num_items(block):
+    num_rows, num_inner = value.shape
+    num_items = route.num_items(BLOCK_ROWS)
+    if not num_items:
         return
-    _down_kernel[(route.num_items(block),)](
-        value, lora, out, route.items(block), group.slot_table, group.scale_table, route.row_keys,
-        value.shape[1], value.stride(0), lora.stride(0), out.stride(0), first_feature,
-        ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=block, BK=128 if rank <= 64 and not dropout else 64, RANK=rank,
-        MODULES=num_modules, DROPOUT=dropout, WIDE=wide, NUM_STAGES=4, num_warps=4 if rank <= 64 else 8,
+    inner_block = 64
+    splits = inner_splits(num_rows, num_inner, value.device)
+    split_blocks = triton.cdiv(num_inner, splits * inner_block)
+    splits = triton.cdiv(num_inner, split_blocks * inner_block)
+    partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=value.device)
+    _down_kernel[(num_items, splits)](
+        value, lora, out, partial, route.counters(num_items), route.items(BLOCK_ROWS), group.slot_table, group.scale_table, route.row_keys,
+        num_rows, num_inner, split_blocks, value.stride(0), lora.stride(0), out.stride(0), first_feature,
+        ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=BLOCK_ROWS, BK=inner_block, RANK=rank,
+        MODULES=num_modules, DROPOUT=dropout, WIDE=wide, NUM_STAGES=3, num_warps=4 if rank <= 64 else 8,
+        maxnreg=128 if rank * num_modules <= 16 else None,
     )  # fmt: skip

@@ -79,7 +79,9 @@ def _add_lora(
                         o_r = o_rank + tl.arange(0, RANK)
                         s_at = s + o_row.to(tl.int64)[:, None] * s_stride + (s_col + o_r)[None, :]
                         b_s = tl.load(s_at, m_row[:, None] & (o_r < rank)[None, :], 0.0)
-                        l_at = lora + (l_row + o_r).to(tl.int64)[:, None] * l_strides[0 if BACKWARD else i_module] + (o_col - start)[None, :]
+                        l_at = (
+                            lora + (l_row + o_r).to(tl.int64)[:, None] * l_strides[0 if BACKWARD else i_module] + (o_col - start)[None, :]
+                        )
                         b_l = tl.load(l_at, (o_r < rank)[:, None] & ((o_col >= start) & (o_col < stop))[None, :], 0.0)
                     b_product = tl.dot(b_s, b_l, input_precision="ieee")
                     # Columns of other modules get a product of zeros; only rows need a mask against other jobs.
@@ -130,12 +132,13 @@ def _halves(b_acc):
 
 @triton.jit(do_not_specialize=["num_rows", "s_stride", "first_feature"])
 def _gemm_kernel(
-    input, weight, output, bias_ptr, s, adapters, whole, l_strides, starts, stops, tiles_ptr, segments_ptr, slots_ptr, keys_ptr,
+    input, weight, output, bias_ptr, s, lora0, lora1, lora2, whole0, whole1, whole2, l_strides, starts, stops, tiles_ptr, segments_ptr, slots_ptr, keys_ptr,
     num_rows, num_cols, num_inner, i_stride, w_stride, o_stride, s_stride, first_feature,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, NUM_STAGES: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    adapters, whole = (lora0, lora1, lora2), (whole0, whole1, whole2)
     num_m, num_n = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN)
     # One program per tile when NUM_PROGRAMS is 0, else each program takes every NUM_PROGRAMS-th tile.
     stride = num_m * num_n if NUM_PROGRAMS == 0 else NUM_PROGRAMS
@@ -221,13 +224,17 @@ def gemm(
     config = config or default_config(tma, dropout)
     tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
     rank, part = 16, config.columns // config.parts
-    args = (input_TI, weight, out_TO, bias_O, s_TR, adapters, ())
+    args = (input_TI, weight, out_TO, bias_O, s_TR, *_three(adapters), None, None, None)
     if tma:
-        boxes = ((config.rows, config.inner), (config.inner, config.columns) if backward else (config.columns, config.inner), (config.rows, part))
+        boxes = (
+            (config.rows, config.inner),
+            (config.inner, config.columns) if backward else (config.columns, config.inner),
+            (config.rows, part),
+        )
         described = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(args[:3], boxes, strict=True))
         s = TensorDescriptor.from_tensor(s_TR, [config.rows, rank]) if lora else None
         in_parts, whole = (tuple(TensorDescriptor.from_tensor(t, [rank, n]) for t in adapters) for n in (part, config.columns))
-        args = (*described, bias_O, s, in_parts, whole)
+        args = (*described, bias_O, s, *_three(in_parts), *_three(whole))
     programs = min(num_processors(input_TI.device), tiles) if config.persistent else tiles
     _gemm_kernel[(programs,)](
         *args, tuple(t.stride(0) for t in adapters), starts, stops,
@@ -240,6 +247,11 @@ def gemm(
         DROPOUT=dropout, WIDE=wide, HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
     )  # fmt: skip
     return out_TO
+
+
+def _three(items: tuple) -> tuple:
+    """Pad to three: descriptors cannot travel in a tuple argument."""
+    return items + (None,) * (3 - len(items))
 
 
 def uses_tma(*tensors: Tensor) -> bool:

@@ -5,8 +5,8 @@ Invariants: segments are ascending, disjoint, inside [0, num_rows), and name eac
 are made on first use from host numbers alone, through pinned memory, so that nothing waits for the device:
 
     tiles(block)       [ceil(T / block), 2]   first and end index into `segment_table` of the segments that meet a tile of the row grid
-    items(block)       [n, 4]                 (first row, end row, slot, index) of blocks that start at segment starts: one job each
-    item_ranges(block) [num_segments, 3]      (first item, end item, slot): the items of one segment, for reductions over rows
+    items(block)       [n, 6]                 (first row, end row, slot, segment, first item, end item) of blocks that start at segment
+                                              starts: rows of one job each; the last two delimit the items of the same segment
 """
 
 from collections.abc import Sequence
@@ -42,12 +42,13 @@ class Route:
         return self._cached(("tiles", block), lambda: self._upload(_tiles(self.num_rows, self.segments, block), 2))
 
     def items(self, block: int) -> Tensor:
-        """Return int32 [n, 4]: (first row, end row, slot, index) of at most `block` rows each, starting at segment starts."""
-        return self._cached(("items", block), lambda: self._upload(_items(self.segments, block)[0], 4))
+        """Return int32 [n, 6]: (first row, end row, slot, segment, first item, end item) of at most `block` rows each."""
+        return self._cached(("items", block), lambda: self._upload(_items(self.segments, block), 6))
 
-    def item_ranges(self, block: int) -> Tensor:
-        """Return int32 [num_segments, 3]: (first item, end item, slot) of each segment's items of `block` rows."""
-        return self._cached(("ranges", block), lambda: self._upload(_items(self.segments, block)[1], 3))
+    def counters(self, size: int) -> Tensor:
+        """Return at least `size` int32 zeros; kernels count arrivals in them and put them back to zero."""
+        size = 1 << (size - 1).bit_length()
+        return self._cached(("counters", size), lambda: torch.zeros(size, dtype=torch.int32, device=self.device))
 
     def num_items(self, block: int) -> int:
         """Return how many items of at most `block` rows there are."""
@@ -113,10 +114,10 @@ def _tiles(num_rows: int, segments, block: int) -> list[tuple[int, int]]:
     return tiles
 
 
-def _items(segments, block: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    items, ranges = [], []
-    for first, end, slot in segments:
-        before = len(items)
-        items += [(row, min(row + block, end), slot, before + i) for i, row in enumerate(range(first, end, block))]
-        ranges.append((before, len(items), slot))
-    return items, ranges
+def _items(segments, block: int) -> list[tuple[int, ...]]:
+    items = []
+    for index, (first, end, slot) in enumerate(segments):
+        low = len(items)
+        high = low - (first - end) // block
+        items += [(row, min(row + block, end), slot, index, low, high) for row in range(first, end, block)]
+    return items

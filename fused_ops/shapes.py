@@ -4,6 +4,8 @@ from functools import lru_cache
 
 import torch
 
+BLOCK_ROWS = 64  # rows per program of a skinny product
+
 
 def rank_class(rank: int, limit: int = 256) -> int:
     """Return the compiled rank block for `rank`: the next of 16, 32, 64, 128, 256, at most `limit` (kernels loop beyond it)."""
@@ -16,9 +18,14 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def row_block(num_rows: int, device: torch.device) -> int:
-    """Return the rows per program of a skinny product: the largest of 64, 32, 16 that gives nearly every multiprocessor one."""
-    for block in (64, 32):
-        if num_rows >= 0.9 * block * num_processors(device):
-            return block
-    return 16
+def inner_splits(num_rows: int, num_inner: int, device: torch.device) -> int:
+    """Return among how many programs a skinny product's inner dimension is cut: about four programs a multiprocessor, 512 values each."""
+    wanted = 4 * num_processors(device) * BLOCK_ROWS // max(num_rows, 1)
+    return max(1, min(wanted, num_inner // 512))
+
+
+def item_rows(num_rows: int, num_blocks: int, device: torch.device, per_processor: int = 4) -> int:
+    """Return the rows of one item of a sum over rows: so few that there are some programs per multiprocessor, so many that sums stay few."""
+    wanted = max(1, per_processor * num_processors(device) // num_blocks)
+    rows = 1 << max(0, -(-num_rows // wanted) - 1).bit_length()
+    return min(max(rows, 128), 2048)

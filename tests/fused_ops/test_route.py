@@ -28,10 +28,13 @@ def test_tables_are_what_they_say(pairs, tail, block):
     assert len(route.tiles(block)) == -(-route.num_rows // block)
     items = route.items(block).tolist()
     assert len(items) == route.num_items(block)
-    assert all(0 < end - first <= block and index == i for i, (first, end, _, index) in enumerate(items))
-    for (low, high, slot), (first, end, expected) in zip(route.item_ranges(block).tolist(), kept, strict=True):
-        assert slot == expected
-        assert [row for item in items[low:high] for row in range(item[0], item[1])] == list(range(first, end))
+    assert all(0 < item[1] - item[0] <= block for item in items)
+    for i, (first, end, slot) in enumerate(kept):
+        mine = [item for item in items if item[3] == i]
+        low = items.index(mine[0])
+        assert items[low : low + len(mine)] == mine and all(item[2:] == [slot, i, low, low + len(mine)] for item in mine)
+        assert [row for item in mine for row in range(item[0], item[1])] == list(range(first, end))
+    assert not route.counters(5).any() and len(route.counters(5)) >= 5
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=8), st.data())
