@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 import time
 import traceback
 from multiprocessing.connection import wait
@@ -123,6 +124,7 @@ def _work(pipe) -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     while True:
         try:
             rank, module_name, path, payload = pipe.recv()
@@ -136,6 +138,12 @@ def _work(pipe) -> None:
         except BaseException:
             answer = None, traceback.format_exc()
         pipe.send(answer)
+
+
+def _end_with_the_tests() -> None:
+    """End this worker when the process that runs the tests is gone, even if a collective holds it."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _load(module_name: str, path: str) -> None:
