@@ -35,13 +35,13 @@ def read_plan(run: Path) -> list[Counter]:
 
 
 def read_spans(run: Path) -> list[tuple[int, str, int, float, float]]:
-    """Return (stage, "F" | "B" | "S", slot or job, start in s, seconds) of each stage's first rank, in order of time."""
+    """Return (stage, "F" | "B" | "STEP", slot or job, start in s, seconds) of each stage's first rank, in order of time."""
     events = [event for event in json.loads((run / "timeline.json").read_text(encoding="utf-8"))["traceEvents"] if event["ph"] == "X"]
     first_rank = {stage: min(event["tid"] for event in events if event["pid"] == stage) for stage in {event["pid"] for event in events}}
     spans = [
-        (event["pid"], event["cat"], int(event["name"].split()[1]), event["ts"] / 1e6, event["dur"] / 1e6)
+        (event["pid"], event["cat"], int(event["name"].split()[-1]), event["ts"] / 1e6, event["dur"] / 1e6)
         for event in events
-        if event["tid"] == first_rank[event["pid"]] and event["cat"] in ("F", "B", "S")
+        if event["tid"] == first_rank[event["pid"]] and event["cat"] in ("F", "B", "STEP")
     ]
     return sorted(spans, key=lambda span: span[3])
 
@@ -50,8 +50,8 @@ def draw(axes: pyplot.Axes, spans: list[tuple[int, str, int, float, float]], slo
     """Draw the boxes of all stages; stage 0 is the uppermost row."""
     for stage, kind, index, start, seconds in spans:
         top = -stage * ROW
-        if kind == "S":
-            axes.plot([start + seconds / 2] * 2, [top - 0.05, top + 0.05], color=colours[index], linewidth=2, zorder=3)
+        if kind == "STEP":
+            axes.plot([start + seconds / 2] * 2, [top - 0.05, top + 0.05], color=colours[index], linewidth=3, zorder=3)
             continue
         edge = top + 0.05 if kind == "F" else top - 0.05
         height = BOX if kind == "F" else -BOX

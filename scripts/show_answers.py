@@ -59,7 +59,7 @@ def show(label: str, text: str) -> None:
     if len(lines) > MAX_LINES:
         lines = [*lines[:MAX_LINES], "..."]
     for number, line in enumerate(lines or ["(nothing)"]):
-        print(f"  {label if number == 0 else '':10}{line}")
+        print(f"  {label if number == 0 else '':10}{line.rstrip()}")
 
 
 def main() -> None:
