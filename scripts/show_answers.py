@@ -10,6 +10,7 @@ target token, tokenised as in training, and the reference is what the row says t
 import argparse
 import json
 import textwrap
+import warnings
 from pathlib import Path
 
 import torch
@@ -71,6 +72,7 @@ def main() -> None:
     config = load_config(arguments.run / "config.yaml")
     held_out = json.loads(arguments.held_out.read_text(encoding="utf-8"))
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft's calls of transformers
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(config.base_model)
     encoder = RowEncoder(tokenizer)

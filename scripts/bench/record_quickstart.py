@@ -17,7 +17,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "quickstart.jsonl"
 
 
 def measure(run: Path) -> dict:
-    """Return tokens, seconds and final losses of a run, with its environment and config."""
+    """Return tokens, seconds and final losses of a run, with the versions and the config."""
     events = json.loads((run / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]
     train_s = max(event["ts"] + event["dur"] for event in events if event["ph"] == "X") / 1e6
     jobs = {}
@@ -34,7 +34,7 @@ def measure(run: Path) -> dict:
         "train_s": train_s,
         "tokens_per_s": tokens / train_s,
         "jobs": jobs,
-        "environment": environment,
+        "environment": {key: environment[key] for key in ("python", "packages", "devices", "cores")},
         "config": config,
     }
 
