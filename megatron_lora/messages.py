@@ -139,11 +139,20 @@ class Links:
                 sender.drain()
 
 
+def _greet(group: dist.ProcessGroup, sender: int, receiver: int, device: torch.device) -> None:
+    """Send one number. NCCL connects two ranks at their first message and both wait for it: all links do so here, in one order."""
+    number = torch.zeros(1, device=device)
+    if dist.get_rank() == sender:
+        dist.send(number, receiver, group=group)
+    elif dist.get_rank() == receiver:
+        dist.recv(number, sender, group=group)
+
+
 def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torch.device) -> Links:
     """Make the groups of all pipelines and return this rank's ends.
 
     `pipeline_ranks` lists, for every pipeline of the run, its global ranks from the first stage to the last; every rank calls this with
-    the same list, because making a group is collective.
+    the same list, because making a group is collective. Ranks that share no link do not wait for each other.
     """
     rank = dist.get_rank()
     ends: dict[str, Receiver | Sender] = {}
@@ -151,6 +160,8 @@ def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torc
         for before, after in zip(ranks[:-1], ranks[1:], strict=True):
             forward, backward = dist.new_group([before, after]), dist.new_group([before, after])
             assert forward is not None and backward is not None
+            _greet(forward, before, after, device)
+            _greet(backward, after, before, device)
             if rank == before:
                 ends["forward_out"] = Sender(forward, after)
                 ends["backward_in"] = Receiver(backward, after, layout, device)
