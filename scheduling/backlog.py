@@ -87,20 +87,23 @@ def open_backlog(
     recent: tuple[float, ...] = (),
     horizon: int | None = None,
 ) -> Backlog:
-    """Flatten what is left; with a horizon, list only the steps of each job that could start within that many slots."""
+    """Flatten what is left; with a horizon, list only the steps of each job that are likely to start within that many slots."""
     gap = num_stages + delay
     standing = [*progress, *[Progress()] * (len(lengths) - len(progress))]
     order = sorted(range(len(lengths)), key=lambda job: (-len(lengths[job]), lengths[job], standing[job].step, standing[job].taken))
     backlog = Backlog(num_stages, gap, capacity, cost.fixed, [], [], [], [], [], [], [], [], [], [], recent)
+    fair_time = float("inf") if horizon is None else 8 * horizon * capacity / max(1, len(lengths))
     for job in order:
-        _append_job(backlog, job, lengths[job], standing[job], cost, horizon)
+        _append_job(backlog, job, lengths[job], standing[job], cost, horizon, fair_time)
     return backlog
 
 
-def _append_job(backlog: Backlog, job: int, steps: Sequence[Sequence[int]], stand: Progress, cost: SlotCost, horizon: int | None) -> None:
-    """Append one job's groups: what is left of its current step, then whole steps, up to the horizon."""
-    first_group, slot, taken, step = len(backlog.groups), float(stand.ready), set(stand.taken), stand.step
-    while step < len(steps) and (horizon is None or slot < horizon):
+def _append_job(
+    backlog: Backlog, job: int, steps: Sequence[Sequence[int]], stand: Progress, cost: SlotCost, horizon: int | None, fair_time: float
+) -> None:
+    """Append one job's groups: what is left of its current step, then whole steps, up to the horizon or many times its fair share."""
+    first_group, slot, used, taken, step = len(backlog.groups), float(stand.ready), 0.0, set(stand.taken), stand.step
+    while step < len(steps) and (horizon is None or (slot < horizon and used < fair_time)):
         batch = steps[step]
         members = [sample for sample in range(len(batch)) if sample not in taken]
         members.sort(key=lambda sample: (-batch[sample], sample))
@@ -110,7 +113,9 @@ def _append_job(backlog: Backlog, job: int, steps: Sequence[Sequence[int]], stan
         backlog.keys += [(job, step, sample) for sample in members]
         backlog.group_of += [len(backlog.groups)] * len(members)
         backlog.groups.append(list(range(first_item, len(backlog.tokens))))
-        slot += max(1.0, sum(backlog.times[first_item:]) / backlog.capacity) + backlog.gap - 1
+        time = sum(backlog.times[first_item:])
+        slot += max(1.0, time / backlog.capacity) + backlog.gap - 1
+        used += time
         taken, step = set(), step + 1
     backlog.jobs.append(range(first_group, len(backlog.groups)))
     backlog.ready.append(stand.ready)

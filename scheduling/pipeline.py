@@ -13,7 +13,9 @@ stage before it is needed. No-op and evaluation slots keep their B, as a message
 
 from __future__ import annotations
 
-from scheduling.types import NOOP, Action, Op, PlanError, Stream
+from collections.abc import Sequence
+
+from scheduling.types import NOOP, Action, Microbatch, Op, PlanError, Stream
 
 Ending = tuple[int, int]  # (job, step)
 
@@ -47,19 +49,24 @@ def stage_actions(stream: Stream, stage: int, num_stages: int, delay: int = 0) -
     late = [e for slot_endings in endings(stream)[max(0, num_slots - num_stages - delay) :] for e in slot_endings]
     if late:
         raise PlanError(f"the stream ends before job {late[0][0]} can take step {late[0][1]}: append {num_stages + delay} no-op slots")
+    return window_actions(stream, endings(stream), stage, num_stages, delay, 0, num_slots) + final_backwards(num_slots, stage, num_stages)
+
+
+def final_backwards(num_slots: int, stage: int, num_stages: int) -> tuple[Action, ...]:
+    """Return the backwards that are left on one stage after the last forward of a stream."""
     warmup = min(num_stages - stage - 1, num_slots)
-    tail = tuple(Action(Op.BACKWARD, slot) for slot in range(num_slots - warmup, num_slots))
-    return window_actions(stream, stage, num_stages, delay, 0, num_slots) + tail
+    return tuple(Action(Op.BACKWARD, slot) for slot in range(num_slots - warmup, num_slots))
 
 
-def window_actions(stream: Stream, stage: int, num_stages: int, delay: int, first: int, end: int) -> tuple[Action, ...]:
-    """Return the actions that slots first .. end - 1 trigger on one stage.
+def window_actions(
+    stream: Sequence[Microbatch], ended: Sequence[Sequence[Ending]], stage: int, num_stages: int, delay: int, first: int, end: int
+) -> tuple[Action, ...]:
+    """Return the actions that slots first .. end - 1 trigger on one stage; `stream` and `ended` (the steps that end in each slot) reach
+    slot end - 1.
 
-    Concatenated over consecutive windows, plus the final backwards, they are stage_actions of the whole; `stream` must reach slot
-    end - 1, and every step that ends before slot end - num_stages - delay must be complete in it.
+    Concatenated over consecutive windows, plus final_backwards, they are stage_actions of the whole.
     """
     warmup, gap = num_stages - stage - 1, num_stages + delay
-    ended = endings(stream)
     actions: list[Action] = []
     for slot in range(first, end):
         if slot >= gap:

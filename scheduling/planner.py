@@ -21,9 +21,9 @@ _STRETCHES = (1.01, 1.02, 1.03, 1.045, 1.06, 1.08, 1.11, 1.15, 1.2, 1.25, 1.3, 1
 _NEARBY = (0.995, 1.005, 1.013)
 _PATIENCE = 5  # candidates in a row without a better one
 _PACKING_WORK = 40_000  # items that a construction may handle in all its tries, per unit of effort
-_MANY_ITEMS = 15_000  # beyond these `fill` alone is tried
+_MANY_ITEMS = 4_000  # beyond these `fill` alone is tried
 _SPREAD_WORK = 400_000  # items x slots / groups that `spread` may handle: its work is items x slots of a step
-_SEARCH_WORK = 600_000  # proposals x (stages + 2) per unit of effort: about 0.3 s
+_SEARCH_WORK = 6_000_000  # proposals x (stages + 4)^2 per unit of effort: about 0.2 s
 _SEARCH_PER_ITEM = 300  # at most so many proposals per sample and unit of effort
 
 
@@ -53,7 +53,7 @@ def plan_backlog(backlog: Backlog, effort: int = 1, horizon: int | None = None, 
     """Return a layout of a backlog, or of its first `horizon` slots; never slower than a `known` layout of the same items."""
     if not backlog.tokens:
         return []
-    proposals = effort * min(_SEARCH_WORK // (backlog.num_stages + 2), _SEARCH_PER_ITEM * len(backlog.tokens))
+    proposals = effort * min(_SEARCH_WORK // (backlog.num_stages + 4) ** 2, _SEARCH_PER_ITEM * len(backlog.tokens))
     builds = (fill, spread, first_fit) if len(backlog.tokens) <= _MANY_ITEMS else (fill,)
     starts = [best for build in builds if (best := best_stretch(backlog, build, effort, horizon)) is not None]
     if known is not None:

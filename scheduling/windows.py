@@ -54,6 +54,7 @@ def plan_window(
     carry, cost = carry or Carry(), cost or SlotCost()
     check_workload(lengths, capacity)
     _check_standing(lengths, carry)
+    lookahead = max(lookahead, num_slots, num_stages + delay + 1)  # beyond the longest gap there is always something to plan
     backlog = open_backlog(lengths, num_stages, capacity, delay, cost, carry.progress, carry.recent, lookahead)
     whole = not any(backlog.later_steps)
     layout = plan_backlog(backlog, effort, None if whole else lookahead, _known(backlog, carry.tail) if whole else None)

@@ -41,7 +41,7 @@ def test_window_actions_concatenate_to_the_whole(lengths, num_stages, delay, siz
     for stage in range(num_stages):
         whole = stage_actions(stream, stage, num_stages, delay)
         cuts = [*range(0, len(stream), size), len(stream)]
-        parts = [window_actions(stream, stage, num_stages, delay, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [window_actions(stream, endings(stream), stage, num_stages, delay, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
         joined = sum(parts, ())
         assert joined == whole[: len(joined)]
         assert all(action.op is Op.BACKWARD for action in whole[len(joined) :])

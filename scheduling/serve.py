@@ -1,0 +1,46 @@
+"""Plan windows for another process, so that planning takes nothing from its threads: one JSON line in, one out.
+
+    python -m scheduling.serve
+    in    {"lengths": [job][step][sample], "num_stages", "capacity", "delay", "num_slots"}
+          {"leave": [job, ...]}            one per window: jobs whose steps end after the one that they have begun
+    out   {"last", "left", "microbatches"}  the window in the contract's format; `left`: [job, window from which on it is left out]
+
+The answers depend on the lines read and on nothing else. Ends after the last window.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+
+from scheduling.plan_json import stream_to_json
+from scheduling.windows import Carry, plan_window
+
+
+def serve(requests: Iterable[str]) -> Iterator[str]:
+    """Answer each request for a window; raises PlanError where no plan exists."""
+    lines = iter(requests)
+    settings = json.loads(next(lines))
+    lengths = settings.pop("lengths")
+    carry, left = Carry(), {}
+    for number, line in enumerate(lines):
+        for job in json.loads(line)["leave"]:
+            stand = carry.progress[job]
+            del lengths[job][stand.step + bool(stand.taken) :]
+            left[job] = number
+        stream, carry = plan_window(lengths, carry=carry, **settings)
+        last = carry.is_done(lengths)
+        yield json.dumps({"last": last, "left": sorted(left.items()), "microbatches": stream_to_json(stream, lengths)})
+        if last:
+            return
+
+
+def main() -> None:
+    """Serve the process at the other end of stdin and stdout."""
+    for answer in serve(sys.stdin):
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()
