@@ -1,14 +1,14 @@
 """Counter-based dropout: the same mask bits on every path, in every packing, on every shard.
 
     key(t)     = high 32 bits of mix64(mix64(seed, sample, epoch) + position * golden)      one per token, on the host
-    column(k)  = mix32(k)                                                                   k is the *global* feature
+    column(k)  = k * FEATURE                                                                k is the *global* feature
     h(t, k)    = xorshift16(M2 * xorshift15(M1 * (key(t) ^ column(k))))                     two multiplies per element
     keep(t, k) = bits 22 - 10 m .. 31 - 10 m of h >= round(1024 p)                          module m < 3 of a merged linear
     kept values are scaled by 1 / (1 - round(1024 p) / 1024)
 
-One hash serves all modules of a merged linear. Keys and columns are well mixed before they meet, so the hash needs no more; the last
-xorshift leaves module 0's bits as they are, so kernels skip it where there is one module (five instructions, a comparison with
-`threshold << 22` and a select). A mask depends on its job's seed, the sample, the epoch, the position and the feature; not on
+One hash serves all modules of a merged linear. The keys are well mixed on the host, so the hash needs no more; the last xorshift leaves
+module 0's bits as they are, so kernels skip it where there is one module (five instructions, a comparison and a select). A column's
+key is one multiply, because a thread of a matrix product holds few rows of each column. A mask depends on its job's seed, the sample, the epoch, the position and the feature; not on
 neighbours, microbatches, ranks or recomputation. `row_keys` makes the keys of a sample; `keep_mask` is the twin of the kernels.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 MAX_MODULES = 3
 LEVELS = 1024
 # As signed 32-bit integers (torch and Triton wrap around on multiplication).
+FEATURE = 0x9E3779B1 - (1 << 32)
 MULTIPLY_1 = 0x7FEB352D
 MULTIPLY_2 = 0x846CA68B - (1 << 32)
 
@@ -59,16 +60,10 @@ def keep_mask(row_keys: Tensor, first_feature: int, num_features: int, module: i
     if not 0 <= module < MAX_MODULES:
         raise ValueError(f"module {module} has no bits of the hash; there are {MAX_MODULES}")
     features = torch.arange(first_feature, first_feature + num_features, dtype=torch.int32, device=row_keys.device)
-    hashed = (row_keys[:, None] ^ _mix32(features)[None, :]) * MULTIPLY_1
+    hashed = (row_keys[:, None] ^ (features * FEATURE)[None, :]) * MULTIPLY_1
     hashed = (hashed ^ _shift_right(hashed, 15)) * MULTIPLY_2
     hashed = hashed ^ _shift_right(hashed, 16)
     return _shift_right(hashed, 22 - 10 * module).bitwise_and_(LEVELS - 1) >= threshold(p)
-
-
-def _mix32(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 16)) * MULTIPLY_1
-    x = (x ^ _shift_right(x, 15)) * MULTIPLY_2
-    return x ^ _shift_right(x, 16)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -37,13 +37,14 @@ class GemmConfig:
     group: int = 8
     warps: int = 8
     persistent: bool = False
+    flatten: bool = False
 
 
-def default_config(tma: bool, dropout: bool) -> GemmConfig:
+def default_config(tma: bool, dropout: bool, dtype: torch.dtype) -> GemmConfig:
     """Return the configuration that is used where nothing was measured."""
-    if not tma:
-        return GemmConfig(columns=128, inner=32, stages=3)
-    return GemmConfig(parts=4 if dropout else 2)
+    if not tma or dtype == torch.float32:
+        return GemmConfig(columns=128, inner=32, stages=3, parts=2)
+    return GemmConfig(parts=4 if dropout else 2, stages=3, persistent=True, flatten=True)
 
 
 @triton.jit
@@ -55,7 +56,8 @@ def _add_lora(
     """Return b_acc [BM, BP] plus the LoRA products of its rows and columns, segment by segment, module by module."""
     if DROPOUT:
         b_columns = column_keys(o_col + first_feature)
-    for i_segment in tl.range(i_low, i_high, num_stages=1):
+    i_segment = i_low
+    while i_segment < i_high:  # `while`, since only the K loop may be a nested `for` of the flattened tile loop
         first, end = tl.load(segments_ptr + i_segment * 4), tl.load(segments_ptr + i_segment * 4 + 1)
         slot_ptr = slots_ptr + tl.load(segments_ptr + i_segment * 4 + 2) * _FIELDS
         m_row = (o_row >= first) & (o_row < end)
@@ -71,7 +73,9 @@ def _add_lora(
             start, stop = (0, num_cols) if BACKWARD else (starts[i_module], stops[i_module])
             lora = adapters[0 if BACKWARD else i_module]
             if (l_row >= 0) & (i_col + o_col.shape[0] > start) & (i_col < stop):
-                for o_rank in tl.range(0, rank, RANK, num_stages=1):
+                b_product = tl.zeros([o_row.shape[0], o_col.shape[0]], tl.float32)
+                o_rank = 0
+                while o_rank < rank:
                     if TMA:
                         b_s = s.load([i_row, s_col + o_rank])
                         b_l = lora.load([l_row + o_rank, i_col - start])
@@ -83,13 +87,14 @@ def _add_lora(
                             lora + (l_row + o_r).to(tl.int64)[:, None] * l_strides[0 if BACKWARD else i_module] + (o_col - start)[None, :]
                         )
                         b_l = tl.load(l_at, (o_r < rank)[:, None] & ((o_col >= start) & (o_col < stop))[None, :], 0.0)
-                    b_product = tl.dot(b_s, b_l, input_precision="ieee")
-                    # Columns of other modules get a product of zeros; only rows need a mask against other jobs.
-                    if DROPOUT:
-                        b_hash = hash_bits(b_keys, b_columns, MODULES)
-                        b_acc += tl.where(keep(b_hash, b_threshold[:, None], i_module), b_product, 0.0)
-                    else:
-                        b_acc += tl.where(m_row[:, None], b_product, 0.0)
+                    b_product = tl.dot(b_s, b_l, b_product, input_precision="ieee")
+                    o_rank += RANK
+                # Columns of other modules get a product of zeros; only rows need a mask against other jobs.
+                if DROPOUT:
+                    b_acc += tl.where(keep(hash_bits(b_keys, b_columns, MODULES), b_threshold[:, None], i_module), b_product, 0.0)
+                else:
+                    b_acc += tl.where(m_row[:, None], b_product, 0.0)
+        i_segment += 1
     return b_acc
 
 
@@ -106,9 +111,11 @@ def _add_one_job(
             rank, l_row, s_col = tl.load(slot_ptr), tl.load(slot_ptr + 5 + 3 * i_module), tl.load(slot_ptr + 6 + 3 * i_module)
         start, stop = (0, num_cols) if WIDE else (starts[i_module], stops[i_module])
         if (l_row >= 0) & (i_col + BN > start) & (i_col < stop):
-            for o_rank in tl.range(0, rank, RANK, num_stages=1):
+            o_rank = 0
+            while o_rank < rank:
                 b_l = whole[i_module].load([l_row + o_rank, i_col - start])
                 b_acc = tl.dot(s.load([i_row, s_col + o_rank]), b_l, b_acc, input_precision="ieee")
+                o_rank += RANK
     return b_acc
 
 
@@ -135,14 +142,14 @@ def _gemm_kernel(
     input, weight, output, bias_ptr, s, lora0, lora1, lora2, whole0, whole1, whole2, l_strides, starts, stops, tiles_ptr, segments_ptr, slots_ptr, keys_ptr,
     num_rows, num_cols, num_inner, i_stride, w_stride, o_stride, s_stride, first_feature,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, NUM_STAGES: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     adapters, whole = (lora0, lora1, lora2), (whole0, whole1, whole2)
     num_m, num_n = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN)
     # One program per tile when NUM_PROGRAMS is 0, else each program takes every NUM_PROGRAMS-th tile.
     stride = num_m * num_n if NUM_PROGRAMS == 0 else NUM_PROGRAMS
-    for i_tile in tl.range(tl.program_id(0), num_m * num_n, stride, num_stages=1):
+    for i_tile in tl.range(tl.program_id(0), num_m * num_n, stride, num_stages=1, flatten=FLATTEN):
         # Groups of GROUP row tiles share the columns of W that are in the cache.
         group_first = (i_tile // (GROUP * num_n)) * GROUP
         group_rows = min(num_m - group_first, GROUP)
@@ -221,7 +228,7 @@ def gemm(
     adapters = () if not lora else (group.a_RK,) if backward else group.b_RN
     starts, stops = zip(*group.columns, strict=True) if lora else ((), ())
     tma = uses_tma(input_TI, weight, out_TO, *adapters)
-    config = config or default_config(tma, dropout)
+    config = config or default_config(tma, dropout, input_TI.dtype)
     tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
     rank, part = 16, config.columns // config.parts
     args = (input_TI, weight, out_TO, bias_O, s_TR, *_three(adapters), None, None, None)
@@ -243,7 +250,7 @@ def gemm(
         num_rows, num_cols, num_inner, input_TI.stride(0), weight.stride(0), out_TO.stride(0),
         s_TR.stride(0) if lora else 0, group.first_feature if lora else 0,
         BM=config.rows, BN=config.columns, BK=config.inner, GROUP=config.group, PARTS=config.parts, NUM_STAGES=config.stages,
-        NUM_PROGRAMS=programs if config.persistent else 0, BACKWARD=backward, LORA=lora, MODULES=group.num_modules if lora else 1, RANK=rank,
+        NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=lora, MODULES=group.num_modules if lora and not wide else 1, RANK=rank,
         DROPOUT=dropout, WIDE=wide, HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
     )  # fmt: skip
     return out_TO

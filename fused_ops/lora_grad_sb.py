@@ -1,9 +1,9 @@
 """dS = c' dY B and dB = dY^T S from one read of dY, for ranks up to 32 (above, partial sums cost more than a second read).
 
 A program owns one item (some rows of one segment) and COLUMNS columns of one module. It holds its block of B, loads each tile of dY
-once, writes the tile's share of dS [rows, r] to a float32 workspace and keeps dB [COLUMNS, r] in registers. Two counters say who is
-last: over a segment's items (adds the shares of dB in ascending order to the gradient arena) and over an item's column blocks of one
-module (adds the shares of dS). B and dB of the modules are addressed by offsets from the first one's.
+once, writes the tile's share of dS [rows, r] to a float32 workspace and keeps dB [COLUMNS, r] in registers. The last program over a
+segment's items adds their shares of dB in ascending order to the gradient arena; a second kernel, spread over all rows, adds the shares
+of dS. B and dB of the modules are addressed by offsets from the first one's.
 """
 
 import torch
@@ -14,17 +14,17 @@ from torch import Tensor
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.lora_down import arrive_last
 from fused_ops.route import Route
-from fused_ops.shapes import item_rows, rank_class
+from fused_ops.shapes import BLOCK_ROWS, item_rows, rank_class
 
 MAX_FUSED_RANK = 32
 _FIELDS = tl.constexpr(SLOT_FIELDS)
 
 
-@triton.jit(do_not_specialize=["num_rows", "width", "num_items"])
+@triton.jit(do_not_specialize=["num_rows", "width"])
 def _grad_sb_kernel(
-    dy_ptr, s_ptr, ds_ptr, b_ptr, grad_ptr, share_s_ptr, share_b_ptr, counters_ptr, items_ptr, slots_ptr, scales_ptr,
-    b_offset1, b_offset2, grad_offset1, grad_offset2, start0, start1, start2, cols0, cols1, cols2, blocks0, blocks1, blocks2,
-    num_rows, num_items, dy_stride, width,
+    dy_ptr, s_ptr, b_ptr, grad_ptr, share_s_ptr, share_b_ptr, counters_ptr, items_ptr, slots_ptr,
+    b_offset1, b_offset2, grad_offset1, grad_offset2, start0, start1, start2, cols0, cols1, cols2, blocks0, blocks1,
+    num_rows, dy_stride, width,
     MODULES: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     i_block, i_item = tl.program_id(0), tl.program_id(1)
@@ -32,17 +32,17 @@ def _grad_sb_kernel(
     first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
     slot_ptr = slots_ptr + slot * _FIELDS
     # Which module these columns belong to, and where it lies.
-    i_module, i_first, start, num_cols, num_blocks = 0, 0, start0, cols0, blocks0
+    i_module, i_first, start, num_cols = 0, 0, start0, cols0
     b_offset, grad_offset = b_offset1 * 0, grad_offset1 * 0
     if MODULES > 1:
         second = i_block >= blocks0
         i_module, i_first = tl.where(second, 1, 0), tl.where(second, blocks0, 0)
-        start, num_cols, num_blocks = tl.where(second, start1, start0), tl.where(second, cols1, cols0), tl.where(second, blocks1, blocks0)
+        start, num_cols = tl.where(second, start1, start0), tl.where(second, cols1, cols0)
         b_offset, grad_offset = tl.where(second, b_offset1, 0), tl.where(second, grad_offset1, 0)
     if MODULES > 2:
         third = i_block >= blocks0 + blocks1
         i_module, i_first = tl.where(third, 2, i_module), tl.where(third, blocks0 + blocks1, i_first)
-        start, num_cols, num_blocks = tl.where(third, start2, start), tl.where(third, cols2, num_cols), tl.where(third, blocks2, num_blocks)
+        start, num_cols = tl.where(third, start2, start), tl.where(third, cols2, num_cols)
         b_offset, grad_offset = tl.where(third, b_offset2, b_offset), tl.where(third, grad_offset2, grad_offset)
     rank, b_row, s_col = tl.load(slot_ptr), tl.load(slot_ptr + 5 + 3 * i_module), tl.load(slot_ptr + 6 + 3 * i_module)
     if b_row >= 0:
@@ -68,31 +68,44 @@ def _grad_sb_kernel(
         tl.store(share_b_ptr + i_item * b_step + o_share, b_db)
 
         i_low, i_high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
-        if arrive_last(counters_ptr + 3 * num_items + tl.load(item_ptr + 3) * tl.num_programs(0) + i_block, i_high - i_low):
+        if arrive_last(counters_ptr + tl.load(item_ptr + 3) * tl.num_programs(0) + i_block, i_high - i_low):
             b_sum = tl.zeros([COLUMNS, RANK], tl.float32)
             for i in tl.range(i_low, i_high, num_stages=1):
                 b_sum += tl.load(share_b_ptr + i * b_step + o_share, cache_modifier=".cg")
             grad_at = grad_ptr + grad_offset + (b_row + o_r).to(tl.int64)[:, None] * num_cols + o_col[None, :]
             m_grad = m_r[:, None] & m_col[None, :]
             tl.store(grad_at, tl.load(grad_at, m_grad, 0.0) + b_sum.T, m_grad)
-        if arrive_last(counters_ptr + 3 * i_item + i_module, num_blocks):
-            scale = tl.load(scales_ptr + slot)
-            for i_row in tl.range(first, end, BM, num_stages=1):
-                o_row = i_row + tl.arange(0, BM)
-                m_row = o_row < end
-                b_sum = tl.zeros([BM, RANK], tl.float32)
-                for i in tl.range(i_first, i_first + num_blocks, num_stages=1):
-                    at = share_s_ptr + (i * num_rows.to(tl.int64) + o_row)[:, None] * RANK + o_r[None, :]
-                    b_sum += tl.load(at, m_row[:, None], 0.0, cache_modifier=".cg")
-                ds_at = ds_ptr + o_row.to(tl.int64)[:, None] * width + (s_col + o_r)[None, :]
-                tl.store(ds_at, (b_sum * scale).to(ds_ptr.dtype.element_ty), m_row[:, None] & m_r[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows", "width", "blocks0", "blocks1", "blocks2"])
+def _sum_shares_kernel(
+    ds_ptr, share_s_ptr, items_ptr, slots_ptr, scales_ptr, blocks0, blocks1, blocks2, num_rows, width, BM: tl.constexpr, RANK: tl.constexpr
+):
+    """dS [rows, S column + r] = c' times the sum of the shares of one module's column blocks, in ascending order, four at a time."""
+    item_ptr, i_module = items_ptr + tl.program_id(0) * 6, tl.program_id(1)
+    first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    rank, s_col = tl.load(slots_ptr + slot * _FIELDS), tl.load(slots_ptr + slot * _FIELDS + 6 + 3 * i_module)
+    i_first = tl.where(i_module > 0, blocks0, 0) + tl.where(i_module > 1, blocks1, 0)
+    i_end = i_first + tl.where(i_module == 0, blocks0, tl.where(i_module == 1, blocks1, blocks2))
+    o_row, o_r = first + tl.arange(0, BM), tl.arange(0, RANK)
+    m_in = (o_row < end)[:, None] & (o_r < rank)[None, :]
+    if s_col >= 0:
+        b_sum = tl.zeros([BM, RANK], tl.float32)
+        for i in tl.range(i_first, i_end, 4, num_stages=1):
+            step = num_rows.to(tl.int64) * RANK
+            at = share_s_ptr + i * step + o_row.to(tl.int64)[:, None] * RANK + o_r[None, :]
+            b_0, b_1 = tl.load(at, m_in, 0.0), tl.load(at + step, m_in & (i + 1 < i_end), 0.0)
+            b_2, b_3 = tl.load(at + 2 * step, m_in & (i + 2 < i_end), 0.0), tl.load(at + 3 * step, m_in & (i + 3 < i_end), 0.0)
+            b_sum += (b_0 + b_1) + (b_2 + b_3)
+        ds_at = ds_ptr + o_row.to(tl.int64)[:, None] * width + (s_col + o_r)[None, :]
+        tl.store(ds_at, (b_sum * tl.load(scales_ptr + slot)).to(ds_ptr.dtype.element_ty), m_in)
 
 
 def grad_s_and_b_fused(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
     """Return dS [T, width] in dY's dtype (unwritten where there is no adapter), and add dB into the group's gradients; rank <= 32."""
     ds_TR = torch.empty_like(s_TR)
     num_rows, device, rank = dy_TN.shape[0], dy_TN.device, rank_class(group.max_padded_rank)
-    columns = 256
+    columns = 512 if dy_TN.shape[1] > 8192 and dy_TN.element_size() == 2 else 256
     sizes = [stop - start for start, stop in group.columns]
     blocks = [triton.cdiv(size, columns) for size in sizes]
     rows = item_rows(num_rows, sum(blocks), device)
@@ -109,10 +122,14 @@ def grad_s_and_b_fused(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Rou
         return [*values, 0, 0][:3]
 
     _grad_sb_kernel[(sum(blocks), num_items)](
-        dy_TN, s_TR, ds_TR, group.b_RN[0], group.grad_b_RN[0], share_s, share_b,
-        route.counters(3 * num_items + len(route.segments) * sum(blocks)), route.items(rows), group.slot_table, group.scale_table,
-        *offsets(group.b_RN), *offsets(group.grad_b_RN), *three([start for start, _ in group.columns]), *three(sizes), *three(blocks),
-        num_rows, num_items, dy_TN.stride(0), group.width,
-        MODULES=group.num_modules, BM=64, COLUMNS=columns, RANK=rank, NUM_STAGES=3, num_warps=8,
+        dy_TN, s_TR, group.b_RN[0], group.grad_b_RN[0], share_s, share_b,
+        route.counters(len(route.segments) * sum(blocks)), route.items(rows), group.slot_table,
+        *offsets(group.b_RN), *offsets(group.grad_b_RN), *three([start for start, _ in group.columns]), *three(sizes), *three(blocks)[:2],
+        num_rows, dy_TN.stride(0), group.width,
+        MODULES=group.num_modules, BM=64, COLUMNS=columns, RANK=rank, NUM_STAGES=3 if dy_TN.element_size() == 2 else 2, num_warps=8,
+    )  # fmt: skip
+    _sum_shares_kernel[(route.num_items(BLOCK_ROWS), group.num_modules)](
+        ds_TR, share_s, route.items(BLOCK_ROWS), group.slot_table, group.scale_table, *three(blocks), num_rows, group.width,
+        BM=BLOCK_ROWS, RANK=rank, num_warps=4,
     )  # fmt: skip
     return ds_TR

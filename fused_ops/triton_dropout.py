@@ -3,19 +3,17 @@
 import triton
 import triton.language as tl
 
-from fused_ops.dropout import MULTIPLY_1, MULTIPLY_2
+from fused_ops.dropout import FEATURE, MULTIPLY_1, MULTIPLY_2
 
+_FEATURE = tl.constexpr(FEATURE & 0xFFFFFFFF)
 _M1 = tl.constexpr(MULTIPLY_1 & 0xFFFFFFFF)
 _M2 = tl.constexpr(MULTIPLY_2 & 0xFFFFFFFF)
 
 
 @triton.jit
 def column_keys(o_col):
-    """Return the mixed key of global features o_col: uint32, the shape of o_col."""
-    x = o_col.to(tl.uint32)
-    x = (x ^ (x >> 16)) * _M1
-    x = (x ^ (x >> 15)) * _M2
-    return x ^ (x >> 16)
+    """Return the key of global features o_col: uint32, the shape of o_col."""
+    return o_col.to(tl.uint32) * _FEATURE
 
 
 @triton.jit

@@ -1,0 +1,227 @@
+"""Time the fused kernels against the frozen linear and against plain torch, under CUDA graphs, in interleaved rounds.
+
+    python scripts/bench/kernels.py                      the table: six shapes, p = 0 and 0.1, then mixes of ranks, jobs and lengths
+    python scripts/bench/kernels.py --baselines          also plain torch (one adapter, a loop), torch.compile of it, torch._grouped_mm
+
+The timed region holds everything from X and dY to Y, dX and dA, dB added into the float32 arena. The floor is X W^T and dY W alone,
+each by the faster of cuBLAS and our own GEMM without LoRA. Every candidate is replayed once per round, in turn; medians over rounds,
+with the 10th and 90th percentiles. Appends one JSON line per case to scripts/bench/results/kernels.jsonl; refuses to run when the
+kernels disagree with their reference.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import triton
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/fused_ops")]
+
+from conftest import build_problem  # noqa: E402
+
+from fused_ops import reference, triton_ops  # noqa: E402
+from fused_ops.lora_gemm import gemm  # noqa: E402
+
+SHAPES = {  # name: K, columns of each module, targets of the ratio at p = 0 and 0.1
+    "4096->4096": (4096, (4096,), 1.17, 1.24),
+    "4096->6144": (4096, (4096, 1024, 1024), 1.14, 1.20),
+    "4096->28672": (4096, (14336, 14336), 1.07, 1.10),
+    "14336->4096": (14336, (4096,), 1.10, 1.15),
+    "5120->5120": (5120, (5120,), 1.09, 1.14),
+    "8192->8192": (8192, (8192,), 1.06, 1.09),
+}
+MIXES = {  # name: ranks, lengths (None: equal shares)
+    "ranks 8 16 32 64": ((8, 16, 32, 64), None),
+    "32 jobs": ((16,) * 32, None),
+    "random lengths": ((16,) * 4, (1337, 3011, 2500, 1344)),
+    "rank 128": ((128,) * 4, None),
+}
+
+
+def problem(shape, p, ranks=(16,) * 4, lengths=None, rows=8192):
+    k, columns, *_ = SHAPES[shape]
+    lengths = lengths or [rows // len(ranks)] * len(ranks)
+    return build_problem(list(lengths), list(ranks), k=k, n=columns, dropouts=[p] * len(ranks), dtype=torch.bfloat16, device="cuda")
+
+
+def steps(ops, q):
+    s = ops.down(q.x, q.group, q.route)
+    y = ops.up(q.x, q.weight, None, s, q.group, q.route)
+    ds = ops.grad_s_and_b(q.dy, s, q.group, q.route)
+    dx = ops.grad_x(q.dy, q.weight, ds, q.group, q.route)
+    ops.grad_a(q.x, ds, q.group, q.route)
+    return y, dx
+
+
+def check(q):
+    """Stop unless the kernels agree with their reference on this very problem."""
+    outs = []
+    for ops in (triton_ops, reference):
+        q.zero_grads()
+        outs.append([*steps(ops, q), *[g.clone() for g in q.grads]])
+    for ours, theirs in zip(*outs, strict=True):
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < 0.02, f"the kernels are off by {error:.3g} relative: fix them before timing them"
+
+
+def plain(q, segments):
+    """Return PEFT's forward and backward in bf16 for the given (first, end, slot), with torch's own dropout."""
+    weight, group = q.weight, q.group
+    adapters = []
+    for _, _, slot in segments:
+        r = group.slots.ranks[slot]
+        for m, (start, stop) in enumerate(group.columns):
+            a = group.a_RK[group.a_rows[slot][m] :][:r].detach().clone().requires_grad_()
+            b = group.b_RN[m][group.b_rows[slot][m] :][:r].T.contiguous().requires_grad_()
+            adapters.append((slot, start, stop, a, b))
+    p, num_modules = group.slots.dropouts[0], len(group.columns)
+
+    def forward(x):
+        y = x @ weight.T
+        parts = []
+        for i, (first, end, slot) in enumerate(segments):
+            scale, rows = group.slots.scales[slot], x[first:end]
+            mine = adapters[i * num_modules : (i + 1) * num_modules]
+            deltas = [(torch.nn.functional.dropout(rows, p) if p else rows) @ a.T @ b.T * scale for _, _, _, a, b in mine]
+            parts.append(y[first:end] + (deltas[0] if num_modules == 1 else torch.cat(deltas, 1)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    leaves = [t for *_, a, b in adapters for t in (a, b)]
+
+    def run(fn=forward):
+        x = q.x.detach().requires_grad_()
+        return torch.autograd.grad(fn(x), [x, *leaves], q.dy)
+
+    return run, forward
+
+
+def grouped(q):
+    """Return a torch._grouped_mm formulation of one module without dropout: three grouped products over the packed rows."""
+    group, jobs = q.group, len(q.route.segments)
+    r = group.slots.ranks[0]
+    ends = torch.tensor([end for _, end, _ in q.route.segments], dtype=torch.int32, device="cuda")
+    a_JRK, b_JRN = group.a_RK.view(jobs, r, -1), group.b_RN[0].view(jobs, r, -1)
+    scale = group.slots.scales[0]
+
+    def run():
+        s = torch._grouped_mm(q.x, a_JRK.transpose(1, 2), offs=ends) * scale
+        y = (q.x @ q.weight.T) + torch._grouped_mm(s, b_JRN, offs=ends)
+        ds = torch._grouped_mm(q.dy, b_JRN.transpose(1, 2), offs=ends) * scale
+        db = torch._grouped_mm(s.T, q.dy, offs=ends)
+        dx = (q.dy @ q.weight) + torch._grouped_mm(ds, a_JRK, offs=ends)
+        return y, dx, db, torch._grouped_mm(ds.T, q.x, offs=ends)
+
+    return run
+
+
+def capture(fn):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph
+
+
+def measure(candidates, rounds, repeats=4):
+    """Return {name: (median, 10th, 90th percentile)} in milliseconds."""
+    graphs = {name: capture(fn) for name, fn in candidates.items()}
+    times = {name: [] for name in graphs}
+    for i in range(rounds + 2):
+        for name, graph in graphs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            for _ in range(repeats):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            if i >= 2:
+                times[name].append(begin.elapsed_time(end) / repeats)
+    return {name: tuple(sorted(t)[int(f * (len(t) - 1))] for f in (0.5, 0.1, 0.9)) for name, t in times.items()}
+
+
+def candidates(q, baselines):
+    found = {
+        "cublas forward": lambda: q.x @ q.weight.T,
+        "cublas dx": lambda: q.dy @ q.weight,
+        "own forward": lambda: gemm(q.x, q.weight, None, None, None, None, backward=False),
+        "own dx": lambda: gemm(q.dy, q.weight, None, None, None, None, backward=True),
+        "fused": lambda: steps(triton_ops, q),
+    }
+    s = triton_ops.down(q.x, q.group, q.route)
+    ds = triton_ops.grad_s_and_b(q.dy, s, q.group, q.route)
+    found |= {
+        "piece S": lambda: triton_ops.down(q.x, q.group, q.route),
+        "piece Y": lambda: triton_ops.up(q.x, q.weight, None, s, q.group, q.route),
+        "piece dS dB": lambda: triton_ops.grad_s_and_b(q.dy, s, q.group, q.route),
+        "piece dX": lambda: triton_ops.grad_x(q.dy, q.weight, ds, q.group, q.route),
+        "piece dA": lambda: triton_ops.grad_a(q.x, ds, q.group, q.route),
+    }
+    if baselines:
+        one, _ = plain(q, [(0, q.route.num_rows, 0)])
+        loop, forward = plain(q, q.route.segments)
+        compiled = torch.compile(forward)
+        found |= {"torch one adapter": one, "torch loop": loop, "torch.compile loop": lambda: loop(compiled)}
+        if len(q.group.columns) == 1 and not q.group.has_dropout:
+            found["torch._grouped_mm"] = grouped(q)
+    return found
+
+
+def case(shape, p, mix, baselines, rounds):
+    ranks, lengths = MIXES.get(mix, ((16,) * 4, None))
+    q = problem(shape, p, ranks, lengths)
+    check(q)
+    times = measure(candidates(q, baselines), rounds)
+    floor = sum(min(times[f"cublas {d}"][0], times[f"own {d}"][0]) for d in ("forward", "dx"))
+    return {
+        "shape": shape, "p": p, "mix": mix, "rows": q.route.num_rows, "ranks": ranks, "lengths": lengths, "floor_ms": floor,
+        "ratio": times["fused"][0] / floor, "ratio_low": times["fused"][1] / floor, "ratio_high": times["fused"][2] / floor,
+        "target": SHAPES[shape][2 if p == 0 else 3] if mix == "equal" else None,
+        "ratios": {name: t[0] / floor for name, t in times.items() if name.startswith("torch")},
+        "times_ms": {name: [round(v, 5) for v in t] for name, t in times.items()},
+    }  # fmt: skip
+
+
+def environment():
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "commit": commit, "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "dtype": "bfloat16", "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "command": " ".join(sys.argv),
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--mixes", nargs="*", default=list(MIXES), choices=list(MIXES))
+    parser.add_argument("--baselines", action="store_true")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=ROOT / "scripts/bench/results/kernels.jsonl")
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    wanted = [(shape, p, "equal", args.baselines) for shape in args.shapes for p in (0.0, 0.1)]
+    wanted += [("4096->4096", 0.0, mix, False) for mix in args.mixes]
+    for shape, p, mix, baselines in wanted:
+        row = {**environment(), **case(shape, p, mix, baselines, args.rounds)}
+        with args.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        target = f" (target {row['target']})" if row["target"] else ""
+        others = " ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
+        print(
+            f"{shape:12s} p={p} {mix:16s} floor {row['floor_ms']:.3f} ms ratio {row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]{target} {others}"
+        )
+        print("    " + " ".join(f"{name.removeprefix('piece ')} {t[0] * 1000:.1f}" for name, t in row["times_ms"].items()), flush=True)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
