@@ -7,7 +7,7 @@ a job runs from its first report on, has failed after three skipped steps in a r
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_lora.config import RunConfig
 from megatron_lora.executor import StepDone
@@ -16,20 +16,19 @@ from megatron_lora.metrics import Observer, StepReport, make_observers
 from megatron_lora.optimizer import MAX_SKIPPED_IN_A_ROW
 from megatron_lora.reports import StepReporter
 from megatron_lora.run_dir import RunDirectory
-from scheduling.types import Stream
 
 
 class Desk:
     """Everything that only the first rank tells. A context manager: observers are closed whatever happens."""
 
-    def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], stream: Stream):
-        """Take up the run's directory, which exists, and start the observers."""
-        self.jobs = jobs
+    def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], leave: Callable[[int], None]):
+        """Take up the run's directory, which exists, and start the observers; `leave(job)` ends a failed job's part of the plan."""
+        self.jobs, self.leave = jobs, leave
         for job in jobs:
             print(f"{job.config.name}: {job.data.describe()}; {job.num_steps} steps", flush=True)
         self.directory = RunDirectory.join(config)
         self.observers: Sequence[Observer] = make_observers(config, jobs)
-        self.reporter = StepReporter(jobs, stream, self._report)
+        self.reporter = StepReporter(jobs, self._report)
         self.on_forward = self.reporter.on_forward
         self.skipped_in_a_row = [0] * len(jobs)
 
@@ -64,6 +63,7 @@ class Desk:
         if self.skipped_in_a_row[job] == MAX_SKIPPED_IN_A_ROW:
             reason = f"the gradient norm was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step {report.step}"
             self._set_state(job, "failed", reason)
+            self.leave(job)
 
     def _set_state(self, job: int, state: str, reason: str) -> None:
         name = self.jobs[job].config.name

@@ -1,4 +1,4 @@
-"""Runs one stage's actions over the pipeline's messages. No policy: what happens when is in the plan.
+"""Runs one stage's actions over the pipeline's messages, window after window. No policy: what happens when is in the plan.
 
     F(t)     take the message of slot t, compute, pass it on               header: verdicts of the steps that ended at slot t - P - d
     B(t)     take the gradient of slot t, go back, pass it on              header: sums so far for the steps that ended at slot t - d
@@ -11,7 +11,7 @@ messages. Neither an all-reduce over stages nor a device synchronisation is need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from megatron_lora.messages import SLOT, Links, Message, MessageLayout
 from megatron_lora.microbatch import StageInput
+from megatron_lora.plan_feed import Window
 from megatron_lora.timeline import Timeline
-from scheduling.pipeline import endings
-from scheduling.types import Action, Op, Stream
+from scheduling.pipeline import Ending, final_backwards, window_actions
+from scheduling.types import Action, Microbatch, Op
 
 
 class StageModel(Protocol):
@@ -101,33 +102,33 @@ class _HandOver(torch.autograd.Function):
 
 
 class Executor:
-    """One stage of one pipeline, from the first slot of a stream to its last."""
+    """One stage of one pipeline, from the first slot of a run to its last."""
 
     def __init__(
         self,
         model: StageModel,
-        stream: Stream,
         position: Position,
         links: Links,
         layout: MessageLayout,
         *,
-        load: Callable[[int], StageInput],
-        rows: Sequence[int],
+        load: Callable[[Microbatch], StageInput],
+        num_rows: Callable[[Microbatch], int],
         optimizers: Sequence[StageOptimizer],
         on_step: Callable[[StepDone], None],
-        on_forward: Callable[[int], None],
+        on_forward: Callable[[Microbatch], None],
         timeline: Timeline,
         device: torch.device,
     ):
-        """Bind a stage to its stream.
+        """Bind a stage to its place.
 
-        `load(slot)` gives the tensors of a slot, `rows[slot]` the rows of its messages on this rank (0: header alone);
-        `on_forward(slot)` and `on_step(done)` are told what began and what was taken.
+        `load(microbatch)` gives its tensors, `num_rows(microbatch)` the rows of its messages on this rank (0: header alone);
+        `on_forward(microbatch)` and `on_step(done)` are told what began and what was taken.
         """
-        self.model, self.stream, self.position, self.links, self.layout = model, stream, position, links, layout
-        self.load, self.rows, self.optimizers = load, rows, optimizers
+        self.model, self.position, self.links, self.layout = model, position, links, layout
+        self.load, self.num_rows, self.optimizers = load, num_rows, optimizers
         self.on_step, self.on_forward, self.timeline, self.device = on_step, on_forward, timeline, device
-        self.endings = endings(stream)
+        self.stream: list[Microbatch] = []  # of the windows so far
+        self.endings: list[tuple[Ending, ...]] = []
         self.next_slot = 0
         self.arrived: Message | None = None  # forward message of next_slot, once taken
         self.verdicts: dict[int, Message] = {}  # first stage: slot where steps ended -> the gradient message with their sums
@@ -135,17 +136,35 @@ class Executor:
         self.losses = torch.zeros(len(optimizers), dtype=torch.float32, device=device)  # last stage: of each job's current step
         self.misplaced = torch.zeros((), dtype=torch.float32, device=device)  # messages whose header names another slot
 
-    def run(self, actions: Sequence[Action]) -> None:
-        """Execute all actions of this stage, then wait for what was sent."""
-        perform = {Op.FORWARD: self._forward, Op.BACKWARD: self._backward, Op.STEP: self._step}
-        if self.links.forward_in is not None:
-            self.links.forward_in.post(0, self.rows[0])
-        if self.links.backward_in is not None:
-            self.links.backward_in.post(0, self.rows[0])
-        for action in actions:
-            perform[action.op](action.index)
+    def run(self, windows: Iterable[Window]) -> None:
+        """Execute this stage's actions of all windows, then wait for what was sent."""
+        place = self.position
+        feed = iter(windows)
+        while (window := self._next_window(feed)) is not None:
+            first = len(self.stream)
+            self.stream += window.stream
+            self.endings += window.ended
+            end = len(self.stream)
+            self._post_ahead()
+            self._perform(window_actions(self.stream, self.endings, place.stage, place.num_stages, place.delay, first, end))
+        self._perform(final_backwards(len(self.stream), place.stage, place.num_stages))
         self.links.drain()
         assert not self.live and not bool(self.misplaced), "messages and slots went out of step"
+
+    def _next_window(self, feed) -> Window | None:
+        with self.timeline.span("wait plan", len(self.stream)):
+            return next(feed, None)
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        perform = {Op.FORWARD: self._forward, Op.BACKWARD: self._backward, Op.STEP: self._step}
+        for action in actions:
+            perform[action.op](action.index)
+
+    def _post_ahead(self) -> None:
+        """Post the next receive of each direction, where its slot is known and no receive is waiting."""
+        for receiver in (self.links.forward_in, self.links.backward_in):
+            if receiver is not None and not receiver.posted and receiver.next_slot < len(self.stream):
+                receiver.post(self.num_rows(self.stream[receiver.next_slot]))
 
     def _next_message(self) -> Message:
         """Take the forward message of the next slot (on the first stage: make it), once."""
@@ -158,8 +177,7 @@ class Executor:
             else:
                 with self.timeline.span("wait F", slot):
                     self.arrived = self.links.forward_in.take(slot)
-                if slot + 1 < len(self.stream):
-                    self.links.forward_in.post(slot + 1, self.rows[slot + 1])
+                self._post_ahead()
                 self.misplaced += self.arrived.header[SLOT] != slot
         return self.arrived
 
@@ -167,11 +185,12 @@ class Executor:
         message = self._next_message()
         self.arrived, self.next_slot = None, slot + 1
         self.verdicts.pop(slot - self.position.lag, None)
-        if self.stream[slot].is_noop:
+        microbatch = self.stream[slot]
+        if microbatch.is_noop:
             self._pass_on(self._onward(message, 0))
             return
-        self.on_forward(slot)
-        data = self.load(slot)
+        self.on_forward(microbatch)
+        data = self.load(microbatch)
         with self.timeline.span("F", slot):
             hidden = None if self.position.is_first else message.body.detach().requires_grad_()
             output = self.model(data, hidden)
@@ -227,8 +246,7 @@ class Executor:
             return self.layout.blank(slot, 0, self.device)
         with self.timeline.span("wait B", slot):
             message = self.links.backward_in.take(slot)
-        if slot + 1 < len(self.stream):
-            self.links.backward_in.post(slot + 1, self.rows[slot + 1])
+        self._post_ahead()
         self.misplaced += message.header[SLOT] != slot
         return message
 

@@ -107,13 +107,15 @@ class Receiver:
     def __init__(self, group: dist.ProcessGroup, peer: int, layout: MessageLayout, device: torch.device):
         self.group, self.peer, self.layout, self.device = group, peer, layout, device
         self.posted: deque[tuple[int, dist.Work, Message]] = deque()
+        self.next_slot = 0  # whose receive is posted next
 
-    def post(self, slot: int, num_rows: int) -> None:
-        """Post the receive of a slot's message, `num_rows` rows in its body."""
+    def post(self, num_rows: int) -> None:
+        """Post the receive of the next slot's message, `num_rows` rows in its body."""
         message = self.layout.empty(num_rows, self.device)
         work = dist.irecv(message.buffer, self.peer, group=self.group)
         assert work is not None
-        self.posted.append((slot, work, message))
+        self.posted.append((self.next_slot, work, message))
+        self.next_slot += 1
 
     def take(self, slot: int) -> Message:
         """Wait for the oldest posted message, which must be the one of `slot`."""

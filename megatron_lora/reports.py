@@ -19,7 +19,7 @@ from megatron_lora.executor import StepDone
 from megatron_lora.jobs import TrainingJob
 from megatron_lora.metrics import StepReport
 from megatron_lora.optimizer import learning_rate_at
-from scheduling.types import Stream
+from scheduling.types import Microbatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,17 @@ class _Pending:
 class StepReporter:
     """Reports every job's steps in the order in which they are taken."""
 
-    def __init__(self, jobs: Sequence[TrainingJob], stream: Stream, report: Callable[[int, StepReport], None]):
+    def __init__(self, jobs: Sequence[TrainingJob], report: Callable[[int, StepReport], None]):
         """`report(job, step_report)` is called for each step once its numbers are known."""
-        self.jobs, self.stream, self.report = jobs, stream, report
+        self.jobs, self.report = jobs, report
         self.started: dict[tuple[int, int], float] = {}
         self.pending: deque[_Pending] = deque()
         self.learning_rates = [learning_rate_at(job.optimizer()) for job in jobs]
 
-    def on_forward(self, slot: int) -> None:
-        """Note which steps begin with this slot."""
+    def on_forward(self, microbatch: Microbatch) -> None:
+        """Note which steps begin with this microbatch."""
         now = time.perf_counter()
-        for segment in self.stream[slot].segments:
+        for segment in microbatch.segments:
             self.started.setdefault((segment.job, segment.step), now)
 
     def on_step(self, done: StepDone) -> None:

@@ -1,13 +1,12 @@
 """The story of a run, top to bottom: what every rank does between the config and the exit status.
 
-The plan, the data and the adapters' first values are functions of the config alone, so each rank makes its own; the first rank's plan
-is compared with everyone's before anything runs. The first rank (first stage, first tensor rank) reports and writes.
+The data and the adapters' first values are functions of the config alone, so each rank makes its own; the plan comes from the first
+rank, window after window. The first rank (first stage, first tensor rank) reports and writes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,13 +30,8 @@ from megatron_lora.jobs import TrainingJob, read_jobs
 from megatron_lora.messages import MessageLayout, connect
 from megatron_lora.optimizer import JobOptimizer
 from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
-from megatron_lora.run_dir import write_atomically
+from megatron_lora.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.timeline import Timeline, write_timeline
-from scheduling.pipeline import endings, stage_actions, with_drain
-from scheduling.plan_json import stream_to_json
-from scheduling.planner import plan_stream
-from scheduling.types import Stream
-from scheduling.validate import replay
 
 
 def run(config: RunConfig) -> int:
@@ -54,7 +48,7 @@ def run(config: RunConfig) -> int:
     architecture = read_architecture(model_dir)
     jobs = _read_jobs(config, model_dir, architecture.vocab_size, host)
     position = _position(config.parallel)
-    stream = _plan(config, jobs, position, host)
+    feed = _plan(config, jobs, position)
 
     stage = build_stage(
         architecture, model_dir, config.parallel, dtype=dtype, device=device, load_weights=config.load_weights, seed=config.seed
@@ -75,7 +69,7 @@ def run(config: RunConfig) -> int:
             arena.load(slot, read_adapter(job.config.init_adapter).weights)
     optimizers = [JobOptimizer(arena, slot, job.optimizer(), group) for slot, job in enumerate(jobs)]
 
-    with Desk(config, jobs, stream) if dist.get_rank() == 0 else contextlib.nullcontext() as desk:
+    with Desk(config, jobs, feed.leave) if dist.get_rank() == 0 else contextlib.nullcontext() as desk:
         collector = AdapterCollector(arena, _writer(config, jobs), host)
 
         def on_step(done: StepDone) -> None:
@@ -88,8 +82,9 @@ def run(config: RunConfig) -> int:
                 desk.on_step(done, collector.written)
 
         timeline = Timeline(device)
-        executor = _executor(config, jobs, stream, position, stage, optimizers, on_step, desk, timeline, dtype, device)
-        executor.run(stage_actions(stream, position.stage, position.num_stages, position.delay))
+        executor = _executor(config, jobs, position, stage, optimizers, on_step, desk, timeline, dtype, device)
+        executor.run(feed)
+        feed.close()
         collector.finish()
         if desk is not None:
             desk.finish(collector.written)
@@ -100,7 +95,6 @@ def run(config: RunConfig) -> int:
 def _executor(
     config: RunConfig,
     jobs: Sequence[TrainingJob],
-    stream: Stream,
     position: Position,
     stage: Stage,
     optimizers: Sequence[JobOptimizer],
@@ -110,21 +104,19 @@ def _executor(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Executor:
-    """Connect this rank to its neighbours and give it its stream."""
+    """Connect this rank to its neighbours and give it its part."""
     multiple = config.parallel.tensor if config.parallel.sequence else 1
-    rows = [num_rows(microbatch, multiple) // multiple for microbatch in stream]
-    layout = MessageLayout(max_endings=max(map(len, endings(stream))), hidden_size=stage.architecture.hidden_size, dtype=dtype)
+    layout = MessageLayout(max_endings=len(jobs), hidden_size=stage.architecture.hidden_size, dtype=dtype)
     return Executor(
         stage,
-        stream,
         position,
         connect(pipelines(config.parallel), layout, device),
         layout,
-        load=lambda slot: collate(stream[slot], [job.rows for job in jobs], multiple=multiple, device=device),
-        rows=rows,
+        load=lambda microbatch: collate(microbatch, [job.rows for job in jobs], multiple=multiple, device=device),
+        num_rows=lambda microbatch: num_rows(microbatch, multiple) // multiple,
         optimizers=optimizers,
         on_step=on_step,
-        on_forward=desk.on_forward if desk is not None else lambda slot: None,
+        on_forward=desk.on_forward if desk is not None else lambda microbatch: None,
         timeline=timeline,
         device=device,
     )
@@ -148,19 +140,11 @@ def _position(parallel: ParallelConfig) -> Position:
     return Position(stage=dist.get_rank() // (parallel.tensor * parallel.data), num_stages=parallel.pipeline, delay=delay)
 
 
-def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, host: dist.ProcessGroup) -> Stream:
-    """Plan the run, replay the plan, and make sure that all ranks have the same; the first rank files it."""
-    lengths = [job.rows.lengths() for job in jobs]
-    stream = plan_stream(lengths, position.num_stages, config.microbatch_tokens, position.delay)
-    stream = with_drain(stream, position.num_stages, position.delay)
-    replay(stream, lengths, position.num_stages, config.microbatch_tokens, position.delay)
-    text = json.dumps({"stages": position.num_stages, "delay": position.delay, "microbatches": stream_to_json(stream, lengths)})
-    plans: list = [None] * dist.get_world_size()
-    dist.all_gather_object(plans, text, group=host)
-    assert all(plan == text for plan in plans), "the ranks made different plans"
-    if dist.get_rank() == 0:
-        write_atomically(Path(config.output_dir) / "plan" / "window-0000.json", text + "\n")
-    return stream
+def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position) -> PlanFeed:
+    """Start to plan; the first windows are ready when the model is."""
+    settings = PlanSettings(num_stages=position.num_stages, capacity=config.microbatch_tokens, delay=position.delay)
+    group = dist.new_group(backend="gloo")
+    return PlanFeed([job.rows.lengths() for job in jobs], settings, Path(config.output_dir) / "plan", group)
 
 
 def _writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[int, Weights], None]:

@@ -1,0 +1,147 @@
+"""Plan windows for the executor: made on the first rank while earlier ones run, sent to all ranks, checked by each.
+
+The first rank's planner works in a process of its own (scheduling.serve), so that it takes nothing from the training thread. Its
+windows go to all ranks over a gloo group that only the feed's threads use, ahead of what runs. Every rank follows the stream
+(scheduling.follow) and refuses a window that breaks a rule; a running SHA-256 of all windows travels with each, so no rank can run
+another plan.
+
+A job that leaves (it failed) is left out of the next window that is planned; what was planned of it stays. The plan depends on the
+config, the seed and the windows at which jobs left, and these stand in `plan/window-NNNN.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import scheduling
+from megatron_lora.run_dir import write_atomically
+from scheduling.follow import Follower
+from scheduling.pipeline import Ending
+from scheduling.plan_json import stream_from_json
+from scheduling.types import NOOP, Lengths, Stream
+
+WINDOWS_AHEAD = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The next slots of the stream and the steps that end in each."""
+
+    stream: Stream
+    ended: tuple[tuple[Ending, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """What a plan depends on besides the jobs' lengths."""
+
+    num_stages: int
+    capacity: int
+    delay: int
+    num_slots: int = 32  # of a window
+
+
+class PlanFeed:
+    """The windows of a run, in order; iterate over it on every rank."""
+
+    def __init__(self, lengths: Lengths, settings: PlanSettings, plan_dir: Path, group: dist.ProcessGroup):
+        """Start to plan; `group` is a gloo group of all ranks that nobody else uses."""
+        self.lengths, self.settings, self.plan_dir, self.group = lengths, settings, plan_dir, group
+        self.leaving: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.ready: queue.Queue[str | BaseException] = queue.Queue(maxsize=WINDOWS_AHEAD)
+        work = self._plan_all if dist.get_rank() == 0 else self._receive_all
+        self.thread = threading.Thread(target=self._guarded, args=(work,), name="plan-feed", daemon=True)
+        self.thread.start()
+
+    def leave(self, job: int) -> None:
+        """Leave a job out of the windows that are still to be planned; on the first rank."""
+        self.leaving.put(job)
+
+    def __iter__(self) -> Iterator[Window]:
+        """Give out the windows, waiting for those that are not there yet; the last one ends with the slots that drain the pipeline."""
+        s = self.settings
+        follower = Follower(self.lengths, s.num_stages, s.capacity, s.delay)
+        chain = hashlib.sha256()
+        while True:
+            text = self.ready.get()
+            if isinstance(text, BaseException):
+                raise text
+            message = json.loads(text)
+            chain.update(json.dumps(message["microbatches"]).encode())
+            assert message["sha256"] == chain.hexdigest(), "this rank follows another plan than the first rank"
+            stream = stream_from_json(message["microbatches"])
+            if message["last"]:
+                stream += (NOOP,) * (s.num_stages + s.delay)
+            yield Window(stream, follower.follow(stream))
+            if message["last"]:
+                follower.finish([job for job, _ in message["left"]])
+                return
+
+    def close(self) -> None:
+        """Wait for the thread, which has nothing left to do."""
+        self.thread.join()
+
+    def _guarded(self, work) -> None:
+        try:
+            work()
+        except BaseException as failure:  # carried to the main thread, which raises it
+            self.ready.put(failure)
+
+    def _plan_all(self) -> None:
+        """Ask the planner for window after window, file each and send it."""
+        with _planner() as planner:
+            assert planner.stdin is not None and planner.stdout is not None
+            settings = asdict(self.settings) | {"lengths": self.lengths}
+            print(json.dumps(settings), file=planner.stdin)
+            chain, number, last = hashlib.sha256(), 0, False
+            while not last:
+                leave = [self.leaving.get() for _ in range(self.leaving.qsize())]
+                print(json.dumps({"leave": leave}), file=planner.stdin, flush=True)
+                answer = planner.stdout.readline()
+                if not answer:
+                    raise RuntimeError(f"the planner ended with status {planner.wait()}")
+                message = json.loads(answer)
+                chain.update(json.dumps(message["microbatches"]).encode())
+                text = json.dumps(message | {"sha256": chain.hexdigest()})
+                write_atomically(self.plan_dir / f"window-{number:04d}.json", text + "\n")
+                _broadcast(text, self.group)
+                self.ready.put(text)
+                number, last = number + 1, message["last"]
+
+    def _receive_all(self) -> None:
+        last = False
+        while not last:
+            text = _broadcast(None, self.group)
+            last = json.loads(text)["last"]
+            self.ready.put(text)
+
+
+def _planner() -> subprocess.Popen[str]:
+    """Start the planning process with this process's packages."""
+    root = str(Path(scheduling.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "scheduling.serve"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+
+
+def _broadcast(text: str | None, group: dist.ProcessGroup) -> str:
+    """Send a text from the first rank to all; returns it."""
+    payload = bytearray(text.encode() if text is not None else b"")
+    size = torch.tensor([len(payload)])
+    dist.broadcast(size, 0, group=group)
+    if text is None:
+        payload = bytearray(int(size))
+    dist.broadcast(torch.frombuffer(payload, dtype=torch.uint8), 0, group=group)
+    return payload.decode()
