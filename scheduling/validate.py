@@ -24,7 +24,7 @@ def replay(
 ) -> None:
     """Raise PlanError on the first rule that a plan breaks; `actions` (per stage, of the drained stream) default to stage_actions."""
     stream = with_drain(stream, num_stages, delay)
-    check_stream(stream, lengths, capacity)
+    _check_complete(_check_slots(stream, lengths, capacity), lengths)
     if actions is None:
         actions = [stage_actions(stream, stage, num_stages, delay) for stage in range(num_stages)]
     if len(actions) != num_stages:
@@ -32,8 +32,24 @@ def replay(
     _Pipeline(stream, [len(steps) for steps in lengths], actions, delay).run()
 
 
-def check_stream(stream: Stream, lengths: Lengths, capacity: int) -> None:
-    """Check what a stream holds: every sample once, true token counts, the budget, at most one segment per job and slot."""
+def replay_replicas(streams: Sequence[Stream], lengths: Lengths, num_stages: int, capacity: int, delay: int = 1) -> None:
+    """Raise PlanError unless each replica's stream is correct, all steps end in the same slots, and together they hold each sample once."""
+    drained = [with_drain(stream, num_stages, delay) for stream in streams]
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for replica, stream in enumerate(drained):
+        if list(map(set, endings(stream))) != list(map(set, endings(drained[0]))):
+            raise PlanError(f"replica {replica} ends a step in another slot than replica 0")
+        seen.update(_check_slots(stream, lengths, capacity))
+        actions = [stage_actions(stream, stage, num_stages, delay) for stage in range(num_stages)]
+        _Pipeline(stream, [len(steps) for steps in lengths], actions, delay).run()
+    _check_complete(seen, lengths)
+
+
+def _check_slots(stream: Stream, lengths: Lengths, capacity: int) -> Counter[tuple[int, int, int]]:
+    """Check each slot: the budget, one segment per job, true token counts; returns how often each (job, step, sample) is there.
+
+    A segment may be empty: a replica has it where only other replicas hold samples of the step.
+    """
     seen: Counter[tuple[int, int, int]] = Counter()
     for slot, microbatch in enumerate(stream):
         if microbatch.num_tokens > capacity:
@@ -41,19 +57,22 @@ def check_stream(stream: Stream, lengths: Lengths, capacity: int) -> None:
         jobs = [segment.job for segment in microbatch.segments]
         if len(set(jobs)) < len(jobs):
             raise PlanError(f"slot {slot}: two segments of one job: {jobs}")
-        if microbatch.evaluate:
-            continue
-        for segment in microbatch.segments:
+        for segment in () if microbatch.evaluate else microbatch.segments:
             try:
                 tokens = sum(lengths[segment.job][segment.step][sample] for sample in segment.samples)
             except IndexError:
                 raise PlanError(f"slot {slot}: no such sample in {segment}") from None
-            if min((segment.job, segment.step, *segment.samples)) < 0 or not segment.samples or tokens != segment.num_tokens:
+            if min((segment.job, segment.step, *segment.samples)) < 0 or tokens != segment.num_tokens:
                 raise PlanError(f"slot {slot}: {segment} does not hold {tokens} tokens of existing samples")
             seen.update((segment.job, segment.step, sample) for sample in segment.samples)
-    twice = [key for key, count in seen.items() if count > 1]
+    return seen
+
+
+def _check_complete(seen: Counter[tuple[int, int, int]], lengths: Lengths) -> None:
+    """Check that every sample of the workload is there exactly once."""
+    twice = next((key for key, count in seen.items() if count > 1), None)
     if twice:
-        raise PlanError(f"(job, step, sample) {twice[0]} is scheduled {seen[twice[0]]} times")
+        raise PlanError(f"(job, step, sample) {twice} is scheduled {seen[twice]} times")
     for job, steps in enumerate(lengths):
         for step, batch in enumerate(steps):
             for sample in range(len(batch)):

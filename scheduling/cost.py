@@ -1,0 +1,218 @@
+"""What a microbatch costs in seconds on each stage: analytic from model shape and device, refined by measurements, kept as JSON.
+
+A stage with L layers runs a pass over T tokens with squared lengths Q = sum(length^2) and rank-tokens R = sum(tokens * rank) in
+
+    seconds = per_token * T + per_square * Q + per_rank_token * R + fixed
+
+The base is frozen, so a backward makes dX but no dW: as much linear work as a forward (plus one more forward with recompute), 2.5 times
+its attention work; LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head is 2 H V per
+token on the last stage, and again for dX and for recomputing its logits in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from scheduling.slot_cost import SlotCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The numbers of a decoder-only transformer that decide its cost."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+
+    @property
+    def layer_params(self) -> int:
+        """Weights of the linears of one layer (q, k, v, o, gate, up, down)."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return attention + 3 * self.hidden_size * self.ffn_size
+
+    @property
+    def head_params(self) -> int:
+        """Weights of the output head (and of the embedding)."""
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def lora_width(self) -> int:
+        """Sum of K + N over the linears of a layer: LoRA weights per layer and rank, all modules targeted."""
+        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * (self.hidden_size + query) + 2 * (self.hidden_size + key_value)
+        return attention + 3 * (self.hidden_size + self.ffn_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A device as the cost model sees it: dense throughput that GEMMs reach, memory, and the overhead of a layer's launches."""
+
+    name: str
+    flops_per_s: float
+    memory_bytes: float
+    layer_launch_s: float = 1.5e-4
+
+
+# Reached, not peak, figures: about 65% of dense bf16 peak; a CPU core runs float32.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(name="h200", flops_per_s=6.4e14, memory_bytes=141e9),
+        Device(name="h100", flops_per_s=6.4e14, memory_bytes=80e9),
+        Device(name="a100", flops_per_s=2.0e14, memory_bytes=80e9),
+        Device(name="cpu", flops_per_s=5.0e10, memory_bytes=8e9, layer_launch_s=1e-3),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassCost:
+    """Seconds of one pass over a microbatch on one stage."""
+
+    per_token: float
+    per_square: float
+    per_rank_token: float
+    fixed: float
+
+    def seconds(self, tokens: float, squares: float, rank_tokens: float = 0.0) -> float:
+        """Return the time of a microbatch; a no-op (no tokens) takes none."""
+        if not tokens:
+            return 0.0
+        return self.per_token * tokens + self.per_square * squares + self.per_rank_token * rank_tokens + self.fixed
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """Forward and backward of one stage."""
+
+    forward: PassCost
+    backward: PassCost
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """All stages of a pipeline."""
+
+    stages: tuple[StageCost, ...]
+
+    def slot_cost(self, mean_rank: float = 0.0) -> SlotCost:
+        """Return the slowest stage's cost in token-equivalents, as the planner takes it."""
+        slowest = max(self.stages, key=lambda stage: stage.forward.per_token + stage.backward.per_token)
+        passes = (slowest.forward, slowest.backward)
+        per_token = sum(one.per_token + mean_rank * one.per_rank_token for one in passes)
+        return SlotCost(per_square=sum(one.per_square for one in passes) / per_token, fixed=sum(one.fixed for one in passes) / per_token)
+
+    def token_seconds(self, mean_rank: float = 0.0) -> float:
+        """Return seconds, forward plus backward on the slowest stage, per token-equivalent of a slot."""
+        return max(sum(one.per_token + mean_rank * one.per_rank_token for one in (stage.forward, stage.backward)) for stage in self.stages)
+
+    def slot_seconds(
+        self, slots: Sequence[tuple[float, float, float]]
+    ) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
+        """Return forward and backward seconds [stage][slot] of (tokens, squares, rank_tokens) slots, as simulate() takes them."""
+        forward = tuple(tuple(stage.forward.seconds(*slot) for slot in slots) for stage in self.stages)
+        backward = tuple(tuple(stage.backward.seconds(*slot) for slot in slots) for stage in self.stages)
+        return forward, backward
+
+    def to_json(self) -> list[dict]:
+        """Return plain data for a JSON file."""
+        return [asdict(stage) for stage in self.stages]
+
+    @classmethod
+    def from_json(cls, listed: Sequence[dict]) -> CostModel:
+        """Rebuild a model from plain data."""
+        return cls(tuple(StageCost(PassCost(**stage["forward"]), PassCost(**stage["backward"])) for stage in listed))
+
+
+def analytic_cost(shape: ModelShape, device: Device, layers: Sequence[int], tensor: int = 1, recompute: bool = False) -> CostModel:
+    """Derive the cost of each stage from the model's shape; `layers` counts the layers of every stage."""
+    rate = device.flops_per_s * tensor
+    stages = []
+    for index, num_layers in enumerate(layers):
+        linear = 2 * shape.layer_params * num_layers / rate
+        attention = 2 * shape.num_heads * shape.head_dim * num_layers / rate  # QK and PV, each half under the causal mask
+        lora = 2 * shape.lora_width * num_layers / rate
+        head = 2 * shape.head_params / rate if index == len(layers) - 1 else 0.0
+        launches = device.layer_launch_s * num_layers
+        again = 1 if recompute else 0
+        forward = PassCost(per_token=linear + head, per_square=attention, per_rank_token=lora, fixed=launches)
+        backward = PassCost(
+            per_token=linear * (1 + again) + 2 * head,
+            per_square=attention * (2.5 + again),
+            per_rank_token=lora * (2 + again),
+            fixed=launches * (1 + again),
+        )
+        stages.append(StageCost(forward, backward))
+    return CostModel(tuple(stages))
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One timed pass of one stage."""
+
+    stage: int
+    backward: bool
+    tokens: float
+    squares: float
+    rank_tokens: float
+    seconds: float
+
+
+def refine(model: CostModel, measurements: Sequence[Measurement]) -> CostModel:
+    """Refit each measured pass of each stage to its timings; a coefficient that they cannot tell apart keeps its ratio to the model's.
+
+    Least squares of relative errors over scale factors of the model's four terms, pulled weakly to their common scale, kept >= 0.
+    """
+    stages = []
+    for index, stage in enumerate(model.stages):
+        both = []
+        for backward, cost in ((False, stage.forward), (True, stage.backward)):
+            rows = [m for m in measurements if m.stage == index and m.backward == backward and m.seconds > 0]
+            both.append(_refit(cost, rows) if rows else cost)
+        stages.append(StageCost(*both))
+    return CostModel(tuple(stages))
+
+
+_PULL = 1e-3  # weight of staying near the common scale, against one measurement
+
+
+def _refit(cost: PassCost, rows: Sequence[Measurement]) -> PassCost:
+    """Find s with minimal sum(((term . s - seconds) / seconds)^2) + pull * sum((s / common - 1)^2), s >= 0, by coordinate descent."""
+    names = ("per_token", "per_square", "per_rank_token", "fixed")
+    base = [getattr(cost, name) for name in names]
+    terms = [[base[0] * m.tokens, base[1] * m.squares, base[2] * m.rank_tokens, base[3]] for m in rows]
+    shares = [[term / m.seconds for term in row] for row, m in zip(terms, rows, strict=True)]
+    common = sum(map(sum, shares)) / sum(sum(row) ** 2 for row in shares)
+    scale = [common] * 4
+    for _ in range(500):
+        for k in range(4):
+            rest = [1 - sum(s * x for j, (s, x) in enumerate(zip(scale, row, strict=True)) if j != k) for row in shares]
+            curvature = sum(row[k] ** 2 for row in shares) + _PULL / common**2
+            scale[k] = max(0.0, (sum(r * row[k] for r, row in zip(rest, shares, strict=True)) + _PULL / common) / curvature)
+    return replace(cost, **{name: value * s for name, value, s in zip(names, base, scale, strict=True)})
+
+
+def split_layers(num_layers: int, num_stages: int, head_layers: float = 0.0, embedding_layers: float = 0.0) -> tuple[int, ...]:
+    """Split layers over stages so that the slowest stage is as fast as can be, the head counting as `head_layers` of the last stage.
+
+    Every stage keeps at least one layer. Raises ValueError when there are fewer layers than stages.
+    """
+    if num_layers < num_stages:
+        raise ValueError(f"{num_layers} layers cannot be split over {num_stages} stages")
+    layers, extra = [1] * num_stages, [0.0] * num_stages
+    extra[0] += embedding_layers
+    extra[-1] += head_layers
+    for _ in range(num_layers - num_stages):
+        stage = min(range(num_stages), key=lambda stage: (layers[stage] + extra[stage], stage))
+        layers[stage] += 1
+    return tuple(layers)
+
+
+def head_layers(shape: ModelShape, recompute: bool = False) -> float:
+    """Return the cost of the head in layers, forward plus backward, by its share of the linear work."""
+    return 3 * shape.head_params / (shape.layer_params * (3 if recompute else 2))

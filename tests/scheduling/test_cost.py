@@ -1,0 +1,149 @@
+"""Cost, memory, layer split and data-parallel split: by hand, by round trip, and against brute force."""
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduling.cost import DEVICES, CostModel, Measurement, ModelShape, analytic_cost, head_layers, refine, split_layers
+from scheduling.data_parallel import BALANCE, plan_replicas, split_batch
+from scheduling.memory import choose_capacity, fitting_tokens, stage_memory, tokens_in_flight
+from scheduling.slot_cost import SlotCost, even_slot_estimate
+from scheduling.types import Microbatch, PlanError, Segment
+from scheduling.validate import replay_replicas
+
+LLAMA_8B = ModelShape(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=14336, vocab_size=128256)
+COST = SlotCost()
+
+
+def test_llama_8b_numbers():
+    assert LLAMA_8B.layer_params == 4096 * 128 * 80 + 3 * 4096 * 14336
+    assert 32 * LLAMA_8B.layer_params + 2 * LLAMA_8B.head_params == pytest.approx(8.03e9, rel=1e-3)
+    assert 16 * 32 * LLAMA_8B.lora_width == pytest.approx(41.9e6, rel=2e-3)  # r = 16 on all linears, as PEFT counts
+    assert 1 < head_layers(LLAMA_8B, recompute=True) < head_layers(LLAMA_8B) < 4
+
+
+def test_analytic_cost_scales_as_it_must():
+    model = analytic_cost(LLAMA_8B, DEVICES["h100"], (8, 8, 8, 8))
+    first, last = model.stages[0], model.stages[-1]
+    assert first.forward.per_token == pytest.approx(8 * 2 * LLAMA_8B.layer_params / 6.4e14)
+    assert last.forward.per_token - first.forward.per_token == pytest.approx(2 * LLAMA_8B.head_params / 6.4e14)
+    assert analytic_cost(LLAMA_8B, DEVICES["h100"], (8, 8, 8, 8), tensor=2).stages[0].forward.per_token == first.forward.per_token / 2
+    recomputed = analytic_cost(LLAMA_8B, DEVICES["h100"], (8,) * 4, recompute=True).stages[0]
+    assert recomputed.backward.per_token == pytest.approx(2 * recomputed.forward.per_token)
+    assert first.forward.seconds(0, 0) == 0.0
+    forward, backward = model.slot_seconds([(4096, 4096.0 * 1024, 16 * 4096), (0, 0, 0)])
+    assert len(forward) == 4 and forward[0][1] == backward[3][1] == 0.0 and backward[3][0] > forward[3][0] > forward[0][0]
+    planner = model.slot_cost()
+    assert 1e-6 < planner.per_square < 1e-4 and planner.fixed > 0
+
+
+def test_json_round_trip():
+    model = analytic_cost(LLAMA_8B, DEVICES["a100"], (10, 6))
+    assert CostModel.from_json(json.loads(json.dumps(model.to_json()))) == model
+
+
+def test_refining_recovers_the_truth_and_leaves_the_unmeasured_alone():
+    model = analytic_cost(LLAMA_8B, DEVICES["h100"], (16, 16))
+    truth = model.stages[1].backward
+    factors = {"per_token": 1.4, "per_square": 2.0, "per_rank_token": 3.0, "fixed": 0.5}
+    rows = []
+    for tokens, mean, rank in product((256, 1024, 4096, 16384), (128, 1024), (0, 8, 64)):
+        terms = {
+            "per_token": truth.per_token * tokens,
+            "per_square": truth.per_square * tokens * mean,
+            "per_rank_token": truth.per_rank_token * tokens * rank,
+            "fixed": truth.fixed,
+        }
+        seconds = sum(factors[name] * term for name, term in terms.items())
+        rows.append(Measurement(1, True, tokens, tokens * mean, tokens * rank, seconds))
+    refined = refine(model, rows)
+    assert refined.stages[0] == model.stages[0] and refined.stages[1].forward == model.stages[1].forward
+    for m in rows:
+        assert refined.stages[1].backward.seconds(m.tokens, m.squares, m.rank_tokens) == pytest.approx(m.seconds, rel=0.02)
+    one = refine(model, [Measurement(0, False, 1000, 1e6, 0, 2 * model.stages[0].forward.seconds(1000, 1e6))])
+    assert one.stages[0].forward.per_square == pytest.approx(2 * model.stages[0].forward.per_square, rel=1e-3)
+
+
+def test_layers_leave_room_for_the_head():
+    assert split_layers(32, 4) == (8, 8, 8, 8)
+    assert split_layers(32, 4, head_layers=2.0) == (9, 9, 8, 6)
+    assert split_layers(30, 2, head_layers=8) == (19, 11)
+    assert split_layers(4, 4, head_layers=9) == (1, 1, 1, 1)
+    with pytest.raises(ValueError, match="3 layers cannot be split over 4 stages"):
+        split_layers(3, 4)
+
+
+@given(st.integers(1, 4), st.integers(0, 5), st.integers(0, 20))
+def test_layer_split_is_the_best_there_is(num_stages, more, head_tenths):
+    head = head_tenths / 10
+    split = split_layers(num_stages + more, num_stages, head)
+
+    def slowest(layers):
+        return max(count + (head if stage == num_stages - 1 else 0) for stage, count in enumerate(layers))
+
+    every = (layers for layers in product(range(1, more + 2), repeat=num_stages) if sum(layers) == num_stages + more)
+    assert slowest(split) == pytest.approx(min(map(slowest, every)))
+
+
+def test_memory_grows_with_what_it_should():
+    layers = (9, 9, 8, 6)
+    stages = [stage_memory(LLAMA_8B, layers, stage, total_rank=64) for stage in range(4)]
+    assert stages[0].weights == pytest.approx(2 * (9 * LLAMA_8B.layer_params + LLAMA_8B.head_params))
+    assert stages[3].loss > 0 == stages[2].loss
+    assert stages[0].adapters == pytest.approx(64 * 9 * LLAMA_8B.lora_width * 18)
+    recomputed = [stage_memory(LLAMA_8B, layers, stage, total_rank=64, recompute=True) for stage in range(4)]
+    assert fitting_tokens(recomputed, DEVICES["h100"]) > fitting_tokens(stages, DEVICES["h100"]) > 4096
+    assert fitting_tokens(stages, replace(DEVICES["cpu"], memory_bytes=4e9)) == 0
+    stream = tuple(Microbatch((Segment(0, k, (0,), tokens),)) for k, tokens in enumerate((5, 1, 7, 2)))
+    assert [tokens_in_flight(stream, stage, 3) for stage in range(3)] == [13, 9, 7]
+
+
+def test_capacity_is_no_larger_than_fits_or_pays():
+    lengths = [[[500] * 16] * 8] * 4
+    chosen = choose_capacity(lengths, 4, 16384)
+    assert 500 <= chosen < 16384 and chosen % 256 == 0
+    assert even_slot_estimate(lengths, 4, chosen) >= even_slot_estimate(lengths, 4, 16384) - 0.002
+    assert choose_capacity(lengths, 4, 1000) <= 1000
+    with pytest.raises(ValueError, match="the longest sample has 500 tokens, memory allows 400"):
+        choose_capacity(lengths, 4, 400)
+
+
+@given(st.lists(st.integers(1, 4000), min_size=1, max_size=8), st.integers(1, 3))
+@settings(max_examples=60)
+def test_slices_are_balanced_or_provably_indivisible(batch, num_replicas):
+    split = split_batch(batch, num_replicas, COST)
+    parts = [[sample for sample in dealt if sample is not None] for dealt in split.rounds]
+    assert sorted(sample for part in parts for sample in part) == list(range(len(batch)))
+    times = [COST.sample(tokens) for tokens in batch]
+    mean = sum(times) / num_replicas
+    assert split.excess == pytest.approx(max(sum(times[k] for k in part) for part in parts) / mean - 1)
+    best = min(
+        max(sum(times[k] for k, replica in enumerate(owners) if replica == r) for r in range(num_replicas)) / mean - 1
+        for owners in product(range(num_replicas), repeat=len(batch))
+    )
+    assert split.excess <= BALANCE + 1e-9 or (split.proven and best > BALANCE - 1e-9)
+
+
+@given(
+    st.lists(st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=7), min_size=1, max_size=3), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 4),
+)
+@settings(max_examples=25)
+def test_replicas_step_in_the_same_slots(lengths, num_replicas, num_stages):
+    streams = plan_replicas(lengths, num_replicas, num_stages, 64, cost=SlotCost(1e-3, 2.0))
+    assert len(streams) == num_replicas and len(set(map(len, streams))) == 1
+    replay_replicas(streams, lengths, num_stages, 64)
+
+
+def test_replicas_that_differ_are_refused():
+    lengths = [[[5, 5]]]
+    first, second = plan_replicas(lengths, 2, 2, 64)
+    with pytest.raises(PlanError, match="replica 1 ends a step in another slot"):
+        replay_replicas([first, (Microbatch(), *second)], lengths, 2, 64)
+    with pytest.raises(PlanError, match="is scheduled 2 times"):
+        replay_replicas([first, first], lengths, 2, 64)
