@@ -92,6 +92,38 @@ def _align(parts: Sequence[Sequence[int]]) -> list[list[int | None]]:
     return [[*part, *[None] * (depth - len(part))] for part in parts]
 
 
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """All global batches over the replicas. `rounds` [job][step][round] -> tokens of the round's longest sample: what is planned."""
+
+    lengths: Lengths
+    splits: tuple[tuple[BatchSplit, ...], ...]  # [job][step]
+    rounds: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def part(self, microbatch: Microbatch, replica: int) -> Microbatch:
+        """Turn a slot of rounds into one replica's slot of samples; a job's segment stays where the replica has no sample of it."""
+        segments = []
+        for segment in microbatch.segments:
+            dealt = self.splits[segment.job][segment.step].rounds[replica]
+            samples = tuple(sorted(sample for k in segment.samples if (sample := dealt[k]) is not None))
+            tokens = sum(self.lengths[segment.job][segment.step][sample] for sample in samples)
+            segments.append(Segment(segment.job, segment.step, samples, tokens))
+        return Microbatch(tuple(segments))
+
+
+def deal(lengths: Lengths, num_replicas: int, cost: SlotCost | None = None) -> Dealt:
+    """Split every global batch over the replicas."""
+    splits = tuple(tuple(split_batch(batch, num_replicas, cost) for batch in steps) for steps in lengths)
+    rounds = tuple(
+        tuple(
+            tuple(max(batch[sample] for sample in dealt if sample is not None) for dealt in zip(*split.rounds, strict=True))
+            for split, batch in zip(job_splits, steps, strict=True)
+        )
+        for job_splits, steps in zip(splits, lengths, strict=True)
+    )
+    return Dealt(lengths, splits, rounds)
+
+
 def plan_replicas(
     lengths: Lengths,
     num_replicas: int,
@@ -106,24 +138,6 @@ def plan_replicas(
     Samples are indices within the whole global batch. A replica without samples where others have some of a job holds a segment
     without samples there, so that it takes the job's steps with the others.
     """
-    splits = [[split_batch(batch, num_replicas, cost) for batch in steps] for steps in lengths]
-    rounds = [
-        [
-            [max(batch[sample] for sample in dealt if sample is not None) for dealt in zip(*split.rounds, strict=True)]
-            for split, batch in zip(job_splits, steps, strict=True)
-        ]
-        for job_splits, steps in zip(splits, lengths, strict=True)
-    ]
-    shared = plan_stream(rounds, num_stages, capacity, delay, effort, cost)
-    return tuple(tuple(_part(microbatch, splits, lengths, replica) for microbatch in shared) for replica in range(num_replicas))
-
-
-def _part(microbatch: Microbatch, splits: Sequence[Sequence[BatchSplit]], lengths: Lengths, replica: int) -> Microbatch:
-    """Turn a slot of rounds into one replica's slot of samples."""
-    segments = []
-    for segment in microbatch.segments:
-        dealt = splits[segment.job][segment.step].rounds[replica]
-        samples = sorted(sample for k in segment.samples if (sample := dealt[k]) is not None)
-        tokens = sum(lengths[segment.job][segment.step][sample] for sample in samples)
-        segments.append(Segment(segment.job, segment.step, tuple(samples), tokens))
-    return Microbatch(tuple(segments))
+    dealt = deal(lengths, num_replicas, cost)
+    shared = plan_stream(dealt.rounds, num_stages, capacity, delay, effort, cost)
+    return tuple(tuple(dealt.part(microbatch, replica) for microbatch in shared) for replica in range(num_replicas))

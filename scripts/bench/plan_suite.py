@@ -1,0 +1,176 @@
+"""Measures the planner: the ten-workload suite, other policies, rolling windows, fresh seeds and a hundred jobs; draws two charts.
+
+Efficiency is the ideal time of the tokens / the predicted makespan under 1F1B, fill and drain included; every plan is replayed first.
+Seconds are measured around a process of its own, interpreter start included. Appends to scripts/bench/results/: plans.jsonl (a line
+per workload), plan_seeds.jsonl (a line per workload over ten seeds, lengths drawn from a log-normal fitted to each job's own),
+plan_scale.jsonl (100 jobs x 100 steps x 32 samples); prints them as Markdown; draws gantt-flush.png and gantt-ours.png.
+
+    python scripts/bench/plan_suite.py [--hardware "2 CPU cores"] [--parts suite seeds scale charts]
+"""
+
+import argparse
+import datetime
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megatron_lora.environment import commit  # noqa: E402
+from megatron_lora.plan_plot import draw  # noqa: E402
+from scheduling.plan_json import stream_from_json  # noqa: E402
+from scheduling.planner import plan_stream  # noqa: E402
+from scheduling.policies import POLICIES, runs_efficiency  # noqa: E402
+from scheduling.simulate import simulate_runs  # noqa: E402
+from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times  # noqa: E402
+from scheduling.validate import replay  # noqa: E402
+from scheduling.windows import plan_window  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SUITE = Path(__file__).resolve().parent / "lengths.json"
+OTHERS = ("flush", "round-robin", "grouped", "greedy")
+NUM_SEEDS, LONGEST = 10, 4096
+HARD = "tiny-s8"  # the workload that gaps bind most
+
+
+def planned(workload: dict, *options: str) -> tuple[dict, float]:
+    """Plan one workload in a process of its own; returns the plan and the seconds around the process. Replays the plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "workload.json", Path(folder) / "plan.json"
+        source.write_text(json.dumps({"it": workload}), encoding="utf-8")
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "scheduling", "plan", source, "-o", target, *options], check=True, cwd=ROOT)
+        seconds = time.perf_counter() - start
+        plan = json.loads(target.read_text(encoding="utf-8"))["it"]
+    replay(stream_from_json(plan["microbatches"]), workload["data"], workload["stages"], workload["capacity"])
+    return plan, round(seconds, 3)
+
+
+def suite(workloads: dict) -> list[dict]:
+    """Ours, in one piece and in windows of 32 slots, and the other policies, on every workload."""
+    lines = []
+    for name, workload in workloads.items():
+        lengths, num_stages, capacity = workload["data"], workload["stages"], workload["capacity"]
+        plan, seconds = planned(workload)
+        windows, _ = planned(workload, "--window", "32")
+        line = {
+            "case": name,
+            "slots": len(plan["microbatches"]),
+            "noops": sum(not slot for slot in plan["microbatches"]),
+            "ours": plan["efficiency"],
+            "estimate": plan["estimate"],
+            "seconds": seconds,
+            "windows": windows["efficiency"],
+            "first_window_s": windows["first_window_seconds"],
+        }
+        for policy in OTHERS:
+            line[policy] = round(runs_efficiency(POLICIES[policy](lengths, num_stages, capacity, SlotCost()), lengths, num_stages), 4)
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+    plan, seconds = planned(workloads[HARD], "--effort", "60")
+    lines.append({**next(line for line in lines if line["case"] == HARD), "case": f"{HARD}, effort 60"})
+    lines[-1] |= {"slots": len(plan["microbatches"]), "noops": sum(not slot for slot in plan["microbatches"])}
+    lines[-1] |= {"ours": plan["efficiency"], "seconds": seconds}
+    return lines
+
+
+def redrawn(lengths: list, seed: int) -> list:
+    """Draw a workload of the same shape: each job's lengths from the log-normal with the mean and deviation of its own logarithms."""
+    drawn = []
+    for job, steps in enumerate(lengths):
+        logs = [math.log(tokens) for batch in steps for tokens in batch]
+        rng = random.Random(1000 * seed + job)
+        mean, deviation = statistics.mean(logs), statistics.stdev(logs)
+        drawn.append([[max(1, min(LONGEST, round(rng.lognormvariate(mean, deviation)))) for _ in batch] for batch in steps])
+    return drawn
+
+
+def seeds(workloads: dict) -> list[dict]:
+    """Spread over fresh seeds, and the smallest lead over the greedy."""
+    lines = []
+    for name, workload in workloads.items():
+        ours, leads = [], []
+        for seed in range(NUM_SEEDS):
+            lengths = redrawn(workload["data"], seed)
+            stream = plan_stream(lengths, workload["stages"], workload["capacity"])
+            replay(stream, lengths, workload["stages"], workload["capacity"])
+            ours.append(efficiency(stream, lengths, workload["stages"]))
+            plain = POLICIES["greedy"](lengths, workload["stages"], workload["capacity"], SlotCost())
+            leads.append(ours[-1] - runs_efficiency(plain, lengths, workload["stages"]))
+        numbers = {"least": min(ours), "median": statistics.median(ours), "most": max(ours), "least_lead": min(leads)}
+        lines.append({"case": name, "seeds": NUM_SEEDS, **{key: round(value, 4) for key, value in numbers.items()}})
+        print(json.dumps(lines[-1]), flush=True)
+    return lines
+
+
+def scale(workloads: dict) -> list[dict]:
+    """A hundred jobs, whole and the first window; lengths like those of cnn-s4."""
+    pooled = [tokens for steps in workloads["cnn-s4"]["data"] for batch in steps for tokens in batch]
+    logs = [math.log(tokens) for tokens in pooled]
+    rng, mean, deviation = random.Random(0), statistics.mean(logs), statistics.stdev(logs)
+    lengths = [
+        [[max(1, min(LONGEST, round(rng.lognormvariate(mean, deviation)))) for _ in range(32)] for _ in range(100)] for _ in range(100)
+    ]
+    workload = {"stages": 8, "capacity": 8192, "data": lengths}
+    plan, seconds = planned(workload)
+    start = time.perf_counter()
+    plan_window(lengths, 8, 8192)
+    line = {
+        "case": "100 jobs x 100 steps x 32 samples",
+        "slots": len(plan["microbatches"]),
+        "ours": plan["efficiency"],
+        "estimate": round(even_slot_estimate(lengths, 8, 8192), 4),
+        "seconds": seconds,
+        "first_window_s": round(time.perf_counter() - start, 3),
+    }
+    return [line | {"share": round(line["ours"] / line["estimate"], 4)}]
+
+
+def charts(workloads: dict) -> None:
+    """Draw the first steps of one workload under the flush baseline and as planned."""
+    workload = workloads["small-s4"]
+    lengths, num_stages, capacity = [steps[:4] for steps in workload["data"]], workload["stages"], workload["capacity"]
+    for name in ("flush", "ours"):
+        runs = POLICIES[name](lengths, num_stages, capacity, SlotCost())
+        stream, timeline = simulate_runs([(stream, slot_times(stream, lengths, SlotCost())) for stream in runs], num_stages)
+        draw(str(RESULTS / f"gantt-{name}.png"), timeline, stream, [f"job {job}" for job in range(len(lengths))])
+        print(f"gantt-{name}.png: {timeline.makespan_s:.0f} token times, {1 - timeline.bubble(0):.1%} busy")
+
+
+def keep(file: str, lines: list[dict], hardware: str) -> None:
+    """Append lines to a result file, and print them as a Markdown table."""
+    stamp = {"commit": commit(), "date": datetime.date.today().isoformat(), "hardware": hardware, "python": sys.version.split()[0]}
+    with (RESULTS / file).open("a", encoding="utf-8") as output:
+        output.writelines(json.dumps(line | stamp) + "\n" for line in lines)
+    print(f"\n| {' | '.join(lines[0])} |\n|{' --- |' * len(lines[0])}")
+    for line in lines:
+        print(f"| {' | '.join(str(value) for value in line.values())} |")
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hardware", default="2 CPU cores")
+    parser.add_argument("--parts", nargs="+", default=["suite", "seeds", "scale", "charts"], choices=["suite", "seeds", "scale", "charts"])
+    arguments = parser.parse_args()
+    workloads = json.loads(SUITE.read_text(encoding="utf-8"))
+    for part, file, measure in (
+        ("suite", "plans.jsonl", suite),
+        ("seeds", "plan_seeds.jsonl", seeds),
+        ("scale", "plan_scale.jsonl", scale),
+    ):
+        if part in arguments.parts:
+            keep(file, measure(workloads), arguments.hardware)
+    if "charts" in arguments.parts:
+        charts(workloads)
+
+
+if __name__ == "__main__":
+    main()
