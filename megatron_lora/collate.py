@@ -49,6 +49,8 @@ def collate(microbatch: Microbatch, jobs: Sequence[JobRows], *, multiple: int, d
     tokens, labels, weights, keys, lengths, segments = [], [], [], [], [], []
     row = 0
     for segment in microbatch.segments:
+        if not segment.samples:
+            continue  # this replica has no sample of the job here
         job = jobs[segment.job]
         share = 1.0 / job.num_targets(segment.step)
         for k in segment.samples:

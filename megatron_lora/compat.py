@@ -98,6 +98,16 @@ def pipelines(parallel: Layout) -> list[list[int]]:
     return [[i_tensor + t * (i_data + d * stage) for stage in range(parallel.pipeline)] for i_data in range(d) for i_tensor in range(t)]
 
 
+def stage_groups(parallel: Layout) -> dict[str, dist.ProcessGroup | None]:
+    """Return the groups of ranks that hold parts of this rank's stage: tensor, data, both; None where one rank is alone."""
+    both = parallel.tensor * parallel.data > 1
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
+        "data": parallel_state.get_data_parallel_group() if parallel.data > 1 else None,
+        "both": parallel_state.get_tensor_and_data_parallel_group() if both else None,
+    }
+
+
 def destroy_parallel() -> None:
     """Leave all process groups; `initialize_parallel` may then set up another layout."""
     parallel_state.destroy_model_parallel()

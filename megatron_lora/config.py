@@ -79,7 +79,7 @@ class ParallelConfig:
 
     pipeline: int = key(1, whole_number("a number of pipeline stages", 1))
     tensor: int = key(1, whole_number("a number of tensor-parallel ranks", 1))
-    data: int = key(1, later(whole_number("a number of replicas", 1), off=1))
+    data: int = key(1, whole_number("a number of replicas", 1))
     sequence: bool = key(False, truth())
     layers_per_stage: tuple[int, ...] | None = key(None, null_or(list_of("layer counts", whole_number("a number of layers", 1))))
 

@@ -37,9 +37,9 @@ class StageModel(Protocol):
 class StageOptimizer(Protocol):
     """What the executor asks of a job's optimizer on this rank (megatron_lora.optimizer.JobOptimizer)."""
 
-    def start_reduction(self) -> None: ...
+    def start_reduction(self, loss: Tensor) -> None: ...
 
-    def finish_reduction(self) -> Tensor: ...
+    def finish_reduction(self) -> tuple[Tensor, Tensor]: ...
 
     def step(self, step: int, square_norm: Tensor) -> None: ...
 
@@ -186,10 +186,10 @@ class Executor:
         self.arrived, self.next_slot = None, slot + 1
         self.verdicts.pop(slot - self.position.lag, None)
         microbatch = self.stream[slot]
-        if microbatch.is_noop:
+        self.on_forward(microbatch)
+        if not microbatch.num_tokens:
             self._pass_on(self._onward(message, 0))
             return
-        self.on_forward(microbatch)
         data = self.load(microbatch)
         with self.timeline.span("F", slot):
             hidden = None if self.position.is_first else message.body.detach().requires_grad_()
@@ -229,7 +229,8 @@ class Executor:
                 live.output.backward()
             gradient = None if live.hidden is None else live.hidden.grad
         for job, _ in self.endings[slot]:
-            self.optimizers[job].start_reduction()
+            self.optimizers[job].start_reduction(self.losses[job].clone())
+            self.losses[job] = 0.0
         ended = slot - self.position.delay
         self._add_own_part(message, ended)
         if self.links.backward_out is None:
@@ -251,12 +252,11 @@ class Executor:
         return message
 
     def _add_own_part(self, message: Message, slot: int) -> None:
-        """Add this stage's squared norms (and on the last stage the losses) of the steps that ended at `slot`."""
+        """Add this stage's squared norms, and losses (of the last stage alone not zero), of the steps that ended at `slot`."""
         for i, (job, _) in enumerate(self.endings[slot] if slot >= 0 else ()):
-            message.square_norms[i] += self.optimizers[job].finish_reduction()
-            if self.position.is_last:
-                message.losses[i] = self.losses[job]
-                self.losses[job] = 0.0
+            square_norm, loss = self.optimizers[job].finish_reduction()
+            message.square_norms[i] += square_norm
+            message.losses[i] += loss
 
     def _step(self, job: int) -> None:
         message = self._next_message()

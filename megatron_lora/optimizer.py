@@ -55,12 +55,21 @@ def learning_rate_at(settings: OptimizerSettings) -> Callable[[int], float]:
     return lambda step: settings.learning_rate * factor(step)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageGroups:
+    """The ranks that hold parts of the same stage; a group is None where it would be this rank alone."""
+
+    tensor: dist.ProcessGroup | None = None  # tensor ranks of this replica: shards
+    data: dist.ProcessGroup | None = None  # this tensor rank in all replicas
+    both: dist.ProcessGroup | None = None  # all of them
+
+
 class JobOptimizer:
     """AdamW over one job's factors on this rank."""
 
-    def __init__(self, arena: Arena, slot: int, settings: OptimizerSettings, tensor_group: dist.ProcessGroup | None = None):
-        """Bind a job's slot of the arena; `tensor_group` is None when there is one tensor rank."""
-        self.arena, self.settings, self.tensor_group = arena, settings, tensor_group
+    def __init__(self, arena: Arena, slot: int, settings: OptimizerSettings, groups: StageGroups | None = None):
+        """Bind a job's slot of the arena."""
+        self.arena, self.settings, self.groups = arena, settings, groups or StageGroups()
         self.learning_rate = learning_rate_at(settings)
         self.factors: list[Factor] = arena.factors[slot]
         device = arena.grad.device
@@ -71,31 +80,34 @@ class JobOptimizer:
         self.chunks = cut.to(device)
         self.replicated = [arena.view(f, arena.grad) for f in self.factors if not f.sharded]
         self.sharded = [arena.view(f, arena.grad) for f in self.factors if f.sharded]
-        self.reduction: tuple[dist.Work, Tensor] | None = None
+        self.loss = torch.zeros((), device=device)
+        self.sums: list[tuple[list[Tensor], Tensor, dist.Work]] = []
 
-    def start_reduction(self) -> None:
-        """Begin to sum the replicated factors' gradients over the tensor ranks; the step's gradients are complete on this rank."""
-        if self.tensor_group is not None and self.replicated:
-            flat = torch.cat([grad.reshape(-1) for grad in self.replicated])
-            work = dist.all_reduce(flat, group=self.tensor_group, async_op=True)
-            assert work is not None
-            self.reduction = work, flat
+    def start_reduction(self, loss: Tensor) -> None:
+        """Begin to sum what several ranks hold parts of: the step's gradients are complete on this rank, as is its `loss`, fp32 [].
 
-    def finish_reduction(self) -> Tensor:
-        """End the sum and return the stage's part of the squared gradient norm, fp32 []: each parameter counts once."""
-        if self.reduction is not None:
-            work, flat = self.reduction
+        Replicated factors are summed over tensor ranks and replicas, sharded ones and the loss over replicas.
+        """
+        self.loss = loss
+        for tensors, group in ((self.replicated, self.groups.both), ([*self.sharded, self.loss], self.groups.data)):
+            if group is not None and tensors:
+                flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+                work = dist.all_reduce(flat, group=group, async_op=True)
+                assert work is not None
+                self.sums.append((tensors, flat, work))
+
+    def finish_reduction(self) -> tuple[Tensor, Tensor]:
+        """End the sums; return the stage's part of the squared gradient norm (each parameter counts once) and the loss, fp32 []."""
+        for tensors, flat, work in self.sums:
             work.wait()
-            torch._foreach_copy_(self.replicated, [part.view(g.shape) for part, g in zip(self._split(flat), self.replicated, strict=True)])
-            self.reduction = None
+            parts = flat.split([tensor.numel() for tensor in tensors])
+            torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+        self.sums = []
         device = self.arena.grad.device
         total = _square_sum(self.sharded, device) + _square_sum(self.replicated, device) / self.arena.tensor_ranks
-        if self.tensor_group is not None:
-            dist.all_reduce(total, group=self.tensor_group)
-        return total
-
-    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
-        return flat.split([grad.numel() for grad in self.replicated])
+        if self.groups.tensor is not None:
+            dist.all_reduce(total, group=self.groups.tensor)
+        return total, self.loss
 
     def step(self, step: int, square_norm: Tensor) -> None:
         """Apply one step (from 0) with the verdict's squared norm, fp32 [], then clear the gradients."""

@@ -5,6 +5,8 @@ windows go to all ranks over a gloo group that only the feed's threads use, ahea
 (scheduling.follow) and refuses a window that breaks a rule; a running SHA-256 of all windows travels with each, so no rank can run
 another plan.
 
+With several replicas, rounds of samples are planned (scheduling.data_parallel), and each rank takes its replica's part of them.
+
 A job that leaves (it failed) is left out of the next window that is planned; what was planned of it stays. The plan depends on the
 config, the seed and the windows at which jobs left, and these stand in `plan/window-NNNN.json`.
 """
@@ -27,6 +29,7 @@ import torch.distributed as dist
 
 import scheduling
 from megatron_lora.run_dir import write_atomically
+from scheduling.data_parallel import deal
 from scheduling.follow import Follower
 from scheduling.pipeline import Ending
 from scheduling.plan_json import stream_from_json
@@ -37,7 +40,7 @@ WINDOWS_AHEAD = 1
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The next slots of the stream and the steps that end in each."""
+    """The next slots of this rank's stream and the steps that end in each, on all replicas alike."""
 
     stream: Stream
     ended: tuple[tuple[Ending, ...], ...]
@@ -48,6 +51,7 @@ class PlanSettings:
     """What a plan depends on besides the jobs' lengths."""
 
     num_stages: int
+    num_replicas: int
     capacity: int
     delay: int
     num_slots: int = 32  # of a window
@@ -56,9 +60,10 @@ class PlanSettings:
 class PlanFeed:
     """The windows of a run, in order; iterate over it on every rank."""
 
-    def __init__(self, lengths: Lengths, settings: PlanSettings, plan_dir: Path, group: dist.ProcessGroup):
-        """Start to plan; `group` is a gloo group of all ranks that nobody else uses."""
-        self.lengths, self.settings, self.plan_dir, self.group = lengths, settings, plan_dir, group
+    def __init__(self, lengths: Lengths, settings: PlanSettings, replica: int, plan_dir: Path, group: dist.ProcessGroup):
+        """Start to plan; `replica` is this rank's, `group` a gloo group of all ranks that nobody else uses."""
+        self.dealt = deal(lengths, settings.num_replicas)
+        self.settings, self.replica, self.plan_dir, self.group = settings, replica, plan_dir, group
         self.leaving: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.ready: queue.Queue[str | BaseException] = queue.Queue(maxsize=WINDOWS_AHEAD)
         work = self._plan_all if dist.get_rank() == 0 else self._receive_all
@@ -72,7 +77,7 @@ class PlanFeed:
     def __iter__(self) -> Iterator[Window]:
         """Give out the windows, waiting for those that are not there yet; the last one ends with the slots that drain the pipeline."""
         s = self.settings
-        follower = Follower(self.lengths, s.num_stages, s.capacity, s.delay)
+        follower = Follower(self.dealt.rounds, s.num_stages, s.capacity, s.delay)
         chain = hashlib.sha256()
         while True:
             text = self.ready.get()
@@ -84,7 +89,8 @@ class PlanFeed:
             stream = stream_from_json(message["microbatches"])
             if message["last"]:
                 stream += (NOOP,) * (s.num_stages + s.delay)
-            yield Window(stream, follower.follow(stream))
+            ended = follower.follow(stream)
+            yield Window(tuple(self.dealt.part(microbatch, self.replica) for microbatch in stream), ended)
             if message["last"]:
                 follower.finish([job for job, _ in message["left"]])
                 return
@@ -103,7 +109,8 @@ class PlanFeed:
         """Ask the planner for window after window, file each and send it."""
         with _planner() as planner:
             assert planner.stdin is not None and planner.stdout is not None
-            settings = asdict(self.settings) | {"lengths": self.lengths}
+            settings = asdict(self.settings) | {"lengths": self.dealt.rounds}
+            del settings["num_replicas"]
             print(json.dumps(settings), file=planner.stdin)
             chain, number, last = hashlib.sha256(), 0, False
             while not last:

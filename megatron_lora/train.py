@@ -19,7 +19,7 @@ from megatron_lora.arena import Arena
 from megatron_lora.base_model import Stage, build_stage
 from megatron_lora.checks import cache_dir
 from megatron_lora.collate import collate, num_rows
-from megatron_lora.compat import initialize_parallel, pipelines
+from megatron_lora.compat import initialize_parallel, pipelines, stage_groups
 from megatron_lora.config import ParallelConfig, RunConfig
 from megatron_lora.data import load_tokenizer
 from megatron_lora.desk import Desk
@@ -28,7 +28,7 @@ from megatron_lora.export import AdapterCollector, Weights
 from megatron_lora.hub import resolve_base_model
 from megatron_lora.jobs import TrainingJob, read_jobs
 from megatron_lora.messages import MessageLayout, connect
-from megatron_lora.optimizer import JobOptimizer
+from megatron_lora.optimizer import JobOptimizer, StageGroups
 from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
 from megatron_lora.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.timeline import Timeline, write_timeline
@@ -53,7 +53,6 @@ def run(config: RunConfig) -> int:
     stage = build_stage(
         architecture, model_dir, config.parallel, dtype=dtype, device=device, load_weights=config.load_weights, seed=config.seed
     )
-    group = stage.tensor_group if config.parallel.tensor > 1 else None
     arena = Arena(
         stage.linears,
         [job.adapter() for job in jobs],
@@ -67,7 +66,8 @@ def run(config: RunConfig) -> int:
             arena.initialise(slot, job.rows.seed)
         else:
             arena.load(slot, read_adapter(job.config.init_adapter).weights)
-    optimizers = [JobOptimizer(arena, slot, job.optimizer(), group) for slot, job in enumerate(jobs)]
+    groups = StageGroups(**stage_groups(config.parallel))
+    optimizers = [JobOptimizer(arena, slot, job.optimizer(), groups) for slot, job in enumerate(jobs)]
 
     with Desk(config, jobs, feed.leave) if dist.get_rank() == 0 else contextlib.nullcontext() as desk:
         collector = AdapterCollector(arena, _writer(config, jobs), host)
@@ -142,9 +142,13 @@ def _position(parallel: ParallelConfig) -> Position:
 
 def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position) -> PlanFeed:
     """Start to plan; the first windows are ready when the model is."""
-    settings = PlanSettings(num_stages=position.num_stages, capacity=config.microbatch_tokens, delay=position.delay)
+    parallel = config.parallel
+    settings = PlanSettings(
+        num_stages=parallel.pipeline, num_replicas=parallel.data, capacity=config.microbatch_tokens, delay=position.delay
+    )
+    replica = dist.get_rank() // parallel.tensor % parallel.data
     group = dist.new_group(backend="gloo")
-    return PlanFeed([job.rows.lengths() for job in jobs], settings, Path(config.output_dir) / "plan", group)
+    return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group)
 
 
 def _writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[int, Weights], None]:

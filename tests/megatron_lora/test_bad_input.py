@@ -194,7 +194,7 @@ CASES = {
     "csv": (override("jobs.one.datasets.0.path=rows.csv"), ["jobs.one.datasets.0.path: 'rows.csv'", ".jsonl"]),
     # later features
     "auto budget": (override("microbatch_tokens=auto"), ["microbatch_tokens: auto is not supported yet", "4096"]),
-    "replicas": (override("parallel.data=2"), ["parallel.data: 2 is not supported yet", "use 1"]),
+    "replicas": (override("parallel.data=0"), ["parallel.data: 0"]),
     "eval": (override("defaults.eval_steps=10"), ["defaults.eval_steps: 10 is not supported yet", "use 0"]),
     "saves": (override("jobs.one.save_steps=10"), ["jobs.one.save_steps: 10 is not supported yet", "use 0"]),
     "patience": (override("jobs.one.early_stopping_patience=3"), ["jobs.one.early_stopping_patience: 3 is not supported yet", "use null"]),

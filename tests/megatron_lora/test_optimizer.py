@@ -71,8 +71,9 @@ def test_updates_equal_torch_adamw_with_clipping_and_schedule(dtype):
         norm = torch.nn.utils.clip_grad_norm_(theirs, 0.7)
         oracle.param_groups[0]["lr"] = rate(step)
         oracle.step()
-        ours.start_reduction()
-        square_norm = ours.finish_reduction()
+        ours.start_reduction(torch.tensor(2.5))
+        square_norm, loss = ours.finish_reduction()
+        assert loss == 2.5
         assert float(square_norm) == pytest.approx(float(norm) ** 2, rel=1e-5)
         ours.step(step, square_norm)
         assert not arena.grad.any()

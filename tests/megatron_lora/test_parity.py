@@ -54,6 +54,9 @@ LAYOUTS = {
     "pp2-large-microbatches": ({"pp": 2}, 150),
     "tp2": ({"tp": 2}, 64),
     "tp2-sequence": ({"tp": 2, "sequence": True}, 96),
+    "dp2": ({"dp": 2}, 64),
+    "pp2-dp2": ({"pp": 2, "dp": 2}, 64),
+    "tp2-dp2-sequence": ({"tp": 2, "dp": 2, "sequence": True}, 64),
     "pp2-tp2": ({"pp": 2, "tp": 2}, 64),
     "pp2-tp2-sequence": ({"pp": 2, "tp": 2, "sequence": True}, 96),
 }
