@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.route import Route
-from fused_ops.shapes import num_processors
+from fused_ops.shapes import num_processors, rank_class
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
 
 _FIELDS = tl.constexpr(SLOT_FIELDS)
@@ -40,16 +40,21 @@ class GemmConfig:
     flatten: bool = False
 
 
-def default_config(tma: bool, dropout: bool, dtype: torch.dtype) -> GemmConfig:
-    """Return the configuration that is used where nothing was measured."""
+def default_config(tma: bool, dropout: bool, dtype: torch.dtype, width: int, num_modules: int) -> GemmConfig:
+    """Return how to cut a GEMM whose LoRA term has `width` ranks at most (0: none), a pure function; measured on an H200.
+
+    The flattened persistent loop hides the epilogue behind the next tile's loads, but has no room for wide terms or for dropout.
+    """
     if not tma or dtype == torch.float32:
-        return GemmConfig(columns=128, inner=32, stages=3, parts=2)
-    return GemmConfig(parts=4 if dropout else 2, stages=3, persistent=True, flatten=True)
+        return GemmConfig(columns=128, inner=32, stages=3)
+    if dropout or width > 16:
+        return GemmConfig(stages=4, parts=4 if dropout and num_modules > 1 else 2)
+    return GemmConfig(stages=3, persistent=True, flatten=True)
 
 
 @triton.jit
 def _add_lora(
-    b_acc, i_row, i_col, o_row, o_col, num_cols, i_low, i_high, s, s_stride, adapters, l_strides, starts, stops,
+    b_acc, i_row, i_col, o_row, o_col, num_cols, i_low, i_high, done, s, s_stride, adapters, l_strides, starts, stops,
     segments_ptr, slots_ptr, keys_ptr, first_feature,
     BACKWARD: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -72,9 +77,9 @@ def _add_lora(
                 l_row = tl.load(slot_ptr + (4 if BACKWARD else 5) + 3 * i_module)
             start, stop = (0, num_cols) if BACKWARD else (starts[i_module], stops[i_module])
             lora = adapters[0 if BACKWARD else i_module]
-            if (l_row >= 0) & (i_col + o_col.shape[0] > start) & (i_col < stop):
+            if (l_row >= 0) & (done < rank) & (i_col + o_col.shape[0] > start) & (i_col < stop):
                 b_product = tl.zeros([o_row.shape[0], o_col.shape[0]], tl.float32)
-                o_rank = 0
+                o_rank = done  # ranks that were added already
                 while o_rank < rank:
                     if TMA:
                         b_s = s.load([i_row, s_col + o_rank])
@@ -99,24 +104,42 @@ def _add_lora(
 
 
 @triton.jit
-def _add_one_job(
-    b_acc, i_row, i_col, num_cols, s, whole, starts, stops, slot_ptr,
-    MODULES: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
+def _load_owner(
+    o_row, o_col, i_row, i_col, num_rows, num_cols, tiles_ptr, segments_ptr, slots_ptr, i_m, s_ptr, s_stride,
+    lora_ptr, offset1, offset2, starts, stops,
+    BACKWARD: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return b_acc [BM, BN] plus the products of the one job that owns all rows of the tile: nothing to mask."""
-    for i_module in tl.static_range(1 if WIDE else MODULES):
-        if WIDE:
-            rank, l_row, s_col = tl.load(slot_ptr + 2), tl.load(slot_ptr + 3), 0
-        else:
-            rank, l_row, s_col = tl.load(slot_ptr), tl.load(slot_ptr + 5 + 3 * i_module), tl.load(slot_ptr + 6 + 3 * i_module)
-        start, stop = (0, num_cols) if WIDE else (starts[i_module], stops[i_module])
-        if (l_row >= 0) & (i_col + BN > start) & (i_col < stop):
-            o_rank = 0
-            while o_rank < rank:
-                b_l = whole[i_module].load([l_row + o_rank, i_col - start])
-                b_acc = tl.dot(s.load([i_row, s_col + o_rank]), b_l, b_acc, input_precision="ieee")
-                o_rank += RANK
-    return b_acc
+    """Return (S [BM, RANK], L [RANK, BN], owned) of a tile whose rows and columns have one adapter; zeros and 0 where they do not.
+
+    Loaded before the K loop, so that their latency hides behind it. Zeros in both operands add nothing to any row.
+    """
+    i_low, i_high = tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1)
+    segment_ptr = segments_ptr + i_low * 4
+    m_one = i_low + 1 == i_high
+    first, end, slot = tl.load(segment_ptr, m_one, 0), tl.load(segment_ptr + 1, m_one, 0), tl.load(segment_ptr + 2, m_one, 0)
+    slot_ptr = slots_ptr + slot * _FIELDS
+    start, stop, offset, i_module = 0, num_cols, offset1 * 0, 0
+    if (not BACKWARD) and MODULES > 1:
+        for i in tl.static_range(1, MODULES):
+            later = i_col >= starts[i]
+            i_module = tl.where(later, i, i_module)
+            offset = tl.where(later, offset1 if i == 1 else offset2, offset)
+    if not BACKWARD:
+        start, stop = starts[0], stops[0]
+        for i in tl.static_range(1, MODULES):
+            start, stop = tl.where(i_module == i, starts[i], start), tl.where(i_module == i, stops[i], stop)
+    if WIDE:
+        rank, l_row, s_col = tl.load(slot_ptr + 2), tl.load(slot_ptr + 3), 0
+    else:
+        rank, s_col = tl.load(slot_ptr), tl.multiple_of(tl.load(slot_ptr + 6 + 3 * i_module), 16)
+        l_row = tl.load(slot_ptr + (4 if BACKWARD else 5) + 3 * i_module)
+    owned = m_one & (first <= i_row) & (end >= min(i_row + o_row.shape[0], num_rows)) & (l_row >= 0)
+    owned = owned & (i_col >= start) & (min(i_col + o_col.shape[0], num_cols) <= stop)
+    o_r = tl.arange(0, RANK)
+    m_r = (o_r < rank) & owned
+    b_s = tl.load(s_ptr + o_row.to(tl.int64)[:, None] * s_stride + (s_col + o_r)[None, :], (o_row < num_rows)[:, None] & m_r[None, :], 0.0)
+    l_at = lora_ptr + offset + (l_row + o_r).to(tl.int64)[:, None] * (stop - start) + (o_col - start)[None, :]
+    return b_s, tl.load(l_at, m_r[:, None] & (o_col < stop)[None, :], 0.0), owned.to(tl.int32)
 
 
 @triton.jit
@@ -137,15 +160,31 @@ def _halves(b_acc):
     return tl.split(tl.permute(tl.reshape(b_acc, (rows, 2, cols // 2)), (0, 2, 1)))
 
 
+@triton.jit
+def _split(b_acc, PARTS: tl.constexpr):
+    """Return the 1, 2 or 4 column parts of a block, left to right."""
+    if PARTS == 1:
+        parts = (b_acc,)
+    else:
+        low, high = _halves(b_acc)
+        if PARTS == 2:
+            parts = (low, high)
+        else:
+            part0, part1 = _halves(low)
+            part2, part3 = _halves(high)
+            parts = (part0, part1, part2, part3)
+    return parts
+
+
 @triton.jit(do_not_specialize=["num_rows", "s_stride", "first_feature"])
 def _gemm_kernel(
-    input, weight, output, bias_ptr, s, lora0, lora1, lora2, whole0, whole1, whole2, l_strides, starts, stops, tiles_ptr, segments_ptr, slots_ptr, keys_ptr,
+    input, weight, output, bias_ptr, s, lora0, lora1, lora2, s_ptr, lora_ptr, offset1, offset2, l_strides, starts, stops, tiles_ptr, segments_ptr, slots_ptr, keys_ptr,
     num_rows, num_cols, num_inner, i_stride, w_stride, o_stride, s_stride, first_feature,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, NUM_STAGES: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    FIRST: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    adapters, whole = (lora0, lora1, lora2), (whole0, whole1, whole2)
+    adapters = (lora0, lora1, lora2)
     num_m, num_n = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN)
     # One program per tile when NUM_PROGRAMS is 0, else each program takes every NUM_PROGRAMS-th tile.
     stride = num_m * num_n if NUM_PROGRAMS == 0 else NUM_PROGRAMS
@@ -157,6 +196,11 @@ def _gemm_kernel(
         i_n = (i_tile % (GROUP * num_n)) // group_rows
         o_row = i_m * BM + tl.arange(0, BM)
 
+        if FIRST > 0:
+            b_s, b_l, owned = _load_owner(
+                o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, slots_ptr, i_m,
+                s_ptr, s_stride, lora_ptr, offset1, offset2, starts, stops, BACKWARD, MODULES, FIRST, WIDE,
+            )  # fmt: skip
         b_acc = tl.zeros([BM, BN], tl.float32)
         for i_k in tl.range(0, tl.cdiv(num_inner, BK), num_stages=NUM_STAGES):
             if TMA:
@@ -174,34 +218,21 @@ def _gemm_kernel(
                 b_w = tl.load(w_at, (o_k < num_inner)[:, None] & (o_c < num_cols)[None, :], 0.0)
             b_acc = tl.dot(b_in, b_w, b_acc, input_precision="ieee")
 
-        if LORA:
-            i_low, i_high = tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1)
-            if TMA and not DROPOUT:
-                first, end = tl.load(segments_ptr + i_low * 4, i_low < i_high, 0), tl.load(segments_ptr + i_low * 4 + 1, i_low < i_high, 0)
-                if (first <= i_m * BM) & (end >= min(i_m * BM + BM, num_rows)):
-                    b_acc = _add_one_job(
-                        b_acc, i_m * BM, i_n * BN, num_cols, s, whole, starts, stops,
-                        slots_ptr + tl.load(segments_ptr + i_low * 4 + 2) * _FIELDS, MODULES, RANK, WIDE, BN,
-                    )  # fmt: skip
-                    i_high = i_low
-
-        if PARTS == 1:
-            parts = (b_acc,)
-        elif PARTS == 2:
-            parts = _halves(b_acc)
-        else:
-            low, high = _halves(b_acc)
-            part0, part1 = _halves(low)
-            part2, part3 = _halves(high)
-            parts = (part0, part1, part2, part3)
+        parts = _split(b_acc, PARTS)
+        done = 0
+        if FIRST > 0:
+            l_parts, done = _split(b_l, PARTS), owned * FIRST
         for i_part in tl.static_range(PARTS):
             i_col = i_n * BN + i_part * (BN // PARTS)
             o_col = i_col + tl.arange(0, BN // PARTS)
             b_part = parts[i_part]
+            if FIRST > 0:
+                b_part = tl.dot(b_s, l_parts[i_part], b_part, input_precision="ieee")
             if LORA:
                 b_part = _add_lora(
-                    b_part, i_m * BM, i_col, o_row, o_col, num_cols, i_low, i_high, s, s_stride, adapters, l_strides, starts, stops,
-                    segments_ptr, slots_ptr, keys_ptr, first_feature, BACKWARD, MODULES, RANK, DROPOUT, WIDE, TMA,
+                    b_part, i_m * BM, i_col, o_row, o_col, num_cols, tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1), done,
+                    s, s_stride, adapters, l_strides, starts, stops, segments_ptr, slots_ptr, keys_ptr, first_feature,
+                    BACKWARD, MODULES, RANK, DROPOUT, WIDE, TMA,
                 )  # fmt: skip
             _store(output, bias_ptr, b_part, i_m * BM, i_col, o_row, o_col, num_rows, num_cols, o_stride, HAS_BIAS, TMA)
 
@@ -228,29 +259,27 @@ def gemm(
     adapters = () if not lora else (group.a_RK,) if backward else group.b_RN
     starts, stops = zip(*group.columns, strict=True) if lora else ((), ())
     tma = uses_tma(input_TI, weight, out_TO, *adapters)
-    config = config or default_config(tma, dropout, input_TI.dtype)
+    width = 0 if not lora else group.width if wide else group.max_padded_rank
+    config = config or default_config(tma, dropout, input_TI.dtype, width, group.num_modules if lora else 0)
     tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
     rank, part = 16, config.columns // config.parts
-    args = (input_TI, weight, out_TO, bias_O, s_TR, *_three(adapters), None, None, None)
+    args = (input_TI, weight, out_TO, bias_O, s_TR, *_three(adapters))
     if tma:
-        boxes = (
-            (config.rows, config.inner),
-            (config.inner, config.columns) if backward else (config.columns, config.inner),
-            (config.rows, part),
-        )
+        boxes = ((config.rows, config.inner), (config.inner, config.columns) if backward else (config.columns, config.inner), (config.rows, part))
         described = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(args[:3], boxes, strict=True))
         s = TensorDescriptor.from_tensor(s_TR, [config.rows, rank]) if lora else None
-        in_parts, whole = (tuple(TensorDescriptor.from_tensor(t, [rank, n]) for t in adapters) for n in (part, config.columns))
-        args = (*described, bias_O, s, *_three(in_parts), *_three(whole))
+        args = (*described, bias_O, s, *_three(tuple(TensorDescriptor.from_tensor(t, [rank, part]) for t in adapters)))
+    offsets = [(t.data_ptr() - adapters[0].data_ptr()) // t.element_size() for t in adapters[1:]]
+    ahead = 0 if not (lora and tma) or dropout else rank_class(group.width if wide else group.max_padded_rank, limit=16 if config.flatten else 64)
     programs = min(num_processors(input_TI.device), tiles) if config.persistent else tiles
     _gemm_kernel[(programs,)](
-        *args, tuple(t.stride(0) for t in adapters), starts, stops,
+        *args, s_TR, adapters[0] if lora else None, *[*offsets, 0, 0][:2], tuple(t.stride(0) for t in adapters), starts, stops,
         route.tiles(config.rows) if lora else None, route.segment_table if lora else None,
         group.slot_table if lora else None, route.row_keys if lora else None,
         num_rows, num_cols, num_inner, input_TI.stride(0), weight.stride(0), out_TO.stride(0),
         s_TR.stride(0) if lora else 0, group.first_feature if lora else 0,
         BM=config.rows, BN=config.columns, BK=config.inner, GROUP=config.group, PARTS=config.parts, NUM_STAGES=config.stages,
-        NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=lora, MODULES=group.num_modules if lora and not wide else 1, RANK=rank,
+        NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=lora, MODULES=group.num_modules if lora and not wide else 1, RANK=rank, FIRST=ahead,
         DROPOUT=dropout, WIDE=wide, HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
     )  # fmt: skip
     return out_TO
