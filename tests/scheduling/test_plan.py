@@ -129,6 +129,16 @@ def test_replay_rejects_broken_actions(stage, first, second, message):
         replay(stream, lengths, 2, 8, actions=actions)
 
 
+def test_a_step_before_its_delayed_verdict_is_refused():
+    """With a delay of one slot the verdict comes one forward later: steps placed as without delay are too early."""
+    lengths, stream = [[[5]]], (Microbatch((Segment(0, 0, (0,), 5),)),)
+    drained = with_drain(stream, 2, 1)
+    replay(stream, lengths, 2, 8, delay=1)
+    early = [stage_actions(drained, stage, 2, 0) for stage in range(2)]
+    with pytest.raises(PlanError, match="STEP of job 0 step 0 before its verdict"):
+        replay(stream, lengths, 2, 8, delay=1, actions=early)
+
+
 def test_replay_finds_a_deadlock_and_too_many_live():
     lengths, stream = two_job_plan()
     first, second = (list(stage_actions(with_drain(stream, 2), s, 2)) for s in range(2))

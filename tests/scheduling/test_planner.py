@@ -166,4 +166,6 @@ def test_the_small_suite_beats_the_greedy_and_stays_near_the_estimate():
         reached = efficiency(plan_stream(lengths, num_stages, capacity), lengths, num_stages)
         plain = runs_efficiency(greedy(lengths, num_stages, capacity, SlotCost()), lengths, num_stages)
         assert reached >= max(plain + 0.005, workload["at_least"]), (reached, plain)
+        windows = sum(plan_windows(lengths, num_stages, capacity, 8), ())
+        assert efficiency(windows, lengths, num_stages) >= reached - 0.01
         assert reached <= even_slot_estimate(lengths, num_stages, capacity) * 1.03
