@@ -3,13 +3,14 @@
     forward    S = c' (M * X) A^T                Y  = X W^T (+ bias) + S B^T
     backward   dS = c' dY B     dB += dY^T S     dX = dY W + M * (dS A)      dA += dS^T (M * X)
 
-X is saved by `save_for_backward` and shares its producer's storage; S, the weight, the group and the route stay on the context as
-attributes, because another job's optimizer step between forward and backward changes the arena in place. Adapter gradients are
-added to the group's float32 views, not returned. The output requires a gradient only if X does: a trainer makes the embedding's
-output require one. Tensor and sequence parallelism enter through `Collectives` alone; everything between them is linear in
-partial sums, so no operator here communicates.
+X is saved by `save_for_backward` and shares its producer's storage, or its producer makes it again in backward (refill.py); S, the
+weight, the group and the route stay on the context as attributes, because another job's optimizer step between forward and backward
+changes the arena in place. Adapter gradients are added to the group's float32 views, not returned. The output requires a gradient only
+if X does: a trainer makes the embedding's output require one. Tensor and sequence parallelism enter through `Collectives` alone;
+everything between them is linear in partial sums, so no operator here communicates.
 """
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from fused_ops import reference
 from fused_ops.adapters import LoraGroup
+from fused_ops.backend import backend_name
+from fused_ops.refill import Refill
 from fused_ops.route import Route
 
 
@@ -53,14 +56,11 @@ _IDENTITY = Collectives()
 
 def backend_for(device: torch.device, backend: str | None = None) -> ModuleType:
     """Return the module of operators for a device: Triton kernels on CUDA, plain torch elsewhere, unless `backend` names one."""
-    name = backend or ("triton" if device.type == "cuda" else "reference")
-    if name == "reference":
+    if backend_name(device, backend) == "reference":
         return reference
-    if name == "triton":
-        from fused_ops import triton_ops
+    from fused_ops import triton_ops
 
-        return triton_ops
-    raise ValueError(f"backend {name!r} is neither 'reference' nor 'triton'")
+    return triton_ops
 
 
 def multi_lora_linear(
@@ -71,28 +71,31 @@ def multi_lora_linear(
     route: Route | None,
     collectives: Collectives = _IDENTITY,
     backend: str | None = None,
+    refill: Refill | None = None,
 ) -> Tensor:
     """Return Y [T, N] = X W^T (+ bias) + each row's adapter; without group or route, the frozen linear alone.
 
-    x_TK [T_local, K], weight_NK [N, K] (frozen), bias_N [N] or None. Raises ValueError where shapes or dtypes do not fit.
+    x_TK [T_local, K], weight_NK [N, K] (frozen), bias_N [N] or None. With `refill`, which X's producer holds too, X is not
+    kept. Raises ValueError where shapes or dtypes do not fit.
     """
     if group is None or route is None or not route.segments or group.width == 0:
         group = route = None
     _check(x_TK, weight_NK, bias_N, group)
-    return _MultiLoraLinear.apply(x_TK, weight_NK, bias_N, group, route, collectives, backend_for(x_TK.device, backend))
+    return _MultiLoraLinear.apply(x_TK, weight_NK, bias_N, group, route, collectives, backend_for(x_TK.device, backend), refill)
 
 
 class _MultiLoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK, bias_N, group, route, collectives, ops):
+    def forward(ctx, x_TK, weight_NK, bias_N, group, route, collectives, ops, refill):
         full_x = collectives.gather_input(x_TK)
         if route is not None and route.num_rows != full_x.shape[0]:
             raise ValueError(f"the route has {route.num_rows} rows but X has {full_x.shape[0]}")
         s_TR = None if group is None else ops.down(full_x, group, route)
         y_TN = ops.up(full_x, weight_NK, bias_N, s_TR, group, route)
-        if group is not None:
+        if group is not None and refill is None:
             ctx.save_for_backward(x_TK)
-        ctx.s_TR, ctx.weight_NK, ctx.group, ctx.route, ctx.collectives, ctx.ops = s_TR, weight_NK, group, route, collectives, ops
+        ctx.s_TR, ctx.weight_NK, ctx.group, ctx.route = s_TR, weight_NK, group, route
+        ctx.collectives, ctx.ops, ctx.refill = collectives, ops, refill
         return collectives.reduce_output(y_TN)
 
     @staticmethod
@@ -104,10 +107,13 @@ class _MultiLoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_TK = ctx.collectives.reduce_grad(ops.grad_x(dy_TN, ctx.weight_NK, ds_TR, group, route))
         if group is not None:
-            (x_TK,) = ctx.saved_tensors
             local = route.rows(*ctx.collectives.local_rows(route.num_rows))
-            ops.grad_a(x_TK, ctx.collectives.reduce_ds(ds_TR), group, local)
-        return dx_TK, None, None, None, None, None, None
+            grad_a = partial(ops.grad_a, ds_TR=ctx.collectives.reduce_ds(ds_TR), group=group, route=local)
+            if ctx.refill is None:
+                grad_a(ctx.saved_tensors[0])
+            else:
+                ctx.refill.defer(grad_a)
+        return dx_TK, *[None] * 7
 
 
 def _check(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, group: LoraGroup | None) -> None:
