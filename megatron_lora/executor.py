@@ -7,6 +7,11 @@
 A verdict is a squared gradient norm. Each stage adds its own part to the gradient message of the slot where the step ends (d slots
 later when the parts must first be summed over other ranks), the first stage then knows the whole and sends it along with the forward
 messages. Neither an all-reduce over stages nor a device synchronisation is needed.
+
+A receive is posted one slot ahead, but never before everything that its message depends on has been queued here: on a GPU a waiting
+receive is a running kernel, and CUDA may wait for running kernels whenever it loads a module or allocates. The message of F(t + 1)
+depends on this stage's work up to what precedes F(t); that of B(t + 1) on what precedes B(t). So the first receive of each direction
+is posted when it is taken, and each later one when its predecessor is taken.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_lora.messages import SLOT, Links, Message, MessageLayout
+from megatron_lora.messages import SLOT, Links, Message, MessageLayout, Receiver
 from megatron_lora.microbatch import StageInput
 from megatron_lora.plan_feed import Window
 from megatron_lora.timeline import Timeline
@@ -145,7 +150,6 @@ class Executor:
             self.stream += window.stream
             self.endings += window.ended
             end = len(self.stream)
-            self._post_ahead()
             self._perform(window_actions(self.stream, self.endings, place.stage, place.num_stages, place.delay, first, end))
         self._perform(final_backwards(len(self.stream), place.stage, place.num_stages))
         self.links.drain()
@@ -160,11 +164,16 @@ class Executor:
         for action in actions:
             perform[action.op](action.index)
 
-    def _post_ahead(self) -> None:
-        """Post the next receive of each direction, where its slot is known and no receive is waiting."""
-        for receiver in (self.links.forward_in, self.links.backward_in):
-            if receiver is not None and not receiver.posted and receiver.next_slot < len(self.stream):
-                receiver.post(self.num_rows(self.stream[receiver.next_slot]))
+    def _take(self, receiver: Receiver, name: str, slot: int) -> Message:
+        """Take a slot's message and post the receive of the next one, where it is known."""
+        if not receiver.posted:
+            receiver.post(self.num_rows(self.stream[slot]))
+        with self.timeline.span(name, slot):
+            message = receiver.take(slot)
+        if slot + 1 < len(self.stream):
+            receiver.post(self.num_rows(self.stream[slot + 1]))
+        self.misplaced += message.header[SLOT] != slot
+        return message
 
     def _next_message(self) -> Message:
         """Take the forward message of the next slot (on the first stage: make it), once."""
@@ -175,10 +184,7 @@ class Executor:
                 if slot >= lag and self.endings[slot - lag]:
                     self.arrived.square_norms.copy_(self.verdicts[slot - lag].square_norms)
             else:
-                with self.timeline.span("wait F", slot):
-                    self.arrived = self.links.forward_in.take(slot)
-                self._post_ahead()
-                self.misplaced += self.arrived.header[SLOT] != slot
+                self.arrived = self._take(self.links.forward_in, "wait F", slot)
         return self.arrived
 
     def _forward(self, slot: int) -> None:
@@ -245,11 +251,7 @@ class Executor:
         """Take the gradient message of a slot; the last stage begins a new one."""
         if self.links.backward_in is None:
             return self.layout.blank(slot, 0, self.device)
-        with self.timeline.span("wait B", slot):
-            message = self.links.backward_in.take(slot)
-        self._post_ahead()
-        self.misplaced += message.header[SLOT] != slot
-        return message
+        return self._take(self.links.backward_in, "wait B", slot)
 
     def _add_own_part(self, message: Message, slot: int) -> None:
         """Add this stage's squared norms, and losses (of the last stage alone not zero), of the steps that ended at `slot`."""

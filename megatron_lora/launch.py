@@ -93,8 +93,9 @@ def torchrun_arguments(ranks_here: int, nodes: Nodes) -> list[str]:
 def rank_environment(environ: Mapping[str, str], ranks_here: int) -> dict[str, str]:
     """The environment of the ranks: this process's, with the machine's cores shared out unless OMP_NUM_THREADS says otherwise."""
     threads = str(max(1, min(16, num_cores() // ranks_here)))
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch warns of links that connect at their first message, which ours are meant to do
     fetched = {"HF_HUB_OFFLINE": "1"}  # the checks have fetched the model
-    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"} | dict(environ) | fetched | {LAUNCHED: "1"}
+    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"} | quiet | dict(environ) | fetched | {LAUNCHED: "1"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -60,8 +60,11 @@ def _run(config: RunConfig) -> int:
     """Check the number of ranks and hand over to train.py."""
     _check_world_size(config)
     from megatron_lora import train
+    from megatron_lora.compat import destroy_parallel
 
-    return train.run(config)
+    status = train.run(config)
+    destroy_parallel()
+    return status
 
 
 def _check_world_size(config: RunConfig) -> None:
