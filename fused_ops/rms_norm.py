@@ -107,8 +107,7 @@ class _RmsNorm(torch.autograd.Function):
             dtotal = None if dtotal is None else dtotal.contiguous()
             dx, y = backward(dy.contiguous(), dtotal, total, ctx.weight, rstd, again)
         else:
-            (y,), (dx,) = gradients(lambda t: (rms_norm_reference(t, ctx.weight, ctx.eps)[0],), (total,), (dy,))
-            dx = dx if dtotal is None else dtotal + dx
+            (y, _), (dx,) = gradients(lambda t: rms_norm_reference(t, ctx.weight, ctx.eps), (total,), (dy, dtotal))
         if again:
             ctx.refill.finish(y)
         return dx, dx if ctx.has_residual else None, None, None, None, None

@@ -141,6 +141,16 @@ def layers_of_stages(num_layers: int, parallel: Layout) -> tuple[range, ...]:
     return tuple(range(end - count, end) for end, count in zip(ends, counts, strict=True))
 
 
+def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tuple[str, ...]:
+    """Return each layer's policy: one word is for all layers. Raises UserError where a list is not as long as the model is deep."""
+    policies = (recompute,) * num_layers if isinstance(recompute, str) else recompute
+    if len(policies) != num_layers:
+        raise UserError(
+            f"recompute: {len(policies)} policies do not fit the model's {num_layers} layers; give {num_layers}, or one word for all layers"
+        )
+    return policies
+
+
 def check_layout(architecture: Architecture, parallel: Layout) -> None:
     """Check that the model can be cut over the ranks. Raises UserError naming the key of `parallel` that does not fit."""
     for what, size in (

@@ -1,9 +1,9 @@
 """Attention over packed samples, for megatron-core's attention slots.
 
 `MergedSelfAttention` is Megatron's self-attention with `linear_qkv` laid out as q | k | v (Megatron interleaves them per group of query
-heads), so that each module's adapter writes contiguous columns. `PackedAttention` is its core: it turns q and k by their position in
-their sample, then lets every row see the rows of its own sample up to itself (and no further back than the layer's sliding window).
-Rows of different samples never meet. On CUDA in 16 bit this is torch's variable-length flash attention; else one
+heads), so that each module's adapter writes contiguous columns; it turns q and k by their position in their sample. `PackedAttention` is
+its core: every row sees the rows of its own sample up to itself (and no further back than the layer's sliding window). Rows of different
+samples never meet. On CUDA in 16 bit this is torch's variable-length flash attention; else one
 scaled-dot-product call per sample. Shapes of a call: q [T, heads, d], k and v [T, kv heads, d], out [T, heads * d].
 """
 
@@ -18,8 +18,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from fused_ops.refill import Refill
+from fused_ops.rope import rotate_qkv
 from megatron_lora.microbatch import Packing
-from megatron_lora.rope import rotate
 
 
 @dataclass
@@ -33,23 +34,21 @@ class PackedRows(PackedSeqParams):
 class MergedSelfAttention(SelfAttention):
     """Megatron's self-attention over a `linear_qkv` whose columns are q | k | v of this rank's heads."""
 
-    def get_query_key_value_tensors(self, hidden_states, key_value_states=None, output_gate=False, split_qkv=True):
-        """Return q [T, 1, heads, d] and k, v [T, 1, kv heads, d] from hidden states [T_local, 1, H]; q, k normed where the model does."""
-        assert key_value_states is None and not output_gate and split_qkv
-        mixed, _ = self.linear_qkv(hidden_states)
-        heads, kv_heads, head_dim = (
-            self.num_attention_heads_per_partition,
-            self.num_query_groups_per_partition,
-            self.hidden_size_per_attention_head,
-        )
-        query, key, value = mixed.unflatten(-1, (heads + 2 * kv_heads, head_dim)).split((heads, kv_heads, kv_heads), dim=2)
+    def forward(self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None) -> Tensor:
+        """Return [T_local, 1, H] from normed hidden states [T_local, 1, H], which `refill` brings back where they are not kept."""
+        qkv, _ = self.linear_qkv(hidden_states, refill=refill)
+        norms = None
         if self.config.qk_layernorm:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        return query, key, value
+            norms = self.q_layernorm.weight, self.k_layernorm.weight, self.q_layernorm.eps
+        heads, kv_heads = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+        query, key, value = rotate_qkv(qkv.squeeze(1), packed_seq_params.rotary, heads, kv_heads, norms)
+        attended = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
+        out, _ = self.linear_proj(attended.unsqueeze(1))
+        return out
 
 
 class PackedAttention(torch.nn.Module):
-    """The core attention of one layer: rotary embedding and causal attention within samples."""
+    """The core attention of one layer: causal within samples."""
 
     def __init__(self, config, layer_number: int, softmax_scale: float | None = None, **_):
         super().__init__()
@@ -58,10 +57,8 @@ class PackedAttention(torch.nn.Module):
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
         """Return [T, heads * d]. The other arguments of Megatron's protocol say nothing here: the packing is the mask."""
-        packing, rotary = packed_seq_params.packing, packed_seq_params.rotary
-        query, key = rotate(query, rotary), rotate(key, rotary)
         attend = varlen_attention if can_varlen(query) else per_sample_attention
-        return attend(query, key, value, packing, self.scale, self.window).flatten(1)
+        return attend(query, key, value, packed_seq_params.packing, self.scale, self.window).flatten(1)
 
 
 def can_varlen(query: Tensor) -> bool:
@@ -78,7 +75,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
     return varlen_attn(
         query,
         key,
-        value.contiguous(),
+        value,
         packing.cu_seqlens,
         packing.cu_seqlens,
         packing.max_length,

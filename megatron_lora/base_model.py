@@ -12,15 +12,14 @@ trained. No parameter requires a gradient: adapters live in the arena, outside t
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -30,14 +29,15 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_lora import compat, loss
-from megatron_lora.architecture import Architecture, check_layout, layers_of_stages
+from megatron_lora.architecture import Architecture, check_layout, layers_of_stages, recompute_of_layers
 from megatron_lora.attention import MergedSelfAttention, PackedAttention, PackedRows
 from megatron_lora.config import ParallelConfig
+from megatron_lora.decoder import DecoderLayer
 from megatron_lora.layers import Binding, MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.microbatch import StageInput
 from megatron_lora.norm import RMSNorm
@@ -75,14 +75,9 @@ class Stage(torch.nn.Module):
                 linear.place(layer, self.binding)
                 yield linear
 
-    @contextlib.contextmanager
-    def bound(self, microbatch: StageInput) -> Iterator[None]:
+    def bound(self, microbatch: StageInput) -> AbstractContextManager[None]:
         """Bind a microbatch to the stage's linears for the length of one forward (or of its recomputation)."""
-        before, self.binding.microbatch = self.binding.microbatch, microbatch
-        try:
-            yield
-        finally:
-            self.binding.microbatch = before
+        return self.binding.bound(microbatch)
 
     def forward(self, microbatch: StageInput, hidden: Tensor | None = None) -> Tensor:
         """Compute the stage's layers over one microbatch.
@@ -179,10 +174,12 @@ def build_stage(
     device: torch.device,
     load_weights: bool = True,
     seed: int = 0,
+    recompute: str | tuple[str, ...] = "none",
 ) -> Stage:
     """Build this rank's stage and fill it: from the safetensors of `model_dir`, or at random from `seed` when `load_weights` is false.
 
-    `parallel_state` must be initialised (compat.initialize_parallel). Raises UserError where model, files and layout do not fit.
+    `recompute` is the policy of all layers, or of each layer of the model (decoder.py). `parallel_state` must be initialised
+    (compat.initialize_parallel). Raises UserError where model, files and layout do not fit.
     """
     check_layout(architecture, parallel)
     compat.quieten_gpt_model()
@@ -205,6 +202,9 @@ def build_stage(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # padding rows of the vocabulary stay so
+    policies = recompute_of_layers(recompute, architecture.num_layers)
+    for layer, block in zip(layers, model.decoder.layers, strict=True):
+        block.recompute = policies[layer]
     stage = Stage(model, architecture, layers, device)
     load(stage.parts(), Checkpoint(model_dir) if load_weights else RandomTensors(architecture, seed, dtype, device))
     return stage
@@ -271,14 +271,12 @@ def _block_spec(config: StageConfig, num_layers: int) -> TransformerBlockSubmodu
         ),
     )
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=get_mlp_module_spec_for_backend(_SpecProvider()),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from megatron_lora.architecture import Architecture, check_layout, read_architecture
+from megatron_lora.architecture import Architecture, check_layout, read_architecture, recompute_of_layers
 from megatron_lora.config import JobConfig, RunConfig
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError
@@ -45,6 +45,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
     check_layout(architecture, config.parallel)
+    recompute_of_layers(config.recompute, architecture.num_layers)
     if config.load_weights:
         check_weights(model_dir, architecture)
     for job in config.jobs:

@@ -34,6 +34,7 @@ from megatron_lora.strict_yaml import apply_override, dump_yaml, read_yaml
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DATASET_TYPES = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
+RECOMPUTE = ("none", "cheap", "full")
 DATASET_FILES = (".json", ".jsonl", ".parquet")
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SEED = whole_number("a seed", 0, 2**32 - 1)
@@ -71,6 +72,12 @@ def budget(path: str, value: object) -> int:
     if value == "auto":
         raise UserError(f"{path}: auto is not supported yet; use a number of tokens, such as 4096")
     return whole_number("a number of tokens", 1)(path, value)
+
+
+def recompute(path: str, value: object) -> str | tuple[str, ...]:
+    """Accept a recomputation policy for all layers, or a list of one for each layer of the model."""
+    policy = one_of(*RECOMPUTE)
+    return list_of("policies, one per layer", policy)(path, value) if isinstance(value, list) else policy(path, value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +149,11 @@ class JobConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A whole run. `precision` auto is bf16 on CUDA and fp32 on CPU."""
+    """A whole run. `precision` auto is bf16 on CUDA and fp32 on CPU.
+
+    `recompute` trades time for memory without changing a bit: none keeps all that backward reads, cheap makes norm and SwiGLU outputs
+    again (a third less memory), full keeps each layer's input alone and runs the layer again.
+    """
 
     base_model: str = required(path_of("a model directory or hub id"))
     output_dir: str = required(path_of("the path of a directory"))
@@ -150,6 +161,7 @@ class RunConfig:
     seed: int = key(0, SEED)
     parallel: ParallelConfig = key(ParallelConfig(), lambda path, value: parallel(path, value))
     microbatch_tokens: int = key(4096, budget)
+    recompute: str | tuple[str, ...] = key("none", recompute)
     load_weights: bool = key(True, truth())
     jobs: tuple[JobConfig, ...]
 

@@ -21,7 +21,7 @@ REQUIRED = {
     "numpy": "nothing can be planned without it",
 }
 OPTIONAL = {
-    "triton": "the LoRA kernels run as plain torch, several times slower on a GPU",
+    "triton": "LoRA, norms, RoPE and SwiGLU run as plain torch, several times slower on a GPU",
     "tensorboard": "no event files are written; metrics.jsonl has the same numbers",
     "wandb": "runs cannot be sent to Weights & Biases",
     "peft": "nothing is lost in training; it is what loads the adapters afterwards, and the tests compare with it",
@@ -93,7 +93,7 @@ def backends() -> list[Finding]:
 
     cuda = torch.cuda.is_available()
     varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    engine, liger, triton = version("transformer-engine"), version("liger-kernel"), version("triton")
+    engine, triton = version("transformer-engine"), version("triton")
     if not cuda:
         attention = Finding("attention", "scaled_dot_product_attention per sample")
     elif varlen:
@@ -107,13 +107,12 @@ def backends() -> list[Finding]:
         Finding("precision auto", "bf16" if cuda else "fp32"),
         Finding("transport", "NCCL" if cuda else "gloo"),
         attention,
-        Finding("LoRA kernels", "Triton" if cuda and triton else "plain torch"),
+        Finding("fused kernels", "Triton" if cuda and triton else "plain torch"),
         *(
             []
             if engine or not cuda
             else [Finding("transformer-engine", "missing", "no fp8 and none of its fused layers; bf16 is unaffected")]
         ),
-        *([] if liger or not cuda else [Finding("liger-kernel", "missing", "RMSNorm, SwiGLU and RoPE run unfused")]),
     ]
 
 

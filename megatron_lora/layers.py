@@ -10,11 +10,14 @@ that the kind of parallelism asks for. T rows, t tensor ranks; "shard" is this r
     | row, sequence    |                 | reduce-scatter     | all-gather rows       |                    |                    |
 
 A merged linear holds its modules' output columns side by side on every rank: q | k | v of this rank's heads, gate | up of its features.
-The microbatch's route comes through the stage's `Binding`, which the stage sets for the length of one forward (`Stage.bound`).
+The microbatch's route comes through the stage's `Binding`, which is set for the length of one forward (`Binding.bound`). With a `Refill`
+a linear does not keep its input: the norm or SwiGLU that made it makes it again in backward.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -25,6 +28,7 @@ from torch import Tensor
 
 from fused_ops.adapters import LoraGroup
 from fused_ops.linear import Collectives, multi_lora_linear
+from fused_ops.refill import Refill
 from megatron_lora import compat
 from megatron_lora.architecture import MERGED_LINEARS
 from megatron_lora.microbatch import StageInput
@@ -48,12 +52,21 @@ class LinearGeometry:
 
 
 class Binding:
-    """The microbatch that a stage is computing now; one per stage, shared by its linears, set by `Stage.bound` alone."""
+    """The microbatch that a stage is computing now; one per stage, shared by its linears, set by `bound` alone."""
 
     __slots__ = ("microbatch",)
 
     def __init__(self):
         self.microbatch: StageInput | None = None
+
+    @contextlib.contextmanager
+    def bound(self, microbatch: StageInput | None) -> Iterator[None]:
+        """Bind a microbatch to the stage's linears for the length of one forward, or of its recomputation."""
+        before, self.microbatch = self.microbatch, microbatch
+        try:
+            yield
+        finally:
+            self.microbatch = before
 
 
 class ColumnCollectives(Collectives):
@@ -164,10 +177,10 @@ class _MultiLora:
         )
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 
-    def _apply_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _apply_linear(self, x: Tensor, bias: Tensor | None, refill: Refill | None) -> Tensor:
         microbatch = self.binding.microbatch
         assert microbatch is not None, f"{self.geometry.paths[0]}: no microbatch is bound; call the stage, or enter Stage.bound"
-        return multi_lora_linear(x.squeeze(1), self.weight, bias, self.group, microbatch.route, self.collectives)
+        return multi_lora_linear(x.squeeze(1), self.weight, bias, self.group, microbatch.route, self.collectives, refill=refill)
 
 
 class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
@@ -178,10 +191,9 @@ class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
         self._setup(config, tp_comm_buffer_name, "column", (ColumnCollectives, ColumnSequenceCollectives))
 
-    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+    def forward(self, input_: Tensor, refill: Refill | None = None) -> tuple[Tensor, None]:
         """Return Y with its bias added, and None in the place of a bias to add later."""
-        assert weight is None and not runtime_gather_output
-        return self._apply_linear(input_, self.bias).unsqueeze(1), None
+        return self._apply_linear(input_, self.bias, refill).unsqueeze(1), None
 
 
 class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
@@ -192,9 +204,9 @@ class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
         self._setup(config, tp_comm_buffer_name, "row", (RowCollectives, RowSequenceCollectives))
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+    def forward(self, input_: Tensor, refill: Refill | None = None) -> tuple[Tensor, None]:
         """Return Y with its bias added once, after the reduction, and None in the place of a bias to add later."""
-        y = self._apply_linear(input_, None)
+        y = self._apply_linear(input_, None, refill)
         return (y if self.bias is None else y + self.bias).unsqueeze(1), None
 
 

@@ -1,11 +1,13 @@
-"""RMS normalisation for Megatron's norm slots: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension, statistics in fp32.
+"""RMS normalisation for Megatron's norm slots: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (fused_ops.rms_norm).
 
 Works on shards of rows as on all of them; the weight is frozen, so sequence parallelism needs no gradient reduction.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fused_ops.refill import Refill
+from fused_ops.rms_norm import rms_norm
 
 
 class RMSNorm(torch.nn.Module):
@@ -19,4 +21,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of x."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.add(x)[0]
+
+    def add(self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None) -> tuple[Tensor, Tensor]:
+        """Return the normalised x (+ residual), and the sum itself, which goes on along the residual stream."""
+        return rms_norm(x, self.weight, self.eps, residual, refill)

@@ -4,7 +4,7 @@ Feature pair (i, i + d/2) of a head of d features is turned by the angle positio
     y_i = x_i cos - x_{i+d/2} sin        y_{i+d/2} = x_{i+d/2} cos + x_i sin        frequency_i = theta^(-2i/d)
 Longer contexts stretch the frequencies: "linear" divides all by the factor, "llama3" only those whose wavelength exceeds what was seen
 in pre-training, "yarn" (Peng et al., 2023) those that turn less than a number of times over it, and it scales cos and sin.
-The table [T, d/2] is made once per microbatch from its positions and shared by all layers of the stage.
+The table [T, d/2] is made once per microbatch from its positions and shared by all layers of the stage; fused_ops.rope turns by it.
 """
 
 from __future__ import annotations
@@ -67,13 +67,6 @@ def _yarn_scale(rope: Rope) -> float:
 
 
 def rotary_table(positions: Tensor, freqs: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [T, 1, head_dim / 2] of each row's position, in the dtype of the activations."""
+    """Return cos and sin [T, head_dim / 2] of each row's position, in the dtype of the activations."""
     angles = positions[:, None].float() * freqs
-    return (angles.cos() * scale).to(dtype)[:, None], (angles.sin() * scale).to(dtype)[:, None]
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn x [T, heads, head_dim] by the table."""
-    cos, sin = table
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)

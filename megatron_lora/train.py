@@ -51,7 +51,14 @@ def run(config: RunConfig) -> int:
     feed = _plan(config, jobs, position)
 
     stage = build_stage(
-        architecture, model_dir, config.parallel, dtype=dtype, device=device, load_weights=config.load_weights, seed=config.seed
+        architecture,
+        model_dir,
+        config.parallel,
+        dtype=dtype,
+        device=device,
+        load_weights=config.load_weights,
+        seed=config.seed,
+        recompute=config.recompute,
     )
     arena = Arena(
         stage.linears,

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import stage_input
 
+from fused_ops.rope import rotate
 from megatron_lora.architecture import Rope
 from megatron_lora.attention import PackedAttention, PackedRows, can_varlen, per_sample_attention, varlen_attention
 from megatron_lora.microbatch import Packing
-from megatron_lora.rope import frequencies, rotary_table, rotate
+from megatron_lora.rope import frequencies, rotary_table
 
 LENGTHS = (3, 11, 1, 8)
 
@@ -87,13 +88,11 @@ def core(window=None, head_dim=8):
 
 
 def run_core(attention, query, key, value, lengths=LENGTHS):
-    packing = packing_of(lengths)
-    table = rotary_table(packing.positions, *frequencies(Rope(theta=1e4), query.shape[-1]), query.dtype)
-    rows = PackedRows(qkv_format="thd", packing=packing, rotary=table)
+    rows = PackedRows(qkv_format="thd", packing=packing_of(lengths))
     return attention(query, key, value, None, attn_mask_type=None, attention_bias=None, packed_seq_params=rows)
 
 
-def test_core_attention_turns_by_position_in_the_sample():
+def test_core_attention_keeps_samples_apart_within_its_window():
     query, key, value = random_qkv(4, 2)
     packed = run_core(core(window=5), query, key, value)
     alone = [

@@ -190,6 +190,9 @@ CASES = {
     "modules as one word": (override("jobs.one.target_modules=q_proj"), ["jobs.one.target_modules: 'q_proj' is not a list"]),
     "unknown scheduler": (override("defaults.lr_scheduler=cosin"), ["defaults.lr_scheduler: 'cosin'", "did you mean cosine?"]),
     "fp16": (override("precision=fp16"), ["precision: 'fp16'", "auto or bf16 or fp32"]),
+    "unknown policy": (override("recompute=chaep"), ["recompute: 'chaep'", "did you mean cheap?", "none or cheap or full"]),
+    "policies of no layers": (override("recompute=[]"), ["recompute: [] is not a list of policies, one per layer"]),
+    "policies of too few layers": (override("recompute=[full, none]"), ["recompute: 2 policies", "4 layers", "or one word"]),
     "unknown format": (override("jobs.one.datasets.0.type=chat"), ["jobs.one.datasets.0.type: 'chat'", "messages or sharegpt"]),
     "csv": (override("jobs.one.datasets.0.path=rows.csv"), ["jobs.one.datasets.0.path: 'rows.csv'", ".jsonl"]),
     # later features

@@ -287,7 +287,7 @@ def test_doctor_names_versions_and_backends(capsys):
     import torch
 
     assert torch.__version__.split("+")[0] in found["torch"] and (torch.version.cuda or "CPU") in found["torch built for"]
-    assert {"python", "megatron-core", "transport", "attention", "LoRA kernels", "precision auto", "NVIDIA apex"} <= found.keys()
+    assert {"python", "megatron-core", "transport", "attention", "fused kernels", "precision auto", "NVIDIA apex"} <= found.keys()
 
 
 def test_doctor_does_not_take_another_apex_for_nvidias(tmp_path, monkeypatch):
