@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["megatron_lora", "fused_ops", "scheduling"],
+    package_data={"fused_ops": ["*.json"]},
     install_requires=[
         "torch>=2.8",
         "megatron-core>=0.16.1,<0.20",
