@@ -113,7 +113,7 @@ class LoraGroup:
 
     @cached_property
     def slot_table(self) -> Tensor:
-        """Return int32 [slots, 16] on the arena's device: padded rank, threshold, width, first A row, then A row, B row, S column per module."""
+        """Return int32 [slots, 16] on the device: padded rank, threshold, width, first A row; A row, B row, S column per module."""
         rows = []
         for slot, r in enumerate(self.slots.ranks):
             first = min((row for row in self.a_rows[slot] if row >= 0), default=-1)

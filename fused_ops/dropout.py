@@ -1,14 +1,15 @@
 """Counter-based dropout: the same mask bits on every path, in every packing, on every shard.
 
     key(t)     = high 32 bits of mix64(mix64(seed, sample, epoch) + position * golden)      one per token, on the host
-    column(k)  = k * FEATURE                                                                k is the *global* feature
+    column(k)  = k * FEATURE                                                          k is the *global* feature
     h(t, k)    = xorshift16(M2 * xorshift15(M1 * (key(t) ^ column(k))))                     two multiplies per element
     keep(t, k) = bits 22 - 10 m .. 31 - 10 m of h >= round(1024 p)                          module m < 3 of a merged linear
     kept values are scaled by 1 / (1 - round(1024 p) / 1024)
 
-One hash serves all modules of a merged linear. The keys are well mixed on the host, so the hash needs no more; the last xorshift leaves
-module 0's bits as they are, so kernels skip it where there is one module (five instructions, a comparison and a select). A column's
-key is one multiply, because a thread of a matrix product holds few rows of each column. A mask depends on its job's seed, the sample, the epoch, the position and the feature; not on
+One hash serves all modules of a merged linear. The keys are well mixed on the host, so the hash needs no more; the last xorshift
+leaves module 0's bits as they are, so kernels skip it where there is one module (five instructions, a comparison and a select). A
+column's key is one multiply, because a thread of a matrix product holds few rows of each column. A mask depends on its job's seed,
+the sample, the epoch, the position and the feature; not on
 neighbours, microbatches, ranks or recomputation. `row_keys` makes the keys of a sample; `keep_mask` is the twin of the kernels.
 """
 

@@ -3,8 +3,9 @@
 S takes V = X and L = A; dS takes V = the module's columns of dY and L = B (only above rank 32, see lora_grad.py). A program owns up
 to BM rows of one segment (`Route.items`), so no row of another job enters it, and goes over the inner dimension once for each
 RANK rows of L. The inner dimension is cut among several programs, so that enough loads are in flight; the last one to arrive adds
-their float32 partial sums in ascending order, whoever it is. Without dropout the modules of a slot are one (WIDE): their rows of A, and their columns of S, lie side by side; with
-dropout each module masks its own copy of the tile, from one hash. Output columns beyond a slot's width are not written.
+their float32 partial sums in ascending order, whoever it is. Without dropout the modules of a slot are one (WIDE): their rows of A,
+and their columns of S, lie side by side; with dropout each module masks its own copy of the tile, from one hash. Output columns
+beyond a slot's width are not written.
 """
 
 import torch

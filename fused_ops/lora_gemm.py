@@ -9,8 +9,6 @@ Names: input [T, I] times weight gives output [T, O]; weight is [O, I] forward a
 modules of a slot as one: their rows of A, and their columns of dS, lie side by side (WIDE).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -18,38 +16,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.gemm_config import GemmConfig, gemm_config
 from fused_ops.route import Route
-from fused_ops.shapes import num_processors, rank_class
+from fused_ops.shapes import num_processors
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
 
 _FIELDS = tl.constexpr(SLOT_FIELDS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GemmConfig:
-    """How a GEMM is cut: the output tile, the inner block, pipeline stages, column parts of the epilogue, and the grid."""
-
-    rows: int = 128
-    columns: int = 256
-    inner: int = 64
-    stages: int = 4
-    parts: int = 2
-    group: int = 8
-    warps: int = 8
-    persistent: bool = False
-    flatten: bool = False
-
-
-def default_config(tma: bool, dropout: bool, dtype: torch.dtype, width: int, num_modules: int) -> GemmConfig:
-    """Return how to cut a GEMM whose LoRA term has `width` ranks at most (0: none), a pure function; measured on an H200.
-
-    The flattened persistent loop hides the epilogue behind the next tile's loads, but has no room for wide terms or for dropout.
-    """
-    if not tma or dtype == torch.float32:
-        return GemmConfig(columns=128, inner=32, stages=3)
-    if dropout or width > 16:
-        return GemmConfig(stages=4, parts=4 if dropout and num_modules > 1 else 2)
-    return GemmConfig(stages=3, persistent=True, flatten=True)
 
 
 @triton.jit
@@ -111,7 +83,7 @@ def _load_owner(
 ):  # fmt: skip
     """Return (S [BM, RANK], L [RANK, BN], owned) of a tile whose rows and columns have one adapter; zeros and 0 where they do not.
 
-    Loaded before the K loop, so that their latency hides behind it. Zeros in both operands add nothing to any row.
+    Zeros in both operands add nothing to any row. EARLY, this runs before the K loop, which then hides the latency.
     """
     i_low, i_high = tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1)
     segment_ptr = segments_ptr + i_low * 4
@@ -136,7 +108,7 @@ def _load_owner(
     owned = m_one & (first <= i_row) & (end >= min(i_row + o_row.shape[0], num_rows)) & (l_row >= 0)
     owned = owned & (i_col >= start) & (min(i_col + o_col.shape[0], num_cols) <= stop)
     o_r = tl.arange(0, RANK)
-    m_r = (o_r < rank) & owned
+    m_r = ((o_r < rank) & owned).to(tl.int1)
     b_s = tl.load(s_ptr + o_row.to(tl.int64)[:, None] * s_stride + (s_col + o_r)[None, :], (o_row < num_rows)[:, None] & m_r[None, :], 0.0)
     l_at = lora_ptr + offset + (l_row + o_r).to(tl.int64)[:, None] * (stop - start) + (o_col - start)[None, :]
     return b_s, tl.load(l_at, m_r[:, None] & (o_col < stop)[None, :], 0.0), owned.to(tl.int32)
@@ -178,11 +150,12 @@ def _split(b_acc, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "s_stride", "first_feature"])
 def _gemm_kernel(
-    input, weight, output, bias_ptr, s, lora0, lora1, lora2, s_ptr, lora_ptr, offset1, offset2, l_strides, starts, stops, tiles_ptr, segments_ptr, slots_ptr, keys_ptr,
-    num_rows, num_cols, num_inner, i_stride, w_stride, o_stride, s_stride, first_feature,
+    input, weight, output, bias_ptr, s, lora0, lora1, lora2, s_ptr, lora_ptr, offset1, offset2, l_strides, starts, stops,
+    tiles_ptr, segments_ptr, slots_ptr, keys_ptr, num_rows, num_cols, num_inner, i_stride, w_stride, o_stride, s_stride, first_feature,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, NUM_STAGES: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr,
-    FIRST: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr,
+    RANK: tl.constexpr, FIRST: tl.constexpr, EARLY: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     adapters = (lora0, lora1, lora2)
     num_m, num_n = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN)
@@ -196,7 +169,7 @@ def _gemm_kernel(
         i_n = (i_tile % (GROUP * num_n)) // group_rows
         o_row = i_m * BM + tl.arange(0, BM)
 
-        if FIRST > 0:
+        if FIRST > 0 and EARLY:  # early, so that their latency hides behind the K loop
             b_s, b_l, owned = _load_owner(
                 o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, slots_ptr, i_m,
                 s_ptr, s_stride, lora_ptr, offset1, offset2, starts, stops, BACKWARD, MODULES, FIRST, WIDE,
@@ -218,8 +191,14 @@ def _gemm_kernel(
                 b_w = tl.load(w_at, (o_k < num_inner)[:, None] & (o_c < num_cols)[None, :], 0.0)
             b_acc = tl.dot(b_in, b_w, b_acc, input_precision="ieee")
 
+        # First of all, so that the wait for the accumulator is not inside a branch (which would serialise the whole K loop).
         parts = _split(b_acc, PARTS)
         done = 0
+        if FIRST > 0 and not EARLY:
+            b_s, b_l, owned = _load_owner(
+                o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, slots_ptr, i_m,
+                s_ptr, s_stride, lora_ptr, offset1, offset2, starts, stops, BACKWARD, MODULES, FIRST, WIDE,
+            )  # fmt: skip
         if FIRST > 0:
             l_parts, done = _split(b_l, PARTS), owned * FIRST
         for i_part in tl.static_range(PARTS):
@@ -260,17 +239,24 @@ def gemm(
     starts, stops = zip(*group.columns, strict=True) if lora else ((), ())
     tma = uses_tma(input_TI, weight, out_TO, *adapters)
     width = 0 if not lora else group.width if wide else group.max_padded_rank
-    config = config or default_config(tma, dropout, input_TI.dtype, width, group.num_modules if lora else 0)
+    if config is None:
+        config = gemm_config(input_TI, num_cols, backward, tma, width, dropout, group.num_modules if lora else 0)
     tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
     rank, part = 16, config.columns // config.parts
     args = (input_TI, weight, out_TO, bias_O, s_TR, *_three(adapters))
     if tma:
-        boxes = ((config.rows, config.inner), (config.inner, config.columns) if backward else (config.columns, config.inner), (config.rows, part))
+        boxes = (
+            (config.rows, config.inner),
+            (config.inner, config.columns) if backward else (config.columns, config.inner),
+            (config.rows, part),
+        )
         described = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(args[:3], boxes, strict=True))
         s = TensorDescriptor.from_tensor(s_TR, [config.rows, rank]) if lora else None
         args = (*described, bias_O, s, *_three(tuple(TensorDescriptor.from_tensor(t, [rank, part]) for t in adapters)))
     offsets = [(t.data_ptr() - adapters[0].data_ptr()) // t.element_size() for t in adapters[1:]]
-    ahead = 0 if not (lora and tma) or dropout else rank_class(group.width if wide else group.max_padded_rank, limit=16 if config.flatten else 64)
+    # More than 16 ranks ahead, or an early load of several modules, leave too few registers: ptxas then serialises the K loop.
+    ahead = 16 if lora and tma and not dropout else 0
+    early = ahead > 0 and width <= 16 and (wide or group.num_modules == 1)
     programs = min(num_processors(input_TI.device), tiles) if config.persistent else tiles
     _gemm_kernel[(programs,)](
         *args, s_TR, adapters[0] if lora else None, *[*offsets, 0, 0][:2], tuple(t.stride(0) for t in adapters), starts, stops,
@@ -279,7 +265,8 @@ def gemm(
         num_rows, num_cols, num_inner, input_TI.stride(0), weight.stride(0), out_TO.stride(0),
         s_TR.stride(0) if lora else 0, group.first_feature if lora else 0,
         BM=config.rows, BN=config.columns, BK=config.inner, GROUP=config.group, PARTS=config.parts, NUM_STAGES=config.stages,
-        NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=lora, MODULES=group.num_modules if lora and not wide else 1, RANK=rank, FIRST=ahead,
+        NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=lora,
+        MODULES=group.num_modules if lora and not wide else 1, RANK=rank, FIRST=ahead, EARLY=early,
         DROPOUT=dropout, WIDE=wide, HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
     )  # fmt: skip
     return out_TO

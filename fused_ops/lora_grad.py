@@ -104,7 +104,7 @@ def _rows_kernel(
 
 @triton.jit
 def _add_to_grad(grad_ptr, partial_ptr, row, i_low, i_high, width, column, rank, num_cols, o_col):
-    """grad [row + r, column] += the sum of partial [item, column of S + r, column] over a segment's items, 16 ranks and 4 items at a time."""
+    """grad [row + r, column] += the sum over a segment's items of partial [item, column of S + r, column], in ascending order."""
     for o_rank in tl.range(0, rank, 16, num_stages=1):
         o_r = o_rank + tl.arange(0, 16)
         m_in = (o_r < rank)[:, None] & (o_col < num_cols)[None, :]

@@ -108,7 +108,7 @@ def grad_s_and_b_fused(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Rou
     columns = 512 if dy_TN.shape[1] > 8192 and dy_TN.element_size() == 2 else 256
     sizes = [stop - start for start, stop in group.columns]
     blocks = [triton.cdiv(size, columns) for size in sizes]
-    rows = item_rows(num_rows, sum(blocks), device)
+    rows = item_rows(num_rows, sum(blocks), device, per_processor=2)
     num_items = route.num_items(rows)
     if not num_items:
         return ds_TR

@@ -25,7 +25,7 @@ def inner_splits(num_rows: int, num_inner: int, device: torch.device) -> int:
 
 
 def item_rows(num_rows: int, num_blocks: int, device: torch.device, per_processor: int = 4) -> int:
-    """Return the rows of one item of a sum over rows: so few that there are some programs per multiprocessor, so many that sums stay few."""
+    """Return the rows of one item of a sum over rows: some programs per multiprocessor, and few partial sums."""
     wanted = max(1, per_processor * num_processors(device) // num_blocks)
     rows = 1 << max(0, -(-num_rows // wanted) - 1).bit_length()
     return min(max(rows, 128), 2048)

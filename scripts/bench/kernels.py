@@ -216,9 +216,8 @@ def main():
             file.write(json.dumps(row) + "\n")
         target = f" (target {row['target']})" if row["target"] else ""
         others = " ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
-        print(
-            f"{shape:12s} p={p} {mix:16s} floor {row['floor_ms']:.3f} ms ratio {row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]{target} {others}"
-        )
+        spread = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+        print(f"{shape:12s} p={p} {mix:17s} floor {row['floor_ms']:.3f} ms ratio {row['ratio']:.3f} {spread}{target} {others}")
         print("    " + " ".join(f"{name.removeprefix('piece ')} {t[0] * 1000:.1f}" for name, t in row["times_ms"].items()), flush=True)
         torch.cuda.empty_cache()
 

@@ -1,0 +1,58 @@
+"""Plot scripts/bench/results/kernels.jsonl: ratio to the frozen floor per shape, and each fused pass against the memory roofline.
+
+python scripts/bench/plot_kernels.py            writes scripts/bench/results/kernels.png from each case's latest line
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+COPY_TB_S = 4.3  # device-to-device copy on an H200, bytes read and written
+PASSES = {"piece S": "in", "piece dS dB": "out", "piece dA": "in"}  # which activation each pass must read once
+
+
+def latest(path: Path) -> list[dict]:
+    """Return the last line of each (shape, p, mix)."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return list({(row["shape"], row["p"], row["mix"]): row for row in rows}.values())
+
+
+def main():
+    rows = latest(RESULTS / "kernels.jsonl")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6))
+    names = [f"{row['shape']}\np={row['p']}" + ("" if row["mix"] == "equal" else f"\n{row['mix']}") for row in rows]
+    ratios = [row["ratio"] for row in rows]
+    spread = [[row["ratio"] - row["ratio_low"] for row in rows], [row["ratio_high"] - row["ratio"] for row in rows]]
+    left.bar(range(len(rows)), ratios, yerr=spread, capsize=3, color="tab:blue", label="fused")
+    left.plot(
+        [i for i, row in enumerate(rows) if row["target"]], [row["target"] for row in rows if row["target"]], "r_", ms=18, label="target"
+    )
+    left.axhline(1.0, color="k", lw=0.8)
+    left.set_xticks(range(len(rows)), names, rotation=90, fontsize=7)
+    left.set_ylim(0.9, max(ratios) + 0.1)
+    left.set_ylabel("forward + backward / frozen floor")
+    left.legend()
+    for name, side in PASSES.items():
+        points = []
+        for row in rows:
+            if row["mix"] == "equal" and row["p"] == 0:
+                k, n = (int(v) for v in row["shape"].split("->"))
+                points.append((row["rows"] * (k if side == "in" else n) * 2 / 1e6, row["times_ms"][name][0] * 1000))
+        right.loglog(*zip(*sorted(points), strict=True), "o-", label=name.removeprefix("piece "))
+    sizes = [50, 600]
+    right.loglog(sizes, [size / COPY_TB_S for size in sizes], "k--", label=f"one read at {COPY_TB_S} TB/s")
+    right.set_xlabel("MB of the activation that is read")
+    right.set_ylabel("microseconds (p = 0)")
+    right.legend()
+    figure.suptitle(f"{rows[0]['device']}, {rows[0]['rows']} tokens, commit {rows[-1]['commit']}")
+    figure.tight_layout()
+    figure.savefig(RESULTS / "kernels.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

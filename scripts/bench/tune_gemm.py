@@ -1,0 +1,78 @@
+"""Measure how to cut each GEMM on this GPU and write the winners to fused_ops/gemm_choices.json (or --output).
+
+    python scripts/bench/tune_gemm.py --rows 8192
+
+Candidates are timed in interleaved rounds under CUDA graphs; see fused_ops/gemm_config.py for what the file means.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from kernels import SHAPES, measure, problem
+
+from fused_ops import triton_ops
+from fused_ops.gemm_config import CHOICES, GemmConfig, choice_key
+from fused_ops.lora_gemm import gemm
+
+FLAT = {"stages": 3, "persistent": True, "flatten": True}
+CANDIDATES = {
+    "none": [{}, {"stages": 3}, FLAT, {**FLAT, "group": 16}],
+    "narrow": [{}, {"stages": 3}, {"group": 16}],
+    "wide": [{}, {"stages": 3}, {"group": 16}],
+    "dropout": [{}, {"stages": 3}, {"parts": 4}, {"columns": 128, "warps": 4, "stages": 3}],
+}
+
+
+def cases(shape, rows):
+    """Yield (key, run) of every direction and kind of LoRA term of a shape."""
+    for p in (0.0, 0.1):
+        q = problem(shape, p, rows=rows)
+        s = triton_ops.down(q.x, q.group, q.route)
+        for backward in (False, True):
+            value, cols = (q.dy, q.weight.shape[1]) if backward else (q.x, q.weight.shape[0])
+            dropout = bool(p) and backward
+            width = q.group.width if backward and not dropout else q.group.max_padded_rank
+            terms = [(s, q.group, q.route, width, dropout)] + ([] if p else [(None, None, None, 0, False)])
+            for s_TR, group, route, term_width, drops in terms:
+                key = choice_key(*value.shape, cols, backward, term_width, drops)
+
+                def run(config, value=value, q=q, term=(s_TR, group, route), backward=backward):
+                    return gemm(value, q.weight, None, *term, backward, config)
+
+                if not (p and not backward):
+                    yield key, run
+
+
+def tune(key, run, rounds):
+    """Return the fields of the fastest candidate, and print all of them."""
+    found = {}
+    for fields in CANDIDATES[key.rsplit(", ", 1)[1]]:
+        config = GemmConfig(**fields)
+        found[json.dumps(fields)] = lambda config=config: run(config)
+    times = measure(found, rounds, repeats=3)
+    best = min(times, key=lambda name: times[name][0])
+    print(key, {name: round(t[0] * 1000) for name, t in times.items()}, flush=True)
+    return {name: value for name, value in asdict(GemmConfig(**json.loads(best))).items() if value != getattr(GemmConfig(), name)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=CHOICES)
+    args = parser.parse_args()
+    choices = json.loads(args.output.read_text()) if args.output.exists() else {}
+    mine = choices.setdefault(torch.cuda.get_device_name(), {})
+    for shape in args.shapes:
+        for key, run in cases(shape, args.rows):
+            mine[key] = tune(key, run, args.rounds)
+        torch.cuda.empty_cache()
+    args.output.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
