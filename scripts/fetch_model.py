@@ -56,7 +56,10 @@ def convert(gguf: Path, directory: Path) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # transformers 5.17 reads another end of text from this file than its own config has; the config's is the right one.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.save_pretrained(directory)
 
 
 def main() -> None:
