@@ -194,7 +194,8 @@ def case(shape, p, mix, baselines, rounds):
 def environment():
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
-        "commit": commit or "unknown (no git here)", "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "commit": commit or "unknown",
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "dtype": "bfloat16", "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "command": " ".join(sys.argv),
     }  # fmt: skip
 
