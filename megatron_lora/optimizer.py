@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_ops.adamw import adamw_, make_chunks
+from fused_ops.route import upload
 from megatron_lora.arena import Arena, Factor
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -129,7 +130,7 @@ class JobOptimizer:
         correction1 = 1.0 - s.adam_beta1**self.num_updates
         correction2 = 1.0 - s.adam_beta2**self.num_updates
         fixed = (s.adam_beta1, s.adam_beta2, s.adam_epsilon, 1.0 - lr * s.weight_decay, 1.0 - s.adam_beta1, 1.0 - s.adam_beta2)
-        beta1, beta2, epsilon, keep, rest1, rest2 = torch.tensor(fixed, dtype=torch.float64).to(clip.device, non_blocking=True)
+        beta1, beta2, epsilon, keep, rest1, rest2 = upload(torch.tensor(fixed, dtype=torch.float64), clip.device)
         row = (lr / correction1, beta1, beta2, epsilon, keep, clip, correction2.sqrt(), apply.double(), rest1, rest2)
         return torch.stack(row).float()
 
@@ -139,7 +140,9 @@ class JobOptimizer:
 
     def unmoved(self) -> list[str]:
         """Return the paths of modules whose B has had no gradient in any applied step; waits for the device."""
-        return [f.path for f in self.factors if f.kind == "B" and not bool(self.arena.view(f, self.arena.exp_avg).any())]
+        factors = [f for f in self.factors if f.kind == "B"]
+        moved = [self.arena.view(f, self.arena.exp_avg).any() for f in factors]
+        return [f.path for f, has_moved in zip(factors, torch.stack(moved).tolist() if moved else (), strict=True) if not has_moved]
 
 
 def _square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -1,9 +1,10 @@
-"""A pool of gloo ranks that tests share, so that a multi-rank test costs milliseconds and not a process start.
+"""A pool of ranks that tests share, so that a multi-rank test costs milliseconds and not a process start.
 
 `RankPool.run(layout, fn, *args)` calls `fn(*args)` on every rank of the layout and returns the results in rank order. The worker
 processes are started once, each forked from one server that has imported torch and megatron-core, and are kept over the session; a
 change of layout only leaves the old process groups and joins new ones. `fn` is a module-level function of a test file (or of the
-package); arguments and results are pickled. When a rank raises, its traceback is raised here and all workers are replaced.
+package); arguments and results are pickled. When a rank raises, its traceback is raised here and all workers are replaced. The backend is gloo
+unless the layout names another (`backend="nccl"`).
 """
 
 from __future__ import annotations
@@ -108,10 +109,11 @@ def _join(layout, port: int, name: str) -> None:
 
     from megatron_lora.compat import initialize_parallel
 
-    rank = int(os.environ["RANK_POOL_RANK"])
+    rank, backend = int(os.environ["RANK_POOL_RANK"]), getattr(layout, "backend", "gloo")
+    os.environ["LOCAL_RANK"] = str(rank)
     store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.pipeline * layout.tensor * layout.data)
-    initialize_parallel(layout, "gloo")
+    dist.init_process_group(backend, store=store, rank=rank, world_size=layout.pipeline * layout.tensor * layout.data)
+    initialize_parallel(layout, backend)
 
 
 def _leave() -> None:

@@ -1,0 +1,145 @@
+"""A stage on a GPU: what the CPU computes, the same bits under every recomputation policy, less memory, and no wait for the device.
+
+Needs CUDA. The functions that run on the rank take the device, so that the same code runs on both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import random_factor, save_model
+
+from megatron_lora.architecture import read_architecture
+from megatron_lora.arena import AdapterSpec, Arena
+from megatron_lora.base_model import build_stage
+from megatron_lora.collate import JobRows, collate
+from megatron_lora.config import TARGET_MODULES, ParallelConfig
+from megatron_lora.data import Sample
+from megatron_lora.executor import Executor, Position
+from megatron_lora.messages import Links, MessageLayout
+from megatron_lora.optimizer import JobOptimizer, OptimizerSettings
+from megatron_lora.plan_feed import Window
+from megatron_lora.timeline import Timeline
+from scheduling.pipeline import endings, with_drain
+from scheduling.planner import plan_stream
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+DROPOUTS = (0.1, 0.0)
+SETTINGS = OptimizerSettings(
+    learning_rate=1e-3, lr_scheduler="cosine", warmup_ratio=0.1, num_steps=4, weight_decay=0.01,
+    adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, max_grad_norm=1.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def directory(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    save_model(path, request.param)
+    return path
+
+
+def job_rows(job: int) -> JobRows:
+    """Return 8 samples of one job, two in each of its 4 steps."""
+    generator = np.random.default_rng(job)
+    samples = []
+    for row in range(8):
+        tokens = generator.integers(0, 61, generator.integers(3, 40)).astype(np.int32)
+        samples.append(Sample(row, tokens, np.arange(len(tokens)) > 1))
+    return JobRows(seed=job, samples=samples, steps=[[(0, 2 * step), (0, 2 * step + 1)] for step in range(4)])
+
+
+class Scene:
+    """A stage with two jobs' adapters, B not zero, and all that the executor needs."""
+
+    def __init__(self, directory, recompute, dtype, device):
+        self.device, self.dtype = torch.device(device), dtype
+        self.stage = build_stage(
+            read_architecture(directory), directory, ParallelConfig(), dtype=dtype, device=self.device, recompute=recompute
+        )
+        specs = [
+            AdapterSpec(r=r, scale=2.0, dropout=p, target_modules=frozenset(TARGET_MODULES)) for r, p in zip((8, 20), DROPOUTS, strict=True)
+        ]
+        self.arena = Arena(self.stage.linears, specs, tensor_rank=0, tensor_ranks=1, dtype=dtype, device=self.device)
+        for slot, factors in enumerate(self.arena.factors):
+            for factor in factors:
+                self.arena.view(factor, self.arena.master).copy_(random_factor(factor.path, factor.kind, slot, factor.r, factor.width))
+            self.arena.publish(slot)
+        self.rows = [job_rows(0), job_rows(1)]
+        lengths = [rows.lengths() for rows in self.rows]
+        self.stream = with_drain(plan_stream(lengths, 1, 80, 0), 1, 0)
+
+    def load(self, microbatch):
+        return collate(microbatch, self.rows, multiple=1, device=self.device)
+
+    def executor(self) -> Executor:
+        self.steps = []
+        return Executor(
+            self.stage, Position(stage=0, num_stages=1, delay=0), Links(None, None, None, None),
+            MessageLayout(max_endings=2, hidden_size=self.stage.architecture.hidden_size, dtype=self.dtype),
+            load=self.load, num_rows=lambda microbatch: microbatch.num_tokens,
+            optimizers=[JobOptimizer(self.arena, slot, SETTINGS) for slot in range(2)],
+            on_step=self.steps.append, on_forward=lambda microbatch: None, timeline=Timeline(self.device), device=self.device,
+        )  # fmt: skip
+
+
+def one_backward(directory, recompute, dtype, device) -> dict:
+    """Return losses and adapter gradients of the stream's first microbatch, and the bytes that its forward kept (0 on CPU)."""
+    scene = Scene(directory, recompute, dtype, device)
+    data = scene.load(scene.stream[0])
+    assert len(data.route.segments) == 2
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    hidden = scene.stage(data)
+    kept = torch.cuda.memory_allocated() - before if device == "cuda" else 0
+    losses = scene.stage.losses(hidden, data.labels)
+    (losses * data.weights).sum().backward()
+    gradients = {
+        f"{f.path} {f.kind} {slot}": scene.arena.view(f, scene.arena.grad).cpu() for slot in range(2) for f in scene.arena.factors[slot]
+    }
+    return {"losses": losses.detach().cpu(), "gradients": gradients, "kept": kept}
+
+
+def train(directory, recompute, dtype, device) -> list[float]:
+    """Train the whole stream; from its third window on, a wait for the device is an error. Returns the steps' losses."""
+    scene = Scene(directory, recompute, dtype, device)
+    ended = endings(scene.stream)
+    cut = len(scene.stream) // 2
+    quiet = torch.cuda.set_sync_debug_mode if device == "cuda" else lambda mode: None
+
+    def windows():
+        yield Window(scene.stream[:cut], ended[:cut])  # compiles kernels and fills caches
+        quiet("error")
+        yield Window(scene.stream[cut:], ended[cut:])
+        quiet("default")
+
+    try:
+        scene.executor().run(windows())
+    finally:
+        quiet("default")
+    assert len(scene.steps) == 8
+    return [float(done.loss) for done in scene.steps]
+
+
+def test_float32_is_what_the_cpu_computes(directory, one_gpu, pool):
+    ours = one_gpu(one_backward, directory, "none", torch.float32, "cuda")
+    expected = pool().run(one_backward, directory, "none", torch.float32, "cpu")[0]
+    torch.testing.assert_close(ours["losses"], expected["losses"], rtol=1e-4, atol=1e-5)
+    for name, gradient in expected["gradients"].items():
+        assert gradient.any() and (ours["gradients"][name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_policies_give_the_same_bits_and_keep_less(dtype, directory, one_gpu):
+    none, cheap, full = (one_gpu(one_backward, directory, policy, dtype, "cuda") for policy in ("none", "cheap", "full"))
+    for other in (cheap, full):
+        assert torch.equal(other["losses"], none["losses"])
+        for name, gradient in none["gradients"].items():
+            assert gradient.any() and torch.equal(other["gradients"][name], gradient), name
+    assert none["kept"] > cheap["kept"] > full["kept"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
+def test_nothing_waits_for_the_device(recompute, directory, one_gpu):
+    losses = one_gpu(train, directory, recompute, torch.bfloat16, "cuda")
+    assert all(np.isfinite(losses))
