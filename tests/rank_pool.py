@@ -3,8 +3,8 @@
 `RankPool.run(layout, fn, *args)` calls `fn(*args)` on every rank of the layout and returns the results in rank order. The worker
 processes are started once, each forked from one server that has imported torch and megatron-core, and are kept over the session; a
 change of layout only leaves the old process groups and joins new ones. `fn` is a module-level function of a test file (or of the
-package); arguments and results are pickled. When a rank raises, its traceback is raised here and all workers are replaced. The backend is gloo
-unless the layout names another (`backend="nccl"`).
+package); arguments and results are pickled. When a rank raises, its traceback is raised here and all workers are replaced. The backend is
+gloo unless the layout names another (`backend="nccl"`).
 """
 
 from __future__ import annotations
