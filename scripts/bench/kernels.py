@@ -195,8 +195,8 @@ def environment():
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "commit": commit or "unknown",
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "dtype": "bfloat16", "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "command": " ".join(sys.argv),
+        "hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "dtype": "bfloat16", "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "command": " ".join(sys.argv),
     }  # fmt: skip
 
 
