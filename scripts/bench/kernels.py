@@ -183,6 +183,7 @@ def case(shape, p, mix, baselines, rounds):
     times = measure(candidates(q, baselines), rounds)
     floor = sum(min(times[f"cublas {d}"][0], times[f"own {d}"][0]) for d in ("forward", "dx"))
     return {
+        "case": f"{shape}, p = {p:g}" + ("" if mix == "equal" else f", {mix}"),
         "shape": shape, "p": p, "mix": mix, "rows": q.route.num_rows, "ranks": ranks, "lengths": lengths, "floor_ms": floor,
         "ratio": times["fused"][0] / floor, "ratio_low": times["fused"][1] / floor, "ratio_high": times["fused"][2] / floor,
         "target": SHAPES[shape][2 if p == 0 else 3] if mix == "equal" else None,
