@@ -123,12 +123,12 @@ def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
     return load_jobs_data(config.jobs, load_tokenizer(model_dir), cache_dir(), vocab_size)
 
 
-def check_lengths(job: JobConfig, data, microbatch_tokens: int, architecture: Architecture) -> None:
+def check_lengths(job: JobConfig, data, microbatch_tokens: int | str, architecture: Architecture) -> None:
     """Check that each sample fits into a microbatch and the model: within the budget and the positions."""
     where = f"jobs.{job.name}"
     longest = max(data.samples, key=lambda sample: len(sample.tokens))
     tokens = len(longest.tokens)
-    if tokens > microbatch_tokens:
+    if microbatch_tokens != "auto" and tokens > microbatch_tokens:
         raise UserError(
             f"microbatch_tokens: {microbatch_tokens} is less than the {tokens} tokens of row {longest.row} of {where}; "
             f"set microbatch_tokens: {tokens} or more, or {where}.sequence_len: {microbatch_tokens}"

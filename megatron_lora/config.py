@@ -67,11 +67,9 @@ def dataset_file(path: str, value: object) -> str:
     return name
 
 
-def budget(path: str, value: object) -> int:
-    """Accept the token budget of a microbatch."""
-    if value == "auto":
-        raise UserError(f"{path}: auto is not supported yet; use a number of tokens, such as 4096")
-    return whole_number("a number of tokens", 1)(path, value)
+def budget(path: str, value: object) -> int | str:
+    """Accept the token budget of a microbatch, or auto."""
+    return value if value == "auto" else whole_number("a number of tokens, or auto,", 1)(path, value)
 
 
 def recompute(path: str, value: object) -> str | tuple[str, ...]:
@@ -82,7 +80,7 @@ def recompute(path: str, value: object) -> str | tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How a run is spread over ranks; `layers_per_stage` None splits the layers evenly."""
+    """How a run is spread over ranks; `layers_per_stage` None is settled so that stages take equally long (settle.py)."""
 
     pipeline: int = key(1, whole_number("a number of pipeline stages", 1))
     tensor: int = key(1, whole_number("a number of tensor-parallel ranks", 1))
@@ -149,7 +147,7 @@ class JobConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A whole run. `precision` auto is bf16 on CUDA and fp32 on CPU.
+    """A whole run. `precision` auto is bf16 on CUDA and fp32 on CPU; `microbatch_tokens` auto is settled by what fits and pays (settle.py).
 
     `recompute` trades time for memory without changing a bit: none keeps all that backward reads, cheap makes norm and SwiGLU outputs
     again (a third less memory), full keeps each layer's input alone and runs the layer again.
@@ -160,7 +158,7 @@ class RunConfig:
     precision: str = key("auto", one_of("auto", "bf16", "fp32"))
     seed: int = key(0, SEED)
     parallel: ParallelConfig = key(ParallelConfig(), lambda path, value: parallel(path, value))
-    microbatch_tokens: int = key(4096, budget)
+    microbatch_tokens: int | str = key(4096, budget)
     recompute: str | tuple[str, ...] = key("none", recompute)
     load_weights: bool = key(True, truth())
     jobs: tuple[JobConfig, ...]
@@ -175,7 +173,7 @@ def parallel(path: str, value: object) -> ParallelConfig:
     if layers is not None and len(layers) != config.pipeline:
         raise UserError(
             f"{path}.layers_per_stage: {list(layers)} is for {len(layers)} stages and {path}.pipeline is {config.pipeline}; "
-            f"give {config.pipeline} layer counts, or null for an even split"
+            f"give {config.pipeline} layer counts, or null for stages that take equally long"
         )
     return config
 

@@ -33,6 +33,7 @@ from scheduling.data_parallel import deal
 from scheduling.follow import Follower
 from scheduling.pipeline import Ending
 from scheduling.plan_json import stream_from_json
+from scheduling.slot_cost import SlotCost
 from scheduling.types import NOOP, Lengths, Stream
 
 WINDOWS_AHEAD = 1
@@ -54,6 +55,7 @@ class PlanSettings:
     num_replicas: int
     capacity: int
     delay: int
+    cost: SlotCost
     num_slots: int = 32  # of a window
 
 
@@ -62,7 +64,7 @@ class PlanFeed:
 
     def __init__(self, lengths: Lengths, settings: PlanSettings, replica: int, plan_dir: Path, group: dist.ProcessGroup):
         """Start to plan; `replica` is this rank's, `group` a gloo group of all ranks that nobody else uses."""
-        self.dealt = deal(lengths, settings.num_replicas)
+        self.dealt = deal(lengths, settings.num_replicas, settings.cost)
         self.settings, self.replica, self.plan_dir, self.group = settings, replica, plan_dir, group
         self.leaving: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.ready: queue.Queue[str | BaseException] = queue.Queue(maxsize=WINDOWS_AHEAD)

@@ -112,6 +112,10 @@ class RunDirectory:
         status["jobs"][name] = _job(state, reason)
         self._write_status(status)
 
+    def settle(self, config: RunConfig) -> None:
+        """Record the config with the choices made that it left open."""
+        write_atomically(self.path / "config.yaml", dump_config(config))
+
     def finish(self, exit_status: int, reason: str = "") -> None:
         """Record how the run ended; jobs that are still queued or running have failed, unless it was preempted (75)."""
         status = self.status() | {"exit_status": exit_status, "reason": reason}

@@ -31,7 +31,9 @@ from megatron_lora.messages import MessageLayout, connect
 from megatron_lora.optimizer import JobOptimizer, StageGroups
 from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
 from megatron_lora.plan_feed import PlanFeed, PlanSettings
+from megatron_lora.settle import settle_together
 from megatron_lora.timeline import Timeline, write_timeline
+from scheduling.slot_cost import SlotCost
 
 
 def run(config: RunConfig) -> int:
@@ -47,8 +49,9 @@ def run(config: RunConfig) -> int:
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
     jobs = _read_jobs(config, model_dir, architecture.vocab_size, host)
+    config, cost = settle_together(config, architecture, [job.rows.lengths() for job in jobs], host)
     position = _position(config.parallel)
-    feed = _plan(config, jobs, position)
+    feed = _plan(config, jobs, position, cost)
 
     stage = build_stage(
         architecture,
@@ -147,11 +150,15 @@ def _position(parallel: ParallelConfig) -> Position:
     return Position(stage=dist.get_rank() // (parallel.tensor * parallel.data), num_stages=parallel.pipeline, delay=delay)
 
 
-def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position) -> PlanFeed:
+def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost) -> PlanFeed:
     """Start to plan; the first windows are ready when the model is."""
     parallel = config.parallel
     settings = PlanSettings(
-        num_stages=parallel.pipeline, num_replicas=parallel.data, capacity=config.microbatch_tokens, delay=position.delay
+        num_stages=parallel.pipeline,
+        num_replicas=parallel.data,
+        capacity=int(config.microbatch_tokens),
+        delay=position.delay,
+        cost=cost,
     )
     replica = dist.get_rank() // parallel.tensor % parallel.data
     group = dist.new_group(backend="gloo")

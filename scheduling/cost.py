@@ -5,8 +5,10 @@ A stage with L layers runs a pass over T tokens with squared lengths Q = sum(len
     seconds = per_token * T + per_square * Q + per_rank_token * R + fixed
 
 The base is frozen, so a backward makes dX but no dW: as much linear work as a forward (plus one more forward with recompute), 2.5 times
-its attention work; LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head is 2 H V per
-token on the last stage, and again for dX and for recomputing its logits in the backward.
+its attention work; LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head is 4 H V per token
+in the last stage's forward, which makes logits and their gradient while they are there; its backward only scales that gradient.
+
+`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each: "cheap" costs nothing that counts here.
 """
 
 from __future__ import annotations
@@ -93,6 +95,10 @@ class StageCost:
     forward: PassCost
     backward: PassCost
 
+    def seconds(self, tokens: float, squares: float = 0.0, rank_tokens: float = 0.0) -> float:
+        """Return the time of a microbatch there and back."""
+        return self.forward.seconds(tokens, squares, rank_tokens) + self.backward.seconds(tokens, squares, rank_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
@@ -129,20 +135,29 @@ class CostModel:
         return cls(tuple(StageCost(PassCost(**stage["forward"]), PassCost(**stage["backward"])) for stage in listed))
 
 
-def analytic_cost(shape: ModelShape, device: Device, layers: Sequence[int], tensor: int = 1, recompute: bool = False) -> CostModel:
+def stage_policies(layers: Sequence[int], recompute: str | Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the recomputation policy of every layer of every stage."""
+    policies = (recompute,) * sum(layers) if isinstance(recompute, str) else tuple(recompute)
+    ends = [sum(layers[: stage + 1]) for stage in range(len(layers))]
+    return tuple(policies[end - count : end] for end, count in zip(ends, layers, strict=True))
+
+
+def analytic_cost(
+    shape: ModelShape, device: Device, layers: Sequence[int], tensor: int = 1, recompute: str | Sequence[str] = "none"
+) -> CostModel:
     """Derive the cost of each stage from the model's shape; `layers` counts the layers of every stage."""
     rate = device.flops_per_s * tensor
     stages = []
-    for index, num_layers in enumerate(layers):
+    for index, (num_layers, policies) in enumerate(zip(layers, stage_policies(layers, recompute), strict=True)):
         linear = 2 * shape.layer_params * num_layers / rate
         attention = 2 * shape.num_heads * shape.head_dim * num_layers / rate  # QK and PV, each half under the causal mask
         lora = 2 * shape.lora_width * num_layers / rate
-        head = 2 * shape.head_params / rate if index == len(layers) - 1 else 0.0
+        head = 4 * shape.head_params / rate if index == len(layers) - 1 else 0.0
         launches = device.layer_launch_s * num_layers
-        again = 1 if recompute else 0
+        again = policies.count("full") / max(1, num_layers)  # of a forward
         forward = PassCost(per_token=linear + head, per_square=attention, per_rank_token=lora, fixed=launches)
         backward = PassCost(
-            per_token=linear * (1 + again) + 2 * head,
+            per_token=linear * (1 + again),
             per_square=attention * (2.5 + again),
             per_rank_token=lora * (2 + again),
             fixed=launches * (1 + again),
@@ -213,6 +228,7 @@ def split_layers(num_layers: int, num_stages: int, head_layers: float = 0.0, emb
     return tuple(layers)
 
 
-def head_layers(shape: ModelShape, recompute: bool = False) -> float:
-    """Return the cost of the head in layers, forward plus backward, by its share of the linear work."""
-    return 3 * shape.head_params / (shape.layer_params * (3 if recompute else 2))
+def head_layers(shape: ModelShape, device: Device, tokens: int, tensor: int = 1, recompute: str | Sequence[str] = "none") -> float:
+    """Return what the head costs over a microbatch of so many tokens, forward and backward, in layers (their mean)."""
+    body, head = analytic_cost(shape, device, (shape.num_layers, 0), tensor, recompute).stages
+    return shape.num_layers * head.seconds(tokens) / body.seconds(tokens)

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduling.cost import Device, ModelShape
-from scheduling.slot_cost import SlotCost, even_slot_estimate
+from scheduling.cost import Device, ModelShape, stage_policies
+from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 
 _BYTES_PER_ADAPTER_WEIGHT = 18
-_RESERVED = 0.08  # share of the device that CUDA, NCCL and fragmentation take
+RESERVED = 0.08  # share of the device that CUDA, NCCL and fragmentation take
 _WORTH = 0.002  # a larger budget must gain this much efficiency
-LOSS_CHUNK_TOKENS = 1024
+LOSS_CHUNK_LOGITS = 2**25  # logits that exist at a time; three float32 tensors of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,25 +44,29 @@ def stage_memory(
     stage: int,
     total_rank: int,
     tensor: int = 1,
-    recompute: bool = False,
+    recompute: str | Sequence[str] = "none",
     weight_bytes: int = 2,
+    sequence: bool = False,
 ) -> StageMemory:
     """Model one stage; `total_rank` is the sum of the ranks of all resident adapters.
 
-    Kept per token and layer: with recompute its input alone; else the inputs of its four GEMMs that LoRA needs for dA, the attention's
-    q, k, v and output, and the two halves of the gate, in `weight_bytes` each.
+    Kept per token and layer, in `weight_bytes` each: the inputs of its two norms and of its four GEMMs, which LoRA needs for dA, the
+    attention's q, k, v and output, and the two halves of the gate; recomputed cheaply, without the norms' and the gate's outputs; fully,
+    the layer's input alone. Sequence parallelism shards the rows of what tensor parallelism leaves whole.
     """
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
     query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    whole = (4 * shape.hidden_size + (2 * query + 2 * key_value + 3 * shape.ffn_size) / tensor) * weight_bytes
-    kept = shape.hidden_size * weight_bytes if recompute else whole
+    hidden = shape.hidden_size * weight_bytes / (tensor if sequence else 1)
+    ffn, attention = shape.ffn_size * weight_bytes / tensor, (2 * query + 2 * key_value) * weight_bytes / tensor
+    whole = 4 * hidden + attention + 3 * ffn
+    kept = {"none": whole, "cheap": whole - 2 * hidden - ffn, "full": hidden}
     vocabulary = shape.head_params * weight_bytes / tensor * (first + last)
     return StageMemory(
         weights=shape.layer_params * num_layers * weight_bytes / tensor + vocabulary,
         adapters=shape.lora_width * total_rank * num_layers * _BYTES_PER_ADAPTER_WEIGHT / tensor,
-        per_token_in_flight=kept * num_layers,
+        per_token_in_flight=sum(kept[policy] for policy in stage_policies(layers, recompute)[stage]),
         per_token_workspace=2 * whole,
-        loss=3 * 4 * LOSS_CHUNK_TOKENS * shape.vocab_size / tensor if last else 0.0,
+        loss=3 * 4 * LOSS_CHUNK_LOGITS if last else 0.0,
     )
 
 
@@ -74,7 +78,7 @@ def tokens_in_flight(stream: Stream, stage: int, num_stages: int) -> int:
 
 def fitting_tokens(stages: Sequence[StageMemory], device: Device) -> int:
     """Return the largest token budget at which every stage fits with full slots (0 when not even the weights do)."""
-    usable = device.memory_bytes * (1 - _RESERVED)
+    usable = device.memory_bytes * (1 - RESERVED)
     budgets = []
     for stage, memory in enumerate(stages):
         per_token = memory.per_token_in_flight * (len(stages) - stage) + memory.per_token_workspace
@@ -93,6 +97,8 @@ def choose_capacity(lengths: Lengths, num_stages: int, fitting: int, cost: SlotC
     sizes = sorted({longest, *range(-(-longest // multiple) * multiple, min(fitting, 32 * longest) + 1, multiple)})
     if len(sizes) > 1 and longest % multiple:
         sizes = sizes[1:]
-    gains = [(even_slot_estimate(lengths, num_stages, size, cost), size) for size in sizes]
+    cost = cost or SlotCost()
+    work, tokens = work_time(lengths, cost), sum(tokens for steps in lengths for batch in steps for tokens in batch)
+    gains = [(estimate_of(work, tokens, num_stages, size, cost), size) for size in sizes]
     best = max(gain for gain, _ in gains)
     return next(size for gain, size in gains if gain >= best - _WORTH)

@@ -1,7 +1,7 @@
 """Plan windows for another process, so that planning takes nothing from its threads: one JSON line in, one out.
 
     python -m scheduling.serve
-    in    {"lengths": [job][step][sample], "num_stages", "capacity", "delay", "num_slots"}
+    in    {"lengths": [job][step][sample], "num_stages", "capacity", "delay", "num_slots", "cost": {"per_square", "fixed"}}
           {"leave": [job, ...]}            one per window: jobs whose steps end after the one that they have begun
     out   {"last", "left", "microbatches"}  the window in the contract's format; `left`: [job, window from which on it is left out]
 
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from scheduling.plan_json import stream_to_json
+from scheduling.slot_cost import SlotCost
 from scheduling.windows import Carry, plan_window
 
 
@@ -22,14 +23,14 @@ def serve(requests: Iterable[str]) -> Iterator[str]:
     """Answer each request for a window; raises PlanError where no plan exists."""
     lines = iter(requests)
     settings = json.loads(next(lines))
-    lengths = settings.pop("lengths")
+    lengths, cost = settings.pop("lengths"), SlotCost(**settings.pop("cost"))
     carry, left = Carry(), {}
     for number, line in enumerate(lines):
         for job in json.loads(line)["leave"]:
             stand = carry.progress[job]
             del lengths[job][stand.step + bool(stand.taken) :]
             left[job] = number
-        stream, carry = plan_window(lengths, carry=carry, **settings)
+        stream, carry = plan_window(lengths, carry=carry, cost=cost, **settings)
         last = carry.is_done(lengths)
         yield json.dumps({"last": last, "left": sorted(left.items()), "microbatches": stream_to_json(stream, lengths)})
         if last:

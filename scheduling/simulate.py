@@ -135,14 +135,17 @@ def _steps(stream: Stream, events: Sequence[Event]) -> tuple[StepSpan, ...]:
     return tuple(StepSpan(job, step, started[job, step], event.end_s) for (job, step), event in zip(ended, taken, strict=True))
 
 
-def simulate_runs(runs: Sequence[tuple[Stream, Sequence[float]]], num_stages: int) -> tuple[Stream, Timeline]:
-    """Run streams, given with their slot times, one after another with a flush between; returns them as one stream and timeline."""
+def simulate_runs(runs: Sequence[tuple], num_stages: int, delay: int = 0) -> tuple[Stream, Timeline]:
+    """Run streams one after another with a flush between; returns them as one stream and timeline.
+
+    Each run is (stream, forward) or (stream, forward, backward), times as simulate() takes them.
+    """
     joined: list[Microbatch] = []
     events: list[Event] = []
     steps: list[StepSpan] = []
     clock = 0.0
-    for stream, times in runs:
-        timeline = simulate(stream, num_stages, times)
+    for stream, *times in runs:
+        timeline = simulate(stream, num_stages, *times, delay=delay)
         for event in timeline.events:
             index = event.index if event.op is Op.STEP else event.index + len(joined)
             if event.op is Op.STEP or event.index < len(stream):

@@ -59,14 +59,14 @@ def even_slot_estimate(lengths: Lengths, num_stages: int, capacity: int, cost: S
     Indivisible samples and gaps between steps may forbid it; slots that ramp up and down at the ends can beat it by a percent.
     """
     cost = cost or SlotCost()
-    work = work_time(lengths, cost)
-    least = least_slots(lengths, capacity)
+    tokens = sum(tokens for steps in lengths for batch in steps for tokens in batch)
+    return estimate_of(work_time(lengths, cost), tokens, num_stages, capacity, cost)
+
+
+def estimate_of(work: float, tokens: int, num_stages: int, capacity: int, cost: SlotCost) -> float:
+    """Return the even-slot estimate of a workload of so many tokens whose samples take `work`."""
+    least = -(-tokens // capacity)
     if not least:
         return 1.0
     best = max(least, round(((num_stages - 1) * work / max(cost.fixed, 1e-9)) ** 0.5))  # of (work + fixed n)(n + P - 1) / n
     return max(work * n / ((work + cost.fixed * n) * (n + num_stages - 1)) for n in (best, best + 1, max(least, best - 1)))
-
-
-def least_slots(lengths: Lengths, capacity: int) -> int:
-    """Return the number of slots below which the token budget cannot hold all samples."""
-    return -(-sum(tokens for steps in lengths for batch in steps for tokens in batch) // capacity)

@@ -196,7 +196,6 @@ CASES = {
     "unknown format": (override("jobs.one.datasets.0.type=chat"), ["jobs.one.datasets.0.type: 'chat'", "messages or sharegpt"]),
     "csv": (override("jobs.one.datasets.0.path=rows.csv"), ["jobs.one.datasets.0.path: 'rows.csv'", ".jsonl"]),
     # later features
-    "auto budget": (override("microbatch_tokens=auto"), ["microbatch_tokens: auto is not supported yet", "4096"]),
     "replicas": (override("parallel.data=0"), ["parallel.data: 0"]),
     "eval": (override("defaults.eval_steps=10"), ["defaults.eval_steps: 10 is not supported yet", "use 0"]),
     "saves": (override("jobs.one.save_steps=10"), ["jobs.one.save_steps: 10 is not supported yet", "use 0"]),
@@ -217,6 +216,7 @@ CASES = {
     "empty completion": (write("rows.jsonl", ROW + '{"prompt": "a", "completion": ""}\n'), ["rows.jsonl:2"]),
     "wrong format": (override("jobs.one.datasets.0.type=messages"), ["chat template", "prompt_completion"]),
     "cut to nothing": (override("defaults.sequence_len=2"), ["jobs.one.sequence_len: 2", "raise it"]),
+    "budget in words": (override("microbatch_tokens=all"), ["microbatch_tokens: 'all'", "or auto"]),
     "sample over the budget": (override("microbatch_tokens=8"), ["microbatch_tokens: 8", "of jobs.one", "jobs.one.sequence_len: 8"]),
     # the model
     "no model": (override("base_model=./modle"), ["base_model: './modle'", "no such directory", "correct the path"]),

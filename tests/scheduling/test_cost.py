@@ -23,20 +23,33 @@ def test_llama_8b_numbers():
     assert LLAMA_8B.layer_params == 4096 * 128 * 80 + 3 * 4096 * 14336
     assert 32 * LLAMA_8B.layer_params + 2 * LLAMA_8B.head_params == pytest.approx(8.03e9, rel=1e-3)
     assert 16 * 32 * LLAMA_8B.lora_width == pytest.approx(41.9e6, rel=2e-3)  # r = 16 on all linears, as PEFT counts
-    assert 1 < head_layers(LLAMA_8B, recompute=True) < head_layers(LLAMA_8B) < 4
+
+
+SMOLLM2 = ModelShape(hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, ffn_size=1536, vocab_size=49152)
+
+
+def test_the_head_in_layers():
+    h100, cpu = DEVICES["h100"], DEVICES["cpu"]
+    plain, again = head_layers(LLAMA_8B, h100, 8192), head_layers(LLAMA_8B, h100, 8192, recompute="full")
+    assert 1.4 < again < plain < 2.4
+    half = head_layers(LLAMA_8B, h100, 8192, recompute=("full",) * 16 + ("cheap",) * 16)
+    assert again < half < plain
+    assert head_layers(SMOLLM2, cpu, 512) == pytest.approx(8, rel=0.02)  # the work alone
+    assert head_layers(SMOLLM2, h100, 512) < 0.5  # layers of a small model are launches, not work
 
 
 def test_analytic_cost_scales_as_it_must():
     model = analytic_cost(LLAMA_8B, DEVICES["h100"], (8, 8, 8, 8))
     first, last = model.stages[0], model.stages[-1]
     assert first.forward.per_token == pytest.approx(8 * 2 * LLAMA_8B.layer_params / 6.4e14)
-    assert last.forward.per_token - first.forward.per_token == pytest.approx(2 * LLAMA_8B.head_params / 6.4e14)
+    assert last.forward.per_token - first.forward.per_token == pytest.approx(4 * LLAMA_8B.head_params / 6.4e14)
+    assert last.backward == first.backward  # the loss made its gradient in the forward
     assert analytic_cost(LLAMA_8B, DEVICES["h100"], (8, 8, 8, 8), tensor=2).stages[0].forward.per_token == first.forward.per_token / 2
-    recomputed = analytic_cost(LLAMA_8B, DEVICES["h100"], (8,) * 4, recompute=True).stages[0]
+    recomputed = analytic_cost(LLAMA_8B, DEVICES["h100"], (8,) * 4, recompute="full").stages[0]
     assert recomputed.backward.per_token == pytest.approx(2 * recomputed.forward.per_token)
     assert first.forward.seconds(0, 0) == 0.0
     forward, backward = model.slot_seconds([(4096, 4096.0 * 1024, 16 * 4096), (0, 0, 0)])
-    assert len(forward) == 4 and forward[0][1] == backward[3][1] == 0.0 and backward[3][0] > forward[3][0] > forward[0][0]
+    assert len(forward) == 4 and forward[0][1] == backward[3][1] == 0.0 and backward[0][0] > forward[0][0] < forward[3][0]
     planner = model.slot_cost()
     assert 1e-6 < planner.per_square < 1e-4 and planner.fixed > 0
 
@@ -95,8 +108,15 @@ def test_memory_grows_with_what_it_should():
     assert stages[0].weights == pytest.approx(2 * (9 * LLAMA_8B.layer_params + LLAMA_8B.head_params))
     assert stages[3].loss > 0 == stages[2].loss
     assert stages[0].adapters == pytest.approx(64 * 9 * LLAMA_8B.lora_width * 18)
-    recomputed = [stage_memory(LLAMA_8B, layers, stage, total_rank=64, recompute=True) for stage in range(4)]
-    assert fitting_tokens(recomputed, DEVICES["h100"]) > fitting_tokens(stages, DEVICES["h100"]) > 4096
+    recomputed = [stage_memory(LLAMA_8B, layers, stage, total_rank=64, recompute="full") for stage in range(4)]
+    cheap = [stage_memory(LLAMA_8B, layers, stage, total_rank=64, recompute="cheap") for stage in range(4)]
+    fits = [fitting_tokens(each, DEVICES["h100"]) for each in (recomputed, cheap, stages)]
+    assert fits == sorted(fits, reverse=True) and fits[0] > fits[1] > fits[2] > 4096
+    assert cheap[0].per_token_in_flight == pytest.approx(0.66 * stages[0].per_token_in_flight, rel=0.05)
+    mixed = stage_memory(LLAMA_8B, layers, 1, 64, recompute=("none",) * 9 + ("full",) * 4 + ("none",) * 19)
+    assert mixed.per_token_in_flight * 9 == pytest.approx(4 * recomputed[1].per_token_in_flight + 5 * stages[1].per_token_in_flight)
+    whole, shards = (stage_memory(LLAMA_8B, layers, 0, 64, tensor=4, sequence=sequence) for sequence in (False, True))
+    assert shards.per_token_in_flight < whole.per_token_in_flight < stages[0].per_token_in_flight
     assert fitting_tokens(stages, replace(DEVICES["cpu"], memory_bytes=4e9)) == 0
     stream = tuple(Microbatch((Segment(0, k, (0,), tokens),)) for k, tokens in enumerate((5, 1, 7, 2)))
     assert [tokens_in_flight(stream, stage, 3) for stage in range(3)] == [13, 9, 7]

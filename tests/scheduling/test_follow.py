@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,10 @@ from scheduling.pipeline import endings, with_drain
 from scheduling.plan_json import stream_from_json
 from scheduling.planner import plan_stream
 from scheduling.serve import serve
+from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch, PlanError, Segment
 from scheduling.validate import replay
+from scheduling.windows import plan_windows
 
 CAPACITY = 64
 WORKLOADS = st.lists(st.lists(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=5), min_size=1, max_size=4), min_size=1, max_size=4)
@@ -81,7 +84,8 @@ def test_broken_segments_are_named(segment, message):
 
 @given(WORKLOADS, STAGES, DELAY, st.integers(1, 6), st.data())
 def test_served_windows_form_one_stream_and_jobs_leave_between_steps(lengths, num_stages, delay, num_slots, data):
-    settings = {"num_stages": num_stages, "capacity": CAPACITY, "delay": delay, "num_slots": num_slots}
+    cost = {"per_square": 1e-3, "fixed": data.draw(st.sampled_from((0.5, 100.0)))}
+    settings = {"num_stages": num_stages, "capacity": CAPACITY, "delay": delay, "num_slots": num_slots, "cost": cost}
     leaver, when = data.draw(st.integers(0, len(lengths) - 1)), data.draw(st.integers(1, 3))
 
     def requests():
@@ -105,3 +109,12 @@ def test_served_windows_form_one_stream_and_jobs_leave_between_steps(lengths, nu
     assert all(cut[job] == lengths[job] for job in range(len(lengths)) if job != leaver), "another job lost steps"
     if all(cut):
         replay(with_drain(stream, num_stages, delay), cut, num_stages, CAPACITY, delay)
+
+
+@given(WORKLOADS, STAGES, DELAY, st.sampled_from((0.5, 20.0)))
+def test_served_windows_are_those_planned_here_at_the_same_cost(lengths, num_stages, delay, fixed):
+    settings = {"num_stages": num_stages, "capacity": CAPACITY, "delay": delay, "num_slots": 4}
+    cost = SlotCost(per_square=1e-2, fixed=fixed)
+    requests = [json.dumps(settings | {"lengths": lengths, "cost": asdict(cost)}), *[json.dumps({"leave": []})] * 1000]
+    served = [stream_from_json(json.loads(answer)["microbatches"]) for answer in serve(requests)]
+    assert served == list(plan_windows(lengths, cost=cost, **settings))

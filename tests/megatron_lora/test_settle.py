@@ -1,0 +1,140 @@
+"""What a config leaves open is settled as the models say, the same for plan and training, and recorded; what it gives stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import oracle
+import pytest
+import runs
+
+from megatron_lora import devices
+from megatron_lora.architecture import read_architecture
+from megatron_lora.config import dump_config, load_config
+from megatron_lora.errors import UserError
+from megatron_lora.run_dir import RunDirectory
+from megatron_lora.settle import choose_layers, cost_of, describe, memory_of, planner_cost, settle, settle_together
+from scheduling.cost import DEVICES
+from scheduling.memory import fitting_tokens
+
+H100, CPU = DEVICES["h100"], DEVICES["cpu"]
+LENGTHS = [[[500, 300, 700, 650]] * 20] * 3
+SMALL = {"hidden_size": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "ffn_size": 1536, "vocab_size": 49152}
+LARGE = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "ffn_size": 14336}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A folder with a model and rows."""
+    folder = tmp_path_factory.mktemp("settle")
+    oracle.make_model(folder / "model")
+    oracle.make_rows(folder / "rows.jsonl", num_rows=12, seed=0)
+    return folder
+
+
+@pytest.fixture
+def configure(root, tmp_path):
+    """Return a function overrides -> config."""
+    job = {"name": "one", "datasets": [{"path": str(root / "rows.jsonl"), "type": "prompt_completion"}]}
+    path = runs.write_config(tmp_path / "config.yaml", root / "model", tmp_path / "run", [job], {}, 4096)
+    return lambda *overrides: load_config(path, ["precision=auto", *overrides])
+
+
+def model(root, **facts):
+    return dataclasses.replace(read_architecture(root / "model"), **facts, tied_head=False)
+
+
+def test_stages_take_equally_long_with_the_head(configure, root):
+    small, large = model(root, **SMALL), model(root, **LARGE, vocab_size=128256)
+    assert choose_layers(configure("parallel.pipeline=2", "microbatch_tokens=512"), small, CPU) == (19, 11)
+    assert choose_layers(configure("parallel.pipeline=2", "microbatch_tokens=512"), small, H100) == (15, 15)  # launches, not work
+    assert choose_layers(configure("parallel.pipeline=4"), large, H100) == (9, 9, 8, 6)
+    assert choose_layers(configure("parallel.pipeline=4"), large, DEVICES["a100"]) == (9, 9, 8, 6)  # any GPU, one split
+    given = configure("parallel.pipeline=4", "parallel.layers_per_stage=[8, 8, 8, 8]")
+    assert settle(given, large, LENGTHS, H100) == given
+    settled = settle(configure("parallel.pipeline=4"), large, LENGTHS, H100)
+    times = [stage.seconds(4096) for stage in cost_of(settled, large, H100).stages]
+    assert max(times) < 1.1 * sum(times) / 4
+    assert describe(configure("parallel.pipeline=4"), settled) == ["parallel.layers_per_stage: null is [9, 9, 8, 6]"]
+
+
+def test_an_automatic_budget_fits_and_is_no_larger_than_pays(configure, root):
+    large, auto = model(root, **LARGE, vocab_size=128256), configure("parallel.pipeline=2", "microbatch_tokens=auto")
+    plenty = settle(auto, large, LENGTHS, H100)
+    memory = fitting_tokens(memory_of(plenty, large, H100), H100)
+    assert 700 <= plenty.microbatch_tokens <= memory and plenty.microbatch_tokens % 256 == 0
+    assert load_config_text(dump_config(plenty)) == plenty
+    tight = dataclasses.replace(H100, memory_bytes=14e9)
+    scarce = settle(auto, large, LENGTHS, tight)
+    assert 700 <= scarce.microbatch_tokens <= fitting_tokens(memory_of(scarce, large, tight), tight) < memory
+    assert scarce.microbatch_tokens < plenty.microbatch_tokens
+    with pytest.raises(UserError, match="microbatch_tokens: auto: the longest sample has 700 tokens, memory allows") as refused:
+        settle(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=9e9))
+    assert "\n" not in str(refused.value) and "recompute: full" in str(refused.value)
+
+
+def load_config_text(text: str):
+    path = Path("again.yaml").absolute()
+    path.write_text(text)
+    return load_config(path)
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEGATRON_LORA_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_planner_weighs_slots_by_the_model_and_not_by_the_gpu(configure, root):
+    small, large = model(root, **SMALL), model(root, **LARGE, vocab_size=128256)
+    config = configure("parallel.layers_per_stage=[32]")
+    assert planner_cost(config, large, H100) == planner_cost(config, large, DEVICES["a100"])
+    assert planner_cost(config, small, H100).fixed > 10 * planner_cost(config, large, H100).fixed > 0
+    wider = configure("parallel.layers_per_stage=[32]", "jobs.0.r=256")
+    assert planner_cost(wider, large, H100).per_square < planner_cost(config, large, H100).per_square  # a token costs more
+
+
+def test_weights_are_counted_in_their_precision_and_a_tied_matrix_once(configure, root):
+    large = model(root, **LARGE, vocab_size=128256)
+    config = configure("parallel.layers_per_stage=[32]")
+    weights = [memory_of(config, large, device)[0].weights for device in (H100, CPU)]
+    assert weights[0] == pytest.approx(2 * 8.03e9, rel=1e-3) and weights[1] == 2 * weights[0]
+    tied = memory_of(config, dataclasses.replace(large, tied_head=True), H100)[0].weights
+    assert weights[0] - tied == 2 * 4096 * 128256
+
+
+def test_this_machine_is_shared_by_its_ranks(monkeypatch):
+    monkeypatch.setattr(devices, "this_gpu", lambda: None)
+    monkeypatch.setattr(devices, "machine_bytes", lambda: 9e9)
+    assert devices.this_device(2).memory_bytes == 3.5e9 and devices.this_device(100).memory_bytes == 0
+    assert devices.this_device(2).name == "cpu" and devices.reference_of(devices.this_device(2)) is CPU
+    with pytest.raises(UserError, match="--device: 'h10'"):
+        devices.named_device("--device", "h10")
+
+
+def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure, root, capsys):
+    import torch.distributed as dist
+
+    config, given = configure("microbatch_tokens=auto", "parallel.pipeline=2"), configure("parallel.layers_per_stage=[4]")
+    with RunDirectory.create(config):
+        settled, cost = settle_together(config, read_architecture(root / "model"), [[[20, 30]]], dist.group.WORLD)
+        lines = ["microbatch_tokens: auto is 256", f"parallel.layers_per_stage: null is {list(settled.parallel.layers_per_stage)}"]
+        assert capsys.readouterr().out.splitlines() == lines
+        assert load_config("run/config.yaml") == settled and cost == planner_cost(settled, read_architecture(root / "model"), CPU)
+        assert settle_together(given, read_architecture(root / "model"), [[[20, 30]]], dist.group.WORLD)[0] == given
+        assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("parallel", [{"pp": 2}, {"dp": 2}])
+def test_a_run_records_what_it_settled(parallel, root, pool, tmp_path):
+    rows = {"datasets": [{"path": str(root / "rows.jsonl"), "type": "prompt_completion"}], "global_batch_size": 3, "max_steps": 2}
+    jobs = [{"name": name, **rows} for name in ("one", "two")]
+    path = runs.write_config(tmp_path / "config.yaml", root / "model", tmp_path / "run", jobs, parallel, "auto")
+    assert runs.start(pool, path, parallel) == 0
+    written = load_config(tmp_path / "run" / "config.yaml")
+    assert isinstance(written.microbatch_tokens, int) and len(written.parallel.layers_per_stage) == parallel.get("pp", 1)
+    assert dataclasses.replace(written, microbatch_tokens="auto", parallel=load_config(path).parallel) == load_config(path)
+    window = json.loads((tmp_path / "run" / "plan" / "window-0000.json").read_text())
+    assert max(sum(entry[3] for entry in slot) for slot in window["microbatches"]) <= written.microbatch_tokens
