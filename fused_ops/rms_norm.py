@@ -28,7 +28,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor |
     return F.rms_norm(total, weight.shape, weight, eps), total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, rstd_ptr, num_rows, num_cols, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -49,7 +49,7 @@ def _forward_kernel(
     tl.store(y_ptr + o, (b_x * b_rstd[:, None] * b_weight[None, :]).to(y_ptr.dtype.element_ty), m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     dy_ptr, dtotal_ptr, total_ptr, weight_ptr, rstd_ptr, dx_ptr, y_ptr, num_rows, num_cols,
     ADD: tl.constexpr, REFILL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
