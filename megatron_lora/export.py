@@ -36,15 +36,23 @@ class AdapterCollector:
         self.factors_of_rank: Sequence[Sequence[Sequence[Factor]]] = factors
         self.written: queue.SimpleQueue[int] = queue.SimpleQueue()  # slots whose files are there
         self.failure: BaseException | None = None
-        self.waiting: queue.SimpleQueue[tuple[int, Tensor] | None] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[tuple[int, Tensor, torch.cuda.Event | None] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="adapter-collector", daemon=True)
         self.thread.start()
 
-    def submit(self, slot: int) -> None:
-        """Hand over a job's masters as they are now; raises what a previous collection raised."""
+    def submit(self, slot: int, failed: Tensor) -> None:
+        """Hand over a job's masters as they are now, unless it has `failed`, bool [], which all ranks agree on; waits for nothing.
+
+        Raises what a previous collection raised.
+        """
         self._raise_failure()
         parts = [self.arena.view(factor, self.arena.master).reshape(-1) for factor in self.arena.factors[slot]]
-        self.waiting.put((slot, torch.cat(parts).cpu() if parts else torch.empty(0)))
+        values, copied = torch.cat([*parts, failed.float()[None]]), None
+        if values.is_cuda:
+            values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self.waiting.put((slot, values, copied))
 
     def finish(self) -> None:
         """Wait until everything that was submitted is written."""
@@ -59,7 +67,11 @@ class AdapterCollector:
     def _work(self) -> None:
         try:
             while (item := self.waiting.get()) is not None:
-                self._collect(*item)
+                slot, values, copied = item
+                if copied is not None:
+                    copied.synchronize()
+                if not values[-1]:
+                    self._collect(slot, values[:-1])
         except BaseException as failure:  # carried to the main thread, which raises it
             self.failure = failure
 

@@ -134,9 +134,14 @@ class JobOptimizer:
         row = (lr / correction1, beta1, beta2, epsilon, keep, clip, correction2.sqrt(), apply.double(), rest1, rest2)
         return torch.stack(row).float()
 
+    @property
+    def failed(self) -> Tensor:
+        """Whether the job has given up, bool [] on the device."""
+        return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
     def has_failed(self) -> bool:
         """Say whether the job has given up; waits for the device."""
-        return int(self.skipped_in_a_row) >= MAX_SKIPPED_IN_A_ROW
+        return bool(self.failed)
 
     def unmoved(self) -> list[str]:
         """Return the paths of modules whose B has had no gradient in any applied step; waits for the device."""

@@ -86,8 +86,8 @@ def run(config: RunConfig) -> int:
             job, optimizer = jobs[done.job], optimizers[done.job]
             if _is_first_move(optimizer, done.step):
                 _tell_unmoved(job, optimizer)
-            if done.step == job.num_steps - 1 and not optimizer.has_failed():
-                collector.submit(done.job)
+            if done.step == job.num_steps - 1:
+                collector.submit(done.job, optimizer.failed)
             if desk is not None:
                 desk.on_step(done, collector.written)
 

@@ -87,6 +87,7 @@ def test_neighbours_with_other_rows_and_nan_change_no_bit(parallel, scene, pool,
     status = json.loads((tmp_path / "nan" / "status.json").read_text())["jobs"]
     assert status["other"]["state"] == "failed" and "not finite" in status["other"]["reason"]
     assert status["first"]["state"] == status["last"]["state"] == "done"
+    assert [(tmp_path / "nan/jobs" / name / "adapter_model.safetensors").exists() for name in ("other", "first")] == [False, True]
     rows = [json.loads(line) for line in (tmp_path / "nan/jobs/other/metrics.jsonl").read_text().splitlines()]
     assert all(row["skipped"] and row["loss"] is None and row["grad_norm"] is None for row in rows)
 
