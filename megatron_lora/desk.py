@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from megatron_lora.config import RunConfig
 from megatron_lora.executor import StepDone
 from megatron_lora.jobs import TrainingJob
-from megatron_lora.metrics import Observer, StepReport, make_observers
+from megatron_lora.metrics import JobSummary, Observer, StepReport
+from megatron_lora.observers import make_observers
 from megatron_lora.optimizer import MAX_SKIPPED_IN_A_ROW
 from megatron_lora.reports import StepReporter
 from megatron_lora.run_dir import RunDirectory
@@ -27,7 +28,7 @@ class Desk:
         for job in jobs:
             print(f"{job.config.name}: {job.data.describe()}; {job.num_steps} steps", flush=True)
         self.directory = RunDirectory.join(config)
-        self.observers: Sequence[Observer] = make_observers(config, jobs)
+        self.observers: Sequence[Observer] = make_observers(config.output_dir, [JobSummary(job.config.name, job.num_steps) for job in jobs])
         self.reporter = StepReporter(jobs, self._report)
         self.on_forward = self.reporter.on_forward
         self.skipped_in_a_row = [0] * len(jobs)

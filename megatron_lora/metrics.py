@@ -1,28 +1,21 @@
 """What a run reports: a StepReport per optimizer step of each job, handed to observers, never computed for them.
 
 An observer is told what happens and changes nothing. The one that is always there writes `jobs/<name>/metrics.jsonl`, an object per
-step, flushed line by line; a number that is not finite is null. Others show progress (display.py) and feed trackers (trackers.py).
-
-    observers = make_observers(config, jobs)        # on the rank that reports; call close() on each at the end, whatever happened
-    for observer in observers: observer.on_step(report)
+step, flushed line by line; a number that is not finite is null. Others show progress (display.py) and feed trackers (trackers.py);
+observers.py starts those that a run has.
 """
 
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from megatron_lora.errors import UserError
 
-if TYPE_CHECKING:
-    from megatron_lora.config import RunConfig
-    from megatron_lora.jobs import TrainingJob
-
 METRICS_FILE = "metrics.jsonl"
-WANDB_PROJECT = "MEGATRON_LORA_WANDB"  # environment variable: the Weights & Biases project to report to
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,32 +110,6 @@ def read_metrics(path: str | Path) -> list[dict[str, object]]:
         except ValueError as error:
             raise UserError(f"{path}:{number}: is not valid JSON ({error}); restore the file") from None
     return rows
-
-
-def make_observers(config: "RunConfig", jobs: Sequence["TrainingJob"], environment: Mapping[str, str] = os.environ) -> tuple[Observer, ...]:
-    """Start the observers of a run: files, TensorBoard, the display, and Weights & Biases where the environment names a project."""
-    from megatron_lora.display import make_display
-    from megatron_lora.trackers import TensorBoardMetrics, WandbMetrics
-
-    observers: list[Observer] = [JsonlMetrics(config.output_dir), TensorBoardMetrics(config.output_dir)]
-    if environment.get(WANDB_PROJECT):
-        observers.append(WandbMetrics(config.output_dir, environment[WANDB_PROJECT]))
-    observers.append(make_display())
-    start(observers, [JobSummary(job.config.name, job.num_steps) for job in jobs])
-    return tuple(observers)
-
-
-def start(observers: Iterable[Observer], jobs: Sequence[JobSummary]) -> None:
-    """Tell each observer of the jobs; when one cannot start, close those that have."""
-    started: list[Observer] = []
-    try:
-        for observer in observers:
-            observer.on_start(jobs)
-            started.append(observer)
-    except UserError:
-        for observer in started:
-            observer.close()
-        raise
 
 
 def _drop_half_line(path: Path) -> None:

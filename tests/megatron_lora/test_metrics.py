@@ -11,10 +11,10 @@ import types
 import pytest
 from rich.console import Console
 
-from megatron_lora.config import DatasetConfig, JobConfig, RunConfig
 from megatron_lora.display import LiveTable, Outlet, PlainLines, duration, make_display
 from megatron_lora.errors import UserError
-from megatron_lora.metrics import JobSummary, JsonlMetrics, StepReport, make_observers, metrics_file, read_metrics
+from megatron_lora.metrics import JobSummary, JsonlMetrics, StepReport, metrics_file, read_metrics
+from megatron_lora.observers import make_observers
 from megatron_lora.plots import plot_losses, smooth
 from megatron_lora.trackers import TensorBoardMetrics, WandbMetrics
 
@@ -280,11 +280,8 @@ def test_durations():
 def test_a_run_gets_its_observers_started(tmp_path, monkeypatch, capsys):
     log = []
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(log))
-    config = JobConfig(name="a", datasets=(DatasetConfig(path="x.jsonl", type="text"),))
-    run = RunConfig(base_model="m", output_dir=str(tmp_path), jobs=(config,))
-    job = types.SimpleNamespace(config=config, num_steps=4)
     for environment, trackers in (({}, []), ({"MEGATRON_LORA_WANDB": "p"}, [("a", "p", tmp_path.name)])):
-        observers = make_observers(run, [job], environment)
+        observers = make_observers(tmp_path, [JobSummary("a", 4)], environment)
         assert log == trackers
         for observer in observers:
             observer.on_step(report())
