@@ -22,6 +22,8 @@ exit status: 0 all jobs done, 2 wrong input, 3 some jobs failed, 75 preempted (r
     "plan": """examples:
   megatron-lora plan configs/quickstart.yaml
   megatron-lora plan configs/quickstart.yaml --plot plan.png
+  megatron-lora plan configs/pipeline_70b.yaml --device h200 microbatch_tokens=auto
+  megatron-lora plan configs/quickstart.yaml --policy round-robin
   megatron-lora plan configs/quickstart.yaml parallel.pipeline=4 microbatch_tokens=8192""",
     "preview": """examples:
   megatron-lora preview configs/quickstart.yaml --job summarise
@@ -61,13 +63,16 @@ def make_parser() -> argparse.ArgumentParser:
         )
 
     train = add("train", "train the jobs of a config; starts torchrun itself, with the ranks the config needs")
-    plan = add("plan", "show how the jobs would share the pipeline: slots, fill, no-ops, bubble; needs no GPU and trains nothing")
+    plan = add("plan", "show how the jobs would share the pipeline: slots, fill, bubble, seconds, memory; needs no GPU and trains nothing")
     preview = add("preview", "show the tokens of a few samples of a job, with those that the loss counts marked")
     add("doctor", "show versions, devices, the backends that will be used, what is missing and what that costs")
     for command in (train, plan, preview):
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
         command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
     plan.add_argument("--plot", metavar="FILE", help="also draw the plan, stage by stage, into a new .png, .svg or .pdf")
+    plan.add_argument("--policy", metavar="NAME", help="ours (default), or for comparison flush, round-robin, grouped, greedy")
+    plan.add_argument("--device", metavar="NAME", help="predict for h100, h200, a100 or cpu (default: the GPU that is here, else h100)")
+    plan.add_argument("--cost", metavar="FILE", help="take seconds from a measured cost model, a JSON file")
     preview.add_argument("--job", required=True, metavar="NAME", help="the job whose samples are shown")
     preview.add_argument("--samples", type=int, default=3, metavar="N", help="how many samples (default: 3)")
     return parser
@@ -86,7 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "plan":
         from megatron_lora import plan_report
 
-        return plan_report.main(arguments.config, arguments.overrides, arguments.plot)
+        a = arguments
+        options = plan_report.Options(policy=a.policy, plot=a.plot, device=a.device, cost=a.cost)
+        return plan_report.main(a.config, a.overrides, options)
     if arguments.command == "preview":
         from megatron_lora import preview
 

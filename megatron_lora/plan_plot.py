@@ -23,7 +23,7 @@ def check_plot_path(path: str) -> None:
         raise UserError(f"--plot: {path!r} lies in no directory; make {str(Path(path).parent)!r} first")
 
 
-def draw(path: str, timeline: Timeline, stream: Stream, jobs: Sequence[str]) -> None:
+def draw(path: str, timeline: Timeline, stream: Stream, jobs: Sequence[str], unit: str = "tokens' forwards") -> None:
     """Draw a simulated stream into a new picture file."""
     from matplotlib.colors import hsv_to_rgb
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def draw(path: str, timeline: Timeline, stream: Stream, jobs: Sequence[str]) -> 
             start += width
     axes.set_yticks(range(timeline.num_stages), [f"stage {stage}" for stage in range(timeline.num_stages)])
     axes.invert_yaxis()
-    axes.set_xlabel("predicted time, in tokens' forwards")
+    axes.set_xlabel(f"predicted time, in {unit}")
     handles = [axes.barh(0, 0, color=colour) for colour in colours]
     axes.legend(handles, jobs, ncols=min(8, len(jobs)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.savefig(path, dpi=150)

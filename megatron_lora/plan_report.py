@@ -1,52 +1,80 @@
 """What `megatron-lora plan` says: how the jobs of a config would share the pipeline, before anything is trained.
 
-For the run and for each job trained alone: slots, how full they are, no-ops, and the bubble, the share of the stages' time that is
-idle. A job *gains* by being co-trained when adding it to the others takes less time than training it alone.
+A job's line is the job by itself, as it is trained without us: a flush after each of its steps, over its best number of microbatches.
+"one by one" are these one after another, "together" is one run of all jobs under the chosen policy. A job's gain is its time by itself
+over its share of the time together, by its share of the work; the gain in all is one by one over together.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_lora.architecture import Architecture, layers_of_stages
 from megatron_lora.checks import read_inputs
 from megatron_lora.config import RunConfig, load_config
+from megatron_lora.config_rules import one_of
+from megatron_lora.devices import named_device, this_gpu
+from megatron_lora.errors import UserError
+from megatron_lora.forecast import Figures, Forecast, Workload, forecast
 from megatron_lora.order import job_steps
 from megatron_lora.plan_plot import check_plot_path, draw
-from scheduling.planner import plan_stream
-from scheduling.simulate import simulate
-from scheduling.slot_cost import SlotCost, slot_times
-from scheduling.timing import makespan
-from scheduling.types import Lengths, Stream
+from megatron_lora.settle import cost_of, describe, memory_of, planner_cost, settle
+from scheduling.cost import DEVICES, CostModel, Device
+from scheduling.memory import RESERVED
+from scheduling.policies import POLICIES, Runs
+from scheduling.windows import plan_windows
 
-WORTH = 0.02  # a gain below this share of the time is called nothing
+WORTH = 0.02  # a gain below this is called nothing
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """A stream in numbers; `time` is the makespan in units of one token's forward on one stage."""
+class Options:
+    """What the command line says besides the config; None is the default of each."""
 
-    tokens: int
-    slots: int
-    noops: int
-    fill: float
-    time: float
-    bubble: float
+    policy: str | None = None
+    plot: str | None = None
+    device: str | None = None
+    cost: str | None = None
 
 
-def main(config_path: str, overrides: list[str], plot: str | None = None) -> int:
-    """Print the plan of a config, and draw it into the file `plot`; returns 0."""
-    config = load_config(config_path, overrides)
-    if plot is not None:
-        check_plot_path(plot)
-    workload = lengths_of_jobs(config, read_inputs(config).data)
-    stream = plan(config, workload)
-    together = figures_of(config, stream, workload)
-    alone = [figures_of(config, plan(config, [steps]), [steps]) for steps in workload]
-    gains = [gain(config, workload, job, together.time, alone[job].time) for job in range(len(workload))]
-    print("\n".join(report(config, workload, together, alone, gains)))
-    if plot is not None:
-        times = slot_times(stream, workload, SlotCost())
-        draw(plot, simulate(stream, config.parallel.pipeline, times, delay=delay_of(config)), stream, [job.name for job in config.jobs])
+def main(config_path: str, overrides: list[str], options: Options | None = None) -> int:
+    """Print the plan of a config, and draw it into the file `options.plot`; returns 0."""
+    options = options or Options()
+    policy = one_of(*POLICIES)("--policy", options.policy or "ours")
+    named = None if options.device is None else named_device("--device", options.device)
+    if options.plot is not None:
+        check_plot_path(options.plot)
+    given = load_config(config_path, overrides)
+    measured = None if options.cost is None else read_cost(options.cost, given.parallel.pipeline)
+    inputs = read_inputs(given)
+    gpu = None if named else this_gpu()
+    device = named or gpu or DEVICES["h100"]
+    lengths = lengths_of_jobs(given, inputs.data)
+    config = settle(given, inputs.architecture, lengths, device)
+    cost, weights = measured or cost_of(config, inputs.architecture, device), planner_cost(config, inputs.architecture, device)
+    workload = Workload.of(config, lengths, cost, weights)
+    together, solo = forecast(runs_of(policy, workload), workload), forecast(runs_of("flush", workload), workload)
+    lines = [*describe(given, config), *table(config, policy, workload, solo, together), ""]
+    lines += stage_table(config, inputs.architecture, device, workload, together)
+    lines += ["", basis(device, named or gpu, options.cost), *advice(config, policy, solo, together)]
+    print("\n".join(lines))
+    if options.plot is not None:
+        draw(options.plot, together.timeline, together.stream, [job.name for job in config.jobs], "seconds")
     return 0
+
+
+def read_cost(path: str, num_stages: int) -> CostModel:
+    """Read a cost model (CostModel.to_json) of as many stages."""
+    try:
+        model = CostModel.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"--cost: {path!r} cannot be read ({error.strerror}); name a JSON file") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"--cost: {path!r} holds no cost model; write one with scripts/bench/compare_timeline.py RUN --cost FILE") from None
+    if len(model.stages) != num_stages:
+        raise UserError(f"--cost: {path!r} is of {len(model.stages)} stages and parallel.pipeline is {num_stages}; measure such a run")
+    return model
 
 
 def lengths_of_jobs(config: RunConfig, data: Sequence) -> list[list[list[int]]]:
@@ -59,76 +87,98 @@ def lengths_of_jobs(config: RunConfig, data: Sequence) -> list[list[list[int]]]:
     return workload
 
 
-def plan(config: RunConfig, workload: Lengths) -> Stream:
-    """Plan a workload as training does."""
-    return plan_stream(workload, config.parallel.pipeline, config.microbatch_tokens, delay_of(config))
+def runs_of(policy: str, workload: Workload) -> Runs:
+    """Plan the workload by a policy; ours in rolling windows, as training does."""
+    stages, capacity, weights = workload.num_stages, workload.capacity, workload.weights
+    if policy != "ours":
+        return POLICIES[policy](workload.planned, stages, capacity, weights)
+    windows = plan_windows(workload.planned, stages, capacity, delay=workload.delay, cost=weights)
+    return (tuple(microbatch for window in windows for microbatch in window),)
 
 
-def delay_of(config: RunConfig) -> int:
-    """Slots by which a verdict is later where a norm is summed over other ranks of the stage."""
-    return int(config.parallel.tensor * config.parallel.data > 1)
+def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, together: Forecast) -> list[str]:
+    """One line per job by itself, one for all of them one by one, one for the run of all."""
+    names = [*(job.name for job in config.jobs), "one by one", f"together, {policy}"]
+    width = max(map(len, names))
+    columns = ("steps", "tokens", "slots", "fill", "uneven", "padding", "no-ops", "bubble", "seconds", "tokens/s", "gain")
+    widths = (6, 11, 7, 6, 7, 8, 7, 7, 9, 10, 6)
+    lines = [" ".join([" " * width, *(f"{column:>{w}}" for column, w in zip(columns, widths, strict=True))])]
 
+    def row(name: str, steps: int, f: Figures, gained: float | None) -> str:
+        cells = (
+            *(f"{steps}", f"{f.tokens:,}", f"{f.slots}", f"{f.fill:.0%}", f"{f.uneven:.0%}", f"{f.padding:.1%}", f"{f.noops}"),
+            *(f"{f.bubble:.1%}", amount(f.seconds), amount(f.tokens / f.seconds), "" if gained is None else f"{gained:.2f}x"),
+        )
+        return " ".join([f"{name:{width}}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))])
 
-def figures_of(config: RunConfig, stream: Stream, workload: Lengths) -> Figures:
-    """Measure a stream of a config's run."""
-    return measure(stream, workload, config.parallel.pipeline, config.microbatch_tokens)
-
-
-def measure(stream: Stream, workload: Lengths, num_stages: int, budget: int) -> Figures:
-    """Count a stream and time it under 1F1B on even stages."""
-    costs = slot_times(stream, workload, SlotCost())
-    time = makespan(costs, num_stages)
-    tokens, slots = sum(microbatch.num_tokens for microbatch in stream), len(stream)
-    return Figures(
-        tokens=tokens,
-        slots=slots,
-        noops=sum(microbatch.is_noop for microbatch in stream),
-        fill=tokens / (slots * budget) if slots else 0.0,
-        time=time,
-        bubble=1 - 2 * sum(costs) / time if time else 0.0,
-    )
-
-
-def gain(config: RunConfig, workload: Lengths, job: int, together: float, alone: float) -> float:
-    """Share of a job's time alone that co-training saves: 1 - (time with it - time without it) / time alone."""
-    others = [steps for other, steps in enumerate(workload) if other != job]
-    if not others:
-        return 0.0
-    without = figures_of(config, plan(config, others), others).time
-    return 1 - (together - without) / alone
-
-
-def report(config: RunConfig, workload: Lengths, together: Figures, alone: Sequence[Figures], gains: Sequence[float]) -> list[str]:
-    """Lay the figures out as lines: a table, then what it means in plain words."""
-    width = max(len("together"), *(len(job.name) for job in config.jobs))
-    lines = [f"{'':{width}}  {'steps':>6} {'tokens':>10} {'slots':>7} {'fill':>6} {'no-ops':>7} {'bubble':>7} {'gain':>6}"]
-
-    def row(name: str, steps: int, figures: Figures, gained: str) -> str:
-        f = figures
-        return f"{name:{width}}  {steps:>6} {f.tokens:>10,} {f.slots:>7} {f.fill:>6.0%} {f.noops:>7} {f.bubble:>7.1%} {gained:>6}"
-
-    for job, steps, figures, gained in zip(config.jobs, workload, alone, gains, strict=True):
-        lines.append(row(job.name, len(steps), figures, f"{gained:.0%}" if len(config.jobs) > 1 else ""))
-    after_each_other = sum(figures.time for figures in alone)
-    saved = 1 - together.time / after_each_other
-    lines.append(row("together", sum(map(len, workload)), together, f"{saved:.0%}" if len(config.jobs) > 1 else ""))
-    stages = config.parallel.pipeline
-    lines.append("")
-    lines.append(
-        f"{stages} {'stage' if stages == 1 else 'stages'}, {config.microbatch_tokens} tokens per microbatch; a job's line is the job alone."
-    )
-    lines.append("Times are predicted from tokens, for even stages.")
-    return [*lines, *advice(config, saved, gains)]
-
-
-def advice(config: RunConfig, saved: float, gains: Sequence[float]) -> list[str]:
-    """Say in words whether co-training pays."""
-    if len(config.jobs) == 1:
-        return ["One job: there is nothing to co-train it with."]
-    if saved < WORTH:
-        return ["Co-training gains nothing here: one after another the jobs would take the same time."]
-    lines = [f"Together the jobs take {saved:.0%} less time than one after another."]
-    idle = [job.name for job, gained in zip(config.jobs, gains, strict=True) if gained < WORTH]
-    if idle:
-        lines.append(f"Does not gain by being co-trained: {', '.join(idle)}.")
+    gains = gains_of(solo, together)
+    for job, steps in enumerate(workload.lengths):
+        lines.append(row(names[job], len(steps), solo.of_job(job), gains[job]))
+    steps = sum(map(len, workload.lengths))
+    lines.append(row(names[-2], steps, solo.figures, None))
+    lines.append(row(names[-1], steps, together.figures, solo.figures.seconds / together.figures.seconds))
     return lines
+
+
+def gains_of(solo: Forecast, together: Forecast) -> list[float]:
+    """Each job's time by itself / its share of the time together."""
+    shares = together.shares()
+    return [solo.of_job(job).seconds / (shares[job] * together.figures.seconds) for job in range(len(shares))]
+
+
+def stage_table(config: RunConfig, architecture: Architecture, device: Device, workload: Workload, together: Forecast) -> list[str]:
+    """One line per stage: its layers, how long it is idle, and its memory; a warning where that does not fit."""
+    columns = ("stage", "layers", "bubble", "weights", "adapters", "activations", "memory")
+    lines = ["".join(f"{column:>{len(column) + 4}}" for column in columns)[4:]]
+    over = []
+    layers = layers_of_stages(architecture.num_layers, config.parallel)
+    for stage, memory in enumerate(memory_of(config, architecture, device)):
+        in_flight, largest = together.tokens_in_flight(stage), together.largest_slot
+        total = memory.total(in_flight, largest)
+        activations = total - memory.weights - memory.adapters
+        cells = (
+            *(f"{stage}", f"{len(layers[stage])}", f"{together.timeline.bubble(stage):.1%}"),
+            *(size(each) for each in (memory.weights, memory.adapters, activations, total)),
+        )
+        lines.append("".join(f"{cell:>{len(column) + 4}}" for cell, column in zip(cells, columns, strict=True))[4:])
+        if total > device.memory_bytes * (1 - RESERVED):
+            over.append(f"stage {stage} needs {size(total)}")
+    if over:
+        lines.append(
+            f"Too much for {size(device.memory_bytes)} on {device.name}: {', '.join(over)}; lower microbatch_tokens, set recompute, or use "
+            "more stages or tensor ranks."
+        )
+    return lines
+
+
+def basis(device: Device, asked: Device | None, cost: str | None) -> str:
+    """Say what the seconds stand on."""
+    if cost is not None:
+        return f"Seconds are by the measured cost model {cost}; communication is not counted. Memory is for {device.name}."
+    if asked is None:
+        return f"This machine has no GPU: seconds and memory are predicted for {device.name} (choose with --device), without communication."
+    return f"Seconds and memory are predicted for {device.name}, without communication."
+
+
+def advice(config: RunConfig, policy: str, solo: Forecast, together: Forecast) -> list[str]:
+    """Say in words whether co-training pays, and for whom not."""
+    stages, gain = config.parallel.pipeline, solo.figures.seconds / together.figures.seconds
+    where = {1: "One GPU" if config.parallel.world_size == 1 else "One stage"}.get(stages, f"{stages} stages")
+    if gain < 1 + WORTH:
+        reason = ", and each job fills its microbatches" if stages == 1 else ", and each job keeps them busy"
+        return [f"{where}{reason if policy == 'ours' else ''}: expect {gain:.1f}x."]
+    lines = [f"{where}, {config.microbatch_tokens} tokens per microbatch: expect {gain:.2f}x over the jobs one by one."]
+    if len(config.jobs) > 1:
+        idle = [job.name for job, gained in zip(config.jobs, gains_of(solo, together), strict=True) if gained < 1 + WORTH]
+        lines += [f"Does not gain by being co-trained: {', '.join(idle)}."] if idle else []
+    return lines
+
+
+def amount(value: float) -> str:
+    """Three digits at least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

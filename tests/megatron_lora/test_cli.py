@@ -6,6 +6,7 @@ they end in the ways that matter without loading a model.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from megatron_lora import agent, doctor, launch
 from megatron_lora.__main__ import main
 from megatron_lora.config import load_config
 from megatron_lora.errors import UserError
-from megatron_lora.plan_report import measure
+from megatron_lora.forecast import Workload, forecast
 from megatron_lora.run_dir import RunDirectory
 from megatron_lora.worker import LAUNCHED
+from scheduling.cost import CostModel, PassCost, StageCost
+from scheduling.data_parallel import deal
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch, Segment
 
@@ -232,35 +235,113 @@ def test_help_shows_examples_and_loads_nothing_heavy(command):
     assert ran.stdout.endswith("set()\n")
 
 
-def test_plan_shows_each_job_and_what_co_training_gains(scene, capsys):
-    assert main(["plan", "config.yaml"]) == 0
+def planned(capsys, *arguments: str) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]], list[str]]:
+    """Run plan; returns its table of jobs, its table of stages, and its sentences."""
+    assert main(["plan", "config.yaml", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:4]] == ["a", "b", "together"]
-    assert "2 stages, 64 tokens per microbatch" in lines[5] and "less time than one after another" in lines[7]
-    together = dict(zip(lines[0].split(), lines[3].split()[1:], strict=True))
-    alone = [dict(zip(lines[0].split(), line.split()[1:], strict=True)) for line in lines[1:3]]
-    assert together["steps"] == "6" and int(together["slots"]) < sum(int(job["slots"]) for job in alone)
+    heads = [number for number, line in enumerate(lines) if line.split()[-1:] in (["gain"], ["memory"])]
+    jobs, stages = ({}, {})
+    for table, head in zip((jobs, stages), heads, strict=True):
+        columns = lines[head].split()
+        for number in range(head + 1, len(lines)):
+            cells = re.split(
+                r"(?<!together,) +", lines[number].replace("one by one", "one-by-one").replace(" GB", "GB").replace(" MB", "MB").strip()
+            )
+            if not lines[number] or lines[number].startswith("Too much"):
+                break
+            table[cells[0]] = dict(zip(columns, cells[1:] if table is jobs else cells, strict=False))
+    return jobs, stages, lines[: heads[0]] + lines[heads[1] + 1 + len(stages) :]
+
+
+def test_plan_shows_each_job_each_stage_and_what_co_training_gains(scene, capsys):
+    jobs, stages, words = planned(capsys)
+    assert list(jobs) == ["a", "b", "one-by-one", "together, ours"] and list(stages) == ["0", "1"]
+    one_by_one, together = jobs["one-by-one"], jobs["together, ours"]
+    assert together["steps"] == one_by_one["steps"] == "6" and together["tokens"] == one_by_one["tokens"]
+    assert int(jobs["a"]["slots"]) + int(jobs["b"]["slots"]) == int(one_by_one["slots"]) > int(together["slots"])
+    seconds = {name: float(row["seconds"]) for name, row in jobs.items()}
+    assert seconds["a"] + seconds["b"] == pytest.approx(seconds["one-by-one"], rel=0.01)
+    gain = float(together["gain"].rstrip("x"))
+    assert gain == pytest.approx(seconds["one-by-one"] / seconds["together, ours"], rel=0.02) and gain > 1.1
+    assert f"expect {gain:.2f}x over the jobs one by one." in "\n".join(words)
+    assert sum(int(row["layers"]) for row in stages.values()) == 4
+    assert any("This machine has no GPU: seconds and memory are predicted for h100" in line for line in words)
     assert not Path("out").exists()
+
+
+def test_plan_takes_a_policy_a_device_and_a_measured_cost(scene, capsys):
+    together = "together, ours"
+    ours = float(planned(capsys)[0][together]["seconds"])
+    assert float(planned(capsys, "--policy", "flush")[0]["together, flush"]["gain"].rstrip("x")) == 1.0
+    assert float(planned(capsys, "--policy", "round-robin")[0]["together, round-robin"]["seconds"]) >= ours
+    on_cpu, _, words = planned(capsys, "--device", "cpu")
+    assert float(on_cpu[together]["seconds"]) > ours and any("predicted for cpu" in line for line in words)
+    second = {"per_token": 0.0, "per_square": 0.0, "per_rank_token": 0.0, "fixed": 1.0}  # each slot a second there, a second back
+    Path("cost.json").write_text(json.dumps([{"forward": second, "backward": second}] * 2))
+    measured, _, words = planned(capsys, "--cost", "cost.json")
+    assert float(measured[together]["seconds"]) == 2 * (int(measured[together]["slots"]) + 1)  # and one to fill and drain
+    assert any("by the measured cost model cost.json" in line for line in words)
+
+
+def test_plan_settles_what_is_open_and_warns_of_too_little_memory(scene, capsys):
+    _, stages, words = planned(capsys, "microbatch_tokens=auto", "parallel.layers_per_stage=[3, 1]")
+    assert any(line.startswith("microbatch_tokens: auto is ") for line in words) and stages["0"]["layers"] == "3"
+    huge = ["load_weights=false", "defaults.r=256", "defaults.lora_alpha=1"]
+    config = json.loads(Path(yaml.safe_load(Path("config.yaml").read_text())["base_model"], "config.json").read_text())
+    Path("wide").mkdir()
+    for file in Path(yaml.safe_load(Path("config.yaml").read_text())["base_model"]).glob("token*"):
+        Path("wide", file.name).write_bytes(file.read_bytes())
+    Path("wide/config.json").write_text(json.dumps(config | {"intermediate_size": 10**7}))
+    assert any(
+        "Too much for 8.0 GB on cpu: stage 0 needs" in line for line in planned(capsys, *huge, "base_model=wide", "--device", "cpu")[2]
+    )
+
+
+def test_plan_counts_replicas_and_padding(scene, capsys):
+    alone = planned(capsys, "parallel.pipeline=1")[0]["together, ours"]
+    both = planned(capsys, "parallel.pipeline=1", "parallel.data=2")[0]["together, ours"]
+    assert both["tokens"] == alone["tokens"] and int(both["fill"][:-1]) < int(alone["fill"][:-1])  # of twice the slots
+    assert both["padding"] == "0.0%"
+    padded = planned(capsys, "parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true")[0]["together, ours"]
+    assert padded["padding"] != "0.0%"
 
 
 def test_plan_says_when_co_training_gains_nothing(scene, capsys):
     Path("even.jsonl").write_text('{"prompt": "a b c d e f", "completion": " g h"}\n' * 5)
     even = [f"jobs.{name}.datasets.0.path=even.jsonl" for name in ("a", "b")]
-    assert main(["plan", "config.yaml", "parallel.pipeline=1", "microbatch_tokens=10", *even]) == 0  # one sample fills a slot
-    assert "Co-training gains nothing here" in capsys.readouterr().out
-    config = yaml.safe_load(Path("config.yaml").read_text())
-    Path("config.yaml").write_text(yaml.safe_dump(config | {"jobs": config["jobs"][:1]}))
-    assert main(["plan", "config.yaml"]) == 0
-    assert "nothing to co-train it with" in capsys.readouterr().out
+    words = planned(capsys, "parallel.pipeline=1", "microbatch_tokens=10", *even)[2]  # one sample fills a slot
+    assert words[-1] == "One GPU, and each job fills its microbatches: expect 1.0x."
+    assert planned(capsys, "parallel.pipeline=2", "--policy", "flush")[2][-1] == "2 stages: expect 1.0x."
 
 
-def test_figures_count_fill_no_ops_and_bubble():
-    full = Microbatch((Segment(0, 0, (0,), 100),))
-    slot = SlotCost().slot([100])
-    figures = measure((full, Microbatch(), full), [[[100]]], num_stages=1, budget=200)
-    assert (figures.tokens, figures.slots, figures.noops) == (200, 3, 1)
-    assert figures.fill == 200 / 600 and figures.bubble == 0.0 and figures.time == pytest.approx(2 * 2 * slot)
-    assert measure((full,), [[[100]]], num_stages=3, budget=100).bubble == pytest.approx(2 / 3)
+def test_a_plan_in_figures_by_hand():
+    second = PassCost(per_token=0.01, per_square=0.0, per_rank_token=0.0, fixed=0.0)
+    lengths = [[[100]], [[50, 50]]]
+
+    def workload(num_stages: int, replicas: int = 1) -> Workload:
+        return Workload(
+            dealt=deal(lengths, replicas),
+            ranks=(8, 8),
+            num_stages=num_stages,
+            num_replicas=replicas,
+            capacity=200,
+            delay=0,
+            row_multiple=1,
+            cost=CostModel((StageCost(second, second),) * num_stages),
+            weights=SlotCost(),
+        )
+
+    full, half = Microbatch((Segment(0, 0, (0,), 100),)), Microbatch((Segment(1, 0, (0, 1), 100),))
+    once = forecast(((full, Microbatch(), half),), workload(1))
+    f = once.figures
+    assert (f.tokens, f.slots, f.noops, f.fill, f.uneven, f.padding) == (200, 3, 1, 200 / 600, 0.0, 0.0)
+    assert f.seconds == pytest.approx(4.0) and f.bubble == pytest.approx(0.0) and once.shares() == [0.5, 0.5]
+    assert forecast(((full,),), workload(3)).figures.bubble == pytest.approx(2 / 3)
+    flushed = forecast(((full,), (half,)), workload(3))
+    assert flushed.figures.seconds == pytest.approx(12.0) and flushed.of_job(1).seconds == pytest.approx(6.0)
+    assert flushed.tokens_in_flight(0) == 100 and once.tokens_in_flight(0) == 100 and once.largest_slot == 100
+    dealt = forecast(((full, Microbatch((Segment(1, 0, (0,), 50),))),), workload(1, replicas=2)).figures
+    assert dealt.tokens == 200 and dealt.seconds == pytest.approx(3.0)  # 100 tokens on one replica, then 50 on both
 
 
 def test_plan_draws_a_new_picture_and_overwrites_none(scene, capsys):
