@@ -59,11 +59,13 @@ def _first_rank(config: RunConfig, launched: bool) -> int:
 def _run(config: RunConfig) -> int:
     """Check the number of ranks and hand over to train.py."""
     _check_world_size(config)
+    import torch.distributed as dist
+
     from megatron_lora import train
-    from megatron_lora.compat import destroy_parallel
 
     status = train.run(config)
-    destroy_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return status
 
 
