@@ -88,11 +88,12 @@ def lengths_of_jobs(config: RunConfig, data: Sequence) -> list[list[list[int]]]:
 
 
 def runs_of(policy: str, workload: Workload) -> Runs:
-    """Plan the workload by a policy; ours in rolling windows, as training does."""
-    stages, capacity, weights = workload.num_stages, workload.capacity, workload.weights
+    """Plan the workload by a policy: ours as training does, in rolling windows by its weights; others at their best for the real cost."""
+    stages, capacity = workload.num_stages, workload.capacity
     if policy != "ours":
-        return POLICIES[policy](workload.planned, stages, capacity, weights)
-    windows = plan_windows(workload.planned, stages, capacity, delay=workload.delay, cost=weights)
+        real = workload.cost.slot_cost(sum(workload.ranks) / len(workload.ranks))
+        return POLICIES[policy](workload.planned, stages, capacity, real)
+    windows = plan_windows(workload.planned, stages, capacity, delay=workload.delay, cost=workload.weights)
     return (tuple(microbatch for window in windows for microbatch in window),)
 
 

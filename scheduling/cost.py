@@ -13,6 +13,7 @@ in the last stage's forward, which makes logits and their gradient while they ar
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -181,7 +182,9 @@ class Measurement:
 def refine(model: CostModel, measurements: Sequence[Measurement]) -> CostModel:
     """Refit each measured pass of each stage to its timings; a coefficient that they cannot tell apart keeps its ratio to the model's.
 
-    Least squares of relative errors over scale factors of the model's four terms, pulled weakly to their common scale, kept >= 0.
+    Least squares of errors relative to the model's times (not to the measured: that would lean to the quick ones) over scale factors of the
+    model's four terms, pulled weakly to their common scale, kept >= 0. A pass that took 5 times what others of its kind took in the model's
+    measure is left out: it compiled a kernel, or the machine was busy.
     """
     stages = []
     for index, stage in enumerate(model.stages):
@@ -194,19 +197,30 @@ def refine(model: CostModel, measurements: Sequence[Measurement]) -> CostModel:
 
 
 _PULL = 1e-3  # weight of staying near the common scale, against one measurement
+_SLOW = 5.0
 
 
 def _refit(cost: PassCost, rows: Sequence[Measurement]) -> PassCost:
-    """Find s with minimal sum(((term . s - seconds) / seconds)^2) + pull * sum((s / common - 1)^2), s >= 0, by coordinate descent."""
+    """Find s with minimal sum((term . s - seconds)^2 / expected^2) + pull * sum((s / common - 1)^2), s >= 0, by coordinate descent.
+
+    `expected` is the model's time at the common scale, the median of measured / modelled.
+    """
     names = ("per_token", "per_square", "per_rank_token", "fixed")
     base = [getattr(cost, name) for name in names]
-    terms = [[base[0] * m.tokens, base[1] * m.squares, base[2] * m.rank_tokens, base[3]] for m in rows]
-    shares = [[term / m.seconds for term in row] for row, m in zip(terms, rows, strict=True)]
-    common = sum(map(sum, shares)) / sum(sum(row) ** 2 for row in shares)
+    modelled = [cost.seconds(m.tokens, m.squares, m.rank_tokens) for m in rows]
+    common = statistics.median(m.seconds / time for m, time in zip(rows, modelled, strict=True))
+    kept = [(m, common * time) for m, time in zip(rows, modelled, strict=True) if m.seconds < _SLOW * common * time]
+    goals = [m.seconds / expected for m, expected in kept]
+    shares = [
+        [term / expected for term in (base[0] * m.tokens, base[1] * m.squares, base[2] * m.rank_tokens, base[3])] for m, expected in kept
+    ]
     scale = [common] * 4
     for _ in range(500):
         for k in range(4):
-            rest = [1 - sum(s * x for j, (s, x) in enumerate(zip(scale, row, strict=True)) if j != k) for row in shares]
+            rest = [
+                goal - sum(s * x for j, (s, x) in enumerate(zip(scale, row, strict=True)) if j != k)
+                for goal, row in zip(goals, shares, strict=True)
+            ]
             curvature = sum(row[k] ** 2 for row in shares) + _PULL / common**2
             scale[k] = max(0.0, (sum(r * row[k] for r, row in zip(rest, shares, strict=True)) + _PULL / common) / curvature)
     return replace(cost, **{name: value * s for name, value, s in zip(names, base, scale, strict=True)})

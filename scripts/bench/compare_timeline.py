@@ -89,7 +89,8 @@ def fit(run: Path, config: RunConfig) -> CostModel:
                 tokens = [entry[3] for entry in slot]
                 ranked = sum(entry[3] * config.jobs[entry[0]].r for entry in slot)
                 measured.append(Measurement(stage, kind == "B", sum(tokens), sum(n * n for n in tokens), ranked, seconds))
-    return refine(cost_of(config, read_architecture(resolve_base_model(config.base_model)), DEVICES["h100"]), measured)
+    device = DEVICES["h100" if json.loads((run / "env.json").read_text(encoding="utf-8")).get("devices") else "cpu"]
+    return refine(cost_of(config, read_architecture(resolve_base_model(config.base_model)), device), measured)
 
 
 def main() -> None:

@@ -81,6 +81,15 @@ def test_refining_recovers_the_truth_and_leaves_the_unmeasured_alone():
     assert one.stages[0].forward.per_square == pytest.approx(2 * model.stages[0].forward.per_square, rel=1e-3)
 
 
+def test_refining_keeps_the_mean_of_noisy_times_and_leaves_out_what_compiled():
+    model = analytic_cost(LLAMA_8B, DEVICES["h100"], (32,))
+    truth = model.stages[0].forward.seconds(1000, 1e6)
+    rows = [Measurement(0, False, 1000, 1e6, 0, 2 * truth * factor) for factor in (0.5, 1.5) * 10]
+    for extra in ([], [Measurement(0, False, 1000, 1e6, 0, 500 * truth)]):
+        refined = refine(model, rows + extra).stages[0].forward
+        assert refined.seconds(1000, 1e6) == pytest.approx(2 * truth, rel=1e-2)
+
+
 def test_layers_leave_room_for_the_head():
     assert split_layers(32, 4) == (8, 8, 8, 8)
     assert split_layers(32, 4, head_layers=2.0) == (9, 9, 8, 6)
