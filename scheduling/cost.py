@@ -101,6 +101,9 @@ class StageCost:
         return self.forward.seconds(tokens, squares, rank_tokens) + self.backward.seconds(tokens, squares, rank_tokens)
 
 
+_USUAL_TOKENS = 4096  # of a microbatch
+
+
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """All stages of a pipeline."""
@@ -109,10 +112,12 @@ class CostModel:
 
     def slot_cost(self, mean_rank: float = 0.0) -> SlotCost:
         """Return the slowest stage's cost in token-equivalents, as the planner takes it."""
-        slowest = max(self.stages, key=lambda stage: stage.forward.per_token + stage.backward.per_token)
+        slowest = max(self.stages, key=lambda stage: stage.seconds(_USUAL_TOKENS, 0.0, mean_rank * _USUAL_TOKENS))
         passes = (slowest.forward, slowest.backward)
+        fixed = sum(one.fixed for one in passes)
         per_token = sum(one.per_token + mean_rank * one.per_rank_token for one in passes)
-        return SlotCost(per_square=sum(one.per_square for one in passes) / per_token, fixed=sum(one.fixed for one in passes) / per_token)
+        per_token = max(per_token, 1e-6 * fixed, 1e-30)  # a measured stage may take no time per token
+        return SlotCost(per_square=sum(one.per_square for one in passes) / per_token, fixed=fixed / per_token)
 
     def token_seconds(self, mean_rank: float = 0.0) -> float:
         """Return seconds, forward plus backward on the slowest stage, per token-equivalent of a slot."""

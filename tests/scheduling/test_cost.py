@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.cost import DEVICES, CostModel, Measurement, ModelShape, analytic_cost, head_layers, refine, split_layers
+from scheduling.cost import (
+    DEVICES,
+    CostModel,
+    Measurement,
+    ModelShape,
+    PassCost,
+    StageCost,
+    analytic_cost,
+    head_layers,
+    refine,
+    split_layers,
+)
 from scheduling.data_parallel import BALANCE, plan_replicas, split_batch
 from scheduling.memory import choose_capacity, fitting_tokens, stage_memory, tokens_in_flight
 from scheduling.slot_cost import SlotCost, even_slot_estimate
@@ -176,3 +187,9 @@ def test_replicas_that_differ_are_refused():
         replay_replicas([first, (Microbatch(), *second)], lengths, 2, 64)
     with pytest.raises(PlanError, match="is scheduled 2 times"):
         replay_replicas([first, first], lengths, 2, 64)
+
+
+def test_stages_whose_time_is_all_launches_still_weigh_slots():
+    launch = PassCost(per_token=0.0, per_square=0.0, per_rank_token=0.0, fixed=0.1)
+    cost = CostModel((StageCost(launch, launch),)).slot_cost()
+    assert cost.slot([10, 10]) == pytest.approx(cost.slot([1000]), rel=1e-2)  # slots count, tokens hardly
