@@ -32,6 +32,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
+LARGEST_COUNT = 2**31 - 1  # of anything in config.json
+MOST_LAYERS = 10_000
 ROPE_KEYS = {  # the numbers each kind of rotary embedding needs
     "default": (),
     "linear": ("factor",),
@@ -181,7 +183,7 @@ def read_architecture(model_dir: str | Path) -> Architecture:
         raise UserError(
             f"base_model: {path} cannot be read; give a Hugging Face model directory with config.json and safetensors"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"base_model: {path} is not valid JSON ({error}); fetch the file again") from None
     if not isinstance(values, dict):
         raise UserError(f"base_model: {path} holds no object; fetch the file again")
@@ -194,7 +196,7 @@ class _Reader:
     def __init__(self, path: Path, values: Mapping[str, Any]):
         self.path, self.values = path, values
         kind = values.get("model_type")
-        if kind not in DEFAULTS:
+        if not isinstance(kind, str) or kind not in DEFAULTS:
             raise self.error("model_type", kind, f"supported are {', '.join(DEFAULTS)}")
         self.model_type: str = kind
         self.defaults = DEFAULTS[kind]
@@ -209,6 +211,8 @@ class _Reader:
         value = self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.error(key, value, "a whole number of at least 1 is needed")
+        if value > LARGEST_COUNT:
+            raise self.error(key, value, f"no model has more than {LARGEST_COUNT:,}; fetch the file again")
         return value
 
     def flag(self, key: str) -> bool:
@@ -234,6 +238,8 @@ class _Reader:
         head_dim = self.count("head_dim") if self.get("head_dim") is not None else self.count("hidden_size") // heads
         if head_dim % 2:
             raise self.error("head_dim", head_dim, "an even number is needed")
+        if self.count("num_hidden_layers") > MOST_LAYERS:
+            raise self.error("num_hidden_layers", self.get("num_hidden_layers"), f"at most {MOST_LAYERS:,} are supported")
         attention_bias = self.model_type in ("llama", "qwen3") and self.flag("attention_bias")
         return Architecture(
             model_type=self.model_type,
@@ -288,7 +294,7 @@ class _Reader:
     def rope(self) -> Rope:
         """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
         where = "rope_scaling" if self.get("rope_scaling") else "rope_parameters"
-        values = self.get(where) or {}
+        values = {} if self.get(where) is None else self.get(where)
         if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
             raise self.error(where, values, "one set of numbers for all layers is supported")
         theta = values.get("rope_theta", self.get("rope_theta", 10000.0))

@@ -14,7 +14,6 @@ import datetime
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -56,7 +55,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], wher
         template = STRFTIME_NOW + template
     try:
         return tokenizer.apply_chat_template([dict(message) for message in messages], chat_template=template, tokenize=False)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program of the model's: whatever it raises, it does not take this row
         roles = ", ".join(message["role"] for message in messages[:6]) + (", ..." if len(messages) > 6 else "")
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -97,6 +97,8 @@ def text(what: str) -> Rule:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             quote = ", in quotes" if isinstance(value, (int, float)) else ""
             raise UserError(f"{path}: {show(value)} is not {what}; write one as text{quote}")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(f"{path}: {show(value)} holds half of a character (a lone surrogate escape); remove it")
         return value
 
     return rule

@@ -75,7 +75,7 @@ def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
             raise UserError(f"base_model: {file} is damaged; copy it again from where the model came from")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers reads the model's files with hardly a check of its own: whatever it raises is about them
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"base_model: the tokenizer in {directory} cannot be loaded ({said}); add the model's tokenizer.json") from None
     if not tokenizer.is_fast:

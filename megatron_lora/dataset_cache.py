@@ -74,9 +74,9 @@ def store(directory: str | Path, key: str, dataset: Dataset) -> None:
 def fetch(directory: str | Path, key: str) -> Dataset | None:
     """Read a dataset back; None when it is absent or damaged."""
     file = _file(directory, key)
-    if not file.is_file():
-        return None
     try:
+        if not file.is_file():
+            return None
         with safe_open(file, framework="np") as archive:
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 (the handle is no mapping)
             stored = (archive.metadata() or {}).get("sha256")

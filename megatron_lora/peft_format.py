@@ -204,7 +204,7 @@ def _read_config(directory: Path) -> dict:
         raise UserError(f"{directory}: has no {CONFIG_FILE}, so it is no PEFT directory; give the directory that holds that file")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: is not valid JSON ({error}); restore or export the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else config

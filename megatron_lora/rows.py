@@ -36,6 +36,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
                     yield f"{path}:{number}", json.loads(line)
                 except ValueError as error:  # also UnicodeDecodeError
                     raise UserError(f"{path}:{number}: is not valid JSON ({error}); write one object per line, in UTF-8") from None
+                except RecursionError:
+                    raise UserError(f"{path}:{number}: nests too deeply to be read; write an object of texts") from None
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, object]]:
@@ -57,6 +59,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, object]]:
             row, end = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: is not valid JSON ({error.msg}); repair the row") from None
+        except RecursionError:
+            raise UserError(f"{path}:{line}: nests too deeply to be read; write an object of texts") from None
         yield f"{path}:{line}", row
         place = _skip_blanks(text, end)
         if text[place : place + 1] not in (",", "]") or not text[place:]:

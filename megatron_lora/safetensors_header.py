@@ -5,6 +5,7 @@ A file cut short by a broken download, a missing shard or a tensor of another mo
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Protocol
 
 from megatron_lora.errors import UserError
 
-DTYPES = ("F32", "BF16", "F16")
+DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of a number
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REFETCH = "fetch the model again"
 
@@ -41,6 +42,9 @@ def check_weights(model_dir: Path, architecture: Shapes) -> None:
             raise UserError(f"{model}: {name} has shape {found[name]['shape']} and config.json calls for {list(shape)}; {REFETCH}")
         if found[name]["dtype"] not in DTYPES:
             raise UserError(f"{model}: {name} is {found[name]['dtype']}; use a checkpoint in bf16, fp16 or fp32, not a quantised one")
+        first, end = found[name]["data_offsets"]
+        if end - first != math.prod(shape) * DTYPES[found[name]["dtype"]]:
+            raise UserError(f"{model}: {name} has {end - first} bytes, which are not {list(shape)} {found[name]['dtype']}; {REFETCH}")
     for name in sorted(found.keys() - shapes.keys() - {"lm_head.weight"}):
         if not name.endswith(".rotary_emb.inv_freq"):
             raise UserError(f"{model} has a tensor {name} that its config.json does not call for; use the config.json of these weights")
@@ -52,9 +56,9 @@ def weight_files(model_dir: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            return [model_dir / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise UserError(f"base_model: {index} is damaged; {REFETCH}") from None
-        return [model_dir / name for name in names]
     if (model_dir / SINGLE).is_file():
         return [model_dir / SINGLE]
     pickled = " (its .bin files are pickles, which are not read)" if any(model_dir.glob("*.bin")) else ""
@@ -71,13 +75,24 @@ def read_header(path: Path) -> Mapping[str, dict]:
             text = file.read(length) if 0 < length <= size - 8 else b""
         header = json.loads(text)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if not all(map(_is_entry, tensors.values())):
+            raise damaged
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except FileNotFoundError:
         raise UserError(f"base_model: {path} is missing; {REFETCH}") from None
     except OSError as error:
         raise UserError(f"base_model: {path} cannot be read ({error.strerror}); check its permissions") from None
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise damaged from None
     if size != 8 + length + end:
         raise UserError(f"base_model: {path} has {size} bytes where its header says {8 + length + end}; {REFETCH}")
     return tensors
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a header's entry is of the form that the format prescribes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    return lists and all(type(size) is int and size >= 0 for size in [*shape, *offsets])

@@ -8,7 +8,9 @@ override of one never changes another. There is no merge key: `defaults:` is wha
     apply_override(tree, "jobs.summarise.r=32")
 """
 
+import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -24,6 +26,9 @@ SCALARS = {
         r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
     ),
 }
+
+
+MAX_NODES = 1_000_000  # values in one document, aliases written out
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -68,7 +73,9 @@ def parse_yaml(text: str, source: str) -> object:
         raise UserError(f"{source}:{mark.line + 1 if mark else 1}: not valid YAML: {said}") from None
     except yaml.reader.ReaderError as error:
         raise UserError(f"{source}: not valid YAML: the character {error.character!r} is not allowed") from None
-    return None if root is None else _construct(root, source, ())
+    except RecursionError:
+        raise UserError(f"{source}: nests too deeply; a config has four levels") from None
+    return None if root is None else _construct(root, source, (), itertools.count(1))
 
 
 def dump_yaml(tree: object) -> str:
@@ -85,7 +92,7 @@ def apply_override(tree: object, override: str) -> None:
         raise UserError(f"{override!r}: has no value; write {path}=null for none")
     if not isinstance(tree, dict):
         raise UserError(f"{override!r}: the config is not a mapping of keys to values")
-    value = parse_yaml(text, f"override {override!r}")
+    value = parse_yaml(text, f"override {one_line(repr(override), 120)}")
     keys = _split_path(tree, path)
     if "" in keys:
         raise UserError(f"{override!r}: the key has an empty part; write key.path=value, for example defaults.learning_rate=1e-4")
@@ -103,9 +110,11 @@ def one_line(message: object, limit: int = 240) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def _construct(node: yaml.Node, source: str, above: tuple[int, ...]) -> object:
-    """Turn a node into data, a fresh copy for each alias; `above` holds the ids of the nodes around it."""
+def _construct(node: yaml.Node, source: str, above: tuple[int, ...], counter: Iterator[int]) -> object:
+    """Turn a node into data, a fresh copy for each alias; `above` holds the ids of the nodes around it, `counter` counts nodes."""
     where = f"{source}:{node.start_mark.line + 1}"
+    if next(counter) > MAX_NODES:
+        raise UserError(f"{where}: the aliases write out to more than {MAX_NODES:,} values; write out what is meant")
     if id(node) in above:
         raise UserError(f"{where}: an alias that contains itself; write the value out")
     if isinstance(node, yaml.ScalarNode):
@@ -114,7 +123,7 @@ def _construct(node: yaml.Node, source: str, above: tuple[int, ...]) -> object:
     if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
         raise UserError(f"{where}: the tag {node.tag} is not supported; write plain YAML without tags")
     if isinstance(node, yaml.SequenceNode):
-        return [_construct(item, source, above) for item in node.value]
+        return [_construct(item, source, above, counter) for item in node.value]
     mapping = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -122,7 +131,7 @@ def _construct(node: yaml.Node, source: str, above: tuple[int, ...]) -> object:
             raise UserError(f"{source}:{line}: a key must be plain text")
         if key_node.value in mapping:
             raise UserError(f"{source}:{line}: the key {key_node.value!r} stands twice in one mapping; remove one of the two")
-        mapping[key_node.value] = _construct(value_node, source, above)
+        mapping[key_node.value] = _construct(value_node, source, above, counter)
     return mapping
 
 
@@ -161,7 +170,7 @@ def _index(parent: object, key: str, override: str, above: list[str]) -> str | i
         return key
     if not isinstance(parent, list):
         raise UserError(f"override {override!r}: {where} is {parent!r}, which has no keys")
-    if key.isdigit():
+    if key.isascii() and key.isdigit():
         if int(key) < len(parent):
             return int(key)
         raise UserError(f"override {override!r}: {where} has {len(parent)} entries, so the last is {where}.{len(parent) - 1}")

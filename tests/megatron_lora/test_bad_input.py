@@ -139,6 +139,39 @@ def foreign(scene: dict) -> list[str]:
     return []
 
 
+def weights_entry(change):
+    """Change the header's entry of one tensor."""
+
+    def spoil(scene: dict) -> list[str]:
+        data = Path("model/model.safetensors").read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        change(header["model.norm.weight"])
+        text = json.dumps(header).encode()
+        Path("model/model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        return []
+
+    return spoil
+
+
+def dangling(*overrides: str):
+    def spoil(scene: dict) -> list[str]:
+        Path("gone").symlink_to("nowhere")
+        return list(overrides)
+
+    return spoil
+
+
+def chat_template(text: str):
+    def spoil(scene: dict) -> list[str]:
+        Path("model/chat_template.jinja").write_text(text)
+        turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+        Path("rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+        return ["jobs.one.datasets.0.type=messages"]
+
+    return spoil
+
+
 def adapter_config(**changes):
     def spoil(scene: dict) -> list[str]:
         values = json.loads(Path("adapter/adapter_config.json").read_text())
@@ -158,6 +191,14 @@ CASES = {
     "empty": (write("config.yaml", ""), ["config.yaml", "null", "a config is a mapping"]),
     "key twice": (write("config.yaml", "seed: 1\nseed: 2\n"), ["config.yaml:2: the key 'seed' stands twice", "remove one"]),
     "python tag": (write("config.yaml", "seed: !!python/object/apply:os.getcwd []\n"), ["config.yaml:1", "tag", "without tags"]),
+    "aliases that multiply": (
+        write("config.yaml", "a: &a [1]\n" + "".join(f"{y}: &{y} [{', '.join(['*' + x] * 100)}]\n" for x, y in ("ab", "bc", "cd", "de"))),
+        ["config.yaml:", "aliases", "more than 1,000,000 values"],
+    ),
+    "nested without end": (write("config.yaml", "seed: " + "[" * 3000), ["config.yaml", "nests too deeply"]),
+    "nested override": (override("seed=" + "[" * 2000), ["nests too deeply"]),
+    "half a character": (write("config.yaml", 'base_model: "\\ud800"\noutput_dir: x\njobs: []\n'), ["base_model", "half of a character"]),
+    "a digit of another kind": (override("jobs.².r=1"), ["no entry '²'", "one, two"]),
     "override without =": (override("defaults.r"), ["'defaults.r'", "write key.path=value"]),
     "override without value": (override("defaults.r="), ["'defaults.r='", "defaults.r=null"]),
     "override of no job": (override("jobs.thre.r=1"), ["'jobs.thre.r=1'", "no entry 'thre'", "one, two"]),
@@ -211,6 +252,11 @@ CASES = {
         ["jobs.one.datasets.0.path: 'd.jsonl'", "is a directory"],
     ),
     "broken line": (write("rows.jsonl", ROW + "{oops\n"), ["rows.jsonl:2", "not valid JSON"]),
+    "nested line": (write("rows.jsonl", ROW + "[" * 100_000 + "\n"), ["rows.jsonl:2", "nests too deeply"]),
+    "nested list": (
+        lambda scene: Path("rows.json").write_text("[" * 100_000) and ["jobs.one.datasets.0.path=rows.json"],
+        ["rows.json:1", "nests too deeply"],
+    ),
     "empty data": (write("rows.jsonl", ""), ["rows.jsonl", "no rows"]),
     "field missing": (write("rows.jsonl", ROW + '{"prompt": "a"}\n'), ["rows.jsonl:2", "'completion'", "add it"]),
     "empty completion": (write("rows.jsonl", ROW + '{"prompt": "a", "completion": ""}\n'), ["rows.jsonl:2"]),
@@ -234,6 +280,16 @@ CASES = {
     "lost tensor": (rename_tensor, ["base_model: ", "no tensor model.norm.weight", "fetch the model again"]),
     "no weights": (remove("model/model.safetensors"), ["base_model: ", "no model.safetensors", "load_weights: false"]),
     "damaged tokenizer": (write("model/tokenizer.json", "{"), ["base_model: ", "tokenizer.json is damaged"]),
+    "odd tokenizer config": (write("model/tokenizer_config.json", "[]"), ["base_model: ", "tokenizer", "cannot be loaded"]),
+    "odd rope parameters": (model_config(rope_parameters=[]), ["base_model: ", "rope_parameters", "[]"]),
+    "a list of model types": (model_config(model_type=["llama"]), ["base_model: ", "model_type is ['llama']"]),
+    "layers without end": (model_config(num_hidden_layers=10**9), ["base_model: ", "num_hidden_layers is 1000000000", "10,000"]),
+    "nested config.json": (write("model/config.json", "[" * 100_000), ["base_model: ", "config.json is not valid JSON"]),
+    "tensor without shape": (weights_entry(lambda entry: entry.pop("shape")), ["base_model: ", "damaged", "fetch the model again"]),
+    "tensor without dtype": (weights_entry(lambda entry: entry.pop("dtype")), ["base_model: ", "damaged", "fetch the model again"]),
+    "tensor of another size": (weights_entry(lambda entry: entry.update(dtype="F16")), ["model.norm.weight has 256 bytes", "[64] F16"]),
+    "index of numbers": (write("model/model.safetensors.index.json", '{"weight_map": {"a": 1}}'), ["index.json is damaged"]),
+    "template that divides by zero": (chat_template("{{ 1 / 0 }}"), ["rows.jsonl:1", "chat template refuses", "division by zero"]),
     # the layout
     "more stages than layers": (override("parallel.pipeline=5"), ["parallel.pipeline: 5 stages", "4 layers", "fewer"]),
     "layers do not add up": (
@@ -251,7 +307,13 @@ CASES = {
     "adapter of other modules": (override("jobs.two.target_modules=[q_proj]"), ["jobs.two.target_modules", "set [q_proj, v_proj]"]),
     "adapter that is DoRA": (adapter_config(use_dora=True), ["jobs.two.init_adapter: ", "use_dora: true", "not supported"]),
     "damaged adapter": (write("adapter/adapter_model.safetensors", "no tensors"), ["jobs.two.init_adapter: ", "is damaged", "again"]),
+    "nested adapter config": (write("adapter/adapter_config.json", "[" * 100_000), ["jobs.two.init_adapter: ", "is not valid JSON"]),
     # the output directory
+    "output with a long name": (override("output_dir=" + "a" * 300), ["output_dir: 'aaa", "File name too long", "choose"]),
+    "output is a dangling link": (dangling("output_dir=gone"), ["output_dir: 'gone'", "leads nowhere"]),
+    "output below a dangling link": (dangling("output_dir=gone/x"), ["output_dir: 'gone/x' cannot be used"]),
+    "output where nothing can be made": (override("output_dir=/proc/x"), ["output_dir: '/proc/x' cannot be used", "choose"]),
+    "lock is a folder": (lambda scene: Path("runs/out/.lock").mkdir(parents=True) or [], ["output_dir: 'runs/out' cannot be used"]),
     "finished": (trained, ["output_dir: 'runs/out' holds a finished run", "choose another"]),
     "other files": (foreign, ["output_dir: 'runs/out' holds 'results.csv'", "empty or new directory"]),
     "output is a file": (override("output_dir=rows.jsonl"), ["output_dir: 'rows.jsonl' is a file", "choose"]),
