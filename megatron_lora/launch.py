@@ -54,7 +54,10 @@ def train(config_path: str, overrides: list[str]) -> int:
         if ending.status == 2:
             run.discard()
         else:
-            run.finish(ending.status, ending.reason or "the run ended without saying how")
+            try:
+                run.finish(ending.status, ending.reason or "the run ended without saying how")
+            except OSError as error:
+                print(f"megatron-lora: {run.path / 'status.json'} could not be brought up to date ({error.strerror})", file=sys.stderr)
         return ending.status
 
 

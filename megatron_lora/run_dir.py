@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megatron_lora.config import RunConfig, dump_config
 from megatron_lora.errors import UserError
+from megatron_lora.strict_yaml import one_line
 
 JOB_STATES = ("queued", "running", "paused", "done", "failed")
 LOCK, STATUS = ".lock", "status.json"
@@ -41,46 +42,41 @@ class RunDirectory:
     def check(output_dir: str | Path) -> None:
         """Raise UserError when a new run cannot have this directory; writes nothing."""
         path = Path(output_dir)
-        if path.exists() and not path.is_dir():
-            raise UserError(f"output_dir: {str(path)!r} is a file; choose a directory that does not exist yet")
-        if not path.exists():
-            above = next((parent for parent in path.absolute().parents if parent.exists()), path)
-            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-                raise UserError(f"output_dir: {str(path)!r} cannot be made below {str(above)!r}; choose a directory that you may write")
-            return
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise UserError(f"output_dir: {str(path)!r} cannot be written; choose a directory that you may write")
-        if (path / LOCK).exists() and not _unlocked(path / LOCK):
-            raise UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
-        visible = {name for name in os.listdir(path) if not name.startswith(".")}
-        foreign = sorted(visible if STATUS not in visible else visible - OURS)
-        if foreign:
-            raise UserError(f"output_dir: {str(path)!r} holds {foreign[0]!r}, which no run wrote; choose an empty or new directory")
-        _refuse_trained(path)
+        try:
+            _check_free(path)
+        except OSError as error:
+            raise _unusable(path, error) from None
 
     @classmethod
     def create(cls, config: RunConfig, environment: dict | None = None) -> "RunDirectory":
-        """Make the directory of a new run, with every job queued, and lock it; UserError when check refuses it."""
+        """Make the directory of a new run, with every job queued, and lock it; UserError when check refuses it or it cannot be written."""
         path = Path(config.output_dir)
         cls.check(path)
-        made = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path, fcntl.LOCK_EX)
         try:
-            _refuse_trained(path)  # by a run that ended between the check and the lock
-            shutil.rmtree(path / "plan", ignore_errors=True)
-            shutil.rmtree(path / "jobs", ignore_errors=True)
-            (path / "timeline.json").unlink(missing_ok=True)
-            run = cls(path, lock, made)
-            run._write_status({"exit_status": None, "reason": "", "jobs": {job.name: _job("queued", "") for job in config.jobs}})
-            write_atomically(path / "config.yaml", dump_config(config))
-            write_atomically(path / "env.json", json.dumps(environment or {}, indent=1) + "\n")
-            (path / "plan").mkdir()
-        except BaseException:
-            os.close(lock)
-            raise
-        fcntl.flock(lock, fcntl.LOCK_SH)
+            made = not path.exists()
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, _lock(path, fcntl.LOCK_EX), made)
+            try:
+                run._fill(config, environment or {})
+                _share(path, run.lock)
+            except BaseException as error:
+                if isinstance(error, OSError):
+                    run.discard()
+                run.close()
+                raise
+        except OSError as error:
+            raise _unusable(path, error) from None
         return run
+
+    def _fill(self, config: RunConfig, environment: dict) -> None:
+        """Take away what a run left that never took a step, and write a new run's files."""
+        _refuse_trained(self.path)  # by a run that ended between the check and the lock
+        for entry in ("plan", "jobs", "timeline.json"):
+            _remove(self.path / entry)
+        self._write_status({"exit_status": None, "reason": "", "jobs": {job.name: _job("queued", "") for job in config.jobs}})
+        write_atomically(self.path / "config.yaml", dump_config(config))
+        write_atomically(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
+        (self.path / "plan").mkdir()
 
     @classmethod
     def join(cls, config: RunConfig) -> "RunDirectory":
@@ -122,17 +118,17 @@ class RunDirectory:
         for name, job in status["jobs"].items():
             if job["state"] in ("queued", "running") and exit_status != 75:
                 status["jobs"][name] = _job("failed", reason or "the run ended first")
-        self._write_status(status)
+        try:
+            self._write_status(status)
+        except OSError:  # mostly a full disk: no room for a second file, but the first has its own
+            (self.path / STATUS).write_text(_as_json(status), encoding="utf-8")
 
     def discard(self) -> None:
         """Take away everything that a run wrote which never took a step; a run that has trained stays."""
         if has_trained(self.path):
             return
         for entry in OURS:
-            if (self.path / entry).is_dir():
-                shutil.rmtree(self.path / entry)
-            else:
-                (self.path / entry).unlink(missing_ok=True)
+            _remove(self.path / entry)
         if self._made:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
@@ -150,17 +146,55 @@ class RunDirectory:
         self.close()
 
     def _write_status(self, status: dict) -> None:
-        write_atomically(self.path / STATUS, json.dumps(status, indent=1) + "\n")
+        write_atomically(self.path / STATUS, _as_json(status))
+
+
+def _check_free(path: Path) -> None:
+    """Raise UserError when a new run cannot have this directory."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"output_dir: {str(path)!r} is a link that leads nowhere; choose a directory that does not exist yet")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output_dir: {str(path)!r} is a file; choose a directory that does not exist yet")
+    if not path.exists():
+        above = next((parent for parent in path.absolute().parents if parent.exists()), path)
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: {str(path)!r} cannot be made below {str(above)!r}; choose a directory that you may write")
+        return
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir: {str(path)!r} cannot be written; choose a directory that you may write")
+    if (path / LOCK).exists() and not _unlocked(path / LOCK):
+        raise UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
+    visible = {name for name in os.listdir(path) if not name.startswith(".")}
+    foreign = sorted(visible if STATUS not in visible else visible - OURS)
+    if foreign:
+        raise UserError(f"output_dir: {str(path)!r} holds {foreign[0]!r}, which no run wrote; choose an empty or new directory")
+    _refuse_trained(path)
+
+
+def _unusable(path: Path, error: OSError) -> UserError:
+    name = one_line(repr(str(path)), 200)
+    return UserError(f"output_dir: {name} cannot be used ({error.strerror}); choose a directory that you may write, with space left")
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, sees the old or the new content, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Take away a file or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def has_trained(path: Path) -> bool:
@@ -172,6 +206,10 @@ def has_trained(path: Path) -> bool:
 def _refuse_trained(path: Path) -> None:
     if has_trained(path):
         raise UserError(f"output_dir: {str(path)!r} {_ended(path)}; choose another directory, or remove this one")
+
+
+def _as_json(status: dict) -> str:
+    return json.dumps(status, indent=1) + "\n"
 
 
 def _job(state: str, reason: str) -> dict:
@@ -197,8 +235,21 @@ def _lock(path: Path, kind: int) -> int:
         raise UserError(f"output_dir: {str(path)!r} cannot be locked ({error.strerror}); choose another file system") from None
     if kind == fcntl.LOCK_EX:
         os.truncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        os.pwrite(lock, _ourselves().encode(), 0)
     return lock
+
+
+def _share(path: Path, lock: int) -> None:
+    """Turn the owner's lock into a shared one. flock may let go in between: whoever slips in then owns the directory."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if _holder(path / LOCK) == _ourselves():
+            return
+    raise UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
+
+
+def _ourselves() -> str:
+    return f"process {os.getpid()} on {os.uname().nodename}"
 
 
 def _unlocked(lock_file: Path) -> bool:

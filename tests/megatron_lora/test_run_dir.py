@@ -1,5 +1,7 @@
 """The output directory: one run at a time, nothing of another run touched, status.json always whole."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -7,6 +9,7 @@ import sys
 
 import pytest
 
+from megatron_lora import run_dir
 from megatron_lora.config import DatasetConfig, JobConfig, RunConfig, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.run_dir import RunDirectory
@@ -124,3 +127,50 @@ def test_files_of_other_origin_are_refused_and_not_touched(tmp_path):
     with pytest.raises(UserError, match="holds 'thesis.tex', which no run wrote"):
         RunDirectory.create(config(tmp_path))
     assert snapshot(tmp_path) == {"thesis.tex": b"all of it"}
+
+
+def test_who_slips_in_while_the_lock_changes_hands_keeps_the_directory(tmp_path, monkeypatch):
+    real = fcntl.flock
+
+    def flock(lock, kind):
+        if kind & fcntl.LOCK_SH:  # the kernel lets go of the exclusive lock first, and another process is quicker
+            real(lock, fcntl.LOCK_UN)
+            (tmp_path / "run" / ".lock").write_text("process 1 on elsewhere")
+        real(lock, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="in use by process 1 on elsewhere"):
+        RunDirectory.create(config(tmp_path / "run"))
+
+
+def full_disk(monkeypatch, run_dir_module):
+    def replace(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_dir_module.os, "replace", replace)
+
+
+def test_a_full_disk_at_the_start_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    full_disk(monkeypatch, run_dir)
+    with pytest.raises(UserError, match=r"run' cannot be used \(No space left on device\)"):
+        RunDirectory.create(config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_at_the_end_does_not_leave_jobs_running(tmp_path, monkeypatch):
+    with RunDirectory.create(config(tmp_path / "run")) as run:
+        run.set_job("a", "running")
+        full_disk(monkeypatch, run_dir)
+        run.finish(1, "rank 0: no space left")
+        assert states(run) == {"a": "failed", "b": "failed"} and run.status()["exit_status"] == 1
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [".lock", "config.yaml", "env.json", "plan", "status.json"]
+
+
+@pytest.mark.parametrize("entry", ["plan", "jobs", "timeline.json"])
+def test_what_an_earlier_run_left_is_replaced_whatever_it_is(tmp_path, entry):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text("{}")
+    other = tmp_path / "run" / entry
+    other.mkdir() if entry == "timeline.json" else other.write_text("x")
+    with RunDirectory.create(config(tmp_path / "run")) as run:
+        assert run.plan_dir.is_dir() and run.job_dir("a").is_dir()
