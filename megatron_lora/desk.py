@@ -1,12 +1,14 @@
 """The first rank's desk: reports go to the observers, states of jobs to status.json.
 
 Numbers arrive after the fact (see reports.py) and adapters are written beside the run (export.py); here both become what people see:
-a job runs from its first report on, has failed after three skipped steps in a row, and is done once its adapter is written.
+a job runs from its first report on, has failed after three skipped steps in a row, and is done once its adapter is written. What was
+planned of a job before it failed still runs, but its optimizer takes no step there and nothing is reported.
 """
 
 from __future__ import annotations
 
 import queue
+import sys
 from collections.abc import Callable, Sequence
 
 from megatron_lora.config import RunConfig
@@ -14,7 +16,7 @@ from megatron_lora.executor import StepDone
 from megatron_lora.jobs import TrainingJob
 from megatron_lora.metrics import JobSummary, Observer, StepReport
 from megatron_lora.observers import make_observers
-from megatron_lora.optimizer import MAX_SKIPPED_IN_A_ROW
+from megatron_lora.optimizer import MAX_SKIPPED_IN_A_ROW, learning_rate_at
 from megatron_lora.reports import StepReporter
 from megatron_lora.run_dir import RunDirectory
 
@@ -27,11 +29,13 @@ class Desk:
         self.jobs, self.leave = jobs, leave
         for job in jobs:
             print(f"{job.config.name}: {job.data.describe()}; {job.num_steps} steps", flush=True)
+            _warn_of_no_learning(job)
         self.directory = RunDirectory.join(config)
         self.observers: Sequence[Observer] = make_observers(config.output_dir, [JobSummary(job.config.name, job.num_steps) for job in jobs])
         self.reporter = StepReporter(jobs, self._report)
         self.on_forward = self.reporter.on_forward
         self.skipped_in_a_row = [0] * len(jobs)
+        self.states = ["queued"] * len(jobs)
 
     def __enter__(self) -> Desk:
         return self
@@ -56,7 +60,9 @@ class Desk:
             self._set_state(written.get(), "done", "")
 
     def _report(self, job: int, report: StepReport) -> None:
-        if report.step == 1:
+        if self.states[job] == "failed":
+            return
+        if self.states[job] == "queued":
             self._set_state(job, "running", "")
         for observer in self.observers:
             observer.on_step(report)
@@ -68,6 +74,22 @@ class Desk:
 
     def _set_state(self, job: int, state: str, reason: str) -> None:
         name = self.jobs[job].config.name
+        self.states[job] = state
         self.directory.set_job(name, state, reason)
         for observer in self.observers:
             observer.on_status(name, state, reason)
+
+
+def _warn_of_no_learning(job: TrainingJob) -> None:
+    """Say so when a job's learning rate is 0 in all of its steps: its adapter would be written as it began."""
+    rate, name = learning_rate_at(job.optimizer()), job.config.name
+    if any(rate(step) > 0 for step in range(job.num_steps)):
+        return
+    key, cure = ("warmup_ratio", "use 0, or more steps") if job.config.learning_rate > 0 else ("learning_rate", "use a number above 0")
+    value = getattr(job.config, key)
+    print(
+        f"megatron-lora: warning: jobs.{name}.{key}: {value:g} leaves a learning rate of 0 in all steps ({job.num_steps}), so the adapter "
+        f"will not move; {cure}",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -28,7 +28,7 @@ from megatron_lora.microbatch import StageInput
 from megatron_lora.plan_feed import Window
 from megatron_lora.timeline import Timeline
 from scheduling.pipeline import Ending, final_backwards, window_actions
-from scheduling.types import Action, Microbatch, Op
+from scheduling.types import NOOP, Action, Microbatch, Op
 
 
 class StageModel(Protocol):
@@ -132,7 +132,8 @@ class Executor:
         self.model, self.position, self.links, self.layout = model, position, links, layout
         self.load, self.num_rows, self.optimizers = load, num_rows, optimizers
         self.on_step, self.on_forward, self.timeline, self.device = on_step, on_forward, timeline, device
-        self.stream: list[Microbatch] = []  # of the windows so far
+        self.stream: list[Microbatch] = []  # of the windows so far; slots before `forgotten` are blank
+        self.forgotten = 0
         self.endings: list[tuple[Ending, ...]] = []
         self.next_slot = 0
         self.arrived: Message | None = None  # forward message of next_slot, once taken
@@ -151,6 +152,7 @@ class Executor:
             self.endings += window.ended
             end = len(self.stream)
             self._perform(window_actions(self.stream, self.endings, place.stage, place.num_stages, place.delay, first, end))
+            self._forget(end - place.lag)
         self._perform(final_backwards(len(self.stream), place.stage, place.num_stages))
         self.links.drain()
         assert not self.live and not bool(self.misplaced), "messages and slots went out of step"
@@ -158,6 +160,12 @@ class Executor:
     def _next_window(self, feed) -> Window | None:
         with self.timeline.span("wait plan", len(self.stream)):
             return next(feed, None)
+
+    def _forget(self, end: int) -> None:
+        """Let go of the slots before `end`, which no later action looks at, so that a long run does not pile them up."""
+        for slot in range(self.forgotten, end):
+            self.stream[slot], self.endings[slot] = NOOP, ()
+        self.forgotten = max(end, self.forgotten)
 
     def _perform(self, actions: Iterable[Action]) -> None:
         perform = {Op.FORWARD: self._forward, Op.BACKWARD: self._backward, Op.STEP: self._step}

@@ -10,8 +10,11 @@ from megatron_lora.arena import AdapterSpec
 from megatron_lora.collate import JobRows
 from megatron_lora.config import JobConfig
 from megatron_lora.data import JobData, load_jobs_data
+from megatron_lora.errors import UserError
 from megatron_lora.optimizer import OptimizerSettings
 from megatron_lora.order import job_steps
+
+MOST_VISITS = 50_000_000  # samples of one job's steps, each of which takes about 100 bytes on every rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,21 @@ def read_jobs(configs: Sequence[JobConfig], tokenizer, cache_dir: Path | None, v
     """Tokenise every job's data (from the cache where it was before) and lay out its steps; UserError for data that cannot be used."""
     jobs = []
     for c, data in zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True):
+        _check_visits(c, len(data.samples))
         steps = job_steps(len(data.samples), c.global_batch_size, c.num_epochs, c.max_steps, c.shuffle, c.seed)
         jobs.append(TrainingJob(config=c, data=data, rows=JobRows(seed=c.seed, samples=data.samples, steps=steps)))
     return tuple(jobs)
+
+
+def _check_visits(job: JobConfig, num_samples: int) -> None:
+    """Refuse a job that is longer than its steps can be laid out."""
+    if job.max_steps is None:
+        key, each = "num_epochs", num_samples
+    else:
+        key, each = "max_steps", min(job.global_batch_size, num_samples)
+    value = getattr(job, key)
+    if value * each > MOST_VISITS:
+        raise UserError(
+            f"jobs.{job.name}.{key}: {value} takes {value * each} samples, and a job may take {MOST_VISITS}; "
+            f"use at most {MOST_VISITS // each}"
+        )

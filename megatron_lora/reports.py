@@ -40,6 +40,7 @@ class StepReporter:
         self.started: dict[tuple[int, int], float] = {}
         self.pending: deque[_Pending] = deque()
         self.learning_rates = [learning_rate_at(job.optimizer()) for job in jobs]
+        self.visited = [0] * len(jobs)  # samples of the steps that have been reported
 
     def on_forward(self, microbatch: Microbatch) -> None:
         """Note which steps begin with this microbatch."""
@@ -74,13 +75,13 @@ class StepReporter:
     def _build(self, done: _Pending) -> StepReport:
         job = self.jobs[done.job]
         square_norm, loss = done.values.tolist()
-        visited = sum(len(batch) for batch in job.rows.steps[: done.step + 1])
         lengths = [len(job.data.samples[index].tokens) for _, index in job.rows.steps[done.step]]
+        self.visited[done.job] += len(lengths)
         return StepReport(
             job=job.config.name,
             step=done.step + 1,
             total_steps=job.num_steps,
-            epoch=visited / len(job.data.samples),
+            epoch=self.visited[done.job] / len(job.data.samples),
             loss=loss,
             learning_rate=self.learning_rates[done.job](done.step),
             grad_norm=math.sqrt(square_norm) if square_norm >= 0 else math.nan,

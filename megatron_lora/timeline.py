@@ -1,25 +1,30 @@
 """What ran when on each stage, in Chrome trace format (opens in Perfetto).
 
 Spans are measured where the work happens: with CUDA events on a GPU (nothing is synchronised until the end), with the host clock on CPU.
+Of a long run the last MAX_SPANS spans of each rank are kept. CUDA tells times between events as float32 milliseconds, which are coarse
+over hours, so each span is measured from the one before it.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+MAX_SPANS = 100_000
+
 
 class Timeline:
-    """Collects one rank's spans."""
+    """Collects one rank's spans, one after another: they do not nest."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, max_spans: int = MAX_SPANS):
         self.cuda = device.type == "cuda"
-        self.spans: list[tuple[str, int, object, object]] = []
+        self.spans: deque[tuple[str, int, object, object]] = deque(maxlen=max_spans)
         self.origin_s = time.time()  # ranks of one host share this clock
         self.origin = self._now()
 
@@ -41,19 +46,18 @@ class Timeline:
         """Return the spans as complete events of the Chrome trace format, times in microseconds; waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
-        base_us = self.origin_s * 1e6
+        now_us, before = self.origin_s * 1e6, self.origin
         rows = []
         for name, index, start, end in self.spans:
-            begin, finish = self._microseconds(start), self._microseconds(end)
-            rows.append(
-                {"name": f"{name} {index}", "cat": name, "ph": "X", "ts": base_us + begin, "dur": finish - begin, "pid": stage, "tid": rank}
-            )
+            now_us, before = now_us + self._microseconds(before, start), start
+            duration = self._microseconds(start, end)
+            rows.append({"name": f"{name} {index}", "cat": name, "ph": "X", "ts": now_us, "dur": duration, "pid": stage, "tid": rank})
         return rows
 
-    def _microseconds(self, moment: object) -> float:
+    def _microseconds(self, start: object, end: object) -> float:
         if self.cuda:
-            return self.origin.elapsed_time(moment) * 1e3  # type: ignore[attr-defined]
-        return (moment - self.origin) * 1e6  # type: ignore[operator]
+            return start.elapsed_time(end) * 1e3  # type: ignore[attr-defined]
+        return (end - start) * 1e6  # type: ignore[operator]
 
 
 def write_timeline(path: Path, events_of_ranks: list[list[dict]]) -> None:
