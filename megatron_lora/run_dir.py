@@ -69,7 +69,9 @@ class RunDirectory:
         return run
 
     def _fill(self, config: RunConfig, environment: dict) -> None:
-        """Take away what a run left that never took a step, and write a new run's files."""
+        """Leave our name in the lock file, take away what a run left that never took a step, and write a new run's files."""
+        os.truncate(self.lock, 0)
+        os.pwrite(self.lock, _ourselves().encode(), 0)
         _refuse_trained(self.path)  # by a run that ended between the check and the lock
         for entry in ("plan", "jobs", "timeline.json"):
             _remove(self.path / entry)
@@ -221,7 +223,7 @@ def _read_status(path: Path) -> dict:
 
 
 def _lock(path: Path, kind: int) -> int:
-    """Open and lock the lock file; the owner (an exclusive lock) leaves its process id in it. Returns the descriptor."""
+    """Open and lock the lock file; returns the descriptor."""
     lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
@@ -233,9 +235,6 @@ def _lock(path: Path, kind: int) -> int:
     except OSError as error:
         os.close(lock)
         raise UserError(f"output_dir: {str(path)!r} cannot be locked ({error.strerror}); choose another file system") from None
-    if kind == fcntl.LOCK_EX:
-        os.truncate(lock, 0)
-        os.pwrite(lock, _ourselves().encode(), 0)
     return lock
 
 

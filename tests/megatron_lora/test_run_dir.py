@@ -143,15 +143,16 @@ def test_who_slips_in_while_the_lock_changes_hands_keeps_the_directory(tmp_path,
         RunDirectory.create(config(tmp_path / "run"))
 
 
-def full_disk(monkeypatch, run_dir_module):
-    def replace(*paths):
+def full_disk(monkeypatch, call="replace"):
+    def refuse(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_dir_module.os, "replace", replace)
+    monkeypatch.setattr(run_dir.os, call, refuse)
 
 
-def test_a_full_disk_at_the_start_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    full_disk(monkeypatch, run_dir)
+@pytest.mark.parametrize("call", ["pwrite", "replace"])
+def test_a_full_disk_at_the_start_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call):
+    full_disk(monkeypatch, call)
     with pytest.raises(UserError, match=r"run' cannot be used \(No space left on device\)"):
         RunDirectory.create(config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -160,7 +161,7 @@ def test_a_full_disk_at_the_start_is_one_line_and_leaves_nothing(tmp_path, monke
 def test_a_full_disk_at_the_end_does_not_leave_jobs_running(tmp_path, monkeypatch):
     with RunDirectory.create(config(tmp_path / "run")) as run:
         run.set_job("a", "running")
-        full_disk(monkeypatch, run_dir)
+        full_disk(monkeypatch)
         run.finish(1, "rank 0: no space left")
         assert states(run) == {"a": "failed", "b": "failed"} and run.status()["exit_status"] == 1
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [".lock", "config.yaml", "env.json", "plan", "status.json"]
