@@ -12,12 +12,14 @@ from pathlib import Path
 
 from megatron_lora.architecture import Architecture, check_layout, read_architecture, recompute_of_layers
 from megatron_lora.config import JobConfig, RunConfig
+from megatron_lora.config_rules import show
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError
 from megatron_lora.hub import resolve_base_model
 from megatron_lora.run_dir import RunDirectory
 from megatron_lora.safetensors_header import check_weights
 
+MAX_NAME_BYTES = 255  # of a file's name, on every common file system
 RANKS_PER_CORE = 4  # more gloo ranks than this on one core only wait for each other
 
 
@@ -62,12 +64,18 @@ def check_files(config: RunConfig) -> None:
         for position, dataset in enumerate(job.datasets):
             where = f"jobs.{job.name}.datasets.{position}.path"
             path = Path(dataset.path)
+            if len(path.name.encode()) > MAX_NAME_BYTES:
+                raise UserError(f"{where}: {show(dataset.path)}: no file has so long a name; correct the path")
             if not path.is_file():
                 what = "is a directory; name one file in it" if path.is_dir() else f"no such file in {os.getcwd()}; correct the path"
                 raise UserError(f"{where}: {dataset.path!r}: {what}")
             if not os.access(path, os.R_OK):
                 raise UserError(f"{where}: {dataset.path!r}: may not be read; change its permissions")
-        if job.init_adapter is not None and not Path(job.init_adapter).is_dir():
+        if job.init_adapter is None:
+            continue
+        if len(Path(job.init_adapter).name.encode()) > MAX_NAME_BYTES:
+            raise UserError(f"jobs.{job.name}.init_adapter: {show(job.init_adapter)}: no directory has so long a name; correct the path")
+        if not Path(job.init_adapter).is_dir():
             raise UserError(f"jobs.{job.name}.init_adapter: {job.init_adapter!r}: no such directory; name a PEFT directory, or null")
 
 

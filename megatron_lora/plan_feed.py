@@ -109,25 +109,25 @@ class PlanFeed:
 
     def _plan_all(self) -> None:
         """Ask the planner for window after window, file each and send it."""
-        with _planner() as planner:
-            assert planner.stdin is not None and planner.stdout is not None
+        planner = _planner()
+        try:
             settings = asdict(self.settings) | {"lengths": self.dealt.rounds}
             del settings["num_replicas"]
-            print(json.dumps(settings), file=planner.stdin)
+            request = json.dumps(settings) + "\n"
             chain, number, last = hashlib.sha256(), 0, False
             while not last:
                 leave = [self.leaving.get() for _ in range(self.leaving.qsize())]
-                print(json.dumps({"leave": leave}), file=planner.stdin, flush=True)
-                answer = planner.stdout.readline()
-                if not answer:
-                    raise RuntimeError(f"the planner ended with status {planner.wait()}")
-                message = json.loads(answer)
+                message = json.loads(_ask(planner, request + json.dumps({"leave": leave})))
+                request = ""
                 chain.update(json.dumps(message["microbatches"]).encode())
                 text = json.dumps(message | {"sha256": chain.hexdigest()})
                 write_atomically(self.plan_dir / f"window-{number:04d}.json", text + "\n")
                 _broadcast(text, self.group)
                 self.ready.put(text)
                 number, last = number + 1, message["last"]
+        finally:
+            planner.kill()
+            planner.wait()
 
     def _receive_all(self) -> None:
         last = False
@@ -143,6 +143,19 @@ def _planner() -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "scheduling.serve"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+
+
+def _ask(planner: subprocess.Popen[str], request: str) -> str:
+    """Send lines to the planner and return its answer; RuntimeError when it has ended."""
+    assert planner.stdin is not None and planner.stdout is not None
+    try:
+        print(request, file=planner.stdin, flush=True)
+        answer = planner.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    if not answer:
+        raise RuntimeError(f"the planning process ended with status {planner.wait()}")
+    return answer
 
 
 def _broadcast(text: str | None, group: dist.ProcessGroup) -> str:

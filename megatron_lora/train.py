@@ -81,10 +81,12 @@ def run(config: RunConfig) -> int:
 
     with Desk(config, jobs, feed.leave) if dist.get_rank() == 0 else contextlib.nullcontext() as desk:
         collector = AdapterCollector(arena, _writer(config, jobs), host)
+        unchecked = set(range(len(jobs)))  # jobs that have taken no step with a learning rate yet
 
         def on_step(done: StepDone) -> None:
             job, optimizer = jobs[done.job], optimizers[done.job]
-            if _is_first_move(optimizer, done.step):
+            if done.job in unchecked and optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
+                unchecked.remove(done.job)
                 _tell_unmoved(job, optimizer)
             if done.step == job.num_steps - 1:
                 collector.submit(done.job, optimizer.failed)
@@ -181,11 +183,6 @@ def _writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[int, We
         write_adapter(Path(config.output_dir) / "jobs" / job.name, adapter, config.base_model)
 
     return write
-
-
-def _is_first_move(optimizer: JobOptimizer, step: int) -> bool:
-    """Whether a step (from 0) is the first with a non-zero learning rate."""
-    return optimizer.learning_rate(step) > 0 and all(optimizer.learning_rate(before) == 0 for before in range(step))
 
 
 def _tell_unmoved(job: TrainingJob, optimizer: JobOptimizer) -> None:

@@ -246,6 +246,7 @@ CASES = {
         ["jobs.one.val_datasets: ", "is not supported yet", "use null"],
     ),
     # files
+    "a path too long": (override("jobs.one.datasets.0.path=" + "x" * 300 + ".jsonl"), ["jobs.one.datasets.0.path:", "so long a name"]),
     "missing data": (override("jobs.one.datasets.0.path=row.jsonl"), ["jobs.one.datasets.0.path: 'row.jsonl'", "no such file"]),
     "data is a folder": (
         lambda scene: Path("d.jsonl").mkdir() or ["jobs.one.datasets.0.path=d.jsonl"],

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import oracle
+import pytest
 import runs
 
+from megatron_lora import plan_feed
 from megatron_lora.plan_feed import PlanFeed, PlanSettings
 from scheduling.slot_cost import SlotCost
 
@@ -45,6 +49,17 @@ def test_windows_are_planned_ahead_of_the_one_that_runs_and_not_further(one_proc
     assert next(windows, None) is None
     feed.close()
     assert taken == filed() > 5
+
+
+@pytest.mark.parametrize("command", ["import sys; sys.exit(7)", "import sys; sys.stdin.readline(); sys.exit(7)"])
+def test_a_planner_that_dies_is_said_to_have_died(command, one_process, tmp_path, monkeypatch):
+    import torch.distributed as dist
+
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    monkeypatch.setattr(plan_feed, "_planner", lambda: subprocess.Popen([sys.executable, "-c", command], **pipes))
+    settings = PlanSettings(num_stages=2, num_replicas=1, capacity=24, delay=0, cost=SlotCost(), num_slots=4)
+    with pytest.raises(RuntimeError, match="the planning process ended with status 7"):
+        list(PlanFeed(LENGTHS, settings, 0, tmp_path, dist.group.WORLD))
 
 
 def test_a_run_of_many_windows_waits_for_plans_only_at_its_start(pool, tmp_path):
