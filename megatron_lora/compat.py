@@ -8,9 +8,7 @@ Second, what megatron-core assumes of CUDA and a CPU run does not have. Each suc
 `patch_<symbol>`: idempotent, it checks that the symbol exists, and it returns a function that puts the original back.
 `patch_for_cpu` applies them all. Nothing is replaced on a CUDA run.
 
-`all_gather_single` and `reduce_scatter_single` are the names that torch 2.13 gives to `all_gather_into_tensor` and `reduce_scatter_tensor`.
-`deallocate_output_tensor` and `custom_backward` (free a sent activation, keep its graph) are re-exported for the executor.
-"""
+`all_gather_single` and `reduce_scatter_single` are the names that torch 2.13 gives to `all_gather_into_tensor` and `reduce_scatter_tensor`."""
 
 from __future__ import annotations
 
@@ -24,15 +22,12 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_lora.errors import UserError
 
 __all__ = [
     "all_gather_single",
-    "custom_backward",
-    "deallocate_output_tensor",
     "destroy_parallel",
     "initialize_parallel",
     "patch_current_device",

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
 from fused_ops.adapters import LoraGroup, SlotTable
 from fused_ops.route import make_route
-from megatron_lora.compat import custom_backward, deallocate_output_tensor
 from megatron_lora.microbatch import Packing, StageInput
 
 BASE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 61, "max_position_embeddings": 128}
