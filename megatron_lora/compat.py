@@ -8,7 +8,8 @@ Second, what megatron-core assumes of CUDA and a CPU run does not have. Each suc
 `patch_<symbol>`: idempotent, it checks that the symbol exists, and it returns a function that puts the original back.
 `patch_for_cpu` applies them all. Nothing is replaced on a CUDA run.
 
-`all_gather_single` and `reduce_scatter_single` are the names that torch 2.13 gives to `all_gather_into_tensor` and `reduce_scatter_tensor`."""
+`all_gather_single` and `reduce_scatter_single` are the names that torch 2.13 gives to `all_gather_into_tensor` and `reduce_scatter_tensor`.
+"""
 
 from __future__ import annotations
 
