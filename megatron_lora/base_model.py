@@ -75,6 +75,12 @@ class Stage(torch.nn.Module):
                 linear.place(layer, self.binding)
                 yield linear
 
+    def set_recompute(self, recompute: str | tuple[str, ...]) -> None:
+        """Set the recomputation policy of all layers, or of each layer of the model."""
+        policies = recompute_of_layers(recompute, self.architecture.num_layers)
+        for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
+            block.recompute = policies[layer]
+
     def bound(self, microbatch: StageInput) -> AbstractContextManager[None]:
         """Bind a microbatch to the stage's linears for the length of one forward (or of its recomputation)."""
         return self.binding.bound(microbatch)
@@ -202,10 +208,8 @@ def build_stage(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # padding rows of the vocabulary stay so
-    policies = recompute_of_layers(recompute, architecture.num_layers)
-    for layer, block in zip(layers, model.decoder.layers, strict=True):
-        block.recompute = policies[layer]
     stage = Stage(model, architecture, layers, device)
+    stage.set_recompute(recompute)
     load(stage.parts(), Checkpoint(model_dir) if load_weights else RandomTensors(architecture, seed, dtype, device))
     return stage
 

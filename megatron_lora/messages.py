@@ -134,6 +134,19 @@ class Links:
     backward_in: Receiver | None
     backward_out: Sender | None
 
+    def again(self, layout: MessageLayout) -> Links:
+        """Return ends over the same connections for another run, from its slot 0 on; this one has ended."""
+
+        def receiver(end: Receiver | None) -> Receiver | None:
+            assert end is None or not end.posted, "a receive of the last run is still posted"
+            return end and Receiver(end.group, end.peer, layout, end.device)
+
+        def sender(end: Sender | None) -> Sender | None:
+            assert end is None or not end.pending, "a message of the last run has not left"
+            return end and Sender(end.group, end.peer)
+
+        return Links(receiver(self.forward_in), sender(self.forward_out), receiver(self.backward_in), sender(self.backward_out))
+
     def drain(self) -> None:
         """Wait until every sent message has left."""
         for sender in (self.forward_out, self.backward_out):

@@ -15,25 +15,26 @@ import torch
 import torch.distributed as dist
 
 from megatron_lora.architecture import read_architecture
-from megatron_lora.arena import Arena
+from megatron_lora.arena import AdapterSpec, Arena
 from megatron_lora.base_model import Stage, build_stage
 from megatron_lora.checks import cache_dir
-from megatron_lora.collate import collate, num_rows
+from megatron_lora.collate import JobRows, collate, num_rows
 from megatron_lora.compat import initialize_parallel, pipelines, stage_groups
 from megatron_lora.config import ParallelConfig, RunConfig
 from megatron_lora.data import load_tokenizer
 from megatron_lora.desk import Desk
-from megatron_lora.executor import Executor, Position, StepDone
+from megatron_lora.executor import Executor, Position, StageOptimizer, StepDone
 from megatron_lora.export import AdapterCollector, Weights
 from megatron_lora.hub import resolve_base_model
 from megatron_lora.jobs import TrainingJob, read_jobs
-from megatron_lora.messages import MessageLayout, connect
+from megatron_lora.messages import Links, MessageLayout, connect
 from megatron_lora.optimizer import JobOptimizer, StageGroups
 from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
 from megatron_lora.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.settle import settle_together
 from megatron_lora.timeline import Timeline, write_timeline
 from scheduling.slot_cost import SlotCost
+from scheduling.types import Microbatch
 
 
 def run(config: RunConfig) -> int:
@@ -50,7 +51,7 @@ def run(config: RunConfig) -> int:
     architecture = read_architecture(model_dir)
     jobs = _read_jobs(config, model_dir, architecture.vocab_size, host)
     config, cost = settle_together(config, architecture, [job.rows.lengths() for job in jobs], host)
-    position = _position(config.parallel)
+    position = position_of(config.parallel)
     feed = _plan(config, jobs, position, cost)
 
     stage = build_stage(
@@ -63,14 +64,7 @@ def run(config: RunConfig) -> int:
         seed=config.seed,
         recompute=config.recompute,
     )
-    arena = Arena(
-        stage.linears,
-        [job.adapter() for job in jobs],
-        tensor_rank=stage.tensor_group.rank(),
-        tensor_ranks=config.parallel.tensor,
-        dtype=dtype,
-        device=device,
-    )
+    arena = make_arena(stage, config.parallel, [job.adapter() for job in jobs])
     for slot, job in enumerate(jobs):
         if job.config.init_adapter is None:
             arena.initialise(slot, job.rows.seed)
@@ -94,7 +88,18 @@ def run(config: RunConfig) -> int:
                 desk.on_step(done, collector.written)
 
         timeline = Timeline(device)
-        executor = _executor(config, jobs, position, stage, optimizers, on_step, desk, timeline, dtype, device)
+        layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype)
+        executor = make_executor(
+            stage,
+            config.parallel,
+            connect(pipelines(config.parallel), layout, device),
+            layout,
+            rows=[job.rows for job in jobs],
+            optimizers=optimizers,
+            on_step=on_step,
+            on_forward=desk.on_forward if desk is not None else lambda microbatch: None,
+            timeline=timeline,
+        )
         executor.run(feed)
         feed.close()
         collector.finish()
@@ -104,33 +109,44 @@ def run(config: RunConfig) -> int:
     return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
 
 
-def _executor(
-    config: RunConfig,
-    jobs: Sequence[TrainingJob],
-    position: Position,
+def make_arena(stage: Stage, parallel: ParallelConfig, adapters: Sequence[AdapterSpec]) -> Arena:
+    """Give the stage's linears their adapters, one slot per job, all zero."""
+    return Arena(
+        stage.linears,
+        adapters,
+        tensor_rank=stage.tensor_group.rank(),
+        tensor_ranks=parallel.tensor,
+        dtype=stage.dtype,
+        device=stage.device,
+    )
+
+
+def make_executor(
     stage: Stage,
-    optimizers: Sequence[JobOptimizer],
+    parallel: ParallelConfig,
+    links: Links,
+    layout: MessageLayout,
+    *,
+    rows: Sequence[JobRows],
+    optimizers: Sequence[StageOptimizer],
     on_step: Callable[[StepDone], None],
-    desk: Desk | None,
+    on_forward: Callable[[Microbatch], None],
     timeline: Timeline,
-    dtype: torch.dtype,
-    device: torch.device,
 ) -> Executor:
-    """Connect this rank to its neighbours and give it its part."""
-    multiple = config.parallel.tensor if config.parallel.sequence else 1
-    layout = MessageLayout(max_endings=len(jobs), hidden_size=stage.architecture.hidden_size, dtype=dtype)
+    """Give this rank its part: its stage at its place, connected to its neighbours."""
+    multiple = parallel.tensor if parallel.sequence else 1
     return Executor(
         stage,
-        position,
-        connect(pipelines(config.parallel), layout, device),
+        position_of(parallel),
+        links,
         layout,
-        load=lambda microbatch: collate(microbatch, [job.rows for job in jobs], multiple=multiple, device=device),
+        load=lambda microbatch: collate(microbatch, rows, multiple=multiple, device=stage.device),
         num_rows=lambda microbatch: num_rows(microbatch, multiple) // multiple,
         optimizers=optimizers,
         on_step=on_step,
-        on_forward=desk.on_forward if desk is not None else lambda microbatch: None,
+        on_forward=on_forward,
         timeline=timeline,
-        device=device,
+        device=stage.device,
     )
 
 
@@ -146,7 +162,7 @@ def _read_jobs(config: RunConfig, model_dir: Path, vocab_size: int, host: dist.P
     return jobs
 
 
-def _position(parallel: ParallelConfig) -> Position:
+def position_of(parallel: ParallelConfig) -> Position:
     """Return this rank's place; a norm takes one slot more where it is summed over other ranks of the stage."""
     delay = 1 if parallel.tensor * parallel.data > 1 else 0
     return Position(stage=dist.get_rank() // (parallel.tensor * parallel.data), num_stages=parallel.pipeline, delay=delay)
