@@ -8,10 +8,10 @@ A verdict is a squared gradient norm. Each stage adds its own part to the gradie
 later when the parts must first be summed over other ranks), the first stage then knows the whole and sends it along with the forward
 messages. Neither an all-reduce over stages nor a device synchronisation is needed.
 
-A receive is posted one slot ahead, but never before everything that its message depends on has been queued here: on a GPU a waiting
-receive is a running kernel, and CUDA may wait for running kernels whenever it loads a module or allocates. The message of F(t + 1)
-depends on this stage's work up to what precedes F(t); that of B(t + 1) on what precedes B(t). So the first receive of each direction
-is posted when it is taken, and each later one when its predecessor is taken.
+On the CPU a receive is posted one slot ahead. On a GPU it is posted when its message is taken: a waiting receive is a running kernel,
+and CUDA may wait for running kernels whenever it loads a module or allocates. Two neighbours that both wait so, each for a message that
+the other's host has yet to come to, would wait for ever; with nothing posted ahead, every message that a rank waits for precedes, in the
+plan's order, whatever its neighbour's host may be held up by.
 """
 
 from __future__ import annotations
@@ -173,12 +173,12 @@ class Executor:
             perform[action.op](action.index)
 
     def _take(self, receiver: Receiver, name: str, slot: int) -> Message:
-        """Take a slot's message and post the receive of the next one, where it is known."""
+        """Take a slot's message and post the receive of the next one, where it is known and may be posted ahead."""
         if not receiver.posted:
             receiver.post(self.num_rows(self.stream[slot]))
         with self.timeline.span(name, slot):
             message = receiver.take(slot)
-        if slot + 1 < len(self.stream):
+        if receiver.ahead and slot + 1 < len(self.stream):
             receiver.post(self.num_rows(self.stream[slot + 1]))
         self.misplaced += message.header[SLOT] != slot
         return message

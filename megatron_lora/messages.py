@@ -102,10 +102,11 @@ class Sender:
 
 
 class Receiver:
-    """One direction's incoming side: receives are posted ahead, in slot order, and taken in the same order."""
+    """One direction's incoming side: receives are posted in slot order and taken in the same order; `ahead`: before they are taken."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int, layout: MessageLayout, device: torch.device):
         self.group, self.peer, self.layout, self.device = group, peer, layout, device
+        self.ahead = device.type != "cuda"  # see executor.py
         self.posted: deque[tuple[int, dist.Work, Message]] = deque()
         self.next_slot = 0  # whose receive is posted next
 

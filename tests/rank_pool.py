@@ -20,6 +20,8 @@ import traceback
 from multiprocessing.connection import wait
 from types import SimpleNamespace
 
+import torch
+
 PRELOAD = ["torch", "megatron.core.models.gpt", "rank_pool"]
 
 
@@ -31,7 +33,8 @@ class RankPool:
     """Worker processes and the layout that they are in now."""
 
     def __init__(self):
-        self.context = multiprocessing.get_context("forkserver")
+        # Importing megatron-core where there is a GPU begins CUDA, which a forked process cannot use.
+        self.context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         self.context.set_forkserver_preload(PRELOAD)
         self.workers = []
         self.layout = None
