@@ -53,6 +53,20 @@ def gemm_config(input_TI: Tensor, num_cols: int, backward: bool, tma: bool, widt
     return GemmConfig(stages=3, persistent=True, flatten=True, group=16)
 
 
+def fp8_config(values_TI: Tensor, num_cols: int, backward: bool, tma: bool, width: int, dropout: bool, num_modules: int) -> GemmConfig:
+    """Return how to cut a GEMM over 8-bit operands: twice the inner block, in as many bytes."""
+    if not tma:
+        return GemmConfig(columns=128, inner=64, stages=3)
+    if values_TI.is_cuda:
+        key = choice_key(*values_TI.shape, num_cols, backward, width, dropout) + ", fp8"
+        found = _choices().get(torch.cuda.get_device_name(values_TI.device), {}).get(key)
+        if found is not None:
+            return GemmConfig(**found)
+    if width:
+        return GemmConfig(inner=128, parts=4 if dropout and num_modules > 1 else 2)
+    return GemmConfig(inner=128, stages=3, persistent=True, flatten=True, group=16)
+
+
 @lru_cache(maxsize=1)
 def _choices() -> dict[str, dict[str, dict]]:
     return json.loads(CHOICES.read_text()) if CHOICES.exists() else {}

@@ -19,6 +19,7 @@ from torch import Tensor
 from fused_ops import reference
 from fused_ops.adapters import LoraGroup
 from fused_ops.backend import backend_name
+from fused_ops.fp8 import Fp8Weight
 from fused_ops.refill import Refill
 from fused_ops.route import Route
 
@@ -65,7 +66,7 @@ def backend_for(device: torch.device, backend: str | None = None) -> ModuleType:
 
 def multi_lora_linear(
     x_TK: Tensor,
-    weight_NK: Tensor,
+    weight_NK: Tensor | Fp8Weight,
     bias_N: Tensor | None,
     group: LoraGroup | None,
     route: Route | None,
@@ -75,8 +76,8 @@ def multi_lora_linear(
 ) -> Tensor:
     """Return Y [T, N] = X W^T (+ bias) + each row's adapter; without group or route, the frozen linear alone.
 
-    x_TK [T_local, K], weight_NK [N, K] (frozen), bias_N [N] or None. With `refill`, which X's producer holds too, X is not
-    kept. Raises ValueError where shapes or dtypes do not fit.
+    x_TK [T_local, K], weight_NK [N, K] (frozen; an Fp8Weight: both products over 8-bit operands), bias_N [N] or None. With `refill`,
+    which X's producer holds too, X is not kept. Raises ValueError where shapes or dtypes do not fit.
     """
     if group is None or route is None or not route.segments or group.width == 0:
         group = route = None
@@ -116,9 +117,10 @@ class _MultiLoraLinear(torch.autograd.Function):
         return dx_TK, *[None] * 7
 
 
-def _check(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, group: LoraGroup | None) -> None:
-    if x_TK.dim() != 2 or weight_NK.dim() != 2 or x_TK.shape[1] != weight_NK.shape[1] or x_TK.dtype != weight_NK.dtype:
-        raise ValueError(f"X {x_TK.dtype} {list(x_TK.shape)} does not fit W {weight_NK.dtype} {list(weight_NK.shape)}")
+def _check(x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None, group: LoraGroup | None) -> None:
+    dtype = x_TK.dtype if isinstance(weight_NK, Fp8Weight) else weight_NK.dtype
+    if x_TK.dim() != 2 or len(weight_NK.shape) != 2 or x_TK.shape[1] != weight_NK.shape[1] or x_TK.dtype != dtype:
+        raise ValueError(f"X {x_TK.dtype} {list(x_TK.shape)} does not fit W {dtype} {list(weight_NK.shape)}")
     if bias_N is not None and bias_N.shape != weight_NK.shape[:1]:
         raise ValueError(f"bias {list(bias_N.shape)} does not fit W {list(weight_NK.shape)}")
     if group is not None and (group.a_RK.shape[1] != weight_NK.shape[1] or group.columns[-1][1] > weight_NK.shape[0]):

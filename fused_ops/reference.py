@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_ops.adapters import LoraGroup, padded_rank
 from fused_ops.dropout import keep_mask
+from fused_ops.fp8 import Fp8Weight, multiply_reference
 from fused_ops.route import Route
 
 
@@ -23,9 +24,20 @@ def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
     return s_TR
 
 
-def up(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
+def up(
+    x_TK: Tensor,
+    weight_NK: Tensor | Fp8Weight,
+    bias_N: Tensor | None,
+    s_TR: Tensor | None,
+    group: LoraGroup | None,
+    route: Route | None,
+) -> Tensor:
     """Return Y [T, N] = X W^T (+ bias) + S B^T."""
-    y_TN = F.linear(x_TK, weight_NK, bias_N)
+    if isinstance(weight_NK, Fp8Weight):
+        y_TN = multiply_reference(x_TK, weight_NK.by_output)
+        y_TN = y_TN if bias_N is None else y_TN + bias_N
+    else:
+        y_TN = F.linear(x_TK, weight_NK, bias_N)
     if s_TR is None or group is None or route is None:
         return y_TN
     for rows, _, module, columns, _, b_rows in _parts(group, route):
@@ -45,9 +57,9 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
     return ds_TR
 
 
-def grad_x(dy_TN: Tensor, weight_NK: Tensor, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
+def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
     """Return dX [T, K] = dY W + M * (dS A)."""
-    dx_TK = dy_TN @ weight_NK
+    dx_TK = multiply_reference(dy_TN, weight_NK.by_input) if isinstance(weight_NK, Fp8Weight) else dy_TN @ weight_NK
     if ds_TR is None or group is None or route is None:
         return dx_TK
     for rows, slot, module, columns, a_rows, _ in _parts(group, route):

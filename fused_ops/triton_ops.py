@@ -3,6 +3,8 @@
 from torch import Tensor
 
 from fused_ops.adapters import LoraGroup
+from fused_ops.fp8 import Fp8Weight, quantise_rows
+from fused_ops.fp8_gemm import fp8_gemm
 from fused_ops.lora_down import down
 from fused_ops.lora_gemm import gemm
 from fused_ops.lora_grad import grad_a, grad_s_and_b
@@ -11,11 +13,22 @@ from fused_ops.route import Route
 __all__ = ["down", "grad_a", "grad_s_and_b", "grad_x", "up"]
 
 
-def up(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
+def up(
+    x_TK: Tensor,
+    weight_NK: Tensor | Fp8Weight,
+    bias_N: Tensor | None,
+    s_TR: Tensor | None,
+    group: LoraGroup | None,
+    route: Route | None,
+) -> Tensor:
     """Return Y [T, N] = X W^T (+ bias) + S B^T."""
+    if isinstance(weight_NK, Fp8Weight):
+        return fp8_gemm(quantise_rows(x_TK, "triton"), weight_NK.by_output, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
     return gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False)
 
 
-def grad_x(dy_TN: Tensor, weight_NK: Tensor, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
+def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
     """Return dX [T, K] = dY W + M * (dS A)."""
+    if isinstance(weight_NK, Fp8Weight):
+        return fp8_gemm(quantise_rows(dy_TN, "triton"), weight_NK.by_input, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
     return gemm(dy_TN, weight_NK, None, ds_TR, group, route, backward=True)

@@ -104,6 +104,24 @@ def test_no_spills_and_no_serialised_products(make_problem, compiled, tmp_path, 
             assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.bulk.tensor" in kernel.asm["ptx"]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_fp8_products_neither_spill_nor_wait(make_problem, compiled, tmp_path, case):
+    from fused_ops import triton_ops as ops
+    from fused_ops.fp8 import quantise_weight
+
+    p = make_problem([2048] * 4, k=64, **CASES[case][0], dtype=torch.bfloat16)
+    weight, s = quantise_weight(p.weight, "reference"), p.x.new_zeros(p.route.num_rows, p.group.width)
+    ops.up(p.x, weight, None, s, p.group, p.route)
+    ops.grad_x(p.dy, weight, s, p.group, p.route)
+    ops.up(p.x, weight, None, None, None, None)
+    assert {kernel.name for kernel in compiled} == {"_fp8_gemm_kernel", "_quantise_kernel"}
+    for kernel in compiled:
+        registers, spilled, serialised = report(kernel, tmp_path)
+        assert not spilled and not serialised, (kernel.name, registers, spilled, serialised)
+        if kernel.name == "_fp8_gemm_kernel":
+            assert "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3" in kernel.asm["ptx"]
+
+
 def test_nothing_is_compiled_again_when_jobs_and_lengths_change(make_problem, compiled):
     """Jobs, ranks of one class, alphas, lengths and rows change; layer shapes do not."""
     common = {"k": 64, "n": (128,), "dtype": torch.bfloat16}
