@@ -1,0 +1,109 @@
+"""What all cases of a launch share: process groups, this rank's frozen stage, and the connections between stages.
+
+Built once: for a 70B model the random weights are most of what a start costs.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+
+from megatron_lora.architecture import Architecture
+from megatron_lora.base_model import Stage, build_stage
+from megatron_lora.compat import initialize_parallel, pipelines, stage_groups
+from megatron_lora.config import ParallelConfig, RunConfig
+from megatron_lora.devices import this_device
+from megatron_lora.messages import Links, MessageLayout, connect
+from megatron_lora.optimizer import StageGroups
+from megatron_lora.settle import settle
+from megatron_lora.train import position_of
+from scheduling.types import Lengths
+
+TIMEOUT_S = 300.0
+
+
+class Base:
+    """One rank's place in a launch; `settle` first, then the stage is built when it is first asked for."""
+
+    def __init__(self, architecture: Architecture, parallel: ParallelConfig, seed: int = 0):
+        """Join the process groups of a layout, whose layers need not be settled yet."""
+        self.cuda = torch.cuda.is_available()
+        self.architecture, self.parallel, self.seed = architecture, parallel, seed
+        self.device = initialize_parallel(parallel, "nccl" if self.cuda else "gloo", seed, TIMEOUT_S)
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.host, self.plans = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        self.position = position_of(parallel)
+        self.groups = StageGroups(**stage_groups(parallel))
+        self.model = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))  # its figures for the cost and memory models
+        self.links: Links | None = None
+
+    @property
+    def replica(self) -> int:
+        """Which data-parallel replica this rank belongs to."""
+        return self.rank // self.parallel.tensor % self.parallel.data
+
+    @property
+    def stages(self) -> list[int]:
+        """Every rank's stage."""
+        return [rank // (self.parallel.tensor * self.parallel.data) for rank in range(self.world_size)]
+
+    def say(self, line: str) -> None:
+        """Print a line of progress on the first rank."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def settle(self, configs: Sequence[RunConfig], workloads: Sequence[Lengths]) -> list[RunConfig]:
+        """Return the cases' configs with every choice made, by the first rank; the first case's split of layers is that of all."""
+        settled = []
+        if self.rank == 0:
+            for config, lengths in zip(configs, workloads, strict=True):
+                if settled:
+                    config = dataclasses.replace(config, parallel=settled[0].parallel)
+                settled.append(settle(config, self.architecture, lengths, self.model))
+        settled = self.share(settled)
+        self.parallel = settled[0].parallel
+        return settled
+
+    @cached_property
+    def stage(self) -> Stage:
+        """This rank's part of the model, with random weights made on the device."""
+        start = time.perf_counter()
+        stage = build_stage(
+            self.architecture, None, self.parallel, dtype=self.dtype, device=self.device, load_weights=False, seed=self.seed
+        )
+        self.wait()
+        held = f", {torch.cuda.memory_allocated() / 1e9:.1f} GB" if self.cuda else ""
+        self.say(f"built {len(stage.layers)} layers in {time.perf_counter() - start:.1f} s{held}")
+        return stage
+
+    def connected(self, max_endings: int) -> tuple[Links, MessageLayout]:
+        """Return this rank's ends for one run; the groups are made on the first call."""
+        layout = MessageLayout(max_endings=max_endings, hidden_size=self.architecture.hidden_size, dtype=self.dtype)
+        if self.links is None:
+            self.links = connect(pipelines(self.parallel), layout, self.device)
+        else:
+            self.links = self.links.again(layout)
+        return self.links, layout
+
+    def wait(self) -> None:
+        """Wait for this rank's device, then for all ranks."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        dist.barrier(group=self.host)
+
+    def share(self, value):
+        """Return the first rank's value on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, 0, group=self.host)
+        return box[0]
+
+    def gather(self, value) -> list:
+        """Return every rank's value on every rank."""
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.host)
+        return values

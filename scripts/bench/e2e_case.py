@@ -1,0 +1,174 @@
+"""One case of end_to_end.py: adapters on the shared base, a warm-up, perhaps calibration, the timed run."""
+
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from e2e_base import Base
+from e2e_figures import Usage, memory, prediction, rates
+from e2e_options import Case
+from e2e_run import NoOptimizer, Outcome, execute
+from pass_times import features, measure_stage, probe_slots
+from plain_lora import use_adapters
+from synthetic_jobs import head, make_jobs, take
+
+from megatron_lora.arena import Arena
+from megatron_lora.collate import collate
+from megatron_lora.config import RunConfig
+from megatron_lora.forecast import Workload
+from megatron_lora.jobs import TrainingJob
+from megatron_lora.optimizer import JobOptimizer
+from megatron_lora.plan_feed import PlanSettings
+from megatron_lora.settle import cost_of, planner_cost
+from megatron_lora.timeline import write_timeline
+from megatron_lora.train import make_arena
+from scheduling.cost import CostModel, refine
+from scheduling.memory import tokens_in_flight
+from scheduling.types import Lengths
+
+WARM_SLOTS = 8  # of a warm-up run, at least; more where the pipeline is deep
+SPARE = 1.1  # more steps than the warm-up's speed asks for
+
+
+class CaseRun:
+    """A case on a base: `prepare` puts its adapters there, `measure` runs it, `close` takes the adapters away."""
+
+    def __init__(self, base: Base, case: Case, config: RunConfig, workload: Lengths, cost: CostModel | None):
+        """`config` is settled; `cost` predicts in place of the device's table figures."""
+        self.base, self.case, self.config, self.workload = base, case, config, workload
+        self.architecture = base.architecture
+        self.cost = cost or cost_of(config, base.architecture, base.model)
+        self.cost_from = "file" if cost else "table figures"
+        self.weights = planner_cost(config, base.architecture, base.model)
+        self.settings = PlanSettings(
+            num_stages=base.parallel.pipeline,
+            num_replicas=base.parallel.data,
+            capacity=int(config.microbatch_tokens),
+            delay=base.position.delay,
+            cost=self.weights,
+        )
+        self.ranks = tuple(job.r for job in config.jobs)
+        self.arena: Arena | None = None
+
+    def prepare(self) -> None:
+        """Put the case's adapters on the base."""
+        stage = self.base.stage
+        stage.set_recompute(self.config.recompute)
+        use_adapters(stage, self.case.adapters)
+        if self.case.adapters != "none":
+            jobs = self._jobs(take(self.workload, self.case.jobs.count, 1))
+            self.arena = make_arena(stage, self.base.parallel, [job.adapter() for job in jobs])
+            for slot, job in enumerate(jobs):
+                self.arena.initialise(slot, job.rows.seed)
+
+    def close(self) -> None:
+        """Let go of the case's adapters."""
+        use_adapters(self.base.stage, "none")
+        self.arena = None
+        gc.collect()
+        if self.base.cuda:
+            torch.cuda.empty_cache()
+
+    def _jobs(self, lengths: Lengths) -> tuple[TrainingJob, ...]:
+        return make_jobs(lengths, self.config.jobs, self.architecture.vocab_size, self.case.jobs.completion)
+
+    def _optimizers(self, jobs: Sequence[TrainingJob], learning_rate: float | None = None) -> list:
+        if self.arena is None:
+            return [NoOptimizer(self.base.device, self.base.groups.data) for _ in jobs]
+        settings = [job.optimizer() for job in jobs]
+        if learning_rate is not None:
+            settings = [dataclasses.replace(each, learning_rate=learning_rate) for each in settings]
+        return [JobOptimizer(self.arena, slot, each, self.base.groups) for slot, each in enumerate(settings)]
+
+    def _run(self, lengths: Lengths, learning_rate: float | None = None) -> Outcome:
+        jobs = self._jobs(lengths)
+        real = self.cost.slot_cost(sum(self.ranks) / len(self.ranks))
+        return execute(self.base, jobs, self._optimizers(jobs, learning_rate), self.case.policy, self.settings, real)
+
+    def warm_up(self) -> float:
+        """Run some slots twice at a learning rate of 0, which moves no weight; return the real tokens per second of the second time."""
+        slots = max(WARM_SLOTS, 3 * self.base.parallel.pipeline) * self.base.parallel.data
+        lengths = head(take(self.workload, self.case.jobs.count, 1), slots * self.settings.capacity)
+        tokens = sum(map(sum, (steps[0] for steps in lengths)))
+        for turn in ("first", "second"):
+            outcome = self._run(lengths, learning_rate=0.0)
+            self.base.say(f"  warm-up, {turn} run: {tokens:,} tokens in {outcome.seconds:.1f} s")
+        self._clear()
+        return tokens / outcome.seconds
+
+    def _clear(self) -> None:
+        """Forget what a warm-up or a calibration left in the optimizers' buffers."""
+        if self.arena is not None:
+            for buffer in (self.arena.grad, self.arena.exp_avg, self.arena.exp_avg_sq):
+                buffer.zero_()
+
+    def calibrate(self) -> None:
+        """Fit the cost model to passes that each stage makes by itself."""
+        parallel = self.base.parallel
+        lengths = take(self.workload, self.case.jobs.count, 1)
+        rows = [job.rows for job in self._jobs(lengths)]
+        multiple = parallel.tensor if parallel.sequence else 1
+        start = time.perf_counter()
+        measured = measure_stage(
+            self.base.stage,
+            self.base.position.stage,
+            probe_slots(lengths, self.settings.capacity),
+            partial(collate, jobs=rows, multiple=multiple, device=self.base.device),
+            multiple,
+            lambda slot: features(slot, lengths, [r if self.arena is not None else 0 for r in self.ranks]),
+        )
+        self._clear()
+        everyone = [each for of_rank in self.base.gather(measured) for each in of_rank]
+        self.cost, self.cost_from = refine(self.cost, everyone), "calibration"
+        self.base.say(f"  calibrated in {time.perf_counter() - start:.1f} s")
+
+    def timed_lengths(self, tokens_per_s: float) -> Lengths:
+        """Return the lengths of the timed run: as many steps as were asked for, or as fill the time."""
+        per_step = sum(sum(steps[0]) for steps in take(self.workload, self.case.jobs.count, len(self.workload[0])))
+        steps = self.case.steps or max(1, math.ceil(SPARE * self.case.warm_seconds * tokens_per_s / per_step))
+        return take(self.workload, self.case.jobs.count, self.base.share(steps))
+
+    def measure(self, lengths: Lengths, trace: Path | None) -> tuple[dict, Outcome]:
+        """Run it; return its figures (on the first rank) and what was executed."""
+        if self.base.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before = _allocator()
+        outcome = self._run(lengths)
+        grown = {key: value - before[key] for key, value in _allocator().items()}
+        usage = Usage(
+            peak=_peak("allocated"),
+            reserved=_peak("reserved"),
+            in_flight=tokens_in_flight(outcome.own, self.base.position.stage, self.settings.num_stages),
+            largest=max(slot.num_tokens for slot in outcome.own),
+            **grown,
+        )
+        usages = self.base.gather(usage)
+        if trace is not None and self.base.rank == 0:
+            trace.parent.mkdir(parents=True, exist_ok=True)
+            write_timeline(trace, [[dict(event) for event in events] for events in outcome.events])
+        if self.base.rank > 0:
+            return {}, outcome
+        figures = rates(self.base, self.settings, lengths, outcome)
+        figures["memory"] = memory(self.base, self.config, usages, self.case.adapters)
+        figures["prediction"] = prediction(self.base, self.workload_of(lengths), self.settings, outcome) | {"cost_from": self.cost_from}
+        return figures, outcome
+
+    def workload_of(self, lengths: Lengths) -> Workload:
+        """Return lengths as the simulator takes them, by this case's cost model."""
+        workload = Workload.of(self.config, lengths, self.cost, self.weights)
+        return workload if self.arena is not None else dataclasses.replace(workload, ranks=(0,) * len(self.ranks))
+
+
+def _peak(kind: str) -> int:
+    return getattr(torch.cuda, f"max_memory_{kind}")() if torch.cuda.is_available() else 0
+
+
+def _allocator() -> dict[str, int]:
+    """Return how often the allocator had to free its cache, and how often it asked the device for memory."""
+    stats = torch.cuda.memory_stats() if torch.cuda.is_available() else {}
+    return {"retries": stats.get("num_alloc_retries", 0), "segments": stats.get("num_device_alloc", 0)}

@@ -1,0 +1,86 @@
+"""Runs one case of end_to_end.py and keeps what it found: a line of results, the losses, a trace."""
+
+import argparse
+import dataclasses
+import json
+import re
+
+import torch
+from e2e_base import Base
+from e2e_case import CaseRun
+from e2e_figures import mfu
+from e2e_options import HF_PEFT, Case, layout_name
+from stamp import append_line, stamp
+
+from megatron_lora.config import RunConfig
+from megatron_lora.plan_report import read_cost
+from scheduling.types import Lengths
+
+
+def run_case(base: Base, options: argparse.Namespace, case: Case, config: RunConfig, workload: Lengths) -> None:
+    """Measure a case and append its line; on one rank a case that runs out of memory is a line that says so."""
+    try:
+        results = _hf_peft(base, case, options, workload) if case.policy == HF_PEFT else _trainer(base, case, options, config, workload)
+    except torch.cuda.OutOfMemoryError as error:
+        if base.world_size > 1:
+            raise
+        results = {"error": str(error).split(". ")[0]}
+        torch.cuda.empty_cache()
+    if base.rank > 0:
+        return
+    append_line(options.output, line(options, case, config) | {"results": results})
+    base.say(f"  {summary(results)}")
+
+
+def summary(results: dict) -> str:
+    """Say the figures that matter in one line."""
+    if "error" in results:
+        return results["error"]
+    words = [f"{results['tokens_per_s']:,.0f} tokens/s", f"MFU {results['mfu']:.1%}", f"{results['seconds']:.1f} s"]
+    words.append(f"peak {max(results['memory']['peak_bytes']) / 1e9:.2f} GB")
+    if "prediction" in results:
+        ratios = results["memory"]["predicted_over_peak"]
+        words[-1] += f" (predicted {', '.join(f'{ratio:.1%}' for ratio in ratios)})" if ratios else ""
+        words += [f"bubble {results['bubble']:.1%}", f"exposed hops {results['exposed_communication']:.2%}"]
+        found = results["prediction"]
+        words.append(f"predicted / real {found['predicted_over_real']:.3f}, replayed / real {found['replayed_over_real']:.3f}")
+    return ", ".join(words)
+
+
+def line(options: argparse.Namespace, case: Case, config: RunConfig) -> dict:
+    """Return what a line of results says besides the results."""
+    settings = dataclasses.asdict(case) | {
+        "shape": options.shape,
+        "num_layers": options.num_layers,
+        "layout": layout_name(options),
+        "parallel": dataclasses.asdict(config.parallel),
+        "microbatch_tokens": config.microbatch_tokens,
+    }
+    return {"case": case.name, **stamp(options.hardware, options.commit), "settings": settings}
+
+
+def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunConfig, workload: Lengths) -> dict:
+    cost = read_cost(str(options.cost), config.parallel.pipeline) if options.cost else None
+    run = CaseRun(base, case, config, workload, cost)
+    try:
+        run.prepare()
+        speed = run.warm_up()
+        if case.calibrate:
+            run.calibrate()
+            if options.save_cost and base.rank == 0:
+                options.save_cost.write_text(json.dumps(run.cost.to_json(), indent=1) + "\n", encoding="utf-8")
+        trace = options.timeline and options.timeline / f"{re.sub('[^A-Za-z0-9.+]+', '-', case.name)}.json"
+        results, outcome = run.measure(run.timed_lengths(speed), trace)
+        if base.rank == 0:
+            results["mfu"] = mfu(base.architecture, results["tokens_per_s"], options.peak_tflops * 1e12 * base.world_size)
+            if options.losses is not None:
+                append_line(options.losses, {"case": case.name, "layout": layout_name(options), "losses": outcome.losses})
+        return results
+    finally:
+        run.close()
+
+
+def _hf_peft(base: Base, case: Case, options: argparse.Namespace, workload: Lengths) -> dict:
+    from hf_peft import measure
+
+    return measure(base, case, options, workload)

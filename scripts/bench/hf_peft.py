@@ -1,0 +1,188 @@
+"""The baseline that most people run: transformers + peft + torch's AdamW, one job after another, on the same rows as the trainer.
+
+Given the better of two ways to batch: samples of a global batch sorted by length and padded in batches of at most the token budget, or
+one sample per forward without a mask. Adapters are kept in the compute dtype, which is faster than peft's default of float32. Only real
+tokens count; the rate of all jobs is that of training each for the same number of steps.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from e2e_base import Base
+from e2e_figures import mfu
+from e2e_options import Case
+from model_shapes import hf_config
+from synthetic_jobs import make_jobs, take
+from torch import Tensor
+
+from megatron_lora.collate import NO_LABEL
+from megatron_lora.config import JobConfig
+from megatron_lora.data import Sample
+from megatron_lora.jobs import TrainingJob
+from scheduling.types import Lengths
+
+Batching = Callable[[Sequence[Sample], int], list[list[Sample]]]
+LEAST_SECONDS = 20.0  # of all jobs together
+
+
+def padded(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
+    """Batch samples of like lengths: as many as fit the budget once padded to the longest."""
+    batches: list[list[Sample]] = []
+    for sample in sorted(samples, key=len, reverse=True):
+        if batches and (len(batches[-1]) + 1) * len(batches[-1][0]) <= budget:
+            batches[-1].append(sample)
+        else:
+            batches.append([sample])
+    return batches
+
+
+def single(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
+    """Give every sample a forward of its own."""
+    return [[sample] for sample in samples]
+
+
+BATCHINGS: dict[str, Batching] = {"padded": padded, "single": single}
+
+
+def tensors(batch: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return tokens, labels and attention mask [samples, longest]; no mask where nothing is padded."""
+    longest = max(map(len, batch))
+    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
+    labels = torch.full((len(batch), longest), NO_LABEL)
+    mask = torch.zeros(len(batch), longest, dtype=torch.int64)
+    for row, sample in enumerate(batch):
+        values = torch.from_numpy(sample.tokens).long()
+        tokens[row, : len(sample)] = values
+        labels[row, : len(sample)] = torch.where(torch.from_numpy(sample.targets), values, NO_LABEL)
+        mask[row, : len(sample)] = 1
+    needed = mask if any(len(sample) < longest for sample in batch) else None
+    return tokens.to(device), labels.to(device), needed if needed is None else needed.to(device)
+
+
+class PeftTrainer:
+    """One job's adapter on a transformers model, trained a global batch at a time."""
+
+    def __init__(self, base_model, job: JobConfig, device: torch.device, checkpointing: bool):
+        """Put a fresh adapter on the model; `close` takes it off."""
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=job.r,
+            lora_alpha=job.lora_alpha,
+            lora_dropout=job.lora_dropout,
+            target_modules=list(job.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        self.model = get_peft_model(base_model, lora, autocast_adapter_dtype=False).train()
+        self.device, self.job = device, job
+        if checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=job.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+
+    def step(self, batches: Sequence[Sequence[Sample]]) -> Tensor:
+        """Take one optimizer step over a global batch, [] its loss on the device."""
+        num_targets = sum(int(sample.targets.sum()) for batch in batches for sample in batch)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            tokens, labels, mask = tensors(batch, self.device)
+            out = self.model(input_ids=tokens, attention_mask=mask, labels=labels, num_items_in_batch=num_targets, use_cache=False)
+            out.loss.backward()
+            total += out.loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.job.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def close(self):
+        """Return the model without the adapter."""
+        return self.model.unload()
+
+
+def build(shape: str, num_layers: int | None, device: torch.device, dtype: torch.dtype):
+    """Return a transformers model of random weights, made on the device."""
+    from transformers import AutoModelForCausalLM
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return AutoModelForCausalLM.from_config(hf_config(shape, num_layers), attn_implementation="sdpa")
+    finally:
+        torch.set_default_dtype(before)
+
+
+def global_batches(job: TrainingJob, batching: Batching, budget: int) -> Iterator[list[list[Sample]]]:
+    """Give out the job's global batches, in microbatches, around and around."""
+    while True:
+        for step in job.rows.steps:
+            yield batching([job.rows.samples[index] for _, index in step], budget)
+
+
+def timed_steps(trainer: PeftTrainer, batches: Iterator, seconds: float, steps: int | None) -> dict:
+    """Train for so many seconds (or steps); return real and padded tokens, steps and seconds."""
+    tokens = rows = taken = 0
+    losses = []
+    _synchronise(trainer.device)
+    start = time.perf_counter()
+    while taken < (steps or 1) or (steps is None and time.perf_counter() - start < seconds):
+        batch = next(batches)
+        losses.append(trainer.step(batch))
+        tokens += sum(len(sample) for part in batch for sample in part)
+        rows += sum(len(part) * max(map(len, part)) for part in batch)
+        taken += 1
+        _synchronise(trainer.device)
+    spent = time.perf_counter() - start
+    return {"tokens": tokens, "rows": rows, "steps": taken, "seconds": spent, "last_loss": float(losses[-1])}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(base: Base, case: Case, options: argparse.Namespace, workload: Lengths) -> dict:
+    """Train the case's jobs one after another; return the figures of an end_to_end line."""
+    configs, lengths = case.jobs.configs(), take(workload, case.jobs.count, len(workload[0]))
+    jobs = make_jobs(lengths, configs, base.architecture.vocab_size, case.jobs.completion)
+    start = time.perf_counter()
+    model = build(options.shape, options.num_layers, base.device, base.dtype)
+    base.say(f"  transformers model in {time.perf_counter() - start:.1f} s")
+    if base.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    batching, found = None, []
+    for job in jobs:
+        trainer = PeftTrainer(model, job.config, base.device, case.recompute == "full")
+        if batching is None:
+            batching = _faster(base, trainer, job, int(case.budget))
+        batches = global_batches(job, BATCHINGS[batching], int(case.budget))
+        timed_steps(trainer, batches, 0.0, 1)
+        found.append(timed_steps(trainer, batches, max(case.warm_seconds, LEAST_SECONDS) / len(jobs), case.steps))
+        base.say(f"  {job.config.name}: {found[-1]['tokens'] / found[-1]['seconds']:,.0f} tokens/s")
+        model = trainer.close()
+    per_job = [sum(map(sum, steps)) for steps in lengths]
+    seconds = sum(tokens * each["seconds"] / each["tokens"] for tokens, each in zip(per_job, found, strict=True))
+    return {
+        "tokens": sum(each["tokens"] for each in found),
+        "seconds": sum(each["seconds"] for each in found),
+        "tokens_per_s": sum(per_job) / seconds,
+        "mfu": mfu(base.architecture, sum(per_job) / seconds, options.peak_tflops * 1e12),
+        "batching": batching,
+        "padding": 1 - sum(each["tokens"] for each in found) / sum(each["rows"] for each in found),
+        "memory": {"peak_bytes": [torch.cuda.max_memory_allocated() if base.cuda else 0]},
+        "jobs": found,
+    }
+
+
+def _faster(base: Base, trainer: PeftTrainer, job: TrainingJob, budget: int) -> str:
+    """Return the way to batch in which the job's first step is faster, each tried twice."""
+    rates = {}
+    for name, batching in BATCHINGS.items():
+        batches = global_batches(job, batching, budget)
+        timed_steps(trainer, batches, 0.0, 1)
+        tried = timed_steps(trainer, batches, 0.0, 1)
+        rates[name] = tried["tokens"] / tried["seconds"]
+    base.say("  batching: " + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates.items()))
+    return max(rates, key=lambda name: rates[name])

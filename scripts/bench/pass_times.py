@@ -1,0 +1,109 @@
+"""How long one stage's forward and backward take by themselves, for microbatches of different sizes, sample lengths and ranks.
+
+`probe_slots` makes microbatches that tell the cost model's four terms apart; `measure_stage` runs each through this rank's stage alone
+(no pipeline, its input random) and gives measurements for scheduling.cost.refine.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_lora.base_model import Stage
+from megatron_lora.microbatch import StageInput
+from scheduling.cost import Measurement
+from scheduling.types import Lengths, Microbatch, Segment
+
+
+def probe_slots(lengths: Lengths, capacity: int) -> tuple[Microbatch, ...]:
+    """Return microbatches of first steps' samples: full and smaller, of long and of short samples, of all jobs and of one."""
+    pool = [(tokens, job, sample) for job, steps in enumerate(lengths) for sample, tokens in enumerate(steps[0]) if tokens <= capacity]
+    mixed = sorted(pool, key=lambda item: (item[2], item[1]))
+    last = max(job for _, job, _ in pool)
+    wanted = [
+        (mixed, capacity),
+        (sorted(pool), capacity),
+        (sorted(pool, reverse=True), capacity),
+        (mixed, capacity // 2),
+        (mixed[::-1], capacity * 3 // 4),
+        (mixed, capacity // 4),
+        ([item for item in mixed if item[1] == 0], capacity),
+        ([item for item in mixed if item[1] == last], capacity),
+    ]
+    slots = [_fill(items, size) for items, size in wanted]
+    return tuple(dict.fromkeys(slot for slot in slots if slot.num_tokens))
+
+
+def _fill(items: Sequence[tuple[int, int, int]], capacity: int) -> Microbatch:
+    """Take samples in order while they fit."""
+    taken: dict[int, list[tuple[int, int]]] = {}
+    room = capacity
+    for tokens, job, sample in items:
+        if tokens <= room:
+            taken.setdefault(job, []).append((sample, tokens))
+            room -= tokens
+    return Microbatch(
+        tuple(Segment(job, 0, tuple(s for s, _ in chosen), sum(t for _, t in chosen)) for job, chosen in sorted(taken.items()))
+    )
+
+
+def features(slot: Microbatch, lengths: Lengths, ranks: Sequence[int]) -> tuple[int, int, int]:
+    """Return tokens, sum of squared lengths, and sum of tokens x rank."""
+    squares = sum(lengths[s.job][s.step][sample] ** 2 for s in slot.segments for sample in s.samples)
+    return slot.num_tokens, squares, sum(segment.num_tokens * ranks[segment.job] for segment in slot.segments)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> tuple[object, float]:
+    """Return what the work returns and the seconds that it takes on the device."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        return work(), time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    result = work()
+    end.record()
+    end.synchronize()
+    return result, begin.elapsed_time(end) / 1e3
+
+
+def stage_passes(stage: Stage, data: StageInput, rows: int) -> tuple[float, float]:
+    """Run a microbatch through the stage alone; return seconds of forward and backward. `rows` are those of its input on this rank."""
+    hidden = None
+    if not stage.is_first:
+        hidden = torch.randn(rows, stage.architecture.hidden_size, dtype=stage.dtype, device=stage.device).requires_grad_()
+
+    def forward() -> Tensor:
+        output = stage(data, hidden)
+        return (stage.losses(output, data.labels) * data.weights).sum() if stage.is_last else output
+
+    output, forward_s = timed(forward, stage.device)
+    gradient = torch.randn_like(output) if output.dim() else torch.ones_like(output)
+    _, backward_s = timed(lambda: output.backward(gradient), stage.device)
+    return forward_s, backward_s
+
+
+def measure_stage(
+    stage: Stage,
+    index: int,
+    slots: Sequence[Microbatch],
+    load: Callable[[Microbatch], StageInput],
+    multiple: int,
+    of_slot: Callable[[Microbatch], tuple[int, int, int]],
+    repeats: int = 3,
+) -> list[Measurement]:
+    """Time every slot on this rank's stage, `repeats` times after one that is not counted; adapter gradients are left dirty.
+
+    `multiple` is the tensor ranks over which rows are cut (sequence parallelism), else 1; `of_slot` gives a slot's features.
+    """
+    measured = []
+    for slot in slots:
+        data = load(slot)
+        rows = data.tokens.shape[0] // multiple
+        passes = [stage_passes(stage, data, rows) for _ in range(repeats + 1)][1:]
+        tokens, squares, rank_tokens = of_slot(slot)
+        for backward in (False, True):
+            seconds = statistics.median(each[backward] for each in passes)
+            measured.append(Measurement(index, backward, tokens, squares, rank_tokens, seconds))
+    return measured

@@ -1,0 +1,104 @@
+"""LoRA as PEFT computes it, in the place of the fused linear: what the fused kernels are compared with in whole runs.
+
+For every job's rows and every module: y += dropout(x) A^T B^T * scale, each product, dropout and sum by a torch kernel of its own in the
+compute dtype, their results kept for backward by autograd. Gradients are added to the same float32 arena as the fused linear's, so the
+optimizer is the same. Dropout is torch's: its masks are others than the kernels', its cost is what PEFT pays.
+
+    use_adapters(stage, "unfused")          # "fused": the trainer's own; "reference": its slow twin; "none": no adapters at all
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_ops.adapters import LoraGroup, padded_rank
+from fused_ops.linear import Collectives, multi_lora_linear
+from fused_ops.refill import Refill
+from fused_ops.route import Route
+from megatron_lora.base_model import Stage
+
+ADAPTERS = ("fused", "unfused", "reference", "none")
+
+
+def use_adapters(stage: Stage, kind: str) -> None:
+    """Let the stage's linears compute their adapters in one of the ways of ADAPTERS; "none" takes the adapters away."""
+    assert kind in ADAPTERS, kind
+    operator = {"unfused": plain_lora_linear, "reference": partial(multi_lora_linear, backend="reference")}.get(kind, multi_lora_linear)
+    for linear in stage.linears:
+        linear.operator = operator
+        if kind == "none":
+            linear.group = None
+
+
+def plain_lora_linear(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    group: LoraGroup | None,
+    route: Route | None,
+    collectives: Collectives,
+    refill: Refill | None = None,
+) -> Tensor:
+    """Return Y [T, N]; one tensor rank only. A norm or SwiGLU in front keeps its output (`refill` stays unused)."""
+    assert type(collectives) is Collectives, "plain LoRA runs on one tensor rank"
+    if group is None or route is None or not route.segments:
+        return multi_lora_linear(x_TK, weight_NK, bias_N, None, None)
+    return _PlainLora.apply(x_TK, weight_NK, bias_N, group, route)
+
+
+class _PlainLora(torch.autograd.Function):
+    """Keeps the graph of the plain expression and differentiates it in backward, so that recomputed layers reach their adapters too."""
+
+    @staticmethod
+    def forward(ctx, x_TK, weight_NK, bias_N, group, route):
+        with torch.enable_grad():
+            x = x_TK.detach().requires_grad_()
+            y, factors = _expression(x, weight_NK, bias_N, group, route)
+        ctx.kept = x, y, factors
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx, dy_TN):
+        x, y, factors = ctx.kept
+        ctx.kept = None
+        dx, *grads = torch.autograd.grad(y, [x, *(factor for factor, _ in factors)], dy_TN)
+        for grad, (_, into) in zip(grads, factors, strict=True):
+            into += grad
+        return dx, None, None, None, None
+
+
+def _expression(x: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup, route: Route):
+    """Return Y and (factor, where its gradient goes) of every A and B that took part."""
+    base = F.linear(x, weight, bias)
+    factors: list[tuple[Tensor, Tensor]] = []
+
+    def leaf(values: Tensor, grad: Tensor, row: int, rank: int) -> Tensor:
+        # .data has a version counter of its own: another job's optimizer step may change the arena before this backward.
+        factors.append((values.data[row : row + rank].requires_grad_(), grad[row : row + rank]))
+        return factors[-1][0]
+
+    parts, at = [], 0
+    for first, end, slot in route.segments:
+        if first > at:
+            parts.append(base[at:first])
+        rows, at = x[first:end], end
+        rank, dropout = padded_rank(group.slots.ranks[slot]), group.slots.dropouts[slot]
+        columns, done = [], 0
+        for module, (start, stop) in enumerate(group.columns):
+            if group.a_rows[slot][module] < 0:
+                continue
+            a = leaf(group.a_RK, group.grad_a_RK, group.a_rows[slot][module], rank)
+            b = leaf(group.b_RN[module], group.grad_b_RN[module], group.b_rows[slot][module], rank)
+            delta = F.linear(F.dropout(rows, dropout) if dropout else rows, a) @ b * group.slots.scales[slot]
+            if start > done:
+                columns.append(base[first:end, done:start])
+            columns.append(base[first:end, start:stop] + delta)
+            done = stop
+        if done < base.shape[1]:
+            columns.append(base[first:end, done:])
+        parts.append(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1))
+    if at < base.shape[0]:
+        parts.append(base[at:])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)), factors
