@@ -36,6 +36,7 @@ from torch import Tensor
 from megatron_lora import compat, loss
 from megatron_lora.architecture import Architecture, check_layout, layers_of_stages, recompute_of_layers
 from megatron_lora.attention import MergedSelfAttention, PackedAttention, PackedRows
+from megatron_lora.backends import OURS, Backends
 from megatron_lora.config import ParallelConfig
 from megatron_lora.decoder import DecoderLayer
 from megatron_lora.layers import Binding, MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
@@ -181,26 +182,30 @@ def build_stage(
     load_weights: bool = True,
     seed: int = 0,
     recompute: str | tuple[str, ...] = "none",
+    base_weights: str = "native",
+    backends: Backends = OURS,
 ) -> Stage:
     """Build this rank's stage and fill it: from the safetensors of `model_dir`, or at random from `seed` when `load_weights` is false.
 
-    `recompute` is the policy of all layers, or of each layer of the model (decoder.py). `parallel_state` must be initialised
-    (compat.initialize_parallel). Raises UserError where model, files and layout do not fit.
+    `recompute` is the policy of all layers, or of each layer of the model (decoder.py); `base_weights` "fp8" puts the linears' weights in
+    8 bits, one linear after another; `backends` says whose norms and attention stand in the slots (backends.py). `parallel_state` must be
+    initialised (compat.initialize_parallel). Raises UserError where model, files and layout do not fit.
     """
     check_layout(architecture, parallel)
     compat.quieten_gpt_model()
     layers = layers_of_stages(architecture.num_layers, parallel)[parallel_state.get_pipeline_model_parallel_rank()]
     config = _stage_config(architecture, parallel, dtype, device)
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=_block_spec(config, len(layers)),
-        vocab_size=-(-architecture.vocab_size // parallel.tensor) * parallel.tensor,
-        max_sequence_length=architecture.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="none",
-        share_embeddings_and_output_weights=False,
-    )
+    with compat.attention_variables_kept():
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, len(layers), backends),
+            vocab_size=-(-architecture.vocab_size // parallel.tensor) * parallel.tensor,
+            max_sequence_length=architecture.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=False,
+        )
     if model.post_process:
         shared = architecture.tied_head and model.pre_process
         model.output_layer = PassThrough(model.embedding.word_embeddings.weight if shared else model.output_layer.weight)
@@ -211,6 +216,9 @@ def build_stage(
     stage = Stage(model, architecture, layers, device)
     stage.set_recompute(recompute)
     load(stage.parts(), Checkpoint(model_dir) if load_weights else RandomTensors(architecture, seed, dtype, device))
+    if base_weights == "fp8":
+        for linear in stage.linears:
+            linear.quantise()
     return stage
 
 
@@ -261,14 +269,20 @@ class _SpecProvider(LocalSpecProvider):
         return MultiLoraRowParallelLinear
 
 
-def _block_spec(config: StageConfig, num_layers: int) -> TransformerBlockSubmodules:
+def _block_spec(config: StageConfig, num_layers: int, backends: Backends) -> TransformerBlockSubmodules:
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    norm, core_attention = RMSNorm, PackedAttention
+    if "te" in (backends.norms, backends.attention):
+        from megatron_lora.engine import EngineAttention, EngineNorm
+
+        norm = EngineNorm if backends.norms == "te" else RMSNorm
+        core_attention = EngineAttention if backends.attention == "te" else PackedAttention
     attention = ModuleSpec(
         module=MergedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=MultiLoraColumnParallelLinear,
-            core_attention=PackedAttention,
+            core_attention=core_attention,
             linear_proj=MultiLoraRowParallelLinear,
             q_layernorm=head_norm,
             k_layernorm=head_norm,
@@ -277,13 +291,13 @@ def _block_spec(config: StageConfig, num_layers: int) -> TransformerBlockSubmodu
     layer = ModuleSpec(
         module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=attention,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=get_mlp_module_spec_for_backend(_SpecProvider()),
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def _linear_parts(linear: MultiLoraLinear) -> Iterator[Part]:

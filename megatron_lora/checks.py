@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from megatron_lora.architecture import Architecture, check_layout, read_architecture, recompute_of_layers
+from megatron_lora.backends import check_backends
 from megatron_lora.config import JobConfig, RunConfig
 from megatron_lora.config_rules import show
 from megatron_lora.environment import num_cores
@@ -37,6 +38,7 @@ def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = Tr
     if owner:
         RunDirectory.check(config.output_dir)
     check_files(config)
+    check_backends(config)
     check_devices(config.parallel.world_size if ranks_here is None else ranks_here)
     return read_inputs(config)
 

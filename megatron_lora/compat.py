@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron_lora.errors import UserError
 
 __all__ = [
+    "attention_variables_kept",
     "all_gather_single",
     "destroy_parallel",
     "initialize_parallel",
@@ -43,6 +44,7 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Undo = Callable[[], None]
+_ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
 class Layout(Protocol):
@@ -114,6 +116,18 @@ def destroy_parallel() -> None:
 def quieten_gpt_model() -> None:
     """Keep GPTModel from telling users, each time it is built, that newer models of megatron-core succeed it."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def attention_variables_kept() -> Iterator[None]:
+    """Leave the variables that steer Transformer Engine's attention as they are: GPTModel writes its own, and fails where they differ."""
+    before = {name: os.environ.pop(name) for name in _ATTENTION_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in _ATTENTION_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def patch_for_cpu() -> Undo:

@@ -151,6 +151,9 @@ class RunConfig:
 
     `recompute` trades time for memory without changing a bit: none keeps all that backward reads, cheap makes norm and SwiGLU outputs
     again (a third less memory), full keeps each layer's input alone and runs the layer again.
+
+    `base_weights` fp8 multiplies in 8 bits with the frozen linears (fused_ops.fp8): faster on GPUs that can, no smaller, and not the same
+    numbers; native is in `precision`. `backend` says who computes norms and attention (backends.py).
     """
 
     base_model: str = required(path_of("a model directory or hub id"))
@@ -161,6 +164,8 @@ class RunConfig:
     microbatch_tokens: int | str = key(4096, budget)
     recompute: str | tuple[str, ...] = key("none", recompute)
     load_weights: bool = key(True, truth())
+    base_weights: str = key("native", one_of("native", "fp8"))
+    backend: str = key("auto", one_of("auto", "torch", "te"))
     jobs: tuple[JobConfig, ...]
 
 

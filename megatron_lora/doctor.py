@@ -91,15 +91,20 @@ def backends() -> list[Finding]:
         return []
     import torch
 
-    cuda = torch.cuda.is_available()
-    varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    engine, triton = version("transformer-engine"), version("triton")
-    if not cuda:
-        attention = Finding("attention", "scaled_dot_product_attention per sample")
-    elif varlen:
-        attention = Finding("attention", "torch.nn.attention.varlen")
-    else:
-        attention = Finding("attention", "Transformer Engine" if engine else "none", "" if engine else "install torch 2.11 or newer")
+    from megatron_lora.backends import FP8_CAPABILITY, INSTALL_ENGINE, choose, this_machine
+    from megatron_lora.errors import UserError
+
+    here = this_machine()
+    cuda, triton = here.capability is not None, version("triton")
+    try:
+        chosen = choose("auto", here).attention
+        found = (
+            "Transformer Engine" if chosen == "te" else "torch.nn.attention.varlen" if cuda else "scaled_dot_product_attention per sample"
+        )
+        attention = Finding("attention", found, "tried on the GPU when a run starts" if chosen == "te" else "")
+    except UserError as error:
+        attention = Finding("attention", "none", str(error))
+    narrow = cuda and here.capability < FP8_CAPABILITY
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     idle = "no GPU is visible, so it runs as a CPU build would" if torch.version.cuda and not cuda else ""
     return [
@@ -108,12 +113,22 @@ def backends() -> list[Finding]:
         Finding("transport", "NCCL" if cuda else "gloo"),
         attention,
         Finding("fused kernels", "Triton" if cuda and triton else "plain torch"),
-        *(
-            []
-            if engine or not cuda
-            else [Finding("transformer-engine", "missing", "no fp8 and none of its fused layers; bf16 is unaffected")]
+        Finding(
+            "base_weights fp8",
+            "refused" if narrow else "8-bit tensor cores" if cuda else "plain torch, for trying out",
+            "this GPU has no 8-bit tensor cores" if narrow else "",
         ),
+        *_engine(here.engine, cuda, INSTALL_ENGINE),
     ]
+
+
+def _engine(found: str | None, cuda: bool, install: str) -> list[Finding]:
+    """Say what Transformer Engine is good for here."""
+    if not cuda:
+        return []
+    if found is None:
+        return [Finding("backend te", "missing", f"nothing: our norms and torch's attention take its place; {install}")]
+    return [Finding("backend te", found, "for backend: te; its norms, and its attention where that works when a run starts")]
 
 
 def apex() -> list[Finding]:

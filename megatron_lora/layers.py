@@ -11,7 +11,7 @@ that the kind of parallelism asks for. T rows, t tensor ranks; "shard" is this r
 
 A merged linear holds its modules' output columns side by side on every rank: q | k | v of this rank's heads, gate | up of its features.
 The microbatch's route comes through the stage's `Binding`, which is set for the length of one forward (`Binding.bound`). With a `Refill`
-a linear does not keep its input: the norm or SwiGLU that made it makes it again in backward.
+a linear does not keep its input: the norm or SwiGLU that made it makes it again in backward. `quantise` puts the frozen weight in 8 bits.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from fused_ops.adapters import LoraGroup
+from fused_ops.fp8 import Fp8Weight, quantise_weight
 from fused_ops.linear import Collectives, multi_lora_linear
 from fused_ops.refill import Refill
 from megatron_lora import compat
 from megatron_lora.architecture import MERGED_LINEARS
+from megatron_lora.errors import UserError
 from megatron_lora.microbatch import StageInput
 
 
@@ -150,6 +152,7 @@ class _MultiLora:
     group: LoraGroup | None
     binding: Binding
     geometry: LinearGeometry
+    weight_in_8_bits: Fp8Weight | None = None
     operator = staticmethod(multi_lora_linear)  # computes Y; a benchmark gives a linear another one with the same arguments
 
     def _setup(self, config, role: str, parallel: str, collectives: tuple[type[Collectives], type[Collectives]]) -> None:
@@ -178,10 +181,19 @@ class _MultiLora:
         )
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 
+    def quantise(self) -> None:
+        """Keep the frozen weight in 8 bits from now on (fused_ops.fp8). Raises UserError where it is not finite."""
+        try:
+            self.weight_in_8_bits = quantise_weight(self.weight.detach())
+        except ValueError as error:
+            raise UserError(f"base_weights: 'fp8': {self.geometry.paths[0]}: {error}; use native, or fetch the model again") from None
+        self.weight = None
+
     def _apply_linear(self, x: Tensor, bias: Tensor | None, refill: Refill | None) -> Tensor:
         microbatch = self.binding.microbatch
         assert microbatch is not None, f"{self.geometry.paths[0]}: no microbatch is bound; call the stage, or enter Stage.bound"
-        return self.operator(x.squeeze(1), self.weight, bias, self.group, microbatch.route, self.collectives, refill=refill)
+        weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits
+        return self.operator(x.squeeze(1), weight, bias, self.group, microbatch.route, self.collectives, refill=refill)
 
 
 class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_lora.architecture import read_architecture
+from megatron_lora.architecture import Architecture, read_architecture
 from megatron_lora.arena import AdapterSpec, Arena
+from megatron_lora.backends import Backends, choose, this_machine, tried
 from megatron_lora.base_model import Stage, build_stage
 from megatron_lora.checks import cache_dir
 from megatron_lora.collate import JobRows, collate, num_rows
@@ -63,6 +64,8 @@ def run(config: RunConfig) -> int:
         load_weights=config.load_weights,
         seed=config.seed,
         recompute=config.recompute,
+        base_weights=config.base_weights,
+        backends=choose_backends(config, architecture, dtype, device),
     )
     arena = make_arena(stage, config.parallel, [job.adapter() for job in jobs])
     for slot, job in enumerate(jobs):
@@ -107,6 +110,24 @@ def run(config: RunConfig) -> int:
             desk.finish(collector.written)
     _save_timeline(config, timeline, position, host)
     return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
+
+
+def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Backends:
+    """Return what computes this rank's norms and attention; Transformer Engine's attention is tried first, and the first rank says how."""
+    machine = this_machine()
+    backends = choose(config.backend, machine)
+    if "te" not in (backends.norms, backends.attention):
+        return backends
+    from megatron_lora.engine import attention_fault, import_engine
+
+    import_engine(config.backend)
+    tensor = config.parallel.tensor
+    heads, kv_heads = architecture.num_heads // tensor, architecture.num_kv_heads // tensor
+    fault = attention_fault(heads, kv_heads, architecture.head_dim, architecture.sliding_windows, dtype, device)
+    backends, line = tried(backends, machine, fault)
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+    return backends
 
 
 def make_arena(stage: Stage, parallel: ParallelConfig, adapters: Sequence[AdapterSpec]) -> Arena:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,12 @@ def test_pool_shows_a_ranks_traceback_and_recovers(pool):
 def test_wrong_number_of_ranks_is_refused(one_process, pool):
     with pytest.raises(ValueError, match="needs 2 ranks, 1 were started"):
         compat.initialize_parallel(pool(pp=2).parallel, "gloo")
+
+
+def test_building_a_model_leaves_the_attention_variables_alone(monkeypatch):
+    monkeypatch.setenv("NVTE_UNFUSED_ATTN", "0")
+    monkeypatch.delenv("NVTE_FLASH_ATTN", raising=False)
+    with compat.attention_variables_kept():
+        assert "NVTE_UNFUSED_ATTN" not in os.environ
+        os.environ["NVTE_UNFUSED_ATTN"] = os.environ["NVTE_FLASH_ATTN"] = "1"
+    assert os.environ["NVTE_UNFUSED_ATTN"] == "0" and "NVTE_FLASH_ATTN" not in os.environ
