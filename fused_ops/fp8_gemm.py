@@ -116,7 +116,8 @@ def fp8_gemm(
         boxes = (config.rows, config.inner), (config.columns, config.inner), (config.rows, part)
         described = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(described, boxes, strict=True))
         s = TensorDescriptor.from_tensor(s_TR, [config.rows, rank]) if lora else None
-        lows = tuple(TensorDescriptor.from_tensor(t, [rank, part]) for t in adapters)
+        some = max(adapters, key=len, default=None)  # stands in for a module that nobody targets: nothing is without rows
+        lows = tuple(TensorDescriptor.from_tensor(t if len(t) else some, [rank, part]) for t in adapters)
     offsets = [(t.data_ptr() - adapters[0].data_ptr()) // t.element_size() for t in adapters[1:]]
     programs = min(num_processors(values.device), tiles) if config.persistent else tiles
     _fp8_gemm_kernel[(programs,)](
