@@ -7,12 +7,12 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
 
 from megatron_lora.architecture import Architecture
+from megatron_lora.backends import check_backends
 from megatron_lora.base_model import Stage, build_stage
 from megatron_lora.compat import initialize_parallel, pipelines, stage_groups
 from megatron_lora.config import ParallelConfig, RunConfig
@@ -20,14 +20,14 @@ from megatron_lora.devices import this_device
 from megatron_lora.messages import Links, MessageLayout, connect
 from megatron_lora.optimizer import StageGroups
 from megatron_lora.settle import settle
-from megatron_lora.train import position_of
+from megatron_lora.train import choose_backends, position_of
 from scheduling.types import Lengths
 
 TIMEOUT_S = 300.0
 
 
 class Base:
-    """One rank's place in a launch; `settle` first, then the stage is built when it is first asked for."""
+    """One rank's place in a launch: `settle` the cases, then `build` for each."""
 
     def __init__(self, architecture: Architecture, parallel: ParallelConfig, seed: int = 0):
         """Join the process groups of a layout, whose layers need not be settled yet."""
@@ -41,6 +41,8 @@ class Base:
         self.groups = StageGroups(**stage_groups(parallel))
         self.model = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))  # its figures for the cost and memory models
         self.links: Links | None = None
+        self._stage: Stage | None = None
+        self._kind: tuple[str, str] | None = None
 
     @property
     def replica(self) -> int:
@@ -60,6 +62,8 @@ class Base:
     def settle(self, configs: Sequence[RunConfig], workloads: Sequence[Lengths]) -> list[RunConfig]:
         """Return the cases' configs with every choice made, by the first rank; the first case's split of layers is that of all."""
         settled = []
+        for config in configs:
+            check_backends(config)
         if self.rank == 0:
             for config, lengths in zip(configs, workloads, strict=True):
                 if settled:
@@ -69,17 +73,35 @@ class Base:
         self.parallel = settled[0].parallel
         return settled
 
-    @cached_property
+    @property
     def stage(self) -> Stage:
-        """This rank's part of the model, with random weights made on the device."""
+        """This rank's part of the model; `build` has made it."""
+        assert self._stage is not None, "no stage is built"
+        return self._stage
+
+    def build(self, config: RunConfig) -> None:
+        """Make the stage with random weights on the device, unless the last case's serves."""
+        kind = (config.base_weights, config.backend)
+        if self._kind == kind:
+            return
+        self._stage, self._kind = None, kind
+        if self.cuda:
+            torch.cuda.empty_cache()
         start = time.perf_counter()
-        stage = build_stage(
-            self.architecture, None, self.parallel, dtype=self.dtype, device=self.device, load_weights=False, seed=self.seed
+        self._stage = build_stage(
+            self.architecture,
+            None,
+            self.parallel,
+            dtype=self.dtype,
+            device=self.device,
+            load_weights=False,
+            seed=self.seed,
+            base_weights=config.base_weights,
+            backends=choose_backends(config, self.architecture, self.dtype, self.device),
         )
         self.wait()
         held = f", {torch.cuda.memory_allocated() / 1e9:.1f} GB" if self.cuda else ""
-        self.say(f"built {len(stage.layers)} layers in {time.perf_counter() - start:.1f} s{held}")
-        return stage
+        self.say(f"  built {len(self._stage.layers)} layers in {time.perf_counter() - start:.1f} s{held}")
 
     def connected(self, max_endings: int) -> tuple[Links, MessageLayout]:
         """Return this rank's ends for one run; the groups are made on the first call."""

@@ -57,6 +57,7 @@ class CaseRun:
 
     def prepare(self) -> None:
         """Put the case's adapters on the base."""
+        self.base.build(self.config)
         stage = self.base.stage
         stage.set_recompute(self.config.recompute)
         use_adapters(stage, self.case.adapters)
@@ -68,7 +69,8 @@ class CaseRun:
 
     def close(self) -> None:
         """Let go of the case's adapters."""
-        use_adapters(self.base.stage, "none")
+        if self.arena is not None:
+            use_adapters(self.base.stage, "none")
         self.arena = None
         gc.collect()
         if self.base.cuda:

@@ -47,6 +47,8 @@ class Case:
     jobs: JobSpecs
     budget: int | str
     recompute: str | tuple[str, ...]
+    base_weights: str
+    backend: str
     warm_seconds: float
     steps: int | None
     calibrate: bool
@@ -59,6 +61,8 @@ class Case:
             parallel=parallel,
             microbatch_tokens=self.budget,
             recompute=self.recompute,
+            base_weights=self.base_weights,
+            backend=self.backend,
             load_weights=False,
             jobs=self.jobs.configs(),
         )
@@ -129,6 +133,8 @@ def parser() -> OneLineParser:
     case.add_argument("--completion", type=float, default=0.25, help="share of each sample that is trained on")
     case.add_argument("--budget", type=budget, default=8192)
     case.add_argument("--recompute", type=recompute, default="cheap")
+    case.add_argument("--base-weights", default="native", choices=["native", "fp8"])
+    case.add_argument("--backend", default="auto", choices=["auto", "torch", "te"], help="of norms and attention")
     case.add_argument("--warm-seconds", type=float, default=60.0, help="length of the timed region")
     case.add_argument("--steps", type=whole, help="of each job, in place of --warm-seconds")
     case.add_argument("--calibrate", action="store_true", help="time each stage's passes alone first, and predict from them")
@@ -160,6 +166,7 @@ LAUNCH = ("shape", "num_layers", "pipeline", "tensor", "data", "sequence", "laye
 def _case(chosen: argparse.Namespace) -> Case:
     words = [f"{chosen.jobs} jobs r {'/'.join(map(str, chosen.ranks))}", f"p {'/'.join(f'{p:g}' for p in chosen.dropouts)}"]
     words += [str(chosen.budget), _policies(chosen.recompute)]
+    words += [word for word, usual in ((chosen.base_weights, "native"), (chosen.backend, "auto")) if word != usual]
     how = [chosen.policy] if chosen.policy == HF_PEFT else [chosen.policy, chosen.adapters]
     return Case(
         name=chosen.name or f"{chosen.shape} {chosen.workload}, " + ", ".join([*how, *words, layout_name(chosen)]),
@@ -169,6 +176,8 @@ def _case(chosen: argparse.Namespace) -> Case:
         jobs=JobSpecs(count=chosen.jobs, ranks=chosen.ranks, dropouts=chosen.dropouts, completion=chosen.completion),
         budget=chosen.budget,
         recompute=chosen.recompute,
+        base_weights=chosen.base_weights,
+        backend=chosen.backend,
         warm_seconds=chosen.warm_seconds,
         steps=chosen.steps,
         calibrate=chosen.calibrate,
