@@ -5,6 +5,7 @@ Invariants: segments are ascending, disjoint, inside [0, num_rows), and name eac
 are made on first use from host numbers alone, through pinned memory, so that nothing waits for the device:
 
     tiles(block)       [ceil(T / block), 2]   first and end index into `segment_table` of the segments that meet a tile of the row grid
+    owned_tiles(block) [ceil(T / block), 4]   the same, then the slot that all rows of the tile belong to (-1: there is none), and 0
     items(block)       [n, 6]                 (first row, end row, slot, segment, first item, end item) of blocks that start at segment
                                               starts: rows of one job each; the last two delimit the items of the same segment
 """
@@ -40,6 +41,10 @@ class Route:
     def tiles(self, block: int) -> Tensor:
         """Return int32 [ceil(T / block), 2]: which segments meet each tile of `block` rows."""
         return self._cached(("tiles", block), lambda: self._upload(_tiles(self.num_rows, self.segments, block), 2))
+
+    def owned_tiles(self, block: int) -> Tensor:
+        """Return int32 [ceil(T / block), 4]: as `tiles`, then the slot that all rows of the tile belong to (-1: there is none), and 0."""
+        return self._cached(("owned", block), lambda: self._upload(_owned_tiles(self.num_rows, self.segments, block), 4))
 
     def items(self, block: int) -> Tensor:
         """Return int32 [n, 6]: (first row, end row, slot, segment, first item, end item) of at most `block` rows each."""
@@ -112,6 +117,14 @@ def _tiles(num_rows: int, segments, block: int) -> list[tuple[int, int]]:
             high += 1
         tiles.append((low, high))
     return tiles
+
+
+def _owned_tiles(num_rows: int, segments, block: int) -> list[tuple[int, ...]]:
+    owned = []
+    for i, (low, high) in enumerate(_tiles(num_rows, segments, block)):
+        one = high == low + 1 and segments[low][0] <= i * block and segments[low][1] >= min((i + 1) * block, num_rows)
+        owned.append((low, high, segments[low][2] if one else -1, 0))
+    return owned
 
 
 def _items(segments, block: int) -> list[tuple[int, ...]]:

@@ -5,6 +5,7 @@ from torch import Tensor
 from fused_ops.adapters import LoraGroup
 from fused_ops.fp8 import Fp8Weight, quantise_rows
 from fused_ops.fp8_gemm import fp8_gemm
+from fused_ops.hopper_gemm import hopper_gemm, suits_hopper
 from fused_ops.lora_down import down
 from fused_ops.lora_gemm import gemm
 from fused_ops.lora_grad import grad_a, grad_s_and_b
@@ -24,11 +25,25 @@ def up(
     """Return Y [T, N] = X W^T (+ bias) + S B^T."""
     if isinstance(weight_NK, Fp8Weight):
         return fp8_gemm(quantise_rows(x_TK, "triton"), weight_NK.by_output, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
-    return gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False)
+    return _gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False)
 
 
 def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
     """Return dX [T, K] = dY W + M * (dS A)."""
     if isinstance(weight_NK, Fp8Weight):
         return fp8_gemm(quantise_rows(dy_TN, "triton"), weight_NK.by_input, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
-    return gemm(dy_TN, weight_NK, None, ds_TR, group, route, backward=True)
+    return _gemm(dy_TN, weight_NK, None, ds_TR, group, route, backward=True)
+
+
+def _gemm(
+    input_TI: Tensor,
+    weight: Tensor,
+    bias_O: Tensor | None,
+    s_TR: Tensor | None,
+    group: LoraGroup | None,
+    route: Route | None,
+    backward: bool,
+) -> Tensor:
+    if group is not None and suits_hopper(input_TI, weight, s_TR, *((group.a_RK,) if backward else group.b_RN)):
+        return hopper_gemm(input_TI, weight, bias_O, s_TR, group, route, backward)
+    return gemm(input_TI, weight, bias_O, s_TR, group, route, backward)

@@ -105,6 +105,23 @@ def test_no_spills_and_no_serialised_products(make_problem, compiled, tmp_path, 
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_warp_groups_neither_spill_nor_wait(make_problem, compiled, tmp_path, case):
+    from fused_ops.hopper_gemm import hopper_gemm
+
+    problem, tolerated = CASES[case]
+    p = make_problem([2048] * 4, k=512, **problem, dtype=torch.bfloat16)
+    s, bias = p.x.new_zeros(p.route.num_rows, p.group.width), p.x.new_zeros(p.weight.shape[0])
+    hopper_gemm(p.x, p.weight, bias, s, p.group, p.route, backward=False)
+    hopper_gemm(p.dy, p.weight, None, s, p.group, p.route, backward=True)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        registers, spilled, serialised = report(kernel, tmp_path)
+        masked_modules = p.group.num_modules if p.group.has_dropout else 1
+        assert spilled <= (512 if masked_modules == 3 else 0) and not serialised, (kernel.name, registers, spilled, serialised)
+        assert "wgmma.mma_async.sync.aligned.m64n128k16" in kernel.asm["ptx"] and "setmaxnreg" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_fp8_products_neither_spill_nor_wait(make_problem, compiled, tmp_path, case):
     from fused_ops import triton_ops as ops
     from fused_ops.fp8 import quantise_weight

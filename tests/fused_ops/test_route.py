@@ -26,6 +26,10 @@ def test_tables_are_what_they_say(pairs, tail, block):
         rows = set(range(i * block, min((i + 1) * block, route.num_rows)))
         assert [s for s in kept if rows & set(range(s[0], s[1]))] == kept[low:high]
     assert len(route.tiles(block)) == -(-route.num_rows // block)
+    owners = [next((slot for first, end, slot in segments if first <= row < end), -1) for row in range(route.num_rows)]
+    for i, (*met, owner, _) in enumerate(route.owned_tiles(block).tolist()):
+        rows = set(owners[i * block : (i + 1) * block])
+        assert met == route.tiles(block)[i].tolist() and owner == (rows.pop() if len(rows) == 1 else -1)
     items = route.items(block).tolist()
     assert len(items) == route.num_items(block)
     assert all(0 < item[1] - item[0] <= block for item in items)

@@ -23,6 +23,8 @@ MIXES = {
     "merged of rank 16": {"lengths": [150, 260], "ranks": [16, 16], "k": 256, "n": (512, 256, 256), "dropouts": [0.1, 0.3]},
     "two modules": {"lengths": [700, 400], "ranks": [16, 32], "k": 256, "n": (512, 512), "dropouts": [0.0, 0.2]},
     "odd sizes": {"lengths": [100, 40], "ranks": [8, 16], "k": 77, "n": (51, 33), "dropouts": [0.1, 0.0], "gaps": 1},
+    "merged across tiles": {"lengths": [300, 84], "ranks": [16, 40], "k": 320, "n": (896, 128, 128), "dropouts": [0.0, 0.2], "gaps": 9},
+    "long segments": {"lengths": [640, 513, 900], "ranks": [16, 64, 8], "k": 1000, "n": (520,), "gaps": 30},
     "forty jobs": {"lengths": [7 * i % 61 for i in range(40)], "ranks": [1 + 5 * i % 64 for i in range(40)], "k": 128, "n": (136,)},
 }
 
@@ -101,6 +103,17 @@ def test_masks_are_the_references(make_problem):
         p.x.fill_(1.0)
         p.group.a_RK.fill_(1.0)
         assert torch.equal(triton_ops.down(p.x, p.group, p.route), reference.down(p.x, p.group, p.route))
+
+
+def test_masks_of_dx_are_the_references(make_problem):
+    """With W of zeros, A of ones and dS of ones, dX counts the ranks of the modules that keep a feature: bits equal to the reference's."""
+    for n in ((64,), (64, 64, 64)):
+        p = make_problem([300, 100, 77], [16, 16, 32], k=512, n=n, dropouts=[0.25, 0.5, 0.0], gaps=2, dtype=torch.bfloat16, device="cuda")
+        p.weight.zero_()
+        p.group.a_RK.fill_(1.0)
+        ds = p.x.new_ones(p.route.num_rows, p.group.width)
+        ours, theirs = (ops.grad_x(p.dy, p.weight, ds, p.group, p.route) for ops in (triton_ops, reference))
+        assert theirs.unique().numel() > 3 and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("where", ["x", "dy", "a", "b"])

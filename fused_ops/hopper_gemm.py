@@ -1,0 +1,365 @@
+"""The frozen GEMM with LoRA, as lora_gemm.py, written for Hopper's warp groups: Y = X W^T (+ bias) + S B^T, dX = dY W + M * (dS A).
+
+Programs stay, one a multiprocessor, and take every so many tiles of [BM, BN]. One warp loads: it goes through a tile's steps in order and
+fills a ring of STAGES buffers in shared memory by TMA, tiles ahead of the two warp groups that multiply. LoRA has no epilogue of its
+own; its products are further steps of the same ring, 16 ranks each, after those of the frozen weight:
+
+    a tile of one adapter, no dropout     the ranks are steps like any other: acc += S L
+    other tiles, and dropout              a quarter of the columns at a time: for each segment and module, the product S L is made
+                                          apart, masked by rows and dropout, and added
+
+Names: input [T, I] times weight gives output [T, O]; L is B transposed (forward: of each module, in its own columns) or A (backward).
+Row tiles inside one segment carry their slot in `Route.owned_tiles`, so that the multiplying warps follow no chain of loads: what the
+next tile needs is fetched while the present one is computed. ptxas serialises the products (C7515) if anything but a product or zero
+defines an accumulator before the loop: hence LoRA comes last.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.dropout import FEATURE, MULTIPLY_1, MULTIPLY_2
+from fused_ops.lora_gemm import uses_tma
+from fused_ops.route import Route
+from fused_ops.shapes import num_processors
+
+BM, BN, BK, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(64), gl.constexpr(16)
+HALF, QUARTER = gl.constexpr(128), gl.constexpr(64)  # columns of one accumulator, and of a masked product
+STAGES, GROUP = gl.constexpr(4), gl.constexpr(8)  # buffers of the ring; row tiles that share the columns of W in the cache
+_FIELDS = gl.constexpr(SLOT_FIELDS)
+_FEATURE, _M1, _M2 = (gl.constexpr(value & 0xFFFFFFFF) for value in (FEATURE, MULTIPLY_1, MULTIPLY_2))
+
+
+def _shared(*block: gl.constexpr) -> gl.constexpr:
+    return gl.constexpr(gl.NVMMASharedLayout.get_default_for([size.value for size in block], gl.bfloat16))
+
+
+def _product_layout(columns: gl.constexpr) -> gl.constexpr:
+    return gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, columns.value, 16]))
+
+
+_INPUT, _FORWARD_WEIGHT, _BACKWARD_WEIGHT = _shared(BM, BK), _shared(HALF, BK), _shared(BK, HALF)
+_S, _LORA, _LORA_PART, _OUTPUT = _shared(BM, RANK), _shared(RANK, HALF), _shared(RANK, QUARTER), _shared(BM, QUARTER)
+_ACC, _PART = _product_layout(HALF), _product_layout(QUARTER)
+_ROWS, _COLUMNS = gl.constexpr(gl.SliceLayout(1, _PART.value)), gl.constexpr(gl.SliceLayout(0, _PART.value))
+
+
+@gluon.jit
+def _place(i_tile, num_rows, num_cols):
+    """Return the first row and column of a tile."""
+    num_m, num_n = gl.cdiv(num_rows, BM), gl.cdiv(num_cols, BN)
+    first = (i_tile // (GROUP * num_n)) * GROUP
+    rows = min(num_m - first, GROUP)
+    return (first + (i_tile % (GROUP * num_n)) % rows) * BM, (i_tile % (GROUP * num_n)) // rows * BN
+
+
+@gluon.jit
+def _module(slots_ptr, slot, i_col, start, stop, i_module: gl.constexpr, BACKWARD: gl.constexpr, WIDE: gl.constexpr):
+    """Return (ranks, first row of L, first column of S, column of L) of a slot's module in the tile at i_col; 0 ranks if it has none."""
+    slot_ptr = slots_ptr + slot * _FIELDS
+    if WIDE:
+        ranks, l_row, s_col = gl.load(slot_ptr + 2), gl.load(slot_ptr + 3), 0
+    else:
+        ranks, s_col = gl.load(slot_ptr), gl.load(slot_ptr + 6 + 3 * i_module)
+        l_row = gl.load(slot_ptr + (4 if BACKWARD else 5) + 3 * i_module)
+    if BACKWARD:
+        l_col = i_col
+    else:
+        l_col = i_col - start
+        ranks = gl.where((i_col + BN > start) & (i_col < stop), ranks, 0)
+    return gl.where(l_row >= 0, ranks, 0), l_row, s_col, l_col
+
+
+@gluon.jit
+def _load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load 16 ranks of S, and of L in PARTS times COLUMNS columns from l_col on."""
+    a_bufs, b_bufs, full_bars, empty_bars = ring
+    stage = step % STAGES
+    full_bar = full_bars.index(stage)
+    mbarrier.wait(empty_bars.index(stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(full_bar, (BM + PARTS * COLUMNS) * RANK * 2)
+    tma.async_copy_global_to_shared(s_desc, [i_row, s_col], full_bar, a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], _S))
+    for part in gl.static_range(PARTS):
+        l_buf = b_bufs.index(2 * stage + part)._reinterpret(gl.bfloat16, [RANK, COLUMNS], LAYOUT)
+        tma.async_copy_global_to_shared(l_desc, [l_row, l_col + part * COLUMNS], full_bar, l_buf)
+    return step + 1
+
+
+@gluon.jit
+def _loader(
+    descs, ring, tables, sizes, starts, stops, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr
+):
+    """Load every step of every tile of this program."""
+    input_desc, weight_desc, s_desc, l_descs, l_part_descs = descs
+    a_bufs, b_bufs, full_bars, empty_bars = ring
+    tiles_ptr, segments_ptr, slots_ptr = tables
+    num_rows, num_cols, num_inner = sizes
+    step = 0
+    for i_tile in range(gl.program_id(0), gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)):
+        i_row, i_col = _place(i_tile, num_rows, num_cols)
+        for i_k in range(0, num_inner, BK):
+            stage = step % STAGES
+            full_bar = full_bars.index(stage)
+            mbarrier.wait(empty_bars.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full_bar, (BM + BN) * BK * 2)
+            tma.async_copy_global_to_shared(input_desc, [i_row, i_k], full_bar, a_bufs.index(stage))
+            for half in gl.static_range(2):
+                at_col = i_col + half * HALF
+                at = [i_k, at_col] if BACKWARD else [at_col, i_k]
+                tma.async_copy_global_to_shared(weight_desc, at, full_bar, b_bufs.index(2 * stage + half))
+            step += 1
+        tile_ptr = tiles_ptr + i_row // BM * 4
+        i_low, i_high, owner = gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2)
+        if (owner >= 0) & (not DROPOUT):
+            for m in gl.static_range(1 if WIDE else MODULES):
+                l_desc = l_descs[0 if BACKWARD else m]
+                ranks, l_row, s_col, l_col = _module(slots_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+                for i_rank in range(0, ranks, RANK):
+                    step = _load_ranks(ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_col, 2, HALF, _LORA)
+        else:
+            for part in range(4):
+                for i_segment in range(i_low, i_high):
+                    slot = gl.load(segments_ptr + i_segment * 4 + 2)
+                    for m in gl.static_range(1 if WIDE else MODULES):
+                        l_desc = l_part_descs[0 if BACKWARD else m]
+                        ranks, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+                        l_col += part * QUARTER
+                        for i_rank in range(0, ranks, RANK):
+                            step = _load_ranks(
+                                ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_col, 1, QUARTER, _LORA_PART
+                            )
+
+
+@gluon.jit
+def _frozen_product(ring, step, num_inner, BACKWARD: gl.constexpr):
+    """Return X W^T or dY W of a tile, in two halves [BM, HALF] float32, and the next step."""
+    a_bufs, b_bufs, full_bars, empty_bars = ring
+    b_acc0, b_acc1 = gl.zeros([BM, HALF], gl.float32, _ACC), gl.zeros([BM, HALF], gl.float32, _ACC)
+    for i_k in range(0, num_inner, BK):
+        stage = step % STAGES
+        mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
+        b_in, b_w0, b_w1 = a_bufs.index(stage), b_bufs.index(2 * stage), b_bufs.index(2 * stage + 1)
+        if not BACKWARD:
+            b_w0, b_w1 = b_w0.permute((1, 0)), b_w1.permute((1, 0))
+        b_acc0 = warpgroup_mma(b_in, b_w0, b_acc0, is_async=True)
+        b_acc1 = warpgroup_mma(b_in, b_w1, b_acc1, is_async=True)
+        b_acc0, b_acc1 = warpgroup_mma_wait(2, [b_acc0, b_acc1])
+        # The products of the step before are done: its buffers are free.
+        mbarrier.arrive(empty_bars.index((step + STAGES - 1) % STAGES), count=1, pred=i_k > 0)
+        step += 1
+    b_acc0, b_acc1 = warpgroup_mma_wait(0, [b_acc0, b_acc1])
+    mbarrier.arrive(empty_bars.index((step + STAGES - 1) % STAGES), count=1)
+    return b_acc0, b_acc1, step
+
+
+@gluon.jit
+def _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr):
+    """Return how many ranks the owner of the tile at i_col adds to it, over all modules."""
+    total = 0
+    for m in gl.static_range(1 if WIDE else MODULES):
+        ranks, l_row, s_col, l_col = _module(slots_ptr, max(owner, 0), i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+        total += ranks
+    return total
+
+
+@gluon.jit
+def _add_owner(ring, step, b_acc0, b_acc1, ranks):
+    """Return both halves of the accumulator plus S L of the one slot that owns the tile."""
+    a_bufs, b_bufs, full_bars, empty_bars = ring
+    for _ in range(0, ranks, RANK):
+        stage = step % STAGES
+        mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
+        b_s = a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], _S)
+        b_acc0 = warpgroup_mma(b_s, b_bufs.index(2 * stage)._reinterpret(gl.bfloat16, [RANK, HALF], _LORA), b_acc0, is_async=True)
+        b_acc1 = warpgroup_mma(b_s, b_bufs.index(2 * stage + 1)._reinterpret(gl.bfloat16, [RANK, HALF], _LORA), b_acc1, is_async=True)
+        b_acc0, b_acc1 = warpgroup_mma_wait(0, [b_acc0, b_acc1])
+        mbarrier.arrive(empty_bars.index(stage), count=1)
+        step += 1
+    return b_acc0, b_acc1, step
+
+
+@gluon.jit
+def _product(ring, step, ranks):
+    """Return S L over `ranks` ranks of one module, in a quarter of the columns, [BM, QUARTER] float32."""
+    a_bufs, b_bufs, full_bars, empty_bars = ring
+    b_product = gl.zeros([BM, QUARTER], gl.float32, _PART)
+    for _ in range(0, ranks, RANK):
+        stage = step % STAGES
+        mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
+        b_s = a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], _S)
+        b_product = warpgroup_mma(b_s, b_bufs.index(2 * stage)._reinterpret(gl.bfloat16, [RANK, QUARTER], _LORA_PART), b_product)
+        mbarrier.arrive(empty_bars.index(stage), count=1)
+        step += 1
+    return b_product, step
+
+
+@gluon.jit
+def _hash(b_keys, o_feature, MODULES: gl.constexpr):
+    """Return the bits of triton_dropout.hash_bits for every (row key, feature)."""
+    x = (gl.expand_dims(b_keys, 1) ^ gl.expand_dims(o_feature.to(gl.uint32) * _FEATURE, 0)) * _M1
+    x = (x ^ (x >> 15)) * _M2
+    if MODULES > 1:
+        x = x ^ (x >> 16)
+    return x
+
+
+@gluon.jit
+def _add_masked(
+    ring, step, b_acc, tables, i_low, i_high, b_keys, o_row, i_col, o_feature, starts, stops,
+    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr,
+):  # fmt: skip
+    """Return a quarter of the accumulator plus the products of all segments, each masked by its rows and its dropout."""
+    tiles_ptr, segments_ptr, slots_ptr = tables
+    if DROPOUT:
+        b_hash = _hash(b_keys, o_feature, MODULES)
+    for i_segment in range(i_low, i_high):
+        segment_ptr = segments_ptr + i_segment * 4
+        m_keep = gl.expand_dims((o_row >= gl.load(segment_ptr)) & (o_row < gl.load(segment_ptr + 1)), 1)
+        slot = gl.load(segment_ptr + 2)
+        for m in gl.static_range(1 if WIDE else MODULES):
+            ranks, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+            b_product, step = _product(ring, step, ranks)
+            if DROPOUT:
+                # The module's ten bits on top; what lies below them does not change the comparison. Level 0 keeps all.
+                level = gl.load(slots_ptr + slot * _FIELDS + 1).to(gl.uint32) << 22
+                b_acc += gl.where(((b_hash << (10 * m)) >= level) & m_keep, b_product, 0.0)
+            else:
+                b_acc += gl.where(m_keep, b_product, 0.0)
+    return b_acc, step
+
+
+@gluon.jit
+def _quarters(b_acc):
+    """Return the left and the right half of an accumulator, [BM, QUARTER] each; every thread holds some of both."""
+    left, right = gl.split(gl.permute(gl.reshape(b_acc, [BM, 2, QUARTER]), [0, 2, 1]))
+    return gl.convert_layout(left, _PART, assert_trivial=True), gl.convert_layout(right, _PART, assert_trivial=True)
+
+
+@gluon.jit
+def _multiplier(
+    output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature,
+    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Compute and store every tile of this program."""
+    tiles_ptr, segments_ptr, slots_ptr = tables
+    num_rows, num_cols, num_inner = sizes
+    num_tiles, stride = gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)
+    step = 0
+    i_row, i_col = _place(gl.program_id(0), num_rows, num_cols)
+    tile_ptr = tiles_ptr + i_row // BM * 4
+    i_low, i_high, owner = gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2)
+    ranks = _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
+    for i_tile in range(gl.program_id(0), num_tiles, stride):
+        next_row, next_col = _place(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
+        tile_ptr = tiles_ptr + next_row // BM * 4
+        next_low, next_high, next_owner = gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2)
+        b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD)
+        if (owner >= 0) & (not DROPOUT):
+            b_acc0, b_acc1, step = _add_owner(ring, step, b_acc0, b_acc1, ranks)
+        b_part0, b_part1 = _quarters(b_acc0)
+        b_part2, b_part3 = _quarters(b_acc1)
+        parts = (b_part0, b_part1, b_part2, b_part3)
+        o_row = i_row + gl.arange(0, BM, _ROWS)
+        b_keys = o_row.to(gl.uint32)
+        if DROPOUT:
+            b_keys = gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True)
+        for i_part in gl.static_range(4):
+            b_part = parts[i_part]
+            o_col = i_col + i_part * QUARTER + gl.arange(0, QUARTER, _COLUMNS)
+            if (owner < 0) | DROPOUT:
+                b_part, step = _add_masked(
+                    ring, step, b_part, tables, i_low, i_high, b_keys, o_row, i_col, first_feature + o_col, starts, stops,
+                    BACKWARD, MODULES, WIDE, DROPOUT,
+                )  # fmt: skip
+            if HAS_BIAS:
+                b_part += gl.expand_dims(gl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(gl.float32), 0)
+            output_buf = output_bufs.index(i_part % 2)
+            tma.store_wait(1)  # all but the latest: what this buffer held is stored
+            output_buf.store(b_part.to(gl.bfloat16))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(output_desc, [i_row, i_col + i_part * QUARTER], output_buf)
+        i_row, i_col, i_low, i_high, owner = next_row, next_col, next_low, next_high, next_owner
+        ranks = _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_rows", "first_feature"])
+def _hopper_kernel(
+    input_desc, weight_desc, output_desc, s_desc, l_desc0, l_desc1, l_desc2, l_part0, l_part1, l_part2,
+    bias_ptr, tiles_ptr, segments_ptr, slots_ptr, keys_ptr, num_rows, num_cols, num_inner, first_feature, starts, stops,
+    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    a_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], _INPUT)
+    if BACKWARD:
+        b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, BK, HALF], _BACKWARD_WEIGHT)
+    else:
+        b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, HALF, BK], _FORWARD_WEIGHT)
+    output_bufs = gl.allocate_shared_memory(gl.bfloat16, [2, BM, QUARTER], _OUTPUT)
+    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full_bars.index(stage), count=1)
+        mbarrier.init(empty_bars.index(stage), count=1)
+    ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, slots_ptr)
+    sizes = (num_rows, num_cols, num_inner)
+    descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2))
+    gl.warp_specialize(
+        [
+            (
+                _multiplier,
+                (
+                    output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature,
+                    BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS,
+                ),
+            ),
+            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+def hopper_gemm(
+    input_TI: Tensor, weight: Tensor, bias_O: Tensor | None, s_TR: Tensor, group: LoraGroup, route: Route, backward: bool
+) -> Tensor:
+    """Return what lora_gemm.gemm returns, for tensors that `suits_hopper`."""
+    num_rows, num_inner = input_TI.shape
+    num_cols = weight.shape[1 if backward else 0]
+    out_TO = torch.empty(num_rows, num_cols, dtype=input_TI.dtype, device=input_TI.device)
+    dropout = backward and group.has_dropout
+    wide = backward and not dropout
+    adapters = (group.a_RK,) if backward else group.b_RN
+    some = max(adapters, key=len)  # stands in for a module that nobody targets: nothing is without rows
+    adapters = [tensor if len(tensor) else some for tensor in adapters]
+    starts, stops = zip(*group.columns, strict=True)
+
+    def describe(tensor, layout, *box):
+        return TensorDescriptor.from_tensor(tensor, [size.value for size in box], layout.value)
+
+    def three(values):  # descriptors cannot travel in a tuple argument
+        return [*values, *[None] * (3 - len(values))]
+
+    tiles = -(-num_rows // BM.value) * -(-num_cols // BN.value)
+    _hopper_kernel[(min(num_processors(input_TI.device), tiles),)](
+        describe(input_TI, _INPUT, BM, BK),
+        describe(weight, _BACKWARD_WEIGHT, BK, HALF) if backward else describe(weight, _FORWARD_WEIGHT, HALF, BK),
+        describe(out_TO, _OUTPUT, BM, QUARTER), describe(s_TR, _S, BM, RANK),
+        *three([describe(tensor, _LORA, RANK, HALF) for tensor in adapters]),
+        *three([describe(tensor, _LORA_PART, RANK, QUARTER) for tensor in adapters]),
+        bias_O, route.owned_tiles(BM.value), route.segment_table, group.slot_table, route.row_keys,
+        num_rows, num_cols, num_inner, group.first_feature, starts, stops,
+        BACKWARD=backward, MODULES=1 if wide else group.num_modules, WIDE=wide, DROPOUT=dropout, HAS_BIAS=bias_O is not None,
+        num_warps=8, maxnreg=168,
+    )  # fmt: skip
+    return out_TO
+
+
+def suits_hopper(input_TI: Tensor, *others: Tensor) -> bool:
+    """Return whether this file's kernel can serve: bfloat16 rows that TMA can address, on a Hopper GPU."""
+    on_hopper = input_TI.is_cuda and torch.cuda.get_device_capability(input_TI.device)[0] == 9
+    described = [tensor for tensor in (input_TI, *others) if len(tensor)]
+    return on_hopper and input_TI.dtype == torch.bfloat16 and len(input_TI) > 0 and uses_tma(*described)
