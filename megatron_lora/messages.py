@@ -1,23 +1,27 @@
-"""The pipeline's messages: a header in front of activations or gradients, over two process groups per link.
+"""The pipeline's messages: a header in front of activations or gradients, and the links that carry them.
 
 One message per slot and direction, one flat buffer:
 
     header  fp32 [1 + 2 E]     slot, then E squared gradient norms and E losses (E = most steps that end in one slot), rounded up to 4
     body    dtype [T_local, H] activations (forward) or their gradients (backward); absent for a no-op or evaluation gradient
 
-Shapes are known from the plan, so nothing is negotiated. Each pair of neighbouring stages has a group of its own for each direction:
-inside one NCCL group, a receive that was posted ahead would block the send behind it.
+Shapes are known from the plan, so nothing is negotiated. A link is one direction between two neighbouring stages: a process group of
+its own (inside one NCCL group, a receive that was posted ahead would block the send behind it), or peer memory, see peer_links.py.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lora.peer_links import Link, connect_peers
+
+PEER_MEMORY = False  # between GPUs of one host: copy engines (peer_links.py) instead of NCCL's kernels
 SLOT, FIRST_VERDICT = 0, 1
 
 
@@ -38,6 +42,10 @@ class MessageLayout:
     def header_items(self) -> int:
         """Numbers of the compute dtype that the header takes up."""
         return self.header_floats * 4 // self.dtype.itemsize
+
+    def num_bytes(self, num_rows: int) -> int:
+        """Size of a message with `num_rows` rows."""
+        return (self.header_items + num_rows * self.hidden_size) * self.dtype.itemsize
 
     def empty(self, num_rows: int, device: torch.device) -> Message:
         """Return an unwritten message for `num_rows` rows (0: header alone)."""
@@ -80,20 +88,67 @@ class Message:
         return self.header[first : first + self.layout.max_endings]
 
 
+class Work(Protocol):
+    """A message under way: `is_completed` once its memory is free again, `wait` lets the current stream (CPU: the host) wait for it."""
+
+    def is_completed(self) -> bool: ...
+
+    def wait(self) -> object: ...
+
+
+class Arrival(Protocol):
+    """A message to come: `wait` lets the current stream (CPU: the host) wait for it."""
+
+    def wait(self) -> object: ...
+
+
+class Outgoing(Protocol):
+    """A link's sending end."""
+
+    transport: str
+
+    def send(self, tensor: Tensor) -> Work: ...
+
+
+class Incoming(Protocol):
+    """A link's receiving end."""
+
+    transport: str
+
+    def receive(self, tensor: Tensor) -> Arrival: ...
+
+
+class GroupLink:
+    """Either end of a link over a process group of two."""
+
+    def __init__(self, group: dist.ProcessGroup, peer: int):
+        self.group, self.peer, self.transport = group, peer, dist.get_backend(group)
+
+    def send(self, tensor: Tensor) -> Work:
+        """Send a tensor without waiting for the receiver."""
+        work = dist.isend(tensor, self.peer, group=self.group)
+        assert work is not None
+        return work
+
+    def receive(self, tensor: Tensor) -> Arrival:
+        """Give the next message to a tensor."""
+        work = dist.irecv(tensor, self.peer, group=self.group)
+        assert work is not None
+        return work
+
+
 class Sender:
     """One direction's outgoing side: posts sends and keeps their buffers until they are done."""
 
-    def __init__(self, group: dist.ProcessGroup, peer: int):
-        self.group, self.peer = group, peer
-        self.pending: deque[tuple[dist.Work, Tensor]] = deque()
+    def __init__(self, link: Outgoing):
+        self.link = link
+        self.pending: deque[tuple[Work, Tensor]] = deque()
 
     def post(self, message: Message) -> None:
         """Send a message without waiting for the receiver."""
         while self.pending and self.pending[0][0].is_completed():
             self.pending.popleft()
-        work = dist.isend(message.buffer, self.peer, group=self.group)
-        assert work is not None
-        self.pending.append((work, message.buffer))
+        self.pending.append((self.link.send(message.buffer), message.buffer))
 
     def drain(self) -> None:
         """Wait until every message has left."""
@@ -104,25 +159,23 @@ class Sender:
 class Receiver:
     """One direction's incoming side: receives are posted in slot order and taken in the same order; `ahead`: before they are taken."""
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, layout: MessageLayout, device: torch.device):
-        self.group, self.peer, self.layout, self.device = group, peer, layout, device
+    def __init__(self, link: Incoming, layout: MessageLayout, device: torch.device):
+        self.link, self.layout, self.device = link, layout, device
         self.ahead = device.type != "cuda"  # see executor.py
-        self.posted: deque[tuple[int, dist.Work, Message]] = deque()
+        self.posted: deque[tuple[int, Arrival, Message]] = deque()
         self.next_slot = 0  # whose receive is posted next
 
     def post(self, num_rows: int) -> None:
         """Post the receive of the next slot's message, `num_rows` rows in its body."""
         message = self.layout.empty(num_rows, self.device)
-        work = dist.irecv(message.buffer, self.peer, group=self.group)
-        assert work is not None
-        self.posted.append((self.next_slot, work, message))
+        self.posted.append((self.next_slot, self.link.receive(message.buffer), message))
         self.next_slot += 1
 
     def take(self, slot: int) -> Message:
         """Wait for the oldest posted message, which must be the one of `slot`."""
-        expected, work, message = self.posted.popleft()
+        expected, arrival, message = self.posted.popleft()
         assert expected == slot, f"the next message is of slot {expected}, not {slot}"
-        work.wait()
+        arrival.wait()
         return message
 
 
@@ -135,16 +188,25 @@ class Links:
     backward_in: Receiver | None
     backward_out: Sender | None
 
+    @property
+    def transports(self) -> dict[str, str]:
+        """What carries each end's messages: "nccl", "gloo" or "peer"."""
+        ends = {name: getattr(self, name) for name in ("forward_in", "forward_out", "backward_in", "backward_out")}
+        return {name: end.link.transport for name, end in ends.items() if end is not None}
+
     def again(self, layout: MessageLayout) -> Links:
-        """Return ends over the same connections for another run, from its slot 0 on; this one has ended."""
+        """Return ends over the same connections for another run, from its slot 0 on; this one has ended.
+
+        Over peer memory, its messages must not be larger than those that `connect` was told of.
+        """
 
         def receiver(end: Receiver | None) -> Receiver | None:
             assert end is None or not end.posted, "a receive of the last run is still posted"
-            return end and Receiver(end.group, end.peer, layout, end.device)
+            return end and Receiver(end.link, layout, end.device)
 
         def sender(end: Sender | None) -> Sender | None:
             assert end is None or not end.pending, "a message of the last run has not left"
-            return end and Sender(end.group, end.peer)
+            return end and Sender(end.link)
 
         return Links(receiver(self.forward_in), sender(self.forward_out), receiver(self.backward_in), sender(self.backward_out))
 
@@ -164,24 +226,37 @@ def _greet(group: dist.ProcessGroup, sender: int, receiver: int, device: torch.d
         dist.recv(number, sender, group=group)
 
 
-def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torch.device) -> Links:
-    """Make the groups of all pipelines and return this rank's ends.
+def connect(
+    pipeline_ranks: list[list[int]],
+    layout: MessageLayout,
+    device: torch.device,
+    max_rows: int | None = None,
+    peer_memory: bool = PEER_MEMORY,
+) -> Links:
+    """Connect the stages of all pipelines and return this rank's ends.
 
     `pipeline_ranks` lists, for every pipeline of the run, its global ranks from the first stage to the last; every rank calls this with
-    the same list, because making a group is collective. Ranks that share no link do not wait for each other.
+    the same list, because it is collective. With `peer_memory`, links between GPUs of one host that reach each other go over peer
+    memory, for messages of up to `max_rows` rows; all others have a process group each.
     """
     rank = dist.get_rank()
-    ends: dict[str, Receiver | Sender] = {}
-    for ranks in pipeline_ranks:
-        for before, after in zip(ranks[:-1], ranks[1:], strict=True):
-            forward, backward = dist.new_group([before, after]), dist.new_group([before, after])
-            assert forward is not None and backward is not None
-            _greet(forward, before, after, device)
-            _greet(backward, after, before, device)
-            if rank == before:
-                ends["forward_out"] = Sender(forward, after)
-                ends["backward_in"] = Receiver(backward, after, layout, device)
-            elif rank == after:
-                ends["forward_in"] = Receiver(forward, before, layout, device)
-                ends["backward_out"] = Sender(backward, before)
-    return Links(**{name: ends.get(name) for name in ("forward_in", "forward_out", "backward_in", "backward_out")})  # type: ignore[arg-type]
+    pairs = [pair for ranks in pipeline_ranks for pair in zip(ranks[:-1], ranks[1:], strict=True)]
+    both_ways = [link for before, after in pairs for link in ((before, after), (after, before))]
+    links: dict[Link, Outgoing | Incoming | None] = {}
+    if peer_memory and max_rows is not None and device.type == "cuda":
+        links |= connect_peers(both_ways, layout.num_bytes(max_rows), device)
+    for sender, receiver in both_ways:
+        if (sender, receiver) not in links:
+            group = dist.new_group(sorted((sender, receiver)))
+            assert group is not None
+            _greet(group, sender, receiver, device)
+            mine = rank in (sender, receiver)
+            links[sender, receiver] = GroupLink(group, sender + receiver - rank) if mine else None
+    ends: dict[str, Receiver | Sender | None] = dict.fromkeys(("forward_in", "forward_out", "backward_in", "backward_out"))
+    for before, after in pairs:
+        forward, backward = links[before, after], links[after, before]
+        if rank == before:
+            ends["forward_out"], ends["backward_in"] = Sender(forward), Receiver(backward, layout, device)  # type: ignore[arg-type]
+        elif rank == after:
+            ends["forward_in"], ends["backward_out"] = Receiver(forward, layout, device), Sender(backward)  # type: ignore[arg-type]
+    return Links(**ends)  # type: ignore[arg-type]

@@ -95,7 +95,7 @@ def run(config: RunConfig) -> int:
         executor = make_executor(
             stage,
             config.parallel,
-            connect(pipelines(config.parallel), layout, device),
+            connect(pipelines(config.parallel), layout, device, max_rows=max_rows(config)),
             layout,
             rows=[job.rows for job in jobs],
             optimizers=optimizers,
@@ -181,6 +181,11 @@ def _read_jobs(config: RunConfig, model_dir: Path, vocab_size: int, host: dist.P
         dist.barrier(group=host)
     assert jobs is not None
     return jobs
+
+
+def max_rows(config: RunConfig) -> int:
+    """Return the rows of the largest message between two stages' ranks."""
+    return -(-int(config.microbatch_tokens) // (config.parallel.tensor if config.parallel.sequence else 1))
 
 
 def position_of(parallel: ParallelConfig) -> Position:
