@@ -108,7 +108,8 @@ def fp8_gemm(
     tma = uses_tma(values, weight, out_TO, *adapters)
     width = 0 if not lora else group.width if wide else group.max_padded_rank
     if config is None:
-        config = fp8_config(values, num_cols, backward, tma, width, dropout, group.num_modules if lora else 0)
+        small = not tma or dtype == torch.float32
+        config = fp8_config(values, num_cols, backward, small, width, dropout, group.num_modules if lora else 0)
     tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
     rank, part, s = 16, config.columns // config.parts, s_TR
     described, lows = (values, weight, out_TO), adapters

@@ -53,9 +53,9 @@ def gemm_config(input_TI: Tensor, num_cols: int, backward: bool, tma: bool, widt
     return GemmConfig(stages=3, persistent=True, flatten=True, group=16)
 
 
-def fp8_config(values_TI: Tensor, num_cols: int, backward: bool, tma: bool, width: int, dropout: bool, num_modules: int) -> GemmConfig:
-    """Return how to cut a GEMM over 8-bit operands: twice the inner block, in as many bytes."""
-    if not tma:
+def fp8_config(values_TI: Tensor, num_cols: int, backward: bool, small: bool, width: int, dropout: bool, num_modules: int) -> GemmConfig:
+    """Return how to cut a GEMM over 8-bit operands: twice the inner block, in as many bytes; `small`: without TMA, or to float32."""
+    if small:
         return GemmConfig(columns=128, inner=64, stages=3)
     if values_TI.is_cuda:
         key = choice_key(*values_TI.shape, num_cols, backward, width, dropout) + ", fp8"
