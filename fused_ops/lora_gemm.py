@@ -252,7 +252,8 @@ def gemm(
         )
         described = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(args[:3], boxes, strict=True))
         s = TensorDescriptor.from_tensor(s_TR, [config.rows, rank]) if lora else None
-        args = (*described, bias_O, s, *_three(tuple(TensorDescriptor.from_tensor(t, [rank, part]) for t in adapters)))
+        some = max(adapters, key=len, default=None)  # stands in for a module that nobody targets: nothing is without rows
+        args = (*described, bias_O, s, *_three(tuple(TensorDescriptor.from_tensor(t if len(t) else some, [rank, part]) for t in adapters)))
     offsets = [(t.data_ptr() - adapters[0].data_ptr()) // t.element_size() for t in adapters[1:]]
     # More than 16 ranks ahead, or an early load of several modules, leave too few registers: ptxas then serialises the K loop.
     ahead = 16 if lora and tma and not dropout else 0

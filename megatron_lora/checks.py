@@ -49,7 +49,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
     check_layout(architecture, config.parallel)
-    recompute_of_layers(config.recompute, architecture.num_layers)
+    if config.recompute != "auto":
+        recompute_of_layers(config.recompute, architecture.num_layers)
     if config.load_weights:
         check_weights(model_dir, architecture)
     for job in config.jobs:

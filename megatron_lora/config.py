@@ -73,9 +73,10 @@ def budget(path: str, value: object) -> int | str:
 
 
 def recompute(path: str, value: object) -> str | tuple[str, ...]:
-    """Accept a recomputation policy for all layers, or a list of one for each layer of the model."""
-    policy = one_of(*RECOMPUTE)
-    return list_of("policies, one per layer", policy)(path, value) if isinstance(value, list) else policy(path, value)
+    """Accept auto, a recomputation policy for all layers, or a list of one for each layer of the model."""
+    if isinstance(value, list):
+        return list_of("policies, one per layer", one_of(*RECOMPUTE))(path, value)
+    return one_of("auto", *RECOMPUTE)(path, value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +151,7 @@ class RunConfig:
     """A whole run. `precision` auto is bf16 on CUDA and fp32 on CPU; `microbatch_tokens` auto is settled by what fits and pays (settle.py).
 
     `recompute` trades time for memory without changing a bit: none keeps all that backward reads, cheap makes norm and SwiGLU outputs
-    again (a third less memory), full keeps each layer's input alone and runs the layer again.
+    again (a third less memory), full keeps each layer's input alone and runs the layer again; auto is for each layer what fits (settle.py).
 
     `base_weights` fp8 multiplies in 8 bits with the frozen linears (fused_ops.fp8): faster on GPUs that can, no smaller, and not the same
     numbers; native is in `precision`. `backend` says who computes norms and attention (backends.py).
@@ -162,7 +163,7 @@ class RunConfig:
     seed: int = key(0, SEED)
     parallel: ParallelConfig = key(ParallelConfig(), lambda path, value: parallel(path, value))
     microbatch_tokens: int | str = key(4096, budget)
-    recompute: str | tuple[str, ...] = key("none", recompute)
+    recompute: str | tuple[str, ...] = key("auto", recompute)
     load_weights: bool = key(True, truth())
     base_weights: str = key("native", one_of("native", "fp8"))
     backend: str = key("auto", one_of("auto", "torch", "te"))

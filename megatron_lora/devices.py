@@ -50,3 +50,8 @@ def machine_bytes() -> float:
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [Path(file).read_text().strip() for file in CGROUP_LIMITS if os.access(file, os.R_OK)]
     return float(min([whole, *(int(limit) for limit in limits if limit.isdigit())]))
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

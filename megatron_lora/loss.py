@@ -67,6 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             losses[rows], residual = _chunk(full[rows], labels[rows], head)
             if grad is not None:
                 torch.mm(residual.to(full.dtype), head.weight_VH, out=grad[rows])
+            del residual  # or it would live beside the next chunk's logits
         if grad is not None and head.group.size() > 1:
             grad = scatter_rows(grad, head.group) if head.sequence_parallel else all_reduce(grad, head.group)
         ctx.head, ctx.grad = head, grad

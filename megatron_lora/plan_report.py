@@ -14,7 +14,7 @@ from megatron_lora.architecture import Architecture, layers_of_stages
 from megatron_lora.checks import read_inputs
 from megatron_lora.config import RunConfig, load_config
 from megatron_lora.config_rules import one_of
-from megatron_lora.devices import named_device, this_gpu
+from megatron_lora.devices import named_device, size, this_gpu
 from megatron_lora.errors import UserError
 from megatron_lora.forecast import Figures, Forecast, Workload, forecast
 from megatron_lora.order import job_steps
@@ -178,8 +178,3 @@ def advice(config: RunConfig, policy: str, solo: Forecast, together: Forecast) -
 def amount(value: float) -> str:
     """Three digits at least."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in the unit that suits them."""
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,24 +1,36 @@
-"""What a config leaves to us, settled by the cost and memory models: `layers_per_stage: null` and `microbatch_tokens: auto`.
+"""What a config leaves to us, settled by the cost and memory models: `layers_per_stage: null`, `microbatch_tokens` and `recompute: auto`.
 
-    config = settle(config, architecture, lengths, this_device(ranks_here))     # both are numbers now
+    config = settle(config, architecture, lengths, this_device(ranks_here))     # all are numbers and policies now
 
-`plan` and the trainer both ask here. Stages are split, and slots weighed, by the figures of a reference device, so that both follow
-from the config and the model's shape alone, whichever GPU is there; `auto` follows from the memory of the device it is asked for.
+`plan` and the trainer both ask here. Times are those of a reference device, so that splits and plans do not hang on which GPU is there;
+`auto` follows from the memory of the device it is asked for. Recomputation costs as little time as fits: first the layers that only make
+norms and SwiGLU again, then as few as can be that run twice. Where it makes a stage slow, and the split is ours, layers move elsewhere.
 A key that the config gives stays as it is.
 """
 
 import dataclasses
 import os
 from collections.abc import Sequence
+from itertools import groupby
 
 from megatron_lora.architecture import Architecture, layers_of_stages
 from megatron_lora.config import RunConfig
-from megatron_lora.devices import reference_of, this_device
+from megatron_lora.devices import reference_of, size, this_device
 from megatron_lora.errors import UserError
 from megatron_lora.run_dir import RunDirectory
-from scheduling.cost import CostModel, Device, ModelShape, analytic_cost, head_layers, split_layers
+from scheduling.cost import CostModel, Device, ModelShape, analytic_cost, head_layers, split_layers, stage_policies
 from scheduling.data_parallel import deal
-from scheduling.memory import StageMemory, choose_capacity, fitting_tokens, stage_memory
+from scheduling.layer_memory import Adapter
+from scheduling.memory import (
+    RESERVED,
+    StageMemory,
+    cheapest_policies,
+    choose_capacity,
+    fitting_tokens,
+    peak_bytes,
+    stage_memory,
+    usable_bytes,
+)
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths
 
@@ -30,11 +42,14 @@ def settle(config: RunConfig, architecture: Architecture, lengths: Lengths, devi
 
     Raises UserError where `auto` finds no room for the longest sample.
     """
-    parallel = dataclasses.replace(config.parallel, layers_per_stage=choose_layers(config, architecture, device))
-    config = dataclasses.replace(config, parallel=parallel)
-    if config.microbatch_tokens != "auto":
-        return config
-    return dataclasses.replace(config, microbatch_tokens=choose_budget(config, architecture, lengths, device))
+    settled = _with_layers(config, choose_layers(config, architecture, device))
+    if config.microbatch_tokens == "auto":
+        settled = dataclasses.replace(settled, microbatch_tokens=choose_budget(settled, architecture, lengths, device))
+    if config.recompute == "auto":
+        settled = dataclasses.replace(settled, recompute=choose_recompute(settled, architecture, device))
+        if config.parallel.layers_per_stage is None:
+            settled = _even_out(settled, architecture, device)
+    return settled
 
 
 def settle_together(config: RunConfig, architecture: Architecture, lengths: Lengths, host) -> tuple[RunConfig, SlotCost]:
@@ -50,7 +65,7 @@ def settle_together(config: RunConfig, architecture: Architecture, lengths: Leng
         settled = settle(config, architecture, lengths, device)
         with RunDirectory.join(config) as directory:
             directory.settle(settled)
-        for line in describe(config, settled):
+        for line in [*describe(config, settled), *memory_line(config, settled, architecture, device)]:
             print(line, flush=True)
         chosen = [settled, planner_cost(settled, architecture, device)]
     dist.broadcast_object_list(chosen, 0, group=host)
@@ -62,21 +77,87 @@ def choose_layers(config: RunConfig, architecture: Architecture, device: Device)
     if config.parallel.layers_per_stage is not None:
         return config.parallel.layers_per_stage
     tokens = USUAL_TOKENS if config.microbatch_tokens == "auto" else config.microbatch_tokens
-    head = head_layers(shape_of(architecture), reference_of(device), tokens, config.parallel.tensor, config.recompute)
+    recompute = "none" if config.recompute == "auto" else config.recompute
+    head = head_layers(shape_of(architecture), reference_of(device), tokens, config.parallel.tensor, recompute)
     return split_layers(architecture.num_layers, config.parallel.pipeline, head)
 
 
 def choose_budget(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device) -> int:
-    """Return the tokens of a microbatch: as many as memory allows, no more than pay."""
-    cost = planner_cost(config, architecture, device)
-    fitting = fitting_tokens(memory_of(config, architecture, device), device)
+    """Return the tokens of a microbatch: as many as memory allows, no more than pay, recomputation counted where that is ours too."""
+    free = config.recompute == "auto"
+    plain, least = (dataclasses.replace(config, recompute=policy) if free else config for policy in ("none", "full"))
+    cost = planner_cost(plain, architecture, device)
+    fitting = fitting_tokens(memory_of(least, architecture, device), device)
+
+    def slowdown(budget: int) -> float:
+        asked = dataclasses.replace(config, microbatch_tokens=budget)
+        asked = dataclasses.replace(asked, recompute=choose_recompute(asked, architecture, device))
+        return _slowest(asked, architecture, device) / _slowest(plain, architecture, device)
+
     try:
-        return choose_capacity(deal(lengths, config.parallel.data, cost).rounds, config.parallel.pipeline, fitting, cost)
+        rounds = deal(lengths, config.parallel.data, cost).rounds
+        return choose_capacity(rounds, config.parallel.pipeline, fitting, cost, slowdown=slowdown if free else None)
     except ValueError as error:
+        remedy = "" if free else "recompute: auto, "
         raise UserError(
             f"microbatch_tokens: auto: {error} on {device.name} with {device.memory_bytes / 1e9:.1f} GB; use more stages or tensor ranks, "
-            "recompute: full, a lower sequence_len, or a number of tokens to try it all the same"
+            f"{remedy}a lower sequence_len, or a number of tokens to try it all the same"
         ) from None
+
+
+def choose_recompute(config: RunConfig, architecture: Architecture, device: Device) -> str | tuple[str, ...]:
+    """Return the policy of every layer (one word where all are the same) that fits the device's memory and costs least time.
+
+    The config's layers and budget are settled. Where nothing fits, every layer of that stage is `full`.
+    """
+    policies: list[str] = []
+    for stage, memory in enumerate(memory_of(dataclasses.replace(config, recompute="none"), architecture, device)):
+
+        def fits(chosen: tuple[str, ...], stage: int = stage, memory: StageMemory = memory) -> bool:
+            asked = dataclasses.replace(memory, policies=chosen)
+            return peak_bytes(asked, stage, config.parallel.pipeline, int(config.microbatch_tokens)) <= usable_bytes(device)
+
+        count = len(memory.policies)
+        policies += cheapest_policies(count, fits) or ("full",) * count
+    return policies[0] if len(set(policies)) == 1 else tuple(policies)
+
+
+def _even_out(config: RunConfig, architecture: Architecture, device: Device) -> RunConfig:
+    """Move layers away from the slowest stage, policies chosen anew, as long as that makes the slowest faster (or lets more fit)."""
+
+    def value(asked: RunConfig) -> tuple[float, float]:
+        over = max(peak - usable_bytes(device) for peak in predicted_peaks(asked, architecture, device))
+        return max(0.0, over), _slowest(asked, architecture, device)
+
+    def moved(donor: int, taker: int) -> RunConfig:
+        counts = list(config.parallel.layers_per_stage or ())
+        counts[donor], counts[taker] = counts[donor] - 1, counts[taker] + 1
+        asked = _with_layers(config, tuple(counts))
+        return dataclasses.replace(asked, recompute=choose_recompute(asked, architecture, device))
+
+    stages = range(config.parallel.pipeline)
+    while True:
+        counts = config.parallel.layers_per_stage or ()
+        moves = [moved(donor, taker) for donor in stages for taker in stages if donor != taker and counts[donor] > 1]
+        best = min(moves, key=value, default=config)
+        if value(best) >= value(config):
+            return config
+        config = best
+
+
+def _with_layers(config: RunConfig, layers: tuple[int, ...]) -> RunConfig:
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, layers_per_stage=layers))
+
+
+def _slowest(config: RunConfig, architecture: Architecture, device: Device) -> float:
+    """Return the seconds of a usual microbatch on the slowest stage of the reference device."""
+    return max(stage.seconds(USUAL_TOKENS) for stage in cost_of(config, architecture, reference_of(device)).stages)
+
+
+def predicted_peaks(config: RunConfig, architecture: Architecture, device: Device) -> list[float]:
+    """Return the bytes of each stage at its worst moment with full slots, as torch.cuda.max_memory_allocated counts; all is settled."""
+    stages = memory_of(config, architecture, device)
+    return [peak_bytes(memory, stage, len(stages), int(config.microbatch_tokens)) for stage, memory in enumerate(stages)]
 
 
 def shape_of(architecture: Architecture) -> ModelShape:
@@ -96,25 +177,29 @@ def planner_cost(config: RunConfig, architecture: Architecture, device: Device) 
 
 
 def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> tuple[StageMemory, ...]:
-    """Return the memory model of each stage, on one tensor rank; the config's layers are settled."""
+    """Return the memory model of each stage, on one tensor rank; the config's layers and recomputation are settled."""
+    assert config.recompute != "auto", "recompute is not settled"
     parallel, shape = config.parallel, shape_of(architecture)
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, parallel)]
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.name != "cpu")
+    item = 2 if bf16 else 4
     stages = [
         stage_memory(
             shape,
             layers,
             stage,
-            total_rank=sum(job.r for job in config.jobs),
+            adapters=[Adapter(job.r, job.target_modules) for job in config.jobs],
             tensor=parallel.tensor,
             recompute=config.recompute,
-            weight_bytes=2 if bf16 else 4,
+            item=item,
             sequence=parallel.sequence,
+            cuda=device.name != "cpu",
+            replicas=parallel.data,
         )
         for stage in range(parallel.pipeline)
     ]
     if architecture.tied_head and parallel.pipeline == 1:  # one matrix is embedding and head
-        once = shape.head_params * (2 if bf16 else 4) / parallel.tensor
+        once = shape.hidden_size * -(-shape.vocab_size // parallel.tensor) * item
         stages = [dataclasses.replace(stages[0], weights=stages[0].weights - once)]
     return tuple(stages)
 
@@ -126,4 +211,23 @@ def describe(before: RunConfig, after: RunConfig) -> Sequence[str]:
         lines.append(f"microbatch_tokens: auto is {after.microbatch_tokens}")
     if before.parallel.layers_per_stage is None and after.parallel.pipeline > 1:
         lines.append(f"parallel.layers_per_stage: null is {list(after.parallel.layers_per_stage or ())}")
+    if before.recompute == "auto":
+        lines.append(f"recompute: auto is {_policies_in_words(after)}")
     return lines
+
+
+def _policies_in_words(config: RunConfig) -> str:
+    """Write one word where all layers have the same policy, else each stage's counts from its first layer on."""
+    if isinstance(config.recompute, str):
+        return config.recompute
+    policies = stage_policies(config.parallel.layers_per_stage or (len(config.recompute),), config.recompute)
+    return " | ".join(", ".join(f"{len(list(run))} {policy}" for policy, run in groupby(stage)) for stage in policies)
+
+
+def memory_line(before: RunConfig, after: RunConfig, architecture: Architecture, device: Device) -> Sequence[str]:
+    """Say what `recompute: auto` predicts each stage to take, and warn where that is too much."""
+    if before.recompute != "auto":
+        return []
+    peaks = predicted_peaks(after, architecture, device)
+    line = f"predicted peak memory: {' | '.join(map(size, peaks))} of {size(device.memory_bytes)}, {RESERVED:.0%} of it to spare"
+    return [line + ("; TOO MUCH: lower microbatch_tokens" if max(peaks) > usable_bytes(device) else "")]

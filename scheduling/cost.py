@@ -8,7 +8,8 @@ The base is frozen, so a backward makes dX but no dW: as much linear work as a f
 its attention work; LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head is 4 H V per token
 in the last stage's forward, which makes logits and their gradient while they are there; its backward only scales that gradient.
 
-`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each: "cheap" costs nothing that counts here.
+`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each: "full" is one more forward in the backward, "cheap" writes
+norm and SwiGLU outputs once more, about _CHEAP of a forward.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class ModelShape:
     head_dim: int
     ffn_size: int
     vocab_size: int
+    qk_norm: bool = False
 
     @property
     def layer_params(self) -> int:
@@ -102,6 +104,7 @@ class StageCost:
 
 
 _USUAL_TOKENS = 4096  # of a microbatch
+_CHEAP = 0.02  # 2 H + F numbers a token at memory speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +163,13 @@ def analytic_cost(
         lora = 2 * shape.lora_width * num_layers / rate
         head = 4 * shape.head_params / rate if index == len(layers) - 1 else 0.0
         launches = device.layer_launch_s * num_layers
-        again = policies.count("full") / max(1, num_layers)  # of a forward
+        again = (policies.count("full") + _CHEAP * policies.count("cheap")) / max(1, num_layers)  # of a forward
         forward = PassCost(per_token=linear + head, per_square=attention, per_rank_token=lora, fixed=launches)
         backward = PassCost(
             per_token=linear * (1 + again),
             per_square=attention * (2.5 + again),
             per_rank_token=lora * (2 + again),
-            fixed=launches * (1 + again),
+            fixed=launches * (1 + policies.count("full") / max(1, num_layers)),
         )
         stages.append(StageCost(forward, backward))
     return CostModel(tuple(stages))

@@ -1,73 +1,148 @@
-"""How much memory a stage needs, and which token budget follows from it.
+"""How much memory a stage needs at its worst moment, and what follows from it: recomputation policies and the token budget.
 
-    bytes = weights + adapters + kept per token in flight * tokens in flight + workspace of one microbatch + loss chunk
+    bytes = weights + adapters + runtime + kept per token in flight * tokens in flight + workspace of the microbatch at work
 
-Stage s of P holds at most P - s microbatches, so tokens in flight are bounded by any P - s consecutive slots of the stream, not by that
-many full budgets. An adapter weight costs 2 (compute copy) + 4 (gradient) + 4 (master) + 8 (Adam) bytes.
+Stage s of P holds at most P - s microbatches, so tokens in flight are bounded by any P - s consecutive slots of the stream. The workspace
+is found by walking once forward and once back through the stage's layers (layer_memory.py), with everything alive that the executor holds:
+messages sent and posted, the loss's chunk of logits, what upper layers have let go. An adapter weight costs 16 bytes (master, gradient,
+Adam's moments) and its copy in the compute dtype, where that is another.
+
+Prediction and `torch.cuda.max_memory_allocated` speak of the same bytes. What CUDA, NCCL and fragmentation take on top is RESERVED.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from scheduling.cost import Device, ModelShape, stage_policies
+from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 
-_BYTES_PER_ADAPTER_WEIGHT = 18
 RESERVED = 0.08  # share of the device that CUDA, NCCL and fragmentation take
+LOSS_CHUNK_LOGITS = 2**25  # logits that exist at a time
 _WORTH = 0.002  # a larger budget must gain this much efficiency
-LOSS_CHUNK_LOGITS = 2**25  # logits that exist at a time; three float32 tensors of them
+_STATE_BYTES = 16  # of an adapter weight: master, gradient and Adam's two moments
+_CUBLAS_BYTES = 2 * 32 * 2**20  # workspaces of the forward's and the backward's thread
+_INPUT_BYTES = 32  # of a token: tokens, labels, positions, weight and dropout key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """Bytes of one stage on one tensor rank."""
+    """Bytes of one stage on one tensor rank; `policies` of its layers from the first on."""
 
     weights: float
     adapters: float
-    per_token_in_flight: float
-    per_token_workspace: float
-    loss: float
+    runtime: float
+    layer: LayerMemory
+    policies: tuple[str, ...]
+    base: float  # per token in flight, beside the layers: rotary table, tokens; on the last stage the loss's gradient too
+    num_messages: int  # hidden states on their way while the stage computes
+    head_rows: int  # of the vocabulary on this rank; 0 where the loss is not
 
-    def total(self, tokens_in_flight: float, largest_slot: float) -> float:
+    @property
+    def per_token_in_flight(self) -> float:
+        """Bytes per token that a microbatch keeps between its forward and its backward."""
+        return self.base + sum(map(self.layer.kept, self.policies))
+
+    def total(self, tokens_in_flight: float, largest_slot: int) -> float:
         """Return the bytes with so many tokens in flight and a largest microbatch of so many tokens."""
-        return (
-            self.weights + self.adapters + self.loss + self.per_token_in_flight * tokens_in_flight + self.per_token_workspace * largest_slot
-        )
+        fixed = self.weights + self.adapters + self.runtime
+        return fixed + self.per_token_in_flight * tokens_in_flight + self.workspace(largest_slot)
+
+    def workspace(self, tokens: int) -> float:
+        """Return what the microbatch at work, of so many tokens, needs beyond what it keeps when its forward is done."""
+        if not tokens:
+            return 0.0
+        kept = self.per_token_in_flight * tokens
+        return max(*self._forward(tokens), *self._backward(tokens)) - kept + self.num_messages * self.layer.hidden * tokens
+
+    def _forward(self, tokens: int) -> list[float]:
+        """What one microbatch has alive at the top of each run of equal layers, and at the loss."""
+        per_token, moments = self.base - self._tail, []
+        for policy, run in groupby(self.policies):
+            per_token += self.layer.kept(policy) * sum(1 for _ in run)
+            moments.append((per_token + self.layer.forward(policy)) * tokens)
+        if self.head_rows:
+            layer = self.layer
+            held = 2 * layer.hidden + layer.statistics + layer.whole * (1 + layer.sequence)  # sum, x, gathered x, gradient
+            num_logits = min(tokens, max(1, LOSS_CHUNK_LOGITS // self.head_rows)) * self.head_rows
+            moments.append((per_token + held) * tokens + num_logits * (4 + (layer.item if layer.item < 4 else 0)))
+        return moments
+
+    def _backward(self, tokens: int) -> list[float]:
+        """What it has alive while the loss, and the top layer of each run, go back; S of the layers above stays."""
+        layer, moments = self.layer, [self.per_token_in_flight * tokens]
+        if self.head_rows:
+            moments[0] += 8 * layer.hidden / layer.item * tokens  # the gradient times its weights, twice in float32
+        per_token, above = self.per_token_in_flight - self._tail, 0.0
+        for policy, run in groupby(reversed(self.policies)):
+            count = sum(1 for _ in run)
+            moments.append((per_token + above) * tokens + layer.backward(policy, tokens))
+            per_token -= count * layer.kept(policy)
+            above += count * sum(layer.widths.values()) * (policy != "full")
+        return moments
+
+    @property
+    def _tail(self) -> float:
+        """What the last stage keeps behind its layers: the final norm's input, and the gradient that the loss has made."""
+        return (2 * self.layer.hidden + self.layer.statistics) * (self.head_rows > 0)
 
 
 def stage_memory(
     shape: ModelShape,
     layers: Sequence[int],
     stage: int,
-    total_rank: int,
+    adapters: Sequence[Adapter],
     tensor: int = 1,
     recompute: str | Sequence[str] = "none",
-    weight_bytes: int = 2,
+    item: int = 2,
+    weight_bytes: float | None = None,
     sequence: bool = False,
+    cuda: bool = True,
+    replicas: int = 1,
 ) -> StageMemory:
-    """Model one stage; `total_rank` is the sum of the ranks of all resident adapters.
+    """Model one stage with its resident `adapters`.
 
-    Kept per token and layer, in `weight_bytes` each: the inputs of its two norms and of its four GEMMs, which LoRA needs for dA, the
-    attention's q, k, v and output, and the two halves of the gate; recomputed cheaply, without the norms' and the gate's outputs; fully,
-    the layer's input alone. Sequence parallelism shards the rows of what tensor parallelism leaves whole.
+    `item` is the bytes of a number of the compute dtype, `weight_bytes` those of a frozen linear's weight (`item` unless it is quantised).
+    A tied matrix counts on the first and on the last stage.
     """
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
-    query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    hidden = shape.hidden_size * weight_bytes / (tensor if sequence else 1)
-    ffn, attention = shape.ffn_size * weight_bytes / tensor, (2 * query + 2 * key_value) * weight_bytes / tensor
-    whole = 4 * hidden + attention + 3 * ffn
-    kept = {"none": whole, "cheap": whole - 2 * hidden - ffn, "full": hidden}
-    vocabulary = shape.head_params * weight_bytes / tensor * (first + last)
-    return StageMemory(
-        weights=shape.layer_params * num_layers * weight_bytes / tensor + vocabulary,
-        adapters=shape.lora_width * total_rank * num_layers * _BYTES_PER_ADAPTER_WEIGHT / tensor,
-        per_token_in_flight=sum(kept[policy] for policy in stage_policies(layers, recompute)[stage]),
-        per_token_workspace=2 * whole,
-        loss=3 * 4 * LOSS_CHUNK_LOGITS if last else 0.0,
+    layer = layer_memory(
+        **{name: getattr(shape, name) for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size")},
+        adapters=adapters,
+        item=item,
+        tensor=tensor,
+        sequence=sequence,
+        head_norms=shape.qk_norm,
     )
+    head_rows = -(-shape.vocab_size // tensor)
+    linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor
+    norms = (2 * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * item
+    per_job = [_adapter_weights(shape, adapter, tensor) * num_layers for adapter in adapters]
+    summed = 4 * max(per_job, default=0) if tensor * replicas > 1 else 0  # one job's gradients on their way to other ranks
+    memory = StageMemory(
+        weights=(linears + norms) * num_layers + shape.hidden_size * item * (head_rows * (first + last) + last),
+        adapters=sum(per_job) * (_STATE_BYTES + (item if item < 4 else 0)) + summed,
+        runtime=float(_CUBLAS_BYTES if cuda else 0),
+        layer=layer,
+        policies=stage_policies(layers, recompute)[stage],
+        base=shape.head_dim * item + _INPUT_BYTES + (2 * layer.hidden + layer.statistics) * last,
+        num_messages=2 * (not first) + 3 * (not last),
+        head_rows=head_rows if last else 0,
+    )
+    return memory
+
+
+def _adapter_weights(shape: ModelShape, adapter: Adapter, tensor: int) -> int:
+    """Return the weights of one job's factors in one layer on one tensor rank, its rank rounded up as the arena does."""
+    query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    outputs = {"q_proj": query, "k_proj": key_value, "v_proj": key_value, "gate_proj": shape.ffn_size, "up_proj": shape.ffn_size}
+    inputs = {"o_proj": query, "down_proj": shape.ffn_size}
+    columns = sum(shape.hidden_size + outputs[module] // tensor for module in adapter.modules if module in outputs)
+    return adapter.rows * (columns + sum(inputs[module] // tensor + shape.hidden_size for module in adapter.modules if module in inputs))
 
 
 def tokens_in_flight(stream: Stream, stage: int, num_stages: int) -> int:
@@ -76,20 +151,62 @@ def tokens_in_flight(stream: Stream, stage: int, num_stages: int) -> int:
     return max((sum(tokens[k : k + width]) for k in range(len(tokens))), default=0)
 
 
+def usable_bytes(device: Device) -> float:
+    """Return what a stage may take of a device."""
+    return device.memory_bytes * (1 - RESERVED)
+
+
+def peak_bytes(memory: StageMemory, stage: int, num_stages: int, budget: int) -> float:
+    """Return the bytes of a stage when every slot is as full as the budget allows."""
+    return memory.total(budget * (num_stages - stage), budget)
+
+
 def fitting_tokens(stages: Sequence[StageMemory], device: Device) -> int:
     """Return the largest token budget at which every stage fits with full slots (0 when not even the weights do)."""
-    usable = device.memory_bytes * (1 - RESERVED)
-    budgets = []
-    for stage, memory in enumerate(stages):
-        per_token = memory.per_token_in_flight * (len(stages) - stage) + memory.per_token_workspace
-        budgets.append((usable - memory.total(0, 0)) / per_token)
-    return max(0, int(min(budgets)))
+
+    def fits(budget: int) -> bool:
+        return all(peak_bytes(memory, stage, len(stages), budget) <= usable_bytes(device) for stage, memory in enumerate(stages))
+
+    return _last(fits, 2**31) if fits(0) else 0
 
 
-def choose_capacity(lengths: Lengths, num_stages: int, fitting: int, cost: SlotCost | None = None, multiple: int = 256) -> int:
+def cheapest_policies(num_layers: int, fits: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...] | None:
+    """Return the policies of a stage's layers that fit and cost least time: first as few `full` as can be, then as few `cheap`.
+
+    `full` layers come first and `none` last: backward reaches the first layers when it has let go of the others. None where nothing fits.
+    """
+
+    def policies(num_full: int, num_cheap: int) -> tuple[str, ...]:
+        return ("full",) * num_full + ("cheap",) * num_cheap + ("none",) * (num_layers - num_full - num_cheap)
+
+    if not fits(policies(num_layers, 0)):
+        return None
+    spared = _last(lambda spared: fits(policies(num_layers - spared, spared)), num_layers)
+    whole = _last(lambda whole: fits(policies(num_layers - spared, spared - whole)), spared)
+    return policies(num_layers - spared, spared - whole)
+
+
+def _last(holds: Callable[[int], bool], high: int) -> int:
+    """Return the largest number up to `high` for which something holds that holds for 0 and, once it fails, fails for all above."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def choose_capacity(
+    lengths: Lengths,
+    num_stages: int,
+    fitting: int,
+    cost: SlotCost | None = None,
+    multiple: int = 256,
+    slowdown: Callable[[int], float] | None = None,
+) -> int:
     """Choose microbatch_tokens: as large as memory allows, no larger than pays, a multiple of `multiple` where that fits.
 
-    Larger budgets stop paying where the even-slot estimate is flat. Raises ValueError when the longest sample does not fit.
+    Larger budgets stop paying where the even-slot estimate is flat, or where `slowdown(budget)`, what recomputation for its sake costs as
+    a factor of time, grows faster. Raises ValueError when the longest sample does not fit.
     """
     longest = max((tokens for steps in lengths for batch in steps for tokens in batch), default=1)
     if longest > fitting:
@@ -99,6 +216,7 @@ def choose_capacity(lengths: Lengths, num_stages: int, fitting: int, cost: SlotC
         sizes = sizes[1:]
     cost = cost or SlotCost()
     work, tokens = work_time(lengths, cost), sum(tokens for steps in lengths for batch in steps for tokens in batch)
-    gains = [(estimate_of(work, tokens, num_stages, size, cost), size) for size in sizes]
+    slow = slowdown or (lambda size: 1.0)
+    gains = [(estimate_of(work, tokens, num_stages, size, cost) / slow(size), size) for size in sizes]
     best = max(gain for gain, _ in gains)
     return next(size for gain, size in gains if gain >= best - _WORTH)

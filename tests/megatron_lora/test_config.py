@@ -35,7 +35,7 @@ def load(tmp_path):
 def test_defaults_are_those_of_the_documented_schema(load):
     config = load(MINIMAL, "seed=3")
     assert config.precision == "auto" and config.microbatch_tokens == 4096 and config.load_weights is True
-    assert config.recompute == "none" and load(MINIMAL, "recompute=[full, cheap]").recompute == ("full", "cheap")
+    assert config.recompute == "auto" and load(MINIMAL, "recompute=[full, cheap]").recompute == ("full", "cheap")
     assert config.parallel == ParallelConfig() and config.parallel.world_size == 1
     job = config.jobs[0]
     assert (job.r, job.lora_alpha, job.lora_dropout, job.use_rslora, job.scale) == (16, 32.0, 0.0, False, 2.0)

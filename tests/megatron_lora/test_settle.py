@@ -11,13 +11,23 @@ import pytest
 import runs
 
 from megatron_lora import devices
-from megatron_lora.architecture import read_architecture
+from megatron_lora.architecture import read_architecture, recompute_of_layers
 from megatron_lora.config import dump_config, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.run_dir import RunDirectory
-from megatron_lora.settle import choose_layers, cost_of, describe, memory_of, planner_cost, settle, settle_together
-from scheduling.cost import DEVICES
-from scheduling.memory import fitting_tokens
+from megatron_lora.settle import (
+    choose_layers,
+    cost_of,
+    describe,
+    memory_line,
+    memory_of,
+    planner_cost,
+    predicted_peaks,
+    settle,
+    settle_together,
+)
+from scheduling.cost import DEVICES, stage_policies
+from scheduling.memory import fitting_tokens, usable_bytes
 
 H100, CPU = DEVICES["h100"], DEVICES["cpu"]
 LENGTHS = [[[500, 300, 700, 650]] * 20] * 3
@@ -39,7 +49,7 @@ def configure(root, tmp_path):
     """Return a function overrides -> config."""
     job = {"name": "one", "datasets": [{"path": str(root / "rows.jsonl"), "type": "prompt_completion"}]}
     path = runs.write_config(tmp_path / "config.yaml", root / "model", tmp_path / "run", [job], {}, 4096)
-    return lambda *overrides: load_config(path, ["precision=auto", *overrides])
+    return lambda *overrides: load_config(path, ["precision=auto", "recompute=none", *overrides])
 
 
 def model(root, **facts):
@@ -72,7 +82,7 @@ def test_an_automatic_budget_fits_and_is_no_larger_than_pays(configure, root):
     assert scarce.microbatch_tokens < plenty.microbatch_tokens
     with pytest.raises(UserError, match="microbatch_tokens: auto: the longest sample has 700 tokens, memory allows") as refused:
         settle(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=9e9))
-    assert "\n" not in str(refused.value) and "recompute: full" in str(refused.value)
+    assert "\n" not in str(refused.value) and "recompute: auto" in str(refused.value)
 
 
 def load_config_text(text: str):
@@ -85,6 +95,54 @@ def load_config_text(text: str):
 def inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEGATRON_LORA_CACHE", str(tmp_path / "cache"))
+
+
+def test_recomputation_is_no_more_than_the_memory_asks_for(configure, root):
+    large, auto = model(root, **LARGE, vocab_size=128256), configure("recompute=auto", "microbatch_tokens=8192")
+    sizes = (60, 52, 40, 25)
+    settled = [settle(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=size * 1e9)) for size in sizes]
+    policies = [recompute_of_layers(config.recompute, 32) for config in settled]
+    counts = [(each.count("full"), each.count("cheap")) for each in policies]
+    assert counts == sorted(counts) and counts[0] == (0, 0) and counts[1][1] > counts[1][0] == 0 and counts[3][0] > counts[2][0] > 0
+    for size, config in zip(sizes, settled, strict=True):
+        device = dataclasses.replace(H100, memory_bytes=size * 1e9)
+        assert predicted_peaks(config, large, device)[0] <= usable_bytes(device)
+        assert describe(auto, config)[0].startswith("recompute: auto is ") and load_config_text(dump_config(config)) == config
+        assert memory_line(auto, config, large, device)[0].endswith("to spare")
+    assert "full" in describe(auto, settled[3])[0] and describe(auto, settled[0])[0] == "recompute: auto is none"
+    tiny = dataclasses.replace(H100, memory_bytes=9e9)
+    beyond = settle(auto, large, LENGTHS, tiny)
+    assert beyond.recompute == "full" and "TOO MUCH" in memory_line(auto, beyond, large, tiny)[0]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_stages_that_hold_more_microbatches_recompute_more_and_get_fewer_layers(tensor, configure, root):
+    large, device = model(root, **LARGE, vocab_size=128256), dataclasses.replace(H100, memory_bytes=28e9 / tensor)
+    shape = ("recompute=auto", "parallel.pipeline=4", f"parallel.tensor={tensor}", "microbatch_tokens=8192")
+    given = settle(configure(*shape, "parallel.layers_per_stage=[8, 8, 8, 8]"), large, LENGTHS, device)
+    stages = stage_policies((8,) * 4, given.recompute)
+    work = [2 * policies.count("full") + policies.count("cheap") for policies in stages]
+    assert given.parallel.layers_per_stage == (8, 8, 8, 8) and work == sorted(work, reverse=True) and work[0] > work[3]
+    free = settle(configure(*shape), large, LENGTHS, device)
+    plain = choose_layers(configure("parallel.pipeline=4", f"parallel.tensor={tensor}", "microbatch_tokens=8192"), large, device)
+    kept = settle(configure(*shape, f"parallel.layers_per_stage={list(plain)}"), large, LENGTHS, device)
+
+    def slowest(config):
+        return max(stage.seconds(4096) for stage in cost_of(config, large, H100).stages)
+
+    assert free.parallel.layers_per_stage[0] < plain[0] and sum(free.parallel.layers_per_stage) == 32
+    assert slowest(free) < slowest(kept) and max(predicted_peaks(free, large, device)) <= usable_bytes(device)
+    assert free == settle(configure(*shape), large, LENGTHS, device)
+    assert describe(configure(*shape), free)[-1].count(" | ") == 3
+
+
+def test_an_automatic_budget_counts_what_recomputing_for_it_costs(configure, root):
+    large = model(root, **LARGE, vocab_size=128256)
+    auto = configure("recompute=auto", "microbatch_tokens=auto", "parallel.pipeline=4", "parallel.layers_per_stage=[9, 9, 8, 6]")
+    roomy, tight = (settle(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=size)) for size in (80e9, 13e9))
+    assert roomy.recompute == "none"
+    assert tight.microbatch_tokens <= roomy.microbatch_tokens and tight.recompute != "none"
+    assert max(predicted_peaks(tight, large, H100)) <= 13e9
 
 
 def test_the_planner_weighs_slots_by_the_model_and_not_by_the_gpu(configure, root):
@@ -117,11 +175,13 @@ def test_this_machine_is_shared_by_its_ranks(monkeypatch):
 def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure, root, capsys):
     import torch.distributed as dist
 
-    config, given = configure("microbatch_tokens=auto", "parallel.pipeline=2"), configure("parallel.layers_per_stage=[4]")
+    open_ = ("microbatch_tokens=auto", "parallel.pipeline=2", "recompute=auto")
+    config, given = configure(*open_), configure("parallel.layers_per_stage=[4]")
     with RunDirectory.create(config):
         settled, cost = settle_together(config, read_architecture(root / "model"), [[[20, 30]]], dist.group.WORLD)
         lines = ["microbatch_tokens: auto is 256", f"parallel.layers_per_stage: null is {list(settled.parallel.layers_per_stage)}"]
-        assert capsys.readouterr().out.splitlines() == lines
+        *told, memory = capsys.readouterr().out.splitlines()
+        assert told == [*lines, "recompute: auto is none"] and memory.startswith("predicted peak memory: ") and " MB | " in memory
         assert load_config("run/config.yaml") == settled and cost == planner_cost(settled, read_architecture(root / "model"), CPU)
         assert settle_together(given, read_architecture(root / "model"), [[[20, 30]]], dist.group.WORLD)[0] == given
         assert capsys.readouterr().out == ""
@@ -135,6 +195,8 @@ def test_a_run_records_what_it_settled(parallel, root, pool, tmp_path):
     assert runs.start(pool, path, parallel) == 0
     written = load_config(tmp_path / "run" / "config.yaml")
     assert isinstance(written.microbatch_tokens, int) and len(written.parallel.layers_per_stage) == parallel.get("pp", 1)
-    assert dataclasses.replace(written, microbatch_tokens="auto", parallel=load_config(path).parallel) == load_config(path)
+    assert written.recompute == "none"
+    opened = dataclasses.replace(written, microbatch_tokens="auto", recompute="auto", parallel=load_config(path).parallel)
+    assert opened == load_config(path)
     window = json.loads((tmp_path / "run" / "plan" / "window-0000.json").read_text())
     assert max(sum(entry[3] for entry in slot) for slot in window["microbatches"]) <= written.microbatch_tokens

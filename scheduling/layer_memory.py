@@ -1,0 +1,156 @@
+"""What one decoder layer keeps between its forward and its backward, and what it needs besides at its worst moments.
+
+Bytes on one tensor rank, per token of the microbatch (T of them), as the trainer's layer (GEMMs with LoRA, flash attention, fused norms,
+rotation and SwiGLU) allocates them:
+
+    kept     none    input, first norm's x, q, k, v, attention's output, sum and x of the second norm, gate | up, swiglu; S of each linear
+             cheap   without the two x and swiglu, which backward makes again
+             full    the input alone
+    forward  what is alive beyond that when the layer's output has been made
+    backward the worst of: down's gradients, SwiGLU's, gate | up's, attention's; less what has been let go by then
+
+A linear that no adapter targets keeps nothing. S and the norms' statistics live as long as the microbatch. With head norms q | k | v is
+kept as the GEMM wrote it too. Sequence parallelism shards the rows of what tensor parallelism leaves whole, and gathers them for a GEMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+POLICIES = ("none", "cheap", "full")
+MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+MODULES = tuple(module for modules in MERGED.values() for module in modules)
+_RANK_ALIGN = 16  # adapters take their rank in rows, rounded up
+_ITEM_ROWS = 2048  # of one job, over which a program sums dA
+_SHARE_COLUMNS = 512  # of dY, over which a program sums dS
+_MAX_FUSED_RANK = 32  # up to it dS and dB come from one read of dY, by shares of column blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One job's rank and the modules that it targets."""
+
+    rank: int
+    modules: tuple[str, ...] = MODULES
+
+    @property
+    def rows(self) -> int:
+        """Rows that each of its factors takes."""
+        return -(-self.rank // _RANK_ALIGN) * _RANK_ALIGN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerMemory:
+    """The sizes of a layer, in bytes per token: `hidden` of this rank's rows, `whole` of all rows of a hidden state, and so on."""
+
+    hidden: float
+    whole: float
+    query: float
+    key_value: float
+    ffn: float
+    sums: float  # logsumexp of attention
+    statistics: float  # of one norm
+    item: int  # bytes of a number
+    widths: dict[str, float]  # of S, by merged linear; 0 where nothing targets it
+    blocks: dict[str, float]  # column blocks of a linear's output in which dS is summed
+    largest_rank: int
+    num_jobs: int
+    head_norms: bool
+    grouped: bool  # several query heads share a key
+    sequence: bool
+
+    def kept(self, policy: str) -> float:
+        """Bytes per token between forward and backward."""
+        if policy == "full":
+            return self.hidden
+        qkv = self.query + 2 * self.key_value
+        bare = 2 * self.hidden + 2 * self.statistics + qkv * (1 + self.head_norms) + self.query + self.sums + 2 * self.ffn
+        bare += sum(self.widths.values())
+        return bare if policy == "cheap" else bare + self.inputs
+
+    @property
+    def inputs(self) -> float:
+        """Bytes per token of the linears' inputs that are kept for dA and could be made again."""
+        return self.hidden * ((self.widths["qkv"] > 0) + (self.widths["up"] > 0)) + self.ffn * (self.widths["down"] > 0)
+
+    def forward(self, policy: str) -> float:
+        """Bytes per token beyond `kept` when the output is there: attention's and the MLP's result, and the output itself."""
+        output = max(3 * self.hidden, 2 * self.hidden + self.whole * self.sequence)
+        swiglu = self.ffn * (policy != "none" or not self.widths["down"])
+        if policy != "full":
+            return output + swiglu
+        qkv = self.query + 2 * self.key_value
+        attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + self.whole
+        return max(attention, self.hidden + output + 3 * self.ffn)  # also the second norm's sum, and gate | up
+
+    def backward(self, policy: str, tokens: int) -> float:
+        """Bytes beyond `kept`, for so many tokens, at the worst moment of the backward."""
+        if policy == "full":  # it runs as a layer that keeps all, but for its input
+            again = self.kept("none") - self.hidden
+            return (again + self.hidden) * tokens + max(self.forward("none") * tokens, self.backward("none", tokens))
+        cheap, widths = policy == "cheap", self.widths
+        swiglu_kept = 0.0 if cheap or not widths["down"] else self.ffn
+        dy = self.hidden + (self.whole if self.sequence else 0.0)
+        down = dy + widths["down"] + max(self._shares("down", tokens), self.ffn) + self._partial("down", self.ffn, tokens)
+        swiglu = self.hidden + 3 * self.ffn - swiglu_kept
+        if cheap and widths["down"]:
+            swiglu += self.ffn + widths["down"] + self._partial("down", self.ffn, tokens)
+        gone = 2 * self.ffn + swiglu_kept
+        dx = self.whole + (self.hidden if self.sequence else 0.0)
+        up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - gone
+        gone += self.hidden * (1 + (not cheap and widths["up"] > 0))
+        expanded = 2 * self.query if self.grouped else 0.0
+        attention = self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item + expanded - gone
+        return max(down, swiglu, up, attention, 0.0) * tokens
+
+    def _shares(self, linear: str, tokens: int) -> float:
+        """Bytes per token of the shares of dS, which are summed over column blocks in float32."""
+        if self.largest_rank > _MAX_FUSED_RANK or not self.widths[linear]:
+            return 0.0
+        return 4 * self.blocks[linear] * max(16, self.largest_rank)
+
+    def _partial(self, linear: str, num_bytes: float, tokens: int) -> float:
+        """Bytes per token of dA's partial sums over an input of so many bytes: a float32 matrix per item, some rows of one job."""
+        items = tokens / _ITEM_ROWS + self.num_jobs
+        return 4 * items * self.widths[linear] / self.item * num_bytes / self.item / tokens
+
+
+def layer_memory(
+    *,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    ffn_size: int,
+    adapters: Sequence[Adapter],
+    item: int,
+    tensor: int = 1,
+    sequence: bool = False,
+    head_norms: bool = False,
+) -> LayerMemory:
+    """Derive a layer's sizes from its shape; `item` is the bytes of a number of the compute dtype."""
+    local = tensor if sequence else 1
+    query, key_value, ffn = num_heads * head_dim // tensor, num_kv_heads * head_dim // tensor, ffn_size // tensor
+    outputs = {"qkv": (query, key_value, key_value), "o": (hidden_size,), "up": (ffn, ffn), "down": (hidden_size,)}
+
+    return LayerMemory(
+        hidden=hidden_size * item / local,
+        whole=hidden_size * item,
+        query=query * item,
+        key_value=key_value * item,
+        ffn=ffn * item,
+        sums=4 * num_heads / tensor,
+        statistics=4 / local,
+        item=item,
+        widths={
+            name: item * max((adapter.rows * len(set(modules) & set(adapter.modules)) for adapter in adapters), default=0)
+            for name, modules in MERGED.items()
+        },
+        blocks={name: sum(-(-size // _SHARE_COLUMNS) for size in sizes) for name, sizes in outputs.items()},
+        largest_rank=max((adapter.rows for adapter in adapters), default=0),
+        num_jobs=len(adapters),
+        head_norms=head_norms,
+        grouped=num_heads != num_kv_heads,
+        sequence=sequence,
+    )
