@@ -13,6 +13,7 @@ from e2e_base import Base
 from e2e_figures import Usage, memory, prediction, rates
 from e2e_options import Case
 from e2e_run import NoOptimizer, Outcome, execute
+from kernel_shares import Marked, Profiled
 from pass_times import features, measure_stage, probe_slots
 from plain_lora import use_adapters
 from synthetic_jobs import head, make_jobs, take
@@ -29,9 +30,10 @@ from megatron_lora.timeline import write_timeline
 from megatron_lora.train import make_arena
 from scheduling.cost import CostModel, refine
 from scheduling.memory import tokens_in_flight
+from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths
 
-WARM_SLOTS = 8  # of a warm-up run, at least; more where the pipeline is deep
+WARM_SLOTS, PROFILED_SLOTS = 8, 4
 SPARE = 1.1  # more steps than the warm-up's speed asks for
 
 
@@ -89,13 +91,28 @@ class CaseRun:
 
     def _run(self, lengths: Lengths, learning_rate: float | None = None) -> Outcome:
         jobs = self._jobs(lengths)
-        real = self.cost.slot_cost(sum(self.ranks) / len(self.ranks))
-        return execute(self.base, jobs, self._optimizers(jobs, learning_rate), self.case.policy, self.settings, real)
+        return execute(self.base, jobs, self._optimizers(jobs, learning_rate), self.case.policy, self.settings, self._real)
+
+    @property
+    def _real(self) -> SlotCost:
+        """What baselines weigh slots with: the cost model that also times them."""
+        return self.cost.slot_cost(sum(self.ranks) / len(self.ranks))
+
+    def _some(self, slots: int) -> Lengths:
+        """Return lengths for about so many slots, more where the pipeline is deep."""
+        slots = max(slots, 3 * self.base.parallel.pipeline) * self.base.parallel.data
+        return head(take(self.workload, self.case.jobs.count, 1), slots * self.settings.capacity)
+
+    def profile(self) -> list[dict[str, float]]:
+        """Return every rank's shares of kernels over some slots."""
+        jobs, profiled = self._jobs(self._some(PROFILED_SLOTS)), Profiled()
+        optimizers = [Marked(optimizer) for optimizer in self._optimizers(jobs)]
+        execute(self.base, jobs, optimizers, self.case.policy, self.settings, self._real, profiled)
+        return self.base.gather(profiled.shares)
 
     def warm_up(self) -> float:
         """Run some slots twice at a learning rate of 0, which moves no weight; return the real tokens per second of the second time."""
-        slots = max(WARM_SLOTS, 3 * self.base.parallel.pipeline) * self.base.parallel.data
-        lengths = head(take(self.workload, self.case.jobs.count, 1), slots * self.settings.capacity)
+        lengths = self._some(WARM_SLOTS)
         tokens = sum(map(sum, (steps[0] for steps in lengths)))
         for turn in ("first", "second"):
             outcome = self._run(lengths, learning_rate=0.0)

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import torch
 from model_shapes import SHAPES
 from plain_lora import ADAPTERS
 from stamp import RESULTS
@@ -52,6 +53,7 @@ class Case:
     warm_seconds: float
     steps: int | None
     calibrate: bool
+    profile: bool
 
     def config(self, shape: str, parallel: ParallelConfig) -> RunConfig:
         """Return the case as a run's config, for the cost and memory models."""
@@ -138,6 +140,7 @@ def parser() -> OneLineParser:
     case.add_argument("--warm-seconds", type=float, default=60.0, help="length of the timed region")
     case.add_argument("--steps", type=whole, help="of each job, in place of --warm-seconds")
     case.add_argument("--calibrate", action="store_true", help="time each stage's passes alone first, and predict from them")
+    case.add_argument("--profile", action="store_true", help="also profile some slots: shares of GEMM, attention, LoRA, ...")
     return found
 
 
@@ -181,6 +184,7 @@ def _case(chosen: argparse.Namespace) -> Case:
         warm_seconds=chosen.warm_seconds,
         steps=chosen.steps,
         calibrate=chosen.calibrate,
+        profile=chosen.profile,
     )
 
 
@@ -219,5 +223,7 @@ def check(options: argparse.Namespace, cases: list[Case], workloads: list[Length
             raise UserError(f"--policy: {HF_PEFT} runs on one device")
         if case.adapters == "none" and case.policy == HF_PEFT:
             raise UserError(f"--policy: {HF_PEFT} trains adapters; leave --adapters away")
+        if case.profile and not torch.cuda.is_available():
+            raise UserError("--profile: measures kernels of a GPU, and none is visible")
         if not 0 < case.jobs.completion <= 1:
             raise UserError(f"--completion: {case.jobs.completion:g} is no share; use a number above 0 and up to 1")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import json
 import re
 
@@ -44,6 +45,8 @@ def summary(results: dict) -> str:
         words += [f"bubble {results['bubble']:.1%}", f"exposed hops {results['exposed_communication']:.2%}"]
         found = results["prediction"]
         words.append(f"predicted / real {found['predicted_over_real']:.3f}, replayed / real {found['replayed_over_real']:.3f}")
+    if "profile" in results:
+        words.append("; ".join(" ".join(f"{kind} {share:.3f}" for kind, share in shares.items()) for shares in results["profile"]))
     return ", ".join(words)
 
 
@@ -75,6 +78,8 @@ def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunCon
             results["mfu"] = mfu(base.architecture, results["tokens_per_s"], options.peak_tflops * 1e12 * base.world_size)
             if options.losses is not None:
                 append_line(options.losses, {"case": case.name, "layout": layout_name(options), "losses": outcome.losses})
+        if case.profile:
+            results["profile"] = run.profile()
         return results
     finally:
         run.close()
@@ -83,4 +88,9 @@ def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunCon
 def _hf_peft(base: Base, case: Case, options: argparse.Namespace, workload: Lengths) -> dict:
     from hf_peft import measure
 
-    return measure(base, case, options, workload)
+    try:
+        return measure(base, case, options, workload)
+    finally:
+        gc.collect()
+        if base.cuda:
+            torch.cuda.empty_cache()

@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,8 @@ from e2e_base import Base
 from spans import align
 from torch import Tensor
 
-from megatron_lora.executor import StepDone
+from megatron_lora.executor import StageOptimizer, StepDone
 from megatron_lora.jobs import TrainingJob
-from megatron_lora.optimizer import JobOptimizer
 from megatron_lora.plan_feed import PlanFeed, PlanSettings, Window
 from megatron_lora.timeline import Timeline
 from megatron_lora.train import make_executor
@@ -71,12 +71,16 @@ class NoOptimizer:
 def execute(
     base: Base,
     jobs: Sequence[TrainingJob],
-    optimizers: Sequence[JobOptimizer | NoOptimizer],
+    optimizers: Sequence[StageOptimizer],
     policy: str,
     settings: PlanSettings,
     real: SlotCost,
+    around: AbstractContextManager | None = None,
 ) -> Outcome:
-    """Train the jobs through all their steps. `settings.cost` weighs slots for our planner, `real` for the baselines."""
+    """Train the jobs through all their steps, `around` them a profiler perhaps.
+
+    `settings.cost` weighs slots for our planner, `real` for the baselines.
+    """
     lengths = [job.rows.lengths() for job in jobs]
     done: list[StepDone] = []
     own: list[Microbatch] = []
@@ -104,7 +108,8 @@ def execute(
         start = time.time()
         with timeline.span("begin", 0):
             pass
-        executor.run(windows)
+        with around or nullcontext():
+            executor.run(windows)
         base.wait()
         end = time.time()
         with timeline.span("end", 0):
