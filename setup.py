@@ -26,6 +26,7 @@ setup(
         "dev": ["pytest", "hypothesis", "ruff", "peft", "accelerate", "pyarrow"],
         "gguf": ["gguf", "accelerate"],
         "parquet": ["pyarrow"],
+        "te": ["transformer-engine[core-cu13,pytorch]>=2.14"],  # with torch for CUDA 12: transformer-engine[core-cu12,pytorch]
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["megatron-lora=megatron_lora.__main__:main"]},

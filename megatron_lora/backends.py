@@ -19,7 +19,7 @@ from megatron_lora.environment import version
 from megatron_lora.errors import UserError
 
 FP8_CAPABILITY = (8, 9)
-INSTALL_ENGINE = "pip install --no-build-isolation 'megatron-lora[te]'"
+INSTALL_ENGINE = "pip install --no-build-isolation -e '.[te]'"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

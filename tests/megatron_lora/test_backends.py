@@ -50,7 +50,7 @@ def test_the_rules(backend, machine, expected):
     ("backend", "machine", "says"),
     [
         ("te", CPU, "needs a CUDA GPU, and none is visible; use auto"),
-        ("te", HOPPER, r"is not installed; pip install --no-build-isolation 'megatron-lora\[te\]', or use auto"),
+        ("te", HOPPER, r"is not installed; pip install --no-build-isolation -e '.\[te\]', or use auto"),
         ("auto", OLD_TORCH, "install torch 2.11 or newer"),
         ("torch", OLD_TORCH_WITH_ENGINE, "install torch 2.11 or newer"),
     ],

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
+import oracle
 import pytest
+import runs
 import torch
 from tiny import attach_adapters, save_model, stage_input, train_step
 
@@ -87,3 +91,21 @@ def test_a_weight_that_is_not_finite_is_named(directory, one_process):
         stage.linears[2].weight[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"base_weights: 'fp8': model.layers.0.mlp.gate_proj: .* not finite; use native"):
         stage.linears[2].quantise()
+
+
+def test_a_whole_run_learns_as_the_one_in_full_precision(pool, tmp_path):
+    rows = oracle.make_rows(tmp_path / "rows.jsonl", num_rows=12, seed=10)
+    model = oracle.make_model(tmp_path / "model")
+    job = {
+        "name": "mine", "datasets": [{"path": str(rows), "type": "prompt_completion"}], "seed": 5,
+        "r": 8, "learning_rate": 5e-3, "warmup_ratio": 0.0, "global_batch_size": 3, "max_steps": 12,
+    }  # fmt: skip
+    losses = {}
+    for kind in ("fp8", "native"):
+        config = runs.write_config(tmp_path / f"{kind}.yaml", model, tmp_path / kind, [job], {}, 256)
+        values = json.loads(config.read_text())
+        config.write_text(json.dumps(values | {"base_weights": kind}))
+        assert runs.start(pool, config, {}) == 0
+        losses[kind] = runs.losses_of(tmp_path / kind, "mine")
+    assert losses["fp8"] != losses["native"] and losses["fp8"] == pytest.approx(losses["native"], rel=0.03)
+    assert losses["fp8"][-1] < losses["fp8"][0]
