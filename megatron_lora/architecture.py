@@ -145,6 +145,7 @@ def layers_of_stages(num_layers: int, parallel: Layout) -> tuple[range, ...]:
 
 def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tuple[str, ...]:
     """Return each layer's policy: one word is for all layers. Raises UserError where a list is not as long as the model is deep."""
+    assert recompute != "auto", "auto is settled before a model is built (settle.py)"
     policies = (recompute,) * num_layers if isinstance(recompute, str) else recompute
     if len(policies) != num_layers:
         raise UserError(

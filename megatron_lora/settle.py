@@ -192,6 +192,7 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
             tensor=parallel.tensor,
             recompute=config.recompute,
             item=item,
+            weight_bytes=2.0 if config.base_weights == "fp8" else None,  # two copies of 8 bits
             sequence=parallel.sequence,
             cuda=device.name != "cpu",
             replicas=parallel.data,

@@ -4,7 +4,7 @@
 
 Stage s of P holds at most P - s microbatches, so tokens in flight are bounded by any P - s consecutive slots of the stream. The workspace
 is found by walking once forward and once back through the stage's layers (layer_memory.py), with everything alive that the executor holds:
-messages sent and posted, the loss's chunk of logits, what upper layers have let go. An adapter weight costs 16 bytes (master, gradient,
+messages, the loss's chunk of logits, what upper layers have let go. An adapter weight costs 16 bytes (master, gradient,
 Adam's moments) and its copy in the compute dtype, where that is another.
 
 Prediction and `torch.cuda.max_memory_allocated` speak of the same bytes. What CUDA, NCCL and fragmentation take on top is RESERVED.
@@ -39,7 +39,7 @@ class StageMemory:
     layer: LayerMemory
     policies: tuple[str, ...]
     base: float  # per token in flight, beside the layers: rotary table, tokens; on the last stage the loss's gradient too
-    num_messages: int  # hidden states on their way while the stage computes
+    num_messages: int  # hidden states sent, and the gradient that came, while the stage computes
     head_rows: int  # of the vocabulary on this rank; 0 where the loss is not
 
     @property
@@ -130,7 +130,7 @@ def stage_memory(
         layer=layer,
         policies=stage_policies(layers, recompute)[stage],
         base=shape.head_dim * item + _INPUT_BYTES + (2 * layer.hidden + layer.statistics) * last,
-        num_messages=2 * (not first) + 3 * (not last),
+        num_messages=(not first) + 2 * (not last),
         head_rows=head_rows if last else 0,
     )
     return memory
