@@ -12,11 +12,14 @@ from tiny import attach_adapters, save_model, stage_input, train_step
 
 from megatron_lora.architecture import read_architecture
 from megatron_lora.base_model import build_stage
-from megatron_lora.config import ParallelConfig
+from megatron_lora.config import ParallelConfig, load_config
 from megatron_lora.errors import UserError
+from megatron_lora.settle import memory_of
+from scheduling.cost import DEVICES
 
 LENGTHS = (5, 22, 1, 16)
 SEGMENTS = ((2, 9, 1), (9, 40, 0))
+JOB = {"name": "mine", "datasets": [{"path": "rows.jsonl", "type": "text"}]}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,19 @@ def test_weights_in_16_bits_are_gone(directory, one_process):
         assert (num_out, num_in) == (sum(linear.geometry.out_features), linear.geometry.in_features)
     held = {name for name, _ in stage.named_parameters() if "linear" in name}
     assert all(name.endswith("bias") for name in held)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_memory_model_knows_the_bytes(precision, dtype, directory, tmp_path, one_process):
+    path = runs.write_config(tmp_path / "config.yaml", directory, tmp_path / "run", [JOB], {}, 64)
+    config = load_config(path, ["recompute=none", "base_weights=fp8", f"precision={precision}"])
+    architecture = read_architecture(directory)
+    (predicted,) = memory_of(config, architecture, DEVICES["cpu"])
+    stage = build_stage(architecture, directory, ParallelConfig(), dtype=dtype, device=torch.device("cpu"), base_weights="fp8")
+    in_8_bits = [linear.weight_in_8_bits for linear in stage.linears]
+    values = sum(weight.num_bytes - 4 * sum(weight.shape) for weight in in_8_bits)
+    others = sum(parameter.nbytes for name, parameter in stage.named_parameters() if not name.endswith("bias"))
+    assert predicted.weights == values + others
 
 
 def test_a_weight_that_is_not_finite_is_named(directory, one_process):
