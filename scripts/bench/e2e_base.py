@@ -20,7 +20,7 @@ from megatron_lora.devices import this_device
 from megatron_lora.messages import Links, MessageLayout, connect
 from megatron_lora.optimizer import StageGroups
 from megatron_lora.settle import settle
-from megatron_lora.train import choose_backends, position_of
+from megatron_lora.train import choose_backends, max_rows, position_of
 from scheduling.types import Lengths
 
 TIMEOUT_S = 300.0
@@ -29,8 +29,16 @@ TIMEOUT_S = 300.0
 class Base:
     """One rank's place in a launch: `settle` the cases, then `build` for each."""
 
-    def __init__(self, architecture: Architecture, parallel: ParallelConfig, seed: int = 0):
-        """Join the process groups of a layout, whose layers need not be settled yet."""
+    def __init__(
+        self,
+        architecture: Architecture,
+        parallel: ParallelConfig,
+        *,
+        seed: int = 0,
+        memory_gb: float | None = None,
+        peer_memory: bool = False,
+    ):
+        """Join the process groups of a layout, whose layers need not be settled yet; `memory_gb` stands for the memory that is free."""
         self.cuda = torch.cuda.is_available()
         self.architecture, self.parallel, self.seed = architecture, parallel, seed
         self.device = initialize_parallel(parallel, "nccl" if self.cuda else "gloo", seed, TIMEOUT_S)
@@ -40,6 +48,9 @@ class Base:
         self.position = position_of(parallel)
         self.groups = StageGroups(**stage_groups(parallel))
         self.model = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))  # its figures for the cost and memory models
+        if memory_gb is not None:
+            self.model = dataclasses.replace(self.model, memory_bytes=memory_gb * 1e9)
+        self.peer_memory, self.max_rows = peer_memory, 0
         self.links: Links | None = None
         self._stage: Stage | None = None
         self._kind: tuple[str, str] | None = None
@@ -71,6 +82,7 @@ class Base:
                 settled.append(settle(config, self.architecture, lengths, self.model))
         settled = self.share(settled)
         self.parallel = settled[0].parallel
+        self.max_rows = max(map(max_rows, settled))
         return settled
 
     @property
@@ -107,7 +119,7 @@ class Base:
         """Return this rank's ends for one run; the groups are made on the first call."""
         layout = MessageLayout(max_endings=max_endings, hidden_size=self.architecture.hidden_size, dtype=self.dtype)
         if self.links is None:
-            self.links = connect(pipelines(self.parallel), layout, self.device)
+            self.links = connect(pipelines(self.parallel), layout, self.device, self.max_rows, self.peer_memory)
         else:
             self.links = self.links.again(layout)
         return self.links, layout

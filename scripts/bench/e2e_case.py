@@ -173,6 +173,7 @@ class CaseRun:
         if self.base.rank > 0:
             return {}, outcome
         figures = rates(self.base, self.settings, lengths, outcome)
+        figures["transports"] = self.base.links.transports
         figures["memory"] = memory(self.base, self.config, usages, self.case.adapters)
         figures["prediction"] = prediction(self.base, self.workload_of(lengths), self.settings, outcome) | {"cost_from": self.cost_from}
         return figures, outcome

@@ -69,9 +69,8 @@ def rates(base: Base, settings: PlanSettings, lengths: Lengths, outcome: Outcome
 
 def memory(base: Base, config: RunConfig, usages: Sequence[Usage], adapters: str) -> dict:
     """Return every rank's peak beside what the memory model says; it knows of fused adapters, or of none."""
-    modelled = memory_of(config, base.architecture, base.model)
-    if adapters == "none":
-        modelled = tuple(dataclasses.replace(stage, adapters=0.0) for stage in modelled)
+    present = config if adapters != "none" else dataclasses.replace(config, jobs=())
+    modelled = memory_of(present, base.architecture, base.model)
     predicted = [modelled[stage].total(usage.in_flight, usage.largest) for stage, usage in zip(base.stages, usages, strict=True)]
     known = adapters in ("fused", "none")
     return {

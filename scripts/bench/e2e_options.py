@@ -114,6 +114,8 @@ def parser() -> OneLineParser:
         launch.add_argument(f"--{name}", type=whole, default=1)
     launch.add_argument("--sequence", action="store_true", help="sequence parallelism")
     launch.add_argument("--layers", type=numbers(whole), help="of each stage, 38,26; default: by the cost model")
+    launch.add_argument("--memory-gb", type=float, help="what `auto` may count on; default: what is free")
+    launch.add_argument("--peer-memory", action="store_true", help="between stages on one host: copy engines instead of NCCL")
     launch.add_argument("--lengths", type=Path, default=SUITE, help="file of workloads")
     launch.add_argument("--case", action="append", dest="cases", help="key=value words; may be given several times")
     launch.add_argument("--output", type=Path, default=RESULTS / "end_to_end.jsonl")
@@ -134,7 +136,7 @@ def parser() -> OneLineParser:
     case.add_argument("--dropouts", type=numbers(float), default=(0.0,))
     case.add_argument("--completion", type=float, default=0.25, help="share of each sample that is trained on")
     case.add_argument("--budget", type=budget, default=8192)
-    case.add_argument("--recompute", type=recompute, default="cheap")
+    case.add_argument("--recompute", type=recompute, default="auto", help="none, cheap, full, 20*full,60*cheap or auto: what fits")
     case.add_argument("--base-weights", default="native", choices=["native", "fp8"])
     case.add_argument("--backend", default="auto", choices=["auto", "torch", "te"], help="of norms and attention")
     case.add_argument("--warm-seconds", type=float, default=60.0, help="length of the timed region")
@@ -163,7 +165,22 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[Case]]:
     return options, cases
 
 
-LAUNCH = ("shape", "num_layers", "pipeline", "tensor", "data", "sequence", "layers", "lengths", "output", "losses", "timeline", "cost")
+LAUNCH = (
+    "shape",
+    "num_layers",
+    "pipeline",
+    "tensor",
+    "data",
+    "sequence",
+    "layers",
+    "lengths",
+    "output",
+    "losses",
+    "timeline",
+    "cost",
+    "memory_gb",
+    "peer_memory",
+)
 
 
 def _case(chosen: argparse.Namespace) -> Case:

@@ -11,10 +11,10 @@ from e2e_base import Base
 from e2e_case import CaseRun
 from e2e_figures import mfu
 from e2e_options import HF_PEFT, Case, layout_name
+from layer_table import read_stages
 from stamp import append_line, stamp
 
 from megatron_lora.config import RunConfig
-from megatron_lora.plan_report import read_cost
 from scheduling.types import Lengths
 
 
@@ -63,7 +63,8 @@ def line(options: argparse.Namespace, case: Case, config: RunConfig) -> dict:
 
 
 def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunConfig, workload: Lengths) -> dict:
-    cost = read_cost(str(options.cost), config.parallel.pipeline) if options.cost else None
+    layers = config.parallel.layers_per_stage or ()
+    cost = read_stages(options.cost, layers, config.recompute, options.shape) if options.cost else None
     run = CaseRun(base, case, config, workload, cost)
     try:
         run.prepare()

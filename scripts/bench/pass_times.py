@@ -107,3 +107,43 @@ def measure_stage(
             seconds = statistics.median(each[backward] for each in passes)
             measured.append(Measurement(index, backward, tokens, squares, rank_tokens, seconds))
     return measured
+
+
+def measure_parts(
+    stage: Stage,
+    slots: Sequence[Microbatch],
+    load: Callable[[Microbatch], StageInput],
+    of_slot: Callable[[Microbatch], tuple[int, int, int]],
+    repeats: int,
+) -> tuple[list[Measurement], list[Measurement], float | None]:
+    """Time a whole model's layers and head apart; returns (one layer's measurements, as stage 0; the head's, as stage 1; kept bytes).
+
+    Kept bytes are per token and layer, at the first slot; None on CPU. Adapter gradients are left dirty.
+    """
+    body, head, kept = [], [], None
+    for slot in slots:
+        data = load(slot)
+        passes = [_parts(stage, data) for _ in range(repeats + 1)][1:]
+        forward, loss, loss_back, backward, held = (statistics.median(each[k] for each in passes) for k in range(5))
+        if kept is None and stage.device.type == "cuda":
+            kept = held / slot.num_tokens / len(stage.layers)
+        for back, whole, top in ((False, forward, loss), (True, backward, loss_back)):
+            body.append(Measurement(0, back, *of_slot(slot), whole / len(stage.layers)))
+            head.append(Measurement(1, back, *of_slot(slot), top))
+    return body, head, kept
+
+
+def _parts(stage: Stage, data: StageInput) -> tuple[float, float, float, float, int]:
+    """Return seconds of the layers' forward, the loss, the loss's backward and the layers' backward; bytes held after the first."""
+    before = _allocated(stage.device)
+    output, forward_s = timed(lambda: stage(data), stage.device)
+    held = _allocated(stage.device) - before
+    top = output.detach().requires_grad_()
+    loss, loss_s = timed(lambda: (stage.losses(top, data.labels) * data.weights).sum(), stage.device)
+    (gradient,), loss_back_s = timed(lambda: torch.autograd.grad(loss, top), stage.device)
+    _, backward_s = timed(lambda: output.backward(gradient), stage.device)
+    return forward_s, loss_s, loss_back_s, backward_s, held
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
