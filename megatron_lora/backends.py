@@ -12,7 +12,10 @@ versions: it is tried once, at start-up, on the device (`tried`), and what fails
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
+import os
+from types import ModuleType
 
 from megatron_lora.config import RunConfig
 from megatron_lora.environment import version
@@ -72,12 +75,50 @@ def check_backends(config: RunConfig, machine: Machine | None = None) -> None:
     """Check that this machine has what `backend` and `base_weights` ask for; imports Transformer Engine where it is to be used."""
     machine = machine or this_machine()
     if "te" in dataclasses.astuple(choose(config.backend, machine)):
-        from megatron_lora.engine import import_engine
-
         import_engine(config.backend)
+    elif machine.engine is not None:
+        _check_harmless(machine.engine)
     if config.base_weights == "fp8" and machine.capability is not None and machine.capability < FP8_CAPABILITY:
         found, needed = (".".join(map(str, numbers)) for numbers in (machine.capability, FP8_CAPABILITY))
         raise UserError(f"base_weights: 'fp8' needs a GPU of compute capability {needed} or later, and this one has {found}; use native")
+
+
+def import_engine(backend: str) -> ModuleType:
+    """Return transformer_engine.pytorch, its plain-torch attention, which holds T x T scores, ruled out.
+
+    Raises UserError in one line where it does not load: its parts fit one torch and one CUDA alone.
+    """
+    import torch  # noqa: F401  brings the libraries that Transformer Engine looks for
+
+    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
+    try:
+        return importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"backend: {backend!r}: Transformer Engine does not load ({first_line(error)}); "
+            "install a version built for this torch, or use torch"
+        ) from None
+
+
+def _check_harmless(found: str) -> None:
+    """Check that megatron-core can be imported beside Transformer Engine: it does without one that raises ImportError, and no other."""
+    import torch  # noqa: F401
+
+    try:
+        importlib.import_module("transformer_engine")
+    except ImportError:
+        return
+    except (OSError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"transformer-engine {found} does not load ({first_line(error)}), and megatron-core imports it wherever it is installed; "
+            "install a version built for this torch, or pip uninstall transformer-engine"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, shortened."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def tried(backends: Backends, machine: Machine, fault: str) -> tuple[Backends, str]:

@@ -2,15 +2,13 @@
 
 `EngineNorm` adds the residual in a pass of its own; with a Refill its backward runs the norm again, gives the output to the linear that
 waits for it, and goes back through that run. `EngineAttention` takes packed samples ("thd"), causal, with sliding windows.
-Transformer Engine picks among its own kernels; its plain-torch fallback, which would hold T x T scores, is ruled out.
+Transformer Engine, which `backends.import_engine` has loaded by then, picks among its own kernels.
 `attention_fault` tries the attention forward and backward on a device: which of its cuDNN's engines run is not told by versions.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,21 +16,10 @@ from torch import Tensor
 from fused_ops.backend import gradients
 from fused_ops.refill import Refill, wanted
 from megatron_lora.attention import PackedRows, per_sample_attention
-from megatron_lora.errors import UserError
+from megatron_lora.backends import first_line
 from megatron_lora.microbatch import Packing
 
 _LENGTHS = (70, 1, 130)  # of the samples that the attention is tried on
-
-
-def import_engine(backend: str) -> ModuleType:
-    """Return transformer_engine.pytorch. Raises UserError in one line where it does not load."""
-    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")  # no plain-torch attention
-    try:
-        return importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # it has parts that fit one torch and one CUDA alone
-        raise UserError(
-            f"backend: {backend!r}: Transformer Engine does not load ({_line(error)}); install a version built for this torch, or use torch"
-        ) from None
 
 
 class EngineNorm(torch.nn.Module):
@@ -146,7 +133,7 @@ def attention_fault(
             attention = make_attention(heads, kv_heads, head_dim, scale)
             ours = gradients(lambda *x, a=attention, w=window: (attend(a, *x, packing, w),), (q, k, v), (d_out,))
         except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
-            return _line(error)
+            return first_line(error)
         exact = gradients(
             lambda *x, w=window: (per_sample_attention(*x, packing, scale, w).flatten(1),),
             tuple(x.float() for x in (q, k, v)),
@@ -157,9 +144,3 @@ def attention_fault(
             if not error < 0.03:  # NaN too
                 return f"its {name} is off by {error:.2g}"
     return ""
-
-
-def _line(error: BaseException) -> str:
-    """Return the first line of an exception's text, shortened."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 120 else text[:117] + "..."

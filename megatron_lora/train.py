@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,11 +17,11 @@ import torch.distributed as dist
 
 from megatron_lora.architecture import Architecture, read_architecture
 from megatron_lora.arena import AdapterSpec, Arena
-from megatron_lora.backends import Backends, choose, this_machine, tried
+from megatron_lora.backends import Backends, choose, import_engine, this_machine, tried
 from megatron_lora.base_model import Stage, build_stage
 from megatron_lora.checks import cache_dir
 from megatron_lora.collate import JobRows, collate, num_rows
-from megatron_lora.compat import initialize_parallel, pipelines, stage_groups
+from megatron_lora.compat import initialize_parallel, patience, pipelines, stage_groups
 from megatron_lora.config import ParallelConfig, RunConfig
 from megatron_lora.data import load_tokenizer
 from megatron_lora.desk import Desk
@@ -37,6 +38,8 @@ from megatron_lora.timeline import Timeline, write_timeline
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch
 
+LONGEST_WINDOW = timedelta(days=7)  # a rank may wait for the next plan while the others train by the last
+
 
 def run(config: RunConfig) -> int:
     """Train all jobs of a config as one of its ranks; return the run's exit status: 0, or 3 when some jobs failed.
@@ -45,7 +48,7 @@ def run(config: RunConfig) -> int:
     """
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
-    host = dist.new_group(backend="gloo")
+    host = dist.new_group(backend="gloo", timeout=patience())
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}[config.precision]
 
     model_dir = resolve_base_model(config.base_model)
@@ -118,7 +121,7 @@ def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.
     backends = choose(config.backend, machine)
     if "te" not in (backends.norms, backends.attention):
         return backends
-    from megatron_lora.engine import attention_fault, import_engine
+    from megatron_lora.engine import attention_fault
 
     import_engine(config.backend)
     tensor = config.parallel.tensor
@@ -205,7 +208,7 @@ def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, co
         cost=cost,
     )
     replica = dist.get_rank() // parallel.tensor % parallel.data
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
     return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny import save_model, stage_input, train_step
 
 from fused_ops.refill import Refill
-from megatron_lora import engine
+from megatron_lora import backends, engine
 from megatron_lora.architecture import read_architecture
 from megatron_lora.attention import per_sample_attention
 from megatron_lora.backends import Backends, Machine, check_backends, choose, tried
@@ -65,6 +65,13 @@ def asked(backend="auto", base_weights="native"):
     return SimpleNamespace(backend=backend, base_weights=base_weights)
 
 
+def raiser(error):
+    def fail(name):
+        raise error
+
+    return fail
+
+
 def test_fp8_needs_a_gpu_that_multiplies_in_8_bits():
     with pytest.raises(UserError, match=r"base_weights: 'fp8' needs .* 8.9 or later, and this one has 8.0; use native"):
         check_backends(asked(base_weights="fp8"), Machine(capability=(8, 0)))
@@ -74,15 +81,21 @@ def test_fp8_needs_a_gpu_that_multiplies_in_8_bits():
 
 @pytest.mark.parametrize("error", [ImportError("no libcudart.so.12"), OSError("undefined symbol: _ZN3c10\nand more"), AssertionError()])
 def test_an_engine_that_does_not_load_is_one_line(error, monkeypatch):
-    def fail(name):
-        raise error
-
-    monkeypatch.setattr(engine.importlib, "import_module", fail)
+    monkeypatch.setattr(backends.importlib, "import_module", raiser(error))
     with pytest.raises(
         UserError, match="backend: 'te': Transformer Engine does not load .*; install a version built for this torch"
     ) as caught:
         check_backends(asked("te"), WITH_ENGINE)
     assert "\n" not in str(caught.value)
+
+
+def test_one_that_would_break_megatron_core_is_named(monkeypatch):
+    monkeypatch.setattr(backends.importlib, "import_module", raiser(OSError("libcuda.so.1: cannot open shared object file")))
+    for machine in (WITH_ENGINE, Machine(capability=None, engine="2.17.1")):
+        with pytest.raises(UserError, match="transformer-engine 2.17.1 does not load .libcuda.* or pip uninstall transformer-engine"):
+            check_backends(asked(), machine)
+    monkeypatch.setattr(backends.importlib, "import_module", raiser(ImportError("no module")))
+    check_backends(asked(), WITH_ENGINE)
 
 
 def test_what_fails_on_the_gpu_is_replaced_and_said():
@@ -175,15 +188,15 @@ def test_a_stage_with_its_parts_computes_the_same(kind, recompute, stand_in, tmp
 
     save_model(tmp_path, kind)
     answers = []
-    for backends in (OURS, ENGINE):
+    for chosen in (OURS, ENGINE):
         stage = build_stage(
             read_architecture(tmp_path), tmp_path, ParallelConfig(),
-            dtype=torch.float32, device=torch.device("cpu"), recompute=recompute, backends=backends,
+            dtype=torch.float32, device=torch.device("cpu"), recompute=recompute, backends=chosen,
         )  # fmt: skip
         attach_adapters(stage.linears, 1, dropout=0.25)
         answers.append(train_step(stage, stage_input((5, 22, 1, 16), 61, ((2, 9, 1), (9, 40, 0))), ParallelConfig()))
         used = {type(module).__name__ for module in stage.model.decoder.modules()}
-        assert ({"StandInNorm", "StandInAttention"} <= used) == (backends is ENGINE)
+        assert ({"StandInNorm", "StandInAttention"} <= used) == (chosen is ENGINE)
     torch.testing.assert_close(answers[1]["losses"], answers[0]["losses"], rtol=1e-5, atol=1e-5)
     for name, gradient in answers[0]["gradients"].items():
         assert gradient.any() and (answers[1]["gradients"][name] - gradient).norm() <= 1e-4 * gradient.norm(), name

@@ -19,7 +19,7 @@ from fused_ops.route import make_route
 from megatron_lora import engine
 from megatron_lora.architecture import read_architecture
 from megatron_lora.attention import per_sample_attention
-from megatron_lora.backends import Backends, Machine, choose, this_machine
+from megatron_lora.backends import Backends, Machine, choose, import_engine, this_machine
 from megatron_lora.base_model import build_stage
 from megatron_lora.config import ParallelConfig
 from megatron_lora.microbatch import Packing, StageInput
@@ -35,7 +35,7 @@ LENGTHS = (70, 1, 300, 129)
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded():
-    engine.import_engine("te")
+    import_engine("te")
 
 
 def fault_of(heads, kv_heads, head_dim, window) -> str:
@@ -110,7 +110,7 @@ def moved(microbatch: StageInput) -> StageInput:
 
 def one_backward(directory, norms, attention, recompute) -> dict:
     """Return losses and all adapter gradients of one microbatch in bf16, or what is wrong with the attention; runs on the rank."""
-    engine.import_engine("te")
+    import_engine("te")
     architecture = read_architecture(directory)
     if attention == "te":
         windows, device = architecture.sliding_windows, torch.device("cuda")
