@@ -23,8 +23,6 @@ from megatron_lora.settle import settle
 from megatron_lora.train import choose_backends, max_rows, position_of
 from scheduling.types import Lengths
 
-TIMEOUT_S = 300.0
-
 
 class Base:
     """One rank's place in a launch: `settle` the cases, then `build` for each."""
@@ -41,7 +39,7 @@ class Base:
         """Join the process groups of a layout, whose layers need not be settled yet; `memory_gb` stands for the memory that is free."""
         self.cuda = torch.cuda.is_available()
         self.architecture, self.parallel, self.seed = architecture, parallel, seed
-        self.device = initialize_parallel(parallel, "nccl" if self.cuda else "gloo", seed, TIMEOUT_S)
+        self.device = initialize_parallel(parallel, "nccl" if self.cuda else "gloo", seed)
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.host, self.plans = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
@@ -50,7 +48,7 @@ class Base:
         self.model = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))  # its figures for the cost and memory models
         if memory_gb is not None:
             self.model = dataclasses.replace(self.model, memory_bytes=memory_gb * 1e9)
-        self.peer_memory, self.max_rows = peer_memory, 0
+        self.peer_memory, self.max_rows, self.max_jobs = peer_memory, 0, 0
         self.links: Links | None = None
         self._stage: Stage | None = None
         self._kind: tuple[str, str] | None = None
@@ -82,7 +80,7 @@ class Base:
                 settled.append(settle(config, self.architecture, lengths, self.model))
         settled = self.share(settled)
         self.parallel = settled[0].parallel
-        self.max_rows = max(map(max_rows, settled))
+        self.max_rows, self.max_jobs = max(map(max_rows, settled)), max(len(config.jobs) for config in settled)
         return settled
 
     @property
@@ -115,9 +113,9 @@ class Base:
         held = f", {torch.cuda.memory_allocated() / 1e9:.1f} GB" if self.cuda else ""
         self.say(f"  built {len(self._stage.layers)} layers in {time.perf_counter() - start:.1f} s{held}")
 
-    def connected(self, max_endings: int) -> tuple[Links, MessageLayout]:
-        """Return this rank's ends for one run; the groups are made on the first call."""
-        layout = MessageLayout(max_endings=max_endings, hidden_size=self.architecture.hidden_size, dtype=self.dtype)
+    def connected(self) -> tuple[Links, MessageLayout]:
+        """Return this rank's ends for one run, connected on the first call, for the largest messages of all cases."""
+        layout = MessageLayout(max_endings=self.max_jobs, hidden_size=self.architecture.hidden_size, dtype=self.dtype)
         if self.links is None:
             self.links = connect(pipelines(self.parallel), layout, self.device, self.max_rows, self.peer_memory)
         else:

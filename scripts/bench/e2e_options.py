@@ -180,6 +180,10 @@ LAUNCH = (
     "cost",
     "memory_gb",
     "peer_memory",
+    "save_cost",
+    "hardware",
+    "commit",
+    "peak_tflops",
 )
 
 

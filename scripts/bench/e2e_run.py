@@ -92,7 +92,7 @@ def execute(
             stream = base.share(_joined(policy, lengths, settings, real) if base.rank == 0 else None)
             windows = iter([whole_window(stream, deal(lengths, settings.num_replicas, settings.cost), settings, base.replica)])
         timeline = Timeline(base.device)
-        links, layout = base.connected(len(jobs))
+        links, layout = base.connected()
         executor = make_executor(
             base.stage,
             base.parallel,
