@@ -7,6 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -35,12 +36,15 @@ class Base:
         seed: int = 0,
         memory_gb: float | None = None,
         peer_memory: bool = False,
+        model_dir: Path | None = None,
+        dtype: torch.dtype | None = None,
     ):
         """Join the process groups of a layout, whose layers need not be settled yet; `memory_gb` stands for the memory that is free."""
         self.cuda = torch.cuda.is_available()
         self.architecture, self.parallel, self.seed = architecture, parallel, seed
         self.device = initialize_parallel(parallel, "nccl" if self.cuda else "gloo", seed)
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.dtype = dtype or (torch.bfloat16 if self.cuda else torch.float32)
+        self.model_dir = model_dir
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.host, self.plans = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
         self.position = position_of(parallel)
@@ -90,7 +94,7 @@ class Base:
         return self._stage
 
     def build(self, config: RunConfig) -> None:
-        """Make the stage with random weights on the device, unless the last case's serves."""
+        """Make the stage, of random weights where there is no model directory, unless the last case's serves."""
         kind = (config.base_weights, config.backend)
         if self._kind == kind:
             return
@@ -100,11 +104,11 @@ class Base:
         start = time.perf_counter()
         self._stage = build_stage(
             self.architecture,
-            None,
+            self.model_dir,
             self.parallel,
             dtype=self.dtype,
             device=self.device,
-            load_weights=False,
+            load_weights=self.model_dir is not None,
             seed=self.seed,
             base_weights=config.base_weights,
             backends=choose_backends(config, self.architecture, self.dtype, self.device),

@@ -6,6 +6,7 @@ tokens count; the rate of all jobs is that of training each for the same number 
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -61,26 +62,40 @@ def tensors(batch: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tens
     return tokens.to(device), labels.to(device), needed if needed is None else needed.to(device)
 
 
+def fresh_adapter(base_model, job: JobConfig, checkpointing: bool):
+    """Return the model with a new adapter of the job's settings on it, in the model's dtype; its `unload` takes it off."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=job.r,
+        lora_alpha=job.lora_alpha,
+        lora_dropout=job.lora_dropout,
+        target_modules=list(job.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base_model, lora, autocast_adapter_dtype=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
 class PeftTrainer:
     """One job's adapter on a transformers model, trained a global batch at a time."""
 
-    def __init__(self, base_model, job: JobConfig, device: torch.device, checkpointing: bool):
-        """Put a fresh adapter on the model; `close` takes it off."""
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(
-            r=job.r,
-            lora_alpha=job.lora_alpha,
-            lora_dropout=job.lora_dropout,
-            target_modules=list(job.target_modules),
-            task_type="CAUSAL_LM",
+    def __init__(self, model, job: JobConfig, device: torch.device, num_steps: int | None = None, autocast: bool = False):
+        """Train `model`, which has the adapter; by the job's schedule where `num_steps` are known, in bf16 autocast where asked."""
+        self.model, self.device, self.job, self.autocast = model.train(), device, job, autocast
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        fused = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=job.learning_rate,
+            betas=(job.adam_beta1, job.adam_beta2),
+            eps=job.adam_epsilon,
+            weight_decay=job.weight_decay,
+            fused=fused,
         )
-        self.model = get_peft_model(base_model, lora, autocast_adapter_dtype=False).train()
-        self.device, self.job = device, job
-        if checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=job.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+        self.scheduler = None if num_steps is None else schedule(self.optimizer, job, num_steps)
 
     def step(self, batches: Sequence[Sequence[Sample]]) -> Tensor:
         """Take one optimizer step over a global batch, [] its loss on the device."""
@@ -88,17 +103,25 @@ class PeftTrainer:
         total = torch.zeros((), device=self.device)
         for batch in batches:
             tokens, labels, mask = tensors(batch, self.device)
-            out = self.model(input_ids=tokens, attention_mask=mask, labels=labels, num_items_in_batch=num_targets, use_cache=False)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                out = self.model(input_ids=tokens, attention_mask=mask, labels=labels, num_items_in_batch=num_targets, use_cache=False)
             out.loss.backward()
             total += out.loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.job.max_grad_norm)
+        if self.job.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.job.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.scheduler is not None:
+            self.scheduler.step()
         return total
 
-    def close(self):
-        """Return the model without the adapter."""
-        return self.model.unload()
+
+def schedule(optimizer: torch.optim.Optimizer, job: JobConfig, num_steps: int):
+    """Return transformers' schedule for a job's keys."""
+    from transformers import get_scheduler
+
+    kind = {"constant": "constant_with_warmup"}.get(job.lr_scheduler, job.lr_scheduler)
+    return get_scheduler(kind, optimizer, num_warmup_steps=math.ceil(job.warmup_ratio * num_steps), num_training_steps=num_steps)
 
 
 def build(shape: str, num_layers: int | None, device: torch.device, dtype: torch.dtype):
@@ -154,14 +177,14 @@ def measure(base: Base, case: Case, options: argparse.Namespace, workload: Lengt
         torch.cuda.reset_peak_memory_stats()
     batching, found = None, []
     for job in jobs:
-        trainer = PeftTrainer(model, job.config, base.device, case.recompute == "full")
+        trainer = PeftTrainer(fresh_adapter(model, job.config, case.recompute == "full"), job.config, base.device)
         if batching is None:
             batching = _faster(base, trainer, job, int(case.budget))
         batches = global_batches(job, BATCHINGS[batching], int(case.budget))
         timed_steps(trainer, batches, 0.0, 1)
         found.append(timed_steps(trainer, batches, max(case.warm_seconds, LEAST_SECONDS) / len(jobs), case.steps))
         base.say(f"  {job.config.name}: {found[-1]['tokens'] / found[-1]['seconds']:,.0f} tokens/s")
-        model = trainer.close()
+        model = trainer.model.unload()
     per_job = [sum(map(sum, steps)) for steps in lengths]
     seconds = sum(tokens * each["seconds"] / each["tokens"] for tokens, each in zip(per_job, found, strict=True))
     return {

@@ -1,0 +1,44 @@
+"""The comparison of loss curves: in float32 a tiny model's are the same for the kernels' twin, its copy, and peft."""
+
+import json
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import runs
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts/bench"))
+
+
+def test_ours_and_pefts_are_one_curve_in_float32(tmp_path, one_process, capsys):
+    pytest.importorskip("peft")
+    import loss_curves
+
+    model = oracle.make_model(tmp_path / "model", num_layers=2)
+    jobs = []
+    for seed, r in ((1, 4), (2, 8)):
+        rows = oracle.make_rows(tmp_path / f"{seed}.jsonl", 12, seed)
+        job = {"name": f"r{r}", "r": r, "datasets": [{"path": str(rows), "type": "prompt_completion"}], "learning_rate": 1e-3}
+        jobs.append(job | {"global_batch_size": 4, "lora_dropout": 0.1, "warmup_ratio": 0.2})
+    config = runs.write_config(tmp_path / "run.yaml", model, tmp_path / "out", jobs, {}, 64)
+    files = ["--output", str(tmp_path / "lines.jsonl"), "--figure", str(tmp_path / "curves.png")]
+    sizes = ["--steps", "5", "--budget", "64", "--orders", "2", "--batch", "2", "--dtype", "fp32"]
+    assert loss_curves.main([str(config), *files, *sizes]) == 0, capsys.readouterr().err
+    line = json.loads((tmp_path / "lines.jsonl").read_text())
+    assert line["jobs"] == ["r4", "r8"] and (tmp_path / "curves.png").stat().st_size > 1000
+    for job in range(2):
+        fused, reference = line["ours"]["fused"][job], line["ours"]["reference"][job]
+        assert len(fused) == 5 and fused == reference
+        for order in line["peft"]:
+            assert order[job] == pytest.approx(fused, rel=1e-5)
+        assert abs(fused[0] - fused[4]) > 1e-4
+    assert line["compared"]["fused"]["r4"]["distance"] < 1e-4
+
+
+def test_a_config_that_is_not_there_is_one_line(tmp_path, capsys):
+    import loss_curves
+
+    assert loss_curves.main([str(tmp_path / "none.yaml")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
