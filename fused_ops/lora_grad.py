@@ -1,8 +1,10 @@
-"""Sums over rows: dA = dS^T (M * X), dB = dY^T S, and dS = c' dY B with dB from one read of dY. Deterministic, no atomics.
+"""Sums over rows: dA = dS^T (M * X), and dB = dY^T S above rank 32. Deterministic, no atomics.
 
-Work is cut into items of some rows of one segment (`Route.items`) times blocks of columns. Each writes its partial sum once, in
-float32; the last program of a sum to arrive adds the partials in ascending order, whoever it is, and adds the result to the gradient
-arena. Rows beyond the item are masked in *both* operands, since 0 * NaN is NaN.
+A program owns one item (some rows of one segment, `Route.items`), a block of columns and RANK columns of S, and keeps its sum in
+registers. Full blocks of rows come through TMA; the item's last rows, and all where TMA will not do, are masked in *both* operands,
+since 0 * NaN is NaN. Columns of S beyond the slot's own do not mix with them and are not written. A segment of one item is added to
+the gradient arena at once; else each item writes its partial sum in float32, and the last program of a sum to arrive adds the partials
+in ascending order, whoever it is.
 
     grad_a          X once, all modules (without dropout as one, WIDE)
     grad_s_and_b    dY once for ranks up to 32 (lora_grad_sb.py); above that dS by `lora_down.down_module`, dB by the kernel of dA
@@ -12,37 +14,110 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.lora_down import arrive_last, down_module
 from fused_ops.lora_grad_sb import MAX_FUSED_RANK, grad_s_and_b_fused
 from fused_ops.route import Route
-from fused_ops.shapes import item_rows, rank_class
+from fused_ops.shapes import rank_class, uses_tma
+from fused_ops.skinny_config import RowsConfig, rows_config
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
 
 _FIELDS = tl.constexpr(SLOT_FIELDS)
 
 
 @triton.jit
-def _s_rows(s_ptr, s_stride, o_row, m_row, column, o_r, rank):
-    """Return S [BM, RANK] of rows o_row, zero beyond the item's rows and the slot's rank."""
-    return tl.load(s_ptr + o_row.to(tl.int64)[:, None] * s_stride + (column + o_r)[None, :], m_row[:, None] & (o_r < rank)[None, :], 0.0)
+def _product(b_v, b_s, b_acc, BY_COLUMN: tl.constexpr):
+    """Return b_acc + V^T S [BC, RANK], or S^T V [RANK, BC]."""
+    if BY_COLUMN:
+        return tl.dot(b_v.T, b_s, b_acc, input_precision="ieee")
+    else:
+        return tl.dot(b_s.T, b_v, b_acc, input_precision="ieee")
 
 
 @triton.jit
-def _put_partial(partial_ptr, i_item, width, num_cols, column, o_r, rank, o_col, b_acc):
-    at = partial_ptr + (i_item * width.to(tl.int64) + column + o_r)[:, None] * num_cols + o_col[None, :]
-    tl.store(at, b_acc, (o_r < rank)[:, None] & (o_col < num_cols)[None, :])
+def _s_rows(s, s_stride, i_row, o_row, m_row, column, o_r, rank, TMA: tl.constexpr, MASKED: tl.constexpr):
+    """Return S [BM, RANK] of rows o_row; columns beyond the rank are zero, or through TMA whatever is there."""
+    if TMA:
+        b_s = s.load([i_row, column])
+        if MASKED:
+            b_s = tl.where(m_row[:, None], b_s, 0.0)
+    else:
+        at = s + o_row.to(tl.int64)[:, None] * s_stride + (column + o_r)[None, :]
+        b_s = tl.load(at, m_row[:, None] & (o_r < rank)[None, :], 0.0)
+    return b_s
+
+
+@triton.jit
+def _add_rows(
+    b_acc0, b_acc1, b_acc2, value, s, keys_ptr, i_row, end, i_col, num_cols, value_stride, s_stride, columns, ranks, i_rank,
+    threshold, first_feature, BM: tl.constexpr, BC: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    MODULES: tl.constexpr, DROPOUT: tl.constexpr, BY_COLUMN: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return the accumulators plus the products of BM rows from i_row on; MASKED where they may go beyond the item's end."""
+    o_row, o_col, o_r = i_row + tl.arange(0, BM), i_col + tl.arange(0, BC), tl.arange(0, BLOCK_RANK)
+    m_row = o_row < end
+    if TMA:
+        b_v = value.load([i_row, i_col])
+        if MASKED:
+            b_v = tl.where(m_row[:, None], b_v, 0.0)
+    else:
+        at = value + o_row.to(tl.int64)[:, None] * value_stride + o_col[None, :]
+        b_v = tl.load(at, m_row[:, None] & (o_col < num_cols)[None, :], 0.0)
+    b_v0, b_v1, b_v2 = b_v, b_v, b_v
+    if DROPOUT:
+        b_keys = tl.load(keys_ptr + o_row, m_row, 0).to(tl.uint32, bitcast=True)
+        b_hash = hash_bits(b_keys, column_keys(tl.arange(0, BC), first_feature + i_col), MODULES)
+        b_v0 = tl.where(keep(b_hash, threshold, 0), b_v, 0.0)
+        if MODULES > 1:
+            b_v1 = tl.where(keep(b_hash, threshold, 1), b_v, 0.0)
+        if MODULES > 2:
+            b_v2 = tl.where(keep(b_hash, threshold, 2), b_v, 0.0)
+    b_s0 = _s_rows(s, s_stride, i_row, o_row, m_row, max(columns[0], 0) + i_rank, o_r, ranks[0], TMA, MASKED)
+    b_acc0 = _product(b_v0, b_s0, b_acc0, BY_COLUMN)
+    if MODULES > 1:
+        b_s1 = _s_rows(s, s_stride, i_row, o_row, m_row, max(columns[1], 0) + i_rank, o_r, ranks[1], TMA, MASKED)
+        b_acc1 = _product(b_v1, b_s1, b_acc1, BY_COLUMN)
+    if MODULES > 2:
+        b_s2 = _s_rows(s, s_stride, i_row, o_row, m_row, max(columns[2], 0) + i_rank, o_r, ranks[2], TMA, MASKED)
+        b_acc2 = _product(b_v2, b_s2, b_acc2, BY_COLUMN)
+    return b_acc0, b_acc1, b_acc2
+
+
+@triton.jit
+def _put(grad_ptr, partial_ptr, i_item, i_low, i_high, width, row, column, rank, num_cols, o_r, o_col, b_acc, BY_COLUMN: tl.constexpr):
+    """Add a segment's only item to grad [row + r, column]; write one of several to partial [item, column of S + r, column]."""
+    if BY_COLUMN:
+        b_acc = b_acc.T
+    m_in = (o_r < rank)[:, None] & (o_col < num_cols)[None, :]
+    at = o_r[:, None] * num_cols + o_col[None, :]
+    if i_high - i_low == 1:
+        grad_at = grad_ptr + row.to(tl.int64) * num_cols + at
+        tl.store(grad_at, tl.load(grad_at, m_in, 0.0) + b_acc, m_in)
+    else:
+        tl.store(partial_ptr + (i_item * width.to(tl.int64) + column) * num_cols + at, b_acc, m_in)
+
+
+@triton.jit
+def _add_items(grad_ptr, partial_ptr, i_low, i_high, width, row, column, rank, num_cols, o_r, o_col):
+    """grad [row + r, column] += the sum over a segment's items of partial [item, column of S + r, column], in ascending order."""
+    m_in = (o_r < rank)[:, None] & (o_col < num_cols)[None, :]
+    at = o_r[:, None] * num_cols + o_col[None, :]
+    b_sum = tl.zeros([o_r.shape[0], o_col.shape[0]], tl.float32)
+    for i_item in tl.range(i_low, i_high, num_stages=1):
+        b_sum += tl.load(partial_ptr + (i_item * width.to(tl.int64) + column) * num_cols + at, m_in, 0.0, cache_modifier=".cg")
+    grad_at = grad_ptr + row.to(tl.int64) * num_cols + at
+    tl.store(grad_at, tl.load(grad_at, m_in, 0.0) + b_sum, m_in)
 
 
 @triton.jit(do_not_specialize=["first_feature", "width", "s_stride"])
 def _rows_kernel(
-    value_ptr, s_ptr, grad_ptr, partial_ptr, counters_ptr, items_ptr, slots_ptr, keys_ptr,
+    value, s, grad_ptr, partial_ptr, counters_ptr, items_ptr, slots_ptr, keys_ptr,
     num_cols, value_stride, s_stride, width, first_feature,
-    ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr,
-    MODULES: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, NUM_STAGES: tl.constexpr,
+    ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    MODULES: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, BY_COLUMN: tl.constexpr, NUM_STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """partial [item, column of S, column] = sum over the item's rows of S^T (M * V); the last of a segment adds to grad [row, column]."""
     i_item = tl.program_id(1)
     item_ptr = items_ptr + i_item * 6
     first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
@@ -55,85 +130,71 @@ def _rows_kernel(
         column1 = tl.load(slot_ptr + COLUMN_FIELD + 3)
     if MODULES > 2:
         column2 = tl.load(slot_ptr + COLUMN_FIELD + 6)
-    rank0, rank1, rank2 = tl.where(column0 >= 0, rank, 0), tl.where(column1 >= 0, rank, 0), tl.where(column2 >= 0, rank, 0)
-    o_col = tl.program_id(0) * BC + tl.arange(0, BC)
-    m_col = o_col < num_cols
-    if DROPOUT:
-        b_columns = column_keys(first_feature + o_col)
-        threshold = tl.load(slot_ptr + 1).to(tl.uint32)
-    for o_rank in tl.range(0, rank, RANK, num_stages=1):
-        o_r = o_rank + tl.arange(0, RANK)
-        b_acc0 = tl.zeros([RANK, BC], tl.float32)
-        if MODULES > 1:
-            b_acc1 = tl.zeros([RANK, BC], tl.float32)
-        if MODULES > 2:
-            b_acc2 = tl.zeros([RANK, BC], tl.float32)
-        for i_row in tl.range(first, end, BM, num_stages=NUM_STAGES):
-            o_row = i_row + tl.arange(0, BM)
-            m_row = o_row < end
-            b_v = tl.load(value_ptr + o_row.to(tl.int64)[:, None] * value_stride + o_col[None, :], m_row[:, None] & m_col[None, :], 0.0)
-            b_v0, b_v1, b_v2 = b_v, b_v, b_v
-            if DROPOUT:
-                b_keys = tl.load(keys_ptr + o_row, m_row, 0).to(tl.uint32, bitcast=True)
-                b_hash = hash_bits(b_keys, b_columns, MODULES)
-                b_v0 = tl.where(keep(b_hash, threshold, 0), b_v, 0.0)
-                if MODULES > 1:
-                    b_v1 = tl.where(keep(b_hash, threshold, 1), b_v, 0.0)
-                if MODULES > 2:
-                    b_v2 = tl.where(keep(b_hash, threshold, 2), b_v, 0.0)
-            b_acc0 = tl.dot(_s_rows(s_ptr, s_stride, o_row, m_row, column0, o_r, rank0).T, b_v0, b_acc0, input_precision="ieee")
-            if MODULES > 1:
-                b_acc1 = tl.dot(_s_rows(s_ptr, s_stride, o_row, m_row, column1, o_r, rank1).T, b_v1, b_acc1, input_precision="ieee")
-            if MODULES > 2:
-                b_acc2 = tl.dot(_s_rows(s_ptr, s_stride, o_row, m_row, column2, o_r, rank2).T, b_v2, b_acc2, input_precision="ieee")
-        _put_partial(partial_ptr, i_item, width, num_cols, column0, o_r, rank0, o_col, b_acc0)
-        if MODULES > 1:
-            _put_partial(partial_ptr, i_item, width, num_cols, column1, o_r, rank1, o_col, b_acc1)
-        if MODULES > 2:
-            _put_partial(partial_ptr, i_item, width, num_cols, column2, o_r, rank2, o_col, b_acc2)
+    i_rank = tl.program_id(2) * RANK
+    o_r = i_rank + tl.arange(0, BLOCK_RANK)
+    # What this program writes: the slot's ranks, RANK of them at most.
+    stop = min(rank, i_rank + RANK)
+    rank0, rank1, rank2 = tl.where(column0 >= 0, stop, 0), tl.where(column1 >= 0, stop, 0), tl.where(column2 >= 0, stop, 0)
+    i_col = tl.program_id(0) * BC
+    o_col = i_col + tl.arange(0, BC)
+    threshold = tl.load(slot_ptr + 1).to(tl.uint32)
+    end = tl.where(i_rank < rank, end, first)
+    # Whole blocks of rows need no mask. What a rank block holds beyond `stop` is not written, so S needs masks in rows alone.
+    full = first
+    if TMA:
+        full = first + (end - first) // BM * BM
+    columns, ranks = (column0, column1, column2), (rank0 - i_rank, rank1 - i_rank, rank2 - i_rank)
+    b_acc0 = tl.zeros([BC, BLOCK_RANK] if BY_COLUMN else [BLOCK_RANK, BC], tl.float32)
+    b_acc1, b_acc2 = b_acc0, b_acc0
+    if TMA:
+        for i_row in tl.range(first, full, BM, num_stages=NUM_STAGES):
+            b_acc0, b_acc1, b_acc2 = _add_rows(
+                b_acc0, b_acc1, b_acc2, value, s, keys_ptr, i_row, end, i_col, num_cols, value_stride, s_stride, columns, ranks, i_rank,
+                threshold, first_feature, BM, BC, BLOCK_RANK, MODULES, DROPOUT, BY_COLUMN, TMA, MASKED=False,
+            )  # fmt: skip
+    for i_row in tl.range(full, end, BM, num_stages=1 if TMA else NUM_STAGES):
+        b_acc0, b_acc1, b_acc2 = _add_rows(
+            b_acc0, b_acc1, b_acc2, value, s, keys_ptr, i_row, end, i_col, num_cols, value_stride, s_stride, columns, ranks, i_rank,
+            threshold, first_feature, BM, BC, BLOCK_RANK, MODULES, DROPOUT, BY_COLUMN, TMA, MASKED=True,
+        )  # fmt: skip
+
     i_low, i_high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
-    if arrive_last(counters_ptr + tl.load(item_ptr + 3) * tl.num_programs(0) + tl.program_id(0), i_high - i_low):
-        _add_to_grad(
-            grad_ptr, partial_ptr, tl.load(slot_ptr + (3 if WIDE else ROW_FIELD)), i_low, i_high, width, column0, rank0, num_cols, o_col
-        )
-        if MODULES > 1:
-            _add_to_grad(grad_ptr, partial_ptr, tl.load(slot_ptr + ROW_FIELD + 3), i_low, i_high, width, column1, rank1, num_cols, o_col)
-        if MODULES > 2:
-            _add_to_grad(grad_ptr, partial_ptr, tl.load(slot_ptr + ROW_FIELD + 6), i_low, i_high, width, column2, rank2, num_cols, o_col)
+    a_row0 = tl.load(slot_ptr + (3 if WIDE else ROW_FIELD))
+    _put(grad_ptr, partial_ptr, i_item, i_low, i_high, width, a_row0, column0, rank0, num_cols, o_r, o_col, b_acc0, BY_COLUMN)
+    a_row1, a_row2 = a_row0, a_row0
+    if MODULES > 1:
+        a_row1 = tl.load(slot_ptr + ROW_FIELD + 3)
+        _put(grad_ptr, partial_ptr, i_item, i_low, i_high, width, a_row1, column1, rank1, num_cols, o_r, o_col, b_acc1, BY_COLUMN)
+    if MODULES > 2:
+        a_row2 = tl.load(slot_ptr + ROW_FIELD + 6)
+        _put(grad_ptr, partial_ptr, i_item, i_low, i_high, width, a_row2, column2, rank2, num_cols, o_r, o_col, b_acc2, BY_COLUMN)
+    if i_high - i_low > 1:
+        i_sum = (tl.program_id(2) * tl.num_programs(1) + tl.load(item_ptr + 3)) * tl.num_programs(0) + tl.program_id(0)
+        if arrive_last(counters_ptr + i_sum, i_high - i_low):
+            o_rank = i_rank + tl.arange(0, RANK)
+            _add_items(grad_ptr, partial_ptr, i_low, i_high, width, a_row0, column0, rank0, num_cols, o_rank, o_col)
+            if MODULES > 1:
+                _add_items(grad_ptr, partial_ptr, i_low, i_high, width, a_row1, column1, rank1, num_cols, o_rank, o_col)
+            if MODULES > 2:
+                _add_items(grad_ptr, partial_ptr, i_low, i_high, width, a_row2, column2, rank2, num_cols, o_rank, o_col)
 
 
-@triton.jit
-def _add_to_grad(grad_ptr, partial_ptr, row, i_low, i_high, width, column, rank, num_cols, o_col):
-    """grad [row + r, column] += the sum over a segment's items of partial [item, column of S + r, column], in ascending order."""
-    for o_rank in tl.range(0, rank, 16, num_stages=1):
-        o_r = o_rank + tl.arange(0, 16)
-        m_in = (o_r < rank)[:, None] & (o_col < num_cols)[None, :]
-        b_sum = tl.zeros([16, o_col.shape[0]], tl.float32)
-        step = width.to(tl.int64) * num_cols
-        for i_item in tl.range(i_low, i_high, 4, num_stages=1):
-            at = partial_ptr + i_item * step + (column + o_r)[:, None] * num_cols + o_col[None, :]
-            b_0 = tl.load(at, m_in, 0.0, cache_modifier=".cg")
-            b_1 = tl.load(at + step, m_in & (i_item + 1 < i_high), 0.0, cache_modifier=".cg")
-            b_2 = tl.load(at + 2 * step, m_in & (i_item + 2 < i_high), 0.0, cache_modifier=".cg")
-            b_3 = tl.load(at + 3 * step, m_in & (i_item + 3 < i_high), 0.0, cache_modifier=".cg")
-            b_sum += (b_0 + b_1) + (b_2 + b_3)
-        grad_at = grad_ptr + (row + o_r).to(tl.int64)[:, None] * num_cols + o_col[None, :]
-        tl.store(grad_at, tl.load(grad_at, m_in, 0.0) + b_sum, m_in)
-
-
-def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -> None:
+def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, config: RowsConfig | None = None) -> None:
     """Add dA = dS^T (M * X) into the group's gradients, all jobs and modules, reading X once."""
     wide = not group.has_dropout
     num_modules = 1 if wide else group.num_modules
-    rank = rank_class(group.width if wide else group.max_padded_rank, limit=128 if num_modules == 1 else 32)
-    _sum_rows(x_TK, ds_TR, group.grad_a_RK, group, route, 6, 4, num_modules, rank, group.has_dropout, wide, group.first_feature)
+    most = group.width if wide else group.max_padded_rank
+    limit = 128 if num_modules == 1 else 32
+    columns = (4, 6, num_modules, most, limit, group.has_dropout, wide, group.first_feature)
+    _sum_rows(x_TK, ds_TR, group.grad_a_RK, group, route, *columns, config)
 
 
-def grad_b_module(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route, module: int) -> None:
+def grad_b_module(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route, module: int, config: RowsConfig | None = None) -> None:
     """Add dB = dY^T S of one module into the group's gradients."""
     start, stop = group.columns[module]
-    rank, field = rank_class(group.max_padded_rank, limit=128), 6 + 3 * module
-    _sum_rows(dy_TN[:, start:stop], s_TR, group.grad_b_RN[module], group, route, field, field - 1, 1, rank, False, False, 0)
+    field = 5 + 3 * module
+    columns = (field, field + 1, 1, group.max_padded_rank, 128, False, False, 0)
+    _sum_rows(dy_TN[:, start:stop], s_TR, group.grad_b_RN[module], group, route, *columns, config)
 
 
 def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
@@ -147,18 +208,23 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
     return ds_TR
 
 
-def _sum_rows(value, s_TR, grad, group, route, column_field, row_field, num_modules, rank, dropout, wide, first_feature) -> None:
-    block = 128 if rank * num_modules <= 64 else 64
+def _sum_rows(value, s_TR, grad, group, route, row_field, column_field, num_modules, most, limit, dropout, wide, first_feature, config):
+    rank, tma = rank_class(most, limit), uses_tma(value, s_TR)
     num_cols, width = value.shape[1], group.width
-    num_blocks = triton.cdiv(num_cols, block)
-    rows = item_rows(value.shape[0], num_blocks, value.device)
-    num_items = route.num_items(rows)
+    config = config or rows_config(value.shape[0], num_cols, rank, num_modules, dropout, value.element_size(), tma)
+    num_blocks, num_items, num_ranks = triton.cdiv(num_cols, config.columns), route.num_items(config.item_rows), triton.cdiv(most, rank)
     if not num_items:
         return
-    partial = torch.empty(num_items, width, num_cols, dtype=torch.float32, device=value.device)
-    _rows_kernel[(num_blocks, num_items)](
-        value, s_TR, grad, partial, route.counters(num_blocks * len(route.segments)), route.items(rows), group.slot_table, route.row_keys,
-        num_cols, value.stride(0), s_TR.stride(0), width, first_feature,
-        ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=64, BC=block, RANK=rank,
-        MODULES=num_modules, DROPOUT=dropout, WIDE=wide, NUM_STAGES=3, num_warps=4 if rank * num_modules <= 16 else 8,
+    block_rank = max(rank, config.min_rank)
+    partial = torch.empty(num_items if num_items > len(route.segments) else 0, width, num_cols, dtype=torch.float32, device=value.device)
+    tensors = (value, s_TR)
+    if tma:
+        boxes = ([config.rows, config.columns], [config.rows, block_rank])
+        tensors = tuple(TensorDescriptor.from_tensor(t, box) for t, box in zip(tensors, boxes, strict=True))
+    _rows_kernel[(num_blocks, num_items, num_ranks)](
+        *tensors, grad, partial, route.counters(num_blocks * num_items * num_ranks), route.items(config.item_rows),
+        group.slot_table, route.row_keys, num_cols, value.stride(0), s_TR.stride(0), width, first_feature,
+        ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=config.rows, BC=config.columns, RANK=rank, BLOCK_RANK=block_rank,
+        MODULES=num_modules, DROPOUT=dropout, WIDE=wide, BY_COLUMN=config.by_column, NUM_STAGES=config.stages, TMA=tma,
+        num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip

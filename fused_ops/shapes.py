@@ -1,10 +1,8 @@
-"""Block sizes as pure functions of shapes: rank classes, and rows per program."""
+"""What kernels ask of shapes and devices: rank classes, multiprocessors, whether TMA will do."""
 
 from functools import lru_cache
 
 import torch
-
-BLOCK_ROWS = 64  # rows per program of a skinny product
 
 
 def rank_class(rank: int, limit: int = 256) -> int:
@@ -18,14 +16,8 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def inner_splits(num_rows: int, num_inner: int, device: torch.device) -> int:
-    """Return among how many programs a skinny product's inner dimension is cut: about four programs a multiprocessor, 512 values each."""
-    wanted = 4 * num_processors(device) * BLOCK_ROWS // max(num_rows, 1)
-    return max(1, min(wanted, num_inner // 512))
-
-
-def item_rows(num_rows: int, num_blocks: int, device: torch.device, per_processor: int = 4) -> int:
-    """Return the rows of one item of a sum over rows: some programs per multiprocessor, and few partial sums."""
-    wanted = max(1, per_processor * num_processors(device) // num_blocks)
-    rows = 1 << max(0, -(-num_rows // wanted) - 1).bit_length()
-    return min(max(rows, 128), 2048)
+def uses_tma(*tensors: torch.Tensor) -> bool:
+    """Return whether every tensor can have a TMA descriptor: Hopper or later, 16-byte aligned rows."""
+    device = tensors[0].device
+    capable = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    return capable and all(t.numel() > 0 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)

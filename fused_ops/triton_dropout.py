@@ -11,9 +11,9 @@ _M2 = tl.constexpr(MULTIPLY_2 & 0xFFFFFFFF)
 
 
 @triton.jit
-def column_keys(o_col):
-    """Return the key of global features o_col: uint32, the shape of o_col."""
-    return o_col.to(tl.uint32) * _FEATURE
+def column_keys(o_col, first=0):
+    """Return the key of global features first + o_col: uint32, the shape of o_col."""
+    return (first + o_col).to(tl.uint32) * _FEATURE
 
 
 @triton.jit

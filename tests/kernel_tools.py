@@ -85,5 +85,7 @@ def _assemble(ptx: str) -> Report:
         file.write_text(ptx)
         command = [path, "-v", "--gpu-name=sm_90a", str(file), "-o", str(file.with_suffix(".cubin"))]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    serialised = re.findall(r".*C75(?:10|11|15).*", said)
+    assert not serialised, serialised
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
     return Report(registers=max(int(n) for n in re.findall(r"Used (\d+) registers", said)), spilled_bytes=spilled, ptx=ptx)
