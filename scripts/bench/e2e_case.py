@@ -118,7 +118,8 @@ class CaseRun:
             outcome = self._run(lengths, learning_rate=0.0)
             self.base.say(f"  warm-up, {turn} run: {tokens:,} tokens in {outcome.seconds:.1f} s")
         self._clear()
-        return tokens / outcome.seconds
+        filling = self.settings.num_stages - 1 if self.case.policy != "flush" else 0  # which a long run does not repeat
+        return tokens / outcome.seconds * (len(outcome.stream) + filling) / len(outcome.stream)
 
     def _clear(self) -> None:
         """Forget what a warm-up or a calibration left in the optimizers' buffers."""
@@ -148,9 +149,10 @@ class CaseRun:
 
     def timed_lengths(self, tokens_per_s: float) -> Lengths:
         """Return the lengths of the timed run: as many steps as were asked for, or as fill the time."""
-        per_step = sum(sum(steps[0]) for steps in take(self.workload, self.case.jobs.count, len(self.workload[0])))
+        count, whole = self.case.jobs.count, len(self.workload[0])
+        per_step = sum(sum(batch) for steps in take(self.workload, count, whole) for batch in steps) / whole
         steps = self.case.steps or max(1, math.ceil(SPARE * self.case.warm_seconds * tokens_per_s / per_step))
-        return take(self.workload, self.case.jobs.count, self.base.share(steps))
+        return take(self.workload, count, steps)
 
     def measure(self, lengths: Lengths, trace: Path | None) -> tuple[dict, Outcome]:
         """Run it; return its figures (on the first rank) and what was executed."""

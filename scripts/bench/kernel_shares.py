@@ -79,7 +79,10 @@ class Profiled:
 
 
 def shares(trace: Sequence[dict]) -> dict[str, float]:
-    """Return kind -> share of the time from the first kernel to the last, "idle" among them; kernels that overlap count each."""
+    """Return kind -> share of the time from the first kernel to the last, "idle" among them; kernels that overlap count each.
+
+    Also the seconds of that time, the number of kernels, and how often the host waited for the device.
+    """
     events = [event for event in trace if event.get("ph") == "X"]
     kernels = [event for event in events if event.get("cat") in ON_DEVICE]
     around = operators_around(events)
@@ -92,7 +95,8 @@ def shares(trace: Sequence[dict]) -> dict[str, float]:
         until = max(until, event["ts"] + event["dur"])
     total = end - start
     found = {kind: time / total for kind, time in sorted(sums.items(), key=lambda item: -item[1])}
-    return found | {"idle": 1 - busy / total, "seconds": total / 1e6}
+    waits = sum("Synchronize" in event["name"] for event in events if event.get("cat") in LAUNCH)
+    return found | {"idle": 1 - busy / total, "seconds": total / 1e6, "kernels": len(kernels), "host waits": waits}
 
 
 def operators_around(events: Sequence[dict]) -> dict[int, tuple[str, ...]]:

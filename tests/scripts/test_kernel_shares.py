@@ -33,6 +33,7 @@ def trace():
         event("cuda_runtime", "cudaLaunchKernel", 61, 1, 5),
         event("cuda_runtime", "cudaLaunchKernel", 80, 1, 6),
         event("user_annotation", "optimizer", 90, 9),
+        event("cuda_runtime", "cudaStreamSynchronize", 99, 1),
         event("cuda_runtime", "cudaLaunchKernel", 95, 1, 7),
         event("kernel", "_forward_kernel", 100, 10, 1, tid=7),
         event("kernel", "nvjet_tst_128x256", 110, 20, 2, tid=7),
@@ -46,6 +47,7 @@ def trace():
 
 def test_kinds_and_idle_time():
     found = shares(trace())
+    assert (found.pop("kernels"), found.pop("host waits")) == (7, 1)
     assert found.pop("idle") == pytest.approx(0.10) and found.pop("seconds") == pytest.approx(100e-6)
     assert found == pytest.approx(
         {"norms": 0.1, "loss": 0.2, "LoRA": 0.1, "copies": 0.05, "GEMM": 0.3, "communication": 0.3, "optimizer": 0.05}
