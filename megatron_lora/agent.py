@@ -21,6 +21,10 @@ from megatron_lora.errors import UserError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's name for the file a worker leaves its exception in
 PR_SET_PDEATHSIG = 1
+HINTS = {
+    "SIGKILL": ", which mostly means that the machine ran out of memory",
+    "SIGABRT": ", which mostly means that NCCL failed, or waited for another rank longer than MEGATRON_LORA_TIMEOUT_S",
+}
 
 
 def die_with_parent() -> None:
@@ -50,16 +54,26 @@ def explain(failures: dict) -> dict:
         closed = ended_by == signal.SIGTERM  # mostly by torchrun, because another rank had failed
         return (not data.get("user", False), closed, ended_by <= 0, data.get("time", failures[rank].timestamp), rank)
 
+    waited = [rank for rank in failures if _waited_in_vain(failures[rank])]
+    silent = [rank for rank in failures if failures[rank].exitcode == -signal.SIGKILL]
+    if waited and silent:  # torchrun kills a rank that does not end when another has failed
+        names = ", ".join(f"rank {rank}" for rank in sorted(silent))
+        line = f"{names} stood still: rank {min(waited)} waited for it in vain, and it did not end when it was asked to"
+        return {"kind": "signal", "rank": min(silent), "line": line, "traceback": ""}
     rank = min(failures, key=weight)
     failure, data = failures[rank], failures[rank].error_file_data
     if data.get("user"):
         return {"kind": "user", "rank": rank, "line": data["line"], "traceback": ""}
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        hint = ", which mostly means that the machine ran out of memory" if name == "SIGKILL" else ""
-        return {"kind": "signal", "rank": rank, "line": f"rank {rank} was ended by {name}{hint}", "traceback": ""}
+        return {"kind": "signal", "rank": rank, "line": f"rank {rank} was ended by {name}{HINTS.get(name, '')}", "traceback": ""}
     line = data.get("line", f"ended with status {failure.exitcode}")
     return {"kind": "crash", "rank": rank, "line": f"rank {rank}: {line}", "traceback": data.get("message", "") if "line" in data else ""}
+
+
+def _waited_in_vain(failure) -> bool:
+    """Whether a rank gave up waiting for another: gloo raises and says so, NCCL's watchdog aborts the process."""
+    return failure.exitcode == -signal.SIGABRT or "timed out" in failure.error_file_data.get("line", "").lower()
 
 
 def main(argv: list[str]) -> int:

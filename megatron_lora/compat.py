@@ -32,6 +32,7 @@ __all__ = [
     "all_gather_single",
     "destroy_parallel",
     "initialize_parallel",
+    "patience",
     "patch_current_device",
     "patch_for_cpu",
     "patch_rng_fork",
@@ -55,7 +56,15 @@ class Layout(Protocol):
     data: int
 
 
-def initialize_parallel(parallel: Layout, backend: str, seed: int = 0, timeout_s: float = 1800.0) -> torch.device:
+def patience() -> timedelta:
+    """Return how long a rank waits for another before it gives up: MEGATRON_LORA_TIMEOUT_S seconds, half an hour without it."""
+    text = os.environ.get("MEGATRON_LORA_TIMEOUT_S", "1800")
+    if not text.isdecimal() or not 0 < int(text) < 10**8:
+        raise UserError(f"MEGATRON_LORA_TIMEOUT_S: {text!r} is no number of seconds; use a whole number of at least 1, or unset it")
+    return timedelta(seconds=int(text))
+
+
+def initialize_parallel(parallel: Layout, backend: str, seed: int = 0) -> torch.device:
     """Join the process groups of `parallel` and return this rank's device ("gloo": CPU, "nccl": its CUDA device).
 
     Uses torchrun's environment when there is one; without it the run is a single process. A group that already exists is used.
@@ -69,7 +78,7 @@ def initialize_parallel(parallel: Layout, backend: str, seed: int = 0, timeout_s
         patch_for_cpu()
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
+        dist.init_process_group(backend, timeout=patience(), **alone)
     needed = parallel.pipeline * parallel.tensor * parallel.data
     if dist.get_world_size() != needed:
         raise UserError(
@@ -84,6 +93,7 @@ def initialize_parallel(parallel: Layout, backend: str, seed: int = 0, timeout_s
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=patience() / timedelta(minutes=1),
         )
     if backend == "nccl":
         megatron_random.model_parallel_cuda_manual_seed(seed)

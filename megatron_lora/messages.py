@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lora.compat import patience
 from megatron_lora.peer_links import Link, connect_peers
 
 PEER_MEMORY = False  # between GPUs of one host: copy engines (peer_links.py) instead of NCCL's kernels
@@ -247,7 +248,7 @@ def connect(
         links |= connect_peers(both_ways, layout.num_bytes(max_rows), device)
     for sender, receiver in both_ways:
         if (sender, receiver) not in links:
-            group = dist.new_group(sorted((sender, receiver)))
+            group = dist.new_group(sorted((sender, receiver)), timeout=patience())
             assert group is not None
             _greet(group, sender, receiver, device)
             mine = rank in (sender, receiver)

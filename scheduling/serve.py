@@ -11,6 +11,7 @@ The answers depend on the lines read and on nothing else. Ends after the last wi
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -38,9 +39,12 @@ def serve(requests: Iterable[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Serve the process at the other end of stdin and stdout."""
-    for answer in serve(sys.stdin):
-        print(answer, flush=True)
+    """Serve the process at the other end of stdin and stdout, until it closes them or is gone."""
+    try:
+        for answer in serve(sys.stdin):
+            print(answer, flush=True)
+    except (BrokenPipeError, KeyboardInterrupt):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more as it leaves
 
 
 if __name__ == "__main__":

@@ -185,6 +185,13 @@ def failure(exitcode: int, at: float = 0.0, **data) -> SimpleNamespace:
         ({0: failure(1, 1.0, line="peer closed", message="T"), 1: failure(-9)}, "signal", "rank 1 was ended by SIGKILL"),
         ({0: failure(-15), 1: failure(1, 9.0, line="torn", message="T")}, "crash", "rank 1: torn"),
         ({0: failure(-15), 1: failure(7)}, "crash", "rank 1: ended with status 7"),
+        (
+            {0: failure(1, 1.0, line="RuntimeError: Timed out waiting 5ms", message="T"), 1: failure(-9)},
+            "signal",
+            "rank 1 stood still: rank 0",
+        ),
+        ({0: failure(-6), 1: failure(-9), 2: failure(-15)}, "signal", "rank 1 stood still: rank 0 waited for it in vain"),
+        ({0: failure(-15), 1: failure(-6)}, "signal", "rank 1 was ended by SIGABRT, which mostly means that NCCL failed, or waited"),
     ],
 )
 def test_of_several_failures_the_one_that_explains_the_others_is_told(failures, kind, line):

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 from megatron_lora import compat
+from megatron_lora.errors import UserError
 
 PACKAGE = Path(compat.__file__).parent
 
@@ -96,3 +97,14 @@ def test_building_a_model_leaves_the_attention_variables_alone(monkeypatch):
         assert "NVTE_UNFUSED_ATTN" not in os.environ
         os.environ["NVTE_UNFUSED_ATTN"] = os.environ["NVTE_FLASH_ATTN"] = "1"
     assert os.environ["NVTE_UNFUSED_ATTN"] == "0" and "NVTE_FLASH_ATTN" not in os.environ
+
+
+def test_patience_is_a_number_of_seconds(monkeypatch):
+    monkeypatch.delenv("MEGATRON_LORA_TIMEOUT_S", raising=False)
+    assert compat.patience().total_seconds() == 1800
+    monkeypatch.setenv("MEGATRON_LORA_TIMEOUT_S", "90")
+    assert compat.patience().total_seconds() == 90
+    for wrong in ("soon", "0", "-5", "1.5", ""):
+        monkeypatch.setenv("MEGATRON_LORA_TIMEOUT_S", wrong)
+        with pytest.raises(UserError, match=f"MEGATRON_LORA_TIMEOUT_S: '{wrong}' is no number of seconds"):
+            compat.patience()
