@@ -20,7 +20,7 @@ from megatron_lora.config import ParallelConfig, RunConfig
 from megatron_lora.devices import this_device
 from megatron_lora.messages import Links, MessageLayout, connect
 from megatron_lora.optimizer import StageGroups
-from megatron_lora.settle import settle
+from megatron_lora.settle import describe, settle
 from megatron_lora.train import choose_backends, max_rows, position_of
 from scheduling.types import Lengths
 
@@ -82,6 +82,8 @@ class Base:
                 if settled:
                     config = dataclasses.replace(config, parallel=settled[0].parallel)
                 settled.append(settle(config, self.architecture, lengths, self.model))
+                for line in describe(config, settled[-1]):
+                    print(line, flush=True)
         settled = self.share(settled)
         self.parallel = settled[0].parallel
         self.max_rows, self.max_jobs = max(map(max_rows, settled)), max(len(config.jobs) for config in settled)

@@ -53,6 +53,7 @@ def rates(base: Base, settings: PlanSettings, lengths: Lengths, outcome: Outcome
         "tokens": tokens,
         "seconds": outcome.seconds,
         "tokens_per_s": tokens / outcome.seconds,
+        "ms_per_8192_tokens": 8192e3 * outcome.seconds / tokens,
         "steps": len(lengths[0]),
         "slots": len(outcome.stream),
         "noops": len(outcome.stream) - busy,

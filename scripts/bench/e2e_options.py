@@ -189,7 +189,7 @@ LAUNCH = (
 
 def _case(chosen: argparse.Namespace) -> Case:
     words = [f"{chosen.jobs} jobs r {'/'.join(map(str, chosen.ranks))}", f"p {'/'.join(f'{p:g}' for p in chosen.dropouts)}"]
-    words += [str(chosen.budget), _policies(chosen.recompute)]
+    words += [str(chosen.budget), policies_in_words(chosen.recompute)]
     words += [word for word, usual in ((chosen.base_weights, "native"), (chosen.backend, "auto")) if word != usual]
     how = [chosen.policy] if chosen.policy == HF_PEFT else [chosen.policy, chosen.adapters]
     return Case(
@@ -209,7 +209,8 @@ def _case(chosen: argparse.Namespace) -> Case:
     )
 
 
-def _policies(recompute: str | tuple[str, ...]) -> str:
+def policies_in_words(recompute: str | tuple[str, ...]) -> str:
+    """Say a policy, or how many layers have each."""
     if isinstance(recompute, str):
         return recompute
     return "+".join(f"{recompute.count(policy)} {policy}" for policy in dict.fromkeys(recompute))

@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import re
 
 import torch
 from e2e_base import Base
 from e2e_case import CaseRun
 from e2e_figures import mfu
-from e2e_options import HF_PEFT, Case, layout_name
+from e2e_options import HF_PEFT, Case, layout_name, policies_in_words
 from layer_table import read_stages
 from stamp import append_line, stamp
 
@@ -58,6 +59,9 @@ def line(options: argparse.Namespace, case: Case, config: RunConfig) -> dict:
         "layout": layout_name(options),
         "parallel": dataclasses.asdict(config.parallel),
         "microbatch_tokens": config.microbatch_tokens,
+        "settled_recompute": policies_in_words(config.recompute),
+        "memory_gb": options.memory_gb,
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
     }
     return {"case": case.name, **stamp(options.hardware, options.commit), "settings": settings}
 
