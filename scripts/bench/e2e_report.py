@@ -77,7 +77,7 @@ def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunCon
             run.calibrate()
             if options.save_cost and base.rank == 0:
                 options.save_cost.write_text(json.dumps(run.cost.to_json(), indent=1) + "\n", encoding="utf-8")
-        trace = options.timeline and options.timeline / f"{re.sub('[^A-Za-z0-9.+]+', '-', case.name)}.json"
+        trace = options.timeline and options.timeline / f"{re.sub('[^A-Za-z0-9.]+', '-', case.name)}.json"
         results, outcome = run.measure(run.timed_lengths(speed), trace)
         if base.rank == 0:
             results["mfu"] = mfu(base.architecture, results["tokens_per_s"], options.peak_tflops * 1e12 * base.world_size)
