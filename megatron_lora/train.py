@@ -35,6 +35,7 @@ from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
 from megatron_lora.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.settle import settle_together
 from megatron_lora.timeline import Timeline, write_timeline
+from megatron_lora.warm_up import warm_up
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch
 
@@ -93,6 +94,8 @@ def run(config: RunConfig) -> int:
             if desk is not None:
                 desk.on_step(done, collector.written)
 
+        if on_gpu:
+            warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.tensor if config.parallel.sequence else 1)
         timeline = Timeline(device)
         layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype)
         executor = make_executor(
