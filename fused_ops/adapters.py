@@ -131,6 +131,8 @@ class LoraGroup:
 
 def _check_tensors(group: LoraGroup) -> None:
     num_modules = len(group.columns)
+    if group.first_feature % 2:
+        raise ValueError(f"first_feature {group.first_feature} is odd: dropout hashes features in pairs")
     if not 1 <= num_modules <= MAX_MODULES or not num_modules == len(group.b_RN) == len(group.grad_b_RN):
         raise ValueError(f"{num_modules} column ranges, {len(group.b_RN)} B and {len(group.grad_b_RN)} gradients: need 1 to 3 of each")
     pairs = [("A", group.a_RK, group.grad_a_RK)]

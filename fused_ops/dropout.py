@@ -1,15 +1,16 @@
 """Counter-based dropout: the same mask bits on every path, in every packing, on every shard.
 
-    key(t)     = high 32 bits of mix64(mix64(seed, sample, epoch) + position * golden)      one per token, on the host
-    column(k)  = k * FEATURE                                                          k is the *global* feature
-    h(t, k)    = xorshift16(M2 * xorshift15(M1 * (key(t) ^ column(k))))                     two multiplies per element
-    keep(t, k) = bits 22 - 10 m .. 31 - 10 m of h >= round(1024 p)                          module m < 3 of a merged linear
+    key(t)        = high 32 bits of mix64(mix64(seed, sample, epoch) + position * golden)       one per token, on the host
+    column(k)     = (k >> 1) * FEATURE                                                  k is the *global* feature
+    x(t, k)       = xorshift15(M1 * (key(t) ^ column(k)))                               one for two neighbouring features
+    h(t, k, m)    = x(t, k) * MODULE[m][k & 1]                                          one multiply for each module m < 3
+    keep(t, k, m) = h >= round(1024 p) << 22
     kept values are scaled by 1 / (1 - round(1024 p) / 1024)
 
-One hash serves all modules of a merged linear. The keys are well mixed on the host, so the hash needs no more; the last xorshift
-leaves module 0's bits as they are, so kernels skip it where there is one module (five instructions, a comparison and a select). A
-column's key is one multiply, because a thread of a matrix product holds few rows of each column. A mask depends on its job's seed,
-the sample, the epoch, the position and the feature; not on
+Two neighbouring features and all modules of a merged linear share x: a thread of a matrix product holds them both, so that a value
+costs an exclusive or, a shift, another one, a comparison and a select by halves, and a multiply or two, which run beside them. Products
+are even (the constants are), so a level of 0xFFFFFFFF keeps nothing and no comparison needs more than 32 bits. The keys are well mixed
+on the host, so the hash needs no more. A mask depends on its job's seed, the sample, the epoch, the position and the feature; not on
 neighbours, microbatches, ranks or recomputation. `row_keys` makes the keys of a sample; `keep_mask` is the twin of the kernels.
 """
 
@@ -22,7 +23,11 @@ LEVELS = 1024
 # As signed 32-bit integers (torch and Triton wrap around on multiplication).
 FEATURE = 0x9E3779B1 - (1 << 32)
 MULTIPLY_1 = 0x7FEB352D
-MULTIPLY_2 = 0x846CA68B - (1 << 32)
+# By module, then by the parity of the feature: even numbers whose halves mix well.
+MODULE_MULTIPLY = tuple(
+    tuple(2 * half - (1 << 32) * (2 * half >= 1 << 31) for half in pair)
+    for pair in ((0x046CA68B, 0x2C4C1B51), (0x31848BAB, 0x6D5AD4BB), (0x42B2AE35, 0x27D4EB2F))
+)
 
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 _MASK_64 = (1 << 64) - 1
@@ -61,10 +66,10 @@ def keep_mask(row_keys: Tensor, first_feature: int, num_features: int, module: i
     if not 0 <= module < MAX_MODULES:
         raise ValueError(f"module {module} has no bits of the hash; there are {MAX_MODULES}")
     features = torch.arange(first_feature, first_feature + num_features, dtype=torch.int32, device=row_keys.device)
-    hashed = (row_keys[:, None] ^ (features * FEATURE)[None, :]) * MULTIPLY_1
-    hashed = (hashed ^ _shift_right(hashed, 15)) * MULTIPLY_2
-    hashed = hashed ^ _shift_right(hashed, 16)
-    return _shift_right(hashed, 22 - 10 * module).bitwise_and_(LEVELS - 1) >= threshold(p)
+    mixed = (row_keys[:, None] ^ ((features >> 1) * FEATURE)[None, :]) * MULTIPLY_1
+    even, odd = MODULE_MULTIPLY[module]
+    hashed = (mixed ^ _shift_right(mixed, 15)) * torch.where(features % 2 == 1, odd, even).int()
+    return _shift_right(hashed, 22).bitwise_and_(LEVELS - 1) >= threshold(p)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

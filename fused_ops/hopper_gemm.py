@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
-from fused_ops.dropout import FEATURE, MULTIPLY_1, MULTIPLY_2
+from fused_ops.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
 from fused_ops.lora_gemm import uses_tma
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors
@@ -31,7 +31,8 @@ BM, BN, BK, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(64), gl.co
 HALF, QUARTER = gl.constexpr(128), gl.constexpr(64)  # columns of one accumulator, and of a masked product
 STAGES, GROUP = gl.constexpr(4), gl.constexpr(8)  # buffers of the ring; row tiles that share the columns of W in the cache
 _FIELDS = gl.constexpr(SLOT_FIELDS)
-_FEATURE, _M1, _M2 = (gl.constexpr(value & 0xFFFFFFFF) for value in (FEATURE, MULTIPLY_1, MULTIPLY_2))
+_FEATURE, _M1 = (gl.constexpr(value & 0xFFFFFFFF) for value in (FEATURE, MULTIPLY_1))
+_EVEN, _ODD = (gl.constexpr(tuple(pair[odd] & 0xFFFFFFFF for pair in MODULE_MULTIPLY)) for odd in (0, 1))
 
 
 def _shared(*block: gl.constexpr) -> gl.constexpr:
@@ -198,24 +199,30 @@ def _product(ring, step, ranks):
 
 
 @gluon.jit
-def _hash(b_keys, o_feature, MODULES: gl.constexpr):
-    """Return the bits of triton_dropout.hash_bits for every (row key, feature)."""
-    x = (gl.expand_dims(b_keys, 1) ^ gl.expand_dims(o_feature.to(gl.uint32) * _FEATURE, 0)) * _M1
-    x = (x ^ (x >> 15)) * _M2
-    if MODULES > 1:
-        x = x ^ (x >> 16)
-    return x
+def _hash(b_keys, first_feature):
+    """Return what triton_dropout.hash_bits makes of every (row key, feature), features first_feature (even) and on: neighbours share it."""
+    pair = ((first_feature >> 1) + (gl.arange(0, QUARTER, _COLUMNS) >> 1)).to(gl.uint32)
+    x = (gl.expand_dims(b_keys, 1) ^ gl.expand_dims(pair * _FEATURE, 0)) * _M1
+    return x ^ (x >> 15)
+
+
+@gluon.jit
+def _module_bits(b_hash, i_module: gl.constexpr):
+    """Return one module's bits of the hash: the kept ones are at least its level, threshold << 22."""
+    odd = gl.full([QUARTER], _ODD[i_module], gl.uint32, _COLUMNS)
+    even = gl.full([QUARTER], _EVEN[i_module], gl.uint32, _COLUMNS)
+    return b_hash * gl.expand_dims(gl.where((gl.arange(0, QUARTER, _COLUMNS) & 1) == 1, odd, even), 0)
 
 
 @gluon.jit
 def _add_masked(
-    ring, step, b_acc, tables, i_low, i_high, b_keys, o_row, i_col, o_feature, starts, stops,
+    ring, step, b_acc, tables, i_low, i_high, b_keys, o_row, i_col, first_feature, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Return a quarter of the accumulator plus the products of all segments, each masked by its rows and its dropout."""
     tiles_ptr, segments_ptr, slots_ptr = tables
     if DROPOUT:
-        b_hash = _hash(b_keys, o_feature, MODULES)
+        b_hash = _hash(b_keys, first_feature)
     for i_segment in range(i_low, i_high):
         segment_ptr = segments_ptr + i_segment * 4
         m_keep = gl.expand_dims((o_row >= gl.load(segment_ptr)) & (o_row < gl.load(segment_ptr + 1)), 1)
@@ -224,9 +231,8 @@ def _add_masked(
             ranks, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
             b_product, step = _product(ring, step, ranks)
             if DROPOUT:
-                # The module's ten bits on top; what lies below them does not change the comparison. Level 0 keeps all.
                 level = gl.load(slots_ptr + slot * _FIELDS + 1).to(gl.uint32) << 22
-                b_acc += gl.where(((b_hash << (10 * m)) >= level) & m_keep, b_product, 0.0)
+                b_acc += gl.where((_module_bits(b_hash, m) >= level) & m_keep, b_product, 0.0)
             else:
                 b_acc += gl.where(m_keep, b_product, 0.0)
     return b_acc, step
@@ -272,7 +278,7 @@ def _multiplier(
             o_col = i_col + i_part * QUARTER + gl.arange(0, QUARTER, _COLUMNS)
             if (owner < 0) | DROPOUT:
                 b_part, step = _add_masked(
-                    ring, step, b_part, tables, i_low, i_high, b_keys, o_row, i_col, first_feature + o_col, starts, stops,
+                    ring, step, b_part, tables, i_low, i_high, b_keys, o_row, i_col, first_feature + i_col + i_part * QUARTER, starts, stops,
                     BACKWARD, MODULES, WIDE, DROPOUT,
                 )  # fmt: skip
             if HAS_BIAS:

@@ -32,7 +32,7 @@ def _add_lora(
 ):  # fmt: skip
     """Return b_acc [BM, BP] plus the LoRA products of its rows and columns, segment by segment, module by module."""
     if DROPOUT:
-        b_columns = column_keys(o_col + first_feature)
+        b_columns = column_keys(tl.arange(0, o_col.shape[0]), i_col + first_feature)
     i_segment = i_low
     while i_segment < i_high:  # `while`, since only the K loop may be a nested `for` of the flattened tile loop
         first, end = tl.load(segments_ptr + i_segment * 4), tl.load(segments_ptr + i_segment * 4 + 1)

@@ -60,11 +60,13 @@ def down_config(num_rows: int, num_inner: int, rank: int, num_modules: int, drop
     if not tma or item_size > 2:
         inner = 64 if item_size <= 2 else 32
         return DownConfig(inner=inner, stages=3, warps=4 if rank <= 64 else 8, per_processor=4)
+    if dropout and rank * num_modules <= 48:
+        return DownConfig(rows=32, stages=4, per_processor=4, warps=2)
     if dropout:
         return DownConfig(inner=64, stages=4, per_processor=2, warps=8 if rank * num_modules > 128 else 4)
     if rank <= 32:
-        return DownConfig()
-    return DownConfig(rows=128, inner=64 if rank > 64 else 128, stages=4, warps=8)
+        return DownConfig(inner=256, stages=4)
+    return DownConfig(stages=5 if rank <= 64 else 4)
 
 
 def rows_config(num_rows: int, num_cols: int, rank: int, num_modules: int, dropout: bool, item_size: int, tma: bool) -> RowsConfig:
@@ -73,8 +75,8 @@ def rows_config(num_rows: int, num_cols: int, rank: int, num_modules: int, dropo
     if not tma or item_size > 2:
         return RowsConfig(columns=64 if wide else 128, stages=3 if item_size <= 2 else 2, warps=8, item_rows=512, by_column=False)
     if dropout:
-        columns = 64 if num_modules > 1 or wide else 128
-        return RowsConfig(columns=columns, stages=4, item_rows=1024, by_column=False, min_rank=64, warps=8 if wide else 4)
+        columns, padded = (64 if num_modules > 1 or wide else 128), (64 if wide else 16)
+        return RowsConfig(columns=columns, stages=4, item_rows=1024, by_column=False, min_rank=padded, warps=8 if wide else 4)
     return RowsConfig(stages=6 if rank <= 64 else 4, warps=8 if wide else 4)
 
 
@@ -83,7 +85,10 @@ def shares_config(num_rows: int, num_cols: int, rank: int, item_size: int, tma: 
     if not tma or item_size > 2:
         columns = 256 if num_cols <= 8192 or item_size > 2 else 512
         return SharesConfig(columns=columns, stages=3 if item_size <= 2 else 2)
-    return SharesConfig(item_rows=512 if num_cols <= 8192 else 2048)
+    # About one program a multiprocessor: more only add partial sums.
+    columns = 512 if rank <= 16 else 256
+    rows = num_rows * triton.cdiv(num_cols, columns) // 132
+    return SharesConfig(columns=columns, item_rows=min(max(triton.next_power_of_2(rows), 256), 2048))
 
 
 def splits(num_rows: int, num_inner: int, config: DownConfig, processors: int) -> int:

@@ -3,30 +3,34 @@
 import triton
 import triton.language as tl
 
-from fused_ops.dropout import FEATURE, MULTIPLY_1, MULTIPLY_2
+from fused_ops.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
 
 _FEATURE = tl.constexpr(FEATURE & 0xFFFFFFFF)
 _M1 = tl.constexpr(MULTIPLY_1 & 0xFFFFFFFF)
-_M2 = tl.constexpr(MULTIPLY_2 & 0xFFFFFFFF)
+_EVEN = tl.constexpr(tuple(even & 0xFFFFFFFF for even, _ in MODULE_MULTIPLY))
+_ODD = tl.constexpr(tuple(odd & 0xFFFFFFFF for _, odd in MODULE_MULTIPLY))
 
 
 @triton.jit
 def column_keys(o_col, first=0):
-    """Return the key of global features first + o_col: uint32, the shape of o_col."""
-    return (first + o_col).to(tl.uint32) * _FEATURE
+    """Return what the hash needs of global features first + o_col, `first` even: (key of the pair, whether odd), the shape of o_col.
+
+    Where `first` holds all that is not known when compiling, neighbours are seen to share their key, and their hash is computed once.
+    """
+    return ((first >> 1) + (o_col >> 1)).to(tl.uint32) * _FEATURE, (o_col & 1) == 1
 
 
 @triton.jit
 def hash_bits(b_keys, b_columns, MODULES: tl.constexpr):
-    """Return the hash of every (row key, column key): uint32 [rows, columns], shared by all modules."""
-    x = (b_keys[:, None] ^ b_columns[None, :]) * _M1
-    x = (x ^ (x >> 15)) * _M2
-    if MODULES > 1:
-        x = x ^ (x >> 16)
-    return x
+    """Return (x, odd): x uint32 [rows, columns] of every row key and pair of features, and which columns [columns] are odd."""
+    pair, odd = b_columns
+    x = (b_keys[:, None] ^ pair[None, :]) * _M1
+    return x ^ (x >> 15), odd
 
 
 @triton.jit
 def keep(b_hash, threshold, MODULE: tl.constexpr):
-    """Return which elements module MODULE keeps, at `threshold` (uint32) of 1024."""
-    return ((b_hash << (10 * MODULE)) >> 22) >= threshold
+    """Return which elements module MODULE keeps, at `threshold` (uint32) of 1024; at 1024 none."""
+    x, odd = b_hash
+    b_product = x * tl.where(odd, tl.full([], _ODD[MODULE], tl.uint32), tl.full([], _EVEN[MODULE], tl.uint32))[None, :]
+    return b_product >= tl.where(threshold >= 1024, 0xFFFFFFFF, threshold << 22).to(tl.uint32)

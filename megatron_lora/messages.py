@@ -56,7 +56,7 @@ class MessageLayout:
         """Return a message with a fresh header (sums zero) and an unwritten body."""
         message = self.empty(num_rows, device)
         message.header.zero_()
-        message.header[SLOT] = slot
+        message.header[SLOT].fill_(slot)  # an assignment would wait for the device
         return message
 
 

@@ -55,9 +55,9 @@ def run(p, **kwargs):
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_forward_and_gradients_match_autograd_of_the_definition(make_problem, mix):
-    p = make_problem(**MIXES[mix], dtype=torch.float32, first_feature=5)
+    p = make_problem(**MIXES[mix], dtype=torch.float32, first_feature=50)
     leaves = [t.double().requires_grad_() for t in (p.x, p.group.a_RK, *p.group.b_RN)]
-    p64 = make_problem(**MIXES[mix], dtype=torch.float64, first_feature=5)
+    p64 = make_problem(**MIXES[mix], dtype=torch.float64, first_feature=50)
     y = naive(p64, leaves[0], leaves[1], leaves[2:])
     grads = torch.autograd.grad(y, leaves, p64.dy, allow_unused=True)
     for ours, theirs in zip(run(p), [y, *grads], strict=True):

@@ -113,7 +113,7 @@ def test_masks_of_dx_are_the_references(make_problem):
         p.group.a_RK.fill_(1.0)
         ds = p.x.new_ones(p.route.num_rows, p.group.width)
         ours, theirs = (ops.grad_x(p.dy, p.weight, ds, p.group, p.route) for ops in (triton_ops, reference))
-        assert theirs.unique().numel() > 3 and torch.equal(ours, theirs)
+        assert theirs.unique().numel() > 2 and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("where", ["x", "dy", "a", "b"])
