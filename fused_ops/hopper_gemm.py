@@ -256,13 +256,13 @@ def _multiplier(
     num_tiles, stride = gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)
     step = 0
     i_row, i_col = _place(gl.program_id(0), num_rows, num_cols)
-    tile_ptr = tiles_ptr + i_row // BM * 4
-    i_low, i_high, owner = gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2)
-    ranks = _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
+    owner = gl.load(tiles_ptr + i_row // BM * 4 + 2)
     for i_tile in range(gl.program_id(0), num_tiles, stride):
+        # Asked for before the products and read after them. Triton 3.6 carries from tile to tile only what is read outside branches.
+        i_low, i_high = gl.load(tiles_ptr + i_row // BM * 4), gl.load(tiles_ptr + i_row // BM * 4 + 1)
+        ranks = _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
         next_row, next_col = _place(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
-        tile_ptr = tiles_ptr + next_row // BM * 4
-        next_low, next_high, next_owner = gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2)
+        next_owner = gl.load(tiles_ptr + next_row // BM * 4 + 2)
         b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD)
         if (owner >= 0) & (not DROPOUT):
             b_acc0, b_acc1, step = _add_owner(ring, step, b_acc0, b_acc1, ranks)
@@ -288,8 +288,7 @@ def _multiplier(
             output_buf.store(b_part.to(gl.bfloat16))
             fence_async_shared()
             tma.async_copy_shared_to_global(output_desc, [i_row, i_col + i_part * QUARTER], output_buf)
-        i_row, i_col, i_low, i_high, owner = next_row, next_col, next_low, next_high, next_owner
-        ranks = _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
+        i_row, i_col, owner = next_row, next_col, next_owner
     tma.store_wait(0)
 
 

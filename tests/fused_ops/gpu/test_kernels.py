@@ -13,6 +13,7 @@ MIXES = {
     "one token": {"lengths": [1], "ranks": [1], "k": 64, "n": (64,)},
     "many tiles": {"lengths": [1000, 1100, 948], "ranks": [16, 16, 16], "k": 256, "n": (4096,)},
     "many tiles and dropout": {"lengths": [1000, 1100, 948], "ranks": [16, 16, 16], "k": 256, "n": (2048, 2048), "dropouts": [0.1] * 3},
+    "many tiles and ranks": {"lengths": [700, 900, 64, 1100, 300], "ranks": [8, 64, 16, 128, 32], "k": 512, "n": (3072, 512, 512)},
     "aligned": {"lengths": [256, 256], "ranks": [16, 16], "k": 512, "n": (512,)},
     "ragged": {"lengths": [100, 0, 77, 340, 5], "ranks": [16, 8, 3, 16, 12], "k": 512, "n": (384,), "gaps": 3},
     "mixed ranks": {"lengths": [130, 70, 300, 129, 64], "ranks": [1, 16, 256, 40, 128], "k": 264, "n": (200,), "gaps": 1},
