@@ -7,7 +7,7 @@ trained. No parameter requires a gradient: adapters live in the arena, outside t
 
     stage = build_stage(read_architecture(directory), directory, parallel, dtype=torch.bfloat16, device=device)
     hidden = stage(microbatch, received)            # received: None on the first stage
-    losses = stage.losses(hidden, microbatch.labels)     # on the last stage
+    losses = stage.losses(hidden, microbatch.labels, microbatch.targets)     # on the last stage
 """
 
 from __future__ import annotations
@@ -125,9 +125,12 @@ class Stage(torch.nn.Module):
             sequence_parallel=self.sequence_parallel,
         )
 
-    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Return each row's cross-entropy, fp32 [T] (label -100: 0), differentiable in `hidden` [T_local, H]. Last stage only."""
-        return loss.cross_entropy(hidden, labels, self.head)
+    def losses(self, hidden: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return each row's cross-entropy, fp32 [T] (label -100: 0), differentiable in `hidden` [T_local, H]. Last stage only.
+
+        `targets` lists the rows that have a label, the only ones whose logits are computed; None: all rows are looked at.
+        """
+        return loss.cross_entropy(hidden, labels, self.head, targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the full logits [T, vocabulary] of the last stage; for tests."""

@@ -1,4 +1,4 @@
-"""A planned microbatch to tensors: tokens, labels, weights, positions and the route.
+"""A planned microbatch to tensors: tokens, labels, target rows, weights, positions and the route.
 
 Rows follow the microbatch's segments and, inside one, its samples. Row i of a sample holds token i and predicts token i + 1, so a
 sample's last row has no label. Every target row weighs 1 / (target tokens of its job's whole global batch); the sum of weighted
@@ -79,9 +79,11 @@ def collate(microbatch: Microbatch, jobs: Sequence[JobRows], *, multiple: int, d
         host = torch.from_numpy(parts)
         return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
+    all_labels = np.concatenate(labels)
     return StageInput(
         tokens=send(np.concatenate(tokens)),
-        labels=send(np.concatenate(labels)),
+        labels=send(all_labels),
+        targets=send(np.flatnonzero(all_labels != NO_LABEL)),
         weights=send(np.concatenate(weights)),
         packing=Packing(cu_seqlens=send(edges), lengths=tuple(lengths), positions=send(positions), max_length=max(lengths)),
         route=make_route(row + filling, tuple(segments), send(np.concatenate(keys)), device),

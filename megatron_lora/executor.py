@@ -36,7 +36,7 @@ class StageModel(Protocol):
 
     def __call__(self, microbatch: StageInput, hidden: Tensor | None) -> Tensor: ...
 
-    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor: ...
+    def losses(self, hidden: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor: ...
 
 
 class StageOptimizer(Protocol):
@@ -218,7 +218,7 @@ class Executor:
                 self._pass_on(onward)
 
     def _loss(self, output: Tensor, data: StageInput) -> Tensor:
-        weighted = self.model.losses(output, data.labels) * data.weights
+        weighted = self.model.losses(output, data.labels, data.targets) * data.weights
         for first, end, job in data.route.segments:
             self.losses[job] += weighted[first:end].detach().sum()
         return weighted.sum()

@@ -3,8 +3,9 @@
     loss_t = log sum_v exp(h_t . w_v) - h_t . w_label        dh_t = g_t * (softmax(h_t W^T) - onehot(label)) W
 
 The gradient with g = 1 is made while a chunk's logits are there (the head is frozen: only dh is wanted), and backward scales its rows by
-the upstream gradient g, which is where a row's weight enters: two GEMMs in all, and nothing is kept but one tensor like `hidden`.
-Rows are independent to the last bit: a NaN in one stays there. A label of -100 gives loss 0 and gradient 0.
+the upstream gradient g, which is where a row's weight enters: two GEMMs in all, and nothing is kept but the gradient's rows.
+Rows are independent: a NaN in one stays there. A label of -100 gives loss 0 and gradient 0. Where the host says which rows are targets,
+the head is computed for those alone; in completion-only training most rows are not.
 
 Under tensor parallelism each rank holds a range of the vocabulary; maxima, sums and target logits are reduced per chunk, the gradient
 once. Under sequence parallelism `hidden` is a shard of rows: it is gathered first and its gradient is reduce-scattered, while losses are
@@ -19,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_ops.cross_entropy import scatter_scaled, softmax_residual_, softmax_sums
 from megatron_lora.layers import all_reduce, gather_rows, scatter_rows
-
-CHUNK_LOGITS = 2**25  # logits that exist at a time (fp32: 128 MiB)
+from scheduling.memory import loss_chunk_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +35,13 @@ class Head:
     sequence_parallel: bool
 
 
-def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, chunk_rows: int | None = None) -> Tensor:
-    """Return each row's loss, fp32 [T], differentiable in `hidden` [T_local, H]; `labels` int64 [T], -100 for none."""
-    rows = chunk_rows or max(1, CHUNK_LOGITS // head.weight_VH.shape[0])
-    return _ChunkedCrossEntropy.apply(hidden, labels, head, rows, hidden.requires_grad and torch.is_grad_enabled())
+def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, targets: Tensor | None = None, chunk_rows: int | None = None) -> Tensor:
+    """Return each row's loss, fp32 [T], differentiable in `hidden` [T_local, H]; `labels` int64 [T], -100 for none.
+
+    `targets` int64 lists the rows to look at, each once, the same on all tensor ranks: all rows with a label are among them. None: all.
+    """
+    rows = chunk_rows or loss_chunk_rows(head.weight_VH.shape[0], hidden.element_size())
+    return _ChunkedCrossEntropy.apply(hidden, labels, targets, head, rows, hidden.requires_grad and torch.is_grad_enabled())
 
 
 @torch.no_grad()
@@ -57,20 +61,28 @@ def logits(hidden: Tensor, head: Head) -> Tensor:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, labels, head, chunk_rows, with_grad):
+    def forward(ctx, hidden, labels, targets, head, chunk_rows, with_grad):
         full = gather_rows(hidden, head.group) if head.sequence_parallel else hidden
-        assert labels.shape == full.shape[:1], f"{list(labels.shape)} labels for {list(full.shape)} hidden states"
-        losses = torch.empty(full.shape[0], dtype=torch.float32, device=full.device)
-        grad = torch.empty_like(full) if with_grad else None
-        for start in range(0, full.shape[0], chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            losses[rows], residual = _chunk(full[rows], labels[rows], head)
-            if grad is not None:
-                torch.mm(residual.to(full.dtype), head.weight_VH, out=grad[rows])
-            del residual  # or it would live beside the next chunk's logits
+        num_rows, width = full.shape
+        assert labels.shape == (num_rows,), f"{list(labels.shape)} labels for {list(full.shape)} hidden states"
+        wanted = labels if targets is None else labels.index_select(0, targets)
+        losses = torch.empty(len(wanted), dtype=torch.float32, device=full.device)
+        grad = full.new_empty(len(wanted), width) if with_grad else None
+        logits = full.new_empty(min(chunk_rows, len(wanted)), head.weight_VH.shape[0])
+        for start in range(0, len(wanted), chunk_rows):
+            rows = slice(start, min(start + chunk_rows, len(wanted)))
+            chunk = full[rows] if targets is None else full.index_select(0, targets[rows])
+            _chunk(chunk, wanted[rows], head, logits[: len(chunk)], losses[rows], None if grad is None else grad[rows])
+        del full, logits
+        if targets is not None:
+            losses = losses.new_zeros(num_rows).index_copy_(0, targets, losses)
         if grad is not None and head.group.size() > 1:
-            grad = scatter_rows(grad, head.group) if head.sequence_parallel else all_reduce(grad, head.group)
-        ctx.head, ctx.grad = head, grad
+            if head.sequence_parallel:
+                grad = grad if targets is None else grad.new_zeros(num_rows, width).index_copy_(0, targets, grad)
+                grad, targets = scatter_rows(grad, head.group), None
+            else:
+                grad = all_reduce(grad, head.group)
+        ctx.head, ctx.grad, ctx.targets = head, grad, targets
         return losses
 
     @staticmethod
@@ -79,31 +91,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if head.sequence_parallel:
             upstream = upstream[head.group.rank() * grad.shape[0] :][: grad.shape[0]]
         ctx.grad = None
-        # A row without weight passes nothing on, whatever it holds (0 * NaN is NaN).
-        scaled = torch.where((upstream == 0)[:, None], 0.0, grad * upstream[:, None])
-        return scaled.to(grad.dtype), None, None, None, None
+        return scatter_scaled(grad, upstream.contiguous(), ctx.targets), None, None, None, None, None
 
 
-def _chunk(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Return the losses [C] of some rows and softmax - onehot [C, V_local], both fp32."""
-    values = (hidden @ head.weight_VH.t()).float()
-    highest = _reduced(values.amax(dim=1), dist.ReduceOp.MAX, head)
-    local = labels - head.first_token
-    owned = (local >= 0) & (local < values.shape[1])
-    column = torch.where(owned, local, 0)[:, None]
-    values.sub_(highest[:, None])
-    target = torch.where(owned, values.gather(1, column).squeeze(1), 0.0)
-    values.exp_()
-    total, target = _reduced(torch.stack((values.sum(dim=1), target)), dist.ReduceOp.SUM, head)
-    counted = labels >= 0
-    losses = torch.where(counted, total.log() - target, 0.0)
-    values.div_(total[:, None])
-    values.scatter_add_(1, column, -owned.float()[:, None])
-    values.masked_fill_(~counted[:, None], 0.0)
-    return losses, values
-
-
-def _reduced(x: Tensor, op: dist.ReduceOp, head: Head) -> Tensor:
+def _chunk(hidden: Tensor, labels: Tensor, head: Head, logits: Tensor, losses: Tensor, grad: Tensor | None) -> None:
+    """Write the losses [C] of some rows and, where it is wanted, their gradient [C, H] for g = 1; `logits` [C, V_local] is scratch."""
+    torch.mm(hidden, head.weight_VH.t(), out=logits)
+    highest, total = softmax_sums(logits)
+    column = labels - head.first_token
+    owned = (column >= 0) & (column < logits.shape[1])
+    target = logits.gather(1, torch.where(owned, column, 0)[:, None]).squeeze(1).float()
     if head.group.size() > 1:
-        dist.all_reduce(x, op=op, group=head.group)
-    return x
+        own = highest.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=head.group)
+        total, target = all_reduce(torch.stack((total * (own - highest).exp_(), torch.where(owned, target - highest, 0.0))), head.group)
+    else:
+        target = target - highest
+    losses.copy_(torch.where(labels >= 0, total.log() - target, 0.0))
+    if grad is not None:
+        torch.mm(softmax_residual_(logits, labels, highest, total, head.first_token), head.weight_VH, out=grad)

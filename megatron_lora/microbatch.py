@@ -32,10 +32,14 @@ class Packing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageInput:
-    """One microbatch for one stage: `tokens`, `labels` (-100: none) int64 [T], `weights` fp32 [T], packing and route."""
+    """One microbatch for one stage: `tokens`, `labels` (-100: none) int64 [T], `weights` fp32 [T], packing and route.
+
+    `targets` int64 lists the rows that have a label, in order, so that the loss looks at no others; None where nobody listed them.
+    """
 
     tokens: Tensor
     labels: Tensor
     weights: Tensor
     packing: Packing
     route: Route | None
+    targets: Tensor | None = None

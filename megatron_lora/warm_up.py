@@ -62,7 +62,7 @@ def _there_and_back(stage: Stage, data: StageInput, local_rows: int) -> None:
         hidden = torch.zeros(local_rows, stage.architecture.hidden_size, dtype=stage.dtype, device=stage.device).requires_grad_()
     output = stage(data, hidden)
     if stage.is_last:
-        (stage.losses(output, data.labels) * data.weights).sum().backward()
+        (stage.losses(output, data.labels, data.targets) * data.weights).sum().backward()
     else:
         output.backward(torch.ones_like(output))
 
@@ -79,6 +79,7 @@ def dummy(num_rows: int, num_jobs: int, device: torch.device) -> StageInput:
     return StageInput(
         tokens=zeros(torch.int64),
         labels=zeros(torch.int64),
+        targets=torch.arange(num_rows, device=device),
         weights=zeros(torch.float32) + 1.0,
         packing=Packing(
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),

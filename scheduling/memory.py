@@ -22,7 +22,8 @@ from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 
 RESERVED = 0.08  # share of the device that CUDA, NCCL and fragmentation take
-LOSS_CHUNK_LOGITS = 2**25  # logits that exist at a time
+LOSS_CHUNK_BYTES = 300 * 10**6  # of the logits that exist at a time
+_LOSS_ROWS = 256  # chunks are multiples of it, so that they fill the tiles of a GEMM
 _WORTH = 0.002  # a larger budget must gain this much efficiency
 _STATE_BYTES = 16  # of an adapter weight: master, gradient and Adam's two moments
 _CUBLAS_BYTES = 2 * 32 * 2**20  # workspaces of the forward's and the backward's thread
@@ -68,15 +69,15 @@ class StageMemory:
         if self.head_rows:
             layer = self.layer
             held = 2 * layer.hidden + layer.statistics + layer.whole * (1 + layer.sequence)  # sum, x, gathered x, gradient
-            num_logits = min(tokens, max(1, LOSS_CHUNK_LOGITS // self.head_rows)) * self.head_rows
-            moments.append((per_token + held) * tokens + num_logits * (4 + (layer.item if layer.item < 4 else 0)))
+            num_logits = min(tokens, loss_chunk_rows(self.head_rows, layer.item)) * self.head_rows
+            moments.append((per_token + held) * tokens + num_logits * layer.item)
         return moments
 
     def _backward(self, tokens: int) -> list[float]:
         """What it has alive while the loss, and the top layer of each run, go back; S of the layers above stays."""
         layer, moments = self.layer, [self.per_token_in_flight * tokens]
         if self.head_rows:
-            moments[0] += 8 * layer.hidden / layer.item * tokens  # the gradient times its weights, twice in float32
+            moments[0] += layer.hidden * tokens  # the gradient times its weights
         per_token, above = self.per_token_in_flight - self._tail, 0.0
         for policy, run in groupby(reversed(self.policies)):
             count = sum(1 for _ in run)
@@ -89,6 +90,11 @@ class StageMemory:
     def _tail(self) -> float:
         """What the last stage keeps behind its layers: the final norm's input, and the gradient that the loss has made."""
         return (2 * self.layer.hidden + self.layer.statistics) * (self.head_rows > 0)
+
+
+def loss_chunk_rows(head_rows: int, item: int) -> int:
+    """Return how many rows the loss takes at a time, with so many tokens of the vocabulary on this rank and so many bytes per logit."""
+    return max(1, LOSS_CHUNK_BYTES // (head_rows * item * _LOSS_ROWS)) * _LOSS_ROWS
 
 
 def stage_memory(

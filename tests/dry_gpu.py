@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from fused_ops import linear, rms_norm, rope, swiglu
+from fused_ops import cross_entropy, linear, rms_norm, rope, swiglu
 from megatron_lora import attention, compat
 
 
@@ -84,7 +84,8 @@ def _nothing(*args, **kwargs):
 def dry_gpu():
     """Take the GPU's way through all operators, on CPU tensors that nobody writes."""
     triton = [
-        mock.patch.object(module, "backend_name", lambda device, backend=None: "triton") for module in (linear, rms_norm, rope, swiglu)
+        mock.patch.object(module, "backend_name", lambda device, backend=None: "triton")
+        for module in (cross_entropy, linear, rms_norm, rope, swiglu)
     ]
     with contextlib.ExitStack() as stack:
         for patch in (

@@ -20,6 +20,7 @@ BY_KERNEL = (  # kind -> parts of kernels' names
     ("GEMM", ("_gemm_kernel", "_hopper_kernel")),
     ("FP8 quantisation", ("_quantise_kernel",)),
     ("LoRA", ("_down_kernel", "_rows_kernel", "_grad_sb_kernel", "_sum_shares_kernel")),
+    ("loss", ("_softmax_sums_kernel", "_softmax_residual_kernel", "_scatter_scaled_kernel")),
     ("optimizer", ("_adamw_kernel",)),
     ("RoPE", ("_rope_kernel",)),
     ("attention", ("flash", "fmha", "_sdpa", "mha_")),

@@ -76,7 +76,7 @@ def stage_passes(stage: Stage, data: StageInput, rows: int) -> tuple[float, floa
 
     def forward() -> Tensor:
         output = stage(data, hidden)
-        return (stage.losses(output, data.labels) * data.weights).sum() if stage.is_last else output
+        return (stage.losses(output, data.labels, data.targets) * data.weights).sum() if stage.is_last else output
 
     output, forward_s = timed(forward, stage.device)
     gradient = torch.randn_like(output) if output.dim() else torch.ones_like(output)
@@ -139,7 +139,7 @@ def _parts(stage: Stage, data: StageInput) -> tuple[float, float, float, float, 
     output, forward_s = timed(lambda: stage(data), stage.device)
     held = _allocated(stage.device) - before
     top = output.detach().requires_grad_()
-    loss, loss_s = timed(lambda: (stage.losses(top, data.labels) * data.weights).sum(), stage.device)
+    loss, loss_s = timed(lambda: (stage.losses(top, data.labels, data.targets) * data.weights).sum(), stage.device)
     (gradient,), loss_back_s = timed(lambda: torch.autograd.grad(loss, top), stage.device)
     _, backward_s = timed(lambda: output.backward(gradient), stage.device)
     return forward_s, loss_s, loss_back_s, backward_s, held

@@ -23,7 +23,7 @@ class Model:
     def __call__(self, data, hidden):
         return self.weight * torch.ones(ROWS, 2)
 
-    def losses(self, hidden, labels):
+    def losses(self, hidden, labels, targets):
         return hidden.sum(dim=1)
 
 
@@ -49,7 +49,7 @@ def test_a_long_stream_is_not_piled_up():
         Links(None, None, None, None),
         MessageLayout(max_endings=1, hidden_size=2, dtype=torch.float32),
         load=lambda microbatch: SimpleNamespace(
-            labels=None, weights=torch.ones(ROWS), route=SimpleNamespace(segments=((0, ROWS, microbatch.segments[0].job),))
+            labels=None, targets=None, weights=torch.ones(ROWS), route=SimpleNamespace(segments=((0, ROWS, microbatch.segments[0].job),))
         ),
         num_rows=lambda microbatch: microbatch.num_tokens,
         optimizers=[Optimizer(), Optimizer()],

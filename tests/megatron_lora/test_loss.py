@@ -1,4 +1,7 @@
-"""The chunked, vocabulary-parallel loss equals F.cross_entropy over the full logits, forward and backward, and keeps rows apart."""
+"""The chunked, vocabulary-parallel loss equals F.cross_entropy over the full logits, forward and backward, and keeps rows apart.
+
+It looks at no row but the targets, where they are listed.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_lora import loss
+from scheduling import memory
 
 NUM_ROWS, HIDDEN, VOCAB = 12, 16, 61
 
@@ -30,21 +34,40 @@ def head_of(weight, sequence_parallel=False):
     return loss.Head(weight_VH=weight[first : first + size], first_token=first, group=group, sequence_parallel=sequence_parallel)
 
 
-def ours(sequence_parallel=False, chunk_rows=5):
+LISTS = {  # of target rows: whether a row has a label -> whether it is listed
+    "all": lambda labelled: labelled | True,
+    "labelled": lambda labelled: labelled,
+    "some": lambda labelled: labelled & (torch.arange(NUM_ROWS) % 3 == 1),
+    "one": lambda labelled: torch.arange(NUM_ROWS) == 3,
+    "none": lambda labelled: labelled & False,
+}
+
+
+def targets_of(labels, name):
+    """Take the labels of rows away that a list leaves out; return the labels and the list (None: nobody listed them)."""
+    if name is None:
+        return labels, None
+    listed = LISTS[name](labels >= 0)
+    return labels.where(listed, -100), listed.nonzero().squeeze(1)
+
+
+def ours(sequence_parallel=False, chunk_rows=5, listed=None):
     """Return losses [T], the gradient of hidden (put together from the shards of rows), and the logits."""
     hidden, weight, labels, weights = inputs()
+    labels, targets = targets_of(labels, listed)
     head = head_of(weight, sequence_parallel)
     size = NUM_ROWS // (head.group.size() if sequence_parallel else 1)
     hidden = hidden[size * head.group.rank() :][:size] if sequence_parallel else hidden
     hidden.requires_grad_()
-    losses = loss.cross_entropy(hidden, labels, head, chunk_rows)
+    losses = loss.cross_entropy(hidden, labels, head, targets, chunk_rows)
     (losses * weights).sum().backward()
     grad = loss.gather_rows(hidden.grad, head.group) if sequence_parallel else hidden.grad
     return losses.detach(), grad, loss.logits(hidden.detach(), head)
 
 
-def reference():
+def reference(listed=None):
     hidden, weight, labels, weights = inputs()
+    labels, _ = targets_of(labels, listed)
     hidden.requires_grad_()
     full = hidden @ weight.t()
     losses = F.cross_entropy(full, labels, reduction="none")
@@ -52,8 +75,8 @@ def reference():
     return losses.detach(), hidden.grad, full.detach()
 
 
-def assert_equal(found, tolerance=1e-5):
-    for one, expected in zip(found, reference(), strict=True):
+def assert_equal(found, listed=None, tolerance=1e-5):
+    for one, expected in zip(found, reference(listed), strict=True):
         torch.testing.assert_close(one, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -65,9 +88,29 @@ def test_equals_torch(chunk_rows, one_process):
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_vocabulary_parallel_equals_torch(sequence, pool):
-    for found in pool(tp=2, sequence=sequence).run(ours, sequence):
-        assert_equal(found)
+@pytest.mark.parametrize("listed", [None, *LISTS])
+def test_vocabulary_parallel_equals_torch(listed, sequence, pool):
+    for found in pool(tp=2, sequence=sequence).run(ours, sequence, 5, listed):
+        assert_equal(found, listed)
+
+
+@pytest.mark.parametrize("listed", LISTS)
+def test_only_targets_are_looked_at(listed, one_process, monkeypatch):
+    """Losses and gradients are those of all rows, 0 elsewhere; as many logits are made as there are targets."""
+    hidden, weight, labels, weights = inputs()
+    labels, targets = targets_of(labels, listed)
+    others = torch.ones(NUM_ROWS, dtype=torch.bool)
+    others[targets] = False
+    hidden[others] = float("nan")  # what is not looked at does no harm
+    hidden.requires_grad_()
+    sizes, chunk = [], loss._chunk
+    monkeypatch.setattr(loss, "_chunk", lambda rows, *rest: sizes.append(len(rows)) or chunk(rows, *rest))
+    losses = loss.cross_entropy(hidden, labels, head_of(weight), targets, 5)
+    (losses * weights).sum().backward()
+    assert sum(sizes) == len(targets) and max(sizes, default=0) <= 5
+    for one, expected in zip((losses.detach(), hidden.grad), reference(listed), strict=False):
+        torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-6)
+    assert not losses[others].any() and not hidden.grad[others].any()
 
 
 def test_nan_stays_in_its_row(one_process):
@@ -77,7 +120,7 @@ def test_nan_stays_in_its_row(one_process):
         h = hidden.clone()
         h[4] += poison
         h.requires_grad_()
-        losses = loss.cross_entropy(h, labels, head_of(weight), 5)
+        losses = loss.cross_entropy(h, labels, head_of(weight), chunk_rows=5)
         (losses * weights).sum().backward()
         results.append((losses.detach(), h.grad))
     others = torch.arange(NUM_ROWS) != 4
@@ -130,9 +173,15 @@ def test_no_gradient_is_made_when_none_is_wanted(one_process):
     torch.testing.assert_close(losses, reference()[0])
 
 
+@pytest.mark.parametrize(("head_rows", "item", "rows"), [(128256, 2, 1024), (64128, 2, 2304), (152064, 2, 768), (10**6, 4, 256)])
+def test_chunks_fill_tiles_and_are_bounded(head_rows, item, rows):
+    assert memory.loss_chunk_rows(head_rows, item) == rows
+
+
 def test_full_logits_never_exist(one_process, monkeypatch):
     hidden, weight, labels, _ = inputs()
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 3 * VOCAB)
+    monkeypatch.setattr(memory, "LOSS_CHUNK_BYTES", 3 * 4 * VOCAB)
+    monkeypatch.setattr(memory, "_LOSS_ROWS", 1)
     seen = []
     chunk = loss._chunk
     monkeypatch.setattr(loss, "_chunk", lambda rows, *rest: seen.append(len(rows)) or chunk(rows, *rest))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,7 +19,6 @@ from tiny import stage_input
 from fused_ops import triton_ops
 from fused_ops.adapters import LoraGroup, SlotTable, padded_rank
 from fused_ops.route import make_route
-from megatron_lora import loss
 from megatron_lora.architecture import read_architecture
 from megatron_lora.arena import AdapterSpec, Arena
 from megatron_lora.base_model import build_stage
@@ -139,9 +137,8 @@ def test_targets_and_ranks(adapters, recompute, directory, one_process):
 def test_the_loss_in_chunks(directory, one_process, monkeypatch, tmp_path):
     config = json.loads((directory / "mistral" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 16 * VOCABULARY}))
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 2**22)
-    monkeypatch.setattr(memory, "LOSS_CHUNK_LOGITS", 2**22)
-    assert ROWS * 16 * VOCABULARY == 2 * 2**22
+    monkeypatch.setattr(memory, "LOSS_CHUNK_BYTES", 2**23)
+    assert ROWS * 16 * VOCABULARY * 2 == 2 * 2**23
     found = measure(tmp_path, ParallelConfig(), "full", torch.bfloat16, BOTH)
     assert found.peak == pytest.approx(1, rel=0.015)
 
@@ -178,7 +175,3 @@ def test_partial_sums_of_a_real_layer(ranks):
     )
     predicted = layer._partial("down", layer.ffn, num_rows) * num_rows
     assert allocated.peak <= 1.05 * predicted + 2**20 and predicted <= max(2 * allocated.peak, 2**26)
-
-
-def test_the_loss_of_the_model_is_the_loss_of_the_trainer():
-    assert memory.LOSS_CHUNK_LOGITS == loss.CHUNK_LOGITS and math.log2(loss.CHUNK_LOGITS) == 25

@@ -229,7 +229,7 @@ class Model:
     def __call__(self, data, hidden):
         return self.weight * torch.ones(len(data.weights), 2)
 
-    def losses(self, hidden, labels):
+    def losses(self, hidden, labels, targets):
         return hidden.sum(dim=1)
 
 
@@ -256,7 +256,10 @@ def note_messages(stream, index: int, num_stages: int, delay: int) -> list:
     executor = Executor(
         Model(), Position(stage=index, num_stages=num_stages, delay=delay), links, layout,
         load=lambda microbatch: SimpleNamespace(
-            labels=None, weights=torch.ones(microbatch.num_tokens), route=SimpleNamespace(segments=((0, 1, microbatch.segments[0].job),))
+            labels=None,
+            targets=None,
+            weights=torch.ones(microbatch.num_tokens),
+            route=SimpleNamespace(segments=((0, 1, microbatch.segments[0].job),)),
         ),
         num_rows=lambda microbatch: microbatch.num_tokens,
         optimizers=[optimizer] * (num_stages + delay + 1), on_step=lambda step: None, on_forward=lambda microbatch: None,
