@@ -121,6 +121,7 @@ class Stage(torch.nn.Module):
         return loss.Head(
             weight_VH=weight[: max(0, self.architecture.vocab_size - first)],
             first_token=first,
+            widest=weight.shape[0],
             group=self.tensor_group,
             sequence_parallel=self.sequence_parallel,
         )

@@ -5,7 +5,8 @@
 The gradient with g = 1 is made while a chunk's logits are there (the head is frozen: only dh is wanted), and backward scales its rows by
 the upstream gradient g, which is where a row's weight enters: two GEMMs in all, and nothing is kept but the gradient's rows.
 Rows are independent: a NaN in one stays there. A label of -100 gives loss 0 and gradient 0. Where the host says which rows are targets,
-the head is computed for those alone; in completion-only training most rows are not.
+the head is computed for those alone; in completion-only training most rows are not. (A GEMM's bits may depend on how many rows it has:
+here those are a microbatch's targets.)
 
 Under tensor parallelism each rank holds a range of the vocabulary; maxima, sums and target logits are reduced per chunk, the gradient
 once. Under sequence parallelism `hidden` is a shard of rows: it is gathered first and its gradient is reduce-scattered, while losses are
@@ -27,10 +28,14 @@ from scheduling.memory import loss_chunk_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The output matrix of this rank: rows [first_token, first_token + len(weight_VH)) of the vocabulary, without padding rows."""
+    """The output matrix of this rank: rows [first_token, first_token + len(weight_VH)) of the vocabulary, without padding rows.
+
+    `widest` is the largest len(weight_VH) of any tensor rank, so that all ranks cut the same chunks.
+    """
 
     weight_VH: Tensor
     first_token: int
+    widest: int
     group: dist.ProcessGroup
     sequence_parallel: bool
 
@@ -40,7 +45,7 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, targets: Tensor | 
 
     `targets` int64 lists the rows to look at, each once, the same on all tensor ranks: all rows with a label are among them. None: all.
     """
-    rows = chunk_rows or loss_chunk_rows(head.weight_VH.shape[0], hidden.element_size())
+    rows = chunk_rows or loss_chunk_rows(head.widest, hidden.element_size())
     return _ChunkedCrossEntropy.apply(hidden, labels, targets, head, rows, hidden.requires_grad and torch.is_grad_enabled())
 
 
@@ -80,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if head.sequence_parallel:
                 grad = grad if targets is None else grad.new_zeros(num_rows, width).index_copy_(0, targets, grad)
                 grad, targets = scatter_rows(grad, head.group), None
-            else:
+            elif len(grad):
                 grad = all_reduce(grad, head.group)
         ctx.head, ctx.grad, ctx.targets = head, grad, targets
         return losses

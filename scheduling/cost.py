@@ -6,7 +6,8 @@ A stage with L layers runs a pass over T tokens with squared lengths Q = sum(len
 
 The base is frozen, so a backward makes dX but no dW: as much linear work as a forward (plus one more forward with recompute), 2.5 times
 its attention work; LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head is 4 H V per token
-in the last stage's forward, which makes logits and their gradient while they are there; its backward only scales that gradient.
+in the last stage's forward, which makes logits and their gradient while they are there; its backward only scales that gradient. That
+counts every token as a target: rows without a label cost the head nothing, so completion-only data takes less (measured costs know).
 
 `recompute` is the policy of all layers ("none", "cheap" or "full"), or of each: "full" is one more forward in the backward, "cheap" writes
 norm and SwiGLU outputs once more, about _CHEAP of a forward.

@@ -24,6 +24,7 @@ class Model:
         return self.weight * torch.ones(ROWS, 2)
 
     def losses(self, hidden, labels, targets):
+        assert targets.tolist() == list(range(ROWS))
         return hidden.sum(dim=1)
 
 
@@ -49,7 +50,10 @@ def test_a_long_stream_is_not_piled_up():
         Links(None, None, None, None),
         MessageLayout(max_endings=1, hidden_size=2, dtype=torch.float32),
         load=lambda microbatch: SimpleNamespace(
-            labels=None, targets=None, weights=torch.ones(ROWS), route=SimpleNamespace(segments=((0, ROWS, microbatch.segments[0].job),))
+            labels=None,
+            targets=torch.arange(ROWS),
+            weights=torch.ones(ROWS),
+            route=SimpleNamespace(segments=((0, ROWS, microbatch.segments[0].job),)),
         ),
         num_rows=lambda microbatch: microbatch.num_tokens,
         optimizers=[Optimizer(), Optimizer()],

@@ -5,6 +5,8 @@ It looks at no row but the targets, where they are listed.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,7 +33,8 @@ def head_of(weight, sequence_parallel=False):
     group = dist.group.WORLD
     size = -(-VOCAB // group.size())
     first = size * group.rank()
-    return loss.Head(weight_VH=weight[first : first + size], first_token=first, group=group, sequence_parallel=sequence_parallel)
+    part = weight[first : first + size]
+    return loss.Head(weight_VH=part, first_token=first, widest=size, group=group, sequence_parallel=sequence_parallel)
 
 
 LISTS = {  # of target rows: whether a row has a label -> whether it is listed
@@ -92,6 +95,17 @@ def test_equals_torch(chunk_rows, one_process):
 def test_vocabulary_parallel_equals_torch(listed, sequence, pool):
     for found in pool(tp=2, sequence=sequence).run(ours, sequence, 5, listed):
         assert_equal(found, listed)
+
+
+def ours_in_default_chunks():
+    """Bound chunks so that 31 columns, rank 0's, allow 4 rows, and 30, rank 1's, 5."""
+    with mock.patch.multiple(memory, LOSS_CHUNK_BYTES=4 * 30 * 5, _LOSS_ROWS=1):
+        return ours(chunk_rows=None)
+
+
+def test_ranks_of_uneven_vocabulary_cut_the_same_chunks(pool):
+    for found in pool(tp=2).run(ours_in_default_chunks):
+        assert_equal(found)
 
 
 @pytest.mark.parametrize("listed", LISTS)
