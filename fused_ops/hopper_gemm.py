@@ -159,12 +159,15 @@ def _frozen_product(ring, step, num_inner, BACKWARD: gl.constexpr):
 
 @gluon.jit
 def _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr):
-    """Return how many ranks the owner of the tile at i_col adds to it, over all modules."""
-    total = 0
-    for m in gl.static_range(1 if WIDE else MODULES):
-        ranks, l_row, s_col, l_col = _module(slots_ptr, max(owner, 0), i_col, starts[m], stops[m], m, BACKWARD, WIDE)
-        total += ranks
-    return total
+    """Return how many ranks each module of the owner of the tile at i_col adds to it, as three numbers."""
+    slot = max(owner, 0)
+    ranks0, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[0], stops[0], 0, BACKWARD, WIDE)
+    ranks1, ranks2 = ranks0 * 0, ranks0 * 0
+    if MODULES > 1:
+        ranks1, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[1], stops[1], 1, BACKWARD, WIDE)
+    if MODULES > 2:
+        ranks2, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[2], stops[2], 2, BACKWARD, WIDE)
+    return ranks0, ranks1, ranks2
 
 
 @gluon.jit
@@ -215,14 +218,27 @@ def _module_bits(b_hash, i_module: gl.constexpr):
 
 
 @gluon.jit
+def _level(slots_ptr, slot):
+    """Return what a slot's bits must reach to be kept."""
+    return gl.load(slots_ptr + slot * _FIELDS + 1).to(gl.uint32) << 22
+
+
+@gluon.jit
+def _add_dropped(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr):
+    """Return a quarter of the accumulator plus the products of the one slot that owns the tile, each masked by its dropout."""
+    for m in gl.static_range(MODULES):
+        b_product, step = _product(ring, step, ranks[m])
+        b_acc += gl.where(_module_bits(b_hash, m) >= level, b_product, 0.0)
+    return b_acc, step
+
+
+@gluon.jit
 def _add_masked(
-    ring, step, b_acc, tables, i_low, i_high, b_keys, o_row, i_col, first_feature, starts, stops,
+    ring, step, b_acc, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Return a quarter of the accumulator plus the products of all segments, each masked by its rows and its dropout."""
     tiles_ptr, segments_ptr, slots_ptr = tables
-    if DROPOUT:
-        b_hash = _hash(b_keys, first_feature)
     for i_segment in range(i_low, i_high):
         segment_ptr = segments_ptr + i_segment * 4
         m_keep = gl.expand_dims((o_row >= gl.load(segment_ptr)) & (o_row < gl.load(segment_ptr + 1)), 1)
@@ -231,7 +247,7 @@ def _add_masked(
             ranks, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
             b_product, step = _product(ring, step, ranks)
             if DROPOUT:
-                level = gl.load(slots_ptr + slot * _FIELDS + 1).to(gl.uint32) << 22
+                level = _level(slots_ptr, slot)
                 b_acc += gl.where((_module_bits(b_hash, m) >= level) & m_keep, b_product, 0.0)
             else:
                 b_acc += gl.where(m_keep, b_product, 0.0)
@@ -260,12 +276,13 @@ def _multiplier(
     for i_tile in range(gl.program_id(0), num_tiles, stride):
         # Asked for before the products and read after them. Triton 3.6 carries from tile to tile only what is read outside branches.
         i_low, i_high = gl.load(tiles_ptr + i_row // BM * 4), gl.load(tiles_ptr + i_row // BM * 4 + 1)
-        ranks = _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
+        of_modules = _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
+        level = _level(slots_ptr, max(owner, 0))
         next_row, next_col = _place(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
         next_owner = gl.load(tiles_ptr + next_row // BM * 4 + 2)
         b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD)
         if (owner >= 0) & (not DROPOUT):
-            b_acc0, b_acc1, step = _add_owner(ring, step, b_acc0, b_acc1, ranks)
+            b_acc0, b_acc1, step = _add_owner(ring, step, b_acc0, b_acc1, of_modules[0] + of_modules[1] + of_modules[2])
         b_part0, b_part1 = _quarters(b_acc0)
         b_part2, b_part3 = _quarters(b_acc1)
         parts = (b_part0, b_part1, b_part2, b_part3)
@@ -276,11 +293,15 @@ def _multiplier(
         for i_part in gl.static_range(4):
             b_part = parts[i_part]
             o_col = i_col + i_part * QUARTER + gl.arange(0, QUARTER, _COLUMNS)
-            if (owner < 0) | DROPOUT:
+            b_hash = b_keys
+            if DROPOUT:
+                b_hash = _hash(b_keys, first_feature + i_col + i_part * QUARTER)
+            if owner < 0:
                 b_part, step = _add_masked(
-                    ring, step, b_part, tables, i_low, i_high, b_keys, o_row, i_col, first_feature + i_col + i_part * QUARTER, starts, stops,
-                    BACKWARD, MODULES, WIDE, DROPOUT,
-                )  # fmt: skip
+                    ring, step, b_part, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT
+                )
+            elif DROPOUT:
+                b_part, step = _add_dropped(ring, step, b_part, b_hash, of_modules, level, MODULES)
             if HAS_BIAS:
                 b_part += gl.expand_dims(gl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(gl.float32), 0)
             output_buf = output_bufs.index(i_part % 2)

@@ -5,8 +5,8 @@
 The gradient with g = 1 is made while a chunk's logits are there (the head is frozen: only dh is wanted), and backward scales its rows by
 the upstream gradient g, which is where a row's weight enters: two GEMMs in all, and nothing is kept but the gradient's rows.
 Rows are independent: a NaN in one stays there. A label of -100 gives loss 0 and gradient 0. Where the host says which rows are targets,
-the head is computed for those alone; in completion-only training most rows are not. (A GEMM's bits may depend on how many rows it has:
-here those are a microbatch's targets.)
+the head is computed for those alone; in completion-only training most rows are not. A GEMM's bits may depend on how many rows it has:
+chunks of targets are therefore filled up to one height, so that no row's bits depend on how many of its neighbours are targets.
 
 Under tensor parallelism each rank holds a range of the vocabulary; maxima, sums and target logits are reduced per chunk, the gradient
 once. Under sequence parallelism `hidden` is a shard of rows: it is gathered first and its gradient is reduce-scattered, while losses are
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fused_ops.cross_entropy import scatter_scaled, softmax_residual_, softmax_sums
 from megatron_lora.layers import all_reduce, gather_rows, scatter_rows
@@ -60,7 +61,7 @@ def logits(hidden: Tensor, head: Head) -> Tensor:
     dist.all_gather(widths, torch.tensor([part.shape[1]], device=part.device), group=head.group)
     widest = max(int(width) for width in widths)
     parts = [part.new_empty(part.shape[0], widest) for _ in widths]
-    dist.all_gather(parts, torch.nn.functional.pad(part, (0, widest - part.shape[1])).contiguous(), group=head.group)
+    dist.all_gather(parts, pad(part, (0, widest - part.shape[1])).contiguous(), group=head.group)
     return torch.cat([whole[:, : int(width)] for whole, width in zip(parts, widths, strict=True)], dim=1)
 
 
@@ -70,16 +71,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         full = gather_rows(hidden, head.group) if head.sequence_parallel else hidden
         num_rows, width = full.shape
         assert labels.shape == (num_rows,), f"{list(labels.shape)} labels for {list(full.shape)} hidden states"
+        height, num_wanted, chosen = min(chunk_rows, num_rows), num_rows if targets is None else len(targets), targets
         wanted = labels if targets is None else labels.index_select(0, targets)
+        if targets is not None:
+            chosen, wanted = (pad(listed, (0, -num_wanted % height), value=none) for listed, none in ((targets, 0), (wanted, -100)))
         losses = torch.empty(len(wanted), dtype=torch.float32, device=full.device)
         grad = full.new_empty(len(wanted), width) if with_grad else None
-        logits = full.new_empty(min(chunk_rows, len(wanted)), head.weight_VH.shape[0])
-        for start in range(0, len(wanted), chunk_rows):
-            rows = slice(start, min(start + chunk_rows, len(wanted)))
-            chunk = full[rows] if targets is None else full.index_select(0, targets[rows])
+        logits = full.new_empty(min(height, len(wanted)), head.weight_VH.shape[0])
+        for start in range(0, len(wanted), height):
+            rows = slice(start, min(start + height, len(wanted)))
+            chunk = full[rows] if targets is None else full.index_select(0, chosen[rows])
             _chunk(chunk, wanted[rows], head, logits[: len(chunk)], losses[rows], None if grad is None else grad[rows])
         del full, logits
         if targets is not None:
+            losses, grad = losses[:num_wanted], None if grad is None else grad[:num_wanted]
             losses = losses.new_zeros(num_rows).index_copy_(0, targets, losses)
         if grad is not None and head.group.size() > 1:
             if head.sequence_parallel:

@@ -94,6 +94,8 @@ class StageMemory:
 
 def loss_chunk_rows(head_rows: int, item: int) -> int:
     """Return how many rows the loss takes at a time, with so many tokens of the vocabulary on this rank and so many bytes per logit."""
+    if item > 2:  # float32 is for CPUs, which need no large products to be busy
+        return max(1, min(128, LOSS_CHUNK_BYTES // (head_rows * item)))
     return max(1, LOSS_CHUNK_BYTES // (head_rows * item * _LOSS_ROWS)) * _LOSS_ROWS
 
 

@@ -110,7 +110,7 @@ def test_ranks_of_uneven_vocabulary_cut_the_same_chunks(pool):
 
 @pytest.mark.parametrize("listed", LISTS)
 def test_only_targets_are_looked_at(listed, one_process, monkeypatch):
-    """Losses and gradients are those of all rows, 0 elsewhere; as many logits are made as there are targets."""
+    """Losses and gradients are those of all rows, 0 elsewhere; no more chunks are made than the targets fill, all of one height."""
     hidden, weight, labels, weights = inputs()
     labels, targets = targets_of(labels, listed)
     others = torch.ones(NUM_ROWS, dtype=torch.bool)
@@ -121,7 +121,7 @@ def test_only_targets_are_looked_at(listed, one_process, monkeypatch):
     monkeypatch.setattr(loss, "_chunk", lambda rows, *rest: sizes.append(len(rows)) or chunk(rows, *rest))
     losses = loss.cross_entropy(hidden, labels, head_of(weight), targets, 5)
     (losses * weights).sum().backward()
-    assert sum(sizes) == len(targets) and max(sizes, default=0) <= 5
+    assert sizes == [5] * -(-len(targets) // 5)
     for one, expected in zip((losses.detach(), hidden.grad), reference(listed), strict=False):
         torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-6)
     assert not losses[others].any() and not hidden.grad[others].any()
@@ -187,7 +187,9 @@ def test_no_gradient_is_made_when_none_is_wanted(one_process):
     torch.testing.assert_close(losses, reference()[0])
 
 
-@pytest.mark.parametrize(("head_rows", "item", "rows"), [(128256, 2, 1024), (64128, 2, 2304), (152064, 2, 768), (10**6, 4, 256)])
+@pytest.mark.parametrize(
+    ("head_rows", "item", "rows"), [(128256, 2, 1024), (64128, 2, 2304), (152064, 2, 768), (49152, 4, 128), (10**6, 4, 75)]
+)
 def test_chunks_fill_tiles_and_are_bounded(head_rows, item, rows):
     assert memory.loss_chunk_rows(head_rows, item) == rows
 
@@ -201,3 +203,18 @@ def test_full_logits_never_exist(one_process, monkeypatch):
     monkeypatch.setattr(loss, "_chunk", lambda rows, *rest: seen.append(len(rows)) or chunk(rows, *rest))
     loss.cross_entropy(hidden, labels, head_of(weight))
     assert seen == [3, 3, 3, 3]
+
+
+def test_a_rows_bits_do_not_depend_on_how_many_others_are_targets(one_process):
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(700, 48, generator=generator), torch.randn(VOCAB, 48, generator=generator)
+    labels = torch.randint(VOCAB, (700,), generator=generator)
+    seen = []
+    for others in (0, 1, 130, 500):
+        rows = torch.cat((torch.arange(200 - min(others, 200), 200), torch.arange(300, 340), torch.arange(340, 340 + max(others - 200, 0))))
+        leaf = hidden.clone().requires_grad_()
+        losses = loss.cross_entropy(leaf, labels.where(torch.isin(torch.arange(700), rows), -100), head_of(weight), rows)
+        (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        seen.append((losses[300:340], grad[300:340]))
+    for losses, grad in seen[1:]:
+        assert torch.equal(losses, seen[0][0]) and torch.equal(grad, seen[0][1])
