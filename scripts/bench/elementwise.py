@@ -10,12 +10,12 @@ when a kernel disagrees with its reference.
 """
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from kernels import ROOT, environment, measure
+from kernels import ROOT, measure
+from stamp import append_line, stamp
 
 from fused_ops import rms_norm, rope, swiglu
 
@@ -164,16 +164,15 @@ def main():
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--rows", nargs="*", type=int, default=[8192])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--commit", help="where the checkout cannot tell it")
     parser.add_argument("--output", type=Path, default=ROOT / "scripts/bench/results/elementwise.jsonl")
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     for model in args.models:
         for rows in args.rows:
             for name, case in cases(model, rows):
-                line = {**environment(), "case": f"{name}, {model}, {rows} rows", "operator": name, "model": model, "rows": rows}
+                line = {**stamp(code=args.commit), "case": f"{name}, {model}, {rows} rows", "operator": name, "model": model, "rows": rows}
                 line |= measure_case(name, case, args.rounds)
-                with args.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                append_line(args.output, line)
                 shown = " ".join(f"{candidate} {rate:.0f}" for candidate, (rate, *_) in line["gb_per_s"].items())
                 print(f"{line['case']}: of a copy {line['share_of_copy']}\n    GB/s: {shown}", flush=True)
                 torch.cuda.empty_cache()

@@ -16,7 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from kernels import ROOT, SHAPES, environment, measure, problem, steps
+from kernels import ROOT, SHAPES, measure, problem, steps
+from stamp import append_line, stamp
 
 from fused_ops import reference, triton_ops
 from fused_ops.fp8 import Fp8Matrix, quantise_rows, quantise_weight
@@ -126,6 +127,7 @@ def main():
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--commit", help="where the checkout cannot tell it")
     parser.add_argument("--choices", type=Path, default=CHOICES, help="where --tune writes")
     parser.add_argument("--output", type=Path, default=ROOT / "scripts/bench/results/fp8.jsonl")
     args = parser.parse_args()
@@ -136,12 +138,10 @@ def main():
             mine.update(tune(shape, max(4, args.rounds // 3)))
         args.choices.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
         _choices.cache_clear()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     for shape in args.shapes:
         for p in (0.0, 0.1):
-            row = {**environment(), **case(shape, p, args.rounds)}
-            with args.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            row = {**stamp(code=args.commit), **case(shape, p, args.rounds)}
+            append_line(args.output, row)
             print(
                 f"{shape:12s} p={p} bf16 {row['bf16_ms']:.3f} ms fp8 {row['fp8_ms']:.3f} ms speedup {row['speedup']:.2f} "
                 f"over the fp8 floor {row['ratio']:.2f} errors {row['error_y']:.3f} {row['error_dx']:.3f}"

@@ -10,20 +10,17 @@ kernels disagree with their reference.
 """
 
 import argparse
-import json
-import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/fused_ops")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/fused_ops"), str(ROOT / "scripts/bench")]
 
 from conftest import build_problem  # noqa: E402
+from stamp import append_line, stamp  # noqa: E402
 
 from fused_ops import reference, triton_ops  # noqa: E402
 from fused_ops.lora_gemm import gemm  # noqa: E402
@@ -154,6 +151,16 @@ def measure(candidates, rounds, repeats=4):
     return {name: tuple(sorted(t)[int(f * (len(t) - 1))] for f in (0.5, 0.1, 0.9)) for name, t in times.items()}
 
 
+def runs(fn):
+    """Return whether a baseline runs here at all; where it does not, say so."""
+    try:
+        fn()
+        return True
+    except Exception as error:
+        print(f"    left out: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        return False
+
+
 def candidates(q, baselines):
     found = {
         "cublas forward": lambda: q.x @ q.weight.T,
@@ -176,9 +183,10 @@ def candidates(q, baselines):
         one, _ = plain(q, [(0, q.route.num_rows, 0)])
         loop, forward = plain(q, q.route.segments)
         compiled = torch.compile(forward)
-        found |= {"torch one adapter": one, "torch loop": loop, "torch.compile loop": lambda: loop(compiled)}
+        others = {"torch one adapter": one, "torch loop": loop, "torch.compile loop": lambda: loop(compiled)}
         if len(q.group.columns) == 1 and not q.group.has_dropout:
-            found["torch._grouped_mm"] = grouped(q)
+            others["torch._grouped_mm"] = grouped(q)
+        found |= {name: fn for name, fn in others.items() if runs(fn)}
     return found
 
 
@@ -198,30 +206,20 @@ def case(shape, p, mix, baselines, rounds):
     }  # fmt: skip
 
 
-def environment():
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "commit": commit or "unknown",
-        "hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "dtype": "bfloat16", "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "command": " ".join(sys.argv),
-    }  # fmt: skip
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--mixes", nargs="*", default=list(MIXES), choices=list(MIXES))
     parser.add_argument("--baselines", action="store_true")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--commit", help="where the checkout cannot tell it")
     parser.add_argument("--output", type=Path, default=ROOT / "scripts/bench/results/kernels.jsonl")
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     wanted = [(shape, p, "equal", args.baselines) for shape in args.shapes for p in (0.0, 0.1)]
     wanted += [("4096->4096", 0.0, mix, False) for mix in args.mixes]
     for shape, p, mix, baselines in wanted:
-        row = {**environment(), **case(shape, p, mix, baselines, args.rounds)}
-        with args.output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        row = {**stamp(code=args.commit), "dtype": "bfloat16", **case(shape, p, mix, baselines, args.rounds)}
+        append_line(args.output, row)
         target = f" (target {row['target']})" if row["target"] else ""
         others = " ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
         spread = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
