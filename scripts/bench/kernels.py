@@ -4,12 +4,13 @@
     python scripts/bench/kernels.py --baselines          also plain torch (one adapter, a loop), torch.compile of it, torch._grouped_mm
 
 The timed region holds everything from X and dY to Y, dX and dA, dB added into the float32 arena. The floor is X W^T and dY W alone,
-each by the faster of cuBLAS and our own GEMM without LoRA. Every candidate is replayed once per round, in turn; medians over rounds,
-with the 10th and 90th percentiles. Appends one JSON line per case to scripts/bench/results/kernels.jsonl; refuses to run when the
-kernels disagree with their reference.
+each by the faster of cuBLAS and our own GEMM without LoRA. Every candidate is replayed once per round, in an order drawn anew; medians
+over rounds, with the 10th and 90th percentiles. Appends one JSON line per case to scripts/bench/results/kernels.jsonl; refuses to run
+when the kernels disagree with their reference.
 """
 
 import argparse
+import random
 import sys
 from functools import partial
 from pathlib import Path
@@ -137,9 +138,11 @@ def capture(fn):
 def measure(candidates, rounds, repeats=4):
     """Return {name: (median, 10th, 90th percentile)} in milliseconds."""
     graphs = {name: capture(fn) for name, fn in candidates.items()}
-    times = {name: [] for name in graphs}
+    times, order = {name: [] for name in graphs}, list(graphs.items())
+    generator = random.Random(0)
     for i in range(rounds + 2):
-        for name, graph in graphs.items():
+        generator.shuffle(order)  # what runs hot slows down what comes after it: nobody always comes after the same
+        for name, graph in order:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             for _ in range(repeats):

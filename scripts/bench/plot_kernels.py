@@ -49,7 +49,7 @@ def main():
     right.set_xlabel("MB of the activation that is read")
     right.set_ylabel("microseconds (p = 0)")
     right.legend()
-    figure.suptitle(f"{rows[0]['device']}, {rows[0]['rows']} tokens, commit {rows[-1]['commit']}")
+    figure.suptitle(f"{rows[-1]['hardware']}, {rows[0]['rows']} tokens, commit {', '.join(sorted({row['commit'] for row in rows}))}")
     figure.tight_layout()
     figure.savefig(RESULTS / "kernels.png", dpi=110)
 

@@ -32,12 +32,18 @@ def newest(lines: list[dict]) -> list[dict]:
 
 
 def cell(line: dict, field: str) -> str:
-    """Format one field: `name` or `name:format`; dots reach into objects. KeyError when it is absent."""
+    """Format one field: `name` or `name:format`; dots reach into objects, unless a key has the dot itself. KeyError when it is absent."""
     name, _, form = field.partition(":")
-    value: object = line
-    for part in name.split("."):
-        value = value[part]  # type: ignore[index]
-    return format(value, form)
+    return format(_value(line, name), form)
+
+
+def _value(line: dict, name: str):
+    if name in line:
+        return line[name]
+    head, dot, rest = name.partition(".")
+    if not dot:
+        raise KeyError(name)
+    return _value(line[head], rest)
 
 
 def table(spec: str, results: Path) -> str:
