@@ -17,9 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_ops.adapters import LoraGroup
 from fused_ops.fp8 import Fp8Matrix
 from fused_ops.gemm_config import GemmConfig, fp8_config
-from fused_ops.lora_gemm import _add_lora, _load_owner, _split, _store, uses_tma
+from fused_ops.lora_gemm import _add_lora, _load_owner, _split, _store
 from fused_ops.route import Route
-from fused_ops.shapes import num_processors
+from fused_ops.shapes import num_processors, uses_tma
 
 
 @triton.jit(do_not_specialize=["num_rows", "s_stride", "first_feature"])
@@ -105,7 +105,7 @@ def fp8_gemm(
     wide = lora and backward and not dropout
     adapters = () if not lora else (group.a_RK,) if backward else group.b_RN
     starts, stops = zip(*group.columns, strict=True) if lora else ((), ())
-    tma = uses_tma(values, weight, out_TO, *adapters)
+    tma = uses_tma(values, weight, out_TO, *(t for t in adapters if len(t)))
     width = 0 if not lora else group.width if wide else group.max_padded_rank
     if config is None:
         small = not tma or dtype == torch.float32

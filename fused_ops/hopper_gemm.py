@@ -23,9 +23,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
-from fused_ops.lora_gemm import uses_tma
 from fused_ops.route import Route
-from fused_ops.shapes import num_processors
+from fused_ops.shapes import num_processors, uses_tma
 
 BM, BN, BK, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(64), gl.constexpr(16)
 HALF, QUARTER = gl.constexpr(128), gl.constexpr(64)  # columns of one accumulator, and of a masked product

@@ -22,7 +22,6 @@ from fused_ops.backend import backend_name
 from fused_ops.fp8 import Fp8Weight
 from fused_ops.refill import Refill
 from fused_ops.route import Route
-from fused_ops.streams import BESIDE, side_by_side
 
 
 class Collectives:
@@ -105,20 +104,12 @@ class _MultiLoraLinear(torch.autograd.Function):
         group, route, ops = ctx.group, ctx.route, ctx.ops
         dy_TN = ctx.collectives.gather_grad(dy_TN).contiguous()
         ds_TR = None if group is None else ops.grad_s_and_b(dy_TN, ctx.s_TR, group, route)
-
-        def grad_x():
-            if ctx.needs_input_grad[0]:
-                return ctx.collectives.reduce_grad(ops.grad_x(dy_TN, ctx.weight_NK, ds_TR, group, route))
-            return None
-
+        dx_TK = None
+        if ctx.needs_input_grad[0]:
+            dx_TK = ctx.collectives.reduce_grad(ops.grad_x(dy_TN, ctx.weight_NK, ds_TR, group, route))
         if group is None:
-            return grad_x(), *[None] * 7
-        local = route.rows(*ctx.collectives.local_rows(route.num_rows))
-        if BESIDE and ctx.refill is None:
-            local_ds = ctx.collectives.reduce_ds(ds_TR)
-            dx_TK = side_by_side(grad_x, lambda: ops.grad_a(ctx.saved_tensors[0], local_ds, group, local), dy_TN.device)
             return dx_TK, *[None] * 7
-        dx_TK = grad_x()
+        local = route.rows(*ctx.collectives.local_rows(route.num_rows))
         grad_a = partial(ops.grad_a, ds_TR=ctx.collectives.reduce_ds(ds_TR), group=group, route=local)
         if ctx.refill is None:
             grad_a(ctx.saved_tensors[0])

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.gemm_config import GemmConfig, gemm_config
 from fused_ops.route import Route
-from fused_ops.shapes import num_processors
+from fused_ops.shapes import num_processors, uses_tma
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
 
 _FIELDS = tl.constexpr(SLOT_FIELDS)
@@ -237,7 +237,7 @@ def gemm(
     wide = lora and backward and not dropout
     adapters = () if not lora else (group.a_RK,) if backward else group.b_RN
     starts, stops = zip(*group.columns, strict=True) if lora else ((), ())
-    tma = uses_tma(input_TI, weight, out_TO, *adapters)
+    tma = uses_tma(input_TI, weight, out_TO, *(t for t in adapters if len(t)))
     width = 0 if not lora else group.width if wide else group.max_padded_rank
     if config is None:
         config = gemm_config(input_TI, num_cols, backward, tma, width, dropout, group.num_modules if lora else 0)
@@ -276,10 +276,3 @@ def gemm(
 def _three(items: tuple) -> tuple:
     """Pad to three: descriptors cannot travel in a tuple argument."""
     return items + (None,) * (3 - len(items))
-
-
-def uses_tma(*tensors: Tensor) -> bool:
-    """Return whether every tensor can have a TMA descriptor: Hopper or later, 16-byte aligned rows."""
-    device = tensors[0].device
-    capable = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
-    return capable and all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)

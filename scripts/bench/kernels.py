@@ -12,7 +12,6 @@ when the kernels disagree with their reference.
 import argparse
 import random
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +24,6 @@ from stamp import append_line, stamp  # noqa: E402
 
 from fused_ops import reference, triton_ops  # noqa: E402
 from fused_ops.lora_gemm import gemm  # noqa: E402
-from fused_ops.streams import BESIDE, side_by_side  # noqa: E402
 
 SHAPES = {  # name: K, columns of each module, targets of the ratio at p = 0 and 0.1
     "4096->4096": (4096, (4096,), 1.17, 1.24),
@@ -49,13 +47,10 @@ def problem(shape, p, ranks=(16,) * 4, lengths=None, rows=8192):
     return build_problem(list(lengths), list(ranks), k=k, n=columns, dropouts=[p] * len(ranks), dtype=torch.bfloat16, device="cuda")
 
 
-def steps(ops, q, beside=BESIDE):
+def steps(ops, q):
     s = ops.down(q.x, q.group, q.route)
     y = ops.up(q.x, q.weight, None, s, q.group, q.route)
     ds = ops.grad_s_and_b(q.dy, s, q.group, q.route)
-    if beside:
-        grad_x = partial(ops.grad_x, q.dy, q.weight, ds, q.group, q.route)
-        return y, side_by_side(grad_x, partial(ops.grad_a, q.x, ds, q.group, q.route), q.x.device)
     dx = ops.grad_x(q.dy, q.weight, ds, q.group, q.route)
     ops.grad_a(q.x, ds, q.group, q.route)
     return y, dx
@@ -171,7 +166,6 @@ def candidates(q, baselines):
         "own forward": lambda: gemm(q.x, q.weight, None, None, None, None, backward=False),
         "own dx": lambda: gemm(q.dy, q.weight, None, None, None, None, backward=True),
         "fused": lambda: steps(triton_ops, q),
-        "fused, dA beside dX": lambda: steps(triton_ops, q, beside=True),
     }
     s = triton_ops.down(q.x, q.group, q.route)
     ds = triton_ops.grad_s_and_b(q.dy, s, q.group, q.route)

@@ -13,43 +13,29 @@ from pathlib import Path
 import torch
 from kernels import SHAPES, measure, problem
 
-from fused_ops import triton_ops
 from fused_ops.gemm_config import CHOICES, GemmConfig, choice_key
 from fused_ops.lora_gemm import gemm
 
 FLAT = {"stages": 3, "persistent": True, "flatten": True}
-CANDIDATES = {
-    "none": [{}, {"stages": 3}, FLAT, {**FLAT, "group": 16}],
-    "narrow": [{}, {"stages": 3}, {"group": 16}],
-    "wide": [{}, {"stages": 3}, {"group": 16}],
-    "dropout": [{}, {"stages": 3}, {"parts": 4}, {"columns": 128, "warps": 4, "stages": 3}],
-}
+CANDIDATES = [{}, {"stages": 3}, FLAT, {**FLAT, "group": 16}]
 
 
 def cases(shape, rows):
-    """Yield (key, run) of every direction and kind of LoRA term of a shape."""
-    for p in (0.0, 0.1):
-        q = problem(shape, p, rows=rows)
-        s = triton_ops.down(q.x, q.group, q.route)
-        for backward in (False, True):
-            value, cols = (q.dy, q.weight.shape[1]) if backward else (q.x, q.weight.shape[0])
-            dropout = bool(p) and backward
-            width = q.group.width if backward and not dropout else q.group.max_padded_rank
-            terms = [(s, q.group, q.route, width, dropout)] + ([] if p else [(None, None, None, 0, False)])
-            for s_TR, group, route, term_width, drops in terms:
-                key = choice_key(*value.shape, cols, backward, term_width, drops)
+    """Yield (key, run) of both directions of a shape, without LoRA: with it, hopper_gemm.py has nothing to choose."""
+    q = problem(shape, 0.0, rows=rows)
+    for backward in (False, True):
+        value, cols = (q.dy, q.weight.shape[1]) if backward else (q.x, q.weight.shape[0])
 
-                def run(config, value=value, q=q, term=(s_TR, group, route), backward=backward):
-                    return gemm(value, q.weight, None, *term, backward, config)
+        def run(config, value=value, backward=backward):
+            return gemm(value, q.weight, None, None, None, None, backward, config)
 
-                if not (p and not backward):
-                    yield key, run
+        yield choice_key(*value.shape, cols, backward, 0, False), run
 
 
 def tune(key, run, rounds):
     """Return the fields of the fastest candidate, and print all of them."""
     found = {}
-    for fields in CANDIDATES[key.rsplit(", ", 1)[1]]:
+    for fields in CANDIDATES:
         config = GemmConfig(**fields)
         found[json.dumps(fields)] = lambda config=config: run(config)
     times = measure(found, rounds, repeats=3)
