@@ -21,31 +21,37 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fused_ops.adapters import SLOT_FIELDS, LoraGroup
-from fused_ops.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
+from fused_ops.adapters import LoraGroup
+from fused_ops.hopper_lora import (
+    BM,
+    BN,
+    COLUMNS,
+    HALF,
+    LORA,
+    LORA_PART,
+    PART,
+    QUARTER,
+    RANK,
+    ROWS,
+    STAGES,
+    S,
+    add_dropped,
+    add_masked,
+    add_owner,
+    level_of,
+    load_ranks,
+    mask_hash,
+    module_in_tile,
+    owner_ranks,
+    product,
+    shared,
+)  # fmt: skip
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, uses_tma
 
-BM, BN, BK, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(64), gl.constexpr(16)
-HALF, QUARTER = gl.constexpr(128), gl.constexpr(64)  # columns of one accumulator, and of a masked product
-STAGES, GROUP = gl.constexpr(4), gl.constexpr(8)  # buffers of the ring; row tiles that share the columns of W in the cache
-_FIELDS = gl.constexpr(SLOT_FIELDS)
-_FEATURE, _M1 = (gl.constexpr(value & 0xFFFFFFFF) for value in (FEATURE, MULTIPLY_1))
-_EVEN, _ODD = (gl.constexpr(tuple(pair[odd] & 0xFFFFFFFF for pair in MODULE_MULTIPLY)) for odd in (0, 1))
-
-
-def _shared(*block: gl.constexpr) -> gl.constexpr:
-    return gl.constexpr(gl.NVMMASharedLayout.get_default_for([size.value for size in block], gl.bfloat16))
-
-
-def _product_layout(columns: gl.constexpr) -> gl.constexpr:
-    return gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, columns.value, 16]))
-
-
-_INPUT, _FORWARD_WEIGHT, _BACKWARD_WEIGHT = _shared(BM, BK), _shared(HALF, BK), _shared(BK, HALF)
-_S, _LORA, _LORA_PART, _OUTPUT = _shared(BM, RANK), _shared(RANK, HALF), _shared(RANK, QUARTER), _shared(BM, QUARTER)
-_ACC, _PART = _product_layout(HALF), _product_layout(QUARTER)
-_ROWS, _COLUMNS = gl.constexpr(gl.SliceLayout(1, _PART.value)), gl.constexpr(gl.SliceLayout(0, _PART.value))
+BK, GROUP = gl.constexpr(64), gl.constexpr(8)  # inner block; row tiles that share the columns of W in the cache
+_INPUT, _FORWARD_WEIGHT, _BACKWARD_WEIGHT, _OUTPUT = shared(BM, BK), shared(HALF, BK), shared(BK, HALF), shared(BM, QUARTER)
+_ACC = product(HALF)
 
 
 @gluon.jit
@@ -55,38 +61,6 @@ def _place(i_tile, num_rows, num_cols):
     first = (i_tile // (GROUP * num_n)) * GROUP
     rows = min(num_m - first, GROUP)
     return (first + (i_tile % (GROUP * num_n)) % rows) * BM, (i_tile % (GROUP * num_n)) // rows * BN
-
-
-@gluon.jit
-def _module(slots_ptr, slot, i_col, start, stop, i_module: gl.constexpr, BACKWARD: gl.constexpr, WIDE: gl.constexpr):
-    """Return (ranks, first row of L, first column of S, column of L) of a slot's module in the tile at i_col; 0 ranks if it has none."""
-    slot_ptr = slots_ptr + slot * _FIELDS
-    if WIDE:
-        ranks, l_row, s_col = gl.load(slot_ptr + 2), gl.load(slot_ptr + 3), 0
-    else:
-        ranks, s_col = gl.load(slot_ptr), gl.load(slot_ptr + 6 + 3 * i_module)
-        l_row = gl.load(slot_ptr + (4 if BACKWARD else 5) + 3 * i_module)
-    if BACKWARD:
-        l_col = i_col
-    else:
-        l_col = i_col - start
-        ranks = gl.where((i_col + BN > start) & (i_col < stop), ranks, 0)
-    return gl.where(l_row >= 0, ranks, 0), l_row, s_col, l_col
-
-
-@gluon.jit
-def _load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Load 16 ranks of S, and of L in PARTS times COLUMNS columns from l_col on."""
-    a_bufs, b_bufs, full_bars, empty_bars = ring
-    stage = step % STAGES
-    full_bar = full_bars.index(stage)
-    mbarrier.wait(empty_bars.index(stage), ((step // STAGES) & 1) ^ 1)
-    mbarrier.expect(full_bar, (BM + PARTS * COLUMNS) * RANK * 2)
-    tma.async_copy_global_to_shared(s_desc, [i_row, s_col], full_bar, a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], _S))
-    for part in gl.static_range(PARTS):
-        l_buf = b_bufs.index(2 * stage + part)._reinterpret(gl.bfloat16, [RANK, COLUMNS], LAYOUT)
-        tma.async_copy_global_to_shared(l_desc, [l_row, l_col + part * COLUMNS], full_bar, l_buf)
-    return step + 1
 
 
 @gluon.jit
@@ -117,20 +91,20 @@ def _loader(
         if (owner >= 0) & (not DROPOUT):
             for m in gl.static_range(1 if WIDE else MODULES):
                 l_desc = l_descs[0 if BACKWARD else m]
-                ranks, l_row, s_col, l_col = _module(slots_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+                ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
                 for i_rank in range(0, ranks, RANK):
-                    step = _load_ranks(ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_col, 2, HALF, _LORA)
+                    step = load_ranks(ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_col, 2, HALF, LORA)
         else:
             for part in range(4):
                 for i_segment in range(i_low, i_high):
                     slot = gl.load(segments_ptr + i_segment * 4 + 2)
                     for m in gl.static_range(1 if WIDE else MODULES):
                         l_desc = l_part_descs[0 if BACKWARD else m]
-                        ranks, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+                        ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
                         l_col += part * QUARTER
                         for i_rank in range(0, ranks, RANK):
-                            step = _load_ranks(
-                                ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_col, 1, QUARTER, _LORA_PART
+                            step = load_ranks(
+                                ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_col, 1, QUARTER, LORA_PART
                             )
 
 
@@ -157,107 +131,10 @@ def _frozen_product(ring, step, num_inner, BACKWARD: gl.constexpr):
 
 
 @gluon.jit
-def _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr):
-    """Return how many ranks each module of the owner of the tile at i_col adds to it, as three numbers."""
-    slot = max(owner, 0)
-    ranks0, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[0], stops[0], 0, BACKWARD, WIDE)
-    ranks1, ranks2 = ranks0 * 0, ranks0 * 0
-    if MODULES > 1:
-        ranks1, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[1], stops[1], 1, BACKWARD, WIDE)
-    if MODULES > 2:
-        ranks2, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[2], stops[2], 2, BACKWARD, WIDE)
-    return ranks0, ranks1, ranks2
-
-
-@gluon.jit
-def _add_owner(ring, step, b_acc0, b_acc1, ranks):
-    """Return both halves of the accumulator plus S L of the one slot that owns the tile."""
-    a_bufs, b_bufs, full_bars, empty_bars = ring
-    for _ in range(0, ranks, RANK):
-        stage = step % STAGES
-        mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
-        b_s = a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], _S)
-        b_acc0 = warpgroup_mma(b_s, b_bufs.index(2 * stage)._reinterpret(gl.bfloat16, [RANK, HALF], _LORA), b_acc0, is_async=True)
-        b_acc1 = warpgroup_mma(b_s, b_bufs.index(2 * stage + 1)._reinterpret(gl.bfloat16, [RANK, HALF], _LORA), b_acc1, is_async=True)
-        b_acc0, b_acc1 = warpgroup_mma_wait(0, [b_acc0, b_acc1])
-        mbarrier.arrive(empty_bars.index(stage), count=1)
-        step += 1
-    return b_acc0, b_acc1, step
-
-
-@gluon.jit
-def _product(ring, step, ranks):
-    """Return S L over `ranks` ranks of one module, in a quarter of the columns, [BM, QUARTER] float32."""
-    a_bufs, b_bufs, full_bars, empty_bars = ring
-    b_product = gl.zeros([BM, QUARTER], gl.float32, _PART)
-    for _ in range(0, ranks, RANK):
-        stage = step % STAGES
-        mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
-        b_s = a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], _S)
-        b_product = warpgroup_mma(b_s, b_bufs.index(2 * stage)._reinterpret(gl.bfloat16, [RANK, QUARTER], _LORA_PART), b_product)
-        mbarrier.arrive(empty_bars.index(stage), count=1)
-        step += 1
-    return b_product, step
-
-
-@gluon.jit
-def _hash(b_keys, first_feature):
-    """Return what triton_dropout.hash_bits makes of every (row key, feature), features first_feature (even) and on: neighbours share it."""
-    pair = ((first_feature >> 1) + (gl.arange(0, QUARTER, _COLUMNS) >> 1)).to(gl.uint32)
-    x = (gl.expand_dims(b_keys, 1) ^ gl.expand_dims(pair * _FEATURE, 0)) * _M1
-    return x ^ (x >> 15)
-
-
-@gluon.jit
-def _module_bits(b_hash, i_module: gl.constexpr):
-    """Return one module's bits of the hash: the kept ones are at least its level, threshold << 22."""
-    odd = gl.full([QUARTER], _ODD[i_module], gl.uint32, _COLUMNS)
-    even = gl.full([QUARTER], _EVEN[i_module], gl.uint32, _COLUMNS)
-    return b_hash * gl.expand_dims(gl.where((gl.arange(0, QUARTER, _COLUMNS) & 1) == 1, odd, even), 0)
-
-
-@gluon.jit
-def _level(slots_ptr, slot):
-    """Return what a slot's bits must reach to be kept."""
-    return gl.load(slots_ptr + slot * _FIELDS + 1).to(gl.uint32) << 22
-
-
-@gluon.jit
-def _add_dropped(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr):
-    """Return a quarter of the accumulator plus the products of the one slot that owns the tile, each masked by its dropout."""
-    for m in gl.static_range(MODULES):
-        b_product, step = _product(ring, step, ranks[m])
-        b_acc += gl.where(_module_bits(b_hash, m) >= level, b_product, 0.0)
-    return b_acc, step
-
-
-@gluon.jit
-def _add_masked(
-    ring, step, b_acc, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops,
-    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr,
-):  # fmt: skip
-    """Return a quarter of the accumulator plus the products of all segments, each masked by its rows and its dropout."""
-    tiles_ptr, segments_ptr, slots_ptr = tables
-    for i_segment in range(i_low, i_high):
-        segment_ptr = segments_ptr + i_segment * 4
-        m_keep = gl.expand_dims((o_row >= gl.load(segment_ptr)) & (o_row < gl.load(segment_ptr + 1)), 1)
-        slot = gl.load(segment_ptr + 2)
-        for m in gl.static_range(1 if WIDE else MODULES):
-            ranks, l_row, s_col, l_col = _module(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
-            b_product, step = _product(ring, step, ranks)
-            if DROPOUT:
-                level = _level(slots_ptr, slot)
-                b_acc += gl.where((_module_bits(b_hash, m) >= level) & m_keep, b_product, 0.0)
-            else:
-                b_acc += gl.where(m_keep, b_product, 0.0)
-    return b_acc, step
-
-
-@gluon.jit
 def _quarters(b_acc):
     """Return the left and the right half of an accumulator, [BM, QUARTER] each; every thread holds some of both."""
     left, right = gl.split(gl.permute(gl.reshape(b_acc, [BM, 2, QUARTER]), [0, 2, 1]))
-    return gl.convert_layout(left, _PART, assert_trivial=True), gl.convert_layout(right, _PART, assert_trivial=True)
+    return gl.convert_layout(left, PART, assert_trivial=True), gl.convert_layout(right, PART, assert_trivial=True)
 
 
 @gluon.jit
@@ -275,32 +152,32 @@ def _multiplier(
     for i_tile in range(gl.program_id(0), num_tiles, stride):
         # Asked for before the products and read after them. Triton 3.6 carries from tile to tile only what is read outside branches.
         i_low, i_high = gl.load(tiles_ptr + i_row // BM * 4), gl.load(tiles_ptr + i_row // BM * 4 + 1)
-        of_modules = _owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
-        level = _level(slots_ptr, max(owner, 0))
+        of_modules = owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
+        level = level_of(slots_ptr, max(owner, 0))
         next_row, next_col = _place(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
         next_owner = gl.load(tiles_ptr + next_row // BM * 4 + 2)
         b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD)
         if (owner >= 0) & (not DROPOUT):
-            b_acc0, b_acc1, step = _add_owner(ring, step, b_acc0, b_acc1, of_modules[0] + of_modules[1] + of_modules[2])
+            b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, of_modules[0] + of_modules[1] + of_modules[2])
         b_part0, b_part1 = _quarters(b_acc0)
         b_part2, b_part3 = _quarters(b_acc1)
         parts = (b_part0, b_part1, b_part2, b_part3)
-        o_row = i_row + gl.arange(0, BM, _ROWS)
+        o_row = i_row + gl.arange(0, BM, ROWS)
         b_keys = o_row.to(gl.uint32)
         if DROPOUT:
             b_keys = gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True)
         for i_part in gl.static_range(4):
             b_part = parts[i_part]
-            o_col = i_col + i_part * QUARTER + gl.arange(0, QUARTER, _COLUMNS)
+            o_col = i_col + i_part * QUARTER + gl.arange(0, QUARTER, COLUMNS)
             b_hash = b_keys
             if DROPOUT:
-                b_hash = _hash(b_keys, first_feature + i_col + i_part * QUARTER)
+                b_hash = mask_hash(b_keys, first_feature + i_col + i_part * QUARTER)
             if owner < 0:
-                b_part, step = _add_masked(
+                b_part, step = add_masked(
                     ring, step, b_part, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT
                 )
             elif DROPOUT:
-                b_part, step = _add_dropped(ring, step, b_part, b_hash, of_modules, level, MODULES)
+                b_part, step = add_dropped(ring, step, b_part, b_hash, of_modules, level, MODULES)
             if HAS_BIAS:
                 b_part += gl.expand_dims(gl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(gl.float32), 0)
             output_buf = output_bufs.index(i_part % 2)
@@ -372,9 +249,9 @@ def hopper_gemm(
     _hopper_kernel[(min(num_processors(input_TI.device), tiles),)](
         describe(input_TI, _INPUT, BM, BK),
         describe(weight, _BACKWARD_WEIGHT, BK, HALF) if backward else describe(weight, _FORWARD_WEIGHT, HALF, BK),
-        describe(out_TO, _OUTPUT, BM, QUARTER), describe(s_TR, _S, BM, RANK),
-        *three([describe(tensor, _LORA, RANK, HALF) for tensor in adapters]),
-        *three([describe(tensor, _LORA_PART, RANK, QUARTER) for tensor in adapters]),
+        describe(out_TO, _OUTPUT, BM, QUARTER), describe(s_TR, S, BM, RANK),
+        *three([describe(tensor, LORA, RANK, HALF) for tensor in adapters]),
+        *three([describe(tensor, LORA_PART, RANK, QUARTER) for tensor in adapters]),
         bias_O, route.owned_tiles(BM.value), route.segment_table, group.slot_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=1 if wide else group.num_modules, WIDE=wide, DROPOUT=dropout, HAS_BIAS=bias_O is not None,

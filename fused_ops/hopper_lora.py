@@ -1,0 +1,167 @@
+"""What LoRA adds to the pipeline of hopper_gemm.py: 16 ranks a step, loaded by its one loading warp, multiplied by its two warp groups.
+
+    add_owner      a tile of one adapter without dropout: the ranks are steps like any other, acc += S L
+    add_dropped    a tile of one adapter with dropout: the product of a quarter of the columns is made apart, masked, and added
+    add_masked     a tile of several adapters: so for each segment, masked by its rows too
+
+A step is 16 ranks of S [BM, 16] and of L [16, columns] in one buffer of the ring, which is `(inputs, weights, full, empty)`: buffers in
+shared memory and the barriers that say what they are. What is loaded beyond a module's columns is zero.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from fused_ops.adapters import SLOT_FIELDS
+from fused_ops.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
+
+BM, BN, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(16)  # rows and columns of a tile, ranks of a step
+HALF, QUARTER = gl.constexpr(128), gl.constexpr(64)  # columns of one accumulator, and of a masked product
+STAGES = gl.constexpr(4)  # buffers of the ring
+_FIELDS = gl.constexpr(SLOT_FIELDS)
+_FEATURE, _M1 = (gl.constexpr(value & 0xFFFFFFFF) for value in (FEATURE, MULTIPLY_1))
+_EVEN, _ODD = (gl.constexpr(tuple(pair[odd] & 0xFFFFFFFF for pair in MODULE_MULTIPLY)) for odd in (0, 1))
+
+
+def shared(*block: gl.constexpr) -> gl.constexpr:
+    """Return the layout of a block of bfloat16 in shared memory."""
+    return gl.constexpr(gl.NVMMASharedLayout.get_default_for([size.value for size in block], gl.bfloat16))
+
+
+def product(columns: gl.constexpr) -> gl.constexpr:
+    """Return the layout of a product of so many columns over two warp groups."""
+    return gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, columns.value, 16]))
+
+
+S, LORA, LORA_PART = shared(BM, RANK), shared(RANK, HALF), shared(RANK, QUARTER)
+PART = product(QUARTER)
+ROWS, COLUMNS = gl.constexpr(gl.SliceLayout(1, PART.value)), gl.constexpr(gl.SliceLayout(0, PART.value))
+
+
+@gluon.jit
+def module_in_tile(slots_ptr, slot, i_col, start, stop, i_module: gl.constexpr, BACKWARD: gl.constexpr, WIDE: gl.constexpr):
+    """Return (ranks, first row of L, first column of S, column of L) of a slot's module in the tile at i_col; 0 ranks if it has none."""
+    slot_ptr = slots_ptr + slot * _FIELDS
+    if WIDE:
+        ranks, l_row, s_col = gl.load(slot_ptr + 2), gl.load(slot_ptr + 3), 0
+    else:
+        ranks, s_col = gl.load(slot_ptr), gl.load(slot_ptr + 6 + 3 * i_module)
+        l_row = gl.load(slot_ptr + (4 if BACKWARD else 5) + 3 * i_module)
+    if BACKWARD:
+        l_col = i_col
+    else:
+        l_col = i_col - start
+        ranks = gl.where((i_col + BN > start) & (i_col < stop), ranks, 0)
+    return gl.where(l_row >= 0, ranks, 0), l_row, s_col, l_col
+
+
+@gluon.jit
+def owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr):
+    """Return how many ranks each module of the owner of the tile at i_col adds to it, as three numbers."""
+    slot = max(owner, 0)
+    ranks0, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[0], stops[0], 0, BACKWARD, WIDE)
+    ranks1, ranks2 = ranks0 * 0, ranks0 * 0
+    if MODULES > 1:
+        ranks1, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[1], stops[1], 1, BACKWARD, WIDE)
+    if MODULES > 2:
+        ranks2, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[2], stops[2], 2, BACKWARD, WIDE)
+    return ranks0, ranks1, ranks2
+
+
+@gluon.jit
+def load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load 16 ranks of S, and of L in PARTS times COLUMNS columns from l_col on."""
+    a_bufs, b_bufs, full_bars, empty_bars = ring
+    stage = step % STAGES
+    full_bar = full_bars.index(stage)
+    mbarrier.wait(empty_bars.index(stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(full_bar, (BM + PARTS * COLUMNS) * RANK * 2)
+    tma.async_copy_global_to_shared(s_desc, [i_row, s_col], full_bar, a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], S))
+    for part in gl.static_range(PARTS):
+        l_buf = b_bufs.index(2 * stage + part)._reinterpret(gl.bfloat16, [RANK, COLUMNS], LAYOUT)
+        tma.async_copy_global_to_shared(l_desc, [l_row, l_col + part * COLUMNS], full_bar, l_buf)
+    return step + 1
+
+
+@gluon.jit
+def add_owner(ring, step, b_acc0, b_acc1, ranks):
+    """Return both halves of the accumulator plus S L of the one slot that owns the tile."""
+    a_bufs, b_bufs, full_bars, empty_bars = ring
+    for _ in range(0, ranks, RANK):
+        stage = step % STAGES
+        mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
+        b_s = a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], S)
+        b_acc0 = warpgroup_mma(b_s, b_bufs.index(2 * stage)._reinterpret(gl.bfloat16, [RANK, HALF], LORA), b_acc0, is_async=True)
+        b_acc1 = warpgroup_mma(b_s, b_bufs.index(2 * stage + 1)._reinterpret(gl.bfloat16, [RANK, HALF], LORA), b_acc1, is_async=True)
+        b_acc0, b_acc1 = warpgroup_mma_wait(0, [b_acc0, b_acc1])
+        mbarrier.arrive(empty_bars.index(stage), count=1)
+        step += 1
+    return b_acc0, b_acc1, step
+
+
+@gluon.jit
+def _product(ring, step, ranks):
+    """Return S L over `ranks` ranks of one module, in a quarter of the columns, [BM, QUARTER] float32."""
+    a_bufs, b_bufs, full_bars, empty_bars = ring
+    b_product = gl.zeros([BM, QUARTER], gl.float32, PART)
+    for _ in range(0, ranks, RANK):
+        stage = step % STAGES
+        mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
+        b_s = a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], S)
+        b_product = warpgroup_mma(b_s, b_bufs.index(2 * stage)._reinterpret(gl.bfloat16, [RANK, QUARTER], LORA_PART), b_product)
+        mbarrier.arrive(empty_bars.index(stage), count=1)
+        step += 1
+    return b_product, step
+
+
+@gluon.jit
+def mask_hash(b_keys, first_feature):
+    """Return what triton_dropout.hash_bits makes of every (row key, feature), features first_feature (even) and on: neighbours share it."""
+    pair = ((first_feature >> 1) + (gl.arange(0, QUARTER, COLUMNS) >> 1)).to(gl.uint32)
+    x = (gl.expand_dims(b_keys, 1) ^ gl.expand_dims(pair * _FEATURE, 0)) * _M1
+    return x ^ (x >> 15)
+
+
+@gluon.jit
+def _module_bits(b_hash, i_module: gl.constexpr):
+    """Return one module's bits of the hash: the kept ones are at least its level, threshold << 22."""
+    odd = gl.full([QUARTER], _ODD[i_module], gl.uint32, COLUMNS)
+    even = gl.full([QUARTER], _EVEN[i_module], gl.uint32, COLUMNS)
+    return b_hash * gl.expand_dims(gl.where((gl.arange(0, QUARTER, COLUMNS) & 1) == 1, odd, even), 0)
+
+
+@gluon.jit
+def level_of(slots_ptr, slot):
+    """Return what a slot's bits must reach to be kept."""
+    return gl.load(slots_ptr + slot * _FIELDS + 1).to(gl.uint32) << 22
+
+
+@gluon.jit
+def add_dropped(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr):
+    """Return a quarter of the accumulator plus the products of the one slot that owns the tile, each masked by its dropout."""
+    for m in gl.static_range(MODULES):
+        b_product, step = _product(ring, step, ranks[m])
+        b_acc += gl.where(_module_bits(b_hash, m) >= level, b_product, 0.0)
+    return b_acc, step
+
+
+@gluon.jit
+def add_masked(
+    ring, step, b_acc, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops,
+    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr,
+):  # fmt: skip
+    """Return a quarter of the accumulator plus the products of all segments, each masked by its rows and its dropout."""
+    tiles_ptr, segments_ptr, slots_ptr = tables
+    for i_segment in range(i_low, i_high):
+        segment_ptr = segments_ptr + i_segment * 4
+        m_keep = gl.expand_dims((o_row >= gl.load(segment_ptr)) & (o_row < gl.load(segment_ptr + 1)), 1)
+        slot = gl.load(segment_ptr + 2)
+        for m in gl.static_range(1 if WIDE else MODULES):
+            ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+            b_product, step = _product(ring, step, ranks)
+            if DROPOUT:
+                level = level_of(slots_ptr, slot)
+                b_acc += gl.where((_module_bits(b_hash, m) >= level) & m_keep, b_product, 0.0)
+            else:
+                b_acc += gl.where(m_keep, b_product, 0.0)
+    return b_acc, step
