@@ -151,3 +151,21 @@ def test_nothing_is_compiled_again_when_jobs_and_lengths_change(make_problem, co
     launch_all(make_problem([33] * 40, [1 + i % 16 for i in range(40)], **common))
     launch_all(make_problem([16], [16], **common))
     assert len(compiled) == first, [kernel.name for kernel in compiled[first:]]
+
+
+def test_warp_groups_are_compiled_once_per_layer_shape(make_problem, compiled):
+    """Jobs, ranks of all classes, lengths and rows change; layer shapes and dropout do not."""
+    from fused_ops.hopper_gemm import hopper_gemm
+
+    def launch(lengths, ranks, **more):
+        p = make_problem(lengths, ranks, k=128, n=(256, 64, 64), dtype=torch.bfloat16, dropouts=[0.1] * len(ranks), **more)
+        s = p.x.new_zeros(p.route.num_rows, p.group.width)
+        hopper_gemm(p.x, p.weight, None, s, p.group, p.route, backward=False)
+        hopper_gemm(p.dy, p.weight, None, s, p.group, p.route, backward=True)
+
+    launch([500, 300, 200, 1], [16, 9, 3, 16])
+    assert len(compiled) == 2
+    launch([777, 1, 64], [128, 16, 200], gaps=3, scales=[0.5, 3.0, 1.0], first_feature=128)
+    launch([33] * 40, [1 + i % 64 for i in range(40)])
+    launch([16], [16])
+    assert len(compiled) == 2, [kernel.name for kernel in compiled]
