@@ -1,0 +1,76 @@
+"""Runs a small case of every kernel under compute-sanitizer, after it has caught an out-of-bounds write that is planted here.
+
+    python scripts/sanitize.py [--tool memcheck] [--only linear ...]        needs CUDA, its compute-sanitizer on the path, and pytest
+
+torch's caching allocator is off, so that every tensor ends where its allocation ends. Ends with 0 if all cases are clean, with 1 if one is
+not or if the planted write goes unseen, with 2 if it cannot run here.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = "tests/fused_ops/gpu"
+CASES = {  # name: what pytest runs
+    "linear": [f"{GPU}/test_kernels.py", "-k", "accurate and (ragged or merged or mixed or odd) or float32"],
+    "tiles": [f"{GPU}/test_kernels.py", "-k", "accurate and many"],
+    "adamw": [f"{GPU}/test_kernels.py", "-k", "adamw"],
+    "elementwise": [f"{GPU}/test_elementwise.py"],
+    "loss": [f"{GPU}/test_cross_entropy.py", "-k", "not beyond_31_bits"],
+    "fp8": [f"{GPU}/test_fp8.py"],
+}
+CAUGHT = 9
+
+
+def plant() -> None:
+    """Write one number behind a tensor."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def write_behind(x_ptr, size):
+        tl.store(x_ptr + size, 1.0)
+
+    x = torch.zeros(1 << 20, device="cuda")
+    write_behind[(1,)](x, x.numel())
+    torch.cuda.synchronize()
+
+
+def watched(tool: str, command: list[str]) -> int:
+    """Run a Python command under the sanitizer; return its exit status, CAUGHT where an error was found."""
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(CAUGHT), "--target-processes", "all"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run([*sanitizer, sys.executable, *command], cwd=ROOT, env=environment).returncode
+
+
+def main() -> int:
+    """Run the planted write, then the cases."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tool", default="memcheck", choices=["memcheck", "initcheck", "synccheck"])
+    parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--plant", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.plant:
+        plant()
+        return 0
+    import torch
+
+    if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
+        print("sanitize.py: needs a CUDA GPU, and compute-sanitizer on the path (it comes with the CUDA toolkit)", file=sys.stderr)
+        return 2
+    if options.tool == "memcheck" and watched(options.tool, [str(Path(__file__).resolve()), "--plant"]) != CAUGHT:
+        print("sanitize.py: the planted out-of-bounds write was not caught, so nothing below would be", file=sys.stderr)
+        return 1
+    found = {name: watched(options.tool, ["-m", "pytest", "-q", *CASES[name]]) for name in options.only}
+    for name, status in found.items():
+        print(f"{name}: {'clean' if status == 0 else 'errors' if status == CAUGHT else f'pytest ended with {status}'}")
+    return int(any(found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
