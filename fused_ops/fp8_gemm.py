@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_ops.adapters import LoraGroup
 from fused_ops.fp8 import Fp8Matrix
 from fused_ops.gemm_config import GemmConfig, fp8_config
-from fused_ops.lora_gemm import _add_lora, _load_owner, _split, _store
+from fused_ops.lora_gemm import RANK, _add_lora, _load_owner, _split, _store, lora_term, ranks_ahead
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, uses_tma
 
@@ -100,37 +100,25 @@ def fp8_gemm(
     out_TO = torch.empty(num_rows, num_cols, dtype=dtype, device=values.device)
     if num_rows == 0:
         return out_TO
-    lora = group is not None
-    dropout = lora and backward and group.has_dropout
-    wide = lora and backward and not dropout
-    adapters = () if not lora else (group.a_RK,) if backward else group.b_RN
-    starts, stops = zip(*group.columns, strict=True) if lora else ((), ())
-    tma = uses_tma(values, weight, out_TO, *(t for t in adapters if len(t)))
-    width = 0 if not lora else group.width if wide else group.max_padded_rank
+    term, lora = lora_term(group, backward), group is not None
+    tma = uses_tma(values, weight, out_TO, *(t for t in term.adapters if len(t)))
     if config is None:
         small = not tma or dtype == torch.float32
-        config = fp8_config(values, num_cols, backward, small, width, dropout, group.num_modules if lora else 0)
+        config = fp8_config(values, num_cols, backward, small, term.width, term.dropout, group.num_modules if lora else 0)
     tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
-    rank, part, s = 16, config.columns // config.parts, s_TR
-    described, lows = (values, weight, out_TO), adapters
+    part, matrices = config.columns // config.parts, (values, weight, out_TO)
     if tma:
         boxes = (config.rows, config.inner), (config.columns, config.inner), (config.rows, part)
-        described = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(described, boxes, strict=True))
-        s = TensorDescriptor.from_tensor(s_TR, [config.rows, rank]) if lora else None
-        some = max(adapters, key=len, default=None)  # stands in for a module that nobody targets: nothing is without rows
-        lows = tuple(TensorDescriptor.from_tensor(t if len(t) else some, [rank, part]) for t in adapters)
-    offsets = [(t.data_ptr() - adapters[0].data_ptr()) // t.element_size() for t in adapters[1:]]
+        matrices = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(matrices, boxes, strict=True))
     programs = min(num_processors(values.device), tiles) if config.persistent else tiles
     _fp8_gemm_kernel[(programs,)](
-        *described, input_TI.scales, weight_OI.scales, bias_O, s, *lows, *[None] * (3 - len(lows)),
-        s_TR, adapters[0] if lora else None, *[*offsets, 0, 0][:2], tuple(t.stride(0) for t in adapters), starts, stops,
-        route.tiles(config.rows) if lora else None, route.segment_table if lora else None,
-        group.slot_table if lora else None, route.row_keys if lora else None,
+        *matrices, input_TI.scales, weight_OI.scales, bias_O,
+        *term.operands(s_TR, config.rows, part, tma), *term.tables(s_TR, group, route, config.rows),
         num_rows, num_cols, num_inner, values.stride(0), weight.stride(0), out_TO.stride(0),
         s_TR.stride(0) if lora else 0, group.first_feature if lora else 0,
         BM=config.rows, BN=config.columns, BK=config.inner, GROUP=config.group, PARTS=config.parts, NUM_STAGES=config.stages,
         NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=lora,
-        MODULES=group.num_modules if lora and not wide else 1, RANK=rank, FIRST=16 if lora and tma and not dropout else 0,
-        DROPOUT=dropout, WIDE=wide, HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
+        MODULES=term.num_modules, RANK=RANK, FIRST=ranks_ahead(term, tma), DROPOUT=term.dropout, WIDE=term.wide,
+        HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
     )  # fmt: skip
     return out_TO

@@ -46,6 +46,7 @@ from fused_ops.hopper_lora import (
     product,
     shared,
 )  # fmt: skip
+from fused_ops.lora_gemm import lora_term
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, uses_tma
 
@@ -232,11 +233,9 @@ def hopper_gemm(
     num_rows, num_inner = input_TI.shape
     num_cols = weight.shape[1 if backward else 0]
     out_TO = torch.empty(num_rows, num_cols, dtype=input_TI.dtype, device=input_TI.device)
-    dropout = backward and group.has_dropout
-    wide = backward and not dropout
-    adapters = (group.a_RK,) if backward else group.b_RN
-    some = max(adapters, key=len)  # stands in for a module that nobody targets: nothing is without rows
-    adapters = [tensor if len(tensor) else some for tensor in adapters]
+    term = lora_term(group, backward)
+    some = max(term.adapters, key=len)  # stands in for a module that nobody targets: nothing is without rows
+    adapters = [tensor if len(tensor) else some for tensor in term.adapters]
     starts, stops = zip(*group.columns, strict=True)
 
     def describe(tensor, layout, *box):
@@ -254,7 +253,7 @@ def hopper_gemm(
         *three([describe(tensor, LORA_PART, RANK, QUARTER) for tensor in adapters]),
         bias_O, route.owned_tiles(BM.value), route.segment_table, group.slot_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
-        BACKWARD=backward, MODULES=1 if wide else group.num_modules, WIDE=wide, DROPOUT=dropout, HAS_BIAS=bias_O is not None,
+        BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
         num_warps=8, maxnreg=168,
     )  # fmt: skip
     return out_TO

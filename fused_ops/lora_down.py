@@ -113,7 +113,7 @@ def _down_kernel(
             b_v = tl.load(at, m_row[:, None] & (o_k < num_inner)[None, :], 0.0)
         b_v0, b_v1, b_v2 = b_v, b_v, b_v
         if DROPOUT:
-            b_hash = hash_bits(b_keys, column_keys(tl.arange(0, BK), first_feature + i_k), MODULES)
+            b_hash = hash_bits(b_keys, column_keys(tl.arange(0, BK), first_feature + i_k))
             b_v0 = tl.where(keep(b_hash, threshold, 0), b_v, 0.0)
             if MODULES > 1:
                 b_v1 = tl.where(keep(b_hash, threshold, 1), b_v, 0.0)
@@ -180,5 +180,5 @@ def _launch(value, lora, out, group, route, row_field, column_field, num_modules
         num_rows, num_inner, split_blocks, value.stride(0), lora.stride(0), out.stride(0), first_feature,
         ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=config.rows, BK=config.inner, RANK=rank,
         MODULES=num_modules, DROPOUT=dropout, WIDE=wide, NUM_STAGES=config.stages, TMA=tma,
-        num_warps=config.warps, maxnreg=config.registers,
+        num_warps=config.warps,
     )  # fmt: skip

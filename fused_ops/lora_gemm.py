@@ -9,6 +9,8 @@ Names: input [T, I] times weight gives output [T, O]; weight is [O, I] forward a
 modules of a slot as one: their rows of A, and their columns of dS, lie side by side (WIDE).
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from fused_ops.shapes import num_processors, uses_tma
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
 
 _FIELDS = tl.constexpr(SLOT_FIELDS)
+RANK = 16  # ranks of one product of the LoRA term
 
 
 @triton.jit
@@ -68,7 +71,7 @@ def _add_lora(
                     o_rank += RANK
                 # Columns of other modules get a product of zeros; only rows need a mask against other jobs.
                 if DROPOUT:
-                    b_acc += tl.where(keep(hash_bits(b_keys, b_columns, MODULES), b_threshold[:, None], i_module), b_product, 0.0)
+                    b_acc += tl.where(keep(hash_bits(b_keys, b_columns), b_threshold[:, None], i_module), b_product, 0.0)
                 else:
                     b_acc += tl.where(m_row[:, None], b_product, 0.0)
         i_segment += 1
@@ -83,7 +86,7 @@ def _load_owner(
 ):  # fmt: skip
     """Return (S [BM, RANK], L [RANK, BN], owned) of a tile whose rows and columns have one adapter; zeros and 0 where they do not.
 
-    Zeros in both operands add nothing to any row. EARLY, this runs before the K loop, which then hides the latency.
+    Zeros in both operands add nothing to any row.
     """
     i_low, i_high = tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1)
     segment_ptr = segments_ptr + i_low * 4
@@ -154,7 +157,7 @@ def _gemm_kernel(
     tiles_ptr, segments_ptr, slots_ptr, keys_ptr, num_rows, num_cols, num_inner, i_stride, w_stride, o_stride, s_stride, first_feature,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, NUM_STAGES: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr,
-    RANK: tl.constexpr, FIRST: tl.constexpr, EARLY: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+    RANK: tl.constexpr, FIRST: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     adapters = (lora0, lora1, lora2)
@@ -169,11 +172,6 @@ def _gemm_kernel(
         i_n = (i_tile % (GROUP * num_n)) // group_rows
         o_row = i_m * BM + tl.arange(0, BM)
 
-        if FIRST > 0 and EARLY:  # early, so that their latency hides behind the K loop
-            b_s, b_l, owned = _load_owner(
-                o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, slots_ptr, i_m,
-                s_ptr, s_stride, lora_ptr, offset1, offset2, starts, stops, BACKWARD, MODULES, FIRST, WIDE,
-            )  # fmt: skip
         b_acc = tl.zeros([BM, BN], tl.float32)
         for i_k in tl.range(0, tl.cdiv(num_inner, BK), num_stages=NUM_STAGES):
             if TMA:
@@ -194,12 +192,11 @@ def _gemm_kernel(
         # First of all, so that the wait for the accumulator is not inside a branch (which would serialise the whole K loop).
         parts = _split(b_acc, PARTS)
         done = 0
-        if FIRST > 0 and not EARLY:
+        if FIRST > 0:
             b_s, b_l, owned = _load_owner(
                 o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, slots_ptr, i_m,
                 s_ptr, s_stride, lora_ptr, offset1, offset2, starts, stops, BACKWARD, MODULES, FIRST, WIDE,
             )  # fmt: skip
-        if FIRST > 0:
             l_parts, done = _split(b_l, PARTS), owned * FIRST
         for i_part in tl.static_range(PARTS):
             i_col = i_n * BN + i_part * (BN // PARTS)
@@ -214,6 +211,53 @@ def _gemm_kernel(
                     BACKWARD, MODULES, RANK, DROPOUT, WIDE, TMA,
                 )  # fmt: skip
             _store(output, bias_ptr, b_part, i_m * BM, i_col, o_row, o_col, num_rows, num_cols, o_stride, HAS_BIAS, TMA)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraTerm:
+    """What a GEMM adds: `adapters` (forward: the B of each module, backward: A), as how many modules, up to how many ranks (0: nothing)."""
+
+    adapters: tuple[Tensor, ...] = ()
+    num_modules: int = 1
+    width: int = 0
+    dropout: bool = False
+    wide: bool = False
+
+    def operands(self, s_TR: Tensor | None, rows: int, columns: int, tma: bool) -> list:
+        """Return S and three L as a kernel takes them: descriptors of [rows, 16] and [16, columns], or the tensors themselves."""
+        adapters = list(self.adapters)
+        if tma and adapters:
+            some = max(adapters, key=len)  # stands in for a module that nobody targets: nothing is without rows
+            s_TR = TensorDescriptor.from_tensor(s_TR, [rows, RANK])
+            adapters = [TensorDescriptor.from_tensor(t if len(t) else some, [RANK, columns]) for t in adapters]
+        return [s_TR, *adapters, *[None] * (3 - len(adapters))]  # descriptors cannot travel in a tuple argument
+
+    def tables(self, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None, rows: int) -> list:
+        """Return a kernel's arguments from s_ptr to keys_ptr: addresses, the modules' columns, and the tables of the route."""
+        if group is None:
+            return [None, None, 0, 0, (), (), (), None, None, None, None]
+        first = self.adapters[0]
+        offsets = [(t.data_ptr() - first.data_ptr()) // t.element_size() for t in self.adapters[1:]]
+        strides, columns = tuple(t.stride(0) for t in self.adapters), zip(*group.columns, strict=True)
+        return [
+            s_TR, first, *[*offsets, 0, 0][:2], strides, *columns,
+            route.tiles(rows), route.segment_table, group.slot_table, route.row_keys,
+        ]  # fmt: skip
+
+
+def lora_term(group: LoraGroup | None, backward: bool) -> LoraTerm:
+    """Return what a group adds to Y or, backward, to dX."""
+    if group is None:
+        return LoraTerm()
+    dropout = backward and group.has_dropout
+    wide = backward and not dropout
+    return LoraTerm(
+        adapters=(group.a_RK,) if backward else tuple(group.b_RN),
+        num_modules=1 if wide else group.num_modules,
+        width=group.width if wide else group.max_padded_rank,
+        dropout=dropout,
+        wide=wide,
+    )
 
 
 def gemm(
@@ -232,47 +276,29 @@ def gemm(
     out_TO = torch.empty(num_rows, num_cols, dtype=input_TI.dtype, device=input_TI.device)
     if num_rows == 0:
         return out_TO
-    lora = group is not None
-    dropout = lora and backward and group.has_dropout
-    wide = lora and backward and not dropout
-    adapters = () if not lora else (group.a_RK,) if backward else group.b_RN
-    starts, stops = zip(*group.columns, strict=True) if lora else ((), ())
-    tma = uses_tma(input_TI, weight, out_TO, *(t for t in adapters if len(t)))
-    width = 0 if not lora else group.width if wide else group.max_padded_rank
+    term, lora = lora_term(group, backward), group is not None
+    tma = uses_tma(input_TI, weight, out_TO, *(t for t in term.adapters if len(t)))
     if config is None:
-        config = gemm_config(input_TI, num_cols, backward, tma, width, dropout, group.num_modules if lora else 0)
+        config = gemm_config(input_TI, num_cols, backward, tma, term.width, term.dropout, group.num_modules if lora else 0)
     tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
-    rank, part = 16, config.columns // config.parts
-    args = (input_TI, weight, out_TO, bias_O, s_TR, *_three(adapters))
+    part, matrices = config.columns // config.parts, (input_TI, weight, out_TO)
     if tma:
-        boxes = (
-            (config.rows, config.inner),
-            (config.inner, config.columns) if backward else (config.columns, config.inner),
-            (config.rows, part),
-        )
-        described = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(args[:3], boxes, strict=True))
-        s = TensorDescriptor.from_tensor(s_TR, [config.rows, rank]) if lora else None
-        some = max(adapters, key=len, default=None)  # stands in for a module that nobody targets: nothing is without rows
-        args = (*described, bias_O, s, *_three(tuple(TensorDescriptor.from_tensor(t if len(t) else some, [rank, part]) for t in adapters)))
-    offsets = [(t.data_ptr() - adapters[0].data_ptr()) // t.element_size() for t in adapters[1:]]
-    # More than 16 ranks ahead, or an early load of several modules, leave too few registers: ptxas then serialises the K loop.
-    ahead = 16 if lora and tma and not dropout else 0
-    early = ahead > 0 and width <= 16 and (wide or group.num_modules == 1)
+        of_weight = (config.inner, config.columns) if backward else (config.columns, config.inner)
+        boxes = (config.rows, config.inner), of_weight, (config.rows, part)
+        matrices = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(matrices, boxes, strict=True))
     programs = min(num_processors(input_TI.device), tiles) if config.persistent else tiles
     _gemm_kernel[(programs,)](
-        *args, s_TR, adapters[0] if lora else None, *[*offsets, 0, 0][:2], tuple(t.stride(0) for t in adapters), starts, stops,
-        route.tiles(config.rows) if lora else None, route.segment_table if lora else None,
-        group.slot_table if lora else None, route.row_keys if lora else None,
+        *matrices, bias_O, *term.operands(s_TR, config.rows, part, tma), *term.tables(s_TR, group, route, config.rows),
         num_rows, num_cols, num_inner, input_TI.stride(0), weight.stride(0), out_TO.stride(0),
         s_TR.stride(0) if lora else 0, group.first_feature if lora else 0,
         BM=config.rows, BN=config.columns, BK=config.inner, GROUP=config.group, PARTS=config.parts, NUM_STAGES=config.stages,
         NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=lora,
-        MODULES=group.num_modules if lora and not wide else 1, RANK=rank, FIRST=ahead, EARLY=early,
-        DROPOUT=dropout, WIDE=wide, HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
+        MODULES=term.num_modules, RANK=RANK, FIRST=ranks_ahead(term, tma), DROPOUT=term.dropout, WIDE=term.wide,
+        HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
     )  # fmt: skip
     return out_TO
 
 
-def _three(items: tuple) -> tuple:
-    """Pad to three: descriptors cannot travel in a tuple argument."""
-    return items + (None,) * (3 - len(items))
+def ranks_ahead(term: LoraTerm, tma: bool) -> int:
+    """Return how many ranks of a tile with one adapter are added in one product; more leave too few registers, and ptxas serialises."""
+    return RANK if term.adapters and tma and not term.dropout else 0

@@ -68,7 +68,7 @@ def _add_rows(
     b_v0, b_v1, b_v2 = b_v, b_v, b_v
     if DROPOUT:
         b_keys = tl.load(keys_ptr + o_row, m_row, 0).to(tl.uint32, bitcast=True)
-        b_hash = hash_bits(b_keys, column_keys(tl.arange(0, BC), first_feature + i_col), MODULES)
+        b_hash = hash_bits(b_keys, column_keys(tl.arange(0, BC), first_feature + i_col))
         b_v0 = tl.where(keep(b_hash, threshold, 0), b_v, 0.0)
         if MODULES > 1:
             b_v1 = tl.where(keep(b_hash, threshold, 1), b_v, 0.0)
@@ -226,5 +226,5 @@ def _sum_rows(value, s_TR, grad, group, route, row_field, column_field, num_modu
         group.slot_table, route.row_keys, num_cols, value.stride(0), s_TR.stride(0), width, first_feature,
         ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=config.rows, BC=config.columns, RANK=rank, BLOCK_RANK=block_rank,
         MODULES=num_modules, DROPOUT=dropout, WIDE=wide, BY_COLUMN=config.by_column, NUM_STAGES=config.stages, TMA=tma,
-        num_warps=config.warps, maxnreg=config.registers,
+        num_warps=config.warps,
     )  # fmt: skip

@@ -177,7 +177,7 @@ def grad_s_and_b_fused(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Rou
         MODULES=group.num_modules, BM=config.rows, COLUMNS=config.columns, RANK=rank, NUM_STAGES=config.stages, TMA=tma,
         num_warps=config.warps,
     )  # fmt: skip
-    early = config.early_sum and tma and dy_TN.is_cuda
+    early = tma and dy_TN.is_cuda  # launched while its predecessor still runs (programmatic dependent launch), and waits for it
     _sum_shares_kernel[(route.num_items(config.sum_rows), group.num_modules)](
         ds_TR, share_s, route.items(config.sum_rows), group.slot_table, group.scale_table, *three(blocks), num_rows, group.width,
         BM=config.sum_rows, RANK=rank, PDL=early, num_warps=config.sum_warps, **({"launch_pdl": True} if early else {}),

@@ -18,7 +18,6 @@ class DownConfig:
     stages: int = 6
     warps: int = 4
     per_processor: float = 1.0
-    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +34,11 @@ class RowsConfig:
     item_rows: int = 2048
     by_column: bool = True
     min_rank: int = 16
-    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharesConfig:
-    """dS and dB from one read: rows of a step, columns of a program, stages, warps, rows of an item; rows and warps of the sum.
-
-    `early_sum`: the sum of dS is launched while its predecessor still runs (programmatic dependent launch), and waits for it.
-    """
+    """dS and dB from one read: rows of a step, columns of a program, stages, warps, rows of an item; rows and warps of the sum."""
 
     rows: int = 64
     columns: int = 512
@@ -52,7 +47,6 @@ class SharesConfig:
     item_rows: int = 512
     sum_rows: int = 32
     sum_warps: int = 4
-    early_sum: bool = True
 
 
 def down_config(num_rows: int, num_inner: int, rank: int, num_modules: int, dropout: bool, item_size: int, tma: bool) -> DownConfig:

@@ -21,7 +21,7 @@ def column_keys(o_col, first=0):
 
 
 @triton.jit
-def hash_bits(b_keys, b_columns, MODULES: tl.constexpr):
+def hash_bits(b_keys, b_columns):
     """Return (x, odd): x uint32 [rows, columns] of every row key and pair of features, and which columns [columns] are odd."""
     pair, odd = b_columns
     x = (b_keys[:, None] ^ pair[None, :]) * _M1
