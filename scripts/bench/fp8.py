@@ -16,10 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from kernels import ROOT, SHAPES, measure, problem, steps
+from kernels import ROOT, SHAPES, check, measure, problem, steps
 from stamp import append_line, stamp
 
-from fused_ops import reference, triton_ops
+from fused_ops import triton_ops
 from fused_ops.fp8 import Fp8Matrix, quantise_rows, quantise_weight
 from fused_ops.fp8_gemm import fp8_gemm
 from fused_ops.gemm_config import CHOICES, GemmConfig, _choices, choice_key
@@ -37,17 +37,6 @@ CANDIDATES = {  # kind of LoRA term: how the products may be cut
 def in_8_bits(q):
     """Return the same problem over a weight in 8 bits."""
     return replace(q, weight=quantise_weight(q.weight))
-
-
-def check(q):
-    """Stop unless the kernels agree with their reference on this very problem."""
-    outs = []
-    for ops in (triton_ops, reference):
-        q.zero_grads()
-        outs.append([*steps(ops, q), *[g.clone() for g in q.grads]])
-    for ours, theirs in zip(*outs, strict=True):
-        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
-        assert error < 0.02, f"the kernels are off by {error:.3g} relative: fix them before timing them"
 
 
 def scaled_mm(rows: Fp8Matrix, weight: Fp8Matrix):

@@ -24,6 +24,18 @@ class Problem:
         for grad in self.group.grad_b_RN:
             grad.zero_()
 
+    def steps(self, ops, weight=None):
+        """Return what the operators `ops` make of a forward and a backward, by name."""
+        weight = self.weight if weight is None else weight
+        self.zero_grads()
+        s = ops.down(self.x, self.group, self.route)
+        y = ops.up(self.x, weight, None, s, self.group, self.route)
+        ds = ops.grad_s_and_b(self.dy, s, self.group, self.route)
+        dx = ops.grad_x(self.dy, weight, ds, self.group, self.route)
+        ops.grad_a(self.x, ds, self.group, self.route)
+        grads = {f"db{m}": grad.clone() for m, grad in enumerate(self.group.grad_b_RN)}
+        return {"y": y, "dx": dx, "da": self.group.grad_a_RK.clone(), **grads}
+
     @property
     def grads(self):
         return (self.group.grad_a_RK, *self.group.grad_b_RN)

@@ -46,28 +46,19 @@ torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
 torch.utils.deterministic.fill_uninitialized_memory = True
 triton_ops.quantise_rows = lambda x, backend: quantise_rows(x, "reference")  # the interpreter rounds to fp8 wrongly
 
-def steps(ops, p):
-    p.zero_grads()
-    s = ops.down(p.x, p.group, p.route)
-    y = ops.up(p.x, p.weight, None, s, p.group, p.route)
-    ds = ops.grad_s_and_b(p.dy, s, p.group, p.route)
-    dx = ops.grad_x(p.dy, p.weight, ds, p.group, p.route)
-    ops.grad_a(p.x, ds, p.group, p.route)
-    return {"y": y, "dx": dx, "da": p.group.grad_a_RK.clone(), **{f"db{m}": g.clone() for m, g in enumerate(p.group.grad_b_RN)}}
-
 results = {}
 for name, case in json.loads(sys.stdin.read()).items():
     half, fp8 = case.pop("half", False), case.pop("fp8", False)
     case["missing"] = {tuple(pair) for pair in case.get("missing", ())}
     p = build_problem(**case, dtype=torch.float16 if half else torch.float32)
     p.weight = quantise_weight(p.weight) if fp8 else p.weight
-    ours, theirs = steps(triton_ops, p), steps(reference, p)
+    ours, theirs = p.steps(triton_ops), p.steps(reference)
     results[name] = {k: float((ours[k] - theirs[k]).norm() / (theirs[k].norm() + 1e-30)) for k in ours}
     if name in ("merged and dropout", "fp8 merged and dropout"):
         clean, (first, end, _) = ours, p.route.segments[1]
         p.x[first:end] = float("nan")
         p.dy[first:end] = float("nan")
-        dirty = steps(triton_ops, p)
+        dirty = p.steps(triton_ops)
         others = torch.ones(len(p.x), dtype=torch.bool)
         others[first:end] = False
         apart = all(torch.equal(clean[k][others], dirty[k][others]) for k in ("y", "dx"))

@@ -32,16 +32,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def steps(ops, p, weight):
-    p.zero_grads()
-    s = ops.down(p.x, p.group, p.route)
-    y = ops.up(p.x, weight, None, s, p.group, p.route)
-    ds = ops.grad_s_and_b(p.dy, s, p.group, p.route)
-    dx = ops.grad_x(p.dy, weight, ds, p.group, p.route)
-    ops.grad_a(p.x, ds, p.group, p.route)
-    return {"y": y, "dx": dx, "da": p.group.grad_a_RK.clone(), **{f"db{m}": g.clone() for m, g in enumerate(p.group.grad_b_RN)}}
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("cols", [1, 77, 4096, 28672, 40000])
 def test_rounding_gives_the_bits_of_its_twin(dtype, cols):
@@ -58,8 +48,8 @@ def test_sums_are_as_exact_as_a_tensor_cores(make_problem, mix):
     """Both sides multiply the same 8-bit numbers; left are the output's 8 bits and the accumulator's 14."""
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
     weight = quantise_weight(p.weight)
-    ours = steps(triton_ops, p, weight)
-    for name, truth in steps(reference, p, weight).items():
+    ours = p.steps(triton_ops, weight)
+    for name, truth in p.steps(reference, weight).items():
         error = ours[name].float() - truth.float()
         assert error.isfinite().all(), name
         assert error.norm() <= 8e-3 * truth.float().norm() + 1e-30, (name, float(error.norm() / truth.float().norm()))
@@ -69,8 +59,8 @@ def test_sums_are_as_exact_as_a_tensor_cores(make_problem, mix):
 def test_long_sums_cost_less_than_the_rounding(make_problem):
     p = make_problem([300, 212], [16, 8], k=14336, n=(512,), dtype=torch.bfloat16, device="cuda")
     weight = quantise_weight(p.weight)
-    ours, truth = (steps(ops, p, weight)["y"].float() for ops in (triton_ops, reference))
-    rounded = steps(reference, p, p.weight)["y"].float()
+    ours, truth = (p.steps(ops, weight)["y"].float() for ops in (triton_ops, reference))
+    rounded = p.steps(reference, p.weight)["y"].float()
     sums, rounding = ((a - b).norm() / b.norm() for a, b in ((ours, truth), (truth, rounded)))
     print(f"sums of 14336 products: {sums:.2e} relative, rounding of the operands: {rounding:.2e}")
     assert sums < rounding / 2
@@ -80,8 +70,8 @@ def test_long_sums_cost_less_than_the_rounding(make_problem):
 def test_repetition_gives_the_same_bits(make_problem, mix):
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
     weight = quantise_weight(p.weight)
-    first = steps(triton_ops, p, weight)
-    assert all(torch.equal(a, b) for a, b in zip(first.values(), steps(triton_ops, p, weight).values(), strict=True))
+    first = p.steps(triton_ops, weight)
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), p.steps(triton_ops, weight).values(), strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -91,7 +81,7 @@ def test_what_is_not_finite_stays_with_its_job(make_problem, value):
     weight = quantise_weight(p.weight)
     first, end, _ = p.route.segments[1]
     p.x[first:end, 3], p.dy[first:end, 5] = value, value
-    got, expected = steps(triton_ops, p, weight), steps(triton_ops, clean, weight)
+    got, expected = p.steps(triton_ops, weight), clean.steps(triton_ops, weight)
     others = torch.ones(p.route.num_rows, dtype=torch.bool, device="cuda")
     others[first:end] = False
     for name in ("y", "dx"):
@@ -102,7 +92,7 @@ def test_what_is_not_finite_stays_with_its_job(make_problem, value):
 def test_the_autograd_function_takes_the_kernels_under_a_cuda_graph(make_problem):
     p = make_problem(**MIXES["merged and dropout"], dtype=torch.bfloat16, device="cuda")
     weight = quantise_weight(p.weight)
-    expected = steps(triton_ops, p, weight)
+    expected = p.steps(triton_ops, weight)
     p.zero_grads()
     x = p.x.clone().requires_grad_()
     y = multi_lora_linear(x, weight, None, p.group, p.route)
@@ -110,6 +100,6 @@ def test_the_autograd_function_takes_the_kernels_under_a_cuda_graph(make_problem
     assert all(torch.equal(a, b) for a, b in zip((y, x.grad, *p.grads), expected.values(), strict=True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = steps(triton_ops, p, weight)
+        captured = p.steps(triton_ops, weight)
     graph.replay()
     assert all(torch.equal(captured[name], value) for name, value in expected.items())

@@ -38,16 +38,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def steps(ops, p):
-    p.zero_grads()
-    s = ops.down(p.x, p.group, p.route)
-    y = ops.up(p.x, p.weight, None, s, p.group, p.route)
-    ds = ops.grad_s_and_b(p.dy, s, p.group, p.route)
-    dx = ops.grad_x(p.dy, p.weight, ds, p.group, p.route)
-    ops.grad_a(p.x, ds, p.group, p.route)
-    return {"y": y, "dx": dx, "da": p.group.grad_a_RK.clone(), **{f"db{m}": g.clone() for m, g in enumerate(p.group.grad_b_RN)}}
-
-
 def exact(p, make_problem, mix):
     """Return the same steps in float32 over the bf16 problem's values."""
     q = make_problem(**mix, device="cuda")
@@ -55,7 +45,7 @@ def exact(p, make_problem, mix):
     q.group.a_RK.copy_(p.group.a_RK)
     for b, half in zip(q.group.b_RN, p.group.b_RN, strict=True):
         b.copy_(half)
-    return steps(reference, q)
+    return q.steps(reference)
 
 
 def plain_bf16(p):
@@ -73,7 +63,7 @@ def plain_bf16(p):
 @pytest.mark.parametrize("mix", MIXES)
 def test_as_accurate_as_plain_bf16(make_problem, mix):
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
-    ours, truth, plain = steps(triton_ops, p), exact(p, make_problem, MIXES[mix]), plain_bf16(p)
+    ours, truth, plain = p.steps(triton_ops), exact(p, make_problem, MIXES[mix]), plain_bf16(p)
     for name, value in ours.items():
         error, allowed = value.float() - truth[name], plain[name].float() - truth[name]
         tiny = 1e-6 * float(truth[name].abs().max()) + 1e-30
@@ -85,16 +75,16 @@ def test_as_accurate_as_plain_bf16(make_problem, mix):
 @pytest.mark.parametrize("mix", ["ragged", "merged and dropout"])
 def test_float32_is_float32(make_problem, mix):
     p = make_problem(**MIXES[mix], device="cuda")
-    for (name, ours), truth in zip(steps(triton_ops, p).items(), steps(reference, p).values(), strict=True):
+    for (name, ours), truth in zip(p.steps(triton_ops).items(), p.steps(reference).values(), strict=True):
         assert (ours - truth).norm() <= 1e-5 * truth.norm(), name
 
 
 @pytest.mark.parametrize("mix", ["mixed ranks and dropout", "merged and dropout", "two modules", "forty jobs"])
 def test_repetition_gives_the_same_bits(make_problem, mix):
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
-    first = steps(triton_ops, p)
+    first = p.steps(triton_ops)
     for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(first.values(), steps(triton_ops, p).values(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first.values(), p.steps(triton_ops).values(), strict=True))
 
 
 def test_masks_are_the_references(make_problem):
@@ -131,7 +121,7 @@ def test_nan_stays_with_its_job(make_problem, where, dropouts):
     else:
         for m in range(2):
             p.group.b_RN[m][b0[m] : b0[m] + 32] = float("nan")
-    got, expected = steps(triton_ops, p), steps(triton_ops, clean)
+    got, expected = p.steps(triton_ops), clean.steps(triton_ops)
     assert any(not value.isfinite().all() for value in got.values())
     for name, cut in {
         "y": (first, end),
@@ -147,10 +137,10 @@ def test_nan_stays_with_its_job(make_problem, where, dropouts):
 
 def test_under_a_cuda_graph(make_problem):
     p = make_problem(**MIXES["merged and dropout"], dtype=torch.bfloat16, device="cuda")
-    expected = steps(triton_ops, p)
+    expected = p.steps(triton_ops)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = steps(triton_ops, p)
+        captured = p.steps(triton_ops)
     for _ in range(2):
         graph.replay()
     assert all(torch.equal(captured[name], value) for name, value in expected.items())
@@ -158,7 +148,7 @@ def test_under_a_cuda_graph(make_problem):
 
 def test_the_autograd_function_takes_the_kernels_on_cuda(make_problem):
     p = make_problem(**MIXES["merged and dropout"], dtype=torch.bfloat16, device="cuda")
-    expected = steps(triton_ops, p)
+    expected = p.steps(triton_ops)
     p.zero_grads()
     x = p.x.clone().requires_grad_()
     y = multi_lora_linear(x, p.weight, None, p.group, p.route)
