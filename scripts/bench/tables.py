@@ -7,6 +7,8 @@ which fields it shows, under which headings and in which format:
     <!-- table: quickstart.jsonl | Where: hardware | Tokens/s: tokens_per_s:.0f | Commit: commit -->
     <!-- end of table -->
 
+`runs.jsonl with profile.GEMM | ...` takes only the lines that have the field; `peaks.0` is the first of a list.
+
 Only the newest line of each distinct `case` is shown (lines without `case` are one case), in the order in which cases first appear.
 
     python scripts/bench/tables.py [--check] [README.md ...]        # --check: write nothing, end with 1 if a table is out of date
@@ -37,20 +39,35 @@ def cell(line: dict, field: str) -> str:
     return format(_value(line, name), form)
 
 
-def _value(line: dict, name: str):
-    if name in line:
+def _value(line, name: str):
+    """Look a dotted name up in objects and lists; KeyError where it is not there."""
+    if isinstance(line, dict) and name in line:
         return line[name]
     head, dot, rest = name.partition(".")
-    if not dot:
+    if isinstance(line, list) and head.isdigit() and int(head) < len(line):
+        found = line[int(head)]
+    elif isinstance(line, dict) and head in line and dot:
+        found = line[head]
+    else:
         raise KeyError(name)
-    return _value(line[head], rest)
+    return _value(found, rest) if dot else found
+
+
+def _has(line: dict, name: str) -> bool:
+    try:
+        _value(line, name)
+    except KeyError:
+        return False
+    return True
 
 
 def table(spec: str, results: Path) -> str:
     """Return the Markdown table that a marker's specification asks for."""
     source, *columns = [part.strip() for part in spec.split("|")]
     headings, fields = zip(*(column.split(": ", 1) for column in columns), strict=True)
-    lines = [json.loads(line) for line in (results / source).read_text(encoding="utf-8").splitlines() if line.strip()]
+    file, _, wanted = source.partition(" with ")
+    lines = [json.loads(line) for line in (results / file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in lines if not wanted or _has(line, wanted)]
     rows = [headings, ["---"] * len(headings), *([cell(line, field) for field in fields] for line in newest(lines))]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

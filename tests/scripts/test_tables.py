@@ -36,6 +36,15 @@ def test_the_newest_line_of_each_case_is_shown(tables, results):
     assert tables.fill(filled, results) == filled
 
 
+def test_lines_are_chosen_by_a_field_and_lists_are_looked_into(tables, tmp_path):
+    lines = [{"case": "a", "peaks": [1.5, 2.0]}, {"case": "b"}, {"case": "c", "peaks": [{"at.once": 7}]}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    filled = tables.fill("<!-- table: r.jsonl with peaks.1 | Case: case | Second: peaks.1:.1f -->\n<!-- end of table -->", tmp_path)
+    assert filled.splitlines()[1:-1] == ["| Case | Second |", "| --- | --- |", "| a | 2.0 |"]
+    filled = tables.fill("<!-- table: r.jsonl with peaks.0.at.once | At: peaks.0.at.once -->\n<!-- end of table -->", tmp_path)
+    assert filled.splitlines()[3:-1] == ["| 7 |"]
+
+
 def test_a_field_that_no_result_has_is_an_error(tables, results):
     with pytest.raises(KeyError, match="sped"):
         tables.fill("<!-- table: r.jsonl | Speed: sped -->\n<!-- end of table -->", results)
