@@ -132,7 +132,7 @@ def attention_fault(
         try:
             attention = make_attention(heads, kv_heads, head_dim, scale)
             ours = gradients(lambda *x, a=attention, w=window: (attend(a, *x, packing, w),), (q, k, v), (d_out,))
-        except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:  # whatever it is, torch's attention takes its place
             return first_line(error)
         exact = gradients(
             lambda *x, w=window: (per_sample_attention(*x, packing, scale, w).flatten(1),),
