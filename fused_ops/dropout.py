@@ -3,15 +3,18 @@
     key(t)        = high 32 bits of mix64(mix64(seed, sample, epoch) + position * golden)       one per token, on the host
     column(k)     = (k >> 1) * FEATURE                                                  k is the *global* feature
     x(t, k)       = xorshift15(M1 * (key(t) ^ column(k)))                               one for two neighbouring features
-    h(t, k, m)    = x(t, k) * MODULE[m][k & 1]                                          one multiply for each module m < 3
-    keep(t, k, m) = h >= round(1024 p) << 22
+    h(t, k, m)    = MODULE[m] * x(t, k) + rotate16(x(t, k))                             one for each module m < 3
+    field         = bits 4 to 13 of h for an even feature, bits 20 to 29 for an odd one
+    keep(t, k, m) = field >= round(1024 p)
     kept values are scaled by 1 / (1 - round(1024 p) / 1024)
 
-Two neighbouring features and all modules of a merged linear share x: a thread of a matrix product holds them both, so that a value
-costs an exclusive or, a shift, another one, a comparison and a select by halves, and a multiply or two, which run beside them. Products
-are even (the constants are), so a level of 0xFFFFFFFF keeps nothing and no comparison needs more than 32 bits. The keys are well mixed
-on the host, so the hash needs no more. A mask depends on its job's seed, the sample, the epoch, the position and the feature; not on
-neighbours, microbatches, ranks or recomputation. `row_keys` makes the keys of a sample; `keep_mask` is the twin of the kernels.
+Two neighbouring features and all modules of a merged linear share x, and the two features one h: as 16-bit halves of one register they
+are masked and compared together. A half of at most 14 bits is a finite float16, and float16 compares as its bits do, so that two
+comparisons are one instruction, whose result masks two bfloat16 values at once (triton_dropout.py): some 8 instructions for two values,
+4 more for each further module. The keys are well mixed on the host, so the hash needs no more. The low bits of a product know nothing
+of the high bits of x; the rotated x brings them there. A mask depends on its job's seed, the sample, the epoch, the position and the
+feature; not on neighbours, microbatches, ranks or recomputation. `row_keys` makes the keys of a sample; `keep_mask` is the twin of the
+kernels.
 """
 
 import numpy as np
@@ -23,11 +26,8 @@ LEVELS = 1024
 # As signed 32-bit integers (torch and Triton wrap around on multiplication).
 FEATURE = 0x9E3779B1 - (1 << 32)
 MULTIPLY_1 = 0x7FEB352D
-# By module, then by the parity of the feature: even numbers whose halves mix well.
-MODULE_MULTIPLY = tuple(
-    tuple(2 * half - (1 << 32) * (2 * half >= 1 << 31) for half in pair)
-    for pair in ((0x046CA68B, 0x2C4C1B51), (0x31848BAB, 0x6D5AD4BB), (0x42B2AE35, 0x27D4EB2F))
-)
+# By module. Their differences are odd, or twice an odd number, so that the fields of two modules are independent.
+MODULE_MULTIPLY = tuple(value - (1 << 32) * (value >= 1 << 31) for value in (0x85EBCA6D, 0xC2B2AE36, 0x27D4EB2F))
 
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 _MASK_64 = (1 << 64) - 1
@@ -67,9 +67,10 @@ def keep_mask(row_keys: Tensor, first_feature: int, num_features: int, module: i
         raise ValueError(f"module {module} has no bits of the hash; there are {MAX_MODULES}")
     features = torch.arange(first_feature, first_feature + num_features, dtype=torch.int32, device=row_keys.device)
     mixed = (row_keys[:, None] ^ ((features >> 1) * FEATURE)[None, :]) * MULTIPLY_1
-    even, odd = MODULE_MULTIPLY[module]
-    hashed = (mixed ^ _shift_right(mixed, 15)) * torch.where(features % 2 == 1, odd, even).int()
-    return _shift_right(hashed, 22).bitwise_and_(LEVELS - 1) >= threshold(p)
+    x = mixed ^ _shift_right(mixed, 15)
+    hashed = x * MODULE_MULTIPLY[module] + (_shift_right(x, 16) | (x << 16))
+    field = torch.where(features % 2 == 1, hashed >> 20, hashed >> 4)
+    return field.bitwise_and_(LEVELS - 1) >= threshold(p)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -19,7 +19,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_ops.adapters import LoraGroup
 from fused_ops.hopper_lora import (
@@ -34,21 +33,21 @@ from fused_ops.hopper_lora import (
     RANK,
     ROWS,
     STAGES,
-    S,
     add_dropped,
     add_masked,
     add_owner,
-    level_of,
+    describe,
     load_ranks,
     mask_hash,
     module_in_tile,
     owner_ranks,
     product,
     shared,
+    slot_level,
 )  # fmt: skip
 from fused_ops.lora_gemm import lora_term
 from fused_ops.route import Route
-from fused_ops.shapes import num_processors, uses_tma
+from fused_ops.shapes import num_processors
 
 BK, GROUP = gl.constexpr(64), gl.constexpr(8)  # inner block; row tiles that share the columns of W in the cache
 _INPUT, _FORWARD_WEIGHT, _BACKWARD_WEIGHT, _OUTPUT = shared(BM, BK), shared(HALF, BK), shared(BK, HALF), shared(BM, QUARTER)
@@ -154,7 +153,7 @@ def _multiplier(
         # Asked for before the products and read after them. Triton 3.6 carries from tile to tile only what is read outside branches.
         i_low, i_high = gl.load(tiles_ptr + i_row // BM * 4), gl.load(tiles_ptr + i_row // BM * 4 + 1)
         of_modules = owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
-        level = level_of(slots_ptr, max(owner, 0))
+        level = slot_level(slots_ptr, max(owner, 0))
         next_row, next_col = _place(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
         next_owner = gl.load(tiles_ptr + next_row // BM * 4 + 2)
         b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD)
@@ -238,29 +237,19 @@ def hopper_gemm(
     adapters = [tensor if len(tensor) else some for tensor in term.adapters]
     starts, stops = zip(*group.columns, strict=True)
 
-    def describe(tensor, layout, *box):
-        return TensorDescriptor.from_tensor(tensor, [size.value for size in box], layout.value)
-
     def three(values):  # descriptors cannot travel in a tuple argument
         return [*values, *[None] * (3 - len(values))]
 
     tiles = -(-num_rows // BM.value) * -(-num_cols // BN.value)
     _hopper_kernel[(min(num_processors(input_TI.device), tiles),)](
-        describe(input_TI, _INPUT, BM, BK),
-        describe(weight, _BACKWARD_WEIGHT, BK, HALF) if backward else describe(weight, _FORWARD_WEIGHT, HALF, BK),
-        describe(out_TO, _OUTPUT, BM, QUARTER), describe(s_TR, S, BM, RANK),
-        *three([describe(tensor, LORA, RANK, HALF) for tensor in adapters]),
-        *three([describe(tensor, LORA_PART, RANK, QUARTER) for tensor in adapters]),
+        describe(input_TI, BM.value, BK.value),
+        describe(weight, BK.value, HALF.value) if backward else describe(weight, HALF.value, BK.value),
+        describe(out_TO, BM.value, QUARTER.value), describe(s_TR, BM.value, RANK.value),
+        *three([describe(tensor, RANK.value, HALF.value) for tensor in adapters]),
+        *three([describe(tensor, RANK.value, QUARTER.value) for tensor in adapters]),
         bias_O, route.owned_tiles(BM.value), route.segment_table, group.slot_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
         num_warps=8, maxnreg=168,
     )  # fmt: skip
     return out_TO
-
-
-def suits_hopper(input_TI: Tensor, *others: Tensor) -> bool:
-    """Return whether this file's kernel can serve: bfloat16 rows that TMA can address, on a Hopper GPU."""
-    on_hopper = input_TI.is_cuda and torch.cuda.get_device_capability(input_TI.device)[0] == 9
-    described = [tensor for tensor in (input_TI, *others) if len(tensor)]
-    return on_hopper and input_TI.dtype == torch.bfloat16 and len(input_TI) > 0 and uses_tma(*described)

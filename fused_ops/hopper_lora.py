@@ -8,24 +8,29 @@ A step is 16 ranks of S [BM, 16] and of L [16, columns] in one buffer of the rin
 shared memory and the barriers that say what they are. What is loaded beyond a module's columns is zero.
 """
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_ops.adapters import SLOT_FIELDS
-from fused_ops.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
+from fused_ops.hopper_dropout import KEEPS_NONE, add_kept, level_of, mix, pair_keys
 
 BM, BN, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(16)  # rows and columns of a tile, ranks of a step
 HALF, QUARTER = gl.constexpr(128), gl.constexpr(64)  # columns of one accumulator, and of a masked product
 STAGES = gl.constexpr(4)  # buffers of the ring
 _FIELDS = gl.constexpr(SLOT_FIELDS)
-_FEATURE, _M1 = (gl.constexpr(value & 0xFFFFFFFF) for value in (FEATURE, MULTIPLY_1))
-_EVEN, _ODD = (gl.constexpr(tuple(pair[odd] & 0xFFFFFFFF for pair in MODULE_MULTIPLY)) for odd in (0, 1))
 
 
 def shared(*block: gl.constexpr) -> gl.constexpr:
     """Return the layout of a block of bfloat16 in shared memory."""
     return gl.constexpr(gl.NVMMASharedLayout.get_default_for([size.value for size in block], gl.bfloat16))
+
+
+def describe(tensor: Tensor, *box: int) -> TensorDescriptor:
+    """Return a descriptor by which TMA copies blocks of a bfloat16 matrix."""
+    return TensorDescriptor.from_tensor(tensor, list(box), gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16))
 
 
 def product(columns: gl.constexpr) -> gl.constexpr:
@@ -116,24 +121,15 @@ def _product(ring, step, ranks):
 
 @gluon.jit
 def mask_hash(b_keys, first_feature):
-    """Return what triton_dropout.hash_bits makes of every (row key, feature), features first_feature (even) and on: neighbours share it."""
-    pair = ((first_feature >> 1) + (gl.arange(0, QUARTER, COLUMNS) >> 1)).to(gl.uint32)
-    x = (gl.expand_dims(b_keys, 1) ^ gl.expand_dims(pair * _FEATURE, 0)) * _M1
-    return x ^ (x >> 15)
+    """Return the hash x of every (row key, feature), features first_feature (even) and on; neighbours share it."""
+    b_pairs = pair_keys(first_feature + gl.arange(0, QUARTER, COLUMNS))
+    return mix(gl.expand_dims(b_keys, 1), gl.expand_dims(b_pairs, 0))
 
 
 @gluon.jit
-def _module_bits(b_hash, i_module: gl.constexpr):
-    """Return one module's bits of the hash: the kept ones are at least its level, threshold << 22."""
-    odd = gl.full([QUARTER], _ODD[i_module], gl.uint32, COLUMNS)
-    even = gl.full([QUARTER], _EVEN[i_module], gl.uint32, COLUMNS)
-    return b_hash * gl.expand_dims(gl.where((gl.arange(0, QUARTER, COLUMNS) & 1) == 1, odd, even), 0)
-
-
-@gluon.jit
-def level_of(slots_ptr, slot):
-    """Return what a slot's bits must reach to be kept."""
-    return gl.load(slots_ptr + slot * _FIELDS + 1).to(gl.uint32) << 22
+def slot_level(slots_ptr, slot):
+    """Return what the hashes of a slot must reach to be kept."""
+    return level_of(gl.load(slots_ptr + slot * _FIELDS + 1))
 
 
 @gluon.jit
@@ -141,7 +137,7 @@ def add_dropped(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr):
     """Return a quarter of the accumulator plus the products of the one slot that owns the tile, each masked by its dropout."""
     for m in gl.static_range(MODULES):
         b_product, step = _product(ring, step, ranks[m])
-        b_acc += gl.where(_module_bits(b_hash, m) >= level, b_product, 0.0)
+        b_acc = add_kept(b_acc, b_product, b_hash, level, m)
     return b_acc, step
 
 
@@ -160,8 +156,7 @@ def add_masked(
             ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
             b_product, step = _product(ring, step, ranks)
             if DROPOUT:
-                level = level_of(slots_ptr, slot)
-                b_acc += gl.where((_module_bits(b_hash, m) >= level) & m_keep, b_product, 0.0)
+                b_acc = add_kept(b_acc, b_product, b_hash, gl.where(m_keep, slot_level(slots_ptr, slot), KEEPS_NONE), m)
             else:
                 b_acc += gl.where(m_keep, b_product, 0.0)
     return b_acc, step

@@ -21,3 +21,10 @@ def uses_tma(*tensors: torch.Tensor) -> bool:
     device = tensors[0].device
     capable = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
     return capable and all(t.numel() > 0 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
+
+
+def suits_hopper(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Return whether the kernels of hopper_*.py can serve: bfloat16 rows that TMA can address, on a Hopper GPU."""
+    on_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    described = [tensor for tensor in (x, *others) if len(tensor)]
+    return on_hopper and x.dtype == torch.bfloat16 and len(x) > 0 and uses_tma(*described)

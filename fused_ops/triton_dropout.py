@@ -1,4 +1,7 @@
-"""The kernels' side of fused_ops.dropout: the same hash, the same bits, on blocks of rows and columns."""
+"""The kernels' side of fused_ops.dropout: the same hash, the same bits, on blocks of rows and columns, in any layout.
+
+hopper_dropout.py does the same for kernels that know which two values share a register, several times faster.
+"""
 
 import triton
 import triton.language as tl
@@ -7,8 +10,7 @@ from fused_ops.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
 
 _FEATURE = tl.constexpr(FEATURE & 0xFFFFFFFF)
 _M1 = tl.constexpr(MULTIPLY_1 & 0xFFFFFFFF)
-_EVEN = tl.constexpr(tuple(even & 0xFFFFFFFF for even, _ in MODULE_MULTIPLY))
-_ODD = tl.constexpr(tuple(odd & 0xFFFFFFFF for _, odd in MODULE_MULTIPLY))
+_MODULES = tl.constexpr(tuple(value & 0xFFFFFFFF for value in MODULE_MULTIPLY))
 
 
 @triton.jit
@@ -32,5 +34,5 @@ def hash_bits(b_keys, b_columns):
 def keep(b_hash, threshold, MODULE: tl.constexpr):
     """Return which elements module MODULE keeps, at `threshold` (uint32) of 1024; at 1024 none."""
     x, odd = b_hash
-    b_product = x * tl.where(odd, tl.full([], _ODD[MODULE], tl.uint32), tl.full([], _EVEN[MODULE], tl.uint32))[None, :]
-    return b_product >= tl.where(threshold >= 1024, 0xFFFFFFFF, threshold << 22).to(tl.uint32)
+    h = x * tl.full([], _MODULES[MODULE], tl.uint32) + ((x >> 16) | (x << 16))
+    return ((h >> tl.where(odd, 20, 4).to(tl.uint32)[None, :]) & 1023) >= threshold

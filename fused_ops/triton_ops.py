@@ -1,17 +1,35 @@
-"""The Triton operators, under the names of fused_ops.reference: what `linear.py` calls on CUDA."""
+"""The GPU's operators, under the names of fused_ops.reference, each by the kernel that suits: what `linear.py` calls on CUDA."""
 
 from torch import Tensor
 
+from fused_ops import lora_down, lora_grad
 from fused_ops.adapters import LoraGroup
 from fused_ops.fp8 import Fp8Weight, quantise_rows
 from fused_ops.fp8_gemm import fp8_gemm
-from fused_ops.hopper_gemm import hopper_gemm, suits_hopper
-from fused_ops.lora_down import down
+from fused_ops.hopper_down import hopper_down
+from fused_ops.hopper_gemm import hopper_gemm
+from fused_ops.hopper_grad_a import hopper_grad_a
 from fused_ops.lora_gemm import gemm
-from fused_ops.lora_grad import grad_a, grad_s_and_b
+from fused_ops.lora_grad import grad_s_and_b
 from fused_ops.route import Route
+from fused_ops.shapes import suits_hopper
 
 __all__ = ["down", "grad_a", "grad_s_and_b", "grad_x", "up"]
+
+
+def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
+    """Return S [T, width] = c' (M * X) A^T; rows and columns that belong to no adapter are not written."""
+    if group.has_dropout and suits_hopper(x_TK, group.a_RK):
+        return hopper_down(x_TK, group, route)
+    return lora_down.down(x_TK, group, route)
+
+
+def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -> None:
+    """Add dA = dS^T (M * X) into the group's gradients."""
+    if group.has_dropout and suits_hopper(x_TK, ds_TR):
+        hopper_grad_a(x_TK, ds_TR, group, route)
+    else:
+        lora_grad.grad_a(x_TK, ds_TR, group, route)
 
 
 def up(

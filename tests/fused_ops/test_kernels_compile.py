@@ -124,6 +124,24 @@ def test_warp_groups_neither_spill_nor_wait(make_problem, compiled, tmp_path, ca
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_masks_are_made_in_the_registers_that_products_read(make_problem, compiled, tmp_path, case):
+    """No spills; nothing is masked by way of shared memory; two values are compared by one instruction."""
+    from fused_ops.hopper_down import hopper_down
+    from fused_ops.hopper_grad_a import hopper_grad_a
+
+    problem = CASES[case][0] | {"dropouts": [0.1] * 4}
+    p = make_problem([2048] * 4, k=512, **problem, dtype=torch.bfloat16)
+    hopper_grad_a(p.x, hopper_down(p.x, p.group, p.route), p.group, p.route)
+    assert {"_hopper_down_kernel", "_hopper_rows_kernel"} <= {kernel.name for kernel in compiled}
+    for kernel in compiled:
+        registers, spilled, serialised = report(kernel, tmp_path)
+        assert not spilled and not serialised, (kernel.name, registers, spilled, serialised)
+        if kernel.name.startswith("_hopper"):
+            assert "set.ge.u32.f16x2" in kernel.asm["ptx"] and "mma.sync" in kernel.asm["ptx"]
+            assert not re.search(r"ttg\.(local_store|local_alloc %|convert_layout)", kernel.asm["ttgir"])
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_fp8_products_neither_spill_nor_wait(make_problem, compiled, tmp_path, case):
     from fused_ops import triton_ops as ops
     from fused_ops.fp8 import quantise_weight

@@ -1,0 +1,181 @@
+"""S = c' (M * X) A^T with dropout, as lora_down.py, on Hopper: masks are made in the registers that the tensor cores read.
+
+A program owns up to BM rows of one segment (`Route.items`), RANK ranks of each module, and a share of the inner dimension. TMA keeps a
+ring of blocks of X and A ahead of it; a warp takes X from there as the operand of its products, 16 rows, hashes each value once, and
+masks a copy for each module: no masked copy goes through memory. Rows of X do not mix, so that neighbours' rows may be loaded; they are
+not written. Shares of the inner dimension are float32 partial sums, which a second kernel adds in ascending order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.hopper_dropout import drop_features, level_of, mix, pair_keys
+from fused_ops.hopper_lora import describe
+from fused_ops.route import Route
+from fused_ops.shapes import num_processors, rank_class
+
+BM, BK, WARPS = gl.constexpr(64), gl.constexpr(64), gl.constexpr(4)
+_FIELDS = gl.constexpr(SLOT_FIELDS)
+_FIELDS_TL = tl.constexpr(SLOT_FIELDS)
+_ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, 8]))
+_X, _A = (gl.constexpr(gl.DotOperandLayout(operand, _ACC.value, k_width=2)) for operand in (0, 1))
+_ROWS, _FEATURES = gl.constexpr(gl.SliceLayout(1, _X.value)), gl.constexpr(gl.SliceLayout(0, _X.value))
+_OUT_ROWS, _OUT_RANKS = gl.constexpr(gl.SliceLayout(1, _ACC.value)), gl.constexpr(gl.SliceLayout(0, _ACC.value))
+
+
+@gluon.jit
+def _loader(ring, descs, num_blocks, first, begin, a_rows, RANK: gl.constexpr, MODULES: gl.constexpr, STAGES: gl.constexpr):
+    """Load every block of X, and of A for each module."""
+    x_bufs, a_bufs, full_bars, empty_bars = ring
+    x_desc, a_desc = descs
+    for i in range(num_blocks):
+        stage, i_k = i % STAGES, (begin + i) * BK
+        full_bar = full_bars.index(stage)
+        mbarrier.wait(empty_bars.index(stage), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(full_bar, (BM + MODULES * RANK) * BK * 2)
+        tma.async_copy_global_to_shared(x_desc, [first, i_k], full_bar, x_bufs.index(stage))
+        for m in gl.static_range(MODULES):
+            tma.async_copy_global_to_shared(a_desc, [a_rows[m], i_k], full_bar, a_bufs.index(stage * MODULES + m))
+
+
+@gluon.jit
+def _multiplier(
+    ring, out_ptr, partial_ptr, slot_ptr, scale_ptr, keys_ptr, num_rows, out_stride, first_feature, num_blocks, first, end, begin, i_rank,
+    RANK: gl.constexpr, MODULES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Multiply every block, and write what belongs to the item and the slot."""
+    x_bufs, a_bufs, full_bars, empty_bars = ring
+    rank, level, scale = gl.load(slot_ptr), level_of(gl.load(slot_ptr + 1)), gl.load(scale_ptr)
+    o_row = first + gl.arange(0, BM, _ROWS)
+    b_keys = gl.expand_dims(gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True), 1)
+    b_acc0 = gl.zeros([BM, RANK], gl.float32, _ACC)
+    b_acc1, b_acc2 = b_acc0, b_acc0
+    for i in range(num_blocks):
+        stage = i % STAGES
+        b_pairs = gl.expand_dims(pair_keys(first_feature + (begin + i) * BK + gl.arange(0, BK, _FEATURES)), 0)
+        b_hash = mix(b_keys, b_pairs)
+        mbarrier.wait(full_bars.index(stage), (i // STAGES) & 1)
+        b_x = x_bufs.index(stage).load(_X)
+        b_a0 = a_bufs.index(stage * MODULES).permute((1, 0)).load(_A)
+        b_acc0 = mma_v2(drop_features(b_x, b_hash, level, 0), b_a0, b_acc0)
+        if MODULES > 1:
+            b_a1 = a_bufs.index(stage * MODULES + 1).permute((1, 0)).load(_A)
+            b_acc1 = mma_v2(drop_features(b_x, b_hash, level, 1), b_a1, b_acc1)
+        if MODULES > 2:
+            b_a2 = a_bufs.index(stage * MODULES + 2).permute((1, 0)).load(_A)
+            b_acc2 = mma_v2(drop_features(b_x, b_hash, level, 2), b_a2, b_acc2)
+        mbarrier.arrive(empty_bars.index(stage), count=1)
+    accs = (b_acc0, b_acc1, b_acc2)
+    for m in gl.static_range(MODULES):
+        column = gl.load(slot_ptr + 6 + 3 * m)
+        ranks = gl.where(column >= 0, rank, 0)
+        _put(out_ptr, partial_ptr, num_rows, out_stride, first, end, column, ranks, i_rank, scale, accs[m], RANK)
+
+
+@gluon.jit
+def _put(out_ptr, partial_ptr, num_rows, out_stride, first, end, column, rank, i_rank, scale, b_acc, RANK: gl.constexpr):
+    """Write one module's columns: of S where the inner dimension is not cut, else of this share's partial sums."""
+    o_row, o_r = first + gl.arange(0, BM, _OUT_ROWS), i_rank + gl.arange(0, RANK, _OUT_RANKS)
+    at = gl.expand_dims(o_row.to(gl.int64), 1) * out_stride + gl.expand_dims(column + o_r, 0)
+    m_in = gl.expand_dims(o_row < end, 1) & gl.expand_dims(o_r < rank, 0)
+    if gl.num_programs(1) == 1:
+        gl.store(out_ptr + at, (b_acc * scale).to(gl.bfloat16), m_in)
+    else:
+        gl.store(partial_ptr + gl.program_id(1) * num_rows.to(gl.int64) * out_stride + at, b_acc, m_in)
+
+
+@gluon.jit(do_not_specialize=["num_rows", "share_blocks", "out_stride", "first_feature"])
+def _hopper_down_kernel(
+    x_desc, a_desc, out_ptr, partial_ptr, items_ptr, slots_ptr, scales_ptr, keys_ptr,
+    num_rows, num_inner, share_blocks, out_stride, first_feature,
+    RANK: gl.constexpr, MODULES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    item_ptr = items_ptr + gl.program_id(0) * 6
+    first, end, slot = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
+    slot_ptr = slots_ptr + slot * _FIELDS
+    i_rank = gl.program_id(2) * RANK
+    a_rows = (max(gl.load(slot_ptr + 4), 0) + i_rank,)
+    if MODULES > 1:
+        a_rows += (max(gl.load(slot_ptr + 7), 0) + i_rank,)
+    if MODULES > 2:
+        a_rows += (max(gl.load(slot_ptr + 10), 0) + i_rank,)
+    begin = gl.program_id(1) * share_blocks
+    num_blocks = min(share_blocks, gl.cdiv(num_inner, BK) - begin)
+    num_blocks = gl.where(i_rank < gl.load(slot_ptr), num_blocks, 0)
+
+    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], x_desc.layout)
+    a_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * MODULES, RANK, BK], a_desc.layout)
+    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full_bars.index(stage), count=1)
+        mbarrier.init(empty_bars.index(stage), count=1)
+    ring = (x_bufs, a_bufs, full_bars, empty_bars)
+    gl.warp_specialize(
+        [
+            (
+                _multiplier,
+                (
+                    ring, out_ptr, partial_ptr, slot_ptr, scales_ptr + slot, keys_ptr, num_rows, out_stride, first_feature, num_blocks,
+                    first, end, begin, i_rank, RANK, MODULES, STAGES,
+                ),
+            ),
+            (_loader, (ring, (x_desc, a_desc), num_blocks, first, begin, a_rows, RANK, MODULES, STAGES)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_shares", "stride"])
+def _add_shares_kernel(
+    out_ptr, partial_ptr, items_ptr, slots_ptr, scales_ptr, num_rows, num_shares, stride, BM: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """S = c' times the sum of the shares, in ascending order."""
+    item_ptr = items_ptr + tl.program_id(0) * 6
+    first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    o_col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o_row = first + tl.arange(0, BM)
+    at = o_row.to(tl.int64)[:, None] * stride + o_col[None, :]
+    m_in = (o_row < end)[:, None] & (o_col < tl.load(slots_ptr + slot * _FIELDS_TL + 2))[None, :]
+    b_sum = tl.zeros([BM, COLUMNS], tl.float32)
+    for i in tl.range(num_shares, num_stages=1):
+        b_sum += tl.load(partial_ptr + i * num_rows.to(tl.int64) * stride + at, m_in, 0.0)
+    tl.store(out_ptr + at, (b_sum * tl.load(scales_ptr + slot)).to(out_ptr.dtype.element_ty), m_in)
+
+
+def hopper_down(x_TK: Tensor, group: LoraGroup, route: Route, num_shares: int | None = None) -> Tensor:
+    """Return what lora_down.down returns, for tensors that `suits_hopper` and a group with dropout."""
+    s_TR = torch.empty(x_TK.shape[0], group.width, dtype=x_TK.dtype, device=x_TK.device)
+    num_rows, num_inner = x_TK.shape
+    modules = group.num_modules
+    rank = rank_class(group.max_padded_rank, 64 if modules == 1 else 32)
+    num_items, num_ranks = route.num_items(BM.value), triton.cdiv(group.max_padded_rank, rank)
+    if not num_items:
+        return s_TR
+    num_shares = num_shares or min(max(num_processors(x_TK.device) // num_items, 1), triton.cdiv(num_inner, 512))
+    num_blocks = triton.cdiv(num_inner, BK.value)
+    share_blocks = triton.cdiv(num_blocks, num_shares)
+    num_shares = triton.cdiv(num_blocks, share_blocks)
+    partial = torch.empty(num_shares if num_shares > 1 else 0, *s_TR.shape, dtype=torch.float32, device=x_TK.device)
+
+    stage_bytes = (BM.value + modules * rank) * BK.value * 2
+    _hopper_down_kernel[(num_items, num_shares, num_ranks)](
+        describe(x_TK, BM.value, BK.value), describe(group.a_RK, rank, BK.value),
+        s_TR, partial, route.items(BM.value), group.slot_table, group.scale_table, route.row_keys,
+        num_rows, num_inner, share_blocks, s_TR.stride(0), group.first_feature,
+        RANK=rank, MODULES=modules, STAGES=8 if 8 * stage_bytes <= 112 << 10 else 4, num_warps=WARPS.value, maxnreg=128,
+    )  # fmt: skip
+    if num_shares > 1:
+        _add_shares_kernel[(num_items, triton.cdiv(group.width, 16))](
+            s_TR, partial, route.items(BM.value), group.slot_table, group.scale_table, num_rows, num_shares, s_TR.stride(0),
+            BM=BM.value, COLUMNS=16, num_warps=4,
+        )  # fmt: skip
+    return s_TR

@@ -1,0 +1,232 @@
+"""dA = dS^T (M * X) with dropout, as lora_grad.py, on Hopper: masks are made in the registers that the tensor cores read.
+
+A program owns one item (some rows of one segment, `Route.items`), a block of columns and RANK columns of S for each module, and keeps its
+sums in registers, as dA^T = (M * X)^T dS. TMA keeps a ring of blocks of X and dS ahead of it; a warp takes X transposed from there, so that
+a register holds one feature of two rows, hashes both, and masks a copy for each module. The item's last rows, if they fill no block, are
+masked in both operands, since 0 * NaN is NaN. A segment of one item is added to the gradient arena at once; else each item writes its
+partial sum in float32, and a second kernel adds them in ascending order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.hopper_dropout import drop_rows, half_of, level_of, mix, pair_keys
+from fused_ops.hopper_lora import describe
+from fused_ops.route import Route
+from fused_ops.shapes import num_processors, rank_class
+
+BM, WARPS, STAGES = gl.constexpr(32), gl.constexpr(4), gl.constexpr(8)
+_FIELDS, _FIELDS_TL = gl.constexpr(SLOT_FIELDS), tl.constexpr(SLOT_FIELDS)
+_ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, 8]))
+_X, _S = (gl.constexpr(gl.DotOperandLayout(operand, _ACC.value, k_width=2)) for operand in (0, 1))
+_X_ROWS, _S_ROWS = gl.constexpr(gl.SliceLayout(0, _X.value)), gl.constexpr(gl.SliceLayout(1, _S.value))
+_FEATURES = gl.constexpr(gl.SliceLayout(1, _X.value))
+_OUT_COLUMNS, _OUT_RANKS = gl.constexpr(gl.SliceLayout(1, _ACC.value)), gl.constexpr(gl.SliceLayout(0, _ACC.value))
+
+
+@gluon.jit
+def _loader(ring, descs, num_blocks, first, i_col, s_cols, BC: gl.constexpr, RANK: gl.constexpr, MODULES: gl.constexpr):
+    """Load every block of X, and of dS for each module."""
+    x_bufs, s_bufs, full_bars, empty_bars = ring
+    x_desc, s_desc = descs
+    for i in range(num_blocks):
+        stage, i_row = i % STAGES, first + i * BM
+        full_bar = full_bars.index(stage)
+        mbarrier.wait(empty_bars.index(stage), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(full_bar, (BC + MODULES * RANK) * BM * 2)
+        tma.async_copy_global_to_shared(x_desc, [i_row, i_col], full_bar, x_bufs.index(stage))
+        for m in gl.static_range(MODULES):
+            tma.async_copy_global_to_shared(s_desc, [i_row, s_cols[m]], full_bar, s_bufs.index(stage * MODULES + m))
+
+
+@gluon.jit
+def _keys(keys_ptr, i_row, num_rows):
+    """Return the row keys of a block, [1, BM]."""
+    o_row = min(i_row, num_rows - 1) + gl.arange(0, BM, _X_ROWS)
+    return gl.expand_dims(gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True), 0)
+
+
+@gluon.jit
+def _s_rows(s_buf, i_row, end, MASKED: gl.constexpr):
+    """Return dS [BM, RANK] of a block; rows beyond the item's end are zero."""
+    b_s = s_buf.load(_S)
+    if MASKED:
+        b_s = gl.where(gl.expand_dims(i_row + gl.arange(0, BM, _S_ROWS) < end, 1), b_s, 0.0)
+    return b_s
+
+
+@gluon.jit
+def _add_block(
+    ring, i, accs, b_keys, b_pairs, halves, level, i_row, end, BC: gl.constexpr, MODULES: gl.constexpr, MASKED: gl.constexpr
+):  # fmt: skip
+    """Return the accumulators [BC, RANK] plus the products of the program's block i."""
+    x_bufs, s_bufs, full_bars, empty_bars = ring
+    b_acc0, b_acc1, b_acc2 = accs
+    stage = i % STAGES
+    b_hash = mix(b_keys, b_pairs)
+    mbarrier.wait(full_bars.index(stage), (i // STAGES) & 1)
+    b_x = x_bufs.index(stage).permute((1, 0)).load(_X)
+    if MASKED:
+        b_x = gl.where(gl.expand_dims(i_row + gl.arange(0, BM, _X_ROWS) < end, 0), b_x, 0.0)
+    b_s0 = _s_rows(s_bufs.index(stage * MODULES), i_row, end, MASKED)
+    b_acc0 = mma_v2(drop_rows(b_x, b_hash, level, halves, 0), b_s0, b_acc0)
+    if MODULES > 1:
+        b_s1 = _s_rows(s_bufs.index(stage * MODULES + 1), i_row, end, MASKED)
+        b_acc1 = mma_v2(drop_rows(b_x, b_hash, level, halves, 1), b_s1, b_acc1)
+    if MODULES > 2:
+        b_s2 = _s_rows(s_bufs.index(stage * MODULES + 2), i_row, end, MASKED)
+        b_acc2 = mma_v2(drop_rows(b_x, b_hash, level, halves, 2), b_s2, b_acc2)
+    mbarrier.arrive(empty_bars.index(stage), count=1)
+    return b_acc0, b_acc1, b_acc2
+
+
+@gluon.jit
+def _put(
+    grad_ptr, partial_ptr, i_item, alone, width, a_row, s_col, rank, i_rank, i_col, num_cols, b_acc, BC: gl.constexpr, RANK: gl.constexpr
+):
+    """Add a segment's only item to grad [row + r, column]; write one of several to partial [item, column of S + r, column]."""
+    o_col, o_r = i_col + gl.arange(0, BC, _OUT_COLUMNS), i_rank + gl.arange(0, RANK, _OUT_RANKS)
+    m_in = gl.expand_dims(o_col < num_cols, 1) & gl.expand_dims(o_r < rank, 0)
+    at = gl.expand_dims(o_r.to(gl.int64), 0) * num_cols + gl.expand_dims(o_col, 1)
+    if alone:
+        grad_at = grad_ptr + a_row.to(gl.int64) * num_cols + at
+        gl.store(grad_at, gl.load(grad_at, m_in, 0.0) + b_acc, m_in)
+    else:
+        gl.store(partial_ptr + (i_item * width.to(gl.int64) + s_col) * num_cols + at, b_acc, m_in)
+
+
+@gluon.jit
+def _multiplier(
+    ring, grad_ptr, partial_ptr, item_ptr, slot_ptr, keys_ptr, num_rows, num_cols, width, first_feature, first, end, i_col, i_rank,
+    BC: gl.constexpr, RANK: gl.constexpr, MODULES: gl.constexpr,
+):  # fmt: skip
+    """Multiply every block, and add or write the sums."""
+    rank, level = gl.load(slot_ptr), level_of(gl.load(slot_ptr + 1))
+    o_feature = gl.arange(0, BC, _FEATURES)
+    b_pairs = gl.expand_dims(pair_keys(first_feature + i_col + o_feature), 1)
+    halves = gl.expand_dims(half_of(o_feature), 1)
+    num_full, num_blocks = (end - first) // BM, gl.cdiv(end - first, BM)
+    b_acc0 = gl.zeros([BC, RANK], gl.float32, _ACC)
+    b_acc1, b_acc2 = b_acc0, b_acc0
+    b_keys = _keys(keys_ptr, first, num_rows)
+    for i in range(num_full):
+        i_row = first + i * BM
+        b_next = _keys(keys_ptr, i_row + BM, num_rows)
+        b_acc0, b_acc1, b_acc2 = _add_block(
+            ring, i, (b_acc0, b_acc1, b_acc2), b_keys, b_pairs, halves, level, i_row, end, BC, MODULES, MASKED=False
+        )
+        b_keys = b_next
+    for i in range(num_full, num_blocks):
+        i_row = first + i * BM
+        b_acc0, b_acc1, b_acc2 = _add_block(
+            ring,
+            i,
+            (b_acc0, b_acc1, b_acc2),
+            _keys(keys_ptr, i_row, num_rows),
+            b_pairs,
+            halves,
+            level,
+            i_row,
+            end,
+            BC,
+            MODULES,
+            MASKED=True,
+        )
+    alone = gl.load(item_ptr + 5) - gl.load(item_ptr + 4) == 1
+    accs = (b_acc0, b_acc1, b_acc2)
+    for m in gl.static_range(MODULES):
+        a_row, s_col = gl.load(slot_ptr + 4 + 3 * m), gl.load(slot_ptr + 6 + 3 * m)
+        ranks = gl.where((s_col >= 0) & (first < end), rank, 0)
+        _put(
+            grad_ptr, partial_ptr, gl.program_id(1), alone, width, a_row, s_col, ranks, i_rank, i_col, num_cols, accs[m], BC, RANK
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["num_rows", "width", "first_feature"])
+def _hopper_rows_kernel(
+    x_desc, s_desc, grad_ptr, partial_ptr, items_ptr, slots_ptr, keys_ptr, num_rows, num_cols, width, first_feature,
+    BC: gl.constexpr, RANK: gl.constexpr, MODULES: gl.constexpr,
+):  # fmt: skip
+    item_ptr = items_ptr + gl.program_id(1) * 6
+    first, end, slot = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
+    slot_ptr = slots_ptr + slot * _FIELDS
+    i_col, i_rank = gl.program_id(0) * BC, gl.program_id(2) * RANK
+    end = gl.where(i_rank < gl.load(slot_ptr), end, first)
+    s_cols = (max(gl.load(slot_ptr + 6), 0) + i_rank,)
+    if MODULES > 1:
+        s_cols += (max(gl.load(slot_ptr + 9), 0) + i_rank,)
+    if MODULES > 2:
+        s_cols += (max(gl.load(slot_ptr + 12), 0) + i_rank,)
+
+    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BC], x_desc.layout)
+    s_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * MODULES, BM, RANK], s_desc.layout)
+    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full_bars.index(stage), count=1)
+        mbarrier.init(empty_bars.index(stage), count=1)
+    ring = (x_bufs, s_bufs, full_bars, empty_bars)
+    gl.warp_specialize(
+        [
+            (
+                _multiplier,
+                (
+                    ring, grad_ptr, partial_ptr, item_ptr, slot_ptr, keys_ptr, num_rows, num_cols, width, first_feature,
+                    first, end, i_col, i_rank, BC, RANK, MODULES,
+                ),
+            ),
+            (_loader, (ring, (x_desc, s_desc), gl.cdiv(end - first, BM), first, i_col, s_cols, BC, RANK, MODULES)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["width"])
+def _add_items_kernel(grad_ptr, partial_ptr, items_ptr, slots_ptr, num_cols, width, COLUMNS: tl.constexpr, RANKS: tl.constexpr):
+    """grad [first A row + c, column] += the sum over a segment's items of partial [item, c, column], in ascending order; c: of S."""
+    item_ptr = items_ptr + tl.program_id(1) * 6
+    slot_ptr = slots_ptr + tl.load(item_ptr + 2) * _FIELDS_TL
+    i_low, i_high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
+    if (tl.program_id(1) == i_low) & (i_high - i_low > 1):
+        o_r, o_col = tl.program_id(2) * RANKS + tl.arange(0, RANKS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        m_in = (o_r < tl.load(slot_ptr + 2))[:, None] & (o_col < num_cols)[None, :]
+        at = o_r.to(tl.int64)[:, None] * num_cols + o_col[None, :]
+        b_sum = tl.zeros([RANKS, COLUMNS], tl.float32)
+        for i_item in tl.range(i_low, i_high, num_stages=1):
+            b_sum += tl.load(partial_ptr + i_item * width.to(tl.int64) * num_cols + at, m_in, 0.0)
+        grad_at = grad_ptr + tl.load(slot_ptr + 3).to(tl.int64) * num_cols + at
+        tl.store(grad_at, tl.load(grad_at, m_in, 0.0) + b_sum, m_in)
+
+
+def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, item_rows: int | None = None) -> None:
+    """Do what lora_grad.grad_a does, for tensors that `suits_hopper` and a group with dropout."""
+    num_rows, num_cols = x_TK.shape
+    modules, width = group.num_modules, group.width
+    rank = rank_class(group.max_padded_rank, 64 if modules == 1 else 32)
+    columns = 128 if modules * rank <= 64 else 64
+    num_blocks, num_ranks = triton.cdiv(num_cols, columns), triton.cdiv(group.max_padded_rank, rank)
+    # About one program a multiprocessor: more only add partial sums.
+    wanted = triton.next_power_of_2(max(num_rows * num_blocks // num_processors(x_TK.device), 1))
+    item_rows = item_rows or min(max(wanted, 256), 2048)
+    num_items = route.num_items(item_rows)
+    if not num_items:
+        return
+    several = num_items > len(route.segments)
+    partial = torch.empty(num_items if several else 0, width, num_cols, dtype=torch.float32, device=x_TK.device)
+    _hopper_rows_kernel[(num_blocks, num_items, num_ranks)](
+        describe(x_TK, BM.value, columns), describe(ds_TR, BM.value, rank),
+        group.grad_a_RK, partial, route.items(item_rows), group.slot_table, route.row_keys, num_rows, num_cols, width, group.first_feature,
+        BC=columns, RANK=rank, MODULES=modules, num_warps=WARPS.value, maxnreg=128,
+    )  # fmt: skip
+    if several:
+        _add_items_kernel[(triton.cdiv(num_cols, 256), num_items, triton.cdiv(width, 16))](
+            group.grad_a_RK, partial, route.items(item_rows), group.slot_table, num_cols, width, COLUMNS=256, RANKS=16, num_warps=4
+        )
