@@ -1,8 +1,9 @@
 """The frozen GEMM with LoRA, as lora_gemm.py, written for Hopper's warp groups: Y = X W^T (+ bias) + S B^T, dX = dY W + M * (dS A).
 
 Programs stay, one a multiprocessor, and take every so many tiles of [BM, BN]. One warp loads: it goes through a tile's steps in order and
-fills a ring of STAGES buffers in shared memory by TMA, tiles ahead of the two warp groups that multiply. LoRA has no epilogue of its
-own; its products are further steps of the same ring, 16 ranks each, after those of the frozen weight:
+fills a ring of STAGES buffers in shared memory by TMA, tiles ahead of the two warp groups that multiply, each half of a tile's rows. The
+two wait for the ring alone, not for each other: while one masks and stores its half, the other keeps the tensor cores busy. LoRA has no
+epilogue of its own; its products are further steps of the same ring, 16 ranks each, after those of the frozen weight:
 
     a tile of one adapter, no dropout     the ranks are steps like any other: acc += S L
     other tiles, and dropout              a quarter of the columns at a time: for each segment and module, the product S L is made
@@ -33,6 +34,8 @@ from fused_ops.hopper_lora import (
     RANK,
     ROWS,
     STAGES,
+    WARPS,
+    WM,
     add_dropped,
     add_masked,
     add_owner,
@@ -49,8 +52,8 @@ from fused_ops.lora_gemm import lora_term
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors
 
-BK, GROUP = gl.constexpr(64), gl.constexpr(8)  # inner block; row tiles that share the columns of W in the cache
-_INPUT, _FORWARD_WEIGHT, _BACKWARD_WEIGHT, _OUTPUT = shared(BM, BK), shared(HALF, BK), shared(BK, HALF), shared(BM, QUARTER)
+BK, TOGETHER = gl.constexpr(64), gl.constexpr(8)  # inner block; row tiles that share the columns of W in the cache
+_INPUT, _FORWARD_WEIGHT, _BACKWARD_WEIGHT, _OUTPUT = shared(WM, BK), shared(HALF, BK), shared(BK, HALF), shared(WM, QUARTER)
 _ACC = product(HALF)
 
 
@@ -58,15 +61,16 @@ _ACC = product(HALF)
 def _place(i_tile, num_rows, num_cols):
     """Return the first row and column of a tile."""
     num_m, num_n = gl.cdiv(num_rows, BM), gl.cdiv(num_cols, BN)
-    first = (i_tile // (GROUP * num_n)) * GROUP
-    rows = min(num_m - first, GROUP)
-    return (first + (i_tile % (GROUP * num_n)) % rows) * BM, (i_tile % (GROUP * num_n)) // rows * BN
+    first = (i_tile // (TOGETHER * num_n)) * TOGETHER
+    rows = min(num_m - first, TOGETHER)
+    return (first + (i_tile % (TOGETHER * num_n)) % rows) * BM, (i_tile % (TOGETHER * num_n)) // rows * BN
 
 
 @gluon.jit
 def _loader(
-    descs, ring, tables, sizes, starts, stops, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr
-):
+    descs, ring, tables, sizes, starts, stops,
+    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr,
+):  # fmt: skip
     """Load every step of every tile of this program."""
     input_desc, weight_desc, s_desc, l_descs, l_part_descs = descs
     a_bufs, b_bufs, full_bars, empty_bars = ring
@@ -80,7 +84,8 @@ def _loader(
             full_bar = full_bars.index(stage)
             mbarrier.wait(empty_bars.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(full_bar, (BM + BN) * BK * 2)
-            tma.async_copy_global_to_shared(input_desc, [i_row, i_k], full_bar, a_bufs.index(stage))
+            for group in gl.static_range(2):
+                tma.async_copy_global_to_shared(input_desc, [i_row + group * WM, i_k], full_bar, a_bufs.index(2 * stage + group))
             for half in gl.static_range(2):
                 at_col = i_col + half * HALF
                 at = [i_k, at_col] if BACKWARD else [at_col, i_k]
@@ -109,14 +114,14 @@ def _loader(
 
 
 @gluon.jit
-def _frozen_product(ring, step, num_inner, BACKWARD: gl.constexpr):
-    """Return X W^T or dY W of a tile, in two halves [BM, HALF] float32, and the next step."""
+def _frozen_product(ring, step, num_inner, BACKWARD: gl.constexpr, GROUP: gl.constexpr):
+    """Return X W^T or dY W of a warp group's rows of a tile, in two halves [WM, HALF] float32, and the next step."""
     a_bufs, b_bufs, full_bars, empty_bars = ring
-    b_acc0, b_acc1 = gl.zeros([BM, HALF], gl.float32, _ACC), gl.zeros([BM, HALF], gl.float32, _ACC)
+    b_acc0, b_acc1 = gl.zeros([WM, HALF], gl.float32, _ACC), gl.zeros([WM, HALF], gl.float32, _ACC)
     for i_k in range(0, num_inner, BK):
         stage = step % STAGES
         mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
-        b_in, b_w0, b_w1 = a_bufs.index(stage), b_bufs.index(2 * stage), b_bufs.index(2 * stage + 1)
+        b_in, b_w0, b_w1 = a_bufs.index(2 * stage + GROUP), b_bufs.index(2 * stage), b_bufs.index(2 * stage + 1)
         if not BACKWARD:
             b_w0, b_w1 = b_w0.permute((1, 0)), b_w1.permute((1, 0))
         b_acc0 = warpgroup_mma(b_in, b_w0, b_acc0, is_async=True)
@@ -132,17 +137,18 @@ def _frozen_product(ring, step, num_inner, BACKWARD: gl.constexpr):
 
 @gluon.jit
 def _quarters(b_acc):
-    """Return the left and the right half of an accumulator, [BM, QUARTER] each; every thread holds some of both."""
-    left, right = gl.split(gl.permute(gl.reshape(b_acc, [BM, 2, QUARTER]), [0, 2, 1]))
+    """Return the left and the right half of an accumulator, [WM, QUARTER] each; every thread holds some of both."""
+    left, right = gl.split(gl.permute(gl.reshape(b_acc, [WM, 2, QUARTER]), [0, 2, 1]))
     return gl.convert_layout(left, PART, assert_trivial=True), gl.convert_layout(right, PART, assert_trivial=True)
 
 
 @gluon.jit
 def _multiplier(
-    output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature,
-    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    common, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Compute and store every tile of this program."""
+    """Compute and store one warp group's rows of every tile of this program."""
+    output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature = common
     tiles_ptr, segments_ptr, slots_ptr = tables
     num_rows, num_cols, num_inner = sizes
     num_tiles, stride = gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)
@@ -156,13 +162,13 @@ def _multiplier(
         level = slot_level(slots_ptr, max(owner, 0))
         next_row, next_col = _place(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
         next_owner = gl.load(tiles_ptr + next_row // BM * 4 + 2)
-        b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD)
+        b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD, GROUP)
         if (owner >= 0) & (not DROPOUT):
-            b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, of_modules[0] + of_modules[1] + of_modules[2])
+            b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, of_modules[0] + of_modules[1] + of_modules[2], GROUP)
         b_part0, b_part1 = _quarters(b_acc0)
         b_part2, b_part3 = _quarters(b_acc1)
         parts = (b_part0, b_part1, b_part2, b_part3)
-        o_row = i_row + gl.arange(0, BM, ROWS)
+        o_row = i_row + GROUP * WM + gl.arange(0, WM, ROWS)
         b_keys = o_row.to(gl.uint32)
         if DROPOUT:
             b_keys = gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True)
@@ -174,17 +180,32 @@ def _multiplier(
                 b_hash = mask_hash(b_keys, first_feature + i_col + i_part * QUARTER)
             if owner < 0:
                 b_part, step = add_masked(
-                    ring, step, b_part, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT
+                    ring,
+                    step,
+                    b_part,
+                    tables,
+                    i_low,
+                    i_high,
+                    b_hash,
+                    o_row,
+                    i_col,
+                    starts,
+                    stops,
+                    BACKWARD,
+                    MODULES,
+                    WIDE,
+                    DROPOUT,
+                    GROUP,
                 )
             elif DROPOUT:
-                b_part, step = add_dropped(ring, step, b_part, b_hash, of_modules, level, MODULES)
+                b_part, step = add_dropped(ring, step, b_part, b_hash, of_modules, level, MODULES, GROUP)
             if HAS_BIAS:
                 b_part += gl.expand_dims(gl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(gl.float32), 0)
-            output_buf = output_bufs.index(i_part % 2)
+            output_buf = output_bufs.index(2 * GROUP + i_part % 2)
             tma.store_wait(1)  # all but the latest: what this buffer held is stored
             output_buf.store(b_part.to(gl.bfloat16))
             fence_async_shared()
-            tma.async_copy_shared_to_global(output_desc, [i_row, i_col + i_part * QUARTER], output_buf)
+            tma.async_copy_shared_to_global(output_desc, [i_row + GROUP * WM, i_col + i_part * QUARTER], output_buf)
         i_row, i_col, owner = next_row, next_col, next_owner
     tma.store_wait(0)
 
@@ -195,38 +216,40 @@ def _hopper_kernel(
     bias_ptr, tiles_ptr, segments_ptr, slots_ptr, keys_ptr, num_rows, num_cols, num_inner, first_feature, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    a_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], _INPUT)
+    a_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, WM, BK], _INPUT)
     if BACKWARD:
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, BK, HALF], _BACKWARD_WEIGHT)
     else:
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, HALF, BK], _FORWARD_WEIGHT)
-    output_bufs = gl.allocate_shared_memory(gl.bfloat16, [2, BM, QUARTER], _OUTPUT)
+    output_bufs = gl.allocate_shared_memory(gl.bfloat16, [4, WM, QUARTER], _OUTPUT)
     full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full_bars.index(stage), count=1)
-        mbarrier.init(empty_bars.index(stage), count=1)
+        mbarrier.init(empty_bars.index(stage), count=2)
     ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, slots_ptr)
     sizes = (num_rows, num_cols, num_inner)
     descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2))
+    common = (output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature)
     gl.warp_specialize(
         [
-            (
-                _multiplier,
-                (
-                    output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature,
-                    BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS,
-                ),
-            ),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, 0)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, 1)),
             (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT)),
         ],
-        [1],
-        [24],
-    )  # fmt: skip
+        [WARPS, 1],
+        [240, 24],
+    )
 
 
 def hopper_gemm(
-    input_TI: Tensor, weight: Tensor, bias_O: Tensor | None, s_TR: Tensor, group: LoraGroup, route: Route, backward: bool
+    input_TI: Tensor,
+    weight: Tensor,
+    bias_O: Tensor | None,
+    s_TR: Tensor,
+    group: LoraGroup,
+    route: Route,
+    backward: bool,
 ) -> Tensor:
     """Return what lora_gemm.gemm returns, for tensors that `suits_hopper`."""
     num_rows, num_inner = input_TI.shape
@@ -242,14 +265,14 @@ def hopper_gemm(
 
     tiles = -(-num_rows // BM.value) * -(-num_cols // BN.value)
     _hopper_kernel[(min(num_processors(input_TI.device), tiles),)](
-        describe(input_TI, BM.value, BK.value),
+        describe(input_TI, WM.value, BK.value),
         describe(weight, BK.value, HALF.value) if backward else describe(weight, HALF.value, BK.value),
-        describe(out_TO, BM.value, QUARTER.value), describe(s_TR, BM.value, RANK.value),
+        describe(out_TO, WM.value, QUARTER.value), describe(s_TR, WM.value, RANK.value),
         *three([describe(tensor, RANK.value, HALF.value) for tensor in adapters]),
         *three([describe(tensor, RANK.value, QUARTER.value) for tensor in adapters]),
         bias_O, route.owned_tiles(BM.value), route.segment_table, group.slot_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
-        num_warps=8, maxnreg=168,
+        num_warps=WARPS.value, maxnreg=168,
     )  # fmt: skip
     return out_TO

@@ -1,11 +1,11 @@
-"""What LoRA adds to the pipeline of hopper_gemm.py: 16 ranks a step, loaded by its one loading warp, multiplied by its two warp groups.
+"""What LoRA adds to the pipeline of hopper_gemm.py: 16 ranks a step, loaded by its one loading warp, multiplied by each warp group.
 
     add_owner      a tile of one adapter without dropout: the ranks are steps like any other, acc += S L
     add_dropped    a tile of one adapter with dropout: the product of a quarter of the columns is made apart, masked, and added
     add_masked     a tile of several adapters: so for each segment, masked by its rows too
 
-A step is 16 ranks of S [BM, 16] and of L [16, columns] in one buffer of the ring, which is `(inputs, weights, full, empty)`: buffers in
-shared memory and the barriers that say what they are. What is loaded beyond a module's columns is zero.
+A step is 16 ranks of S [BM, 16] and of L [16, columns] in one stage of the ring, which is `(inputs, weights, full, empty)`: buffers in
+shared memory, inputs one for each warp group, and the barriers that say what they are. What is loaded beyond a module's columns is zero.
 """
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from fused_ops.adapters import SLOT_FIELDS
 from fused_ops.hopper_dropout import KEEPS_NONE, add_kept, level_of, mix, pair_keys
 
 BM, BN, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(16)  # rows and columns of a tile, ranks of a step
+WM, WARPS = gl.constexpr(64), gl.constexpr(4)  # rows and warps of a warp group
 HALF, QUARTER = gl.constexpr(128), gl.constexpr(64)  # columns of one accumulator, and of a masked product
 STAGES = gl.constexpr(4)  # buffers of the ring
 _FIELDS = gl.constexpr(SLOT_FIELDS)
@@ -34,11 +35,11 @@ def describe(tensor: Tensor, *box: int) -> TensorDescriptor:
 
 
 def product(columns: gl.constexpr) -> gl.constexpr:
-    """Return the layout of a product of so many columns over two warp groups."""
-    return gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, columns.value, 16]))
+    """Return the layout of a warp group's product of so many columns."""
+    return gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, columns.value, 16]))
 
 
-S, LORA, LORA_PART = shared(BM, RANK), shared(RANK, HALF), shared(RANK, QUARTER)
+S, LORA, LORA_PART = shared(WM, RANK), shared(RANK, HALF), shared(RANK, QUARTER)
 PART = product(QUARTER)
 ROWS, COLUMNS = gl.constexpr(gl.SliceLayout(1, PART.value)), gl.constexpr(gl.SliceLayout(0, PART.value))
 
@@ -81,7 +82,9 @@ def load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl
     full_bar = full_bars.index(stage)
     mbarrier.wait(empty_bars.index(stage), ((step // STAGES) & 1) ^ 1)
     mbarrier.expect(full_bar, (BM + PARTS * COLUMNS) * RANK * 2)
-    tma.async_copy_global_to_shared(s_desc, [i_row, s_col], full_bar, a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], S))
+    for group in gl.static_range(2):
+        s_buf = a_bufs.index(2 * stage + group)._reinterpret(gl.bfloat16, [WM, RANK], S)
+        tma.async_copy_global_to_shared(s_desc, [i_row + group * WM, s_col], full_bar, s_buf)
     for part in gl.static_range(PARTS):
         l_buf = b_bufs.index(2 * stage + part)._reinterpret(gl.bfloat16, [RANK, COLUMNS], LAYOUT)
         tma.async_copy_global_to_shared(l_desc, [l_row, l_col + part * COLUMNS], full_bar, l_buf)
@@ -89,13 +92,13 @@ def load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl
 
 
 @gluon.jit
-def add_owner(ring, step, b_acc0, b_acc1, ranks):
+def add_owner(ring, step, b_acc0, b_acc1, ranks, GROUP: gl.constexpr):
     """Return both halves of the accumulator plus S L of the one slot that owns the tile."""
     a_bufs, b_bufs, full_bars, empty_bars = ring
     for _ in range(0, ranks, RANK):
         stage = step % STAGES
         mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
-        b_s = a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], S)
+        b_s = a_bufs.index(2 * stage + GROUP)._reinterpret(gl.bfloat16, [WM, RANK], S)
         b_acc0 = warpgroup_mma(b_s, b_bufs.index(2 * stage)._reinterpret(gl.bfloat16, [RANK, HALF], LORA), b_acc0, is_async=True)
         b_acc1 = warpgroup_mma(b_s, b_bufs.index(2 * stage + 1)._reinterpret(gl.bfloat16, [RANK, HALF], LORA), b_acc1, is_async=True)
         b_acc0, b_acc1 = warpgroup_mma_wait(0, [b_acc0, b_acc1])
@@ -105,14 +108,14 @@ def add_owner(ring, step, b_acc0, b_acc1, ranks):
 
 
 @gluon.jit
-def _product(ring, step, ranks):
-    """Return S L over `ranks` ranks of one module, in a quarter of the columns, [BM, QUARTER] float32."""
+def _product(ring, step, ranks, GROUP: gl.constexpr):
+    """Return S L over `ranks` ranks of one module, in a quarter of the columns, [WM, QUARTER] float32."""
     a_bufs, b_bufs, full_bars, empty_bars = ring
-    b_product = gl.zeros([BM, QUARTER], gl.float32, PART)
+    b_product = gl.zeros([WM, QUARTER], gl.float32, PART)
     for _ in range(0, ranks, RANK):
         stage = step % STAGES
         mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
-        b_s = a_bufs.index(stage)._reinterpret(gl.bfloat16, [BM, RANK], S)
+        b_s = a_bufs.index(2 * stage + GROUP)._reinterpret(gl.bfloat16, [WM, RANK], S)
         b_product = warpgroup_mma(b_s, b_bufs.index(2 * stage)._reinterpret(gl.bfloat16, [RANK, QUARTER], LORA_PART), b_product)
         mbarrier.arrive(empty_bars.index(stage), count=1)
         step += 1
@@ -133,10 +136,10 @@ def slot_level(slots_ptr, slot):
 
 
 @gluon.jit
-def add_dropped(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr):
+def add_dropped(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr, GROUP: gl.constexpr):
     """Return a quarter of the accumulator plus the products of the one slot that owns the tile, each masked by its dropout."""
     for m in gl.static_range(MODULES):
-        b_product, step = _product(ring, step, ranks[m])
+        b_product, step = _product(ring, step, ranks[m], GROUP)
         b_acc = add_kept(b_acc, b_product, b_hash, level, m)
     return b_acc, step
 
@@ -144,7 +147,7 @@ def add_dropped(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr):
 @gluon.jit
 def add_masked(
     ring, step, b_acc, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops,
-    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr,
+    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Return a quarter of the accumulator plus the products of all segments, each masked by its rows and its dropout."""
     tiles_ptr, segments_ptr, slots_ptr = tables
@@ -154,7 +157,7 @@ def add_masked(
         slot = gl.load(segment_ptr + 2)
         for m in gl.static_range(1 if WIDE else MODULES):
             ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
-            b_product, step = _product(ring, step, ranks)
+            b_product, step = _product(ring, step, ranks, GROUP)
             if DROPOUT:
                 b_acc = add_kept(b_acc, b_product, b_hash, gl.where(m_keep, slot_level(slots_ptr, slot), KEEPS_NONE), m)
             else:
