@@ -244,7 +244,7 @@ class Executor:
             gradient = None if live.hidden is None else live.hidden.grad
         for job, _ in self.endings[slot]:
             self.optimizers[job].start_reduction(self.losses[job].clone())
-            self.losses[job] = 0.0
+            self.losses[job].zero_()  # an assignment would wait for the device
         ended = slot - self.position.delay
         self._add_own_part(message, ended)
         if self.links.backward_out is None:

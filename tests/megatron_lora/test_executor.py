@@ -1,8 +1,12 @@
 """The executor by itself: one stage, stub model and optimizers, many windows."""
 
 from types import SimpleNamespace
+from unittest import mock
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lora.executor import Executor, Position
 from megatron_lora.messages import Links, MessageLayout
@@ -11,20 +15,20 @@ from megatron_lora.timeline import Timeline
 from scheduling.pipeline import endings
 from scheduling.types import NOOP, Microbatch, Segment
 
-ROWS = 3
+ROWS, DELAY = 3, 1
 
 
 class Model:
     """Multiplies nothing, remembers nothing: the output depends on one parameter."""
 
-    def __init__(self):
-        self.weight = torch.ones((), requires_grad=True)
+    def __init__(self, device):
+        self.weight = torch.ones((), requires_grad=True, device=device)
 
     def __call__(self, data, hidden):
-        return self.weight * torch.ones(ROWS, 2)
+        return self.weight * torch.ones(ROWS, 2, device=self.weight.device)
 
     def losses(self, hidden, labels, targets):
-        assert targets.tolist() == list(range(ROWS))
+        assert targets.shape == (ROWS,)
         return hidden.sum(dim=1)
 
 
@@ -41,36 +45,70 @@ class Optimizer:
         pass
 
 
-def test_a_long_stream_is_not_piled_up():
-    slots, num_windows, delay = 8, 40, 1
-    done, held = [], []
-    executor = Executor(
-        Model(),
-        Position(stage=0, num_stages=1, delay=delay),
+def make_executor(device, on_step):
+    return Executor(
+        Model(device),
+        Position(stage=0, num_stages=1, delay=DELAY),
         Links(None, None, None, None),
         MessageLayout(max_endings=1, hidden_size=2, dtype=torch.float32),
         load=lambda microbatch: SimpleNamespace(
             labels=None,
-            targets=torch.arange(ROWS),
-            weights=torch.ones(ROWS),
+            targets=torch.arange(ROWS, device=device),
+            weights=torch.ones(ROWS, device=device),
             route=SimpleNamespace(segments=((0, ROWS, microbatch.segments[0].job),)),
         ),
         num_rows=lambda microbatch: microbatch.num_tokens,
         optimizers=[Optimizer(), Optimizer()],
-        on_step=lambda step: done.append((step.job, step.step, float(step.loss))),
+        on_step=on_step,
         on_forward=lambda microbatch: None,
         timeline=Timeline(torch.device("cpu")),
-        device=torch.device("cpu"),
+        device=device,
     )
+
+
+def take_turns(first, end):
+    """Return a window of two jobs that take turns, each slot a whole step."""
+    stream = tuple(Microbatch((Segment(number % 2, number // 2, (0,), ROWS),)) for number in range(first, end))
+    return Window(stream, endings(stream))
+
+
+LAST = Window((NOOP,) * (1 + DELAY), ((),) * (1 + DELAY))
+
+
+def test_a_long_stream_is_not_piled_up():
+    slots, num_windows = 8, 40
+    done, held = [], []
+    executor = make_executor(torch.device("cpu"), lambda step: done.append((step.job, step.step, float(step.loss))))
 
     def windows():
         for window in range(num_windows):
-            numbers = range(window * slots, (window + 1) * slots)  # two jobs take turns, each slot a whole step
-            stream = tuple(Microbatch((Segment(number % 2, number // 2, (0,), ROWS),)) for number in numbers)
-            yield Window(stream, endings(stream))
+            yield take_turns(window * slots, (window + 1) * slots)
             held.append((sum(slot != NOOP for slot in executor.stream), sum(map(len, executor.endings)), len(executor.verdicts)))
-        yield Window((NOOP,) * (1 + delay), ((),) * (1 + delay))
+        yield LAST
 
     executor.run(windows())
     assert done == [(number % 2, number // 2, 2.0 * ROWS) for number in range(slots * num_windows)]
-    assert max(map(max, held)) <= 1 + delay, held
+    assert max(map(max, held)) <= 1 + DELAY, held
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses copies between host and device that the host would wait for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.copy_.default:
+            assert args[0].device == args[1].device or args[2:] == (True,), "the host waits for a copy"
+        elif func is torch.ops.aten._to_copy.default:
+            assert kwargs.get("device", args[0].device) == args[0].device or kwargs.get("non_blocking"), "the host waits for a copy"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch that was built for CUDA; no GPU")
+def test_the_host_does_not_wait_for_a_gpu():
+    """Tensors that only claim to lie on a GPU: whoever asks one for its value, or copies to it and waits, is found out without one."""
+    done = []
+    with FakeTensorMode(), NoWaits(), mock.patch.object(torch.Tensor, "backward", lambda self: None):
+        executor = make_executor(torch.device("cuda"), done.append)
+        with pytest.raises(DataDependentOutputException):  # after the last step it asks whether messages went astray
+            executor.run([take_turns(0, 6), LAST])
+    assert [(step.job, step.step) for step in done] == [(number % 2, number // 2) for number in range(6)]

@@ -13,3 +13,9 @@ def one_gpu():
     layout = SimpleNamespace(pipeline=1, tensor=1, data=1, sequence=False, backend="nccl")
     yield lambda fn, *args: ranks.run(layout, fn, *args)[0]
     ranks.close()
+
+
+@pytest.fixture
+def run_on(one_gpu, pool):
+    """Return a function (device, fn, *args) -> fn(*args, device)'s result on the only rank of an NCCL world, or of a gloo world on CPU."""
+    return lambda device, fn, *args: one_gpu(fn, *args, device) if device == "cuda" else pool().run(fn, *args, device)[0]

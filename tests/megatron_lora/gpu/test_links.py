@@ -1,7 +1,8 @@
 """Links over peer memory between two processes: every message, in order, bit by bit, and nobody held up. Needs CUDA.
 
 The pairs of processes run at once: both on one GPU, and where there are two, one on each, with both GPUs visible and with one. Each
-pair goes through all CASES over one connection. A pair that does not end in LIMIT_S is ended, and its stacks are in the tests' failures.
+pair goes through all CASES over one connection. A slow machine is no failure: no case looks at the clock, and a pair is given up when
+neither of its processes has come further for PATIENCE_S. Its stacks are then in the tests' failures.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,7 +29,7 @@ from megatron_lora.messages import Links, Message, MessageLayout, Receiver, Send
 from megatron_lora.peer_links import SLOTS
 
 ROOT = Path(__file__).resolve().parents[3]
-LIMIT_S = 40.0
+PATIENCE_S = 60.0  # for the imports, for CUDA and the connection, or for one case: a few seconds each on a machine of their own
 LAYOUT = MessageLayout(max_endings=3, hidden_size=1024, dtype=torch.bfloat16)
 MAX_ROWS = 4096
 NUM_SLOTS = 40
@@ -139,26 +141,29 @@ def a_host_that_stands_still_after_everything(side: Side):
 
 
 def a_sender_runs_ahead_and_computes(side: Side):
+    """Nothing is taken before the sender has computed; one that its own messages hold up would wait for ever."""
     count = 3 * SLOTS
     side.compute(5)
     torch.cuda.synchronize()
     dist.barrier()
     if side.rank == 0:
-        start = time.monotonic()
         for slot in range(count):
             side.post(slot, MAX_ROWS, 0)
         side.compute(5)
         torch.cuda.current_stream().synchronize()
-        seconds = time.monotonic() - start
-        time.sleep(max(0.0, 0.7 - seconds))
-        left = [work.is_completed() for work, _ in side.out.pending]
-        assert seconds < 1.0, f"the sender's own work took {seconds:.2f} s beside messages that wait for their receiver"
-        assert left.count(False) == count - SLOTS, f"{left.count(False)} of {count} messages wait, with {SLOTS} slots"
-    else:
-        time.sleep(1.5)
+        while messages_left(side) > count - SLOTS:
+            time.sleep(0.01)  # copies into free slots may still be under way
+        time.sleep(0.2)
+        assert messages_left(side) == count - SLOTS, f"{messages_left(side)} of {count} messages wait, with {SLOTS} slots"
+    dist.barrier()
+    if side.rank == 1:
         for slot in range(count):
             side.take(slot, MAX_ROWS, 0)
     side.finish()
+
+
+def messages_left(side: Side) -> int:
+    return sum(not work.is_completed() for work, _ in side.out.pending)
 
 
 def modules_loaded_while_messages_wait(side: Side):
@@ -205,7 +210,7 @@ def child(rank: int, gpu: int, directory: Path, abandoned: bool) -> None:
     device = torch.device("cuda", gpu)
     torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2, timeout=timedelta(seconds=2 * LIMIT_S)
+        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2, timeout=timedelta(seconds=2 * PATIENCE_S)
     )
     links = connect([[0, 1]], LAYOUT, device, max_rows=MAX_ROWS, peer_memory=True)
     outcomes = {"connect": "ok" if set(links.transports.values()) == {"peer"} else f"connected over {links.transports}"}
@@ -280,6 +285,11 @@ def read(directory: Path, rank: int) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def silence_s(directory: Path) -> float:
+    """Return how long ago a process of a pair came further, since it makes files: when it starts, after its imports, after a case."""
+    return time.time() - directory.stat().st_mtime
+
+
 @pytest.fixture(scope="module")
 def abandoned(tmp_path_factory):
     """Start a pair whose rank 1 leaves; its rank 0 waits beside all other pairs. Yields its directory and processes."""
@@ -292,19 +302,22 @@ def abandoned(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(abandoned, tmp_path_factory):
     """Run a pair per place, all at once; return place -> (both ranks' outcomes, what to say of those that are missing)."""
-    parent, deadline = tmp_path_factory.mktemp("pairs"), time.monotonic() + LIMIT_S
+    parent = tmp_path_factory.mktemp("pairs")
     running = {place: (parent / str(number), start(parent / str(number), place)) for number, place in enumerate(PLACES)}
     failed_at: dict[str, float] = {}
     ended: dict[str, str] = {}
     while len(ended) < len(running):
         time.sleep(0.1)
         for place, (directory, pair) in running.items():
+            if place in ended:
+                continue
             states = [process.poll() for process in pair]
             if any(states):
                 failed_at.setdefault(place, time.monotonic())
-            late = time.monotonic() > min(deadline, failed_at.get(place, deadline) + 3.0)
-            if place not in ended and (None not in states or late):
+            if None not in states or time.monotonic() > failed_at.get(place, math.inf) + 3.0:
                 ended[place] = end(directory, pair)
+            elif silence_s(directory) > PATIENCE_S:
+                ended[place] = f"neither process came further for {PATIENCE_S:g} s\n{end(directory, pair)}"
     return {place: ([read(directory, rank) for rank in (0, 1)], ended[place]) for place, (directory, _) in running.items()}
 
 
