@@ -21,6 +21,7 @@ from fused_ops.hopper_dropout import drop_rows, half_of, level_of, mix, pair_key
 from fused_ops.hopper_lora import describe
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
+from fused_ops.skinny_config import item_rows
 
 BM, WARPS, STAGES = gl.constexpr(32), gl.constexpr(4), gl.constexpr(8)
 _FIELDS, _FIELDS_TL = gl.constexpr(SLOT_FIELDS), tl.constexpr(SLOT_FIELDS)
@@ -206,27 +207,25 @@ def _add_items_kernel(grad_ptr, partial_ptr, items_ptr, slots_ptr, num_cols, wid
         tl.store(grad_at, tl.load(grad_at, m_in, 0.0) + b_sum, m_in)
 
 
-def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, item_rows: int | None = None) -> None:
+def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -> None:
     """Do what lora_grad.grad_a does, for tensors that `suits_hopper` and a group with dropout."""
     num_rows, num_cols = x_TK.shape
     modules, width = group.num_modules, group.width
     rank = rank_class(group.max_padded_rank, 64 if modules == 1 else 32)
     columns = 128 if modules * rank <= 64 else 64
     num_blocks, num_ranks = triton.cdiv(num_cols, columns), triton.cdiv(group.max_padded_rank, rank)
-    # About one program a multiprocessor: more only add partial sums.
-    wanted = triton.next_power_of_2(max(num_rows * num_blocks // num_processors(x_TK.device), 1))
-    item_rows = item_rows or min(max(wanted, 256), 2048)
-    num_items = route.num_items(item_rows)
+    rows = item_rows(route.segments, num_blocks, 2 * num_processors(x_TK.device))
+    num_items = route.num_items(rows)
     if not num_items:
         return
     several = num_items > len(route.segments)
     partial = torch.empty(num_items if several else 0, width, num_cols, dtype=torch.float32, device=x_TK.device)
     _hopper_rows_kernel[(num_blocks, num_items, num_ranks)](
         describe(x_TK, BM.value, columns), describe(ds_TR, BM.value, rank),
-        group.grad_a_RK, partial, route.items(item_rows), group.slot_table, route.row_keys, num_rows, num_cols, width, group.first_feature,
+        group.grad_a_RK, partial, route.items(rows), group.slot_table, route.row_keys, num_rows, num_cols, width, group.first_feature,
         BC=columns, RANK=rank, MODULES=modules, num_warps=WARPS.value, maxnreg=128,
     )  # fmt: skip
     if several:
         _add_items_kernel[(triton.cdiv(num_cols, 256), num_items, triton.cdiv(width, 16))](
-            group.grad_a_RK, partial, route.items(item_rows), group.slot_table, num_cols, width, COLUMNS=256, RANKS=16, num_warps=4
+            group.grad_a_RK, partial, route.items(rows), group.slot_table, num_cols, width, COLUMNS=256, RANKS=16, num_warps=4
         )

@@ -17,8 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.lora_down import arrive_last
 from fused_ops.route import Route
-from fused_ops.shapes import rank_class, uses_tma
-from fused_ops.skinny_config import SharesConfig, shares_config
+from fused_ops.shapes import num_processors, rank_class, uses_tma
+from fused_ops.skinny_config import SharesConfig, item_rows, shares_config
 
 MAX_FUSED_RANK = 32
 _FIELDS = tl.constexpr(SLOT_FIELDS)
@@ -149,10 +149,11 @@ def grad_s_and_b_fused(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Rou
     ds_TR = torch.empty_like(s_TR)
     num_rows, device, rank = dy_TN.shape[0], dy_TN.device, rank_class(group.max_padded_rank)
     tma = uses_tma(dy_TN, s_TR) and all(start * dy_TN.element_size() % 16 == 0 for start, _ in group.columns)
-    config = config or shares_config(num_rows, dy_TN.shape[1], rank, dy_TN.element_size(), tma)
+    config = config or shares_config(dy_TN.shape[1], rank, dy_TN.element_size(), tma)
     sizes = [stop - start for start, stop in group.columns]
     blocks = [triton.cdiv(size, config.columns) for size in sizes]
-    num_items = route.num_items(config.item_rows)
+    rows = item_rows(route.segments, sum(blocks), num_processors(device))
+    num_items = route.num_items(rows)
     if not num_items:
         return ds_TR
     several = num_items if num_items > len(route.segments) else 0
@@ -171,7 +172,7 @@ def grad_s_and_b_fused(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Rou
 
     _grad_sb_kernel[(sum(blocks), num_items)](
         *tensors, group.b_RN[0], group.grad_b_RN[0], share_s, share_b,
-        route.counters(len(route.segments) * sum(blocks)), route.items(config.item_rows), group.slot_table,
+        route.counters(len(route.segments) * sum(blocks)), route.items(rows), group.slot_table,
         *offsets(group.b_RN), *offsets(group.grad_b_RN), *three([start for start, _ in group.columns]), *three(sizes), *three(blocks)[:2],
         num_rows, dy_TN.stride(0), group.width,
         MODULES=group.num_modules, BM=config.rows, COLUMNS=config.columns, RANK=rank, NUM_STAGES=config.stages, TMA=tma,

@@ -5,6 +5,7 @@ partial sums as that allows. Without TMA the pipeline is shallower and several p
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 
@@ -38,13 +39,12 @@ class RowsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharesConfig:
-    """dS and dB from one read: rows of a step, columns of a program, stages, warps, rows of an item; rows and warps of the sum."""
+    """dS and dB from one read: rows of a step, columns of a program, stages, warps; rows and warps of the sum."""
 
     rows: int = 64
     columns: int = 512
     stages: int = 3
     warps: int = 8
-    item_rows: int = 512
     sum_rows: int = 32
     sum_warps: int = 4
 
@@ -74,15 +74,23 @@ def rows_config(num_rows: int, num_cols: int, rank: int, num_modules: int, dropo
     return RowsConfig(stages=6 if rank <= 64 else 4, warps=8 if wide else 4)
 
 
-def shares_config(num_rows: int, num_cols: int, rank: int, item_size: int, tma: bool) -> SharesConfig:
+def shares_config(num_cols: int, rank: int, item_size: int, tma: bool) -> SharesConfig:
     """Return how to cut dS and dB of a rank block of at most 32."""
     if not tma or item_size > 2:
         columns = 256 if num_cols <= 8192 or item_size > 2 else 512
         return SharesConfig(columns=columns, stages=3 if item_size <= 2 else 2)
-    # About one program a multiprocessor: more only add partial sums.
-    columns = 512 if rank <= 16 else 256
-    rows = num_rows * triton.cdiv(num_cols, columns) // 132
-    return SharesConfig(columns=columns, item_rows=min(max(triton.next_power_of_2(rows), 256), 2048))
+    return SharesConfig(columns=512 if rank <= 16 else 256)
+
+
+@lru_cache(maxsize=256)  # every linear asks, for the same few microbatches
+def item_rows(segments: tuple[tuple[int, int, int], ...], num_blocks: int, programs: int) -> int:
+    """Return the fewest rows of an item for which at most so many programs are needed, one for each item and block of columns.
+
+    More programs than run at once wait for a second turn, and add partial sums; fewer leave multiprocessors idle.
+    """
+    lengths = [end - first for first, end, _ in segments]
+    fits = (rows for rows in range(256, 2048, 64) if sum(-(-length // rows) for length in lengths) * num_blocks <= programs)
+    return next(fits, 2048)
 
 
 def splits(num_rows: int, num_inner: int, config: DownConfig, processors: int) -> int:
