@@ -142,8 +142,8 @@ class Forecast:
         return max(slot.num_tokens for slot in self.stream)
 
 
-def forecast(runs: Runs, workload: Workload) -> Forecast:
-    """Replay runs with the workload's cost model."""
+def forecast(runs: Runs, workload: Workload, hop_s: float = 0.0, step_s: float = 0.0) -> Forecast:
+    """Replay runs with the workload's cost model; seconds between stages and of an optimizer step as simulate() takes them."""
     timed = []
     for run in runs:
         slots = [workload.parts(slot) for slot in run]
@@ -151,5 +151,5 @@ def forecast(runs: Runs, workload: Workload) -> Forecast:
         forward = tuple(tuple(max(stage.forward.seconds(*part) for part in parts) for parts in slots) for stage in stages)
         backward = tuple(tuple(max(stage.backward.seconds(*part) for part in parts) for parts in slots) for stage in stages)
         timed.append((run, forward, backward))
-    stream, timeline = simulate_runs(timed, workload.num_stages, workload.delay if len(runs) == 1 else 0)
+    stream, timeline = simulate_runs(timed, workload.num_stages, workload.delay if len(runs) == 1 else 0, hop_s, step_s)
     return Forecast(runs, workload, stream, timeline)

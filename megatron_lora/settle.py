@@ -10,7 +10,7 @@ A key that the config gives stays as it is.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from megatron_lora.architecture import Architecture, layers_of_stages
@@ -48,7 +48,7 @@ def settle(config: RunConfig, architecture: Architecture, lengths: Lengths, devi
     if config.recompute == "auto":
         settled = dataclasses.replace(settled, recompute=choose_recompute(settled, architecture, device))
         if config.parallel.layers_per_stage is None:
-            settled = _even_out(settled, architecture, device)
+            settled = even_out(settled, architecture, device, lambda asked: _slowest(asked, architecture, device))
     return settled
 
 
@@ -122,12 +122,15 @@ def choose_recompute(config: RunConfig, architecture: Architecture, device: Devi
     return policies[0] if len(set(policies)) == 1 else tuple(policies)
 
 
-def _even_out(config: RunConfig, architecture: Architecture, device: Device) -> RunConfig:
-    """Move layers away from the slowest stage, policies chosen anew, as long as that makes the slowest faster (or lets more fit)."""
+def even_out(config: RunConfig, architecture: Architecture, device: Device, slowest: Callable[[RunConfig], float]) -> RunConfig:
+    """Move layers away from the slowest stage, policies chosen anew, as long as that makes the slowest faster (or lets more fit).
+
+    `slowest` gives the seconds of a usual microbatch on the slowest stage of a settled config.
+    """
 
     def value(asked: RunConfig) -> tuple[float, float]:
         over = max(peak - usable_bytes(device) for peak in predicted_peaks(asked, architecture, device))
-        return max(0.0, over), _slowest(asked, architecture, device)
+        return max(0.0, over), slowest(asked)
 
     def moved(donor: int, taker: int) -> RunConfig:
         counts = list(config.parallel.layers_per_stage or ())

@@ -135,17 +135,19 @@ def _steps(stream: Stream, events: Sequence[Event]) -> tuple[StepSpan, ...]:
     return tuple(StepSpan(job, step, started[job, step], event.end_s) for (job, step), event in zip(ended, taken, strict=True))
 
 
-def simulate_runs(runs: Sequence[tuple], num_stages: int, delay: int = 0) -> tuple[Stream, Timeline]:
+def simulate_runs(
+    runs: Sequence[tuple], num_stages: int, delay: int = 0, hop_s: float = 0.0, step_s: float = 0.0
+) -> tuple[Stream, Timeline]:
     """Run streams one after another with a flush between; returns them as one stream and timeline.
 
-    Each run is (stream, forward) or (stream, forward, backward), times as simulate() takes them.
+    Each run is (stream, forward) or (stream, forward, backward), times, delay, hop and step as simulate() takes them.
     """
     joined: list[Microbatch] = []
     events: list[Event] = []
     steps: list[StepSpan] = []
     clock = 0.0
     for stream, *times in runs:
-        timeline = simulate(stream, num_stages, *times, delay=delay)
+        timeline = simulate(stream, num_stages, *times, delay=delay, hop_s=hop_s, step_s=step_s)
         for event in timeline.events:
             index = event.index if event.op is Op.STEP else event.index + len(joined)
             if event.op is Op.STEP or event.index < len(stream):

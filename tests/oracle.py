@@ -15,18 +15,25 @@ import torch.nn.functional as F
 WORDS = [f"w{i}" for i in range(120)]
 
 
-def make_model(directory: Path, *, num_layers: int = 4, kv_heads: int = 2, seed: int = 0) -> Path:
-    """Save a tiny random Llama with a word-level tokenizer."""
+def make_tokenizer(directory: Path) -> int:
+    """Save a word-level tokenizer; return the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    return len(vocabulary)
+
+
+def make_model(directory: Path, *, num_layers: int = 4, kv_heads: int = 2, seed: int = 0) -> Path:
+    """Save a tiny random Llama with a word-level tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=make_tokenizer(directory),
         hidden_size=64,
         intermediate_size=112,
         num_hidden_layers=num_layers,

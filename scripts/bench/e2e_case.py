@@ -12,7 +12,7 @@ import torch
 from e2e_base import Base
 from e2e_figures import Usage, memory, prediction, rates
 from e2e_options import Case
-from e2e_run import NoOptimizer, Outcome, execute
+from e2e_run import NoOptimizer, Outcome, execute, plan_settings
 from kernel_shares import Marked, Profiled
 from pass_times import features, measure_stage, probe_slots
 from plain_lora import use_adapters
@@ -24,7 +24,6 @@ from megatron_lora.config import RunConfig
 from megatron_lora.forecast import Workload
 from megatron_lora.jobs import TrainingJob
 from megatron_lora.optimizer import JobOptimizer
-from megatron_lora.plan_feed import PlanSettings
 from megatron_lora.settle import cost_of, planner_cost
 from megatron_lora.timeline import write_timeline
 from megatron_lora.train import make_arena
@@ -47,13 +46,7 @@ class CaseRun:
         self.cost = cost or cost_of(config, base.architecture, base.model)
         self.cost_from = "file" if cost else "table figures"
         self.weights = planner_cost(config, base.architecture, base.model)
-        self.settings = PlanSettings(
-            num_stages=base.parallel.pipeline,
-            num_replicas=base.parallel.data,
-            capacity=int(config.microbatch_tokens),
-            delay=base.position.delay,
-            cost=self.weights,
-        )
+        self.settings = plan_settings(config, self.weights)
         self.ranks = tuple(job.r for job in config.jobs)
         self.arena: Arena | None = None
 

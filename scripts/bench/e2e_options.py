@@ -8,6 +8,7 @@ A case is written as `key=value` words with the long options' names; what it lea
 import argparse
 import dataclasses
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -214,6 +215,11 @@ def policies_in_words(recompute: str | tuple[str, ...]) -> str:
     if isinstance(recompute, str):
         return recompute
     return "+".join(f"{recompute.count(policy)} {policy}" for policy in dict.fromkeys(recompute))
+
+
+def policies_in_runs(recompute: str | tuple[str, ...]) -> str:
+    """Write policies as --recompute reads them."""
+    return recompute if isinstance(recompute, str) else ",".join(f"{len(list(run))}*{policy}" for policy, run in groupby(recompute))
 
 
 def layout_name(options: argparse.Namespace) -> str:

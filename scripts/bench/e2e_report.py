@@ -11,8 +11,8 @@ import torch
 from e2e_base import Base
 from e2e_case import CaseRun
 from e2e_figures import mfu
-from e2e_options import HF_PEFT, Case, layout_name, policies_in_words
-from layer_table import read_stages
+from e2e_options import HF_PEFT, Case, layout_name, policies_in_runs, policies_in_words
+from layer_table import read_stages, table_name
 from stamp import append_line, stamp
 
 from megatron_lora.config import RunConfig
@@ -60,6 +60,7 @@ def line(options: argparse.Namespace, case: Case, config: RunConfig) -> dict:
         "parallel": dataclasses.asdict(config.parallel),
         "microbatch_tokens": config.microbatch_tokens,
         "settled_recompute": policies_in_words(config.recompute),
+        "layer_recompute": policies_in_runs(config.recompute),
         "memory_gb": options.memory_gb,
         "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
     }
@@ -68,7 +69,9 @@ def line(options: argparse.Namespace, case: Case, config: RunConfig) -> dict:
 
 def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunConfig, workload: Lengths) -> dict:
     layers = config.parallel.layers_per_stage or ()
-    cost = read_stages(options.cost, layers, config.recompute, options.shape) if options.cost else None
+    adapters = "unfused" if case.adapters == "unfused" else "fused"
+    table = table_name(options.shape, case.base_weights, config.parallel.tensor, adapters)
+    cost = read_stages(options.cost, layers, config.recompute, table) if options.cost else None
     run = CaseRun(base, case, config, workload, cost)
     try:
         run.prepare()

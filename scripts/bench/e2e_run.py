@@ -20,6 +20,7 @@ from e2e_base import Base
 from spans import align
 from torch import Tensor
 
+from megatron_lora.config import RunConfig
 from megatron_lora.executor import StageOptimizer, StepDone
 from megatron_lora.jobs import TrainingJob
 from megatron_lora.plan_feed import PlanFeed, PlanSettings, Window
@@ -89,7 +90,7 @@ def execute(
             feed = PlanFeed(lengths, settings, base.replica, Path(folder), base.plans)
             windows = _begun(iter(feed))
         else:
-            stream = base.share(_joined(policy, lengths, settings, real) if base.rank == 0 else None)
+            stream = base.share(joined(policy, lengths, settings, real) if base.rank == 0 else None)
             windows = iter([whole_window(stream, deal(lengths, settings.num_replicas, settings.cost), settings, base.replica)])
         timeline = Timeline(base.device)
         links, layout = base.connected()
@@ -143,8 +144,20 @@ def whole_window(stream: Stream, dealt: Dealt, settings: PlanSettings, replica: 
     return Window(tuple(dealt.part(microbatch, replica) for microbatch in stream), ended)
 
 
-def _joined(policy: str, lengths: Lengths, settings: PlanSettings, real: SlotCost) -> Stream:
-    """Plan by a baseline, and join its runs into one stream."""
+def plan_settings(config: RunConfig, weights: SlotCost) -> PlanSettings:
+    """Return what the plan of a settled config depends on; our planner weighs slots with `weights`."""
+    parallel = config.parallel
+    return PlanSettings(
+        num_stages=parallel.pipeline,
+        num_replicas=parallel.data,
+        capacity=int(config.microbatch_tokens),
+        delay=int(parallel.tensor * parallel.data > 1),
+        cost=weights,
+    )
+
+
+def joined(policy: str, lengths: Lengths, settings: PlanSettings, real: SlotCost) -> Stream:
+    """Plan by a baseline, which weighs slots with `real`, and join its runs into one stream."""
     rounds = deal(lengths, settings.num_replicas, settings.cost).rounds
     runs = POLICIES[policy](rounds, settings.num_stages, settings.capacity, real)
     drained = [with_drain(spaced(run, settings), settings.num_stages, settings.delay) for run in runs]

@@ -2,7 +2,7 @@
 
 A table is what profile_layers.py writes: {"layer": {policy: cost}, "head": cost, ...}, a cost being a forward's and a backward's four
 coefficients (scheduling.cost.PassCost). A stage costs its layers' sum, the last one's head too; embedding and final norm, which hardly
-count, are in the layer's.
+count, are in the layer's. A table is of a shape, a form of its frozen weights, one of so many tensor ranks and a kind of adapters.
 """
 
 import json
@@ -26,27 +26,54 @@ def total(costs: Sequence[StageCost]) -> StageCost:
 
 def stages_of(table: dict, layers: Sequence[int], recompute: str | Sequence[str]) -> CostModel:
     """Return the cost of stages of so many layers under a policy, or one policy per layer."""
+    chosen = stage_policies(layers, recompute)
+    if missing := {policy for policies in chosen for policy in policies} - table["layer"].keys():
+        policy = missing.pop()
+        raise UserError(
+            f"--cost: the table has no layers with recomputation {policy!r}; write one with profile_layers.py --policies {policy}"
+        )
     *policies, head = CostModel.from_json([*table["layer"].values(), table["head"]]).stages
     costs = dict(zip(table["layer"], policies, strict=True))
     stages = []
-    for index, chosen in enumerate(stage_policies(layers, recompute)):
-        parts = [costs[policy] for policy in chosen] + ([head] if index == len(layers) - 1 else [])
+    for index, of_stage in enumerate(chosen):
+        parts = [costs[policy] for policy in of_stage] + ([head] if index == len(layers) - 1 else [])
         stages.append(total(parts))
     return CostModel(tuple(stages))
 
 
-def read_stages(path: Path, layers: Sequence[int], recompute: str | Sequence[str], shape: str) -> CostModel:
-    """Read a cost model of these stages: the newest table for the shape in a .jsonl file, or a cost model as `plan --cost` takes it."""
+def table_name(shape: str, base_weights: str = "native", tensor: int = 1, adapters: str = "fused") -> str:
+    """Return the case under which profile_layers.py keeps a table."""
+    words = [f"1 of {tensor} tensor ranks"] if tensor > 1 else []
+    return ", ".join([shape, base_weights, *words, *([adapters] if adapters != "fused" else [])])
+
+
+def read_stages(path: Path, layers: Sequence[int], recompute: str | Sequence[str], name: str) -> CostModel:
+    """Read a cost model of these stages: from a table (`table_name`) of a .jsonl file, or from a file as `plan --cost` takes it."""
     if path.suffix != ".jsonl":
         return read_cost(str(path), len(layers))
+    return stages_of(read_table(path, name), layers, recompute)
+
+
+def read_table(path: Path, name: str) -> dict:
+    """Return the newest table of a name; UserError where there is none."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"--cost: {path} cannot be read ({error}); write one with profile_layers.py") from None
-    tables = [line for line in lines if line.get("shape") == shape]
+    tables = [line for line in lines if line.get("case") == name]
     if not tables:
-        raise UserError(f"--cost: {path} has no table for {shape}; write one with profile_layers.py --shape {shape}")
-    return stages_of(tables[-1], layers, recompute)
+        raise UserError(f"--cost: {path} has no table of {name!r}; write one with profile_layers.py")
+    return tables[-1]
+
+
+def fit_error(table: dict) -> float:
+    """Return the mean of |predicted / measured - 1| over the layers' passes that a table was fitted to."""
+    errors = []
+    for policy, part, backward, *features, seconds in table["measurements"]:
+        if part == 0:
+            cost = PassCost(**table["layer"][policy]["backward" if backward else "forward"])
+            errors.append(abs(cost.seconds(*features) / seconds - 1))
+    return sum(errors) / len(errors)
 
 
 def as_plain(cost: StageCost) -> dict:

@@ -3,7 +3,8 @@
     architecture = architecture_of("llama-3.1-8b")
     config = hf_config("llama-3.1-8b")                  # the same shape for transformers
 
-`num_layers` cuts a model short, for measuring the layers of one that does not fit.
+`num_layers` cuts a model short, for measuring the layers of one that does not fit; `tensor` leaves what one of so many tensor ranks
+computes: its heads, its features of the MLP, its part of the vocabulary.
 """
 
 import json
@@ -61,14 +62,22 @@ SHAPES: dict[str, dict] = {
 }
 
 
-def _values(shape: str, num_layers: int | None) -> dict:
-    return SHAPES[shape] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
+def _values(shape: str, num_layers: int | None, tensor: int = 1) -> dict:
+    whole = SHAPES[shape]
+    sharded = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    own = {"head_dim": whole["hidden_size"] // whole["num_attention_heads"]} | {name: whole[name] // tensor for name in sharded}
+    return whole | (own if tensor > 1 else {}) | ({} if num_layers is None else {"num_hidden_layers": num_layers})
 
 
-def architecture_of(shape: str, num_layers: int | None = None) -> Architecture:
+def write_config(shape: str, model_dir: Path, num_layers: int | None = None, tensor: int = 1) -> None:
+    """Write a shape's config.json into a model's directory."""
+    (model_dir / "config.json").write_text(json.dumps(_values(shape, num_layers, tensor)), encoding="utf-8")
+
+
+def architecture_of(shape: str, num_layers: int | None = None, tensor: int = 1) -> Architecture:
     """Return a shape as the trainer reads it."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(_values(shape, num_layers)), encoding="utf-8")
+        write_config(shape, Path(folder), num_layers, tensor)
         return read_architecture(folder)
 
 

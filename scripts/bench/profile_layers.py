@@ -2,11 +2,13 @@
 
     python scripts/bench/profile_layers.py --shape qwen2.5-32b --budgets 2048,4096
     python scripts/bench/profile_layers.py --shape llama-3.1-70b --num-layers 4 --stages 18,21,21,20 --cost cost.json
+    python scripts/bench/profile_layers.py --shape llama-3.1-8b --tensor 2 --ranks 16,16,16,16
 
 A model of few layers and random weights runs microbatches that differ in tokens, sample lengths and ranks, under every recomputation
 policy; a layer's cost is the layers' time over their number. Appends a line to scripts/bench/results/layers.jsonl, which
 `end_to_end.py --cost` reads; with --stages also writes the stages' cost model as `megatron-lora plan --cost` takes it. Bytes kept per token
-and layer are what is allocated between a forward and its backward.
+and layer are what is allocated between a forward and its backward. With --tensor N the layers are as narrow as on one of N tensor ranks:
+its GEMMs, attention and LoRA kernels, without messages; norms run over all rows, which with sequence parallelism are shared out.
 """
 
 import dataclasses
@@ -21,9 +23,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import torch  # noqa: E402
 from e2e_base import Base  # noqa: E402
 from e2e_options import OneLineParser, numbers, recompute, whole  # noqa: E402
-from layer_table import as_plain, stages_of  # noqa: E402
+from layer_table import as_plain, stages_of, table_name  # noqa: E402
 from model_shapes import SHAPES, architecture_of  # noqa: E402
 from pass_times import features, measure_parts, probe_slots  # noqa: E402
+from plain_lora import use_adapters  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
 from synthetic_jobs import SUITE, JobSpecs, make_jobs, read_workload, take  # noqa: E402
 
@@ -43,6 +46,9 @@ def parser() -> OneLineParser:
     found = OneLineParser(prog="profile_layers.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     found.add_argument("--shape", default="llama-3.1-8b", choices=list(SHAPES))
     found.add_argument("--num-layers", type=whole, default=4)
+    found.add_argument("--tensor", type=whole, default=1, help="measure what one of so many tensor ranks computes")
+    found.add_argument("--adapters", default="fused", choices=["fused", "unfused"])
+    found.add_argument("--policies", type=numbers(str), default=RECOMPUTE, help="of recomputation: none,cheap,full")
     found.add_argument("--budgets", type=numbers(whole), default=(4096, 8192), help="tokens of the full microbatches that are timed")
     found.add_argument("--ranks", type=numbers(whole), default=(8, 16, 32, 64))
     found.add_argument("--workload", default="het-s4")
@@ -60,7 +66,7 @@ def parser() -> OneLineParser:
 
 def measure(options) -> dict:
     """Return the table of a shape, with the measurements it was fitted to."""
-    architecture = architecture_of(options.shape, options.num_layers)
+    architecture = architecture_of(options.shape, options.num_layers, options.tensor)
     lengths = take(read_workload(options.lengths, options.workload), len(options.ranks), 1)
     longest = max(tokens for steps in lengths for tokens in steps[0])
     if longest > max(options.budgets):
@@ -69,6 +75,7 @@ def measure(options) -> dict:
     parallel = ParallelConfig(layers_per_stage=(options.num_layers,))
     base = Base(architecture, parallel)
     base.build(_config(options, parallel, specs))
+    use_adapters(base.stage, options.adapters)
     jobs = make_jobs(lengths, specs.configs(), architecture.vocab_size, specs.completion)
     arena = make_arena(base.stage, parallel, [job.adapter() for job in jobs])
     for slot, job in enumerate(jobs):
@@ -77,7 +84,7 @@ def measure(options) -> dict:
     load = partial(collate, jobs=[job.rows for job in jobs], multiple=1, device=base.device)
     shape = shape_of(architecture)
     layers, heads, kept, listed = {}, [], {}, []
-    for policy in RECOMPUTE:
+    for policy in options.policies:
         base.stage.set_recompute(policy)
         body, head, bytes_per_token = measure_parts(
             base.stage, slots, load, lambda slot: features(slot, lengths, options.ranks), options.repeats
@@ -118,12 +125,15 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     if (options.stages is None) != (options.cost is None):
         parser().error("--stages and --cost go together")
+    if unknown := set(options.policies) - set(RECOMPUTE):
+        parser().error(f"--policies: {unknown.pop()!r} is none of {', '.join(RECOMPUTE)}")
     try:
         table = measure(options)
     except UserError as error:
         print(f"profile_layers.py: {error}", file=sys.stderr)
         return 2
-    names = {"case": f"{options.shape}, {options.base_weights}", "shape": options.shape, "num_layers": options.num_layers}
+    kind = {name: getattr(options, name) for name in ("shape", "base_weights", "tensor", "adapters")}
+    names = {"case": table_name(**kind), **kind, "num_layers": options.num_layers}
     settings = {"budgets": options.budgets, "ranks": options.ranks, "workload": options.workload, "repeats": options.repeats}
     append_line(options.output, names | stamp(options.hardware, options.commit) | {"settings": settings} | table)
     if options.cost is not None:

@@ -344,6 +344,8 @@ def test_a_plan_in_figures_by_hand():
     assert (f.tokens, f.slots, f.noops, f.fill, f.uneven, f.padding) == (200, 3, 1, 200 / 600, 0.0, 0.0)
     assert f.seconds == pytest.approx(4.0) and f.bubble == pytest.approx(0.0) and once.shares() == [0.5, 0.5]
     assert forecast(((full,),), workload(3)).figures.bubble == pytest.approx(2 / 3)
+    assert forecast(((full,),), workload(2), hop_s=0.5).figures.seconds == pytest.approx(4.0 + 2 * 0.5)
+    assert forecast(((full,), (half,)), workload(1), step_s=0.25).figures.seconds == pytest.approx(4.0 + 2 * 0.25)
     flushed = forecast(((full,), (half,)), workload(3))
     assert flushed.figures.seconds == pytest.approx(12.0) and flushed.of_job(1).seconds == pytest.approx(6.0)
     assert flushed.tokens_in_flight(0) == 100 and once.tokens_in_flight(0) == 100 and once.largest_slot == 100

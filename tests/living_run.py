@@ -1,0 +1,100 @@
+"""A real `megatron-lora train` of thousands of steps, to be ended half-way: a rank is killed, stopped, or made to fail.
+
+run = LivingRun(folder, config, environment)        # started, in a process group of its own
+run.train()                                         # it has taken some steps
+os.kill(run.rank(0), signal.SIGKILL)
+status, error = run.end(20)                         # and none of its processes is left
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FAIL_IN_BACKWARD = """
+import os
+if os.environ.get("RANK") == "1":
+    from megatron_lora import executor
+
+    def fails(self, slot, before=executor.Executor._backward):
+        if slot == 7:
+            raise RuntimeError("matrix is torn")
+        before(self, slot)
+
+    executor.Executor._backward = fails
+"""
+KILLED = "megatron-lora: rank {} was ended by SIGKILL, which mostly means that the machine ran out of memory\n"
+FAILED = "megatron-lora: rank 1: RuntimeError: matrix is torn\n"
+STOOD_STILL = "megatron-lora: rank {} stood still: rank "
+
+
+class LivingRun:
+    """A run in `folder`, which holds its config, output directory and standard error; `ranks` are its processes."""
+
+    def __init__(self, folder: Path, config: dict, environment: dict[str, str], *, failing: bool = False):
+        """Start it; with `failing` rank 1 raises in the backward of slot 7."""
+        self.folder, self.output = folder, folder / "run"
+        self.first_job = config["jobs"][0]["name"]
+        (folder / "config.yaml").write_text(json.dumps(config | {"output_dir": str(self.output)}))
+        if failing:
+            (folder / "sitecustomize.py").write_text(FAIL_IN_BACKWARD)
+        self.mark = f"MARK={folder}"
+        here = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "MEGATRON_LORA_CACHE": str(folder / "cache"), "MARK": str(folder)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        command = [sys.executable, "-m", "megatron_lora", "train", str(folder / "config.yaml")]
+        self.errors = open(folder / "err", "w")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, env=inherited | environment | here, stdout=subprocess.DEVNULL, stderr=self.errors, start_new_session=True
+        )
+
+    def processes(self) -> dict[int, dict[str, str]]:
+        """Return all that this run has started and that still runs: process id -> its environment."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (entry / "environ").read_text().split("\0")
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if self.mark in words and state != "Z":
+                found[int(entry.name)] = dict(word.partition("=")[::2] for word in words) | {"": (entry / "cmdline").read_text()}
+        return found
+
+    def rank(self, number: int) -> int:
+        """Return a rank's process id."""
+        processes = self.processes().items()
+        return next(pid for pid, env in processes if env.get("RANK") == str(number) and "serve" not in env[""])
+
+    def train(self, seconds: float = 120) -> None:
+        """Wait until it has taken some steps."""
+        metrics = self.output / "jobs" / self.first_job / "metrics.jsonl"
+        end = time.monotonic() + seconds
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            assert self.process.poll() is None and time.monotonic() < end, self.error()
+            time.sleep(0.05)
+
+    def end(self, seconds: float) -> tuple[int, str]:
+        """Wait for all of it to end; return status and standard error."""
+        status = self.process.wait(timeout=seconds)
+        end = time.monotonic() + 5
+        while self.processes():
+            assert time.monotonic() < end, self.processes()
+            time.sleep(0.05)
+        return status, self.error()
+
+    def error(self) -> str:
+        """Return its standard error so far."""
+        return (self.folder / "err").read_text()
+
+    def close(self) -> None:
+        """End what is left of it."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.errors.close()
