@@ -1,6 +1,6 @@
 """Runs a small case of every kernel under compute-sanitizer, after it has caught an out-of-bounds write that is planted here.
 
-    python scripts/sanitize.py [--tool memcheck] [--only linear ...]        needs CUDA, its compute-sanitizer on the path, and pytest
+    python scripts/sanitize.py [--tool memcheck] [--only linear ...] [--jobs 6]    needs CUDA, its compute-sanitizer, and pytest
 
 torch's caching allocator is off, so that every tensor ends where its allocation ends. Ends with 0 if all cases are clean, with 1 if one is
 not or if the planted write goes unseen, with 2 if it cannot run here.
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,16 +37,19 @@ def plant() -> None:
     def write_behind(x_ptr, size):
         tl.store(x_ptr + size, 1.0)
 
-    x = torch.zeros(1 << 20, device="cuda")
+    x = torch.zeros(1001, device="cuda")  # an odd size: what follows its last byte belongs to no other allocation
     write_behind[(1,)](x, x.numel())
     torch.cuda.synchronize()
 
 
 def watched(tool: str, command: list[str]) -> int:
-    """Run a Python command under the sanitizer; return its exit status, CAUGHT where an error was found."""
+    """Run a Python command under the sanitizer, then show its output; return its exit status, CAUGHT where an error was found."""
     sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(CAUGHT), "--target-processes", "all"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.run([*sanitizer, sys.executable, *command], cwd=ROOT, env=environment).returncode
+    whole = [*sanitizer, sys.executable, *command]
+    done = subprocess.run(whole, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(f"$ {' '.join(command)}\n{done.stdout}", flush=True)
+    return done.returncode
 
 
 def main() -> int:
@@ -53,6 +57,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tool", default="memcheck", choices=["memcheck", "initcheck", "synccheck"])
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--jobs", type=int, default=1, help="cases that run side by side; most of their time is compilation")
     parser.add_argument("--plant", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plant:
@@ -66,7 +71,9 @@ def main() -> int:
     if options.tool == "memcheck" and watched(options.tool, [str(Path(__file__).resolve()), "--plant"]) != CAUGHT:
         print("sanitize.py: the planted out-of-bounds write was not caught, so nothing below would be", file=sys.stderr)
         return 1
-    found = {name: watched(options.tool, ["-m", "pytest", "-q", *CASES[name]]) for name in options.only}
+    with ThreadPoolExecutor(max(1, options.jobs)) as pool:
+        ends = pool.map(lambda name: watched(options.tool, ["-m", "pytest", "-q", *CASES[name]]), options.only)
+        found = dict(zip(options.only, ends, strict=True))
     for name, status in found.items():
         print(f"{name}: {'clean' if status == 0 else 'errors' if status == CAUGHT else f'pytest ended with {status}'}")
     return int(any(found.values()))

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-COPY_TB_S = 4.3  # device-to-device copy on an H200, bytes read and written
+COPY_TB_S = {"H100": 3.0, "H200": 4.3}  # measured device-to-device copies, bytes read and written
 PASSES = {"piece S": "in", "piece dS dB": "out", "piece dA": "in"}  # which activation each pass must read once
 
 
@@ -24,6 +24,7 @@ def latest(path: Path) -> list[dict]:
 
 def main():
     rows = latest(RESULTS / "kernels.jsonl")
+    device, copy_tb_s = next((item for item in COPY_TB_S.items() if item[0] in rows[-1]["hardware"]), ("H200", COPY_TB_S["H200"]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6))
     names = [f"{row['shape']}\np={row['p']}" + ("" if row["mix"] == "equal" else f"\n{row['mix']}") for row in rows]
     ratios = [row["ratio"] for row in rows]
@@ -45,7 +46,7 @@ def main():
                 points.append((row["rows"] * (k if side == "in" else n) * 2 / 1e6, row["times_ms"][name][0] * 1000))
         right.loglog(*zip(*sorted(points), strict=True), "o-", label=name.removeprefix("piece "))
     sizes = [50, 600]
-    right.loglog(sizes, [size / COPY_TB_S for size in sizes], "k--", label=f"one read at {COPY_TB_S} TB/s")
+    right.loglog(sizes, [size / copy_tb_s for size in sizes], "k--", label=f"one read at {copy_tb_s} TB/s ({device})")
     right.set_xlabel("MB of the activation that is read")
     right.set_ylabel("microseconds (p = 0)")
     right.legend()

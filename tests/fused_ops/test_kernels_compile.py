@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_in_gpu import compiling
 
 triton = pytest.importorskip("triton")
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -29,43 +30,11 @@ CASES = {  # name: problem, bytes of spills that are tolerated outside the GEMM 
 }
 
 
-class Hopper:
-    """A driver that knows its target and nothing else."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled():
     """Return the list of kernels that launches compile from now on; nothing is launched."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    kernels, run = [], JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if all(kernel is not other for other in kernels):
-            kernels.append(kernel)
-        return kernel
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    before = driver._active
-    driver.set_active(Hopper())
-    yield kernels
-    driver._active = before
+    with compiling() as kernels:
+        yield kernels
 
 
 def launch_all(p):

@@ -1,0 +1,104 @@
+"""Compiles, without a GPU, the LoRA kernels that benchmarks and GPU tests run on a Hopper GPU, and leaves them in Triton's cache.
+
+    TRITON_CACHE_DIR=cache python scripts/bench/precompile.py [kernels] [end_to_end] [tests]
+
+Carried to the GPU machine (the same Triton and Python there; of each kernel the .json and .cubin files are enough), the cache saves minutes
+of compilation: a whole run of kernels.py took 60 s instead of five minutes. What a benchmark launches is launched here on CPU tensors of
+the same shapes, which nobody fills, against a driver that only compiles.
+"""
+
+import argparse
+import ast
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/fused_ops"), str(ROOT / "tests")]
+
+from conftest import build_problem  # noqa: E402
+from kernels import MIXES, SHAPES  # noqa: E402
+from stand_in_gpu import compiling  # noqa: E402
+
+from fused_ops import triton_ops  # noqa: E402
+from fused_ops.fp8 import quantise_weight  # noqa: E402
+from fused_ops.lora_gemm import gemm  # noqa: E402
+from fused_ops.route import make_route  # noqa: E402
+
+ROWS = 8192
+LAYERS = {"llama-3.1-8b": [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]}
+LAYERS["smollm2"] = [(576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))]
+JOBS = [((16,) * 4, (0.0,) * 4), ((8, 16, 32, 64), (0.0, 0.0, 0.05, 0.05)), ((4, 8, 16, 32), (0.0,) * 4)]  # ranks, dropouts
+
+
+def launch(problem, weight=None) -> None:
+    """Launch every operator of a linear, forward and backward."""
+    problem.steps(triton_ops, weight)
+
+
+def stretched(k, columns, ranks, dropouts, rows=ROWS, lengths=None):
+    """Return a problem whose activations have `rows` rows that nobody fills, of equal shares or of the given lengths."""
+    problem = build_problem([16] * len(ranks), list(ranks), k=k, n=columns, dropouts=list(dropouts), dtype=torch.bfloat16)
+    ends = [sum((lengths or [rows // len(ranks)] * len(ranks))[:job]) for job in range(len(ranks) + 1)]
+    segments = [(first, end, job) for job, (first, end) in enumerate(zip(ends, ends[1:], strict=False))]
+    problem.x, problem.dy = torch.empty(rows, k, dtype=torch.bfloat16), torch.empty(rows, sum(columns), dtype=torch.bfloat16)
+    problem.route = make_route(rows, segments, torch.zeros(rows, dtype=torch.int32), "cpu")
+    return problem
+
+
+def kernels() -> None:
+    """What kernels.py launches."""
+    for k, columns, *_ in SHAPES.values():
+        for p in (0.0, 0.1):
+            problem = stretched(k, columns, (16,) * 4, (p,) * 4)
+            launch(problem)
+            for value, backward in ((problem.x, False), (problem.dy, True)):
+                gemm(value, problem.weight, None, None, None, None, backward=backward)
+    for ranks, lengths in MIXES.values():
+        launch(stretched(4096, (4096,), ranks, (0.0,) * len(ranks), lengths=lengths))
+
+
+def end_to_end() -> None:
+    """What end_to_end.py and loss_curves.py launch, in 16 bits and over a base in 8 bits."""
+    for layers in LAYERS.values():
+        for ranks, dropouts in JOBS:
+            for k, columns in layers:
+                problem = stretched(k, columns, ranks, dropouts)
+                launch(problem)
+                launch(problem, quantise_weight(problem.weight, "reference"))
+
+
+def tests() -> None:
+    """What tests/fused_ops/gpu/test_kernels.py launches for its mixes."""
+    tree = ast.parse((ROOT / "tests/fused_ops/gpu/test_kernels.py").read_text())
+    values = next(node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MIXES")
+    for mix in eval(compile(ast.Expression(values), "MIXES", "eval")).values():
+        launch(build_problem(**mix, dtype=torch.bfloat16))
+
+
+def main() -> None:
+    """Compile what is named on the command line, else everything."""
+    known = {"kernels": kernels, "end_to_end": end_to_end, "tests": tests}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(known)}; default: all")
+    chosen = parser.parse_args().what or list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"there is no {unknown[0]!r}; choose among {', '.join(known)}")
+    on_a_gpu = (
+        mock.patch.object(torch.Tensor, "is_cuda", property(lambda self: True)),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        mock.patch.object(torch.cuda, "get_device_name", lambda *_: "a Hopper GPU"),
+    )
+    with compiling() as compiled, on_a_gpu[0], on_a_gpu[1], on_a_gpu[2], on_a_gpu[3]:
+        for name in chosen:
+            start = time.perf_counter()
+            known[name]()
+            print(f"{name}: {len(compiled)} kernels so far, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
