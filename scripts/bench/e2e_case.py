@@ -96,12 +96,12 @@ class CaseRun:
         slots = max(slots, 3 * self.base.parallel.pipeline) * self.base.parallel.data
         return head(take(self.workload, self.case.jobs.count, 1), slots * self.settings.capacity)
 
-    def profile(self) -> list[dict[str, float]]:
-        """Return every rank's shares of kernels over some slots."""
+    def profile(self) -> dict[str, list[dict[str, float]]]:
+        """Return every rank's shares of kernels by kind over some slots, and the seconds of the longest by name."""
         jobs, profiled = self._jobs(self._some(PROFILED_SLOTS)), Profiled()
         optimizers = [Marked(optimizer) for optimizer in self._optimizers(jobs)]
         execute(self.base, jobs, optimizers, self.case.policy, self.settings, self._real, profiled)
-        return self.base.gather(profiled.shares)
+        return {"profile": self.base.gather(profiled.shares), "profile_kernels": self.base.gather(profiled.kernels)}
 
     def warm_up(self) -> float:
         """Run some slots twice at a learning rate of 0, which moves no weight; return the real tokens per second of the second time."""

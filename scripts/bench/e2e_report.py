@@ -87,7 +87,7 @@ def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunCon
             if options.losses is not None:
                 append_line(options.losses, {"case": case.name, "layout": layout_name(options), "losses": outcome.losses})
         if case.profile:
-            results["profile"] = run.profile()
+            results |= run.profile()
         return results
     finally:
         run.close()

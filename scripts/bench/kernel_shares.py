@@ -19,7 +19,7 @@ from megatron_lora.executor import StageOptimizer
 BY_KERNEL = (  # kind -> parts of kernels' names
     ("GEMM", ("_gemm_kernel", "_hopper_kernel")),
     ("FP8 quantisation", ("_quantise_kernel",)),
-    ("LoRA", ("_down_kernel", "_rows_kernel", "_grad_sb_kernel", "_sum_shares_kernel")),
+    ("LoRA", ("_down_kernel", "_rows_kernel", "_grad_sb_kernel", "_sum_shares_kernel", "_add_shares_kernel", "_add_items_kernel")),
     ("loss", ("_softmax_sums_kernel", "_softmax_residual_kernel", "_scatter_scaled_kernel")),
     ("optimizer", ("_adamw_kernel",)),
     ("RoPE", ("_rope_kernel",)),
@@ -60,11 +60,12 @@ class Marked:
 
 
 class Profiled:
-    """Profiles what runs inside its `with` block; `shares` of its time on this rank's device are there afterwards."""
+    """Profiles what runs inside its `with` block; afterwards there are `shares` of its time on this rank's device, and `kernels` by name."""
 
     def __init__(self):
         self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
         self.shares: dict[str, float] = {}
+        self.kernels: dict[str, float] = {}
 
     def __enter__(self) -> "Profiled":
         self.profiler.__enter__()
@@ -76,7 +77,8 @@ class Profiled:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             self.profiler.export_chrome_trace(str(path))
-            self.shares = shares(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+            trace = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+            self.shares, self.kernels = shares(trace), by_name(trace)
 
 
 def shares(trace: Sequence[dict]) -> dict[str, float]:
@@ -98,6 +100,15 @@ def shares(trace: Sequence[dict]) -> dict[str, float]:
     found = {kind: time / total for kind, time in sorted(sums.items(), key=lambda item: -item[1])}
     waits = sum("Synchronize" in event["name"] for event in events if event.get("cat") in LAUNCH)
     return found | {"idle": 1 - busy / total, "seconds": total / 1e6, "kernels": len(kernels), "host waits": waits}
+
+
+def by_name(trace: Sequence[dict], most: int = 20) -> dict[str, float]:
+    """Return the names of the kernels that take most time -> seconds of each."""
+    sums: dict[str, float] = defaultdict(float)
+    for event in trace:
+        if event.get("ph") == "X" and event.get("cat") in ON_DEVICE:
+            sums[event["name"][:80]] += event["dur"] / 1e6
+    return dict(sorted(sums.items(), key=lambda item: -item[1])[:most])
 
 
 def operators_around(events: Sequence[dict]) -> dict[int, tuple[str, ...]]:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts/bench"))
 
-from kernel_shares import BY_KERNEL, kind_of, shares  # noqa: E402
+from kernel_shares import BY_KERNEL, by_name, kind_of, shares  # noqa: E402
 
 
 def event(cat, name, ts, dur, correlation=None, tid=1):
@@ -52,6 +52,10 @@ def test_kinds_and_idle_time():
     assert found == pytest.approx(
         {"norms": 0.1, "loss": 0.2, "LoRA": 0.1, "copies": 0.05, "GEMM": 0.3, "communication": 0.3, "optimizer": 0.05}
     )
+
+
+def test_the_longest_kernels_by_name():
+    assert by_name(trace(), most=2) == pytest.approx({"_gemm_kernel": 30e-6, "ncclDevKernel_SendRecv": 30e-6})
 
 
 def test_every_kernel_of_ours_is_known():
