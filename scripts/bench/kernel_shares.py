@@ -60,7 +60,7 @@ class Marked:
 
 
 class Profiled:
-    """Profiles what runs inside its `with` block; afterwards there are `shares` of its time on this rank's device, and `kernels` by name."""
+    """Profiles what runs inside its `with` block; then there are `shares` of its time on this rank's device, and `kernels` by name."""
 
     def __init__(self):
         self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
