@@ -1,0 +1,110 @@
+"""The Gluon kernels on the CPU, thread by thread (tests/gluon_on_cpu.py): what the reference computes, no deadlock, no neighbour's NaN."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from gluon_on_cpu import gluon_on_cpu  # noqa: E402
+from kernel_tools import interpreted  # noqa: E402
+
+from fused_ops import reference  # noqa: E402
+
+CASES = {
+    "one token": {"lengths": [1], "ranks": [1], "k": 64, "n": (64,)},
+    "tiles of one job": {"lengths": [256, 128], "ranks": [16, 40], "k": 192, "n": (512,)},
+    "boundaries inside tiles": {"lengths": [100, 0, 77, 140], "ranks": [16, 8, 3, 12], "gaps": 3, "k": 72, "n": (328,)},
+    "ranks to 256": {"lengths": [130, 70, 64], "ranks": [1, 256, 40], "k": 136, "n": (200,), "gaps": 1},
+    "merged": {"lengths": [150, 90], "ranks": [8, 33], "k": 128, "n": (512, 256, 256), "missing": {(0, 1), (1, 0)}},
+    "dropout": {"lengths": [200, 133, 90], "ranks": [16, 8, 100], "k": 256, "n": (256,), "dropouts": [0.1, 0.0, 0.7], "gaps": 1},
+    "merged and dropout": {"lengths": [150, 260, 90], "ranks": [8, 33, 16], "k": 320, "n": (192, 64, 64), "dropouts": [0.1, 0.3, 0.0]},
+    "two modules and dropout": {"lengths": [256, 130], "ranks": [16, 80], "k": 512, "n": (256, 256), "dropouts": [0.2, 0.1]},
+    "several items and dropout": {"lengths": [700, 300], "ranks": [16, 32], "k": 520, "n": (64, 64), "dropouts": [0.2, 0.1], "gaps": 7},
+    "not all modules, and dropout": {
+        "lengths": [128, 140], "ranks": [16, 16], "k": 256, "n": (64, 64, 64), "dropouts": [0.2, 0.1], "missing": {(0, 1), (1, 0), (1, 2)},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ops():
+    """Return the operators with every kernel that Hopper has of its own, on the CPU; each GEMM has two programs for all its tiles."""
+    with gluon_on_cpu():
+        from fused_ops import hopper_down, hopper_gemm, hopper_grad_a
+    hopper_gemm.num_processors = lambda device: 2
+
+    def down(x, group, route):
+        return hopper_down.hopper_down(x, group, route) if group.has_dropout else reference.down(x, group, route)
+
+    def grad_a(x, ds, group, route):
+        (hopper_grad_a.hopper_grad_a if group.has_dropout else reference.grad_a)(x, ds, group, route)
+
+    with interpreted(hopper_down), interpreted(hopper_grad_a):
+        yield SimpleNamespace(
+            down=down,
+            up=lambda x, weight, bias, s, group, route: hopper_gemm.hopper_gemm(x, weight, bias, s, group, route, backward=False),
+            grad_s_and_b=reference.grad_s_and_b,
+            grad_x=lambda dy, weight, ds, group, route: hopper_gemm.hopper_gemm(dy, weight, None, ds, group, route, backward=True),
+            grad_a=grad_a,
+        )
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Fill every torch.empty with NaN, so that an element that a kernel forgets, or should not read, is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_reference_computes(make_problem, ops, case):
+    p = make_problem(**CASES[case])
+    expected = p.steps(reference)
+    with poisoned():
+        found = p.steps(ops)
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 2e-6 * value.norm(), name
+
+
+def test_a_bias_is_added_once(make_problem, ops):
+    p = make_problem(**CASES["tiles of one job"])
+    bias, s = torch.randn(p.weight.shape[0]), reference.down(p.x, p.group, p.route)
+    torch.testing.assert_close(
+        ops.up(p.x, p.weight, bias, s, p.group, p.route), reference.up(p.x, p.weight, bias, s, p.group, p.route), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("case", ["boundaries inside tiles", "merged and dropout"])
+def test_nan_stays_with_its_job(make_problem, ops, case):
+    clean, p = (make_problem(**CASES[case]) for _ in range(2))
+    first, end, slot = p.route.segments[1]
+    p.x[first:end] = p.dy[first:end] = float("nan")
+    expected, found = clean.steps(ops), p.steps(ops)
+    rows = torch.ones(p.route.num_rows, dtype=torch.bool)
+    rows[first:end] = False
+    mine = torch.zeros(len(p.group.a_RK), dtype=torch.bool)
+    for row in p.group.a_rows[slot]:
+        mine[row : row + -(-p.group.slots.ranks[slot] // 16) * 16] = True
+    assert found["y"].isnan().any() and found["da"][mine].isnan().any()
+    assert all(torch.equal(found[name][rows], expected[name][rows]) for name in ("y", "dx"))
+    assert torch.equal(found["da"][~mine], expected["da"][~mine])
+
+
+def test_a_step_that_nobody_loads_is_a_deadlock(ops, make_problem, monkeypatch):
+    """The emulation itself: a loading warp that leaves a step out is found."""
+    import gluon_on_cpu as emulation
+
+    monkeypatch.setattr(emulation, "PATIENCE_S", 0.2)
+    p = make_problem(**CASES["tiles of one job"])
+    s = reference.down(p.x, p.group, p.route)
+    loads = iter(range(1_000_000))
+    globals_of_kernel = ops.up.__closure__[0].cell_contents._loader.fn.__globals__
+    real = globals_of_kernel["tma"].async_copy_global_to_shared
+    monkeypatch.setattr(
+        globals_of_kernel["tma"], "async_copy_global_to_shared", lambda *args, **more: next(loads) == 9 or real(*args, **more)
+    )
+    with pytest.raises(AssertionError, match="nobody arrives"):
+        ops.up(p.x, p.weight, None, s, p.group, p.route)
