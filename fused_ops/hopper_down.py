@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.hopper_dropout import drop_features, level_of, mix, pair_keys
-from fused_ops.hopper_lora import describe
+from fused_ops.hopper_layouts import describe
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
 

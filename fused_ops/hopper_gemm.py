@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from fused_ops.adapters import LoraGroup
+from fused_ops.hopper_layouts import describe, shared
 from fused_ops.hopper_lora import (
     BM,
     BN,
@@ -39,13 +40,11 @@ from fused_ops.hopper_lora import (
     add_dropped,
     add_masked,
     add_owner,
-    describe,
     load_ranks,
     mask_hash,
     module_in_tile,
     owner_ranks,
     product,
-    shared,
     slot_level,
 )  # fmt: skip
 from fused_ops.lora_gemm import lora_term

@@ -8,30 +8,19 @@ A step is 16 ranks of S [BM, 16] and of L [16, columns] in one stage of the ring
 shared memory, inputs one for each warp group, and the barriers that say what they are. What is loaded beyond a module's columns is zero.
 """
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_ops.adapters import SLOT_FIELDS
 from fused_ops.hopper_dropout import KEEPS_NONE, add_kept, level_of, mix, pair_keys
+from fused_ops.hopper_layouts import shared
 
 BM, BN, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(16)  # rows and columns of a tile, ranks of a step
 WM, WARPS = gl.constexpr(64), gl.constexpr(4)  # rows and warps of a warp group
 HALF, QUARTER = gl.constexpr(128), gl.constexpr(64)  # columns of one accumulator, and of a masked product
 STAGES = gl.constexpr(4)  # buffers of the ring
 _FIELDS = gl.constexpr(SLOT_FIELDS)
-
-
-def shared(*block: gl.constexpr) -> gl.constexpr:
-    """Return the layout of a block of bfloat16 in shared memory."""
-    return gl.constexpr(gl.NVMMASharedLayout.get_default_for([size.value for size in block], gl.bfloat16))
-
-
-def describe(tensor: Tensor, *box: int) -> TensorDescriptor:
-    """Return a descriptor by which TMA copies blocks of a bfloat16 matrix."""
-    return TensorDescriptor.from_tensor(tensor, list(box), gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16))
 
 
 def product(columns: gl.constexpr) -> gl.constexpr:
