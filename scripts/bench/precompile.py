@@ -3,8 +3,8 @@
     TRITON_CACHE_DIR=cache python scripts/bench/precompile.py [kernels] [end_to_end] [tests]
 
 Carried to the GPU machine (the same Triton and Python there; of each kernel the .json and .cubin files are enough), the cache saves minutes
-of compilation: a whole run of kernels.py took 60 s instead of five minutes. What a benchmark launches is launched here on CPU tensors of
-the same shapes, which nobody fills, against a driver that only compiles.
+of compilation. What a benchmark launches is launched here on CPU tensors of the same shapes, which nobody fills, against a driver that
+only compiles.
 """
 
 import argparse
