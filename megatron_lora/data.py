@@ -10,7 +10,7 @@ Rows are numbered through a job's datasets in order, before anything is dropped;
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from megatron_lora.config import DatasetConfig, JobConfig
 from megatron_lora.dataset_cache import Dataset, dataset_key, fetch, fingerprint, store
 from megatron_lora.errors import UserError
 from megatron_lora.formats import CHAT_TYPES, RowEncoder
+from megatron_lora.order import Steps
 from megatron_lora.rows import read_rows
 
 
@@ -58,6 +59,19 @@ class JobData:
         text = f"{len(self.samples):,} samples, {sum(self.lengths):,} tokens, {self.num_targets:,} targets"
         cut = f", {self.num_truncated:,} cut at sequence_len" if self.num_truncated else ""
         return text + cut + (f", {self.num_dropped:,} dropped: no target before the cut" if self.num_dropped else "")
+
+
+def target_share(jobs: Iterable[tuple[Sequence[Sample], Steps]]) -> float:
+    """Return which share of the tokens that a run trains on are targets, the only rows that the head computes.
+
+    Of each job its samples and steps; a sample counts as often as the steps visit it.
+    """
+    num_targets = num_tokens = 0
+    for samples, steps in jobs:
+        visits = np.bincount([index for step in steps for _, index in step], minlength=len(samples))
+        num_targets += int(visits @ [np.count_nonzero(sample.targets) for sample in samples])
+        num_tokens += int(visits @ [len(sample) for sample in samples])
+    return num_targets / num_tokens
 
 
 def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from megatron_lora.config_rules import one_of
 from megatron_lora.devices import named_device, size, this_gpu
 from megatron_lora.errors import UserError
 from megatron_lora.forecast import Figures, Forecast, Workload, forecast
-from megatron_lora.order import job_steps
+from megatron_lora.order import Steps, job_steps
 from megatron_lora.plan_plot import check_plot_path, draw
 from megatron_lora.settle import cost_of, describe, memory_of, planner_cost, settle
 from scheduling.cost import DEVICES, CostModel, Device
@@ -50,14 +50,17 @@ def main(config_path: str, overrides: list[str], options: Options | None = None)
     inputs = read_inputs(given)
     gpu = None if named else this_gpu()
     device = named or gpu or DEVICES["h100"]
-    lengths = lengths_of_jobs(given, inputs.data)
-    config = settle(given, inputs.architecture, lengths, device)
-    cost, weights = measured or cost_of(config, inputs.architecture, device), planner_cost(config, inputs.architecture, device)
+    steps = steps_of_jobs(given, inputs.data)
+    lengths = lengths_of_jobs(inputs.data, steps)
+    share = share_of_targets(inputs.data, steps)
+    config = settle(given, inputs.architecture, lengths, device, share)
+    cost = measured or cost_of(config, inputs.architecture, device, share)
+    weights = planner_cost(config, inputs.architecture, device, share)
     workload = Workload.of(config, lengths, cost, weights)
     together, solo = forecast(runs_of(policy, workload), workload), forecast(runs_of("flush", workload), workload)
     lines = [*describe(given, config), *table(config, policy, workload, solo, together), ""]
     lines += stage_table(config, inputs.architecture, device, workload, together)
-    lines += ["", basis(device, named or gpu, options.cost), *advice(config, policy, solo, together)]
+    lines += ["", basis(device, named or gpu, options.cost, share), *advice(config, policy, solo, together)]
     print("\n".join(lines))
     if options.plot is not None:
         draw(options.plot, together.timeline, together.stream, [job.name for job in config.jobs], "seconds")
@@ -77,14 +80,27 @@ def read_cost(path: str, num_stages: int) -> CostModel:
     return model
 
 
-def lengths_of_jobs(config: RunConfig, data: Sequence) -> list[list[list[int]]]:
+def steps_of_jobs(config: RunConfig, data: Sequence) -> list[Steps]:
+    """Which samples every job's steps take."""
+    return [
+        job_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps, job.shuffle, job.seed)
+        for job, job_data in zip(config.jobs, data, strict=True)
+    ]
+
+
+def lengths_of_jobs(data: Sequence, steps: Sequence[Steps]) -> list[list[list[int]]]:
     """Tokens of every sample of every step: [job][step][sample]."""
-    workload = []
-    for job, job_data in zip(config.jobs, data, strict=True):
-        lengths = job_data.lengths
-        steps = job_steps(len(lengths), job.global_batch_size, job.num_epochs, job.max_steps, job.shuffle, job.seed)
-        workload.append([[lengths[index] for _, index in step] for step in steps])
-    return workload
+    return [
+        [[lengths[index] for _, index in step] for step in of_job]
+        for of_job, lengths in zip(steps, (job_data.lengths for job_data in data), strict=True)
+    ]
+
+
+def share_of_targets(data: Sequence, steps: Sequence[Steps]) -> float:
+    """Share of these tokens that are targets."""
+    from megatron_lora.data import target_share
+
+    return target_share((job_data.samples, of_job) for job_data, of_job in zip(data, steps, strict=True))
 
 
 def runs_of(policy: str, workload: Workload) -> Runs:
@@ -152,13 +168,15 @@ def stage_table(config: RunConfig, architecture: Architecture, device: Device, w
     return lines
 
 
-def basis(device: Device, asked: Device | None, cost: str | None) -> str:
+def basis(device: Device, asked: Device | None, cost: str | None, target_share: float) -> str:
     """Say what the seconds stand on."""
     if cost is not None:
         return f"Seconds are by the measured cost model {cost}; communication is not counted. Memory is for {device.name}."
+    counted = f"The loss is counted for {target_share:.0%} of the tokens, those that are targets."
     if asked is None:
-        return f"This machine has no GPU: seconds and memory are predicted for {device.name} (choose with --device), without communication."
-    return f"Seconds and memory are predicted for {device.name}, without communication."
+        where = f"This machine has no GPU: seconds and memory are predicted for {device.name} (choose with --device)"
+        return f"{where}, without communication. {counted}"
+    return f"Seconds and memory are predicted for {device.name}, without communication. {counted}"
 
 
 def advice(config: RunConfig, policy: str, solo: Forecast, together: Forecast) -> list[str]:

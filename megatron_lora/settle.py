@@ -1,8 +1,9 @@
 """What a config leaves to us, settled by the cost and memory models: `layers_per_stage: null`, `microbatch_tokens` and `recompute: auto`.
 
-    config = settle(config, architecture, lengths, this_device(ranks_here))     # all are numbers and policies now
+    config = settle(config, architecture, lengths, this_device(ranks_here), target_share)     # all are numbers and policies now
 
-`plan` and the trainer both ask here. Times are those of a reference device, so that splits and plans do not hang on which GPU is there;
+`plan` and the trainer both ask here, and tell which share of the tokens are targets (data.target_share), the rows that the head computes;
+where there are lengths alone it is 1. Times are those of a reference device, so that splits and plans do not hang on which GPU is there;
 `auto` follows from the memory of the device it is asked for. Recomputation costs as little time as fits: first the layers that only make
 norms and SwiGLU again, then as few as can be that run twice. Where it makes a stage slow, and the split is ours, layers move elsewhere.
 A key that the config gives stays as it is.
@@ -18,7 +19,7 @@ from megatron_lora.config import RunConfig
 from megatron_lora.devices import reference_of, size, this_device
 from megatron_lora.errors import UserError
 from megatron_lora.run_dir import RunDirectory
-from scheduling.cost import CostModel, Device, ModelShape, analytic_cost, head_layers, split_layers, stage_policies
+from scheduling.cost import CostModel, Device, ModelShape, analytic_cost, head_layers, head_share, split_layers, stage_policies
 from scheduling.data_parallel import deal
 from scheduling.layer_memory import Adapter
 from scheduling.memory import (
@@ -27,6 +28,7 @@ from scheduling.memory import (
     cheapest_policies,
     choose_capacity,
     fitting_tokens,
+    loss_chunk_rows,
     peak_bytes,
     stage_memory,
     usable_bytes,
@@ -37,22 +39,24 @@ from scheduling.types import Lengths
 USUAL_TOKENS = 4096  # of a microbatch, where the stages are split before `auto` is settled
 
 
-def settle(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device) -> RunConfig:
+def settle(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> RunConfig:
     """Return the config with every choice made, for samples of `lengths` [job][step][sample] on such devices.
 
     Raises UserError where `auto` finds no room for the longest sample.
     """
-    settled = _with_layers(config, choose_layers(config, architecture, device))
+    settled = _with_layers(config, choose_layers(config, architecture, device, target_share))
     if config.microbatch_tokens == "auto":
-        settled = dataclasses.replace(settled, microbatch_tokens=choose_budget(settled, architecture, lengths, device))
+        settled = dataclasses.replace(settled, microbatch_tokens=choose_budget(settled, architecture, lengths, device, target_share))
     if config.recompute == "auto":
         settled = dataclasses.replace(settled, recompute=choose_recompute(settled, architecture, device))
         if config.parallel.layers_per_stage is None:
-            settled = even_out(settled, architecture, device, lambda asked: _slowest(asked, architecture, device))
+            settled = even_out(settled, architecture, device, lambda asked: _slowest(asked, architecture, device, target_share))
     return settled
 
 
-def settle_together(config: RunConfig, architecture: Architecture, lengths: Lengths, host) -> tuple[RunConfig, SlotCost]:
+def settle_together(
+    config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host
+) -> tuple[RunConfig, SlotCost]:
     """Settle a run's config, and the planner's weights, on the first rank for all of them; it tells and records what was chosen.
 
     `host` is a gloo group of all ranks. Other ranks of a run may have other memory: the first rank's decides.
@@ -62,37 +66,37 @@ def settle_together(config: RunConfig, architecture: Architecture, lengths: Leng
     chosen: list = [None, None]
     if dist.get_rank() == 0:
         device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
-        settled = settle(config, architecture, lengths, device)
+        settled = settle(config, architecture, lengths, device, target_share)
         with RunDirectory.join(config) as directory:
             directory.settle(settled)
-        for line in [*describe(config, settled), *memory_line(config, settled, architecture, device)]:
+        for line in [*describe(config, settled, target_share), *memory_line(config, settled, architecture, device)]:
             print(line, flush=True)
-        chosen = [settled, planner_cost(settled, architecture, device)]
+        chosen = [settled, planner_cost(settled, architecture, device, target_share)]
     dist.broadcast_object_list(chosen, 0, group=host)
     return chosen[0], chosen[1]
 
 
-def choose_layers(config: RunConfig, architecture: Architecture, device: Device) -> tuple[int, ...]:
+def choose_layers(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> tuple[int, ...]:
     """Return each stage's number of layers: as the config says, else such that the slowest stage, the head included, is fastest."""
     if config.parallel.layers_per_stage is not None:
         return config.parallel.layers_per_stage
-    tokens = USUAL_TOKENS if config.microbatch_tokens == "auto" else config.microbatch_tokens
     recompute = "none" if config.recompute == "auto" else config.recompute
-    head = head_layers(shape_of(architecture), reference_of(device), tokens, config.parallel.tensor, recompute)
+    share = _head_share(config, architecture, device, target_share)
+    head = head_layers(shape_of(architecture), reference_of(device), _tokens(config), config.parallel.tensor, recompute, share)
     return split_layers(architecture.num_layers, config.parallel.pipeline, head)
 
 
-def choose_budget(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device) -> int:
+def choose_budget(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> int:
     """Return the tokens of a microbatch: as many as memory allows, no more than pay, recomputation counted where that is ours too."""
     free = config.recompute == "auto"
     plain, least = (dataclasses.replace(config, recompute=policy) if free else config for policy in ("none", "full"))
-    cost = planner_cost(plain, architecture, device)
+    cost = planner_cost(plain, architecture, device, target_share)
     fitting = fitting_tokens(memory_of(least, architecture, device), device)
 
     def slowdown(budget: int) -> float:
-        asked = dataclasses.replace(config, microbatch_tokens=budget)
-        asked = dataclasses.replace(asked, recompute=choose_recompute(asked, architecture, device))
-        return _slowest(asked, architecture, device) / _slowest(plain, architecture, device)
+        without = dataclasses.replace(plain, microbatch_tokens=budget)
+        asked = dataclasses.replace(without, recompute=choose_recompute(without, architecture, device))
+        return _slowest(asked, architecture, device, target_share) / _slowest(without, architecture, device, target_share)
 
     try:
         rounds = deal(lengths, config.parallel.data, cost).rounds
@@ -152,9 +156,9 @@ def _with_layers(config: RunConfig, layers: tuple[int, ...]) -> RunConfig:
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, layers_per_stage=layers))
 
 
-def _slowest(config: RunConfig, architecture: Architecture, device: Device) -> float:
+def _slowest(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> float:
     """Return the seconds of a usual microbatch on the slowest stage of the reference device."""
-    return max(stage.seconds(USUAL_TOKENS) for stage in cost_of(config, architecture, reference_of(device)).stages)
+    return max(stage.seconds(USUAL_TOKENS) for stage in cost_of(config, architecture, reference_of(device), target_share).stages)
 
 
 def predicted_peaks(config: RunConfig, architecture: Architecture, device: Device) -> list[float]:
@@ -168,15 +172,34 @@ def shape_of(architecture: Architecture) -> ModelShape:
     return ModelShape(**{field.name: getattr(architecture, field.name) for field in dataclasses.fields(ModelShape)})
 
 
-def cost_of(config: RunConfig, architecture: Architecture, device: Device) -> CostModel:
+def cost_of(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> CostModel:
     """Return the seconds of each stage on a device, by its table figures; the config's layers are settled."""
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel)]
-    return analytic_cost(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute)
+    share = _head_share(config, architecture, device, target_share)
+    return analytic_cost(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share)
 
 
-def planner_cost(config: RunConfig, architecture: Architecture, device: Device) -> SlotCost:
+def planner_cost(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> SlotCost:
     """Return what the planner weighs slots with, by the reference device's figures; the config's layers are settled."""
-    return cost_of(config, architecture, reference_of(device)).slot_cost(sum(job.r for job in config.jobs) / len(config.jobs))
+    mean_rank = sum(job.r for job in config.jobs) / len(config.jobs)
+    return cost_of(config, architecture, reference_of(device), target_share).slot_cost(mean_rank)
+
+
+def _head_share(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> float:
+    """Return the rows of the head per token of a full microbatch."""
+    chunk_rows = loss_chunk_rows(-(-architecture.vocab_size // config.parallel.tensor), _item(config, device))
+    return head_share(target_share, _tokens(config), chunk_rows)
+
+
+def _tokens(config: RunConfig) -> int:
+    """Return the tokens of a full microbatch, of a usual one where `auto` is not settled."""
+    return USUAL_TOKENS if config.microbatch_tokens == "auto" else int(config.microbatch_tokens)
+
+
+def _item(config: RunConfig, device: Device) -> int:
+    """Return the bytes of a number of the compute dtype."""
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.name != "cpu")
+    return 2 if bf16 else 4
 
 
 def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> tuple[StageMemory, ...]:
@@ -184,8 +207,7 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
     assert config.recompute != "auto", "recompute is not settled"
     parallel, shape = config.parallel, shape_of(architecture)
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, parallel)]
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.name != "cpu")
-    item = 2 if bf16 else 4
+    item = _item(config, device)
     stages = [
         stage_memory(
             shape,
@@ -208,13 +230,14 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
     return tuple(stages)
 
 
-def describe(before: RunConfig, after: RunConfig) -> Sequence[str]:
+def describe(before: RunConfig, after: RunConfig, target_share: float = 1.0) -> Sequence[str]:
     """Say in lines what was settled that the config left open."""
     lines = []
     if before.microbatch_tokens == "auto":
         lines.append(f"microbatch_tokens: auto is {after.microbatch_tokens}")
     if before.parallel.layers_per_stage is None and after.parallel.pipeline > 1:
-        lines.append(f"parallel.layers_per_stage: null is {list(after.parallel.layers_per_stage or ())}")
+        because = f", as {target_share:.0%} of the tokens are targets" if target_share < 1 else ""
+        lines.append(f"parallel.layers_per_stage: null is {list(after.parallel.layers_per_stage or ())}{because}")
     if before.recompute == "auto":
         lines.append(f"recompute: auto is {_policies_in_words(after)}")
     return lines

@@ -23,7 +23,7 @@ from megatron_lora.checks import cache_dir
 from megatron_lora.collate import JobRows, collate, num_rows
 from megatron_lora.compat import initialize_parallel, patience, pipelines, stage_groups
 from megatron_lora.config import ParallelConfig, RunConfig
-from megatron_lora.data import load_tokenizer
+from megatron_lora.data import load_tokenizer, target_share
 from megatron_lora.desk import Desk
 from megatron_lora.executor import Executor, Position, StageOptimizer, StepDone
 from megatron_lora.export import AdapterCollector, Weights
@@ -55,7 +55,8 @@ def run(config: RunConfig) -> int:
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
     jobs = _read_jobs(config, model_dir, architecture.vocab_size, host)
-    config, cost = settle_together(config, architecture, [job.rows.lengths() for job in jobs], host)
+    share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
+    config, cost = settle_together(config, architecture, [job.rows.lengths() for job in jobs], share, host)
     position = position_of(config.parallel)
     feed = _plan(config, jobs, position, cost)
 

@@ -5,9 +5,9 @@ A stage with L layers runs a pass over T tokens with squared lengths Q = sum(len
     seconds = per_token * T + per_square * Q + per_rank_token * R + fixed
 
 The base is frozen, so a backward makes dX but no dW: as much linear work as a forward (plus one more forward with recompute), 2.5 times
-its attention work; LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head is 4 H V per token
-in the last stage's forward, which makes logits and their gradient while they are there; its backward only scales that gradient. That
-counts every token as a target: rows without a label cost the head nothing, so completion-only data takes less (measured costs know).
+its attention work; LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head is 4 H V per row
+in the last stage's forward, which makes logits and their gradient while they are there; its backward only scales that gradient. Its rows
+are the targets alone, in chunks of one height: `head_share` of the tokens, 1 where every token is a target.
 
 `recompute` is the policy of all layers ("none", "cheap" or "full"), or of each: "full" is one more forward in the backward, "cheap" writes
 norm and SwiGLU outputs once more, about _CHEAP of a forward.
@@ -153,16 +153,21 @@ def stage_policies(layers: Sequence[int], recompute: str | Sequence[str]) -> tup
 
 
 def analytic_cost(
-    shape: ModelShape, device: Device, layers: Sequence[int], tensor: int = 1, recompute: str | Sequence[str] = "none"
+    shape: ModelShape,
+    device: Device,
+    layers: Sequence[int],
+    tensor: int = 1,
+    recompute: str | Sequence[str] = "none",
+    head_share: float = 1.0,
 ) -> CostModel:
-    """Derive the cost of each stage from the model's shape; `layers` counts the layers of every stage."""
+    """Derive the cost of each stage from the model's shape; `layers` counts the layers of every stage, `head_share` the head's rows."""
     rate = device.flops_per_s * tensor
     stages = []
     for index, (num_layers, policies) in enumerate(zip(layers, stage_policies(layers, recompute), strict=True)):
         linear = 2 * shape.layer_params * num_layers / rate
         attention = 2 * shape.num_heads * shape.head_dim * num_layers / rate  # QK and PV, each half under the causal mask
         lora = 2 * shape.lora_width * num_layers / rate
-        head = 4 * shape.head_params / rate if index == len(layers) - 1 else 0.0
+        head = 4 * shape.head_params * head_share / rate if index == len(layers) - 1 else 0.0
         launches = device.layer_launch_s * num_layers
         again = (policies.count("full") + _CHEAP * policies.count("cheap")) / max(1, num_layers)  # of a forward
         forward = PassCost(per_token=linear + head, per_square=attention, per_rank_token=lora, fixed=launches)
@@ -251,7 +256,19 @@ def split_layers(num_layers: int, num_stages: int, head_layers: float = 0.0, emb
     return tuple(layers)
 
 
-def head_layers(shape: ModelShape, device: Device, tokens: int, tensor: int = 1, recompute: str | Sequence[str] = "none") -> float:
+def head_layers(
+    shape: ModelShape, device: Device, tokens: int, tensor: int = 1, recompute: str | Sequence[str] = "none", head_share: float = 1.0
+) -> float:
     """Return what the head costs over a microbatch of so many tokens, forward and backward, in layers (their mean)."""
-    body, head = analytic_cost(shape, device, (shape.num_layers, 0), tensor, recompute).stages
+    body, head = analytic_cost(shape, device, (shape.num_layers, 0), tensor, recompute, head_share).stages
     return shape.num_layers * head.seconds(tokens) / body.seconds(tokens)
+
+
+def head_share(target_share: float, tokens: int, chunk_rows: int) -> float:
+    """Return the rows that the head multiplies per token of a microbatch, of whose tokens `target_share` are targets.
+
+    The loss takes its rows in chunks of one height, at most `chunk_rows`, and fills the last one up: by half a chunk on average, and no
+    microbatch has less than one. No more than all tokens are counted, so that 1 stays 1.
+    """
+    height = min(chunk_rows, tokens)
+    return min(tokens, max(height, target_share * tokens + height / 2)) / tokens

@@ -4,7 +4,8 @@
 
 Stage s of P holds at most P - s microbatches, so tokens in flight are bounded by any P - s consecutive slots of the stream. The workspace
 is found by walking once forward and once back through the stage's layers (layer_memory.py), with everything alive that the executor holds:
-messages, the loss's chunk of logits, what upper layers have let go. An adapter weight costs 16 bytes (master, gradient,
+messages, the loss's chunk of logits, what upper layers have let go. The loss's gradient counts as if every token were a target: a
+microbatch may be full of one job's, whatever the share of all. An adapter weight costs 16 bytes (master, gradient,
 Adam's moments) and its copy in the compute dtype, where that is another.
 
 Prediction and `torch.cuda.max_memory_allocated` speak of the same bytes. What CUDA, NCCL and fragmentation take on top is RESERVED.

@@ -72,17 +72,17 @@ class Base:
         if self.rank == 0:
             print(line, flush=True)
 
-    def settle(self, configs: Sequence[RunConfig], workloads: Sequence[Lengths]) -> list[RunConfig]:
+    def settle(self, configs: Sequence[RunConfig], workloads: Sequence[Lengths], target_shares: Sequence[float]) -> list[RunConfig]:
         """Return the cases' configs with every choice made, by the first rank; the first case's split of layers is that of all."""
         settled = []
         for config in configs:
             check_backends(config)
         if self.rank == 0:
-            for config, lengths in zip(configs, workloads, strict=True):
+            for config, lengths, share in zip(configs, workloads, target_shares, strict=True):
                 if settled:
                     config = dataclasses.replace(config, parallel=settled[0].parallel)
-                settled.append(settle(config, self.architecture, lengths, self.model))
-                for line in describe(config, settled[-1]):
+                settled.append(settle(config, self.architecture, lengths, self.model, share))
+                for line in describe(config, settled[-1], share):
                     print(line, flush=True)
         settled = self.share(settled)
         self.parallel = settled[0].parallel

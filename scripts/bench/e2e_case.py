@@ -43,9 +43,9 @@ class CaseRun:
         """`config` is settled; `cost` predicts in place of the device's table figures."""
         self.base, self.case, self.config, self.workload = base, case, config, workload
         self.architecture = base.architecture
-        self.cost = cost or cost_of(config, base.architecture, base.model)
+        self.cost = cost or cost_of(config, base.architecture, base.model, case.jobs.completion)
         self.cost_from = "file" if cost else "table figures"
-        self.weights = planner_cost(config, base.architecture, base.model)
+        self.weights = planner_cost(config, base.architecture, base.model, case.jobs.completion)
         self.settings = plan_settings(config, self.weights)
         self.ranks = tuple(job.r for job in config.jobs)
         self.arena: Arena | None = None

@@ -53,7 +53,8 @@ def launch(options: Namespace, cases: list[Case], parallel: ParallelConfig) -> N
     workloads = [read_workload(options.lengths, case.workload) for case in cases]
     check(options, cases, workloads)
     base = Base(architecture, parallel, memory_gb=options.memory_gb, peer_memory=options.peer_memory)
-    configs = base.settle([case.config(options.shape, parallel) for case in cases], workloads)
+    shares = [case.jobs.completion for case in cases]
+    configs = base.settle([case.config(options.shape, parallel) for case in cases], workloads, shares)
     for number, (case, config, workload) in enumerate(zip(cases, configs, workloads, strict=True), 1):
         base.say(f"case {number} of {len(cases)}: {case.name}")
         run_case(base, options, case, config, workload)

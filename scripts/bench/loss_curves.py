@@ -30,7 +30,7 @@ from megatron_lora.architecture import read_architecture  # noqa: E402
 from megatron_lora.arena import Arena  # noqa: E402
 from megatron_lora.compat import destroy_parallel  # noqa: E402
 from megatron_lora.config import ParallelConfig, RunConfig, load_config  # noqa: E402
-from megatron_lora.data import load_tokenizer  # noqa: E402
+from megatron_lora.data import load_tokenizer, target_share  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
 from megatron_lora.export import join_shards  # noqa: E402
 from megatron_lora.hub import resolve_base_model  # noqa: E402
@@ -59,7 +59,8 @@ def ours(base: Base, config: RunConfig, jobs: Sequence[TrainingJob], adapters: s
         arena.initialise(slot, job.rows.seed)
         if begun is not None:
             export(arena, slot, job, config, begun / job.config.name)
-    cost = planner_cost(config, base.architecture, base.model)
+    share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
+    cost = planner_cost(config, base.architecture, base.model, share)
     settings = PlanSettings(num_stages=1, num_replicas=1, capacity=int(config.microbatch_tokens), delay=0, cost=cost)
     optimizers = [JobOptimizer(arena, slot, job.optimizer()) for slot, job in enumerate(jobs)]
     outcome = execute(base, jobs, optimizers, "ours", settings, cost)
@@ -160,7 +161,8 @@ def run(options) -> dict:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     base = Base(architecture, config.parallel, model_dir=model_dir, dtype=dtype)
     jobs = read_jobs(config.jobs, load_tokenizer(model_dir), None, architecture.vocab_size)
-    (config,) = base.settle([config], [[job.rows.lengths() for job in jobs]])
+    share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
+    (config,) = base.settle([config], [[job.rows.lengths() for job in jobs]], [share])
     names, curves, theirs = [job.config.name for job in jobs], {}, []
     with tempfile.TemporaryDirectory() as folder:
         for adapters in ("fused", "reference"):

@@ -82,10 +82,11 @@ def predict(
     """
     architecture = architecture_of(options.shape, options.num_layers)
     shape, available = shape_of(architecture), read_workload(options.lengths, case.workload)
-    config = settle(case.config(options.shape, parallel_of(options)), architecture, available, device)
+    share = case.jobs.completion
+    config = settle(case.config(options.shape, parallel_of(options)), architecture, available, device, share)
     if split and case.recompute == "auto" and options.layers is None:
         config = even_out(config, architecture, device, lambda asked: _slowest(asked, table))
-    parallel, weights = config.parallel, planner_cost(config, architecture, device)
+    parallel, weights = config.parallel, planner_cost(config, architecture, device, share)
     cost = stages_of(table, parallel.layers_per_stage or (), config.recompute)
     lengths = take(available, case.jobs.count, case.steps or _steps(config, available, cost, case.warm_seconds))
     silent = Workload.of(config, lengths, cost, weights)
@@ -93,7 +94,7 @@ def predict(
     if case.policy == "ours":
         runs = runs_of("ours", workload)
     else:
-        known = cost_of(config, architecture, device) if by_figures else workload.cost
+        known = cost_of(config, architecture, device, share) if by_figures else workload.cost
         real = known.slot_cost(sum(workload.ranks) / len(workload.ranks))
         runs = (joined(case.policy, lengths, plan_settings(config, weights), real),)
     rows = config.microbatch_tokens / (parallel.tensor if parallel.sequence else 1)

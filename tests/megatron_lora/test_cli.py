@@ -313,6 +313,22 @@ def test_plan_counts_replicas_and_padding(scene, capsys):
     assert padded["padding"] != "0.0%"
 
 
+def test_plan_counts_the_loss_for_targets_alone(scene, capsys):
+    model = Path(yaml.safe_load(Path("config.yaml").read_text())["base_model"])
+    Path("wide").mkdir()
+    for file in model.glob("token*"):
+        Path("wide", file.name).write_bytes(file.read_bytes())
+    Path("wide/config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | {"vocab_size": 10**6}))
+    Path("even.jsonl").write_text('{"prompt": "a b c d e f", "completion": " g h"}\n' * 40)
+    even = [f"jobs.{name}.datasets.0.path=even.jsonl" for name in ("a", "b")]
+    wide = ["base_model=wide", "load_weights=false", "microbatch_tokens=900", "parallel.pipeline=1", "--device", "cpu"]
+    some, every = (planned(capsys, *wide, *even, f"defaults.train_on_inputs={inputs}") for inputs in ("false", "true"))
+    assert any("The loss is counted for 33% of the tokens" in line for line in some[2])
+    assert any("The loss is counted for 89% of the tokens" in line for line in every[2])
+    ratio = float(some[0]["together, ours"]["seconds"]) / float(every[0]["together, ours"]["seconds"])
+    assert ratio == pytest.approx((900 / 3 + 75 / 2) / (900 * 8 / 9 + 75 / 2), rel=0.06)  # chunks of 75 rows; all else counts little
+
+
 def test_plan_says_when_co_training_gains_nothing(scene, capsys):
     Path("even.jsonl").write_text('{"prompt": "a b c d e f", "completion": " g h"}\n' * 5)
     even = [f"jobs.{name}.datasets.0.path=even.jsonl" for name in ("a", "b")]

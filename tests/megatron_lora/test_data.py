@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_lora import data, rows
 from megatron_lora.config import DatasetConfig, JobConfig
-from megatron_lora.data import load_job_data, load_jobs_data, load_tokenizer
+from megatron_lora.data import load_job_data, load_jobs_data, load_tokenizer, target_share
 from megatron_lora.errors import UserError
+from megatron_lora.order import job_steps
 from megatron_lora.preview_rows import preview_rows, show_preview
 
 PAIRS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "abcdef", "completion": "x"}, {"prompt": "a", "completion": "long answer"}]
@@ -46,6 +47,20 @@ def job(*paths, type="prompt_completion", **keys):
 
 def texts(tokenizer, loaded):
     return [tokenizer.decode(sample.tokens) for sample in loaded.samples]
+
+
+def test_the_share_of_targets_counts_samples_as_often_as_steps_take_them(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", PAIRS)
+    part, every = (load_job_data(job(path, train_on_inputs=inputs), tokenizer, None).samples for inputs in (False, True))
+
+    def steps(num_epochs=1, max_steps=None):
+        return job_steps(3, 2, num_epochs, max_steps, shuffle=False, seed=0)
+
+    assert target_share([(part, steps())]) == target_share([(part, steps(4))]) == (3 + 2 + 12) / (5 + 8 + 13)
+    assert target_share([(every, steps())]) == (26 - 3) / 26
+    assert target_share([(part, steps(max_steps=1))]) == (3 + 2) / (5 + 8)
+    assert target_share([(part, steps(max_steps=3))]) == (2 * (3 + 2) + 12) / (2 * (5 + 8) + 13)
+    assert target_share([(part, steps(max_steps=1)), (every, steps(2))]) == (5 + 2 * 23) / (13 + 2 * 26)
 
 
 # ---- files ----

@@ -10,9 +10,10 @@ import oracle
 import pytest
 import runs
 
-from megatron_lora import devices
+from megatron_lora import devices, train
 from megatron_lora.architecture import read_architecture, recompute_of_layers
 from megatron_lora.config import dump_config, load_config
+from megatron_lora.data import load_tokenizer
 from megatron_lora.errors import UserError
 from megatron_lora.run_dir import RunDirectory
 from megatron_lora.settle import (
@@ -68,6 +69,27 @@ def test_stages_take_equally_long_with_the_head(configure, root):
     times = [stage.seconds(4096) for stage in cost_of(settled, large, H100).stages]
     assert max(times) < 1.1 * sum(times) / 4
     assert describe(configure("parallel.pipeline=4"), settled) == ["parallel.layers_per_stage: null is [9, 9, 8, 6]"]
+
+
+def test_layers_move_to_the_last_stage_where_fewer_tokens_are_targets(configure, root):
+    large, open_ = model(root, **LARGE, vocab_size=128256), configure("parallel.pipeline=4", "recompute=auto", "microbatch_tokens=8192")
+    every, half, quarter, few = (settle(open_, large, LENGTHS, H100, share) for share in (1.0, 0.5, 0.25, 0.1))
+    splits = [config.parallel.layers_per_stage for config in (every, half, quarter, few)]
+    assert splits[0] == (9, 9, 8, 6) and splits[1][-1] == 7 and splits[2] == splits[3] == (8, 8, 8, 8)
+    slowest = [max(stage.seconds(4096) for stage in cost_of(config, large, H100, 0.25).stages) for config in (quarter, every)]
+    assert slowest[0] < slowest[1]
+    told = "parallel.layers_per_stage: null is [8, 8, 8, 8], as 25% of the tokens are targets"
+    assert describe(open_, quarter, 0.25)[0] == told
+    assert planner_cost(quarter, large, H100, 0.25).fixed > planner_cost(quarter, large, H100).fixed  # a token costs less
+
+
+def test_rows_that_fill_a_chunk_of_the_loss_cost_what_targets_do(configure, root):
+    small = model(root, **SMALL)
+    splits = {}
+    for tokens in (128, 2048):  # one chunk on CPU, and 16
+        config = configure("parallel.pipeline=2", f"microbatch_tokens={tokens}")
+        splits[tokens] = [choose_layers(config, small, CPU, share) for share in (1.0, 0.05)]
+    assert splits[128][0] == splits[128][1] and splits[2048] == [(19, 11), (15, 15)]
 
 
 def test_an_automatic_budget_fits_and_is_no_larger_than_pays(configure, root):
@@ -178,13 +200,31 @@ def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure
     open_ = ("microbatch_tokens=auto", "parallel.pipeline=2", "recompute=auto")
     config, given = configure(*open_), configure("parallel.layers_per_stage=[4]")
     with RunDirectory.create(config):
-        settled, cost = settle_together(config, read_architecture(root / "model"), [[[20, 30]]], dist.group.WORLD)
-        lines = ["microbatch_tokens: auto is 256", f"parallel.layers_per_stage: null is {list(settled.parallel.layers_per_stage)}"]
+        settled, cost = settle_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)
+        split = f"parallel.layers_per_stage: null is {list(settled.parallel.layers_per_stage)}, as 25% of the tokens are targets"
+        lines = ["microbatch_tokens: auto is 256", split]
         *told, memory = capsys.readouterr().out.splitlines()
         assert told == [*lines, "recompute: auto is none"] and memory.startswith("predicted peak memory: ") and " MB | " in memory
-        assert load_config("run/config.yaml") == settled and cost == planner_cost(settled, read_architecture(root / "model"), CPU)
-        assert settle_together(given, read_architecture(root / "model"), [[[20, 30]]], dist.group.WORLD)[0] == given
+        every, some = (planner_cost(settled, read_architecture(root / "model"), CPU, share) for share in (1.0, 0.25))
+        assert load_config("run/config.yaml") == settled and cost == some != every
+        assert settle_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)[0] == given
         assert capsys.readouterr().out == ""
+
+
+def test_a_run_is_settled_by_its_samples_share_of_targets(one_process, configure, root, monkeypatch):
+    def stop(config, architecture, lengths, target_share, host):
+        raise InterruptedError(target_share)
+
+    monkeypatch.setattr(train, "settle_together", stop)
+    tokenizer = load_tokenizer(root / "model")
+    rows = [oracle.encode(tokenizer, json.loads(line)) for line in (root / "rows.jsonl").read_text().splitlines()]
+    shares = []
+    for inputs in ("false", "true"):
+        with pytest.raises(InterruptedError) as stopped:
+            train.run(configure(f"jobs.0.train_on_inputs={inputs}"))
+        shares.append(stopped.value.args[0])
+    num_tokens = sum(len(tokens) for tokens, _ in rows)
+    assert shares == [sum(int((labels != -100).sum()) for _, labels in rows) / num_tokens, (num_tokens - len(rows)) / num_tokens]
 
 
 @pytest.mark.parametrize("parallel", [{"pp": 2}, {"dp": 2}])

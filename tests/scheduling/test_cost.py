@@ -1,6 +1,7 @@
 """Cost, memory, layer split and data-parallel split: by hand, by round trip, and against brute force."""
 
 import json
+import statistics
 from itertools import product
 
 import pytest
@@ -16,6 +17,7 @@ from scheduling.cost import (
     StageCost,
     analytic_cost,
     head_layers,
+    head_share,
     refine,
     split_layers,
 )
@@ -46,6 +48,33 @@ def test_the_head_in_layers():
     assert again < half < plain
     assert head_layers(SMOLLM2, cpu, 512) == pytest.approx(8, rel=0.02)  # the work alone
     assert head_layers(SMOLLM2, h100, 512) < 0.5  # layers of a small model are launches, not work
+
+
+def test_the_head_computes_its_targets_alone():
+    every, some = head_layers(LLAMA_8B, DEVICES["h100"], 8192), head_layers(LLAMA_8B, DEVICES["h100"], 8192, head_share=0.25)
+    assert some == pytest.approx(every / 4)
+    whole, part = (analytic_cost(LLAMA_8B, DEVICES["h100"], (20, 12), head_share=share).stages for share in (1.0, 0.25))
+    assert part[0] == whole[0] and part[1].backward == whole[1].backward
+    saved = whole[1].forward.per_token - part[1].forward.per_token
+    assert saved == pytest.approx(0.75 * 4 * LLAMA_8B.head_params / 6.4e14)
+
+
+@given(st.integers(1, 9), st.integers(100, 600), st.integers(1, 10))
+def test_the_rows_of_the_head_are_targets_and_what_fills_their_chunks(tenths, tokens, chunk_rows):
+    """Beside a count over microbatches whose numbers of targets spread over some whole chunks."""
+    targets, rows = tokens * tenths // 10, head_share(tenths / 10, tokens, chunk_rows) * tokens
+    spread = range(targets - chunk_rows, targets + chunk_rows)
+    if spread.start > 0 and spread.stop + chunk_rows < tokens:
+        counted = [-(-number // chunk_rows) * chunk_rows for number in spread]
+        assert rows == pytest.approx(statistics.fmean(counted), abs=2)
+    assert chunk_rows <= rows <= tokens
+
+
+@given(st.floats(0.01, 1.0), st.integers(1, 600), st.integers(1, 600))
+def test_no_microbatch_has_less_than_a_chunk_nor_more_than_its_tokens(share, tokens, chunk_rows):
+    assert head_share(1.0, tokens, chunk_rows) == 1.0
+    assert min(chunk_rows, tokens) / tokens <= head_share(share, tokens, chunk_rows) <= 1.0
+    assert head_share(share, tokens, max(tokens, chunk_rows)) == 1.0  # a single chunk
 
 
 def test_analytic_cost_scales_as_it_must():

@@ -100,6 +100,12 @@ def test_layers_move_to_where_the_table_says(tmp_path):
     assert predicted(tmp_path, costs, *words, "--layers", "2,2", split=True).config.parallel.layers_per_stage == (2, 2)
 
 
+def test_layers_are_split_by_the_share_of_targets(tmp_path):
+    words = ["--shape", "llama-3.1-8b", "--pipeline", "2", "--budget", "8192", "--policy", "flush"]
+    found = {share: predicted(tmp_path, table(per_token=1e-6), *words, "--completion", share).config for share in ("1", "0.25")}
+    assert {share: config.parallel.layers_per_stage for share, config in found.items()} == {"1": (17, 15), "0.25": (16, 16)}
+
+
 def test_the_fastest_budget_that_fits_is_kept(tmp_path, monkeypatch, capsys):
     (tmp_path / "lengths.json").write_text(json.dumps({"two": {"data": [[[20, 20, 20]] * 4, [[30, 30]] * 4]}}))
     costs = table(per_token=1e-3, fixed=0.1) | {"case": "tiny, native", "measurements": [["none", 0, False, 10, 0, 0, 0.11]]}
