@@ -397,6 +397,7 @@ def gluon_on_cpu() -> Iterator[None]:
         mock.patch.object(experimental, "gluon", fakes[f"{root}.gluon"], create=True),
         mock.patch.dict(vars(fused_ops)),  # a package has its modules as attributes too
     ):
-        for name in [name for name in sys.modules if name.startswith("fused_ops.hopper")]:
-            del sys.modules[name]
+        for known, prefix in ((sys.modules, "fused_ops.hopper"), (vars(fused_ops), "hopper")):
+            for name in [name for name in known if name.startswith(prefix)]:
+                del known[name]
         yield
