@@ -151,8 +151,8 @@ def _add_shares_kernel(
     tl.store(out_ptr + at, (b_sum * tl.load(scales_ptr + slot)).to(out_ptr.dtype.element_ty), m_in)
 
 
-def hopper_down(x_TK: Tensor, group: LoraGroup, route: Route, num_shares: int | None = None) -> Tensor:
-    """Return what lora_down.down returns, for tensors that `suits_hopper` and a group with dropout."""
+def hopper_down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
+    """Return S [T, width] in x's dtype, as lora_down.down: for X [T, K] and A that `suits_hopper`, and a group with dropout."""
     s_TR = torch.empty(x_TK.shape[0], group.width, dtype=x_TK.dtype, device=x_TK.device)
     num_rows, num_inner = x_TK.shape
     modules = group.num_modules
@@ -160,7 +160,7 @@ def hopper_down(x_TK: Tensor, group: LoraGroup, route: Route, num_shares: int | 
     num_items, num_ranks = route.num_items(BM.value), triton.cdiv(group.max_padded_rank, rank)
     if not num_items:
         return s_TR
-    num_shares = num_shares or min(max(num_processors(x_TK.device) // num_items, 1), triton.cdiv(num_inner, 512))
+    num_shares = min(max(num_processors(x_TK.device) // num_items, 1), triton.cdiv(num_inner, 512))
     num_blocks = triton.cdiv(num_inner, BK.value)
     share_blocks = triton.cdiv(num_blocks, num_shares)
     num_shares = triton.cdiv(num_blocks, share_blocks)

@@ -208,7 +208,7 @@ def _add_items_kernel(grad_ptr, partial_ptr, items_ptr, slots_ptr, num_cols, wid
 
 
 def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -> None:
-    """Do what lora_grad.grad_a does, for tensors that `suits_hopper` and a group with dropout."""
+    """Add dA into the group's gradients, as lora_grad.grad_a: for X [T, K] and dS [T, width] that `suits_hopper`, and dropout."""
     num_rows, num_cols = x_TK.shape
     modules, width = group.num_modules, group.width
     rank = rank_class(group.max_padded_rank, 64 if modules == 1 else 32)

@@ -8,6 +8,7 @@ status, error = run.end(20)                         # and none of its processes 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -95,6 +96,7 @@ class LivingRun:
     def close(self) -> None:
         """End what is left of it."""
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended since
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
         self.errors.close()

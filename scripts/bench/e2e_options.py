@@ -79,6 +79,14 @@ def whole(text: str) -> int:
     return value
 
 
+def positive(text: str) -> float:
+    """Read a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
 def numbers(kind):
     """Read numbers with commas between them."""
 

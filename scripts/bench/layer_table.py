@@ -59,10 +59,10 @@ def read_table(path: Path, name: str) -> dict:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"--cost: {path} cannot be read ({error}); write one with profile_layers.py") from None
+        raise UserError(f"{path} cannot be read ({error}); write one with profile_layers.py") from None
     tables = [line for line in lines if line.get("case") == name]
     if not tables:
-        raise UserError(f"--cost: {path} has no table of {name!r}; write one with profile_layers.py")
+        raise UserError(f"{path} has no table of {name!r}; write one with profile_layers.py")
     return tables[-1]
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from e2e_options import Case, OneLineParser, numbers, policies_in_runs, policies_in_words, read_options  # noqa: E402
+from e2e_options import Case, OneLineParser, numbers, policies_in_runs, policies_in_words, positive, read_options  # noqa: E402
 from layer_table import fit_error, read_table, table_name  # noqa: E402
 from predicted_run import Link, Prediction, predict  # noqa: E402
-from several_runs import Run, chosen, ratios  # noqa: E402
+from several_runs import Run, check_runs, chosen, ratios  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
 
 from megatron_lora.errors import UserError  # noqa: E402
@@ -35,11 +35,11 @@ def parser() -> OneLineParser:
     """Return the options."""
     found = OneLineParser(prog="predict_several_gpus.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     found.add_argument("--tables", type=Path, default=RESULTS / "layers.jsonl")
-    found.add_argument("--memory-gb", type=numbers(float), default=(80.0, 141.0), help="of each GPU, one prediction for each")
+    found.add_argument("--memory-gb", type=numbers(positive), default=(80.0, 141.0), help="of each GPU, one prediction for each")
     found.add_argument("--only", type=chosen, default="", help="runs whose names begin so: 32b,8b-tp2")
     found.add_argument("--split", action="store_true", help="move layers between stages, as `end_to_end.py --layers` can, by the tables")
-    found.add_argument("--link-gb-s", type=float, default=0.75 * NVLINK_GB_S, help="what messages reach, in each direction")
-    found.add_argument("--link-us", type=float, default=50.0, help="what a message takes besides")
+    found.add_argument("--link-gb-s", type=positive, default=0.75 * NVLINK_GB_S, help="what messages reach, in each direction")
+    found.add_argument("--link-us", type=positive, default=50.0, help="what a message takes besides")
     found.add_argument("--measured", type=Path, default=RESULTS / "end_to_end.jsonl", help="runs to compare with")
     found.add_argument("--output", type=Path, default=RESULTS / "predictions.jsonl")
     found.add_argument("passed", nargs="*", help="after --: options of end_to_end.py, as --layers 32,32")
@@ -160,8 +160,14 @@ def origin(table: dict) -> dict:
 
 
 def main(arguments: list[str]) -> int:
-    """Predict, print and keep."""
+    """Predict, print and keep; 2 where there is nothing to predict from."""
     options = parser().parse_args(arguments)
+    try:
+        check_runs(options.only, options.passed)
+        text = options.measured.read_text(encoding="utf-8") if options.measured.exists() else ""
+        measured = [json.loads(line) for line in text.splitlines()]
+    except (UserError, OSError, ValueError) as error:
+        parser().error(str(error) if isinstance(error, UserError) else f"--measured: {options.measured} cannot be read ({error})")
     link = Link(bytes_per_s=options.link_gb_s * 1e9, latency_s=options.link_us / 1e6)
     predictor = Predictor(tables=options.tables, link=link, passed=tuple(options.passed), split=options.split)
     mark = stamp() | {"link": {"gb_s": options.link_gb_s, "us": options.link_us}}
@@ -170,11 +176,14 @@ def main(arguments: list[str]) -> int:
         append_line(options.output, mark | line)
         print(f"{line['case']}: {told}", flush=True)
 
+    predicted = 0
     for memory_gb in options.memory_gb:
         for line in predictor.lines(options.only, memory_gb):
+            predicted += 1
             keep(line, summary(line["prediction"]) if "prediction" in line else f"{line['ratio']:.3f} {line['goal']}")
-    text = options.measured.read_text(encoding="utf-8") if options.measured.exists() else ""
-    for line in map(predictor.beside, map(json.loads, text.splitlines())):
+    if not predicted:
+        parser().error(f"--tables: {options.tables} has a table of none of these runs; write some with profile_layers.py")
+    for line in map(predictor.beside, measured):
         if line is not None:
             keep(line, f"predicted / real {line['predicted_over_real']:.3f}; predicted {summary(line['prediction_of'])}")
     return 0

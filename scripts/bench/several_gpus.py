@@ -20,9 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from e2e_options import OneLineParser, layout_name, read_options, whole  # noqa: E402
-from several_runs import RUNS, Run, chosen, machine, ratios  # noqa: E402
+from e2e_options import OneLineParser, layout_name, positive, read_options, whole  # noqa: E402
+from several_runs import RUNS, Run, check_runs, chosen, machine, ratios  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
+
+from megatron_lora.errors import UserError  # noqa: E402
 
 TRIED_STEPS = 4  # of every job, at each budget
 
@@ -32,7 +34,7 @@ def parser() -> OneLineParser:
     found = OneLineParser(prog="several_gpus.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     found.add_argument("--gpus", type=whole, help="measure the runs of a machine of so many; default: the GPUs that are visible")
     found.add_argument("--only", type=chosen, default="", help="runs whose names begin so: 32b,8b-tp2")
-    found.add_argument("--seconds", type=float, default=60.0, help="length of each measured run")
+    found.add_argument("--seconds", type=positive, default=60.0, help="length of each measured run")
     found.add_argument("--results", type=Path, default=RESULTS, help="folder of the lines")
     found.add_argument("--traces", type=Path, default=ROOT / "runs" / "several_gpus", help="folder of timelines and losses")
     found.add_argument("--dry-run", action="store_true", help="print the commands; FASTEST stands for the budget that the first one finds")
@@ -87,7 +89,9 @@ def measure(run: Run, options: Namespace) -> bool:
         print(f"several_gpus.py: {run.name}: no budget could be run", flush=True)
         return False
     print(f"{run.name}: {budget} tokens per microbatch are fastest", flush=True)
+    path, before = options.results / "end_to_end.jsonl", len(lines(options.results / "end_to_end.jsonl"))
     done = subprocess.run(measurement(run, options, budget), check=False).returncode == 0
+    done = done and any("tokens_per_s" in line["results"] for line in lines(path)[before:])  # it may have run out of memory
     if not done:
         print(f"several_gpus.py: {run.name}: could not be measured", flush=True)
     elif run.goal:
@@ -125,6 +129,10 @@ def main(arguments: list[str]) -> int:
     runs = machine(options.only, options.gpus)
     if not runs:
         parser().error("--gpus: none of the runs that are asked for is of a machine of so many GPUs")
+    try:
+        check_runs(runs, options.passed)
+    except UserError as error:
+        parser().error(str(error))
     options.only = runs
     if options.dry_run:
         for run in runs:

@@ -12,6 +12,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from e2e_options import check, layout_name, read_options
+from model_shapes import architecture_of
+from synthetic_jobs import read_workload
+
+from megatron_lora.errors import UserError
+
 BUDGETS = (4096, 5120, 6144, 8192)
 
 
@@ -111,3 +117,19 @@ def machine(runs: Sequence[Run], gpus: int | None) -> list[Run]:
 
         gpus = torch.cuda.device_count()
     return [run for run in runs if run.machine == gpus]
+
+
+def check_runs(runs: Sequence[Run], passed: Sequence[str]) -> None:
+    """Refuse options for all runs that do not go with one of them, before anything is started; UserError says which."""
+    for run in runs:
+        plain, _ = read_options(run.options())
+        for budget in run.budgets:
+            options, cases = read_options([*run.options(), "--budget", str(budget), *passed])
+            if len(cases) > 1 or layout_name(options) != layout_name(plain) or options.shape != run.shape:
+                raise UserError(f"options for all runs: {run.name} has one case, a shape and a layout of its own; leave those away")
+            check(options, cases, [read_workload(options.lengths, case.workload) for case in cases])
+            layers = architecture_of(options.shape, options.num_layers).num_layers
+            if options.layers is not None and (len(options.layers) != options.pipeline or sum(options.layers) != layers):
+                raise UserError(f"--layers: {run.name} has {layers} layers on {options.pipeline} stages, not {options.layers}")
+            if not isinstance(cases[0].recompute, str) and len(cases[0].recompute) != layers:
+                raise UserError(f"--recompute: {run.name} has {layers} layers, not {len(cases[0].recompute)}")

@@ -64,7 +64,9 @@ def test_budgets_are_tried_and_the_fastest_is_measured(tmp_path, monkeypatch, ca
 def test_a_run_that_cannot_start_is_said_and_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(several_gpus, "machine", lambda runs, gpus: [TINY])
     monkeypatch.setattr(several_gpus, "launch", lambda *_: [sys.executable, "-c", "raise SystemExit(1)"])
-    assert several_gpus.main(["--results", str(tmp_path), "--traces", str(tmp_path)]) == 1
+    (tmp_path / "lengths.json").write_text(json.dumps(WORKLOAD))
+    lengths = ["--", "--lengths", str(tmp_path / "lengths.json")]
+    assert several_gpus.main(["--results", str(tmp_path), "--traces", str(tmp_path), *lengths]) == 1
     assert "tiny-ours: no budget could be run" in capfd.readouterr().out
 
 
@@ -82,6 +84,24 @@ def test_wrong_options_are_one_line(words, says, capsys):
         told = capsys.readouterr().err
         assert left.value.code == 2 and says in told and told.count("\n") == 1
     assert [run.name for run in chosen("8b-dp2,32b-today")] == ["32b-today", "8b-dp2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--layers 1,2", "--layers: 32b-ours has 64 layers on 2 stages"),
+        ("--recompute full,full", "--recompute: 32b-ours has 64 layers, not 2"),
+        ("--budget 100", "--budget: 100 tokens do not hold the longest sample"),
+        ("--case jobs=1 --case jobs=2", "32b-ours has one case, a shape and a layout of its own"),
+        ("--pipeline 4", "32b-ours has one case, a shape and a layout of its own"),
+        ("--nonsense 3", "unrecognized arguments: --nonsense 3"),
+    ],
+)
+def test_options_that_do_not_go_with_a_run_are_refused_before_anything_starts(words, says, capsys):
+    with pytest.raises(SystemExit) as left:
+        several_gpus.main(["--gpus", "2", "--dry-run", "--only", "32b-ours", "--", *words.split()])
+    told = capsys.readouterr()
+    assert left.value.code == 2 and says in told.err and told.err.count("\n") == 1 and not told.out
 
 
 def test_a_killed_rank_is_seen_to_end_the_run(monkeypatch):
