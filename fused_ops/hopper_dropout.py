@@ -34,12 +34,6 @@ def mix(b_keys, b_pairs):
 
 
 @gluon.jit
-def forgotten(b_keys):
-    """Return the row keys as values that the compiler knows nothing of: what is made of them is made again, not kept in registers."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_keys], gl.uint32, False, 1)
-
-
-@gluon.jit
 def level_of(threshold):
     """Return what both halves of a hash must reach to be kept, of a threshold of 1024 (int32)."""
     return (threshold.to(gl.uint32) << 4) * 0x10001

@@ -6,8 +6,8 @@ two wait for the ring alone, not for each other: while one masks and stores its 
 epilogue of its own; its products are further steps of the same ring, 16 ranks each, after those of the frozen weight:
 
     a tile of one adapter, no dropout     the ranks are steps like any other: acc += S L
-    other tiles, and dropout              a quarter of the columns at a time, the product S L of each segment (and, with dropout, module)
-                                          is made apart, masked by rows and dropout, and added
+    other tiles, and dropout              a quarter of the columns at a time: for each segment and module, the product S L is made
+                                          apart, masked by rows and dropout, and added
 
 Names: input [T, I] times weight gives output [T, O]; L is B transposed (forward: of each module, in its own columns) or A (backward).
 Row tiles inside one segment carry their slot in `Route.owned_tiles`, so that the multiplying warps follow no chain of loads: what the
@@ -38,10 +38,10 @@ from fused_ops.hopper_lora import (
     WARPS,
     WM,
     add_dropped,
-    add_dropped_rows,
     add_masked,
     add_owner,
     load_ranks,
+    mask_hash,
     module_in_tile,
     owner_ranks,
     product,
@@ -92,16 +92,7 @@ def _loader(
             step += 1
         tile_ptr = tiles_ptr + i_row // BM * 4
         i_low, i_high, owner = gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2)
-        if DROPOUT:
-            for i_segment in range(i_low, i_high):
-                slot = gl.load(segments_ptr + i_segment * 4 + 2)
-                for m in gl.static_range(MODULES):
-                    ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
-                    for i_rank in range(0, ranks, RANK):
-                        step = load_ranks(
-                            ring, step, s_desc, l_part_descs[0], i_row, s_col + i_rank, l_row + i_rank, l_col, 4, QUARTER, LORA_PART
-                        )
-        elif owner >= 0:
+        if (owner >= 0) & (not DROPOUT):
             for m in gl.static_range(1 if WIDE else MODULES):
                 l_desc = l_descs[0 if BACKWARD else m]
                 ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
@@ -177,22 +168,36 @@ def _multiplier(
         b_part2, b_part3 = _quarters(b_acc1)
         parts = (b_part0, b_part1, b_part2, b_part3)
         o_row = i_row + GROUP * WM + gl.arange(0, WM, ROWS)
+        b_keys = o_row.to(gl.uint32)
         if DROPOUT:
             b_keys = gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True)
-            if owner >= 0:
-                for m in gl.static_range(MODULES):
-                    parts, step = add_dropped(ring, step, parts, b_keys, first_feature + i_col, of_modules[m], level, m, GROUP)
-            else:
-                parts, step = add_dropped_rows(
-                    ring, step, parts, tables, i_low, i_high, b_keys, o_row, first_feature + i_col, MODULES, GROUP
-                )
         for i_part in gl.static_range(4):
             b_part = parts[i_part]
             o_col = i_col + i_part * QUARTER + gl.arange(0, QUARTER, COLUMNS)
-            if (owner < 0) & (not DROPOUT):
+            b_hash = b_keys
+            if DROPOUT:
+                b_hash = mask_hash(b_keys, first_feature + i_col + i_part * QUARTER)
+            if owner < 0:
                 b_part, step = add_masked(
-                    ring, step, b_part, tables, i_low, i_high, o_row, i_col, starts, stops, BACKWARD, MODULES, WIDE, GROUP
-                )  # fmt: skip
+                    ring,
+                    step,
+                    b_part,
+                    tables,
+                    i_low,
+                    i_high,
+                    b_hash,
+                    o_row,
+                    i_col,
+                    starts,
+                    stops,
+                    BACKWARD,
+                    MODULES,
+                    WIDE,
+                    DROPOUT,
+                    GROUP,
+                )
+            elif DROPOUT:
+                b_part, step = add_dropped(ring, step, b_part, b_hash, of_modules, level, MODULES, GROUP)
             if HAS_BIAS:
                 b_part += gl.expand_dims(gl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(gl.float32), 0)
             output_buf = output_bufs.index(2 * GROUP + i_part % 2)

@@ -1,9 +1,8 @@
 """What LoRA adds to the pipeline of hopper_gemm.py: 16 ranks a step, loaded by its one loading warp, multiplied by each warp group.
 
     add_owner      a tile of one adapter without dropout: the ranks are steps like any other, acc += S L
-    add_masked     a tile of several adapters: a quarter of the columns at a time, each segment's product is made apart, masked, and added
-    add_dropped    dropout: a module's ranks, as many as the ring holds, for all columns; quarter by quarter their product is made apart,
-                   masked, and added; add_dropped_rows does so for the segments of a tile
+    add_dropped    a tile of one adapter with dropout: the product of a quarter of the columns is made apart, masked, and added
+    add_masked     a tile of several adapters: so for each segment, masked by its rows too
 
 A step is 16 ranks of S [BM, 16] and of L [16, columns] in one stage of the ring, which is `(inputs, weights, full, empty)`: buffers in
 shared memory, inputs one for each warp group, and the barriers that say what they are. What is loaded beyond a module's columns is zero.
@@ -14,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from fused_ops.adapters import SLOT_FIELDS
-from fused_ops.hopper_dropout import KEEPS_NONE, add_kept, forgotten, level_of, mix, pair_keys
+from fused_ops.hopper_dropout import KEEPS_NONE, add_kept, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import shared
 
 BM, BN, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(16)  # rows and columns of a tile, ranks of a step
@@ -66,7 +65,7 @@ def owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD: gl.constexpr, 
 
 @gluon.jit
 def load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Load 16 ranks of S, and of L in PARTS times COLUMNS columns from l_col on: one part a buffer, or four in two."""
+    """Load 16 ranks of S, and of L in PARTS times COLUMNS columns from l_col on."""
     a_bufs, b_bufs, full_bars, empty_bars = ring
     stage = step % STAGES
     full_bar = full_bars.index(stage)
@@ -76,10 +75,7 @@ def load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl
         s_buf = a_bufs.index(2 * stage + group)._reinterpret(gl.bfloat16, [WM, RANK], S)
         tma.async_copy_global_to_shared(s_desc, [i_row + group * WM, s_col], full_bar, s_buf)
     for part in gl.static_range(PARTS):
-        if PARTS == 4:
-            l_buf = b_bufs.index(2 * stage + part // 2)._reinterpret(gl.bfloat16, [2, RANK, COLUMNS], LAYOUT).index(part % 2)
-        else:
-            l_buf = b_bufs.index(2 * stage + part)._reinterpret(gl.bfloat16, [RANK, COLUMNS], LAYOUT)
+        l_buf = b_bufs.index(2 * stage + part)._reinterpret(gl.bfloat16, [RANK, COLUMNS], LAYOUT)
         tma.async_copy_global_to_shared(l_desc, [l_row, l_col + part * COLUMNS], full_bar, l_buf)
     return step + 1
 
@@ -129,63 +125,20 @@ def slot_level(slots_ptr, slot):
 
 
 @gluon.jit
-def _kept_quarter(
-    ring, step, num_steps, b_part, b_keys, first_feature, level, MODULE: gl.constexpr, I_PART: gl.constexpr, GROUP: gl.constexpr
-):
-    """Return a quarter of the accumulator plus the product of the ranks of num_steps steps, masked by dropout; the first quarter waits."""
-    a_bufs, b_bufs, full_bars, empty_bars = ring
-    b_product = gl.zeros([WM, QUARTER], gl.float32, PART)
-    for i in range(num_steps):
-        stage = (step + i) % STAGES
-        if I_PART == 0:
-            mbarrier.wait(full_bars.index(stage), ((step + i) // STAGES) & 1)
-        b_s = a_bufs.index(2 * stage + GROUP)._reinterpret(gl.bfloat16, [WM, RANK], S)
-        b_l = b_bufs.index(2 * stage + I_PART // 2)._reinterpret(gl.bfloat16, [2, RANK, QUARTER], LORA_PART).index(I_PART % 2)
-        b_product = warpgroup_mma(b_s, b_l, b_product)
-    b_hash = mask_hash(forgotten(b_keys), first_feature + I_PART * QUARTER)
-    return add_kept(b_part, b_product, b_hash, level, MODULE)
-
-
-@gluon.jit
-def add_dropped(ring, step, parts, b_keys, first_feature, ranks, level, MODULE: gl.constexpr, GROUP: gl.constexpr):
-    """Return the quarters of the accumulator plus one module's masked product: as many ranks at a time as the ring holds."""
-    empty_bars = ring[3]
-    b_part0, b_part1, b_part2, b_part3 = parts
-    for i_rank in range(0, ranks, RANK * STAGES):
-        num_steps = min((ranks - i_rank) // RANK, STAGES)
-        b_part0 = _kept_quarter(ring, step, num_steps, b_part0, b_keys, first_feature, level, MODULE, 0, GROUP)
-        b_part1 = _kept_quarter(ring, step, num_steps, b_part1, b_keys, first_feature, level, MODULE, 1, GROUP)
-        b_part2 = _kept_quarter(ring, step, num_steps, b_part2, b_keys, first_feature, level, MODULE, 2, GROUP)
-        b_part3 = _kept_quarter(ring, step, num_steps, b_part3, b_keys, first_feature, level, MODULE, 3, GROUP)
-        for i in range(num_steps):
-            mbarrier.arrive(empty_bars.index((step + i) % STAGES), count=1)
-        step += num_steps
-    return (b_part0, b_part1, b_part2, b_part3), step
-
-
-@gluon.jit
-def add_dropped_rows(
-    ring, step, parts, tables, i_low, i_high, b_keys, o_row, first_feature, MODULES: gl.constexpr, GROUP: gl.constexpr
-):  # fmt: skip
-    """Return the quarters of the accumulator plus the products of all segments of a tile, each masked by its rows and its dropout."""
-    tiles_ptr, segments_ptr, slots_ptr = tables
-    for i_segment in range(i_low, i_high):
-        segment_ptr = segments_ptr + i_segment * 4
-        slot = gl.load(segment_ptr + 2)
-        m_keep = gl.expand_dims((o_row >= gl.load(segment_ptr)) & (o_row < gl.load(segment_ptr + 1)), 1)
-        b_level = gl.where(m_keep, slot_level(slots_ptr, slot), KEEPS_NONE)
-        for m in gl.static_range(MODULES):
-            ranks = gl.where(gl.load(slots_ptr + slot * _FIELDS + 4 + 3 * m) >= 0, gl.load(slots_ptr + slot * _FIELDS), 0)
-            parts, step = add_dropped(ring, step, parts, b_keys, first_feature, ranks, b_level, m, GROUP)
-    return parts, step
+def add_dropped(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr, GROUP: gl.constexpr):
+    """Return a quarter of the accumulator plus the products of the one slot that owns the tile, each masked by its dropout."""
+    for m in gl.static_range(MODULES):
+        b_product, step = _product(ring, step, ranks[m], GROUP)
+        b_acc = add_kept(b_acc, b_product, b_hash, level, m)
+    return b_acc, step
 
 
 @gluon.jit
 def add_masked(
-    ring, step, b_acc, tables, i_low, i_high, o_row, i_col, starts, stops,
-    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, GROUP: gl.constexpr,
+    ring, step, b_acc, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops,
+    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Return a quarter of the accumulator plus the products of all segments, each masked by its rows."""
+    """Return a quarter of the accumulator plus the products of all segments, each masked by its rows and its dropout."""
     tiles_ptr, segments_ptr, slots_ptr = tables
     for i_segment in range(i_low, i_high):
         segment_ptr = segments_ptr + i_segment * 4
@@ -194,5 +147,8 @@ def add_masked(
         for m in gl.static_range(1 if WIDE else MODULES):
             ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
             b_product, step = _product(ring, step, ranks, GROUP)
-            b_acc += gl.where(m_keep, b_product, 0.0)
+            if DROPOUT:
+                b_acc = add_kept(b_acc, b_product, b_hash, gl.where(m_keep, slot_level(slots_ptr, slot), KEEPS_NONE), m)
+            else:
+                b_acc += gl.where(m_keep, b_product, 0.0)
     return b_acc, step
