@@ -22,7 +22,7 @@ CASES = {  # name: what pytest runs
     "adamw": [f"{GPU}/test_kernels.py", "-k", "adamw"],
     "elementwise": [f"{GPU}/test_elementwise.py"],
     "loss": [f"{GPU}/test_cross_entropy.py", "-k", "not beyond_31_bits"],
-    "fp8": [f"{GPU}/test_fp8.py"],
+    "fp8": [f"{GPU}/test_fp8.py", "-k", "not graph"],  # a graph cannot be captured without the caching allocator
 }
 CAUGHT = 9
 

@@ -28,6 +28,7 @@ from stamp import RESULTS, append_line, stamp  # noqa: E402
 PATIENCE_S = 60
 LIMITS_S = {"killed": 60.0, "failing": 900.0, "still": PATIENCE_S + 60.0}  # a failing run's is from its start, the others' from the blow
 VICTIM = 1
+TOKENS_PER_WORD = 4  # at most: how many it takes depends on the version of transformers
 LINES = {"killed": KILLED.format(VICTIM), "failing": FAILED, "still": STOOD_STILL.format(VICTIM)}
 
 
@@ -37,7 +38,7 @@ def parser() -> OneLineParser:
     found.add_argument("--gpus", type=whole, help="end the runs of a machine of so many; default: the GPUs that are visible")
     found.add_argument("--only", type=chosen, default="", help="runs whose names begin so: 32b,8b-tp2")
     found.add_argument("--ways", type=numbers(str), default=tuple(LIMITS_S))
-    found.add_argument("--longest", type=whole, default=2000, help="tokens of a sample, at most")
+    found.add_argument("--longest", type=whole, default=500, help="words of a sample, at most")
     found.add_argument("--output", type=Path, default=RESULTS / "endings.jsonl")
     found.add_argument("--hardware")
     found.add_argument("--commit")
@@ -56,7 +57,8 @@ def config_of(run: Run, folder: Path, longest: int) -> dict:
         "base_model": str(folder / "model"),
         "load_weights": False,
         "parallel": {"pipeline": run.pipeline, "tensor": run.tensor, "data": run.data, "sequence": run.tensor > 1},
-        "microbatch_tokens": max(64, 2 * longest),
+        "defaults": {"sequence_len": TOKENS_PER_WORD * longest},
+        "microbatch_tokens": max(64, TOKENS_PER_WORD * longest),
         "jobs": jobs,
     }
 

@@ -9,6 +9,7 @@ losses of runs of one shape are compared. What follows `--` goes to end_to_end.p
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from stamp import RESULTS, append_line, stamp  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
 
 TRIED_STEPS = 4  # of every job, at each budget
+# Segments of fixed size leave 8 of 80 GB unused between blocks: a stage that fits by the memory model then runs out of memory.
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def parser() -> OneLineParser:
@@ -75,7 +78,7 @@ def fastest_budget(run: Run, options: Namespace) -> int | None:
     """Try a run's budgets, keep the lines; None where not even the smallest could be run."""
     with tempfile.TemporaryDirectory() as folder:
         tried = Path(folder) / "budgets.jsonl"
-        subprocess.run(trial(run, options, tried), check=False)
+        subprocess.run(trial(run, options, tried), check=False, env=ALLOCATOR | os.environ)
         found = [line for line in lines(tried) if "error" not in line["results"]]
     for line in found:
         append_line(options.results / "budgets.jsonl", line | {"run": run.name})
@@ -90,7 +93,7 @@ def measure(run: Run, options: Namespace) -> bool:
         return False
     print(f"{run.name}: {budget} tokens per microbatch are fastest", flush=True)
     path, before = options.results / "end_to_end.jsonl", len(lines(options.results / "end_to_end.jsonl"))
-    done = subprocess.run(measurement(run, options, budget), check=False).returncode == 0
+    done = subprocess.run(measurement(run, options, budget), check=False, env=ALLOCATOR | os.environ).returncode == 0
     done = done and any("tokens_per_s" in line["results"] for line in lines(path)[before:])  # it may have run out of memory
     if not done:
         print(f"several_gpus.py: {run.name}: could not be measured", flush=True)
