@@ -47,6 +47,7 @@ def parser() -> OneLineParser:
 
 def config_of(run: Run, folder: Path, longest: int) -> dict:
     """Write a model without weights and its rows; return the config of two jobs that train it for a long time."""
+    tokens = TOKENS_PER_WORD * longest
     oracle.make_tokenizer(folder / "model")
     write_config(run.shape, folder / "model")
     jobs = []
@@ -57,8 +58,8 @@ def config_of(run: Run, folder: Path, longest: int) -> dict:
         "base_model": str(folder / "model"),
         "load_weights": False,
         "parallel": {"pipeline": run.pipeline, "tensor": run.tensor, "data": run.data, "sequence": run.tensor > 1},
-        "defaults": {"sequence_len": TOKENS_PER_WORD * longest},
-        "microbatch_tokens": max(64, TOKENS_PER_WORD * longest),
+        "defaults": {"sequence_len": tokens},
+        "microbatch_tokens": max(64, tokens),
         "jobs": jobs,
     }
 

@@ -51,6 +51,11 @@ def launch(run: Run, passed: list[str], *words: str) -> list[str]:
     return [*torchrun, str(Path(__file__).with_name("end_to_end.py")), *run.options(), *words, *passed]
 
 
+def started(command: list[str]) -> int:
+    """Run a launch to its end; return its exit status."""
+    return subprocess.run(command, check=False, env=ALLOCATOR | os.environ).returncode
+
+
 def trial(run: Run, options: Namespace, output: Path) -> list[str]:
     """Return the command that tries a run's budgets, the smallest first."""
     cases = [word for budget in run.budgets for word in ("--case", f"budget={budget} steps={TRIED_STEPS}")]
@@ -78,7 +83,7 @@ def fastest_budget(run: Run, options: Namespace) -> int | None:
     """Try a run's budgets, keep the lines; None where not even the smallest could be run."""
     with tempfile.TemporaryDirectory() as folder:
         tried = Path(folder) / "budgets.jsonl"
-        subprocess.run(trial(run, options, tried), check=False, env=ALLOCATOR | os.environ)
+        started(trial(run, options, tried))
         found = [line for line in lines(tried) if "error" not in line["results"]]
     for line in found:
         append_line(options.results / "budgets.jsonl", line | {"run": run.name})
@@ -93,7 +98,7 @@ def measure(run: Run, options: Namespace) -> bool:
         return False
     print(f"{run.name}: {budget} tokens per microbatch are fastest", flush=True)
     path, before = options.results / "end_to_end.jsonl", len(lines(options.results / "end_to_end.jsonl"))
-    done = subprocess.run(measurement(run, options, budget), check=False, env=ALLOCATOR | os.environ).returncode == 0
+    done = started(measurement(run, options, budget)) == 0
     done = done and any("tokens_per_s" in line["results"] for line in lines(path)[before:])  # it may have run out of memory
     if not done:
         print(f"several_gpus.py: {run.name}: could not be measured", flush=True)
@@ -138,9 +143,12 @@ def main(arguments: list[str]) -> int:
         parser().error(str(error))
     options.only = runs
     if options.dry_run:
+        settings = [f"{name}={value}" for name, value in ALLOCATOR.items()]
         for run in runs:
             commands = trial(run, options, Path("TRIED.jsonl")), measurement(run, options, "FASTEST")
-            print(f"# {run.name}{f': {run.goal}' if run.goal else ''}", *map(shlex.join, commands), sep="\n")
+            print(
+                f"# {run.name}{f': {run.goal}' if run.goal else ''}", *(shlex.join([*settings, *command]) for command in commands), sep="\n"
+            )
         return 0
     measured = [measure(run, options) for run in runs]
     compare(options)
