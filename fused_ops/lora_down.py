@@ -1,6 +1,6 @@
 """The skinny products that make S and dS: out [T, r] = c' (M * V) L^T, one read of V.
 
-S takes V = X and L = A; dS takes V = the module's columns of dY and L = B (only above rank 32, see lora_grad.py). A program owns up
+S takes V = X and L = A; dS takes V = the module's columns of dY and L = B (high ranks only, see lora_grad.py). A program owns up
 to BM rows of one segment (`Route.items`) and RANK rows of L. Rows of V do not mix, nor do rows of L: through TMA whatever lies in a
 block is loaded and multiplied, neighbours' rows included, and only what belongs to the item and the slot is written. Where few rows
 leave multiprocessors idle, the inner dimension is cut among several programs; the last one to arrive adds their float32 partial sums

@@ -1,4 +1,4 @@
-"""Sums over rows: dA = dS^T (M * X), and dB = dY^T S above rank 32. Deterministic, no atomics.
+"""Sums over rows: dA = dS^T (M * X), and dB = dY^T S of ranks too high for one read of dY. Deterministic, no atomics.
 
 A program owns one item (some rows of one segment, `Route.items`), a block of columns and RANK columns of S, and keeps its sum in
 registers. Full blocks of rows come through TMA; the item's last rows, and all where TMA will not do, are masked in *both* operands,
@@ -7,7 +7,8 @@ the gradient arena at once; else each item writes its partial sum in float32, an
 in ascending order, whoever it is.
 
     grad_a          X once, all modules (without dropout as one, WIDE)
-    grad_s_and_b    dY once for ranks up to 32 (lora_grad_sb.py); above that dS by `lora_down.down_module`, dB by the kernel of dA
+    grad_s_and_b    dY once for ranks up to 32 (lora_grad_sb.py; on Hopper up to 64, hopper_grad_sb.py); above that dS by
+                    `lora_down.down_module`, dB by the kernel of dA
 """
 
 import torch

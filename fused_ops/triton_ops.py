@@ -9,8 +9,8 @@ from fused_ops.fp8_gemm import fp8_gemm
 from fused_ops.hopper_down import hopper_down
 from fused_ops.hopper_gemm import hopper_gemm
 from fused_ops.hopper_grad_a import hopper_grad_a
+from fused_ops.hopper_grad_sb import MAX_HOPPER_RANK, hopper_grad_s_and_b
 from fused_ops.lora_gemm import gemm
-from fused_ops.lora_grad import grad_s_and_b
 from fused_ops.route import Route
 from fused_ops.shapes import suits_hopper
 
@@ -22,6 +22,13 @@ def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
     if group.has_dropout and suits_hopper(x_TK, group.a_RK):
         return hopper_down(x_TK, group, route)
     return lora_down.down(x_TK, group, route)
+
+
+def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
+    """Return dS [T, width] = c' dY B (unwritten where there is no adapter), and add dB = dY^T S into the group's gradients."""
+    if group.max_padded_rank <= MAX_HOPPER_RANK and suits_hopper(dy_TN, s_TR):
+        return hopper_grad_s_and_b(dy_TN, s_TR, group, route)
+    return lora_grad.grad_s_and_b(dy_TN, s_TR, group, route)
 
 
 def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -> None:

@@ -23,8 +23,9 @@ MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_
 MODULES = tuple(module for modules in MERGED.values() for module in modules)
 _RANK_ALIGN = 16  # adapters take their rank in rows, rounded up
 _ITEM_ROWS = 2048  # of one job, over which a program sums dA
+_FEWEST_ROWS, _PROGRAMS = 256, 132  # of one job, over which a program sums dB where fewer than so many programs do with more rows
 _SHARE_COLUMNS = 512  # of dY, over which a program sums dS
-_MAX_FUSED_RANK = 32  # up to it dS and dB come from one read of dY, by shares of column blocks
+_MAX_FUSED_RANK = 64  # up to it dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +106,13 @@ class LayerMemory:
         return max(down, swiglu, up, attention, 0.0) * tokens
 
     def _shares(self, linear: str, tokens: int) -> float:
-        """Bytes per token of the shares of dS, which are summed over column blocks in float32."""
+        """Bytes per token of the shares of dS, summed over column blocks in float32, and of the partial sums of dB, one for each item."""
         if self.largest_rank > _MAX_FUSED_RANK or not self.widths[linear]:
             return 0.0
-        return 4 * self.blocks[linear] * max(16, self.largest_rank)
+        rank, blocks = max(16, 1 << (self.largest_rank - 1).bit_length()), self.blocks[linear]
+        fewest, most = (tokens / rows + self.num_jobs for rows in (_ITEM_ROWS, _FEWEST_ROWS))
+        items = min(most, max(fewest, _PROGRAMS / blocks))
+        return 4 * blocks * rank * (1 + items * _SHARE_COLUMNS / tokens)
 
     def _partial(self, linear: str, num_bytes: float, tokens: int) -> float:
         """Bytes per token of dA's partial sums over an input of so many bytes: a float32 matrix per item, some rows of one job."""

@@ -137,11 +137,23 @@ class Buffer:
     def permute(self, order):
         return Buffer(self.flat, self.shape, not self.transposed)
 
+    def slice(self, start, length, dim=0):
+        return Part(np.moveaxis(np.moveaxis(self.view, dim, 0)[int(start) : int(start) + int(length)], 0, dim))
+
     def load(self, layout):
         return Value(self.view.copy())
 
     def store(self, value):
         self.view[:] = value.array
+
+
+class Part(Buffer):
+    """Some rows or columns of a block of shared memory."""
+
+    view = None
+
+    def __init__(self, view: np.ndarray):
+        self.view, self.shape = view, view.shape
 
 
 class Barrier:
@@ -210,8 +222,16 @@ def _constexpr(value):
     return {int: ConstInt, tuple: ConstTuple}.get(type(value), lambda same: same)(value)
 
 
+def _where(condition, a, b):
+    if isinstance(a, Pointer):
+        return a if condition else b
+    return Value(np.where(raw(condition), raw(a), raw(b)))
+
+
 def _load(pointer, mask=True, other=0):
     where, mask = np.broadcast_arrays(pointer.offset, raw(mask))
+    if not mask.any():
+        return Value(np.full(mask.shape, raw(other), pointer.data.dtype))
     return Value(np.where(mask, pointer.data[np.where(mask, where, 0)], np.asarray(raw(other), pointer.data.dtype)))
 
 
@@ -344,7 +364,8 @@ def _language() -> types.SimpleNamespace:
         "static_range": lambda *bounds: range(*(int(n) for n in bounds)),
         "arange": lambda first, end, layout=None: Value(np.arange(int(first), int(end), dtype=np.int32)),
         "expand_dims": lambda x, axis: Value(np.expand_dims(raw(x), axis)),
-        "where": lambda condition, a, b: Value(np.where(raw(condition), raw(a), raw(b))),
+        "where": _where,
+        "multiple_of": lambda x, factor: x,
         "zeros": lambda shape, dtype, layout=None: Value(np.zeros([int(n) for n in shape], dtype)),
         "full": lambda shape, value, dtype, layout=None: Value(np.full([int(n) for n in shape], value, dtype)),
         "reshape": lambda x, shape: Value(x.array.reshape([int(n) for n in shape])),
@@ -360,7 +381,7 @@ def _language() -> types.SimpleNamespace:
         "bfloat16": np.float32,
     }
     names |= {name: getattr(np, name) for name in ("float32", "int32", "uint32", "int64")}
-    names |= dict.fromkeys(("NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout", "SliceLayout"), Layout)
+    names |= dict.fromkeys(("BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout", "SliceLayout"), Layout)
     return types.SimpleNamespace(**names)
 
 

@@ -27,12 +27,23 @@ CASES = {
     },
 }  # fmt: skip
 
+GRADIENTS = {  # of dS and dB alone: blocks of 64 rows, tiles of 256 columns, two a program
+    "rank 16, several items": {"lengths": [700, 256, 64, 333], "ranks": [16, 9, 1, 16], "n": (1104,), "gaps": 5},
+    "rank 32, several items": {"lengths": [513, 128, 31], "ranks": [32, 16, 20], "n": (520,), "gaps": 1},
+    "rank 64, several items": {"lengths": [600, 300, 130], "ranks": [64, 8, 40], "n": (840,), "gaps": 3},
+    "modules that begin anywhere": {"lengths": [300, 70], "ranks": [16, 3], "n": (328, 72, 520), "missing": {(1, 1)}},
+    "modules of ranks to 64": {"lengths": [400, 90, 300], "ranks": [50, 8, 16], "n": (264, 520, 8), "missing": {(0, 0), (2, 1), (2, 2)}},
+    "a module that nobody targets": {"lengths": [65], "ranks": [16], "n": (256, 256), "missing": {(0, 0)}},
+    "one item": {"lengths": [256], "ranks": [64], "n": (512,)},
+    "forty jobs": {"lengths": [7 * i % 61 for i in range(40)], "ranks": [1 + 5 * i % 64 for i in range(40)], "n": (136,)},
+}
+
 
 @pytest.fixture(scope="module")
 def ops():
     """Return the operators with every kernel that Hopper has of its own, on the CPU; each GEMM has two programs for all its tiles."""
     with gluon_on_cpu():
-        from fused_ops import hopper_down, hopper_gemm, hopper_grad_a
+        from fused_ops import hopper_down, hopper_gemm, hopper_grad_a, hopper_grad_sb
     hopper_gemm.num_processors = lambda device: 2
 
     def down(x, group, route):
@@ -41,11 +52,15 @@ def ops():
     def grad_a(x, ds, group, route):
         (hopper_grad_a.hopper_grad_a if group.has_dropout else reference.grad_a)(x, ds, group, route)
 
-    with interpreted(hopper_down), interpreted(hopper_grad_a):
+    def grad_s_and_b(dy, s, group, route):
+        fits = group.max_padded_rank <= hopper_grad_sb.MAX_HOPPER_RANK
+        return (hopper_grad_sb.hopper_grad_s_and_b if fits else reference.grad_s_and_b)(dy, s, group, route)
+
+    with interpreted(hopper_down, hopper_grad_a, hopper_grad_sb):
         yield SimpleNamespace(
             down=down,
             up=lambda x, weight, bias, s, group, route: hopper_gemm.hopper_gemm(x, weight, bias, s, group, route, backward=False),
-            grad_s_and_b=reference.grad_s_and_b,
+            grad_s_and_b=grad_s_and_b,
             grad_x=lambda dy, weight, ds, group, route: hopper_gemm.hopper_gemm(dy, weight, None, ds, group, route, backward=True),
             grad_a=grad_a,
         )
@@ -67,6 +82,28 @@ def test_what_the_reference_computes(make_problem, ops, case):
         found = p.steps(ops)
     for name, value in expected.items():
         assert (found[name] - value).norm() <= 2e-6 * value.norm(), name
+
+
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradients_from_one_read(make_problem, ops, case):
+    """dS where a job has ranks, and nothing elsewhere; dB added to what is there, all jobs in any number of items."""
+    p = make_problem(**GRADIENTS[case], k=16)
+    s, before = torch.full((p.route.num_rows, p.group.width), float("nan")), torch.randn(3, 1)
+    mine = torch.zeros_like(s, dtype=torch.bool)
+    for first, end, slot in p.route.segments:
+        mine[first:end, : p.group.widths[slot]] = True
+    s[mine] = torch.randn(int(mine.sum()))
+    found = []
+    for grad_s_and_b in (ops.grad_s_and_b, reference.grad_s_and_b):
+        for grad, value in zip(p.group.grad_b_RN, before, strict=False):
+            grad.fill_(float(value))
+        with poisoned():
+            found.append((grad_s_and_b(p.dy, s, p.group, p.route), [grad.clone() for grad in p.group.grad_b_RN]))
+    (ds, db), (expected_ds, expected_db) = found
+    assert ds[~mine].isnan().all()
+    torch.testing.assert_close(ds[mine], expected_ds[mine], rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(db, expected_db, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 def test_a_bias_is_added_once(make_problem, ops):
@@ -91,6 +128,11 @@ def test_nan_stays_with_its_job(make_problem, ops, case):
     assert found["y"].isnan().any() and found["da"][mine].isnan().any()
     assert all(torch.equal(found[name][rows], expected[name][rows]) for name in ("y", "dx"))
     assert torch.equal(found["da"][~mine], expected["da"][~mine])
+    for m, b_rows in enumerate(zip(*p.group.b_rows, strict=True)):
+        b_row, others = b_rows[slot], torch.ones(len(p.group.b_RN[m]), dtype=torch.bool)
+        others[b_row : b_row + -(-p.group.slots.ranks[slot] // 16) * 16] = b_row < 0
+        assert found[f"db{m}"].isnan().any() == (b_row >= 0)
+        assert torch.equal(found[f"db{m}"][others], expected[f"db{m}"][others])
 
 
 def test_a_step_that_nobody_loads_is_a_deadlock(ops, make_problem, monkeypatch):

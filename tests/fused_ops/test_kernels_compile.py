@@ -110,6 +110,24 @@ def test_masks_are_made_in_the_registers_that_products_read(make_problem, compil
             assert not re.search(r"ttg\.(local_store|local_alloc %|convert_layout)", kernel.asm["ttgir"])
 
 
+@pytest.mark.parametrize("modules", [(512,), (512, 256, 256)])
+@pytest.mark.parametrize("ranks", [[16] * 4, [32] * 4, [8, 16, 32, 64]])
+def test_one_read_of_dy_neither_spills_nor_waits(make_problem, compiled, tmp_path, ranks, modules):
+    """Both products read dY where TMA put it, for dB transposed; nothing but B and an item's last rows is written to shared memory."""
+    from fused_ops.hopper_grad_sb import hopper_grad_s_and_b
+
+    p = make_problem([2048] * 4, ranks, k=64, n=modules, dtype=torch.bfloat16)
+    hopper_grad_s_and_b(p.dy, p.x.new_zeros(p.route.num_rows, p.group.width), p.group, p.route)
+    assert [kernel.name for kernel in compiled] == ["_hopper_grad_sb_kernel", "_finish_kernel"]
+    for kernel in compiled:
+        registers, spilled, serialised = report(kernel, tmp_path)
+        assert spilled <= (32 if kernel.name == "_finish_kernel" else 0) and not serialised, (kernel.name, registers, spilled, serialised)
+    ptx, rank = compiled[0].asm["ptx"], max(ranks)
+    assert f"wgmma.mma_async.sync.aligned.m64n{rank}k16" in ptx and f"wgmma.mma_async.sync.aligned.m64n{min(rank, 32)}k16" in ptx
+    assert "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx and compiled[0].metadata.shared <= 227 << 10
+    assert "ld.global.v4.b32" in compiled[1].asm["ptx"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_fp8_products_neither_spill_nor_wait(make_problem, compiled, tmp_path, case):
     from fused_ops import triton_ops as ops
@@ -138,6 +156,21 @@ def test_nothing_is_compiled_again_when_jobs_and_lengths_change(make_problem, co
     launch_all(make_problem([33] * 40, [1 + i % 16 for i in range(40)], **common))
     launch_all(make_problem([16], [16], **common))
     assert len(compiled) == first, [kernel.name for kernel in compiled[first:]]
+
+
+def test_dy_is_read_by_one_kernel_per_rank_class(make_problem, compiled):
+    """Jobs, ranks of one class, alphas, lengths, rows and the number of items change; layer shapes do not."""
+    from fused_ops.hopper_grad_sb import hopper_grad_s_and_b
+
+    def launch(lengths, ranks, **more):
+        p = make_problem(lengths, ranks, k=64, n=(256, 64, 64), dtype=torch.bfloat16, **more)
+        hopper_grad_s_and_b(p.dy, p.x.new_zeros(p.route.num_rows, p.group.width), p.group, p.route)
+
+    launch([500, 300, 200, 1], [16, 9, 3, 16])
+    launch([777, 1, 64], [1, 16, 8], gaps=3, scales=[0.5, 3.0, 1.0])
+    launch([33] * 40, [1 + i % 16 for i in range(40)])
+    launch([16], [16])
+    assert len(compiled) == 2, [kernel.name for kernel in compiled]
 
 
 def test_warp_groups_are_compiled_once_per_layer_shape(make_problem, compiled):

@@ -18,6 +18,7 @@ from tiny import stage_input
 
 from fused_ops import triton_ops
 from fused_ops.adapters import LoraGroup, SlotTable, padded_rank
+from fused_ops.hopper_grad_sb import hopper_grad_s_and_b
 from fused_ops.route import make_route
 from megatron_lora.architecture import read_architecture
 from megatron_lora.arena import AdapterSpec, Arena
@@ -154,24 +155,43 @@ def test_every_layout(layout, recompute, directory, pool):
         assert rank.kept == pytest.approx(1, rel=0.005) and rank.peak == pytest.approx(1, rel=0.015)
 
 
-@pytest.mark.parametrize("ranks", [(16,) * 4, (8, 16, 32, 64), (128,)])
-def test_partial_sums_of_a_real_layer(ranks):
-    num_rows, width, jobs = 8192, 14336, len(ranks)
+def one_linear(ranks, num_rows, num_inputs, num_outputs):
+    """Return the adapters of one linear, and the route of rows that the jobs share almost evenly."""
+    jobs, rows = len(ranks), [sum(map(padded_rank, ranks[:job])) for job in range(len(ranks) + 1)]
     ends = [num_rows * (job + 1) // jobs - 17 * (job + 1 < jobs) for job in range(jobs)]
     segments = tuple((first, end, job) for job, (first, end) in enumerate(zip([0, *ends], ends, strict=False)))
-    slots = SlotTable(ranks=ranks, scales=(1.0,) * jobs, dropouts=(0.0,) * jobs)
-    rows = [sum(map(padded_rank, ranks[:job])) for job in range(jobs + 1)]
-    a, b = (torch.empty(rows[-1], size, dtype=torch.bfloat16) for size in (width, 64))
+    a, b = (torch.empty(rows[-1], size, dtype=torch.bfloat16) for size in (num_inputs, num_outputs))
     group = LoraGroup(
         a_RK=a, b_RN=(b,), grad_a_RK=torch.empty_like(a, dtype=torch.float32), grad_b_RN=(torch.empty_like(b, dtype=torch.float32),),
-        columns=((0, 64),), a_rows=tuple((row,) for row in rows[:-1]), b_rows=tuple((row,) for row in rows[:-1]), slots=slots,
+        columns=((0, num_outputs),), a_rows=tuple((row,) for row in rows[:-1]), b_rows=tuple((row,) for row in rows[:-1]),
+        slots=SlotTable(ranks=ranks, scales=(1.0,) * jobs, dropouts=(0.0,) * jobs),
     )  # fmt: skip
+    return group, make_route(num_rows, segments, torch.zeros(num_rows, dtype=torch.int32), "cpu")
+
+
+def real_layer(ranks):
+    sizes = {"hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "ffn_size": 14336}
+    return layer_memory(**sizes, adapters=list(map(Adapter, ranks)), item=2)
+
+
+@pytest.mark.parametrize("ranks", [(16,) * 4, (8, 16, 32, 64), (128,)])
+def test_partial_sums_of_a_real_layer(ranks):
+    num_rows, width, layer = 8192, 14336, real_layer(ranks)
+    group, route = one_linear(ranks, num_rows, width, 64)
     x = torch.empty(num_rows, width, dtype=torch.bfloat16)
-    ds, route = x.new_empty(num_rows, group.width), make_route(num_rows, segments, torch.zeros(num_rows, dtype=torch.int32), "cpu")
+    ds = x.new_empty(num_rows, group.width)
     with dry_gpu(), Allocations() as allocated:
         triton_ops.grad_a(x, ds, group, route)
-    layer = layer_memory(
-        hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=width, adapters=list(map(Adapter, ranks)), item=2
-    )
     predicted = layer._partial("down", layer.ffn, num_rows) * num_rows
     assert allocated.peak <= 1.05 * predicted + 2**20 and predicted <= max(2 * allocated.peak, 2**26)
+
+
+@pytest.mark.parametrize("num_rows", [500, 8192, 40_000])
+@pytest.mark.parametrize("ranks", [(16,) * 4, (24, 8), (48,), (8, 16, 32, 64)])
+def test_shares_of_a_real_layer(ranks, num_rows):
+    group, route = one_linear(ranks, num_rows, 64, 4096)
+    dy, s = (torch.empty(num_rows, size, dtype=torch.bfloat16) for size in (4096, group.width))
+    with dry_gpu(), Allocations() as allocated:
+        ds = hopper_grad_s_and_b(dy, s, group, route)
+    predicted, taken = real_layer(ranks)._shares("down", num_rows) * num_rows, allocated.peak - ds.nbytes
+    assert taken <= 1.01 * predicted + 2**16 and predicted <= 2 * taken + 2**23

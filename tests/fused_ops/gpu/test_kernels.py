@@ -26,8 +26,14 @@ MIXES = {
     "odd sizes": {"lengths": [100, 40], "ranks": [8, 16], "k": 77, "n": (51, 33), "dropouts": [0.1, 0.0], "gaps": 1},
     "merged across tiles": {"lengths": [300, 84], "ranks": [16, 40], "k": 320, "n": (896, 128, 128), "dropouts": [0.0, 0.2], "gaps": 9},
     "long segments": {"lengths": [640, 513, 900], "ranks": [16, 64, 8], "k": 1000, "n": (520,), "gaps": 30},
+    "rank 16, several items": {"lengths": [3000, 65, 1290], "ranks": [16, 9, 1], "k": 128, "n": (1104,), "gaps": 5},
+    "rank 32, several items": {"lengths": [2000, 700], "ranks": [32, 16], "k": 128, "n": (520, 264), "gaps": 1},
+    "rank 64, several items": {"lengths": [2000, 1300, 130], "ranks": [64, 8, 40], "k": 128, "n": (840, 264, 8), "gaps": 3},
     "forty jobs": {"lengths": [7 * i % 61 for i in range(40)], "ranks": [1 + 5 * i % 64 for i in range(40)], "k": 128, "n": (136,)},
 }
+
+
+SEVERAL_ITEMS = ["rank 16, several items", "rank 64, several items"]
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +85,7 @@ def test_float32_is_float32(make_problem, mix):
         assert (ours - truth).norm() <= 1e-5 * truth.norm(), name
 
 
-@pytest.mark.parametrize("mix", ["mixed ranks and dropout", "merged and dropout", "two modules", "forty jobs"])
+@pytest.mark.parametrize("mix", ["mixed ranks and dropout", "merged and dropout", "two modules", "forty jobs", *SEVERAL_ITEMS])
 def test_repetition_gives_the_same_bits(make_problem, mix):
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
     first = p.steps(triton_ops)
@@ -135,8 +141,9 @@ def test_nan_stays_with_its_job(make_problem, where, dropouts):
         assert torch.equal(got[name][others], expected[name][others]), name
 
 
-def test_under_a_cuda_graph(make_problem):
-    p = make_problem(**MIXES["merged and dropout"], dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("mix", ["merged and dropout", "rank 64, several items"])
+def test_under_a_cuda_graph(make_problem, mix):
+    p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
     expected = p.steps(triton_ops)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
