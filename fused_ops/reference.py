@@ -2,6 +2,7 @@
 
 Each function takes one segment at a time and touches that segment's rows alone, so a job's numbers (NaN included) never depend on
 its neighbours. LoRA arithmetic is float32 whatever the compute dtype; S and dS are kept in the compute dtype, as the kernels keep them.
+Y and dX are rounded once, after LoRA's share: added to what is already rounded, a share smaller than half a step would always be lost.
 `multi_lora_reference` writes the same mathematics as one differentiable expression: its autograd gradients test the backward formulas.
 """
 
@@ -33,17 +34,13 @@ def up(
     route: Route | None,
 ) -> Tensor:
     """Return Y [T, N] = X W^T (+ bias) + S B^T."""
-    if isinstance(weight_NK, Fp8Weight):
-        y_TN = multiply_reference(x_TK, weight_NK.by_output)
-        y_TN = y_TN if bias_N is None else y_TN + bias_N
-    else:
-        y_TN = F.linear(x_TK, weight_NK, bias_N)
     if s_TR is None or group is None or route is None:
-        return y_TN
+        return _frozen(x_TK, weight_NK, bias_N)
+    y_TN = _frozen(x_TK.float(), weight_NK, bias_N)
     for rows, _, module, columns, _, b_rows in _parts(group, route):
         start, stop = group.columns[module]
-        y_TN[rows, start:stop] += (s_TR[rows, columns].float() @ group.b_RN[module][b_rows].float()).to(y_TN.dtype)
-    return y_TN
+        y_TN[rows, start:stop] += s_TR[rows, columns].float() @ group.b_RN[module][b_rows].float()
+    return y_TN.to(x_TK.dtype)
 
 
 def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
@@ -59,13 +56,13 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
 
 def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
     """Return dX [T, K] = dY W + M * (dS A)."""
-    dx_TK = multiply_reference(dy_TN, weight_NK.by_input) if isinstance(weight_NK, Fp8Weight) else dy_TN @ weight_NK
     if ds_TR is None or group is None or route is None:
-        return dx_TK
+        return _frozen_grad(dy_TN, weight_NK)
+    dx_TK = _frozen_grad(dy_TN.float(), weight_NK)
     for rows, slot, module, columns, a_rows, _ in _parts(group, route):
         product = ds_TR[rows, columns].float() @ group.a_RK[a_rows].float()
-        dx_TK[rows] += _dropped(product, group, route.row_keys[rows], slot, module).to(dx_TK.dtype)
-    return dx_TK
+        dx_TK[rows] += _dropped(product, group, route.row_keys[rows], slot, module)
+    return dx_TK.to(dy_TN.dtype)
 
 
 def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -> None:
@@ -84,6 +81,20 @@ def multi_lora_reference(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None,
         part = (xd @ group.a_RK[a_rows].T) @ group.b_RN[module][b_rows]
         y_TN = y_TN + F.pad(part, (start, y_TN.shape[1] - stop, rows.start, y_TN.shape[0] - rows.stop))
     return y_TN
+
+
+def _frozen(x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None) -> Tensor:
+    """Return X W^T (+ bias) in x's dtype."""
+    bias_N = None if bias_N is None else bias_N.to(x_TK.dtype)
+    if isinstance(weight_NK, Fp8Weight):
+        y_TN = multiply_reference(x_TK, weight_NK.by_output)
+        return y_TN if bias_N is None else y_TN + bias_N
+    return F.linear(x_TK, weight_NK.to(x_TK.dtype), bias_N)
+
+
+def _frozen_grad(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight) -> Tensor:
+    """Return dY W in dy's dtype."""
+    return multiply_reference(dy_TN, weight_NK.by_input) if isinstance(weight_NK, Fp8Weight) else dy_TN @ weight_NK.to(dy_TN.dtype)
 
 
 def _dropped(values_TK: Tensor, group: LoraGroup, row_keys: Tensor, slot: int, module: int) -> Tensor:

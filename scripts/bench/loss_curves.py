@@ -5,7 +5,8 @@
 
 All start from the same adapters (ours, exported as PEFT directories) and take the same samples in the same steps, without dropout. The
 runs of peft differ only in the order of samples inside a global batch, and so in which of them share a padded microbatch: their
-spread is what bf16 leaves open. Appends a line to scripts/bench/results/loss_curves.jsonl, with all losses, and draws them.
+spread is what bf16 leaves open. One more run of peft, in float32, says who is right where they part. Appends a line to
+scripts/bench/results/loss_curves.jsonl, with all losses, and draws them.
 """
 
 import dataclasses
@@ -84,14 +85,14 @@ def export(arena: Arena, slot: int, job: TrainingJob, config: RunConfig, directo
     write_adapter(directory, adapter, config.base_model)
 
 
-def peft_losses(model_dir: Path, adapter: Path, job: TrainingJob, base: Base, batch: int, seed: int) -> list[float]:
+def peft_losses(model_dir: Path, adapter: Path, job: TrainingJob, device, dtype: torch.dtype, batch: int, seed: int) -> list[float]:
     """Train one job by transformers + peft from an adapter, samples of a global batch in an order of `seed`; return each step's loss."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=base.dtype, attn_implementation="sdpa").to(base.device)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa").to(device)
     model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    trainer = PeftTrainer(model, job.config, base.device, job.num_steps, autocast=base.dtype == torch.bfloat16)
+    trainer = PeftTrainer(model, job.config, device, job.num_steps, autocast=dtype == torch.bfloat16)
     order, losses = random.Random(seed), []
     for step in job.rows.steps:
         samples = [job.rows.samples[index] for _, index in step]
@@ -101,20 +102,34 @@ def peft_losses(model_dir: Path, adapter: Path, job: TrainingJob, base: Base, ba
     return torch.stack(losses).tolist()
 
 
-def compare(curves: Curves, theirs: list[list[list[float]]], names: Sequence[str]) -> dict:
-    """Return, per run of ours and job, its largest distance from the mean of peft's runs beside the largest spread of these."""
+def compare(curves: Curves, theirs: list[list[list[float]]], exact: list[list[float]], names: Sequence[str]) -> dict:
+    """Return, per run and job, its largest distances: from the mean of peft's runs, from ours by the reference, from the exact curve.
+
+    Beside them stands the largest spread of peft's runs in any step, of which the first two may be at most twice. `peft` is their mean.
+    """
+    means = [[sum(step) / len(step) for step in zip(*(repeat[job] for repeat in theirs), strict=True)] for job in range(len(names))]
     found: dict[str, dict] = {}
-    for run, losses in curves.items():
+    for run, losses in (curves | {"peft": means}).items():
         for job, name in enumerate(names):
-            steps = list(zip(*(repeat[job] for repeat in theirs), strict=True))
-            spread = max(max(step) - min(step) for step in steps)
-            distance = max(abs(loss - sum(step) / len(step)) for loss, step in zip(losses[job], steps, strict=True))
-            found.setdefault(run, {})[name] = {"distance": distance, "spread": spread, "within": distance <= 2 * spread}
+            spread = max(max(step) - min(step) for step in zip(*(repeat[job] for repeat in theirs), strict=True))
+            near_peft, near_reference = (farthest(losses[job], other[job]) for other in (means, curves["reference"]))
+            found.setdefault(run, {})[name] = {
+                "from_peft": near_peft,
+                "from_reference": near_reference,
+                "from_exact": farthest(losses[job], exact[job]),
+                "spread": spread,
+                "within": near_peft <= 2 * spread and near_reference <= 2 * spread,
+            }
     return found
 
 
-def draw(curves: Curves, theirs: list[list[list[float]]], names: Sequence[str], path: Path) -> None:
-    """Draw a panel per job: the band of peft's runs, and ours."""
+def farthest(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the largest distance of two curves in any step."""
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+
+
+def draw(curves: Curves, theirs: list[list[list[float]]], exact: list[list[float]], names: Sequence[str], path: Path) -> None:
+    """Draw a panel per job: the band of peft's runs, the exact curve, and ours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -124,6 +139,7 @@ def draw(curves: Curves, theirs: list[list[list[float]]], names: Sequence[str], 
         steps = range(1, len(theirs[0][job]) + 1)
         every = list(zip(*(repeat[job] for repeat in theirs), strict=True))
         axes.fill_between(steps, [min(s) for s in every], [max(s) for s in every], color="0.8", label=f"peft, {len(theirs)} orders")
+        axes.plot(steps, exact[job], color="black", linestyle=":", linewidth=1.8, label="peft in float32")
         for run, losses in curves.items():
             axes.plot(steps, losses[job], linewidth=1.2, label=run)
         axes.set_title(name)
@@ -163,24 +179,31 @@ def run(options) -> dict:
     jobs = read_jobs(config.jobs, load_tokenizer(model_dir), None, architecture.vocab_size)
     share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
     (config,) = base.settle([config], [[job.rows.lengths() for job in jobs]], [share])
-    names, curves, theirs = [job.config.name for job in jobs], {}, []
+    names, curves = [job.config.name for job in jobs], {}
     with tempfile.TemporaryDirectory() as folder:
         for adapters in ("fused", "reference"):
             curves[adapters] = ours(base, config, jobs, adapters, Path(folder))
             print(f"  {adapters}: last losses {[round(losses[-1], 4) for losses in curves[adapters]]}", flush=True)
         if options.fp8:
             curves["fused, fp8 base"] = ours(base, dataclasses.replace(config, base_weights="fp8"), jobs, "fused")
-        for seed in range(options.orders):
-            theirs.append([peft_losses(model_dir, Path(folder) / job.config.name, job, base, options.batch, seed) for job in jobs])
-            print(f"  peft, order {seed}: last losses {[round(losses[-1], 4) for losses in theirs[-1]]}", flush=True)
-    found = compare(curves, theirs, names)
-    draw(curves, theirs, names, options.figure)
+
+        def by_peft(dtype: torch.dtype, seed: int) -> list[list[float]]:
+            found = [peft_losses(model_dir, Path(folder) / j.config.name, j, base.device, dtype, options.batch, seed) for j in jobs]
+            print(f"  peft, {dtype}, order {seed}: last losses {[round(losses[-1], 4) for losses in found]}", flush=True)
+            return found
+
+        theirs = [by_peft(base.dtype, seed) for seed in range(options.orders)]
+        exact = by_peft(torch.float32, 0)
+    found = compare(curves, theirs, exact, names)
+    draw(curves, theirs, exact, names, options.figure)
     settings = {"config": str(options.config), "steps": options.steps, "budget": options.budget, "batch": options.batch}
     line = {"case": f"{options.dtype}, {options.steps} steps", **stamp(options.hardware, options.commit), "dtype": options.dtype}
-    append_line(options.output, line | {"settings": settings, "jobs": names, "compared": found, "ours": curves, "peft": theirs})
+    line |= {"settings": settings, "jobs": names, "compared": found, "ours": curves, "peft": theirs, "exact": exact}
+    append_line(options.output, line)
     for name, of_jobs in found.items():
-        told = ", ".join(f"{job} {v['distance']:.2g} (spread {v['spread']:.2g})" for job, v in of_jobs.items())
-        print(f"  {name}: largest distances {told}", flush=True)
+        print(f"  {name}: largest distances from peft (its spread), the reference, peft in float32:", flush=True)
+        for job, v in of_jobs.items():
+            print(f"    {job}: {v['from_peft']:.2g} ({v['spread']:.2g}), {v['from_reference']:.2g}, {v['from_exact']:.2g}", flush=True)
     return found
 
 

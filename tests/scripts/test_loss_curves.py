@@ -34,7 +34,20 @@ def test_ours_and_pefts_are_one_curve_in_float32(tmp_path, one_process, capsys):
         for order in line["peft"]:
             assert order[job] == pytest.approx(fused, rel=1e-5)
         assert abs(fused[0] - fused[4]) > 1e-4
-    assert line["compared"]["fused"]["r4"]["distance"] < 1e-4
+        assert line["exact"][job] == line["peft"][0][job]
+    for run in ("fused", "reference", "peft"):
+        assert max(line["compared"][run]["r4"][name] for name in ("from_peft", "from_reference", "from_exact")) < 1e-4
+
+
+def test_distances_are_the_largest_of_any_step():
+    import loss_curves
+
+    curves = {"fused": [[1.0, 3.0]], "reference": [[1.0, 2.5]]}
+    found = loss_curves.compare(curves, [[[1.0, 2.0]], [[1.5, 2.0]]], [[1.0, 2.75]], ["job"])
+    assert found["fused"]["job"] == {"from_peft": 1.0, "from_reference": 0.5, "from_exact": 0.25, "spread": 0.5, "within": True}
+    assert found["reference"]["job"]["from_peft"] == 0.5 and found["peft"]["job"]["from_exact"] == 0.75
+    curves["fused"] = [[1.0, 3.01]]
+    assert not loss_curves.compare(curves, [[[1.0, 2.0]], [[1.5, 2.0]]], [[1.0, 2.75]], ["job"])["fused"]["job"]["within"]
 
 
 def test_a_config_that_is_not_there_is_one_line(tmp_path, capsys):
