@@ -19,6 +19,7 @@ import time
 import traceback
 from multiprocessing.connection import wait
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -32,7 +33,9 @@ class RankError(AssertionError):
 class RankPool:
     """Worker processes and the layout that they are in now."""
 
-    def __init__(self):
+    def __init__(self, *, gpus: bool = False):
+        """Workers see the machine's GPUs only where asked: with them megatron-core's set-up for CPUs would not hold."""
+        self.gpus = gpus
         # Importing megatron-core where there is a GPU begins CUDA, which a forked process cannot use.
         self.context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         self.context.set_forkserver_preload(PRELOAD)
@@ -73,7 +76,8 @@ class RankPool:
     def _start(self):
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_work, args=(theirs,), daemon=True)
-        process.start()
+        with mock.patch.dict(os.environ, {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}):
+            process.start()
         theirs.close()
         return process, ours
 

@@ -4,6 +4,7 @@ Built once: for a 70B model the random weights are most of what a start costs.
 """
 
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Sequence
@@ -100,9 +101,8 @@ class Base:
         kind = (config.base_weights, config.backend)
         if self._kind == kind:
             return
-        self._stage, self._kind = None, kind
-        if self.cuda:
-            torch.cuda.empty_cache()
+        self.release()
+        self._kind = kind
         start = time.perf_counter()
         self._stage = build_stage(
             self.architecture,
@@ -118,6 +118,13 @@ class Base:
         self.wait()
         held = f", {torch.cuda.memory_allocated() / 1e9:.1f} GB" if self.cuda else ""
         self.say(f"  built {len(self._stage.layers)} layers in {time.perf_counter() - start:.1f} s{held}")
+
+    def release(self) -> None:
+        """Let go of the stage, if there is one: the next case builds its own."""
+        self._stage = self._kind = None
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
 
     def connected(self) -> tuple[Links, MessageLayout]:
         """Return this rank's ends for one run, connected on the first call, for the largest messages of all cases."""

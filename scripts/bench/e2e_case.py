@@ -14,7 +14,7 @@ from e2e_figures import Usage, memory, prediction, rates
 from e2e_options import Case
 from e2e_run import NoOptimizer, Outcome, execute, plan_settings
 from kernel_shares import Marked, Profiled
-from pass_times import features, measure_stage, probe_slots
+from pass_times import features, measure_stage
 from plain_lora import use_adapters
 from synthetic_jobs import head, make_jobs, take
 
@@ -30,9 +30,9 @@ from megatron_lora.train import make_arena
 from scheduling.cost import CostModel, refine
 from scheduling.memory import tokens_in_flight
 from scheduling.slot_cost import SlotCost
-from scheduling.types import Lengths
+from scheduling.types import Lengths, Microbatch
 
-WARM_SLOTS, PROFILED_SLOTS = 8, 4
+WARM_SLOTS, PROFILED_SLOTS, PROBED_SLOTS = 8, 4, 8
 SPARE = 1.1  # more steps than the warm-up's speed asks for
 
 
@@ -49,6 +49,7 @@ class CaseRun:
         self.settings = plan_settings(config, self.weights)
         self.ranks = tuple(job.r for job in config.jobs)
         self.arena: Arena | None = None
+        self.warmed: tuple[Microbatch, ...] = ()  # what this rank ran to warm up
 
     def prepare(self) -> None:
         """Put the case's adapters on the base."""
@@ -111,6 +112,7 @@ class CaseRun:
             outcome = self._run(lengths, learning_rate=0.0)
             self.base.say(f"  warm-up, {turn} run: {tokens:,} tokens in {outcome.seconds:.1f} s")
         self._clear()
+        self.warmed = outcome.own
         filling = self.settings.num_stages - 1 if self.case.policy != "flush" else 0  # which a long run does not repeat
         return tokens / outcome.seconds * (len(outcome.stream) + filling) / len(outcome.stream)
 
@@ -121,16 +123,19 @@ class CaseRun:
                 buffer.zero_()
 
     def calibrate(self) -> None:
-        """Fit the cost model to passes that each stage makes by itself."""
-        parallel = self.base.parallel
-        lengths = take(self.workload, self.case.jobs.count, 1)
+        """Fit the cost model to passes that each stage makes by itself, over microbatches as the warm-up had them.
+
+        How many jobs share one differs from policy to policy, and what a segment more costs is no term of the model.
+        """
+        parallel, lengths = self.base.parallel, self._some(WARM_SLOTS)
+        slots = sorted((slot for slot in dict.fromkeys(self.warmed) if slot.num_tokens), key=lambda slot: slot.num_tokens)
         rows = [job.rows for job in self._jobs(lengths)]
         multiple = parallel.tensor if parallel.sequence else 1
         start = time.perf_counter()
         measured = measure_stage(
             self.base.stage,
             self.base.position.stage,
-            probe_slots(lengths, self.settings.capacity),
+            spread(slots, PROBED_SLOTS),
             partial(collate, jobs=rows, multiple=multiple, device=self.base.device),
             multiple,
             lambda slot: features(slot, lengths, [r if self.arena is not None else 0 for r in self.ranks]),
@@ -177,6 +182,13 @@ class CaseRun:
         """Return lengths as the simulator takes them, by this case's cost model."""
         workload = Workload.of(self.config, lengths, self.cost, self.weights)
         return workload if self.arena is not None else dataclasses.replace(workload, ranks=(0,) * len(self.ranks))
+
+
+def spread(items: Sequence, count: int) -> list:
+    """Return at most so many of the items, the first and the last among them, evenly."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
 
 
 def _peak(kind: str) -> int:

@@ -96,6 +96,7 @@ def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunCon
 def _hf_peft(base: Base, case: Case, options: argparse.Namespace, workload: Lengths) -> dict:
     from hf_peft import measure
 
+    base.release()  # or its weights would leave too little memory: near the limit the allocator slows everything down
     try:
         return measure(base, case, options, workload)
     finally:

@@ -1,7 +1,8 @@
 """How long one stage's forward and backward take by themselves, for microbatches of different sizes, sample lengths and ranks.
 
-`probe_slots` makes microbatches that tell the cost model's four terms apart; `measure_stage` runs each through this rank's stage alone
-(no pipeline, its input random) and gives measurements for scheduling.cost.refine.
+`probe_slots` makes microbatches that tell the cost model's four terms apart; `measure_stage` runs a run's own microbatches through this
+rank's stage alone (no pipeline, its input random), `measure_parts` a whole model's layers and head. Both give measurements for
+scheduling.cost.refine.
 """
 
 import statistics

@@ -74,6 +74,24 @@ def test_policies_and_plain_lora_train_the_same(alone):
     assert none[0, 0] == pytest.approx(ours[0, 0], rel=1e-6) and abs(none[0, 2] - ours[0, 2]) > 1e-5
 
 
+def test_calibration_takes_microbatches_as_the_policy_makes_them(tmp_path, one_process, monkeypatch):
+    sys.path[:0] = [str(BENCH)] if str(BENCH) not in sys.path else []
+    import e2e_case
+
+    probed, measure = [], e2e_case.measure_stage
+    monkeypatch.setattr(e2e_case, "measure_stage", lambda *args: probed.append(args[2]) or measure(*args))
+    launch([*JOBS, *files(tmp_path), "--calibrate", "--case", "", "--case", "policy=flush"])
+    ours, flush = ({len(slot.segments) for slot in slots} for slots in probed)
+    assert max(ours) > 1 and flush == {1}
+
+
+def test_spread_keeps_both_ends():
+    sys.path[:0] = [str(BENCH)] if str(BENCH) not in sys.path else []
+    from e2e_case import spread
+
+    assert spread(range(5), 8) == [0, 1, 2, 3, 4] and spread(range(9), 3) == [0, 4, 8] and spread(range(10), 4) == [0, 3, 6, 9]
+
+
 @pytest.mark.parametrize("layout", ["pp", "tp", "dp"])
 def test_two_ranks_train_as_one(alone, tmp_path, pool, layout):
     sequence = layout == "tp"

@@ -104,6 +104,19 @@ def test_options_that_do_not_go_with_a_run_are_refused_before_anything_starts(wo
     assert left.value.code == 2 and says in told.err and told.err.count("\n") == 1 and not told.out
 
 
+@pytest.mark.parametrize("shape", sorted({run.shape for run in RUNS}))
+def test_rows_of_every_shape_fit_the_runs_that_are_ended(shape, tmp_path):
+    """The architecture decides which tokenizer class reads the files."""
+    from megatron_lora.data import load_tokenizer
+
+    config = endings.config_of(Run(name="run", machine=2, shape=shape, workload="tiny", pipeline=2), tmp_path, 40)
+    tokenizer = load_tokenizer(config["base_model"])
+    for row in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines()):
+        parts = [tokenizer(row[part])["input_ids"] for part in ("prompt", "completion")]
+        assert min(map(len, parts)) > 4 and tokenizer.unk_token_id not in sum(parts, [])
+        assert sum(map(len, parts)) < config["defaults"]["sequence_len"]
+
+
 def test_a_killed_rank_is_seen_to_end_the_run(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     two = Run(name="tiny-two", machine=2, shape="tiny", workload="tiny", pipeline=2)

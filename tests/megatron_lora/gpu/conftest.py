@@ -9,7 +9,7 @@ import rank_pool
 @pytest.fixture(scope="session")
 def one_gpu():
     """Return a function (fn, *args) -> fn's result on a process that is the only rank of an NCCL world."""
-    ranks = rank_pool.RankPool()
+    ranks = rank_pool.RankPool(gpus=True)
     layout = SimpleNamespace(pipeline=1, tensor=1, data=1, sequence=False, backend="nccl")
     yield lambda fn, *args: ranks.run(layout, fn, *args)[0]
     ranks.close()
