@@ -14,8 +14,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.early_launch import pdl
 from fused_ops.hopper_dropout import drop_features, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import describe
 from fused_ops.route import Route
@@ -95,8 +97,20 @@ def _put(out_ptr, partial_ptr, num_rows, out_stride, first, end, column, rank, i
 def _hopper_down_kernel(
     x_desc, a_desc, out_ptr, partial_ptr, items_ptr, slots_ptr, scales_ptr, keys_ptr,
     num_rows, num_inner, share_blocks, out_stride, first_feature,
-    RANK: gl.constexpr, MODULES: gl.constexpr, STAGES: gl.constexpr,
+    RANK: gl.constexpr, MODULES: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
+    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], x_desc.layout)
+    a_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * MODULES, RANK, BK], a_desc.layout)
+    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full_bars.index(stage), count=1)
+        mbarrier.init(empty_bars.index(stage), count=1)
+    ring = (x_bufs, a_bufs, full_bars, empty_bars)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
     item_ptr = items_ptr + gl.program_id(0) * 6
     first, end, slot = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
     slot_ptr = slots_ptr + slot * _FIELDS
@@ -109,15 +123,6 @@ def _hopper_down_kernel(
     begin = gl.program_id(1) * share_blocks
     num_blocks = min(share_blocks, gl.cdiv(num_inner, BK) - begin)
     num_blocks = gl.where(i_rank < gl.load(slot_ptr), num_blocks, 0)
-
-    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], x_desc.layout)
-    a_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * MODULES, RANK, BK], a_desc.layout)
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(stage), count=1)
-        mbarrier.init(empty_bars.index(stage), count=1)
-    ring = (x_bufs, a_bufs, full_bars, empty_bars)
     gl.warp_specialize(
         [
             (
@@ -136,9 +141,13 @@ def _hopper_down_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_shares", "stride"])
 def _add_shares_kernel(
-    out_ptr, partial_ptr, items_ptr, slots_ptr, scales_ptr, num_rows, num_shares, stride, BM: tl.constexpr, COLUMNS: tl.constexpr
+    out_ptr, partial_ptr, items_ptr, slots_ptr, scales_ptr, num_rows, num_shares, stride,
+    BM: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """S = c' times the sum of the shares, in ascending order."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     item_ptr = items_ptr + tl.program_id(0) * 6
     first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
     o_col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -172,10 +181,11 @@ def hopper_down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
         s_TR, partial, route.items(BM.value), group.slot_table, group.scale_table, route.row_keys,
         num_rows, num_inner, share_blocks, s_TR.stride(0), group.first_feature,
         RANK=rank, MODULES=modules, STAGES=8 if 8 * stage_bytes <= 112 << 10 else 4, num_warps=WARPS.value, maxnreg=128,
+        **pdl(x_TK),
     )  # fmt: skip
     if num_shares > 1:
         _add_shares_kernel[(num_items, triton.cdiv(group.width, 16))](
             s_TR, partial, route.items(BM.value), group.slot_table, group.scale_table, num_rows, num_shares, s_TR.stride(0),
-            BM=BM.value, COLUMNS=16, num_warps=4,
+            BM=BM.value, COLUMNS=16, num_warps=4, **pdl(x_TK),
         )  # fmt: skip
     return s_TR

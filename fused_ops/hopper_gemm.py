@@ -12,7 +12,8 @@ epilogue of its own; its products are further steps of the same ring, 16 ranks e
 Names: input [T, I] times weight gives output [T, O]; L is B transposed (forward: of each module, in its own columns) or A (backward).
 Row tiles inside one segment carry their slot in `Route.owned_tiles`, so that the multiplying warps follow no chain of loads: what the
 next tile needs is fetched while the present one is computed. ptxas serialises the products (C7515) if anything but a product or zero
-defines an accumulator before the loop: hence LoRA comes last.
+defines an accumulator before the loop: hence LoRA comes last. It also means that the loading warp may fill the ring while the kernel that
+makes S still runs (early_launch.py).
 """
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.adapters import LoraGroup
+from fused_ops.early_launch import pdl
 from fused_ops.hopper_layouts import describe, shared
 from fused_ops.hopper_lora import (
     BM,
@@ -68,7 +71,7 @@ def _place(i_tile, num_rows, num_cols):
 @gluon.jit
 def _loader(
     descs, ring, tables, sizes, starts, stops,
-    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr,
+    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Load every step of every tile of this program."""
     input_desc, weight_desc, s_desc, l_descs, l_part_descs = descs
@@ -90,6 +93,8 @@ def _loader(
                 at = [i_k, at_col] if BACKWARD else [at_col, i_k]
                 tma.async_copy_global_to_shared(weight_desc, at, full_bar, b_bufs.index(2 * stage + half))
             step += 1
+        if PDL:  # S was made from the input by a kernel: the input and the frozen weight are older than the kernel before
+            gdc_wait()
         tile_ptr = tiles_ptr + i_row // BM * 4
         i_low, i_high, owner = gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2)
         if (owner >= 0) & (not DROPOUT):
@@ -144,9 +149,12 @@ def _quarters(b_acc):
 @gluon.jit
 def _multiplier(
     common, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    GROUP: gl.constexpr,
+    PDL: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute and store one warp group's rows of every tile of this program."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature = common
     tiles_ptr, segments_ptr, slots_ptr = tables
     num_rows, num_cols, num_inner = sizes
@@ -214,6 +222,7 @@ def _hopper_kernel(
     input_desc, weight_desc, output_desc, s_desc, l_desc0, l_desc1, l_desc2, l_part0, l_part1, l_part2,
     bias_ptr, tiles_ptr, segments_ptr, slots_ptr, keys_ptr, num_rows, num_cols, num_inner, first_feature, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     a_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, WM, BK], _INPUT)
     if BACKWARD:
@@ -232,9 +241,9 @@ def _hopper_kernel(
     common = (output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature)
     gl.warp_specialize(
         [
-            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, 0)),
-            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, 1)),
-            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, PDL, 0)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, PDL, 1)),
+            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT, PDL)),
         ],
         [WARPS, 1],
         [240, 24],
@@ -250,7 +259,10 @@ def hopper_gemm(
     route: Route,
     backward: bool,
 ) -> Tensor:
-    """Return what lora_gemm.gemm returns, for tensors that `suits_hopper`."""
+    """Return what lora_gemm.gemm returns, for tensors that `suits_hopper`.
+
+    The input must be older than S: blocks of it are loaded while the kernel that makes S still runs.
+    """
     num_rows, num_inner = input_TI.shape
     num_cols = weight.shape[1 if backward else 0]
     out_TO = torch.empty(num_rows, num_cols, dtype=input_TI.dtype, device=input_TI.device)
@@ -272,6 +284,6 @@ def hopper_gemm(
         bias_O, route.owned_tiles(BM.value), route.segment_table, group.slot_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
-        num_warps=WARPS.value, maxnreg=168,
+        num_warps=WARPS.value, maxnreg=168, **pdl(input_TI, bool(route.segments)),
     )  # fmt: skip
     return out_TO

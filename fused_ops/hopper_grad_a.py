@@ -5,6 +5,7 @@ sums in registers, as dA^T = (M * X)^T dS. TMA keeps a ring of blocks of X and d
 a register holds one feature of two rows, hashes both, and masks a copy for each module. The item's last rows, if they fill no block, are
 masked in both operands, since 0 * NaN is NaN. A segment of one item is added to the gradient arena at once; else each item writes its
 partial sum in float32, and a second kernel adds them in ascending order.
+AHEAD: sums are made while dX's last tiles are (early_launch.py).
 """
 
 import torch
@@ -15,8 +16,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.early_launch import pdl
 from fused_ops.hopper_dropout import drop_rows, half_of, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import describe
 from fused_ops.route import Route
@@ -98,7 +101,7 @@ def _put(
     at = gl.expand_dims(o_r.to(gl.int64), 0) * num_cols + gl.expand_dims(o_col, 1)
     if alone:
         grad_at = grad_ptr + a_row.to(gl.int64) * num_cols + at
-        gl.store(grad_at, gl.load(grad_at, m_in, 0.0) + b_acc, m_in)
+        gl.store(grad_at, gl.load(grad_at, m_in, 0.0, cache_modifier=".cg") + b_acc, m_in)
     else:
         gl.store(partial_ptr + (i_item * width.to(gl.int64) + s_col) * num_cols + at, b_acc, m_in)
 
@@ -106,7 +109,7 @@ def _put(
 @gluon.jit
 def _multiplier(
     ring, grad_ptr, partial_ptr, item_ptr, slot_ptr, keys_ptr, num_rows, num_cols, width, first_feature, first, end, i_col, i_rank,
-    BC: gl.constexpr, RANK: gl.constexpr, MODULES: gl.constexpr,
+    BC: gl.constexpr, RANK: gl.constexpr, MODULES: gl.constexpr, PDL: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Multiply every block, and add or write the sums."""
     rank, level = gl.load(slot_ptr), level_of(gl.load(slot_ptr + 1))
@@ -141,6 +144,11 @@ def _multiplier(
             MASKED=True,
         )
     alone = gl.load(item_ptr + 5) - gl.load(item_ptr + 4) == 1
+    if PDL and AHEAD:
+        # Nobody else uses the gradients, so that a segment's only item is added now; the last program waits for all.
+        is_last = (gl.program_id(0) == gl.num_programs(0) - 1) & (gl.program_id(1) == gl.num_programs(1) - 1)
+        if (not alone) | is_last:
+            gdc_wait()
     accs = (b_acc0, b_acc1, b_acc2)
     for m in gl.static_range(MODULES):
         a_row, s_col = gl.load(slot_ptr + 4 + 3 * m), gl.load(slot_ptr + 6 + 3 * m)
@@ -153,8 +161,20 @@ def _multiplier(
 @gluon.jit(do_not_specialize=["num_rows", "width", "first_feature"])
 def _hopper_rows_kernel(
     x_desc, s_desc, grad_ptr, partial_ptr, items_ptr, slots_ptr, keys_ptr, num_rows, num_cols, width, first_feature,
-    BC: gl.constexpr, RANK: gl.constexpr, MODULES: gl.constexpr,
+    BC: gl.constexpr, RANK: gl.constexpr, MODULES: gl.constexpr, PDL: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
+    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BC], x_desc.layout)
+    s_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * MODULES, BM, RANK], s_desc.layout)
+    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full_bars.index(stage), count=1)
+        mbarrier.init(empty_bars.index(stage), count=1)
+    ring = (x_bufs, s_bufs, full_bars, empty_bars)
+    if PDL and not AHEAD:
+        gdc_wait()
+        gdc_launch_dependents()
+
     item_ptr = items_ptr + gl.program_id(1) * 6
     first, end, slot = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
     slot_ptr = slots_ptr + slot * _FIELDS
@@ -165,22 +185,13 @@ def _hopper_rows_kernel(
         s_cols += (max(gl.load(slot_ptr + 9), 0) + i_rank,)
     if MODULES > 2:
         s_cols += (max(gl.load(slot_ptr + 12), 0) + i_rank,)
-
-    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BC], x_desc.layout)
-    s_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * MODULES, BM, RANK], s_desc.layout)
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(stage), count=1)
-        mbarrier.init(empty_bars.index(stage), count=1)
-    ring = (x_bufs, s_bufs, full_bars, empty_bars)
     gl.warp_specialize(
         [
             (
                 _multiplier,
                 (
                     ring, grad_ptr, partial_ptr, item_ptr, slot_ptr, keys_ptr, num_rows, num_cols, width, first_feature,
-                    first, end, i_col, i_rank, BC, RANK, MODULES,
+                    first, end, i_col, i_rank, BC, RANK, MODULES, PDL, AHEAD,
                 ),
             ),
             (_loader, (ring, (x_desc, s_desc), gl.cdiv(end - first, BM), first, i_col, s_cols, BC, RANK, MODULES)),
@@ -191,8 +202,13 @@ def _hopper_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["width"])
-def _add_items_kernel(grad_ptr, partial_ptr, items_ptr, slots_ptr, num_cols, width, COLUMNS: tl.constexpr, RANKS: tl.constexpr):
+def _add_items_kernel(
+    grad_ptr, partial_ptr, items_ptr, slots_ptr, num_cols, width, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     """grad [first A row + c, column] += the sum over a segment's items of partial [item, c, column], in ascending order; c: of S."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     item_ptr = items_ptr + tl.program_id(1) * 6
     slot_ptr = slots_ptr + tl.load(item_ptr + 2) * _FIELDS_TL
     i_low, i_high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
@@ -207,7 +223,7 @@ def _add_items_kernel(grad_ptr, partial_ptr, items_ptr, slots_ptr, num_cols, wid
         tl.store(grad_at, tl.load(grad_at, m_in, 0.0) + b_sum, m_in)
 
 
-def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -> None:
+def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False) -> None:
     """Add dA into the group's gradients, as lora_grad.grad_a: for X [T, K] and dS [T, width] that `suits_hopper`, and dropout."""
     num_rows, num_cols = x_TK.shape
     modules, width = group.num_modules, group.width
@@ -223,9 +239,9 @@ def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -
     _hopper_rows_kernel[(num_blocks, num_items, num_ranks)](
         describe(x_TK, BM.value, columns), describe(ds_TR, BM.value, rank),
         group.grad_a_RK, partial, route.items(rows), group.slot_table, route.row_keys, num_rows, num_cols, width, group.first_feature,
-        BC=columns, RANK=rank, MODULES=modules, num_warps=WARPS.value, maxnreg=128,
+        BC=columns, RANK=rank, MODULES=modules, num_warps=WARPS.value, maxnreg=128, **pdl(x_TK), AHEAD=after_dx,
     )  # fmt: skip
     if several:
         _add_items_kernel[(triton.cdiv(num_cols, 256), num_items, triton.cdiv(width, 16))](
-            group.grad_a_RK, partial, route.items(rows), group.slot_table, num_cols, width, COLUMNS=256, RANKS=16, num_warps=4
-        )
+            group.grad_a_RK, partial, route.items(rows), group.slot_table, num_cols, width, COLUMNS=256, RANKS=16, num_warps=4, **pdl(x_TK)
+        )  # fmt: skip

@@ -23,8 +23,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.early_launch import pdl
 from fused_ops.hopper_layouts import describe
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
@@ -185,8 +187,22 @@ def _of_module(values, i_module, MODULES: gl.constexpr):
 @gluon.jit(do_not_specialize=["num_rows"])
 def _hopper_grad_sb_kernel(
     dy_desc, s_desc, b_ptrs, grad_ptrs, share_ptr, partial_ptr, items_ptr, slots_ptr, starts, sizes, ends, num_rows,
-    MODULES: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    MODULES: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
+    dy_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BC], dy_desc.layout)
+    s_bufs = gl.allocate_shared_memory(gl.bfloat16, [(STAGES + 1) // 2, BM, RANK], s_desc.layout)
+    B_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RANK // GROUPS, BC], gl.bfloat16)
+    b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * GROUPS, RANK // GROUPS, BC], B_LAYOUT)
+    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full_bars.index(stage), count=1)
+        mbarrier.init(empty_bars.index(stage), count=GROUPS)
+    ring = (dy_bufs, s_bufs, full_bars, empty_bars)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
     i_block, i_item = gl.program_id(0), gl.program_id(1)
     item_ptr = items_ptr + i_item * 6
     first, end, slot = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
@@ -206,17 +222,6 @@ def _hopper_grad_sb_kernel(
     partial_stride = gl.num_programs(0) * (2 * BC)
     partial_ptr += (i_item * RANK).to(gl.int64) * partial_stride + i_block * (2 * BC)
     share_ptr += i_block * num_rows.to(gl.int64) * RANK
-
-    dy_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BC], dy_desc.layout)
-    s_bufs = gl.allocate_shared_memory(gl.bfloat16, [(STAGES + 1) // 2, BM, RANK], s_desc.layout)
-    B_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RANK // GROUPS, BC], gl.bfloat16)
-    b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * GROUPS, RANK // GROUPS, BC], B_LAYOUT)
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(stage), count=1)
-        mbarrier.init(empty_bars.index(stage), count=GROUPS)
-    ring = (dy_bufs, s_bufs, full_bars, empty_bars)
     common = (ring, b_bufs, b_ptr, grad_ptr, share_ptr, partial_ptr, alone, partial_stride, first, end, rank, i_col, num_cols)
     i_dy = _of_module(starts, i_module, MODULES) + i_col
     place = (gl.cdiv(end - first, BM), first, i_dy, s_col)
@@ -308,8 +313,9 @@ def _finish_kernel(
     AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first num_sums programs make dS, further ones add the partial sums of dB to the gradients."""
-    if PDL:  # launched early: what the kernel before writes is complete after this
-        tl.extra.cuda.gdc_wait()
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     i = tl.program_id(0)
     if i < num_sums:
         _sum_shares(
@@ -338,14 +344,14 @@ def hopper_grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Ro
         describe(dy_TN, BM.value, BC.value), describe(s_TR, BM.value, rank), group.b_RN, group.grad_b_RN, share, partial,
         route.items(rows), group.slot_table, starts, sizes, ends, num_rows,
         MODULES=modules, RANK=rank, STAGES=TILES[rank], GROUPS=groups, num_warps=WARPS.value, maxnreg=168 if groups == 2 else 128,
+        **pdl(dy_TN),
     )  # fmt: skip
     num_sums = route.num_items(SUM_ROWS) * modules
     num_chunks = several * (ends[-1] * block // SUM_COLUMNS) * (rank // SUM_RANKS)
-    early = dy_TN.is_cuda  # launched while its predecessor still runs (programmatic dependent launch), and waits for it
     _finish_kernel[(num_sums + num_chunks,)](
         ds_TR, group.grad_b_RN, share, partial, route.items(SUM_ROWS), route.items(rows), group.slot_table, group.scale_table,
         sizes, ends, num_sums, num_rows, group.width,
         BM=SUM_ROWS, COLUMNS=SUM_COLUMNS, RANKS=SUM_RANKS, RANK=rank, MODULES=modules, BLOCK=block, AT_ONCE=8 if rank == 16 else 4,
-        PDL=early, num_warps=4, **({"launch_pdl": True} if early else {}),
+        num_warps=4, **pdl(dy_TN),
     )  # fmt: skip
     return ds_TR

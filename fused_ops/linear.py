@@ -102,6 +102,7 @@ class _MultiLoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_TN):
         group, route, ops = ctx.group, ctx.route, ctx.ops
+        x_TK = ctx.saved_tensors[0] if group is not None and ctx.refill is None else None  # now: unpacking it may launch kernels
         dy_TN = ctx.collectives.gather_grad(dy_TN).contiguous()
         ds_TR = None if group is None else ops.grad_s_and_b(dy_TN, ctx.s_TR, group, route)
         dx_TK = None
@@ -112,7 +113,8 @@ class _MultiLoraLinear(torch.autograd.Function):
         local = route.rows(*ctx.collectives.local_rows(route.num_rows))
         grad_a = partial(ops.grad_a, ds_TR=ctx.collectives.reduce_ds(ds_TR), group=group, route=local)
         if ctx.refill is None:
-            grad_a(ctx.saved_tensors[0])
+            after_dx = dx_TK is not None and type(ctx.collectives) is Collectives  # whose methods launch nothing in between
+            grad_a(x_TK, after_dx=after_dx)
         else:
             ctx.refill.defer(grad_a)
         return dx_TK, *[None] * 7

@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.early_launch import pdl
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class, uses_tma
 from fused_ops.skinny_config import DownConfig, down_config, splits
@@ -72,8 +74,11 @@ def _down_kernel(
     value, lora, out_ptr, partial_ptr, counters_ptr, items_ptr, slots_ptr, scales_ptr, keys_ptr,
     num_rows, num_inner, split_blocks, value_stride, lora_stride, out_stride, first_feature,
     ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr,
-    MODULES: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, NUM_STAGES: tl.constexpr, TMA: tl.constexpr,
+    MODULES: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, NUM_STAGES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     item_ptr = items_ptr + tl.program_id(0) * 6
     first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
     first_row = first.to(tl.int64)
@@ -180,5 +185,5 @@ def _launch(value, lora, out, group, route, row_field, column_field, num_modules
         num_rows, num_inner, split_blocks, value.stride(0), lora.stride(0), out.stride(0), first_feature,
         ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=config.rows, BK=config.inner, RANK=rank,
         MODULES=num_modules, DROPOUT=dropout, WIDE=wide, NUM_STAGES=config.stages, TMA=tma,
-        num_warps=config.warps,
+        num_warps=config.warps, **pdl(value),
     )  # fmt: skip

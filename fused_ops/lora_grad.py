@@ -6,7 +6,7 @@ since 0 * NaN is NaN. Columns of S beyond the slot's own do not mix with them an
 the gradient arena at once; else each item writes its partial sum in float32, and the last program of a sum to arrive adds the partials
 in ascending order, whoever it is.
 
-    grad_a          X once, all modules (without dropout as one, WIDE)
+    grad_a          X once, all modules (without dropout as one, WIDE); AHEAD: beside dX's last tiles (early_launch.py)
     grad_s_and_b    dY once for ranks up to 32 (lora_grad_sb.py; on Hopper up to 64, hopper_grad_sb.py); above that dS by
                     `lora_down.down_module`, dB by the kernel of dA
 """
@@ -15,9 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.early_launch import pdl
 from fused_ops.lora_down import arrive_last, down_module
 from fused_ops.lora_grad_sb import MAX_FUSED_RANK, grad_s_and_b_fused
 from fused_ops.route import Route
@@ -95,7 +97,7 @@ def _put(grad_ptr, partial_ptr, i_item, i_low, i_high, width, row, column, rank,
     at = o_r[:, None] * num_cols + o_col[None, :]
     if i_high - i_low == 1:
         grad_at = grad_ptr + row.to(tl.int64) * num_cols + at
-        tl.store(grad_at, tl.load(grad_at, m_in, 0.0) + b_acc, m_in)
+        tl.store(grad_at, tl.load(grad_at, m_in, 0.0, cache_modifier=".cg") + b_acc, m_in)
     else:
         tl.store(partial_ptr + (i_item * width.to(tl.int64) + column) * num_cols + at, b_acc, m_in)
 
@@ -118,7 +120,11 @@ def _rows_kernel(
     num_cols, value_stride, s_stride, width, first_feature,
     ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr,
     MODULES: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, BY_COLUMN: tl.constexpr, NUM_STAGES: tl.constexpr, TMA: tl.constexpr,
+    PDL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    if PDL and not AHEAD:
+        gdc_wait()
+        gdc_launch_dependents()
     i_item = tl.program_id(1)
     item_ptr = items_ptr + i_item * 6
     first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
@@ -160,6 +166,11 @@ def _rows_kernel(
         )  # fmt: skip
 
     i_low, i_high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
+    if PDL and AHEAD:
+        # Nobody else uses the gradients, so that a segment's only item is added now; the last program waits for all.
+        is_last = (tl.program_id(0) == tl.num_programs(0) - 1) & (i_item == tl.num_programs(1) - 1)
+        if (i_high - i_low > 1) | is_last:
+            gdc_wait()
     a_row0 = tl.load(slot_ptr + (3 if WIDE else ROW_FIELD))
     _put(grad_ptr, partial_ptr, i_item, i_low, i_high, width, a_row0, column0, rank0, num_cols, o_r, o_col, b_acc0, BY_COLUMN)
     a_row1, a_row2 = a_row0, a_row0
@@ -180,14 +191,17 @@ def _rows_kernel(
                 _add_items(grad_ptr, partial_ptr, i_low, i_high, width, a_row2, column2, rank2, num_cols, o_rank, o_col)
 
 
-def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, config: RowsConfig | None = None) -> None:
-    """Add dA = dS^T (M * X) into the group's gradients, all jobs and modules, reading X once."""
+def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False, config: RowsConfig | None = None) -> None:
+    """Add dA = dS^T (M * X) into the group's gradients, all jobs and modules, reading X once.
+
+    With `after_dx` (the kernel launched just before is dX's, so that X and dS are older), it runs beside the last tiles of dX.
+    """
     wide = not group.has_dropout
     num_modules = 1 if wide else group.num_modules
     most = group.width if wide else group.max_padded_rank
     limit = 128 if num_modules == 1 else 32
     columns = (4, 6, num_modules, most, limit, group.has_dropout, wide, group.first_feature)
-    _sum_rows(x_TK, ds_TR, group.grad_a_RK, group, route, *columns, config)
+    _sum_rows(x_TK, ds_TR, group.grad_a_RK, group, route, *columns, config, after_dx)
 
 
 def grad_b_module(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route, module: int, config: RowsConfig | None = None) -> None:
@@ -209,7 +223,9 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
     return ds_TR
 
 
-def _sum_rows(value, s_TR, grad, group, route, row_field, column_field, num_modules, most, limit, dropout, wide, first_feature, config):
+def _sum_rows(
+    value, s_TR, grad, group, route, row_field, column_field, num_modules, most, limit, dropout, wide, first_feature, config, ahead=False
+):  # fmt: skip
     rank, tma = rank_class(most, limit), uses_tma(value, s_TR)
     num_cols, width = value.shape[1], group.width
     config = config or rows_config(value.shape[0], num_cols, rank, num_modules, dropout, value.element_size(), tma)
@@ -227,5 +243,5 @@ def _sum_rows(value, s_TR, grad, group, route, row_field, column_field, num_modu
         group.slot_table, route.row_keys, num_cols, value.stride(0), s_TR.stride(0), width, first_feature,
         ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=config.rows, BC=config.columns, RANK=rank, BLOCK_RANK=block_rank,
         MODULES=num_modules, DROPOUT=dropout, WIDE=wide, BY_COLUMN=config.by_column, NUM_STAGES=config.stages, TMA=tma,
-        num_warps=config.warps,
+        num_warps=config.warps, **pdl(value), AHEAD=ahead and tma,
     )  # fmt: skip

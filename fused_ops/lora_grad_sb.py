@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.early_launch import pdl
 from fused_ops.lora_down import arrive_last
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class, uses_tma
@@ -130,8 +132,9 @@ def _sum_shares_kernel(
     o_row, o_r = first + tl.arange(0, BM), tl.arange(0, RANK)
     m_in = (o_row < end)[:, None] & (o_r < rank)[None, :]
     scale = tl.load(scales_ptr + slot)
-    if PDL:  # launched early: the tables do not change, the shares are complete after this
-        tl.extra.cuda.gdc_wait()
+    if PDL:  # tables do not change; the shares are complete after this
+        gdc_wait()
+        gdc_launch_dependents()
     if s_col >= 0:
         b_sum = tl.zeros([BM, RANK], tl.float32)
         for i in tl.range(i_first, i_end, 4, num_stages=1):
@@ -178,9 +181,8 @@ def grad_s_and_b_fused(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Rou
         MODULES=group.num_modules, BM=config.rows, COLUMNS=config.columns, RANK=rank, NUM_STAGES=config.stages, TMA=tma,
         num_warps=config.warps,
     )  # fmt: skip
-    early = tma and dy_TN.is_cuda  # launched while its predecessor still runs (programmatic dependent launch), and waits for it
     _sum_shares_kernel[(route.num_items(config.sum_rows), group.num_modules)](
         ds_TR, share_s, route.items(config.sum_rows), group.slot_table, group.scale_table, *three(blocks), num_rows, group.width,
-        BM=config.sum_rows, RANK=rank, PDL=early, num_warps=config.sum_warps, **({"launch_pdl": True} if early else {}),
+        BM=config.sum_rows, RANK=rank, num_warps=config.sum_warps, **pdl(dy_TN),
     )  # fmt: skip
     return ds_TR

@@ -65,8 +65,8 @@ def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, g
     return dx_TK.to(dy_TN.dtype)
 
 
-def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -> None:
-    """Add dA = dS^T (M * X) into the group's gradients."""
+def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False) -> None:
+    """Add dA = dS^T (M * X) into the group's gradients, at once, whatever `after_dx` says."""
     for rows, slot, module, columns, a_rows, _ in _parts(group, route):
         xd = _dropped(x_TK[rows].float(), group, route.row_keys[rows], slot, module)
         group.grad_a_RK[a_rows] += ds_TR[rows, columns].float().T @ xd

@@ -31,12 +31,12 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
     return lora_grad.grad_s_and_b(dy_TN, s_TR, group, route)
 
 
-def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route) -> None:
-    """Add dA = dS^T (M * X) into the group's gradients."""
+def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False) -> None:
+    """Add dA = dS^T (M * X) into the group's gradients; beside the last tiles of dX with `after_dx`: it was launched just before."""
     if group.has_dropout and suits_hopper(x_TK, ds_TR):
-        hopper_grad_a(x_TK, ds_TR, group, route)
+        hopper_grad_a(x_TK, ds_TR, group, route, after_dx)
     else:
-        lora_grad.grad_a(x_TK, ds_TR, group, route)
+        lora_grad.grad_a(x_TK, ds_TR, group, route, after_dx)
 
 
 def up(

@@ -228,7 +228,7 @@ def _where(condition, a, b):
     return Value(np.where(raw(condition), raw(a), raw(b)))
 
 
-def _load(pointer, mask=True, other=0):
+def _load(pointer, mask=True, other=0, cache_modifier=""):
     where, mask = np.broadcast_arrays(pointer.offset, raw(mask))
     if not mask.any():
         return Value(np.full(mask.shape, raw(other), pointer.data.dtype))

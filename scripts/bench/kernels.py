@@ -52,7 +52,7 @@ def steps(ops, q):
     y = ops.up(q.x, q.weight, None, s, q.group, q.route)
     ds = ops.grad_s_and_b(q.dy, s, q.group, q.route)
     dx = ops.grad_x(q.dy, q.weight, ds, q.group, q.route)
-    ops.grad_a(q.x, ds, q.group, q.route)
+    ops.grad_a(q.x, ds, q.group, q.route, after_dx=True)
     return y, dx
 
 

@@ -32,7 +32,7 @@ class Problem:
         y = ops.up(self.x, weight, None, s, self.group, self.route)
         ds = ops.grad_s_and_b(self.dy, s, self.group, self.route)
         dx = ops.grad_x(self.dy, weight, ds, self.group, self.route)
-        ops.grad_a(self.x, ds, self.group, self.route)
+        ops.grad_a(self.x, ds, self.group, self.route, after_dx=True)
         grads = {f"db{m}": grad.clone() for m, grad in enumerate(self.group.grad_b_RN)}
         return {"y": y, "dx": dx, "da": self.group.grad_a_RK.clone(), **grads}
 

@@ -49,7 +49,7 @@ def ops():
     def down(x, group, route):
         return hopper_down.hopper_down(x, group, route) if group.has_dropout else reference.down(x, group, route)
 
-    def grad_a(x, ds, group, route):
+    def grad_a(x, ds, group, route, after_dx=False):
         (hopper_grad_a.hopper_grad_a if group.has_dropout else reference.grad_a)(x, ds, group, route)
 
     def grad_s_and_b(dy, s, group, route):

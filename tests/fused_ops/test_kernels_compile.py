@@ -13,6 +13,8 @@ import pytest
 import torch
 from stand_in_gpu import compiling
 
+from fused_ops import early_launch
+
 triton = pytest.importorskip("triton")
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 pytestmark = [
@@ -31,8 +33,9 @@ CASES = {  # name: problem, bytes of spills that are tolerated outside the GEMM 
 
 
 @pytest.fixture
-def compiled():
-    """Return the list of kernels that launches compile from now on; nothing is launched."""
+def compiled(monkeypatch):
+    """Return the list of kernels that launches compile from now on, as a GPU that starts them early does; nothing is launched."""
+    monkeypatch.setattr(early_launch, "starts_early", lambda device: True)
     with compiling() as kernels:
         yield kernels
 
@@ -144,6 +147,32 @@ def test_fp8_products_neither_spill_nor_wait(make_problem, compiled, tmp_path, c
         assert not spilled and not serialised, (kernel.name, registers, spilled, serialised)
         if kernel.name == "_fp8_gemm_kernel":
             assert "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("after_dx", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_whoever_starts_early_waits_before_it_touches_memory(make_problem, compiled, dropout, after_dx):
+    """Every kernel waits, and lets the next one start only after that; all but the GEMM, and dA after dX, wait first of all."""
+    from fused_ops import hopper_down, hopper_gemm, hopper_grad_a, hopper_grad_sb, lora_down, lora_grad
+
+    p = make_problem([2048] * 4, [16] * 4, k=512, n=(512,), dropouts=[dropout] * 4, dtype=torch.bfloat16)
+    s = (hopper_down.hopper_down if dropout else lora_down.down)(p.x, p.group, p.route)
+    hopper_gemm.hopper_gemm(p.x, p.weight, None, s, p.group, p.route, backward=False)
+    ds = hopper_grad_sb.hopper_grad_s_and_b(p.dy, s, p.group, p.route)
+    hopper_gemm.hopper_gemm(p.dy, p.weight, None, ds, p.group, p.route, backward=True)
+    (hopper_grad_a.hopper_grad_a if dropout else lora_grad.grad_a)(p.x, ds, p.group, p.route, after_dx=after_dx)
+    assert len(compiled) >= 6
+    for kernel in compiled:
+        assert kernel.metadata.launch_pdl, kernel.name
+        wait, start = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+        order = re.findall(rf"{wait}|{start}|ld\.global|st\.global|cp\.async\.bulk\.tensor", kernel.asm["ptx"])
+        assert wait in order, kernel.name
+        ahead = after_dx and kernel.name in ("_rows_kernel", "_hopper_rows_kernel")
+        assert (start in order) is not ahead, kernel.name
+        if kernel.name == "_hopper_kernel":
+            assert order.count(wait) == 3 and order.index(start) > order.index(wait)  # each warp group, and the loading warp
+        elif not ahead:
+            assert order[:2] == [wait, start], (kernel.name, order[:3])
 
 
 def test_nothing_is_compiled_again_when_jobs_and_lengths_change(make_problem, compiled):

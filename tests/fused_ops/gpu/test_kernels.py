@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_ops import reference, triton_ops
+from fused_ops import early_launch, reference, triton_ops
 from fused_ops.adamw import adamw_, adamw_reference_, make_chunks, setting_row
 from fused_ops.linear import multi_lora_linear
 
@@ -91,6 +91,16 @@ def test_repetition_gives_the_same_bits(make_problem, mix):
     first = p.steps(triton_ops)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first.values(), p.steps(triton_ops).values(), strict=True))
+
+
+@pytest.mark.parametrize("mix", ["many tiles", "many tiles and dropout", "many tiles and ranks", *SEVERAL_ITEMS])
+def test_starting_early_changes_no_bit(make_problem, monkeypatch, mix):
+    p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
+    monkeypatch.setattr(early_launch, "PDL", False)
+    expected = p.steps(triton_ops)
+    monkeypatch.setattr(early_launch, "PDL", True)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(expected.values(), p.steps(triton_ops).values(), strict=True))
 
 
 def test_masks_are_the_references(make_problem):
