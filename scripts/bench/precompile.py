@@ -9,6 +9,7 @@ only compiles.
 
 import argparse
 import ast
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from conftest import build_problem  # noqa: E402
 from kernels import MIXES, SHAPES  # noqa: E402
 from stand_in_gpu import compiling  # noqa: E402
 
-from fused_ops import triton_ops  # noqa: E402
+from fused_ops import early_launch, triton_ops  # noqa: E402
 from fused_ops.fp8 import quantise_weight  # noqa: E402
 from fused_ops.lora_gemm import gemm  # noqa: E402
 from fused_ops.route import make_route  # noqa: E402
@@ -37,8 +38,9 @@ JOBS = [((16,) * 4, (0.0,) * 4), ((8, 16, 32, 64), (0.0, 0.0, 0.05, 0.05)), ((4,
 
 
 def launch(problem, weight=None) -> None:
-    """Launch every operator of a linear, forward and backward."""
+    """Launch every operator of a linear, forward and backward; that of dA also as it is where something lies between dX and it."""
     problem.steps(triton_ops, weight)
+    triton_ops.grad_a(problem.x, problem.x.new_empty(problem.route.num_rows, problem.group.width), problem.group, problem.route)
 
 
 def stretched(k, columns, ranks, dropouts, rows=ROWS, lengths=None):
@@ -94,8 +96,12 @@ def main() -> None:
         mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         mock.patch.object(torch.cuda, "get_device_name", lambda *_: "a Hopper GPU"),
+        mock.patch.object(early_launch, "starts_early", lambda device: True),
     )
-    with compiling() as compiled, on_a_gpu[0], on_a_gpu[1], on_a_gpu[2], on_a_gpu[3]:
+    with contextlib.ExitStack() as stack:
+        for patch in on_a_gpu:
+            stack.enter_context(patch)
+        compiled = stack.enter_context(compiling())
         for name in chosen:
             start = time.perf_counter()
             known[name]()
