@@ -46,7 +46,8 @@ class LivingRun:
         if failing:
             (folder / "sitecustomize.py").write_text(FAIL_IN_BACKWARD)
         self.mark = f"MARK={folder}"
-        here = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "MEGATRON_LORA_CACHE": str(folder / "cache"), "MARK": str(folder)}
+        paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        here = {"PYTHONPATH": os.pathsep.join(paths), "MEGATRON_LORA_CACHE": str(folder / "cache"), "MARK": str(folder)}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         command = [sys.executable, "-m", "megatron_lora", "train", str(folder / "config.yaml")]
         self.errors = open(folder / "err", "w")  # noqa: SIM115

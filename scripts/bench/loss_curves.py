@@ -10,10 +10,12 @@ scripts/bench/results/loss_curves.jsonl, with all losses, and draws them.
 """
 
 import dataclasses
+import multiprocessing
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +104,14 @@ def peft_losses(model_dir: Path, adapter: Path, job: TrainingJob, device, dtype:
     return torch.stack(losses).tolist()
 
 
+def side_by_side(work: Callable, arguments: Sequence[tuple], processes: int) -> list:
+    """Return work(*each) of all arguments, in so many processes: small models leave a GPU idle between launches."""
+    if processes == 1:
+        return [work(*each) for each in arguments]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(work, *zip(*arguments, strict=True)))
+
+
 def compare(curves: Curves, theirs: list[list[list[float]]], exact: list[list[float]], names: Sequence[str]) -> dict:
     """Return, per run and job, its largest distances: from the mean of peft's runs, from ours by the reference, from the exact curve.
 
@@ -159,6 +169,7 @@ def parser() -> OneLineParser:
     found.add_argument("--budget", type=whole, default=2048)
     found.add_argument("--orders", type=whole, default=3, help="runs of peft")
     found.add_argument("--batch", type=whole, default=4, help="samples of peft's microbatch")
+    found.add_argument("--processes", type=whole, default=1, help="in which runs of peft go side by side")
     found.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     found.add_argument("--fp8", action="store_true", help="also over a base in 8 bits")
     found.add_argument("--output", type=Path, default=RESULTS / "loss_curves.jsonl")
@@ -187,13 +198,16 @@ def run(options) -> dict:
         if options.fp8:
             curves["fused, fp8 base"] = ours(base, dataclasses.replace(config, base_weights="fp8"), jobs, "fused")
 
-        def by_peft(dtype: torch.dtype, seed: int) -> list[list[float]]:
-            found = [peft_losses(model_dir, Path(folder) / j.config.name, j, base.device, dtype, options.batch, seed) for j in jobs]
-            print(f"  peft, {dtype}, order {seed}: last losses {[round(losses[-1], 4) for losses in found]}", flush=True)
-            return found
-
-        theirs = [by_peft(base.dtype, seed) for seed in range(options.orders)]
-        exact = by_peft(torch.float32, 0)
+        kinds = [(base.dtype, seed) for seed in range(options.orders)] + [(torch.float32, 0)]
+        runs = [
+            (model_dir, Path(folder) / job.config.name, job, base.device, dtype, options.batch, seed)
+            for dtype, seed in kinds
+            for job in jobs
+        ]
+        losses = side_by_side(peft_losses, runs, options.processes)
+        *theirs, exact = [losses[first : first + len(jobs)] for first in range(0, len(losses), len(jobs))]
+    for (dtype, seed), found in zip(kinds, [*theirs, exact], strict=True):
+        print(f"  peft, {dtype}, order {seed}: last losses {[round(of_job[-1], 4) for of_job in found]}", flush=True)
     found = compare(curves, theirs, exact, names)
     draw(curves, theirs, exact, names, options.figure)
     settings = {"config": str(options.config), "steps": options.steps, "budget": options.budget, "batch": options.batch}

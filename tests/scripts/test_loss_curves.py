@@ -24,7 +24,7 @@ def test_ours_and_pefts_are_one_curve_in_float32(tmp_path, one_process, capsys):
         jobs.append(job | {"global_batch_size": 4, "lora_dropout": 0.1, "warmup_ratio": 0.2})
     config = runs.write_config(tmp_path / "run.yaml", model, tmp_path / "out", jobs, {}, 64)
     files = ["--output", str(tmp_path / "lines.jsonl"), "--figure", str(tmp_path / "curves.png")]
-    sizes = ["--steps", "5", "--budget", "64", "--orders", "2", "--batch", "2", "--dtype", "fp32"]
+    sizes = ["--processes", "2", "--steps", "5", "--budget", "64", "--orders", "2", "--batch", "2", "--dtype", "fp32"]
     assert loss_curves.main([str(config), *files, *sizes]) == 0, capsys.readouterr().err
     line = json.loads((tmp_path / "lines.jsonl").read_text())
     assert line["jobs"] == ["r4", "r8"] and (tmp_path / "curves.png").stat().st_size > 1000
