@@ -10,6 +10,7 @@ if X does: a trainer makes the embedding's output require one. Tensor and sequen
 everything between them is linear in partial sums, so no operator here communicates.
 """
 
+import threading
 from functools import partial
 from types import ModuleType
 
@@ -102,6 +103,7 @@ class _MultiLoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_TN):
         group, route, ops = ctx.group, ctx.route, ctx.ops
+        _bind_thread(dy_TN)
         x_TK = ctx.saved_tensors[0] if group is not None and ctx.refill is None else None  # now: unpacking it may launch kernels
         dy_TN = ctx.collectives.gather_grad(dy_TN).contiguous()
         ds_TR = None if group is None else ops.grad_s_and_b(dy_TN, ctx.s_TR, group, route)
@@ -118,6 +120,16 @@ class _MultiLoraLinear(torch.autograd.Function):
         else:
             ctx.refill.defer(grad_a)
         return dx_TK, *[None] * 7
+
+
+_thread = threading.local()
+
+
+def _bind_thread(tensor: Tensor) -> None:
+    """Give this thread a CUDA context, which the driver wants for TMA descriptors: autograd's thread has none before its first launch."""
+    if tensor.is_cuda and not getattr(_thread, "is_bound", False):
+        tensor.new_zeros(())
+        _thread.is_bound = True
 
 
 def _check(x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None, group: LoraGroup | None) -> None:

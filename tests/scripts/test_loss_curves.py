@@ -43,11 +43,13 @@ def test_distances_are_the_largest_of_any_step():
     import loss_curves
 
     curves = {"fused": [[1.0, 3.0]], "reference": [[1.0, 2.5]]}
-    found = loss_curves.compare(curves, [[[1.0, 2.0]], [[1.5, 2.0]]], [[1.0, 2.75]], ["job"])
+    theirs, exact = [[[1.0, 2.0]], [[1.5, 2.0]]], [[1.0, 2.75]]
+    found = loss_curves.compare(curves, theirs, exact, ["job"])
     assert found["fused"]["job"] == {"from_peft": 1.0, "from_reference": 0.5, "from_exact": 0.25, "spread": 0.5, "within": True}
     assert found["reference"]["job"]["from_peft"] == 0.5 and found["peft"]["job"]["from_exact"] == 0.75
-    curves["fused"] = [[1.0, 3.01]]
-    assert not loss_curves.compare(curves, [[[1.0, 2.0]], [[1.5, 2.0]]], [[1.0, 2.75]], ["job"])["fused"]["job"]["within"]
+    for reference, true in ((1.99, 2.75), (2.5, 1.99)):
+        curves["reference"] = [[1.0, reference]]
+        assert not loss_curves.compare(curves, theirs, [[1.0, true]], ["job"])["fused"]["job"]["within"]
 
 
 def test_a_config_that_is_not_there_is_one_line(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """The Triton kernels on a GPU: calibrated accuracy, isolation, repetition, the pointer path. Needs CUDA, compute capability >= 8.0."""
 
+import threading
+
 import pytest
 import torch
 
@@ -171,6 +173,19 @@ def test_the_autograd_function_takes_the_kernels_on_cuda(make_problem):
     y = multi_lora_linear(x, p.weight, None, p.group, p.route)
     y.backward(p.dy)
     assert all(torch.equal(a, b) for a, b in zip((y, x.grad, *p.grads), expected.values(), strict=True))
+
+
+def test_a_thread_that_has_launched_nothing_goes_backward(make_problem):
+    p = make_problem(**MIXES["merged and dropout"], dtype=torch.bfloat16, device="cuda")
+    x = p.x.clone().requires_grad_()
+    y = multi_lora_linear(x, p.weight, None, p.group, p.route)
+    y.grad_fn(p.dy)  # leaves memory behind, so that the thread asks the driver for none
+    expected, found = [grad.clone() for grad in p.grads], []
+    p.zero_grads()
+    thread = threading.Thread(target=lambda: found.append(y.grad_fn(p.dy)))
+    thread.start()
+    thread.join()
+    assert found and all(torch.equal(ours, theirs) for ours, theirs in zip(p.grads, expected, strict=True))
 
 
 def test_adamw_matches_its_reference():
