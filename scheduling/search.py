@@ -22,18 +22,25 @@ _PROPOSALS_PER_SLOT = 10
 def anneal(backlog: Backlog, layout: Layout, proposals: int, heat: float = 0.2, seed: int = 0) -> Layout:
     """Return the best layout that about this many proposals find, never a slower one than the given.
 
+    Where the pipeline fills or drains, P - 1 no-op slots are laid before or behind, for changes to make ramps of; those left are dropped.
     The first temperature is `heat` times the time per slot that the pipeline loses to unevenness, fill and drain.
     """
-    search = _Search(backlog, layout)
+    search = _Search(backlog, _with_ends(backlog, layout))
     num_slots = max(1, len(layout))
     sweeps = proposals // (num_slots * _PROPOSALS_PER_SLOT)
-    start = makespan(search.costs, backlog.num_stages)
+    start = makespan(costs_of(backlog, layout), backlog.num_stages)
     hot = heat * max(0.0, start - 2 * sum(search.costs)) / num_slots
     rng = random.Random(seed)
     for sweep in range(sweeps):
         search.sweep(rng, hot * _COOLING ** (sweep / sweeps))
     found = without_gaps(backlog, search.layout())
     return found if makespan(costs_of(backlog, found), backlog.num_stages) < start else layout
+
+
+def _with_ends(backlog: Backlog, layout: Layout) -> Layout:
+    """Put no-op slots at the ends of a layout where they are the ends of a run."""
+    ends: Layout = [[] for _ in range(backlog.num_stages - 1)]
+    return [*([] if backlog.recent else ends), *layout, *([] if any(backlog.later_steps) else ends)]
 
 
 def without_gaps(backlog: Backlog, layout: Layout) -> Layout:

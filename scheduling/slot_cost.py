@@ -56,7 +56,8 @@ def efficiency(stream: Stream, lengths: Lengths, num_stages: int, cost: SlotCost
 def even_slot_estimate(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost | None = None) -> float:
     """Return the efficiency of perfectly even slots at their best number.
 
-    Indivisible samples and gaps between steps may forbid it; slots that ramp up and down at the ends can beat it by a percent.
+    Indivisible samples and gaps between steps may forbid it; slots that ramp up and down at the ends can beat it
+    by a percent, in a short run by three.
     """
     cost = cost or SlotCost()
     tokens = sum(tokens for steps in lengths for batch in steps for tokens in batch)

@@ -56,6 +56,17 @@ def test_search_keeps_plans_correct_and_never_slower(lengths, num_stages, delay,
     assert makespan(costs_of(backlog, found), num_stages) <= makespan(costs_of(backlog, layout), num_stages)
 
 
+def test_search_makes_ramps_of_slots_that_it_adds_at_the_ends_of_a_run():
+    backlog = open_backlog([[[8] * 64]], 4, CAPACITY, 0, COST)
+    layout = [list(range(first, first + 8)) for first in range(0, 64, 8)]  # no room for a change within these
+    found = anneal(backlog, layout, 20_000)
+    loads = [len(slot) for slot in found]
+    assert len(found) > len(layout) and max(loads[0], loads[-1]) < max(loads)
+    assert makespan(costs_of(backlog, found), 4) < 0.9 * makespan(costs_of(backlog, layout), 4)
+    backlog.recent, backlog.later_steps = (200.0,) * 8, [1]  # inside a run
+    assert len(anneal(backlog, layout, 20_000)) == len(layout)
+
+
 @given(WORKLOADS, STAGES, st.lists(st.integers(0, 40), max_size=6))
 def test_dropping_noops_keeps_the_gaps(lengths, num_stages, places):
     backlog = open_backlog(lengths, num_stages, CAPACITY, 0, COST)
@@ -168,4 +179,4 @@ def test_the_small_suite_beats_the_greedy_and_stays_near_the_estimate():
         assert reached >= max(plain + 0.005, workload["at_least"]), (reached, plain)
         windows = sum(plan_windows(lengths, num_stages, capacity, 8), ())
         assert efficiency(windows, lengths, num_stages) >= reached - 0.01
-        assert reached <= even_slot_estimate(lengths, num_stages, capacity) * 1.03
+        assert reached <= even_slot_estimate(lengths, num_stages, capacity) * 1.04  # ramps count in short runs
