@@ -54,6 +54,15 @@ class Backlog:
 
     def least_slots(self) -> int:
         """Slots that the work and the longest chain of steps need at the very least (roughly, when some steps are not listed)."""
+        return max(-(-int(self.total_time) // self.capacity), self._chain_slots())
+
+    def fewest_slots(self) -> int:
+        """Slots that the budget, which counts tokens and not time, allows at the very fewest; no more than least_slots()."""
+        tokens = self.total_time * sum(self.tokens) / max(1.0, sum(self.times))  # of later steps: as many per unit of time as listed
+        return max(-(-int(tokens) // self.capacity), self._chain_slots())
+
+    def _chain_slots(self) -> int:
+        """Slots of the longest chain of steps, each a gap after the last."""
         chains = [0]
         for job, span in enumerate(self.jobs):
             times = [sum(self.times[item] for item in self.groups[group]) for group in span]
@@ -63,7 +72,7 @@ class Backlog:
                     self.later_steps[job], self.later_time[job] / self.capacity
                 )
                 chains.append(int(slots) + (steps - 1) * (self.gap - 1) + self.ready[job])
-        return max(-(-int(self.total_time) // self.capacity), *chains)
+        return max(chains)
 
 
 def check_workload(lengths: Lengths, capacity: int) -> None:

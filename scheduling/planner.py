@@ -16,9 +16,10 @@ from scheduling.slot_cost import SlotCost
 from scheduling.timing import makespan
 from scheduling.types import Lengths, Stream
 
-# Numbers of slots that are tried, as multiples of the fewest possible.
+# Numbers of slots that are tried, as multiples of the fewest that the work fills.
 _STRETCHES = (1.01, 1.02, 1.03, 1.045, 1.06, 1.08, 1.11, 1.15, 1.2, 1.25, 1.3, 1.36, 1.43, 1.5, 1.6, 1.7, 1.85, 2.0)
 _NEARBY = (0.995, 1.005, 1.013)
+_TIGHT = (0.0, 0.3, 0.6, 0.9)  # of the way from the fewest slots that the budget allows to the fewest that the work would fill
 _PATIENCE = 5  # candidates in a row without a better one
 _PACKING_WORK = 40_000  # items that a construction may handle in all its tries, per unit of effort
 _MANY_ITEMS = 4_000  # beyond these `fill` alone is tried
@@ -75,8 +76,9 @@ def _rate(backlog: Backlog, layout: Layout) -> Candidate:
 
 
 def best_stretch(backlog: Backlog, build: Build, effort: int = 1, horizon: int | None = None) -> Candidate | None:
-    """Return the best layout of one construction over growing numbers of slots, and then closer around the best of these.
+    """Return the best layout of one construction over growing numbers of slots, and then closer around the best of these and below them.
 
+    Long samples take more time than tokens: where the budget allows fewer slots than the work would fill, these are tried as well.
     Stops when larger numbers no longer help, or when the work allowed by `effort` is spent; None where the construction finds nothing.
     """
     least = backlog.least_slots()
@@ -93,8 +95,11 @@ def best_stretch(backlog: Backlog, build: Build, effort: int = 1, horizon: int |
             misses += 1
             if best is None or candidate.value < best.value:
                 best, best_at, misses = candidate, stretch, 0
-    for nearby in _NEARBY[:tries_left] if best is not None else ():
-        candidate = _try(backlog, build, least * best_at * nearby, horizon)
+    fewest = backlog.fewest_slots()
+    tight = [fewest + share * (least - fewest) for share in _TIGHT] if fewest < least else []
+    closer = [*(least * best_at * nearby for nearby in _NEARBY), *tight]
+    for num_slots in closer[:tries_left] if best is not None else ():
+        candidate = _try(backlog, build, num_slots, horizon)
         if candidate is not None and candidate.value < best.value:  # type: ignore[union-attr]
             best = candidate
     return best
