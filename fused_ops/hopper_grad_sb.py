@@ -252,7 +252,8 @@ def _sum(ptr, step, low, high, m_in, b_sum, AT_ONCE: tl.constexpr):
     for i in tl.range(low, high, AT_ONCE, num_stages=1):
         blocks = ()
         for j in tl.static_range(AT_ONCE):
-            blocks += (tl.load(ptr + (i + j) * step, m_in & (i + j < high), 0.0),)
+            m_here = tl.full(b_sum.shape, i + j, tl.int32) < high  # a block: the interpreter makes no mask of a scalar
+            blocks += (tl.load(ptr + (i + j) * step, m_in & m_here, 0.0),)
         for j in tl.static_range(AT_ONCE):
             b_sum += blocks[j]
     return b_sum
