@@ -10,7 +10,8 @@ What starts early fills the multiprocessors that its predecessor leaves idle, an
        every fresh torch.empty: its memory may belong to something that the kernel before reads. Gradients of A are nobody else's: dA may
        add to them ahead of its wait.
     2. Nobody lets the next kernel start before its own wait, so that at most two run at once: when a kernel starts, all but the one just
-       before it have ended. A kernel may read ahead of its wait what is older than that one, by TMA, which goes past the L1 cache.
+       before it have ended. A kernel may read ahead of its wait what is older than that one: activations by TMA, which goes past the
+       L1 cache, and the tables of routes and groups, which are written once, by copies that every kernel waits for.
     3. At least one program of every kernel waits before it ends, so that the end of a kernel is the end of all before it.
 
 A kernel that does not take part, before or after, is waited for, and waits, as ever.
@@ -20,7 +21,7 @@ from functools import lru_cache
 
 import torch
 
-PDL = True  # False: every kernel waits for the end of the one before; the same bits, slower
+ENABLED = True  # False: every kernel waits for the end of the one before; the same bits, slower
 
 
 @lru_cache
@@ -31,4 +32,4 @@ def starts_early(device: torch.device) -> bool:
 
 def pdl(tensor: torch.Tensor, wanted: bool = True) -> dict[str, bool]:
     """Return the launch options of a kernel with a PDL flag, over a tensor of the device that it runs on."""
-    return {"PDL": True, "launch_pdl": True} if PDL and wanted and starts_early(tensor.device) else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if ENABLED and wanted and starts_early(tensor.device) else {"PDL": False}

@@ -126,7 +126,10 @@ _thread = threading.local()
 
 
 def _bind_thread(tensor: Tensor) -> None:
-    """Give this thread a CUDA context, which the driver wants for TMA descriptors: autograd's thread has none before its first launch."""
+    """Give this thread a CUDA context, which the driver wants for TMA descriptors: autograd's thread has none before its first launch.
+
+    A context is current in a thread or not, hence the one thread-local of this package.
+    """
     if tensor.is_cuda and not getattr(_thread, "is_bound", False):
         tensor.new_zeros(())
         _thread.is_bound = True

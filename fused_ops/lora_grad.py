@@ -7,8 +7,8 @@ the gradient arena at once; else each item writes its partial sum in float32, an
 in ascending order, whoever it is.
 
     grad_a          X once, all modules (without dropout as one, WIDE); AHEAD: beside dX's last tiles (early_launch.py)
-    grad_s_and_b    dY once for ranks up to 32 (lora_grad_sb.py; on Hopper up to 64, hopper_grad_sb.py); above that dS by
-                    `lora_down.down_module`, dB by the kernel of dA
+    grad_s_and_b    dY once for ranks up to 32 (lora_grad_sb.py); above that dS by `lora_down.down_module`, dB by the kernel of dA
+                    (on Hopper triton_ops.py takes hopper_grad_sb.py up to rank 64)
 """
 
 import torch
@@ -194,7 +194,8 @@ def _rows_kernel(
 def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False, config: RowsConfig | None = None) -> None:
     """Add dA = dS^T (M * X) into the group's gradients, all jobs and modules, reading X once.
 
-    With `after_dx` (the kernel launched just before is dX's, so that X and dS are older), it runs beside the last tiles of dX.
+    With `after_dx` it runs beside the last tiles of dX, which was launched after X and dS were made; nothing that lets others start
+    early was launched in between.
     """
     wide = not group.has_dropout
     num_modules = 1 if wide else group.num_modules

@@ -15,6 +15,8 @@ from fused_ops.dropout import keep_mask
 from fused_ops.fp8 import Fp8Weight, multiply_reference
 from fused_ops.route import Route
 
+_WIDENED = 1024  # rows of a 16-bit weight that are made float32 at a time
+
 
 def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
     """Return S [T, width] in x's dtype: c / (1 - p) (M * X) A^T of each row's job; zero where there is none."""
@@ -89,12 +91,20 @@ def _frozen(x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None) 
     if isinstance(weight_NK, Fp8Weight):
         y_TN = multiply_reference(x_TK, weight_NK.by_output)
         return y_TN if bias_N is None else y_TN + bias_N
-    return F.linear(x_TK, weight_NK.to(x_TK.dtype), bias_N)
+    if weight_NK.dtype == x_TK.dtype:
+        return F.linear(x_TK, weight_NK, bias_N)
+    y_TN = torch.cat([x_TK @ block.to(x_TK.dtype).T for block in weight_NK.split(_WIDENED)], 1)
+    return y_TN if bias_N is None else y_TN + bias_N
 
 
 def _frozen_grad(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight) -> Tensor:
     """Return dY W in dy's dtype."""
-    return multiply_reference(dy_TN, weight_NK.by_input) if isinstance(weight_NK, Fp8Weight) else dy_TN @ weight_NK.to(dy_TN.dtype)
+    if isinstance(weight_NK, Fp8Weight):
+        return multiply_reference(dy_TN, weight_NK.by_input)
+    if weight_NK.dtype == dy_TN.dtype:
+        return dy_TN @ weight_NK
+    blocks = zip(dy_TN.split(_WIDENED, 1), weight_NK.split(_WIDENED), strict=True)
+    return sum(dy @ block.to(dy.dtype) for dy, block in blocks)
 
 
 def _dropped(values_TK: Tensor, group: LoraGroup, row_keys: Tensor, slot: int, module: int) -> Tensor:

@@ -35,7 +35,7 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
 
 
 def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False) -> None:
-    """Add dA = dS^T (M * X) into the group's gradients; beside the last tiles of dX with `after_dx`: it was launched just before."""
+    """Add dA = dS^T (M * X) into the group's gradients; beside the last tiles of dX with `after_dx` (lora_grad.py)."""
     if group.has_dropout and suits_hopper(x_TK, ds_TR):
         hopper_grad_a(x_TK, ds_TR, group, route, after_dx)
     else:

@@ -23,9 +23,13 @@ MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_
 MODULES = tuple(module for modules in MERGED.values() for module in modules)
 _RANK_ALIGN = 16  # adapters take their rank in rows, rounded up
 _ITEM_ROWS = 2048  # of one job, over which a program sums dA
-_FEWEST_ROWS, _PROGRAMS = 256, 132  # of one job, over which a program sums dB where fewer than so many programs do with more rows
+_FEWEST_ROWS = 256  # of one job, over which a program sums dB at the least
+_PROGRAMS = 132  # that rows are cut for, so that each has something to sum
 _SHARE_COLUMNS = 512  # of dY, over which a program sums dS
-_MAX_FUSED_RANK = 64  # up to it dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64
+_MAX_FUSED_RANK = (
+    64  # up to it dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64 (elsewhere than
+)
+# on Hopper up to 32, where this counts too much)
 
 
 @dataclass(frozen=True, slots=True)

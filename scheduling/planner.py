@@ -96,7 +96,7 @@ def best_stretch(backlog: Backlog, build: Build, effort: int = 1, horizon: int |
             if best is None or candidate.value < best.value:
                 best, best_at, misses = candidate, stretch, 0
     fewest = backlog.fewest_slots()
-    tight = [fewest + share * (least - fewest) for share in _TIGHT] if fewest < least else []
+    tight = sorted({round(fewest + share * (least - fewest)) for share in _TIGHT}) if fewest < least else []
     closer = [*(least * best_at * nearby for nearby in _NEARBY), *tight]
     for num_slots in closer[:tries_left] if best is not None else ():
         candidate = _try(backlog, build, num_slots, horizon)

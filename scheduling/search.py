@@ -25,11 +25,11 @@ def anneal(backlog: Backlog, layout: Layout, proposals: int, heat: float = 0.2, 
     Where the pipeline fills or drains, P - 1 no-op slots are laid before or behind, for changes to make ramps of; those left are dropped.
     The first temperature is `heat` times the time per slot that the pipeline loses to unevenness, fill and drain.
     """
-    search = _Search(backlog, _with_ends(backlog, layout))
-    num_slots = max(1, len(layout))
-    sweeps = proposals // (num_slots * _PROPOSALS_PER_SLOT)
+    longer = _with_ends(backlog, layout)
+    search = _Search(backlog, longer)
+    sweeps = proposals // (max(1, len(longer)) * _PROPOSALS_PER_SLOT)
     start = makespan(costs_of(backlog, layout), backlog.num_stages)
-    hot = heat * max(0.0, start - 2 * sum(search.costs)) / num_slots
+    hot = heat * max(0.0, start - 2 * sum(search.costs)) / max(1, len(layout))
     rng = random.Random(seed)
     for sweep in range(sweeps):
         search.sweep(rng, hot * _COOLING ** (sweep / sweeps))

@@ -14,7 +14,7 @@ from e2e_figures import Usage, memory, prediction, rates
 from e2e_options import Case
 from e2e_run import NoOptimizer, Outcome, execute, plan_settings
 from kernel_shares import Marked, Profiled
-from pass_times import features, measure_stage
+from pass_times import features, measure_stage, probe_slots
 from plain_lora import use_adapters
 from synthetic_jobs import head, make_jobs, take
 
@@ -122,20 +122,22 @@ class CaseRun:
             for buffer in (self.arena.grad, self.arena.exp_avg, self.arena.exp_avg_sq):
                 buffer.zero_()
 
-    def calibrate(self) -> None:
+    def calibrate(self, broadly: bool = False) -> None:
         """Fit the cost model to passes that each stage makes by itself, over microbatches as the warm-up had them.
 
-        How many jobs share one differs from policy to policy, and what a segment more costs is no term of the model.
+        How many jobs share one differs from policy to policy, and what a segment more costs is no term of the model. `broadly`: over
+        microbatches of all sizes and mixes too, for a model that serves other runs.
         """
         parallel, lengths = self.base.parallel, self._some(WARM_SLOTS)
-        slots = sorted((slot for slot in dict.fromkeys(self.warmed) if slot.num_tokens), key=lambda slot: slot.num_tokens)
+        own = sorted((slot for slot in dict.fromkeys(self.warmed) if slot.num_tokens), key=lambda slot: slot.num_tokens)
+        slots = spread(own, PROBED_SLOTS) + (list(probe_slots(lengths, self.settings.capacity)) if broadly else [])
         rows = [job.rows for job in self._jobs(lengths)]
         multiple = parallel.tensor if parallel.sequence else 1
         start = time.perf_counter()
         measured = measure_stage(
             self.base.stage,
             self.base.position.stage,
-            spread(slots, PROBED_SLOTS),
+            slots,
             partial(collate, jobs=rows, multiple=multiple, device=self.base.device),
             multiple,
             lambda slot: features(slot, lengths, [r if self.arena is not None else 0 for r in self.ranks]),

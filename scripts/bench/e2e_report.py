@@ -77,7 +77,7 @@ def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunCon
         run.prepare()
         speed = run.warm_up()
         if case.calibrate:
-            run.calibrate()
+            run.calibrate(broadly=options.save_cost is not None)
             if options.save_cost and base.rank == 0:
                 options.save_cost.write_text(json.dumps(run.cost.to_json(), indent=1) + "\n", encoding="utf-8")
         trace = options.timeline and options.timeline / f"{re.sub('[^A-Za-z0-9.]+', '-', case.name)}.json"

@@ -5,8 +5,9 @@
 
 The timed region holds everything from X and dY to Y, dX and dA, dB added into the float32 arena. The floor is X W^T and dY W alone,
 each by the faster of cuBLAS and our own GEMM without LoRA. Every candidate is replayed once per round, in an order drawn anew; a ratio is
-taken in each round, since the chip's clock moves from one to the next. Medians, with the 10th and 90th percentiles. Appends one JSON line
-per case to scripts/bench/results/kernels.jsonl; refuses to run when the kernels disagree with their reference.
+taken in each round, since the chip's clock moves from one to the next. Pieces are timed alone, dA too, which runs beside dX in the whole.
+Medians, with the 10th and 90th percentiles. Appends one JSON line per case to scripts/bench/results/kernels.jsonl; refuses to run when the
+kernels disagree with their reference.
 """
 
 import argparse

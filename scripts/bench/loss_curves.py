@@ -1,7 +1,7 @@
 """Loss curves of the same jobs in bf16: the fused kernels, their reference, and transformers + peft, which runs several times.
 
     python scripts/fetch_model.py models/SmolLM2-135M-Instruct && python scripts/make_tasks.py data/quickstart
-    python scripts/bench/loss_curves.py configs/quickstart.yaml [--fp8]
+    python scripts/bench/loss_curves.py configs/quickstart.yaml [--fp8] [--processes 8]
 
 All start from the same adapters (ours, exported as PEFT directories) and take the same samples in the same steps, without dropout. The
 runs of peft differ only in the order of samples inside a global batch, and so in which of them share a padded microbatch: their
@@ -115,7 +115,7 @@ def side_by_side(work: Callable, arguments: Sequence[tuple], processes: int) -> 
 def compare(curves: Curves, theirs: list[list[list[float]]], exact: list[list[float]], names: Sequence[str]) -> dict:
     """Return, per run and job, its largest distances: from the mean of peft's runs, from ours by the reference, from the exact curve.
 
-    Beside them stands the largest spread of peft's runs in any step, of which the last two may be at most twice: where peft in bf16 is
+    Beside them stands the largest spread of peft's runs in any step. `within`: the last two are at most twice that; where peft in bf16 is
     farther from float32 than its own orders are from one another, it is no measure. `peft` is the mean of its runs.
     """
     means = [[sum(step) / len(step) for step in zip(*(repeat[job] for repeat in theirs), strict=True)] for job in range(len(names))]

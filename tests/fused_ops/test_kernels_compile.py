@@ -170,7 +170,10 @@ def test_whoever_starts_early_waits_before_it_touches_memory(make_problem, compi
         ahead = after_dx and kernel.name in ("_rows_kernel", "_hopper_rows_kernel")
         assert (start in order) is not ahead, kernel.name
         if kernel.name == "_hopper_kernel":
-            assert order.count(wait) == 3 and order.index(start) > order.index(wait)  # each warp group, and the loading warp
+            # Each warp group, then the loading warp, which has copied X and W when it waits.
+            assert [word for word in order if word in (wait, start)] == [wait, start, wait, start, wait]
+            last = len(order) - 1 - order[::-1].index(wait)
+            assert {*order[last - 4 : last]} == {"cp.async.bulk.tensor"}, order
         elif not ahead:
             assert order[:2] == [wait, start], (kernel.name, order[:3])
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fused_ops import reference
 from fused_ops.dropout import keep_mask, quantised_p
 from fused_ops.linear import Collectives, backend_for, multi_lora_linear
 from fused_ops.reference import multi_lora_reference
@@ -197,6 +198,43 @@ class GatheredRows(Collectives):
 
     def local_rows(self, num_rows):
         return self.rows
+
+
+def test_da_runs_beside_dx_only_where_nothing_is_launched_between(make_problem, monkeypatch):
+    told = []
+    monkeypatch.setattr(reference, "grad_a", lambda *args, after_dx=False, **kwargs: told.append(after_dx))
+
+    def backward(needs_dx=True, **kwargs):
+        p = make_problem([9], [4])
+        x = p.x.clone().requires_grad_(needs_dx)
+        y = multi_lora_linear(x, p.weight if needs_dx else p.weight.clone().requires_grad_(), None, p.group, p.route, **kwargs)
+        y.backward(p.dy)
+        return told.pop()
+
+    class Talking(Collectives):
+        pass
+
+    assert backward() is True
+    assert backward(collectives=Talking()) is False
+    assert backward(needs_dx=False) is False
+
+
+def test_what_is_less_than_half_a_step_of_the_frozen_product_is_not_lost(make_problem):
+    """In bf16 the frozen product is near 100, a step there 0.5, and LoRA's share 0.1: rounded once, it is there on average."""
+    p = make_problem([4096], [16], k=64, n=(32,), dtype=torch.bfloat16)
+    p.x.fill_(1.0)
+    p.dy.fill_(1.0)
+    p.weight.copy_(torch.rand(32, 64) * 3)
+    p.x[:, 0] = torch.linspace(0, 4, 4096)  # no two frozen sums the same
+    p.dy[:, 0] = torch.linspace(0, 4, 4096)
+    s = torch.full((4096, 16), 0.1 / 16, dtype=torch.bfloat16)
+    p.group.b_RN[0].fill_(1.0)
+    p.group.a_RK.fill_(1.0)
+    for ours, frozen in (
+        (reference.up(p.x, p.weight, None, s, p.group, p.route), reference.up(p.x, p.weight, None, None, None, None)),
+        (reference.grad_x(p.dy, p.weight, s, p.group, p.route), reference.grad_x(p.dy, p.weight, None, None, None)),
+    ):
+        assert float((ours.float() - frozen.float()).mean()) == pytest.approx(0.1, rel=0.1)
 
 
 def test_column_parallel_shards_add_up_under_sequence_parallelism(make_problem):

@@ -1,5 +1,6 @@
 """The planner's parts: subset sums, packings and search on any backlog; independence; never slower than the greedy; windows."""
 
+import dataclasses
 import json
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from scheduling.backlog import costs_of, open_backlog, to_stream
 from scheduling.packing import fill, first_fit, ramp, spread
-from scheduling.planner import plan_backlog, plan_stream
+from scheduling.planner import best_stretch, plan_stream
 from scheduling.policies import POLICIES, greedy, runs_efficiency, runs_time
 from scheduling.search import anneal, without_gaps
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
@@ -63,14 +64,15 @@ def test_search_makes_ramps_of_slots_that_it_adds_at_the_ends_of_a_run():
     loads = [len(slot) for slot in found]
     assert len(found) > len(layout) and max(loads[0], loads[-1]) < max(loads)
     assert makespan(costs_of(backlog, found), 4) < 0.9 * makespan(costs_of(backlog, layout), 4)
-    backlog.recent, backlog.later_steps = (200.0,) * 8, [1]  # inside a run
-    assert len(anneal(backlog, layout, 20_000)) == len(layout)
+    inside = dataclasses.replace(backlog, recent=(200.0,) * 8, later_steps=[1], later_time=[8.0])
+    assert len(anneal(inside, layout, 20_000)) == len(layout)
 
 
 def test_slots_are_filled_to_the_budget_where_samples_take_longer_than_their_tokens():
     backlog = open_backlog([[[32] * 10]] * 4, 1, CAPACITY, 0, SlotCost(per_square=1e-2, fixed=20.0))
     assert backlog.fewest_slots() == 20 < backlog.least_slots()
-    assert len(plan_backlog(backlog)) == 20
+    found = best_stretch(backlog, fill)
+    assert found is not None and len(found.layout) == 20
 
 
 @given(WORKLOADS, STAGES, st.lists(st.integers(0, 40), max_size=6))

@@ -29,13 +29,21 @@ MIXES = {
     "merged across tiles": {"lengths": [300, 84], "ranks": [16, 40], "k": 320, "n": (896, 128, 128), "dropouts": [0.0, 0.2], "gaps": 9},
     "long segments": {"lengths": [640, 513, 900], "ranks": [16, 64, 8], "k": 1000, "n": (520,), "gaps": 30},
     "rank 16, several items": {"lengths": [3000, 65, 1290], "ranks": [16, 9, 1], "k": 128, "n": (1104,), "gaps": 5},
+    "several items and dropout": {
+        "lengths": [3000, 65, 1290],
+        "ranks": [16, 9, 1],
+        "k": 128,
+        "n": (1104,),
+        "gaps": 5,
+        "dropouts": [0.1] * 3,
+    },
     "rank 32, several items": {"lengths": [2000, 700], "ranks": [32, 16], "k": 128, "n": (520, 264), "gaps": 1},
     "rank 64, several items": {"lengths": [2000, 1300, 130], "ranks": [64, 8, 40], "k": 128, "n": (840, 264, 8), "gaps": 3},
     "forty jobs": {"lengths": [7 * i % 61 for i in range(40)], "ranks": [1 + 5 * i % 64 for i in range(40)], "k": 128, "n": (136,)},
 }
 
 
-SEVERAL_ITEMS = ["rank 16, several items", "rank 64, several items"]
+SEVERAL_ITEMS = ["rank 16, several items", "rank 64, several items", "several items and dropout"]
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +106,9 @@ def test_repetition_gives_the_same_bits(make_problem, mix):
 @pytest.mark.parametrize("mix", ["many tiles", "many tiles and dropout", "many tiles and ranks", *SEVERAL_ITEMS])
 def test_starting_early_changes_no_bit(make_problem, monkeypatch, mix):
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
-    monkeypatch.setattr(early_launch, "PDL", False)
+    monkeypatch.setattr(early_launch, "ENABLED", False)
     expected = p.steps(triton_ops)
-    monkeypatch.setattr(early_launch, "PDL", True)
+    monkeypatch.setattr(early_launch, "ENABLED", True)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(expected.values(), p.steps(triton_ops).values(), strict=True))
 
