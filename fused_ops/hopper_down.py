@@ -20,6 +20,7 @@ from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.hopper_dropout import drop_features, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import describe
+from fused_ops.hopper_ring import ring_barriers
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
 
@@ -101,11 +102,7 @@ def _hopper_down_kernel(
 ):  # fmt: skip
     x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], x_desc.layout)
     a_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * MODULES, RANK, BK], a_desc.layout)
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(stage), count=1)
-        mbarrier.init(empty_bars.index(stage), count=1)
+    full_bars, empty_bars = ring_barriers(STAGES, 1)
     ring = (x_bufs, a_bufs, full_bars, empty_bars)
     if PDL:
         gdc_wait()

@@ -50,6 +50,7 @@ from fused_ops.hopper_lora import (
     product,
     slot_level,
 )  # fmt: skip
+from fused_ops.hopper_ring import ring_barriers
 from fused_ops.lora_gemm import lora_term
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors
@@ -230,11 +231,7 @@ def _hopper_kernel(
     else:
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, HALF, BK], _FORWARD_WEIGHT)
     output_bufs = gl.allocate_shared_memory(gl.bfloat16, [4, WM, QUARTER], _OUTPUT)
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(stage), count=1)
-        mbarrier.init(empty_bars.index(stage), count=2)
+    full_bars, empty_bars = ring_barriers(STAGES, 2)
     ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, slots_ptr)
     sizes = (num_rows, num_cols, num_inner)
     descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2))

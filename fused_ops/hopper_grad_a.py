@@ -22,6 +22,7 @@ from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.hopper_dropout import drop_rows, half_of, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import describe
+from fused_ops.hopper_ring import ring_barriers
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
 from fused_ops.skinny_config import item_rows
@@ -165,11 +166,7 @@ def _hopper_rows_kernel(
 ):  # fmt: skip
     x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BC], x_desc.layout)
     s_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * MODULES, BM, RANK], s_desc.layout)
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(stage), count=1)
-        mbarrier.init(empty_bars.index(stage), count=1)
+    full_bars, empty_bars = ring_barriers(STAGES, 1)
     ring = (x_bufs, s_bufs, full_bars, empty_bars)
     if PDL and not AHEAD:
         gdc_wait()

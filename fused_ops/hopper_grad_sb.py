@@ -28,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fused_ops.adapters import SLOT_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.hopper_layouts import describe
+from fused_ops.hopper_ring import ring_barriers
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
 from fused_ops.skinny_config import item_rows
@@ -193,11 +194,7 @@ def _hopper_grad_sb_kernel(
     s_bufs = gl.allocate_shared_memory(gl.bfloat16, [(STAGES + 1) // 2, BM, RANK], s_desc.layout)
     B_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RANK // GROUPS, BC], gl.bfloat16)
     b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * GROUPS, RANK // GROUPS, BC], B_LAYOUT)
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(stage), count=1)
-        mbarrier.init(empty_bars.index(stage), count=GROUPS)
+    full_bars, empty_bars = ring_barriers(STAGES, GROUPS)
     ring = (dy_bufs, s_bufs, full_bars, empty_bars)
     if PDL:
         gdc_wait()

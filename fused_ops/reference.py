@@ -90,10 +90,10 @@ def _frozen(x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None) 
     bias_N = None if bias_N is None else bias_N.to(x_TK.dtype)
     if isinstance(weight_NK, Fp8Weight):
         y_TN = multiply_reference(x_TK, weight_NK.by_output)
-        return y_TN if bias_N is None else y_TN + bias_N
-    if weight_NK.dtype == x_TK.dtype:
+    elif weight_NK.dtype == x_TK.dtype:
         return F.linear(x_TK, weight_NK, bias_N)
-    y_TN = torch.cat([x_TK @ block.to(x_TK.dtype).T for block in weight_NK.split(_WIDENED)], 1)
+    else:
+        y_TN = torch.cat([x_TK @ block.to(x_TK.dtype).T for block in weight_NK.split(_WIDENED)], 1)
     return y_TN if bias_N is None else y_TN + bias_N
 
 

@@ -26,10 +26,9 @@ _ITEM_ROWS = 2048  # of one job, over which a program sums dA
 _FEWEST_ROWS = 256  # of one job, over which a program sums dB at the least
 _PROGRAMS = 132  # that rows are cut for, so that each has something to sum
 _SHARE_COLUMNS = 512  # of dY, over which a program sums dS
-_MAX_FUSED_RANK = (
-    64  # up to it dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64 (elsewhere than
-)
-# on Hopper up to 32, where this counts too much)
+# Up to it dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64. On GPUs other than Hopper it is
+# 32, and this counts too much.
+_MAX_FUSED_RANK = 64
 
 
 @dataclass(frozen=True, slots=True)

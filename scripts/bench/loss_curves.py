@@ -87,7 +87,9 @@ def export(arena: Arena, slot: int, job: TrainingJob, config: RunConfig, directo
     write_adapter(directory, adapter, config.base_model)
 
 
-def peft_losses(model_dir: Path, adapter: Path, job: TrainingJob, device, dtype: torch.dtype, batch: int, seed: int) -> list[float]:
+def peft_losses(
+    model_dir: Path, adapter: Path, job: TrainingJob, device: torch.device, dtype: torch.dtype, batch: int, seed: int
+) -> list[float]:
     """Train one job by transformers + peft from an adapter, samples of a global batch in an order of `seed`; return each step's loss."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
