@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -26,7 +27,8 @@ PACKAGES = (
     "tensorboard",
     "wandb",
 )
-SETTINGS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_", "TORCH_", "TRITON_", "SLURM_JOB_ID", "SLURM_NODELIST")
+SETTINGS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_", "PYTORCH_", "TORCH_", "TRITON_", "SLURM_JOB_ID", "SLURM_NODELIST")
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def environment() -> dict:
@@ -81,3 +83,11 @@ def num_cores() -> int:
 def _git(root: Path, *arguments: str) -> str:
     run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10)
     return run.stdout.strip()
+
+
+def allocator_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what to add to the environment before torch starts CUDA; nothing where torch's allocator has settings already.
+
+    Segments of fixed size leave gaps that no later microbatch fits into: 8 of 80 GB, where a stage uses all that the memory model allows.
+    """
+    return {} if environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} else dict(ALLOCATOR)

@@ -239,8 +239,9 @@ class Executor:
         if slot in self.live:
             live = self.live.pop(slot)
             live.gradient = None if self.position.is_last else message.body
+            output, live.output = live.output, None  # a hand-over knows `live`: in a circle its graph would wait for the collector
             with self.timeline.span("B", slot):
-                live.output.backward()
+                output.backward()
             gradient = None if live.hidden is None else live.hidden.grad
         for job, _ in self.endings[slot]:
             self.optimizers[job].start_reduction(self.losses[job].clone())

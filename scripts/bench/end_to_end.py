@@ -17,6 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
+from megatron_lora.environment import allocator_settings  # noqa: E402
+
+os.environ.update(allocator_settings(os.environ))  # before anything imports torch
+
 from e2e_options import Case, check, layout_name, parallel_of, read_options  # noqa: E402
 from model_shapes import architecture_of  # noqa: E402
 from synthetic_jobs import read_workload  # noqa: E402

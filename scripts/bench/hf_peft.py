@@ -128,6 +128,7 @@ def build(shape: str, num_layers: int | None, device: torch.device, dtype: torch
     """Return a transformers model of random weights, made on the device."""
     from transformers import AutoModelForCausalLM
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on Hopper; it plans anew, for seconds a step, at every new shape
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

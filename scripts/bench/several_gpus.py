@@ -9,7 +9,6 @@ losses of runs of one shape are compared. What follows `--` goes to end_to_end.p
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -28,8 +27,6 @@ from stamp import RESULTS, append_line, stamp  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
 
 TRIED_STEPS = 4  # of every job, at each budget
-# Segments of fixed size leave 8 of 80 GB unused between blocks: a stage that fits by the memory model then runs out of memory.
-ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def parser() -> OneLineParser:
@@ -53,7 +50,7 @@ def launch(run: Run, passed: list[str], *words: str) -> list[str]:
 
 def started(command: list[str]) -> int:
     """Run a launch to its end; return its exit status."""
-    return subprocess.run(command, check=False, env=ALLOCATOR | os.environ).returncode
+    return subprocess.run(command, check=False).returncode
 
 
 def trial(run: Run, options: Namespace, output: Path) -> list[str]:
@@ -143,12 +140,9 @@ def main(arguments: list[str]) -> int:
         parser().error(str(error))
     options.only = runs
     if options.dry_run:
-        settings = [f"{name}={value}" for name, value in ALLOCATOR.items()]
         for run in runs:
             commands = trial(run, options, Path("TRIED.jsonl")), measurement(run, options, "FASTEST")
-            print(
-                f"# {run.name}{f': {run.goal}' if run.goal else ''}", *(shlex.join([*settings, *command]) for command in commands), sep="\n"
-            )
+            print(f"# {run.name}{f': {run.goal}' if run.goal else ''}", *map(shlex.join, commands), sep="\n")
         return 0
     measured = [measure(run, options) for run in runs]
     compare(options)

@@ -217,6 +217,13 @@ def test_ranks_share_the_cores_unless_the_user_says_otherwise():
     assert launch.rank_environment({"OMP_NUM_THREADS": "5"}, ranks_here=2)["OMP_NUM_THREADS"] == "5"
 
 
+def test_segments_of_the_allocator_grow_unless_the_user_says_otherwise():
+    setting = "PYTORCH_CUDA_ALLOC_CONF"
+    assert launch.rank_environment({}, ranks_here=1)[setting] == "expandable_segments:True"
+    assert launch.rank_environment({setting: "backend:cudaMallocAsync"}, ranks_here=1)[setting] == "backend:cudaMallocAsync"
+    assert setting not in launch.rank_environment({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, ranks_here=1)
+
+
 def test_slurm_nodes_meet_at_the_first_and_split_the_ranks(scene):
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "node7", "SLURM_JOB_ID": "123"}
     nodes = launch.find_nodes(step)

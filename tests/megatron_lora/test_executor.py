@@ -1,5 +1,7 @@
 """The executor by itself: one stage, stub model and optimizers, many windows."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 from unittest import mock
 
@@ -89,6 +91,66 @@ def test_a_long_stream_is_not_piled_up():
     executor.run(windows())
     assert done == [(number % 2, number // 2, 2.0 * ROWS) for number in range(slots * num_windows)]
     assert max(map(max, held)) <= 1 + DELAY, held
+
+
+class Holder(torch.autograd.Function):
+    """Holds something until its node of the graph is gone, as a layer holds what its backward reads."""
+
+    @staticmethod
+    def forward(ctx, value, held):
+        ctx.held = held
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class SentBack:
+    """The next stage: takes activations and gives back a gradient of ones."""
+
+    ahead, posted = False, ()
+
+    def __init__(self, layout):
+        self.layout = layout
+
+    def post(self, _):
+        pass
+
+    def take(self, slot):
+        message = self.layout.blank(slot, ROWS, torch.device("cpu"))
+        message.body.fill_(1.0)
+        return message
+
+
+def test_a_graph_is_gone_after_its_backward_without_the_collector():
+    """On a stage that hands over, what a microbatch holds is let go at once, not when Python next looks for circles."""
+    held, alive = [], []
+    layout = MessageLayout(max_endings=1, hidden_size=2, dtype=torch.float32)
+    executor = make_executor(torch.device("cpu"), lambda step: None)
+    executor.position = Position(stage=0, num_stages=2, delay=0)
+    executor.links = SimpleNamespace(
+        forward_in=None, forward_out=SimpleNamespace(post=lambda message: None), backward_in=SentBack(layout), backward_out=None,
+        drain=lambda: None,
+    )  # fmt: skip
+    weight = torch.ones((), requires_grad=True)
+
+    def model(data, hidden):
+        alive.append(sum(reference() is not None for reference in held))
+        kept = torch.zeros(())
+        held.append(weakref.ref(kept))
+        return Holder.apply(weight, kept) * torch.ones(ROWS, 2)
+
+    executor.model = model
+    stream = tuple(Microbatch((Segment(number % 2, number // 2, (0,), ROWS),)) for number in range(8))
+    gc.collect()
+    gc.disable()
+    try:
+        executor.run([Window(stream, tuple(() for _ in stream))])
+    finally:
+        gc.enable()
+    assert weight.grad == 2 * ROWS * len(stream) and len(held) == len(stream)
+    assert max(alive) <= 1 and not any(reference() for reference in held), "graphs wait for the collector"
 
 
 class NoWaits(TorchDispatchMode):
