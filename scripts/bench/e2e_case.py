@@ -12,7 +12,8 @@ import torch
 from e2e_base import Base
 from e2e_figures import Usage, memory, prediction, rates
 from e2e_options import Case
-from e2e_run import NoOptimizer, Outcome, execute, plan_settings
+from e2e_run import NoOptimizer, Outcome, execute, joined, plan_settings
+from gauges import gauged
 from kernel_shares import Marked, Profiled
 from pass_times import features, measure_stage, probe_slots
 from plain_lora import use_adapters
@@ -28,11 +29,13 @@ from megatron_lora.settle import cost_of, planner_cost
 from megatron_lora.timeline import write_timeline
 from megatron_lora.train import make_arena
 from scheduling.cost import CostModel, refine
+from scheduling.data_parallel import deal
 from scheduling.memory import tokens_in_flight
 from scheduling.slot_cost import SlotCost
-from scheduling.types import Lengths, Microbatch
+from scheduling.types import Lengths, Stream
 
 WARM_SLOTS, PROFILED_SLOTS, PROBED_SLOTS = 8, 4, 8
+PROBED_STEPS = 4  # of each job, from which the probed slots are taken
 SPARE = 1.1  # more steps than the warm-up's speed asks for
 
 
@@ -49,7 +52,6 @@ class CaseRun:
         self.settings = plan_settings(config, self.weights)
         self.ranks = tuple(job.r for job in config.jobs)
         self.arena: Arena | None = None
-        self.warmed: tuple[Microbatch, ...] = ()  # what this rank ran to warm up
 
     def prepare(self) -> None:
         """Put the case's adapters on the base."""
@@ -112,7 +114,6 @@ class CaseRun:
             outcome = self._run(lengths, learning_rate=0.0)
             self.base.say(f"  warm-up, {turn} run: {tokens:,} tokens in {outcome.seconds:.1f} s")
         self._clear()
-        self.warmed = outcome.own
         filling = self.settings.num_stages - 1 if self.case.policy != "flush" else 0  # which a long run does not repeat
         return tokens / outcome.seconds * (len(outcome.stream) + filling) / len(outcome.stream)
 
@@ -123,13 +124,13 @@ class CaseRun:
                 buffer.zero_()
 
     def calibrate(self, broadly: bool = False) -> None:
-        """Fit the cost model to passes that each stage makes by itself, over microbatches as the warm-up had them.
+        """Fit the cost model to passes that each stage makes by itself, over microbatches as the policy makes them of the first steps.
 
-        How many jobs share one differs from policy to policy, and what a segment more costs is no term of the model. `broadly`: over
-        microbatches of all sizes and mixes too, for a model that serves other runs.
+        How full they are, and how many jobs share one, differs from policy to policy, and what a segment more costs is no term of the
+        model. `broadly`: over microbatches of all sizes and mixes too, for a model that serves other runs.
         """
-        parallel, lengths = self.base.parallel, self._some(WARM_SLOTS)
-        own = sorted((slot for slot in dict.fromkeys(self.warmed) if slot.num_tokens), key=lambda slot: slot.num_tokens)
+        parallel, lengths = self.base.parallel, take(self.workload, self.case.jobs.count, PROBED_STEPS)
+        own = sorted((slot for slot in dict.fromkeys(self._planned(lengths)) if slot.num_tokens), key=lambda slot: slot.num_tokens)
         slots = spread(own, PROBED_SLOTS) + (list(probe_slots(lengths, self.settings.capacity)) if broadly else [])
         rows = [job.rows for job in self._jobs(lengths)]
         multiple = parallel.tensor if parallel.sequence else 1
@@ -147,6 +148,12 @@ class CaseRun:
         self.cost, self.cost_from = refine(self.cost, everyone), "calibration"
         self.base.say(f"  calibrated in {time.perf_counter() - start:.1f} s")
 
+    def _planned(self, lengths: Lengths) -> Stream:
+        """Return the policy's stream for these lengths, this replica's part of it."""
+        stream = self.base.share(joined(self.case.policy, lengths, self.settings, self._real) if self.base.rank == 0 else None)
+        dealt = deal(lengths, self.settings.num_replicas, self.settings.cost)
+        return tuple(dealt.part(microbatch, self.base.replica) for microbatch in stream)
+
     def timed_lengths(self, tokens_per_s: float) -> Lengths:
         """Return the lengths of the timed run: as many steps as were asked for, or as fill the time."""
         count, whole = self.case.jobs.count, len(self.workload[0])
@@ -159,7 +166,8 @@ class CaseRun:
         if self.base.cuda:
             torch.cuda.reset_peak_memory_stats()
         before = _allocator()
-        outcome = self._run(lengths)
+        with gauged(self.base.cuda and self.base.rank == 0) as gauges:
+            outcome = self._run(lengths)
         grown = {key: value - before[key] for key, value in _allocator().items()}
         usage = Usage(
             peak=_peak("allocated"),
@@ -176,6 +184,7 @@ class CaseRun:
             return {}, outcome
         figures = rates(self.base, self.settings, lengths, outcome)
         figures["transports"] = self.base.links.transports
+        figures["gauges"] = gauges
         figures["memory"] = memory(self.base, self.config, usages, self.case.adapters)
         figures["prediction"] = prediction(self.base, self.workload_of(lengths), self.settings, outcome) | {"cost_from": self.cost_from}
         return figures, outcome

@@ -8,6 +8,7 @@ scheduling.cost.refine.
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from megatron_lora.base_model import Stage
 from megatron_lora.microbatch import StageInput
 from scheduling.cost import Measurement
 from scheduling.types import Lengths, Microbatch, Segment
+
+T = TypeVar("T")
+AHEAD, MOST_CYCLES_PER_S = 1.2, 2e9  # of the host's time, and of a GPU
 
 
 def probe_slots(lengths: Lengths, capacity: int) -> tuple[Microbatch, ...]:
@@ -56,20 +60,34 @@ def features(slot: Microbatch, lengths: Lengths, ranks: Sequence[int]) -> tuple[
     return slot.num_tokens, squares, sum(segment.num_tokens * ranks[segment.job] for segment in slot.segments)
 
 
-def timed(work: Callable[[], object], device: torch.device) -> tuple[object, float]:
-    """Return what the work returns and the seconds that it takes on the device."""
-    if device.type != "cuda":
+class Stopwatch:
+    """Times work on a device, by its name; on a GPU without the launches of it, which in a run the host makes ahead.
+
+    The device sleeps while the host launches: for as long as the work of that name took the host the last time. The first time counts
+    launches too, where they take longer than the work.
+    """
+
+    def __init__(self, device: torch.device):
+        """`device`: where the work runs."""
+        self.device, self.host_s = device, {}
+
+    def time(self, name: str, work: Callable[[], T]) -> tuple[T, float]:
+        """Return what the work returns and the seconds that it takes on the device."""
         start = time.perf_counter()
-        return work(), time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    result = work()
-    end.record()
-    end.synchronize()
-    return result, begin.elapsed_time(end) / 1e3
+        if self.device.type != "cuda":
+            return work(), time.perf_counter() - start
+        torch.cuda._sleep(int(AHEAD * self.host_s.get(name, 0.0) * MOST_CYCLES_PER_S))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = time.perf_counter()
+        begin.record()
+        result = work()
+        end.record()
+        self.host_s[name] = time.perf_counter() - start
+        end.synchronize()
+        return result, begin.elapsed_time(end) / 1e3
 
 
-def stage_passes(stage: Stage, data: StageInput, rows: int) -> tuple[float, float]:
+def stage_passes(stage: Stage, data: StageInput, rows: int, watch: Stopwatch) -> tuple[float, float]:
     """Run a microbatch through the stage alone; return seconds of forward and backward. `rows` are those of its input on this rank."""
     hidden = None
     if not stage.is_first:
@@ -79,9 +97,9 @@ def stage_passes(stage: Stage, data: StageInput, rows: int) -> tuple[float, floa
         output = stage(data, hidden)
         return (stage.losses(output, data.labels, data.targets) * data.weights).sum() if stage.is_last else output
 
-    output, forward_s = timed(forward, stage.device)
+    output, forward_s = watch.time("forward", forward)
     gradient = torch.randn_like(output) if output.dim() else torch.ones_like(output)
-    _, backward_s = timed(lambda: output.backward(gradient), stage.device)
+    _, backward_s = watch.time("backward", lambda: output.backward(gradient))
     return forward_s, backward_s
 
 
@@ -100,9 +118,9 @@ def measure_stage(
     """
     measured = []
     for slot in slots:
-        data = load(slot)
+        data, watch = load(slot), Stopwatch(stage.device)
         rows = data.tokens.shape[0] // multiple
-        passes = [stage_passes(stage, data, rows) for _ in range(repeats + 1)][1:]
+        passes = [stage_passes(stage, data, rows, watch) for _ in range(repeats + 1)][1:]
         tokens, squares, rank_tokens = of_slot(slot)
         for backward in (False, True):
             seconds = statistics.median(each[backward] for each in passes)
@@ -123,8 +141,8 @@ def measure_parts(
     """
     body, head, kept = [], [], None
     for slot in slots:
-        data = load(slot)
-        passes = [_parts(stage, data) for _ in range(repeats + 1)][1:]
+        data, watch = load(slot), Stopwatch(stage.device)
+        passes = [_parts(stage, data, watch) for _ in range(repeats + 1)][1:]
         forward, loss, loss_back, backward, held = (statistics.median(each[k] for each in passes) for k in range(5))
         if kept is None and stage.device.type == "cuda":
             kept = held / slot.num_tokens / len(stage.layers)
@@ -134,15 +152,15 @@ def measure_parts(
     return body, head, kept
 
 
-def _parts(stage: Stage, data: StageInput) -> tuple[float, float, float, float, int]:
+def _parts(stage: Stage, data: StageInput, watch: Stopwatch) -> tuple[float, float, float, float, int]:
     """Return seconds of the layers' forward, the loss, the loss's backward and the layers' backward; bytes held after the first."""
     before = _allocated(stage.device)
-    output, forward_s = timed(lambda: stage(data), stage.device)
+    output, forward_s = watch.time("forward", lambda: stage(data))
     held = _allocated(stage.device) - before
     top = output.detach().requires_grad_()
-    loss, loss_s = timed(lambda: (stage.losses(top, data.labels, data.targets) * data.weights).sum(), stage.device)
-    (gradient,), loss_back_s = timed(lambda: torch.autograd.grad(loss, top), stage.device)
-    _, backward_s = timed(lambda: output.backward(gradient), stage.device)
+    loss, loss_s = watch.time("loss", lambda: (stage.losses(top, data.labels, data.targets) * data.weights).sum())
+    (gradient,), loss_back_s = watch.time("loss's backward", lambda: torch.autograd.grad(loss, top))
+    _, backward_s = watch.time("backward", lambda: output.backward(gradient))
     return forward_s, loss_s, loss_back_s, backward_s, held
 
 

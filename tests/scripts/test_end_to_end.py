@@ -83,6 +83,7 @@ def test_calibration_takes_microbatches_as_the_policy_makes_them(tmp_path, one_p
     launch([*JOBS, *files(tmp_path), "--calibrate", "--case", "", "--case", "policy=flush"])
     ours, flush = ({len(slot.segments) for slot in slots} for slots in probed)
     assert max(ours) > 1 and flush == {1}
+    assert all({segment.step for slot in slots for segment in slot.segments} > {0} for slots in probed), "fuller than the first steps alone"
 
 
 def test_spread_keeps_both_ends():

@@ -19,6 +19,7 @@ from predicted_run import STEP_S, Link, predict  # noqa: E402
 from several_runs import Run  # noqa: E402
 
 from scheduling.cost import PassCost, StageCost  # noqa: E402
+from scheduling.memory import RESERVED  # noqa: E402
 
 ONE_JOB = {"one": {"data": [[[10, 20, 30], [40]]]}, "single": {"data": [[[60], [40]]]}}
 THREE_JOBS = {"three": {"data": [[[10, 20, 30], [14, 25, 9]], [[8, 16], [22, 31]], [[50], [33]]]}}
@@ -86,7 +87,9 @@ def test_tensor_ranks_add_the_bytes_that_they_exchange(tmp_path):
 def test_replicas_share_the_work_and_a_small_gpu_recomputes_until_nothing_fits(tmp_path):
     both = predicted(tmp_path, table(per_token=1e-3), "--data", "2", link=QUICK).forecast.figures
     assert both.tokens == 100 and both.seconds == pytest.approx(2 * (LAYERS + 1) * (30 + 40) * 1e-3 + 2 * STEP_S)
-    most, least = (predicted(tmp_path, table(per_token=1e-3), "--recompute", policy).peaks[0] / 0.92e9 for policy in ("none", "full"))
+    most, least = (
+        predicted(tmp_path, table(per_token=1e-3), "--recompute", policy).peaks[0] / ((1 - RESERVED) * 1e9) for policy in ("none", "full")
+    )
     some = predicted(tmp_path, table(per_token=1e-3), memory_gb=(most + least) / 2)
     assert some.fits and some.config.recompute != "none" and not predicted(tmp_path, table(per_token=1e-3), memory_gb=least / 2).fits
 

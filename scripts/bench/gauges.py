@@ -1,0 +1,49 @@
+"""Clock and power of the GPUs while something runs, as nvidia-smi shows them once a second.
+
+Under its power limit a GPU lowers its clock: a run that pauses computes faster between the pauses, and speeds compare only beside clocks.
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FIELDS = ("clocks.sm", "power.draw")
+
+
+@contextmanager
+def gauged(wanted: bool = True) -> Iterator[dict[str, list[float]]]:
+    """Give a dict that is filled at the end: mean `sm_mhz` and `power_w` of each visible GPU; empty without nvidia-smi or `wanted`."""
+    found: dict[str, list[float]] = {}
+    if not wanted or shutil.which("nvidia-smi") is None:
+        yield found
+        return
+    query = ["nvidia-smi", f"--query-gpu=index,{','.join(FIELDS)}", "--format=csv,noheader,nounits", "--loop=1"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")
+    with subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield found
+        finally:
+            process.terminate()
+            text, _ = process.communicate()
+            try:
+                found |= means(text)
+            except ValueError as error:
+                print(f"gauges: nvidia-smi says something else than numbers ({error}): no clocks", file=sys.stderr)
+
+
+def means(text: str) -> dict[str, list[float]]:
+    """Return the means of nvidia-smi's lines "index, MHz, W" for each GPU; the last line may be cut off, and is left out."""
+    samples: dict[int, list[tuple[float, float]]] = {}
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):
+            index, clock, power = line.split(",")
+            samples.setdefault(int(index), []).append((float(clock), float(power)))
+    columns = [list(zip(*samples[index], strict=True)) for index in sorted(samples)]
+    if not columns:
+        return {}
+    return {name: [round(statistics.fmean(of_gpu[field]), 1) for of_gpu in columns] for field, name in enumerate(("sm_mhz", "power_w"))}
