@@ -19,7 +19,17 @@ from megatron_lora.config import RunConfig
 from megatron_lora.devices import reference_of, size, this_device
 from megatron_lora.errors import UserError
 from megatron_lora.run_dir import RunDirectory
-from scheduling.cost import CostModel, Device, ModelShape, analytic_cost, head_layers, head_share, split_layers, stage_policies
+from scheduling.cost import (
+    CostModel,
+    Device,
+    ModelShape,
+    analytic_cost,
+    head_layers,
+    head_share,
+    linear_tiles,
+    split_layers,
+    stage_policies,
+)
 from scheduling.data_parallel import deal
 from scheduling.layer_memory import Adapter
 from scheduling.memory import (
@@ -181,8 +191,11 @@ def cost_of(config: RunConfig, architecture: Architecture, device: Device, targe
 
 def planner_cost(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> SlotCost:
     """Return what the planner weighs slots with, by the reference device's figures; the config's layers are settled."""
-    mean_rank = sum(job.r for job in config.jobs) / len(config.jobs)
-    return cost_of(config, architecture, reference_of(device), target_share).slot_cost(mean_rank)
+    mean_rank, reference = sum(job.r for job in config.jobs) / len(config.jobs), reference_of(device)
+    model = cost_of(config, architecture, reference, target_share)
+    most_layers = max(len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel))
+    per_segment = 2 * reference.segment_s * most_layers / max(model.token_seconds(mean_rank), 1e-30)
+    return model.slot_cost(mean_rank, per_segment, linear_tiles(shape_of(architecture), reference, config.parallel.tensor))
 
 
 def _head_share(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> float:

@@ -34,7 +34,7 @@ class Backlog:
     num_stages: int
     gap: int
     capacity: int
-    fixed: float
+    cost: SlotCost
     tokens: list[int]  # of an item
     times: list[float]
     keys: list[tuple[int, int, int]]  # (job, step, sample)
@@ -46,6 +46,11 @@ class Backlog:
     later_time: list[float]  # of a job, beyond the groups that are listed
     later_steps: list[int]
     recent: tuple[float, ...]  # slot times just before this backlog: the pipeline is not empty
+
+    @property
+    def fixed(self) -> float:
+        """What every slot takes beyond its samples."""
+        return self.cost.fixed
 
     @property
     def total_time(self) -> float:
@@ -100,7 +105,7 @@ def open_backlog(
     gap = num_stages + delay
     standing = [*progress, *[Progress()] * (len(lengths) - len(progress))]
     order = sorted(range(len(lengths)), key=lambda job: (-len(lengths[job]), lengths[job], standing[job].step, standing[job].taken))
-    backlog = Backlog(num_stages, gap, capacity, cost.fixed, [], [], [], [], [], [], [], [], [], [], recent)
+    backlog = Backlog(num_stages, gap, capacity, cost, [], [], [], [], [], [], [], [], [], [], recent)
     fair_time = float("inf") if horizon is None else 8 * horizon * capacity / max(1, len(lengths))
     for job in order:
         _append_job(backlog, job, lengths[job], standing[job], cost, horizon, fair_time)
@@ -150,5 +155,9 @@ def to_stream(backlog: Backlog, layout: Layout) -> Stream:
 
 def costs_of(backlog: Backlog, layout: Layout) -> list[float]:
     """Slot times of a layout, after those of the recent slots."""
-    times, fixed = backlog.times, backlog.fixed
-    return [*backlog.recent, *(sum([times[item] for item in slot]) + fixed if slot else 0.0 for slot in layout)]
+    times, tokens, group_of, overhead = backlog.times, backlog.tokens, backlog.group_of, backlog.cost.overhead
+    costs = list(backlog.recent)
+    for slot in layout:
+        segments = len({group_of[item] for item in slot})
+        costs.append(sum([times[item] for item in slot]) + overhead(sum([tokens[item] for item in slot]), segments))
+    return costs

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from scheduling.slot_cost import SlotCost
+from scheduling.slot_cost import TILE_ROWS, SlotCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,8 @@ class Device:
     flops_per_s: float
     memory_bytes: float
     layer_launch_s: float = 1.5e-4
+    segment_s: float = 1.3e-4  # a layer's pass takes so much longer for every further job in its microbatch; measured on an H100
+    processors: int = 132  # that compute tiles of a GEMM at a time; 0: no tiles
 
 
 # Reached, not peak, figures: about 65% of dense bf16 peak; a CPU core runs float32.
@@ -70,8 +72,8 @@ DEVICES = {
     for device in (
         Device(name="h200", flops_per_s=6.4e14, memory_bytes=141e9),
         Device(name="h100", flops_per_s=6.4e14, memory_bytes=80e9),
-        Device(name="a100", flops_per_s=2.0e14, memory_bytes=80e9),
-        Device(name="cpu", flops_per_s=5.0e10, memory_bytes=8e9, layer_launch_s=1e-3),
+        Device(name="a100", flops_per_s=2.0e14, memory_bytes=80e9, processors=108),
+        Device(name="cpu", flops_per_s=5.0e10, memory_bytes=8e9, layer_launch_s=1e-3, segment_s=0.0, processors=0),
     )
 }
 
@@ -114,14 +116,15 @@ class CostModel:
 
     stages: tuple[StageCost, ...]
 
-    def slot_cost(self, mean_rank: float = 0.0) -> SlotCost:
-        """Return the slowest stage's cost in token-equivalents, as the planner takes it."""
+    def slot_cost(self, mean_rank: float = 0.0, per_segment: float = 0.0, tiles: tuple[float, ...] = ()) -> SlotCost:
+        """Return the slowest stage's cost in token-equivalents, as the planner takes it, with two terms that this model does not have."""
         slowest = max(self.stages, key=lambda stage: stage.seconds(_USUAL_TOKENS, 0.0, mean_rank * _USUAL_TOKENS))
         passes = (slowest.forward, slowest.backward)
         fixed = sum(one.fixed for one in passes)
         per_token = sum(one.per_token + mean_rank * one.per_rank_token for one in passes)
         per_token = max(per_token, 1e-6 * fixed, 1e-30)  # a measured stage may take no time per token
-        return SlotCost(per_square=sum(one.per_square for one in passes) / per_token, fixed=fixed / per_token)
+        squares = sum(one.per_square for one in passes)
+        return SlotCost(per_square=squares / per_token, fixed=fixed / per_token, per_segment=per_segment, tiles=tiles)
 
     def token_seconds(self, mean_rank: float = 0.0) -> float:
         """Return seconds, forward plus backward on the slowest stage, per token-equivalent of a slot."""
@@ -143,6 +146,33 @@ class CostModel:
     def from_json(cls, listed: Sequence[dict]) -> CostModel:
         """Rebuild a model from plain data."""
         return cls(tuple(StageCost(PassCost(**stage["forward"]), PassCost(**stage["backward"])) for stage in listed))
+
+
+TILE_COLUMNS = 256  # of the GEMMs
+_MOST_TILES = 256  # of rows: 32,768 tokens
+
+
+def linear_tiles(shape: ModelShape, device: Device, tensor: int = 1) -> tuple[float, ...]:
+    """Return SlotCost.tiles: the time of a layer's linears there and back by row tiles, in tokens that fill every wave of tiles.
+
+    Of a GEMM's tiles the device computes `processors` at a time, the last ones as long as all others: 4,096 rows of 5,120 columns are 640
+    tiles, five waves of 132 as 3,329 rows are. Empty where the device has no tiles.
+    """
+    if not device.processors:
+        return ()
+    query, key_value = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
+    ffn = shape.ffn_size // tensor
+    hidden = shape.hidden_size
+    forward = [(hidden, query + 2 * key_value), (query, hidden), (hidden, 2 * ffn), (ffn, hidden)]
+    products = [*forward, *((columns, inner) for inner, columns in forward)]  # dX has the weight's sides the other way around
+    wave = device.processors * TILE_ROWS * TILE_COLUMNS
+    weights = sum(inner * columns for inner, columns in products)
+
+    def tokens(row_tiles: int) -> float:
+        waves = ((inner, -(-row_tiles * -(-columns // TILE_COLUMNS) // device.processors)) for inner, columns in products)
+        return sum(inner * count for inner, count in waves) * wave / weights
+
+    return tuple(map(tokens, range(_MOST_TILES + 1)))
 
 
 def stage_policies(layers: Sequence[int], recompute: str | Sequence[str]) -> tuple[tuple[str, ...], ...]:

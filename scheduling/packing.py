@@ -123,18 +123,19 @@ def _fit(backlog: Backlog, ready: list[_Job], room: float, token_room: int, targ
                 break
         if missed <= _CLOSE * _RESOLUTION:
             return best
-    return best or _fit_tokens(backlog, ready, token_room)
+    full = _fit_tokens(backlog, ready, token_room)
+    return full if abs(sum([times[item] for item in full]) - room) < missed * unit else best
 
 
 def _fit_tokens(backlog: Backlog, ready: list[_Job], token_room: int) -> list[int]:
-    """Where the token budget binds before the time does: the first jobs' samples, longest first, that still fit."""
-    subset = []
+    """Where the token budget binds before the time does: the fullest subset, drawing on as few jobs as that takes."""
+    sums, pool = SubsetSums(token_room), []
     for job in ready:
-        for item in job.rest:
-            if backlog.tokens[item] <= token_room:
-                subset.append(item)
-                token_room -= backlog.tokens[item]
-    return subset
+        pool += job.rest
+        sums.extend([backlog.tokens[item] for item in job.rest])
+        if token_room - sums.below(token_room) <= _CLOSE * backlog.capacity:
+            break
+    return [pool[index] for index in sums.pick(sums.below(token_room))]
 
 
 def first_fit(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout:

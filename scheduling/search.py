@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 
 from scheduling.backlog import Backlog, Layout, costs_of
 from scheduling.timing import Clock, makespan
@@ -73,7 +74,7 @@ def _needs(backlog: Backlog, job: int, k: int, first: list[int], last: list[int]
 
 
 class _Search:
-    """A layout under change: slot contents, slot times, and where each group begins and ends; slots count from the recent ones on."""
+    """A layout under change: what slots hold, how long they take, where each group begins and ends; slots count from the recent ones on."""
 
     def __init__(self, backlog: Backlog, layout: Layout):
         self.backlog, self.clock = backlog, Clock(backlog.num_stages)
@@ -81,6 +82,8 @@ class _Search:
         self.slots = [[] for _ in backlog.recent] + [list(slot) for slot in layout]
         self.costs = costs_of(backlog, layout)
         self.tokens = [sum([backlog.tokens[item] for item in slot]) for slot in self.slots]
+        self.times = [sum([backlog.times[item] for item in slot]) for slot in self.slots]
+        self.held = [Counter(backlog.group_of[item] for item in slot) for slot in self.slots]  # items of each group in a slot
         self.at = {item: k for k, slot in enumerate(self.slots) for item in slot}
         num_groups = len(backlog.groups)
         self.members = [[item for item in group if item in self.at] for group in backlog.groups]
@@ -141,24 +144,25 @@ class _Search:
         index, other = int(draw_p * (len(here) + 1)), int(draw_q * (len(there) + 1))
         right = here[index] if index < len(here) else -1
         left = there[other] if other < len(there) else -1
-        time, tokens = 0.0, 0
+        time, tokens, right_group, left_group = 0.0, 0, -1, -1
         if right >= 0:
-            if q > self.latest[backlog.group_of[right]]:
+            right_group = backlog.group_of[right]
+            if q > self.latest[right_group]:
                 return None
             time, tokens = backlog.times[right], backlog.tokens[right]
         if left >= 0:
-            if p < self.earliest[backlog.group_of[left]]:
+            left_group = backlog.group_of[left]
+            if p < self.earliest[left_group]:
                 return None
             time, tokens = time - backlog.times[left], tokens - backlog.tokens[left]
         elif right < 0:
             return None
-        if self.tokens[q] + tokens > backlog.capacity or self.tokens[p] - tokens > backlog.capacity:
+        tokens_p, tokens_q = self.tokens[p] - tokens, self.tokens[q] + tokens
+        if tokens_q > backlog.capacity or tokens_p > backlog.capacity:
             return None
-        cost_p, cost_q = self.costs[p] - time, self.costs[q] + time
-        if left < 0:
-            cost_p, cost_q = 0.0 if len(here) == 1 else cost_p, cost_q if there else cost_q + backlog.fixed
-        elif right < 0:
-            cost_p, cost_q = cost_p if here else cost_p + backlog.fixed, 0.0 if len(there) == 1 else cost_q
+        overhead = backlog.cost.overhead
+        cost_p = self.times[p] - time + overhead(tokens_p, _segments(self.held[p], right_group, left_group)) if tokens_p else 0.0
+        cost_q = self.times[q] + time + overhead(tokens_q, _segments(self.held[q], left_group, right_group)) if tokens_q else 0.0
         return right, left, cost_p, cost_q
 
     def _apply(self, p: int, q: int, right: int, left: int) -> None:
@@ -169,5 +173,19 @@ class _Search:
                 self.slots[target].append(item)
                 self.tokens[source] -= self.backlog.tokens[item]
                 self.tokens[target] += self.backlog.tokens[item]
+                self.times[source] -= self.backlog.times[item]
+                self.times[target] += self.backlog.times[item]
                 self.at[item] = target
-                self._bound(self.backlog.group_of[item])
+                group = self.backlog.group_of[item]
+                self.held[source][group] -= 1
+                if not self.held[source][group]:
+                    del self.held[source][group]
+                self.held[target][group] += 1
+                self._bound(group)
+
+
+def _segments(held: Counter[int], leaves: int, comes: int) -> int:
+    """Return how many groups a slot holds once an item of one group has left it and one of another has come (-1: none)."""
+    if leaves == comes:
+        return len(held)
+    return len(held) - (leaves >= 0 and held[leaves] == 1) + (comes >= 0 and comes not in held)

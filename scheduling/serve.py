@@ -1,7 +1,7 @@
 """Plan windows for another process, so that planning takes nothing from its threads: one JSON line in, one out.
 
     python -m scheduling.serve
-    in    {"lengths": [job][step][sample], "num_stages", "capacity", "delay", "num_slots", "cost": {"per_square", "fixed"}}
+    in    {"lengths": [job][step][sample], "num_stages", "capacity", "delay", "num_slots", "cost": {SlotCost's fields}}
           {"leave": [job, ...]}            one per window: jobs whose steps end after the one that they have begun
     out   {"last", "left", "microbatches"}  the window in the contract's format; `left`: [job, window from which on it is left out]
 
@@ -24,7 +24,8 @@ def serve(requests: Iterable[str]) -> Iterator[str]:
     """Answer each request for a window; raises PlanError where no plan exists."""
     lines = iter(requests)
     settings = json.loads(next(lines))
-    lengths, cost = settings.pop("lengths"), SlotCost(**settings.pop("cost"))
+    lengths, weights = settings.pop("lengths"), settings.pop("cost")
+    cost = SlotCost(**weights | {"tiles": tuple(weights.get("tiles", ()))})
     carry, left = Carry(), {}
     for number, line in enumerate(lines):
         for job in json.loads(line)["leave"]:

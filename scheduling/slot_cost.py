@@ -1,8 +1,10 @@
 """What a slot costs, in token-equivalents, and the even-slot estimate that plans are measured against.
 
-    time(slot) = tokens + per_square * sum(length^2) + fixed        (0 for a no-op)
+    time(slot) = linear(tokens) + per_square * sum(length^2) + fixed + per_segment * (segments - 1)        (0 for a no-op)
 
-forward and backward alike: linear layers, attention over packed samples, launches. `cost.py` fits the constants to a model and device.
+forward and backward alike: linear layers, attention over packed samples, launches, and what every further job costs. A GPU computes a
+linear layer in tiles of 128 rows, a wave of them at a time, so that its time is a staircase: `tiles[n]` is linear(tokens) for n tiles, in
+the tokens that would take as long without waste. Without `tiles` it is the tokens. `cost.py` fits the constants to a model and device.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 from scheduling.timing import makespan
 from scheduling.types import Lengths, Microbatch, Stream
 
+TILE_ROWS = 128  # of the GEMMs
+
 
 @dataclass(frozen=True, slots=True)
 class SlotCost:
@@ -20,14 +24,24 @@ class SlotCost:
 
     per_square: float = 1.9e-5
     fixed: float = 128.0
+    per_segment: float = 0.0
+    tiles: tuple[float, ...] = ()
 
     def sample(self, tokens: int) -> float:
-        """Return the time of one sample in token-equivalents."""
+        """Return the time of one sample in token-equivalents, without what its slot wastes."""
         return tokens + self.per_square * tokens * tokens
 
-    def slot(self, sample_tokens: Sequence[int]) -> float:
-        """Return the time of a slot that packs samples of these lengths."""
-        return sum(map(self.sample, sample_tokens)) + self.fixed if sample_tokens else 0.0
+    def overhead(self, tokens: int, segments: int) -> float:
+        """Return what a slot of so many tokens, of so many jobs, takes beyond its samples."""
+        if not tokens:
+            return 0.0
+        row_tiles = -(-tokens // TILE_ROWS)
+        waste = self.tiles[row_tiles] - tokens if row_tiles < len(self.tiles) else 0.0
+        return self.fixed + self.per_segment * (segments - 1) + waste
+
+    def slot(self, sample_tokens: Sequence[int], segments: int = 1) -> float:
+        """Return the time of a slot that packs samples of these lengths, of so many jobs."""
+        return sum(map(self.sample, sample_tokens)) + self.overhead(sum(sample_tokens), segments)
 
 
 def slot_times(stream: Stream, lengths: Lengths, cost: SlotCost) -> list[float]:
@@ -37,8 +51,9 @@ def slot_times(stream: Stream, lengths: Lengths, cost: SlotCost) -> list[float]:
 
 def _slot_time(microbatch: Microbatch, lengths: Lengths, cost: SlotCost) -> float:
     if microbatch.evaluate:
-        return microbatch.num_tokens + cost.fixed
-    return cost.slot([lengths[segment.job][segment.step][sample] for segment in microbatch.segments for sample in segment.samples])
+        return microbatch.num_tokens + cost.overhead(microbatch.num_tokens, len(microbatch.segments))
+    packed = [lengths[segment.job][segment.step][sample] for segment in microbatch.segments for sample in segment.samples]
+    return cost.slot(packed, len(microbatch.segments))
 
 
 def work_time(lengths: Lengths, cost: SlotCost) -> float:

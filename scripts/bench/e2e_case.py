@@ -91,8 +91,8 @@ class CaseRun:
 
     @property
     def _real(self) -> SlotCost:
-        """What baselines weigh slots with: the cost model that also times them."""
-        return self.cost.slot_cost(sum(self.ranks) / len(self.ranks))
+        """What baselines weigh slots with: the cost model that also times them, and what it has no terms for as our planner has it."""
+        return self.cost.slot_cost(sum(self.ranks) / len(self.ranks), self.weights.per_segment, self.weights.tiles)
 
     def _some(self, slots: int) -> Lengths:
         """Return lengths for about so many slots, more where the pipeline is deep."""

@@ -18,12 +18,13 @@ from scheduling.cost import (
     analytic_cost,
     head_layers,
     head_share,
+    linear_tiles,
     refine,
     split_layers,
 )
 from scheduling.data_parallel import BALANCE, plan_replicas, split_batch
 from scheduling.memory import choose_capacity
-from scheduling.slot_cost import SlotCost, even_slot_estimate
+from scheduling.slot_cost import TILE_ROWS, SlotCost, even_slot_estimate
 from scheduling.types import Microbatch, PlanError
 from scheduling.validate import replay_replicas
 
@@ -209,3 +210,24 @@ def test_stages_whose_time_is_all_launches_still_weigh_slots():
     launch = PassCost(per_token=0.0, per_square=0.0, per_rank_token=0.0, fixed=0.1)
     cost = CostModel((StageCost(launch, launch),)).slot_cost()
     assert cost.slot([10, 10]) == pytest.approx(cost.slot([1000]), rel=1e-2)  # slots count, tokens hardly
+
+
+LLAMA_8B = ModelShape(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=14336, vocab_size=128256)
+
+
+def test_linear_time_is_a_staircase_of_whole_waves():
+    """Of 5,120 columns 26 row tiles are four waves of 132, 27 to 33 are five; a device without tiles has no steps."""
+    square = ModelShape(hidden_size=5120, num_layers=1, num_heads=40, num_kv_heads=0, head_dim=128, ffn_size=5120, vocab_size=8)
+    tiles = linear_tiles(square, DEVICES["h100"])
+    assert tiles[0] == 0 and tiles[33] == pytest.approx(33 * TILE_ROWS) and tiles[26] == pytest.approx(0.8 * tiles[33])
+    assert tiles[27] > 0.92 * tiles[33] and tiles[34] > 1.1 * tiles[33]
+    for tensor in (1, 2):
+        found = linear_tiles(LLAMA_8B, DEVICES["h100"], tensor)
+        assert list(found) == sorted(found) and all(time >= n * TILE_ROWS for n, time in enumerate(found))
+    assert linear_tiles(LLAMA_8B, DEVICES["cpu"]) == ()
+
+
+def test_a_slot_takes_its_stair_and_more_for_every_further_job():
+    cost = SlotCost(per_square=0.0, fixed=10.0, per_segment=7.0, tiles=(0.0, 200.0, 300.0))
+    assert cost.slot([]) == 0.0 and cost.slot([100]) == 210.0 and cost.slot([28, 100]) == 210.0 and cost.slot([129], segments=3) == 324.0
+    assert cost.slot([257]) == 267.0, "beyond the table the tokens count"

@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import random
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.backlog import costs_of, open_backlog, to_stream
-from scheduling.packing import fill, first_fit, ramp, spread
+from scheduling.cost import DEVICES, ModelShape, linear_tiles
+from scheduling.packing import _fit_tokens, fill, first_fit, ramp, spread
 from scheduling.planner import best_stretch, plan_stream
 from scheduling.policies import POLICIES, greedy, runs_efficiency, runs_time
-from scheduling.search import anneal, without_gaps
+from scheduling.search import _Search, _with_ends, anneal, without_gaps
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
 from scheduling.subset_sum import SubsetSums
 from scheduling.timing import makespan
@@ -21,6 +24,7 @@ from scheduling.types import PlanError
 from scheduling.validate import replay
 from scheduling.windows import Carry, plan_window, plan_windows
 
+LENGTHS = Path(__file__).resolve().parents[2] / "scripts/bench/lengths.json"
 CAPACITY, COST = 64, SlotCost(per_square=1e-3, fixed=2.0)
 BATCHES = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=6)
 WORKLOADS = st.lists(st.lists(BATCHES, min_size=1, max_size=4), min_size=1, max_size=5)
@@ -55,6 +59,39 @@ def test_search_keeps_plans_correct_and_never_slower(lengths, num_stages, delay,
     found = anneal(backlog, layout, 2000, heat=3.0, seed=seed)
     replay(to_stream(backlog, found), lengths, num_stages, CAPACITY, delay)
     assert makespan(costs_of(backlog, found), num_stages) <= makespan(costs_of(backlog, layout), num_stages)
+
+
+@given(WORKLOADS, STAGES, DELAY, st.integers(0, 3))
+def test_search_keeps_account_of_what_slots_hold(lengths, num_stages, delay, seed):
+    """Times that it renews change by change are those of the layout that it ends with: tiles, jobs and all."""
+    cost = dataclasses.replace(COST, per_segment=3.0, tiles=(0.0, 90.0))
+    backlog = open_backlog(lengths, num_stages, CAPACITY, delay, cost)
+    search = _Search(backlog, _with_ends(backlog, first_fit(backlog, backlog.least_slots())))
+    for _ in range(3):
+        search.sweep(random.Random(seed), 5.0)
+    assert search.costs == pytest.approx(costs_of(backlog, search.layout()))
+    assert [sum(held.values()) for held in search.held] == [len(slot) for slot in search.slots]
+
+
+def test_planner_fills_whole_waves_and_keeps_jobs_together():
+    """Two stages of a 32B model at 4,096 tokens, by what its GEMMs and segments cost on an H100: over 1% less time than by tokens alone."""
+    shape = ModelShape(hidden_size=5120, num_layers=64, num_heads=40, num_kv_heads=8, head_dim=128, ffn_size=27648, vocab_size=152064)
+    blind = SlotCost(per_square=1.8e-5, fixed=96.0)
+    real = dataclasses.replace(blind, per_segment=79.0, tiles=linear_tiles(shape, DEVICES["h100"]))
+    lengths = [steps[:14] for steps in json.loads(LENGTHS.read_text())["het-s2"]["data"]]
+    spans = {}
+    for name, cost in (("blind", blind), ("real", real)):
+        stream = tuple(microbatch for window in plan_windows(lengths, 2, 4096, cost=cost) for microbatch in window)
+        replay(stream, lengths, 2, 4096, 0)
+        spans[name] = makespan(slot_times(stream, lengths, real), 2)
+    assert spans["real"] < 0.99 * spans["blind"], spans
+
+
+def test_a_slot_that_the_budget_binds_is_filled_to_it():
+    """Samples that no greedy order packs: 60 = 40 + 20 where 48 comes first."""
+    backlog = open_backlog([[[48, 40, 20]]], 1, 60, 0, dataclasses.replace(COST, per_square=1.0))
+    job = SimpleNamespace(rest=[0, 1, 2])
+    assert _fit_tokens(backlog, [job], 60) == [1, 2] and _fit_tokens(backlog, [job], 19) == []
 
 
 def test_search_makes_ramps_of_slots_that_it_adds_at_the_ends_of_a_run():
