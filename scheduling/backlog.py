@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from scheduling.slot_cost import SlotCost
+from scheduling.slot_cost import SlotCost, in_grains
 from scheduling.types import Lengths, Microbatch, PlanError, Segment, Stream
 
 Layout = list[list[int]]  # [slot] -> items
@@ -134,7 +134,7 @@ def _append_job(
     backlog.jobs.append(range(first_group, len(backlog.groups)))
     backlog.ready.append(stand.ready)
     backlog.started.append(bool(stand.taken))
-    backlog.later_time.append(sum([sum(batch) + cost.per_square * sum(map(mul, batch, batch)) for batch in steps[step:]]))
+    backlog.later_time.append(sum([in_grains(sum(batch) + cost.per_square * sum(map(mul, batch, batch))) for batch in steps[step:]]))
     backlog.later_steps.append(len(steps) - step)
 
 

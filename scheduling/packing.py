@@ -12,6 +12,8 @@ free, while the fill itself then costs half as much (the linear program over slo
 
 from __future__ import annotations
 
+import math
+
 from scheduling.backlog import Backlog, Layout
 from scheduling.subset_sum import SubsetSums
 
@@ -63,7 +65,7 @@ def fill(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout
     slot_time = max(1.0, backlog.total_time / num_slots)
     jobs = [_Job(backlog, index, slot_time) for index in range(len(backlog.jobs))]
     shares = ramp(num_slots, backlog.num_stages, not backlog.recent)
-    time_left, shares_left = backlog.total_time, sum(shares)
+    time_left, shares_left = backlog.total_time, math.fsum(shares)
     layout: Layout = []
     open_jobs = [index for index, job in enumerate(jobs) if job.rest]
     while open_jobs and (horizon is None or len(layout) < horizon):

@@ -227,6 +227,14 @@ def test_linear_time_is_a_staircase_of_whole_waves():
     assert linear_tiles(LLAMA_8B, DEVICES["cpu"]) == ()
 
 
+@given(st.integers(1, 50_000), st.integers(1, 40), st.floats(0, 1e-2), st.floats(0, 1e4), st.floats(0, 1e3))
+def test_sums_of_times_are_exact_in_any_order(tokens, segments, per_square, fixed, per_segment):
+    cost = SlotCost(per_square=per_square, fixed=fixed, per_segment=per_segment, tiles=(0.0, 131.7, 0.1))
+    for time in (cost.sample(tokens), cost.overhead(tokens, segments), cost.slot([tokens, 3], segments)):
+        assert (1024 * time).is_integer()
+    assert cost.sample(tokens) == pytest.approx(tokens + per_square * tokens**2, abs=1e-3)
+
+
 def test_a_slot_takes_its_stair_and_more_for_every_further_job():
     cost = SlotCost(per_square=0.0, fixed=10.0, per_segment=7.0, tiles=(0.0, 200.0, 300.0))
     assert cost.slot([]) == 0.0 and cost.slot([100]) == 210.0 and cost.slot([28, 100]) == 210.0 and cost.slot([129], segments=3) == 324.0
