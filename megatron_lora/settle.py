@@ -26,7 +26,6 @@ from scheduling.cost import (
     analytic_cost,
     head_layers,
     head_share,
-    linear_tiles,
     split_layers,
     stage_policies,
 )
@@ -43,6 +42,7 @@ from scheduling.memory import (
     stage_memory,
     usable_bytes,
 )
+from scheduling.row_tiles import linear_tiles
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths
 

@@ -18,12 +18,12 @@ from scheduling.cost import (
     analytic_cost,
     head_layers,
     head_share,
-    linear_tiles,
     refine,
     split_layers,
 )
 from scheduling.data_parallel import BALANCE, plan_replicas, split_batch
 from scheduling.memory import choose_capacity
+from scheduling.row_tiles import linear_tiles
 from scheduling.slot_cost import TILE_ROWS, SlotCost, even_slot_estimate
 from scheduling.types import Microbatch, PlanError
 from scheduling.validate import replay_replicas

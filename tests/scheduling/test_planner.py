@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.backlog import costs_of, open_backlog, to_stream
-from scheduling.cost import DEVICES, ModelShape, linear_tiles
+from scheduling.cost import DEVICES, ModelShape
 from scheduling.packing import _fit_tokens, fill, first_fit, ramp, spread
 from scheduling.planner import best_stretch, plan_stream
 from scheduling.policies import POLICIES, greedy, runs_efficiency, runs_time
+from scheduling.row_tiles import linear_tiles
 from scheduling.search import _Search, _with_ends, anneal, without_gaps
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
 from scheduling.subset_sum import SubsetSums
