@@ -80,14 +80,14 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _git(root: Path, *arguments: str) -> str:
-    run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10)
-    return run.stdout.strip()
-
-
 def allocator_settings(environ: Mapping[str, str]) -> dict[str, str]:
     """Return what to add to the environment before torch starts CUDA; nothing where torch's allocator has settings already.
 
     Segments of fixed size leave gaps that no later microbatch fits into: 8 of 80 GB, where a stage uses all that the memory model allows.
     """
     return {} if environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} else dict(ALLOCATOR)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return run.stdout.strip()

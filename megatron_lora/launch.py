@@ -39,6 +39,7 @@ class Nodes:
 
 def train(config_path: str, overrides: list[str]) -> int:
     """Run a config to its end; returns 0, 3 or 75 as the run recorded it, 2 for wrong input found by a rank, 1 for a crash."""
+    os.environ.update(allocator_settings(os.environ))  # env.json tells what the ranks have
     config = load_config(config_path, overrides)
     nodes = find_nodes(os.environ)
     ranks_here = split_ranks(config, nodes)

@@ -107,8 +107,7 @@ def runs_of(policy: str, workload: Workload) -> Runs:
     """Plan the workload by a policy: ours as training does, in rolling windows by its weights; others at their best for the real cost."""
     stages, capacity = workload.num_stages, workload.capacity
     if policy != "ours":
-        weights = workload.weights
-        real = workload.cost.slot_cost(sum(workload.ranks) / len(workload.ranks), weights.per_segment, weights.tiles)
+        real = workload.cost.slot_cost(sum(workload.ranks) / len(workload.ranks))
         return POLICIES[policy](workload.planned, stages, capacity, real)
     windows = plan_windows(workload.planned, stages, capacity, delay=workload.delay, cost=workload.weights)
     return (tuple(microbatch for window in windows for microbatch in window),)

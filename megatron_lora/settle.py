@@ -19,16 +19,7 @@ from megatron_lora.config import RunConfig
 from megatron_lora.devices import reference_of, size, this_device
 from megatron_lora.errors import UserError
 from megatron_lora.run_dir import RunDirectory
-from scheduling.cost import (
-    CostModel,
-    Device,
-    ModelShape,
-    analytic_cost,
-    head_layers,
-    head_share,
-    split_layers,
-    stage_policies,
-)
+from scheduling.cost import CostModel, Device, ModelShape, analytic_cost, head_layers, head_share, split_layers, stage_policies
 from scheduling.data_parallel import deal
 from scheduling.layer_memory import Adapter
 from scheduling.memory import (
@@ -47,6 +38,7 @@ from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths
 
 USUAL_TOKENS = 4096  # of a microbatch, where the stages are split before `auto` is settled
+MOST_OF_A_SEGMENT = 0.02  # of a usual microbatch's time, as was measured; of smaller models it is not known
 
 
 def settle(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> RunConfig:
@@ -195,6 +187,7 @@ def planner_cost(config: RunConfig, architecture: Architecture, device: Device, 
     model = cost_of(config, architecture, reference, target_share)
     most_layers = max(len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel))
     per_segment = 2 * reference.segment_s * most_layers / max(model.token_seconds(mean_rank), 1e-30)
+    per_segment = min(per_segment, MOST_OF_A_SEGMENT * USUAL_TOKENS)
     return model.slot_cost(mean_rank, per_segment, linear_tiles(shape_of(architecture), reference, config.parallel.tensor))
 
 

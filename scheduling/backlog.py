@@ -8,6 +8,7 @@ content alone decides, so that plans do not depend on how jobs are numbered.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
@@ -49,7 +50,7 @@ class Backlog:
 
     @property
     def fixed(self) -> float:
-        """What every slot takes beyond its samples."""
+        """What every slot takes, however full it is."""
         return self.cost.fixed
 
     @property
@@ -73,7 +74,7 @@ class Backlog:
             times = [sum(self.times[item] for item in self.groups[group]) for group in span]
             steps = len(span) + self.later_steps[job]
             if steps:
-                slots = sum(max(1.0, time / self.capacity) for time in times) + max(
+                slots = math.fsum(max(1.0, time / self.capacity) for time in times) + max(
                     self.later_steps[job], self.later_time[job] / self.capacity
                 )
                 chains.append(int(slots) + (steps - 1) * (self.gap - 1) + self.ready[job])

@@ -62,7 +62,7 @@ class Device:
     flops_per_s: float
     memory_bytes: float
     layer_launch_s: float = 1.5e-4
-    segment_s: float = 1.3e-4  # a layer's pass takes so much longer for every further job in its microbatch; measured on an H100
+    segment_s: float = 1.3e-4  # a layer's pass takes so much longer for every further job in its microbatch: layers of 32B on an H100
     processors: int = 132  # that compute tiles of a GEMM at a time; 0: no tiles
 
 

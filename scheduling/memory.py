@@ -22,7 +22,7 @@ from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 
-RESERVED = 0.05  # share of the device that CUDA, NCCL and fragmentation take: 2 and 2 GB of an H100's 84
+RESERVED = 0.05  # share of what is free at the start that NCCL and fragmentation take: 4 of an H100's 84 GB, of which 3 were seen
 LOSS_CHUNK_BYTES = 300 * 10**6  # of the logits that exist at a time
 _LOSS_ROWS = 256  # chunks are multiples of it, so that they fill the tiles of a GEMM
 _WORTH = 0.002  # a larger budget must gain this much efficiency

@@ -41,11 +41,13 @@ class SlotCost:
         return in_grains(tokens + self.per_square * tokens * tokens)
 
     def overhead(self, tokens: int, segments: int) -> float:
-        """Return what a slot of so many tokens, of so many jobs, takes beyond its samples."""
+        """Return what a slot of so many tokens, of so many jobs, takes beyond its samples; past the table it wastes what its end wastes."""
         if not tokens:
             return 0.0
-        row_tiles = -(-tokens // TILE_ROWS)
-        waste = self.tiles[row_tiles] - tokens if row_tiles < len(self.tiles) else 0.0
+        waste, last = 0.0, len(self.tiles) - 1
+        if last >= 0:
+            row_tiles = -(-tokens // TILE_ROWS)
+            waste = self.tiles[row_tiles] - tokens if row_tiles <= last else self.tiles[last] - last * TILE_ROWS
         return in_grains(self.fixed + self.per_segment * (segments - 1) + waste)
 
     def slot(self, sample_tokens: Sequence[int], segments: int = 1) -> float:

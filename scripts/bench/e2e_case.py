@@ -33,6 +33,7 @@ from scheduling.data_parallel import deal
 from scheduling.memory import tokens_in_flight
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths, Stream
+from scheduling.windows import plan_windows
 
 WARM_SLOTS, PROFILED_SLOTS, PROBED_SLOTS = 8, 4, 8
 PROBED_STEPS = 4  # of each job, from which the probed slots are taken
@@ -150,8 +151,13 @@ class CaseRun:
 
     def _planned(self, lengths: Lengths) -> Stream:
         """Return the policy's stream for these lengths, this replica's part of it."""
-        stream = self.base.share(joined(self.case.policy, lengths, self.settings, self._real) if self.base.rank == 0 else None)
-        dealt = deal(lengths, self.settings.num_replicas, self.settings.cost)
+        s, dealt, stream = self.settings, deal(lengths, self.settings.num_replicas, self.settings.cost), None
+        if self.base.rank == 0 and self.case.policy == "ours":
+            windows = plan_windows(dealt.rounds, s.num_stages, s.capacity, delay=s.delay, cost=s.cost)
+            stream = tuple(microbatch for window in windows for microbatch in window)
+        elif self.base.rank == 0:
+            stream = joined(self.case.policy, lengths, s, self._real)
+        stream = self.base.share(stream)
         return tuple(dealt.part(microbatch, self.base.replica) for microbatch in stream)
 
     def timed_lengths(self, tokens_per_s: float) -> Lengths:

@@ -20,6 +20,7 @@ from scheduling.types import Lengths, Microbatch, Segment
 
 T = TypeVar("T")
 AHEAD, MOST_CYCLES_PER_S = 1.2, 2e9  # of the host's time, and of a GPU
+LONGEST_SLEEP_S = 1.0  # the first time a kernel is compiled, the host takes far longer
 
 
 def probe_slots(lengths: Lengths, capacity: int) -> tuple[Microbatch, ...]:
@@ -63,8 +64,8 @@ def features(slot: Microbatch, lengths: Lengths, ranks: Sequence[int]) -> tuple[
 class Stopwatch:
     """Times work on a device, by its name; on a GPU without the launches of it, which in a run the host makes ahead.
 
-    The device sleeps while the host launches: for as long as the work of that name took the host the last time. The first time counts
-    launches too, where they take longer than the work.
+    The device sleeps while the host launches: for as long as the work of that name took the host when it was quickest. The first time
+    counts launches too, where they take longer than the work.
     """
 
     def __init__(self, device: torch.device):
@@ -76,13 +77,13 @@ class Stopwatch:
         start = time.perf_counter()
         if self.device.type != "cuda":
             return work(), time.perf_counter() - start
-        torch.cuda._sleep(int(AHEAD * self.host_s.get(name, 0.0) * MOST_CYCLES_PER_S))
+        torch.cuda._sleep(int(min(LONGEST_SLEEP_S, AHEAD * self.host_s.get(name, 0.0)) * MOST_CYCLES_PER_S))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start = time.perf_counter()
         begin.record()
         result = work()
         end.record()
-        self.host_s[name] = time.perf_counter() - start
+        self.host_s[name] = min(time.perf_counter() - start, self.host_s.get(name, LONGEST_SLEEP_S))
         end.synchronize()
         return result, begin.elapsed_time(end) / 1e3
 

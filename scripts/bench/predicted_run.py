@@ -95,7 +95,7 @@ def predict(
         runs = runs_of("ours", workload)
     else:
         known = cost_of(config, architecture, device, share) if by_figures else workload.cost
-        real = known.slot_cost(sum(workload.ranks) / len(workload.ranks), workload.weights.per_segment, workload.weights.tiles)
+        real = known.slot_cost(sum(workload.ranks) / len(workload.ranks))
         runs = (joined(case.policy, lengths, plan_settings(config, weights), real),)
     rows = config.microbatch_tokens / (parallel.tensor if parallel.sequence else 1)
     hop_s = link.seconds(rows * shape.hidden_size * ITEM) if parallel.pipeline > 1 else 0.0

@@ -176,6 +176,18 @@ def test_the_planner_weighs_slots_by_the_model_and_not_by_the_gpu(configure, roo
     assert planner_cost(wider, large, H100).per_square < planner_cost(config, large, H100).per_square  # a token costs more
 
 
+def test_the_planner_knows_the_stairs_of_a_gpu_and_what_a_further_job_costs(configure, root):
+    """About 80 tokens at 32B on two stages; no more than was measured for a model whose layers are quicker; nothing of both on a CPU."""
+    facts = {"hidden_size": 5120, "num_layers": 64, "num_heads": 40, "num_kv_heads": 8, "head_dim": 128, "ffn_size": 27648}
+    middle, config = model(root, **facts, vocab_size=152064), configure("parallel.pipeline=2", "parallel.layers_per_stage=[32,32]")
+    found = planner_cost(config, middle, H100)
+    assert 75 < found.per_segment <= 0.02 * 4096 and found.tiles[32] == pytest.approx(1.026 * 4096, rel=1e-3)
+    small = planner_cost(configure("parallel.layers_per_stage=[30]"), model(root, **SMALL), H100)
+    assert small.per_segment == pytest.approx(0.02 * 4096) and small.tiles[1] > 1.5 * small.tiles[33] / 33
+    on_cpu = planner_cost(config, middle, CPU)
+    assert on_cpu.per_segment == 0 and on_cpu.tiles == ()
+
+
 def test_weights_are_counted_in_their_precision_and_a_tied_matrix_once(configure, root):
     large = model(root, **LARGE, vocab_size=128256)
     config = configure("parallel.layers_per_stage=[32]")

@@ -238,4 +238,4 @@ def test_sums_of_times_are_exact_in_any_order(tokens, segments, per_square, fixe
 def test_a_slot_takes_its_stair_and_more_for_every_further_job():
     cost = SlotCost(per_square=0.0, fixed=10.0, per_segment=7.0, tiles=(0.0, 200.0, 300.0))
     assert cost.slot([]) == 0.0 and cost.slot([100]) == 210.0 and cost.slot([28, 100]) == 210.0 and cost.slot([129], segments=3) == 324.0
-    assert cost.slot([257]) == 267.0, "beyond the table the tokens count"
+    assert cost.slot([257]) == 267.0 + 300.0 - 256.0, "beyond the table it wastes what the end of the table wastes"

@@ -114,7 +114,7 @@ def test_served_windows_form_one_stream_and_jobs_leave_between_steps(lengths, nu
 @given(WORKLOADS, STAGES, DELAY, st.sampled_from((0.5, 20.0)))
 def test_served_windows_are_those_planned_here_at_the_same_cost(lengths, num_stages, delay, fixed):
     settings = {"num_stages": num_stages, "capacity": CAPACITY, "delay": delay, "num_slots": 4}
-    cost = SlotCost(per_square=1e-2, fixed=fixed)
+    cost = SlotCost(per_square=1e-2, fixed=fixed, per_segment=fixed, tiles=(0.0, 4.0 * CAPACITY))
     requests = [json.dumps(settings | {"lengths": lengths, "cost": asdict(cost)}), *[json.dumps({"leave": []})] * 1000]
     served = [stream_from_json(json.loads(answer)["microbatches"]) for answer in serve(requests)]
     assert served == list(plan_windows(lengths, cost=cost, **settings))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scheduling.backlog import costs_of, open_backlog, to_stream
 from scheduling.cost import DEVICES, ModelShape
-from scheduling.packing import _fit_tokens, fill, first_fit, ramp, spread
+from scheduling.packing import _fit, _fit_tokens, fill, first_fit, ramp, spread
 from scheduling.planner import best_stretch, plan_stream
 from scheduling.policies import POLICIES, greedy, runs_efficiency, runs_time
 from scheduling.row_tiles import linear_tiles
@@ -93,6 +93,19 @@ def test_a_slot_that_the_budget_binds_is_filled_to_it():
     backlog = open_backlog([[[48, 40, 20]]], 1, 60, 0, dataclasses.replace(COST, per_square=1.0))
     job = SimpleNamespace(rest=[0, 1, 2])
     assert _fit_tokens(backlog, [job], 60) == [1, 2] and _fit_tokens(backlog, [job], 19) == []
+
+
+def test_the_fewest_slots_are_counted_alike_by_every_python():
+    """Ten times 1.1 is 11 in sum, or a little less where an addition rounds: one slot of the count."""
+    assert open_backlog([[[6, 5]] * 10], 2, 10, 0, SlotCost(per_square=0.0, fixed=1.0)).least_slots() == 20
+
+
+def test_what_fills_a_budget_takes_the_place_of_what_is_farther_from_the_time():
+    """Time asks for 100 and 2 more than the budget holds; of the first job 30 fit it exactly, of all together 60."""
+    backlog = open_backlog([[[30]], [[40, 20, 45]]], 1, 60, 0, SlotCost(per_square=0.0, fixed=0.0))
+    items = {backlog.tokens[item]: item for item in range(4)}
+    jobs = [SimpleNamespace(rest=[items[30]]), SimpleNamespace(rest=[items[45], items[40], items[20]])]
+    assert sorted(backlog.tokens[item] for item in _fit(backlog, jobs, 100.0, 60, 100.0)) == [20, 40]
 
 
 def test_search_makes_ramps_of_slots_that_it_adds_at_the_ends_of_a_run():
