@@ -57,11 +57,11 @@ from fused_ops.shapes import num_processors
 
 BK, TOGETHER = gl.constexpr(64), gl.constexpr(8)  # inner block; row tiles that share the columns of W in the cache
 _INPUT, _FORWARD_WEIGHT, _BACKWARD_WEIGHT, _OUTPUT = shared(WM, BK), shared(HALF, BK), shared(BK, HALF), shared(WM, QUARTER)
+_ACC = product(HALF)
+
 # A product of more weights takes part in no early launch: of 4096 x 28672 a linear lost 2.5% by it, of 14336 x 4096 and 8192 x 8192
 # nothing was won; of 5120 x 5120 and fewer, 2%. By the weight's shape alone, so that nothing is compiled in the middle of a run.
 MOST_WEIGHTS_EARLY = 2**25
-
-_ACC = product(HALF)
 
 
 @gluon.jit

@@ -25,15 +25,14 @@ from megatron_lora.config import RunConfig
 from megatron_lora.forecast import Workload
 from megatron_lora.jobs import TrainingJob
 from megatron_lora.optimizer import JobOptimizer
+from megatron_lora.plan_report import runs_of
 from megatron_lora.settle import cost_of, planner_cost
 from megatron_lora.timeline import write_timeline
 from megatron_lora.train import make_arena
 from scheduling.cost import CostModel, refine
-from scheduling.data_parallel import deal
 from scheduling.memory import tokens_in_flight
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths, Stream
-from scheduling.windows import plan_windows
 
 WARM_SLOTS, PROFILED_SLOTS, PROBED_SLOTS = 8, 4, 8
 PROBED_STEPS = 4  # of each job, from which the probed slots are taken
@@ -151,14 +150,12 @@ class CaseRun:
 
     def _planned(self, lengths: Lengths) -> Stream:
         """Return the policy's stream for these lengths, this replica's part of it."""
-        s, dealt, stream = self.settings, deal(lengths, self.settings.num_replicas, self.settings.cost), None
+        stream, workload = None, self.workload_of(lengths)
         if self.base.rank == 0 and self.case.policy == "ours":
-            windows = plan_windows(dealt.rounds, s.num_stages, s.capacity, delay=s.delay, cost=s.cost)
-            stream = tuple(microbatch for window in windows for microbatch in window)
+            (stream,) = runs_of("ours", workload)
         elif self.base.rank == 0:
-            stream = joined(self.case.policy, lengths, s, self._real)
-        stream = self.base.share(stream)
-        return tuple(dealt.part(microbatch, self.base.replica) for microbatch in stream)
+            stream = joined(self.case.policy, lengths, self.settings, self._real)
+        return tuple(workload.dealt.part(microbatch, self.base.replica) for microbatch in self.base.share(stream))
 
     def timed_lengths(self, tokens_per_s: float) -> Lengths:
         """Return the lengths of the timed run: as many steps as were asked for, or as fill the time."""

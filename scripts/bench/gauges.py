@@ -1,6 +1,6 @@
 """Clock and power of the GPUs while something runs, as nvidia-smi shows them once a second.
 
-Under its power limit a GPU lowers its clock: a run that pauses computes faster between the pauses, and speeds compare only beside clocks.
+Under its power limit a GPU lowers its clock: speeds compare only beside clocks.
 """
 
 import os

@@ -74,7 +74,7 @@ def test_chrome_trace_names_every_action():
 def test_efficiency_of_even_full_slots_is_the_estimate():
     lengths = [[[64]] for _ in range(20)]
     stream = tuple(Microbatch((Segment(job, 0, (0,), 64),)) for job in range(20))
-    cost = SlotCost(per_square=1e-3, fixed=50.0)
-    assert slot_times(stream, lengths, cost)[0] == pytest.approx(64 + 64 * 64 * 1e-3 + 50, rel=1e-5)
-    assert efficiency(stream, lengths, 4, cost) == pytest.approx(even_slot_estimate(lengths, 4, 64, cost), abs=1e-6, rel=1e-5)
+    cost = SlotCost(per_square=2**-10, fixed=50.0)
+    assert slot_times(stream, lengths, cost)[0] == pytest.approx(64 + 64 * 64 * 2**-10 + 50)
+    assert efficiency(stream, lengths, 4, cost) == pytest.approx(even_slot_estimate(lengths, 4, 64, cost), abs=1e-6)
     assert [action.op for action in simulate(stream[:1], 1, [1.0]).events][:3] == [Op.FORWARD, Op.BACKWARD, Op.STEP]
