@@ -52,6 +52,7 @@ class CaseRun:
         self.settings = plan_settings(config, self.weights)
         self.ranks = tuple(job.r for job in config.jobs)
         self.arena: Arena | None = None
+        self.calibration_gauges: dict[str, list[float]] = {}
 
     def prepare(self) -> None:
         """Put the case's adapters on the base."""
@@ -135,14 +136,15 @@ class CaseRun:
         rows = [job.rows for job in self._jobs(lengths)]
         multiple = parallel.tensor if parallel.sequence else 1
         start = time.perf_counter()
-        measured = measure_stage(
-            self.base.stage,
-            self.base.position.stage,
-            slots,
-            partial(collate, jobs=rows, multiple=multiple, device=self.base.device),
-            multiple,
-            lambda slot: features(slot, lengths, [r if self.arena is not None else 0 for r in self.ranks]),
-        )
+        with gauged(self.base.cuda and self.base.rank == 0) as self.calibration_gauges:
+            measured = measure_stage(
+                self.base.stage,
+                self.base.position.stage,
+                slots,
+                partial(collate, jobs=rows, multiple=multiple, device=self.base.device),
+                multiple,
+                lambda slot: features(slot, lengths, [r if self.arena is not None else 0 for r in self.ranks]),
+            )
         self._clear()
         everyone = [each for of_rank in self.base.gather(measured) for each in of_rank]
         self.cost, self.cost_from = refine(self.cost, everyone), "calibration"
@@ -189,7 +191,8 @@ class CaseRun:
         figures["transports"] = self.base.links.transports
         figures["gauges"] = gauges
         figures["memory"] = memory(self.base, self.config, usages, self.case.adapters)
-        figures["prediction"] = prediction(self.base, self.workload_of(lengths), self.settings, outcome) | {"cost_from": self.cost_from}
+        predicted = prediction(self.base, self.workload_of(lengths), self.settings, outcome)
+        figures["prediction"] = predicted | {"cost_from": self.cost_from, "gauges": self.calibration_gauges}
         return figures, outcome
 
     def workload_of(self, lengths: Lengths) -> Workload:

@@ -54,16 +54,29 @@ def read_stages(path: Path, layers: Sequence[int], recompute: str | Sequence[str
     return stages_of(read_table(path, name), layers, recompute)
 
 
-def read_table(path: Path, name: str) -> dict:
-    """Return the newest table of a name; UserError where there is none."""
+def read_tables(path: Path) -> list[dict]:
+    """Return all tables of a file; UserError where it cannot be read."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); write one with profile_layers.py") from None
-    tables = [line for line in lines if line.get("case") == name]
+
+
+def read_table(path: Path, name: str) -> dict:
+    """Return the newest table of a name; UserError where there is none."""
+    tables = [table for table in read_tables(path) if table.get("case") == name]
     if not tables:
         raise UserError(f"{path} has no table of {name!r}; write one with profile_layers.py")
     return tables[-1]
+
+
+def at_pace(table: dict, pace: float) -> dict:
+    """Return a table whose layers and head are as fast as `pace` times those of this one."""
+
+    def slowed(cost: dict) -> dict:
+        return {side: {name: value / pace for name, value in terms.items()} for side, terms in cost.items()}
+
+    return table | {"layer": {policy: slowed(cost) for policy, cost in table["layer"].items()}, "head": slowed(table["head"])}
 
 
 def fit_error(table: dict) -> float:

@@ -2,13 +2,16 @@
 
 `probe_slots` makes microbatches that tell the cost model's four terms apart; `measure_stage` runs a run's own microbatches through this
 rank's stage alone (no pipeline, its input random), `measure_parts` a whole model's layers and head. Both give measurements for
-scheduling.cost.refine.
+scheduling.cost.refine. Passes are queued one behind another without waiting, behind some seconds of the same: a GPU at work for long lowers
+its clock until it keeps to its power limit, and one that pauses between passes is up to a tenth quicker than in a run. For the same reason
+launches are made ahead, as in a run.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +22,6 @@ from scheduling.cost import Measurement
 from scheduling.types import Lengths, Microbatch, Segment
 
 T = TypeVar("T")
-AHEAD, MOST_CYCLES_PER_S = 1.2, 2e9  # of the host's time, and of a GPU
-LONGEST_SLEEP_S = 1.0  # the first time a kernel is compiled, the host takes far longer
 
 
 def probe_slots(lengths: Lengths, capacity: int) -> tuple[Microbatch, ...]:
@@ -62,34 +63,52 @@ def features(slot: Microbatch, lengths: Lengths, ranks: Sequence[int]) -> tuple[
 
 
 class Stopwatch:
-    """Times work on a device, by its name; on a GPU without the launches of it, which in a run the host makes ahead.
-
-    The device sleeps while the host launches: for as long as the work of that name took the host when it was quickest. The first time
-    counts launches too, where they take longer than the work.
-    """
+    """Times work on a device by its name, without waiting for it."""
 
     def __init__(self, device: torch.device):
         """`device`: where the work runs."""
-        self.device, self.host_s = device, {}
+        self.device = device
+        self._spans: list[tuple[str, Any, Any]] = []
 
-    def time(self, name: str, work: Callable[[], T]) -> tuple[T, float]:
-        """Return what the work returns and the seconds that it takes on the device."""
-        start = time.perf_counter()
-        if self.device.type != "cuda":
-            return work(), time.perf_counter() - start
-        torch.cuda._sleep(int(min(LONGEST_SLEEP_S, AHEAD * self.host_s.get(name, 0.0)) * MOST_CYCLES_PER_S))
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start = time.perf_counter()
-        begin.record()
+    def time(self, name: str, work: Callable[[], T]) -> T:
+        """Return what the work returns; on a GPU it is launched, and timed from when the device begins it."""
+        begin = self._now()
         result = work()
-        end.record()
-        self.host_s[name] = min(time.perf_counter() - start, self.host_s.get(name, LONGEST_SLEEP_S))
-        end.synchronize()
-        return result, begin.elapsed_time(end) / 1e3
+        self._spans.append((name, begin, self._now()))
+        return result
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Wait for the device; return the seconds of everything timed so far, {name: [seconds in order]}."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        found: dict[str, list[float]] = {}
+        for name, begin, end in self._spans:
+            found.setdefault(name, []).append(begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin)
+        return found
 
 
-def stage_passes(stage: Stage, data: StageInput, rows: int, watch: Stopwatch) -> tuple[float, float]:
-    """Run a microbatch through the stage alone; return seconds of forward and backward. `rows` are those of its input on this rank."""
+def repeated(device: torch.device, passes: Callable[[Stopwatch], None], repeats: int) -> dict[str, float]:
+    """Return the median seconds of what `passes` times, {name: seconds}, over so many turns in a row; two before them are not counted.
+
+    The first of the two may compile kernels and is waited for; the second lets the host get ahead.
+    """
+    passes(Stopwatch(device))
+    watch = Stopwatch(device)
+    watch.seconds()
+    for _ in range(repeats + 1):
+        passes(watch)
+    return {name: statistics.median(times[1:]) for name, times in watch.seconds().items()}
+
+
+def stage_passes(stage: Stage, data: StageInput, rows: int, watch: Stopwatch) -> None:
+    """Run a microbatch through the stage alone and time "forward" and "backward". `rows` are those of its input on this rank."""
     hidden = None
     if not stage.is_first:
         hidden = torch.randn(rows, stage.architecture.hidden_size, dtype=stage.dtype, device=stage.device).requires_grad_()
@@ -98,10 +117,9 @@ def stage_passes(stage: Stage, data: StageInput, rows: int, watch: Stopwatch) ->
         output = stage(data, hidden)
         return (stage.losses(output, data.labels, data.targets) * data.weights).sum() if stage.is_last else output
 
-    output, forward_s = watch.time("forward", forward)
+    output = watch.time("forward", forward)
     gradient = torch.randn_like(output) if output.dim() else torch.ones_like(output)
-    _, backward_s = watch.time("backward", lambda: output.backward(gradient))
-    return forward_s, backward_s
+    watch.time("backward", lambda: output.backward(gradient))
 
 
 def measure_stage(
@@ -112,20 +130,23 @@ def measure_stage(
     multiple: int,
     of_slot: Callable[[Microbatch], tuple[int, int, int]],
     repeats: int = 3,
+    warm: int = 6,
 ) -> list[Measurement]:
-    """Time every slot on this rank's stage, `repeats` times after one that is not counted; adapter gradients are left dirty.
+    """Time every slot on this rank's stage, `repeats` times, after `warm` passes of the last; adapter gradients are left dirty.
 
-    `multiple` is the tensor ranks over which rows are cut (sequence parallelism), else 1; `of_slot` gives a slot's features.
+    `multiple` is the tensor ranks over which rows are cut (sequence parallelism), else 1; `of_slot` gives a slot's features. Ranks make
+    passes in the same number, since those of a tensor group exchange rows.
     """
-    measured = []
-    for slot in slots:
-        data, watch = load(slot), Stopwatch(stage.device)
-        rows = data.tokens.shape[0] // multiple
-        passes = [stage_passes(stage, data, rows, watch) for _ in range(repeats + 1)][1:]
-        tokens, squares, rank_tokens = of_slot(slot)
-        for backward in (False, True):
-            seconds = statistics.median(each[backward] for each in passes)
-            measured.append(Measurement(index, backward, tokens, squares, rank_tokens, seconds))
+    loaded, measured = [(slot, load(slot)) for slot in slots], []
+
+    def passes(data: StageInput, watch: Stopwatch) -> None:
+        stage_passes(stage, data, data.tokens.shape[0] // multiple, watch)
+
+    for _ in range(warm if stage.device.type == "cuda" and loaded else 0):
+        passes(loaded[-1][1], Stopwatch(stage.device))
+    for slot, data in loaded:
+        times = repeated(stage.device, partial(passes, data), repeats)
+        measured += [Measurement(index, name == "backward", *of_slot(slot), seconds) for name, seconds in times.items()]
     return measured
 
 
@@ -135,34 +156,37 @@ def measure_parts(
     load: Callable[[Microbatch], StageInput],
     of_slot: Callable[[Microbatch], tuple[int, int, int]],
     repeats: int,
+    warm: int = 40,
 ) -> tuple[list[Measurement], list[Measurement], float | None]:
     """Time a whole model's layers and head apart; returns (one layer's measurements, as stage 0; the head's, as stage 1; kept bytes).
 
-    Kept bytes are per token and layer, at the first slot; None on CPU. Adapter gradients are left dirty.
+    Kept bytes are per token and layer, at the first slot; None on CPU. Every slot is timed `repeats` times, after `warm` passes of the
+    first. Adapter gradients are left dirty.
     """
-    body, head, kept = [], [], None
-    for slot in slots:
-        data, watch = load(slot), Stopwatch(stage.device)
-        passes = [_parts(stage, data, watch) for _ in range(repeats + 1)][1:]
-        forward, loss, loss_back, backward, held = (statistics.median(each[k] for each in passes) for k in range(5))
-        if kept is None and stage.device.type == "cuda":
-            kept = held / slot.num_tokens / len(stage.layers)
-        for back, whole, top in ((False, forward, loss), (True, backward, loss_back)):
-            body.append(Measurement(0, back, *of_slot(slot), whole / len(stage.layers)))
-            head.append(Measurement(1, back, *of_slot(slot), top))
+    loaded, body, head = [(slot, load(slot)) for slot in slots], [], []
+    kept = None
+    if stage.device.type == "cuda":
+        slot, data = loaded[0]
+        held = [_parts(stage, data, Stopwatch(stage.device)) for _ in range(warm)]
+        kept = statistics.median(held) / slot.num_tokens / len(stage.layers)
+    for slot, data in loaded:
+        times = repeated(stage.device, partial(_parts, stage, data), repeats)
+        for back, whole, top in ((False, "forward", "loss"), (True, "backward", "loss's backward")):
+            body.append(Measurement(0, back, *of_slot(slot), times[whole] / len(stage.layers)))
+            head.append(Measurement(1, back, *of_slot(slot), times[top]))
     return body, head, kept
 
 
-def _parts(stage: Stage, data: StageInput, watch: Stopwatch) -> tuple[float, float, float, float, int]:
-    """Return seconds of the layers' forward, the loss, the loss's backward and the layers' backward; bytes held after the first."""
+def _parts(stage: Stage, data: StageInput, watch: Stopwatch) -> int:
+    """Time the layers' forward, the loss, the loss's backward and the layers' backward; return the bytes held after the first."""
     before = _allocated(stage.device)
-    output, forward_s = watch.time("forward", lambda: stage(data))
+    output = watch.time("forward", lambda: stage(data))
     held = _allocated(stage.device) - before
     top = output.detach().requires_grad_()
-    loss, loss_s = watch.time("loss", lambda: (stage.losses(top, data.labels, data.targets) * data.weights).sum())
-    (gradient,), loss_back_s = watch.time("loss's backward", lambda: torch.autograd.grad(loss, top))
-    _, backward_s = watch.time("backward", lambda: output.backward(gradient))
-    return forward_s, loss_s, loss_back_s, backward_s, held
+    loss = watch.time("loss", lambda: (stage.losses(top, data.labels, data.targets) * data.weights).sum())
+    (gradient,) = watch.time("loss's backward", lambda: torch.autograd.grad(loss, top))
+    watch.time("backward", lambda: output.backward(gradient))
+    return held
 
 
 def _allocated(device: torch.device) -> int:

@@ -6,12 +6,16 @@ predicted_run.py says how, and what is assumed. Each run is predicted at each of
 Appended to results/predictions.jsonl: a line per run and memory (`prediction`), a line per ratio between two of them (`ratio`), and for
 every run of results/end_to_end.jsonl that has a table, the same beside what was measured (`measured`): how far the method can be trusted.
 A run without a table is left out, and said. Device memory counts as nominal; a GPU shows a run some percent more.
+
+A table is measured in seconds, and a GPU that works for a minute lowers its clock to keep to its power limit. `--pace` is the speed that
+remains, of a table's; by itself it is what the one-GPU runs of the tables' commit and hardware show, so that all of a prediction comes from
+one GPU.
 """
 
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from e2e_options import Case, OneLineParser, numbers, policies_in_runs, policies_in_words, positive, read_options  # noqa: E402
-from layer_table import fit_error, read_table, table_name  # noqa: E402
+from layer_table import at_pace, fit_error, read_table, read_tables, table_name  # noqa: E402
 from predicted_run import Link, Prediction, predict  # noqa: E402
 from several_runs import Run, check_runs, chosen, ratios  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
@@ -40,6 +44,7 @@ def parser() -> OneLineParser:
     found.add_argument("--split", action="store_true", help="move layers between stages, as `end_to_end.py --layers` can, by the tables")
     found.add_argument("--link-gb-s", type=positive, default=0.75 * NVLINK_GB_S, help="what messages reach, in each direction")
     found.add_argument("--link-us", type=positive, default=50.0, help="what a message takes besides")
+    found.add_argument("--pace", type=positive, help="of long runs, of the tables' speed; default: as one-GPU runs of their commit show")
     found.add_argument("--measured", type=Path, default=RESULTS / "end_to_end.jsonl", help="runs to compare with")
     found.add_argument("--output", type=Path, default=RESULTS / "predictions.jsonl")
     found.add_argument("passed", nargs="*", help="after --: options of end_to_end.py, as --layers 32,32")
@@ -77,19 +82,24 @@ def figures(found: Prediction) -> dict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predictor:
-    """Makes lines of predictions from a file of tables; `passed` are options of end_to_end.py for all runs."""
+    """Makes lines of predictions from a file of tables, at a pace; `passed` are options of end_to_end.py for all runs."""
 
     tables: Path
     link: Link
     passed: tuple[str, ...] = ()
     split: bool = False
+    pace: float = 1.0
+
+    def table(self, shape: str, base_weights: str, tensor: int, adapters: str) -> dict:
+        """Return the newest table of a shape and kind, at this pace; UserError where there is none."""
+        return at_pace(read_table(self.tables, table_name(shape, base_weights, tensor, adapters)), self.pace)
 
     def at_best_budget(self, run: Run, device: Device) -> tuple[Case, Prediction, dict]:
         """Return a run at the fastest of its budgets that fits (or at the smallest where none does), and the table it is predicted from."""
         found = []
         for budget in run.budgets:
             options, (case,) = read_options([*run.options(), "--budget", str(budget), *self.passed])
-            table = read_table(self.tables, table_name(options.shape, case.base_weights, options.tensor, case.adapters))
+            table = self.table(options.shape, case.base_weights, options.tensor, case.adapters)
             found.append((case, predict(options, case, table, device, self.link, split=self.split), table))
         fitting = [each for each in found if each[1].fits]
         return max(fitting, key=lambda each: each[1].tokens_per_s) if fitting else found[0]
@@ -126,9 +136,7 @@ class Predictor:
         if settings["policy"] not in POLICIES or "prediction" not in results or any(jobs["dropouts"]) or "+" in recompute:
             return None
         try:
-            table = read_table(
-                self.tables, table_name(settings["shape"], settings["base_weights"], parallel["tensor"], settings["adapters"])
-            )
+            table = self.table(settings["shape"], settings["base_weights"], parallel["tensor"], settings["adapters"])
         except UserError:
             return None
         words = {name: settings[name] for name in ("shape", "workload", "policy", "adapters")} | {"recompute": recompute}
@@ -154,6 +162,21 @@ class Predictor:
         }
 
 
+def pace_of(predictor: Predictor, measured: Iterable[dict]) -> tuple[float, list[str]]:
+    """Return predicted / real of the runs on the GPU and commit of their table (the median; 1 where there are none), and their cases.
+
+    `predictor` predicts at the tables' own pace.
+    """
+    marks = {(table["commit"], table["hardware"]) for table in read_tables(predictor.tables)}
+    found = {}
+    for line in measured:
+        mark = line["commit"], line["hardware"]
+        beside = predictor.beside(line) if mark in marks else None
+        if beside and mark == (beside["table"]["commit"], beside["table"]["hardware"]):
+            found[line["case"]] = beside["predicted_over_real"]
+    return (statistics.median(found.values()) if found else 1.0), list(found)
+
+
 def origin(table: dict) -> dict:
     """Say where a table was measured, and how well its costs fit."""
     return {key: table[key] for key in ("case", "commit", "hardware", "date", "settings")} | {"fit_error": fit_error(table)}
@@ -170,7 +193,13 @@ def main(arguments: list[str]) -> int:
         parser().error(str(error) if isinstance(error, UserError) else f"--measured: {options.measured} cannot be read ({error})")
     link = Link(bytes_per_s=options.link_gb_s * 1e9, latency_s=options.link_us / 1e6)
     predictor = Predictor(tables=options.tables, link=link, passed=tuple(options.passed), split=options.split)
-    mark = stamp() | {"link": {"gb_s": options.link_gb_s, "us": options.link_us}}
+    try:
+        pace, cases = (options.pace, ["--pace"]) if options.pace else pace_of(predictor, measured)
+    except UserError as error:
+        parser().error(f"--tables: {error}")
+    print(f"pace: {pace:.3f} of the tables', by {', '.join(cases) or 'nothing that was measured'}", flush=True)
+    predictor = replace(predictor, pace=pace)
+    mark = stamp() | {"link": {"gb_s": options.link_gb_s, "us": options.link_us}, "pace": pace, "pace_of": cases}
 
     def keep(line: dict, told: str) -> None:
         append_line(options.output, mark | line)

@@ -10,7 +10,7 @@ the plan: a stage costs what the table says of its layers and head. What no sing
 * tensor ranks exchange a layer's rows 4 times forward and 4 times backward, and 4 times more where a layer runs again; nothing computes
   meanwhile. The table is of layers as narrow as one of their ranks'. What embedding and loss exchange, once a microbatch, is left out
 * a step's Adam takes STEP_S; the sums of gradients over replicas or tensor ranks follow it, overlapped with nothing
-* replicas wait for the slower one in every slot, nobody waits for plans, and clocks are as when the table was measured
+* replicas wait for the slower one in every slot, nobody waits for plans, and all GPUs are as fast as the table's
 
 Memory is scheduling.memory's, which knows fused adapters alone: with unfused ones a run needs more than `peaks`.
 """

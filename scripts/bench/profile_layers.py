@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import torch  # noqa: E402
 from e2e_base import Base  # noqa: E402
 from e2e_options import OneLineParser, numbers, recompute, whole  # noqa: E402
+from gauges import gauged  # noqa: E402
 from layer_table import as_plain, stages_of, table_name  # noqa: E402
 from model_shapes import SHAPES, architecture_of  # noqa: E402
 from pass_times import features, measure_parts, probe_slots  # noqa: E402
@@ -128,14 +129,15 @@ def main(arguments: list[str]) -> int:
     if unknown := set(options.policies) - set(RECOMPUTE):
         parser().error(f"--policies: {unknown.pop()!r} is none of {', '.join(RECOMPUTE)}")
     try:
-        table = measure(options)
+        with gauged(torch.cuda.is_available()) as gauges:
+            table = measure(options)
     except UserError as error:
         print(f"profile_layers.py: {error}", file=sys.stderr)
         return 2
     kind = {name: getattr(options, name) for name in ("shape", "base_weights", "tensor", "adapters")}
     names = {"case": table_name(**kind), **kind, "num_layers": options.num_layers}
     settings = {"budgets": options.budgets, "ranks": options.ranks, "workload": options.workload, "repeats": options.repeats}
-    append_line(options.output, names | stamp(options.hardware, options.commit) | {"settings": settings} | table)
+    append_line(options.output, names | stamp(options.hardware, options.commit) | {"settings": settings, "gauges": gauges} | table)
     if options.cost is not None:
         model = stages_of(table, options.stages, options.recompute)
         options.cost.write_text(json.dumps(model.to_json(), indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """Predictions from a table of layer costs: exact where they can be reckoned by hand, and beside a run that was measured."""
 
 import json
+import statistics
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import end_to_end  # noqa: E402
 import predict_several_gpus  # noqa: E402
 import profile_layers  # noqa: E402
 from e2e_options import parallel_of, read_options  # noqa: E402
-from layer_table import fit_error  # noqa: E402
+from layer_table import at_pace, fit_error  # noqa: E402
 from predicted_run import STEP_S, Link, predict  # noqa: E402
 from several_runs import Run  # noqa: E402
 
@@ -61,6 +62,12 @@ def test_one_gpu_takes_the_time_of_its_layers_its_head_and_its_steps(tmp_path):
     passes = 2 * (LAYERS + 1) * (100 * 1e-3 + 2 * 0.01)
     assert found.forecast.figures.seconds == pytest.approx(passes + 2 * STEP_S)
     assert found.tokens_per_s == pytest.approx(100 / (passes + 2 * STEP_S)) and found.communication == 0.0
+
+
+def test_a_long_run_keeps_a_pace_of_the_table(tmp_path):
+    costs = table(per_token=1e-3, fixed=0.01)
+    quick, slow = (predicted(tmp_path, at_pace(costs, pace)).forecast.figures.seconds - 2 * STEP_S for pace in (1.0, 0.8))
+    assert slow == pytest.approx(quick / 0.8) and costs == table(per_token=1e-3, fixed=0.01)
 
 
 def test_two_stages_fill_drain_and_wait_for_messages(tmp_path):
@@ -147,3 +154,6 @@ def test_a_measured_run_stands_beside_its_prediction(tmp_path, one_process):
         assert found["prediction_of"]["layer_recompute"] == line["settings"]["layer_recompute"]
         assert 0.2 < found["predicted_over_real"] < 5
     assert fit_error(json.loads(tables.read_text())) < 0.5
+    pace, cases = predict_several_gpus.pace_of(predictor, measured)
+    assert pace == pytest.approx(statistics.median(found["predicted_over_real"] for found in both)) and len(cases) == 2
+    assert predict_several_gpus.pace_of(predictor, [line | {"commit": "another"} for line in measured]) == (1.0, [])
