@@ -1,11 +1,11 @@
 """Predicts the runs that need several GPUs (several_runs.py) from tables that profile_layers.py has measured on one.
 
-    python scripts/bench/predict_several_gpus.py --memory-gb 80,141 [--only 32b] [--split] [-- --layers 32,32]
+    python scripts/bench/predict_several_gpus.py --memory-gb 85,150 [--only 32b] [--split] [-- --layers 32,32]
 
 predicted_run.py says how, and what is assumed. Each run is predicted at each of its token budgets, and the fastest that fits is kept.
 Appended to results/predictions.jsonl: a line per run and memory (`prediction`), a line per ratio between two of them (`ratio`), and for
 every run of results/end_to_end.jsonl that has a table, the same beside what was measured (`measured`): how far the method can be trusted.
-A run without a table is left out, and said. Device memory counts as nominal; a GPU shows a run some percent more.
+A run without a table is left out, and said. Memory is what a GPU shows a program: an H100 of 80 GB 85, an H200 of 141 GB 150.
 
 A table is measured in seconds, and a GPU that works for a minute lowers its clock to keep to its power limit. `--pace` is the speed that
 remains, of a table's; by itself it is what the one-GPU runs of the tables' commit and hardware show, so that all of a prediction comes from
@@ -39,7 +39,9 @@ def parser() -> OneLineParser:
     """Return the options."""
     found = OneLineParser(prog="predict_several_gpus.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     found.add_argument("--tables", type=Path, default=RESULTS / "layers.jsonl")
-    found.add_argument("--memory-gb", type=numbers(positive), default=(80.0, 141.0), help="of each GPU, one prediction for each")
+    found.add_argument(
+        "--memory-gb", type=numbers(positive), default=(85.0, 150.0), help="of each GPU as it shows it, one prediction for each"
+    )
     found.add_argument("--only", type=chosen, default="", help="runs whose names begin so: 32b,8b-tp2")
     found.add_argument("--split", action="store_true", help="move layers between stages, as `end_to_end.py --layers` can, by the tables")
     found.add_argument("--link-gb-s", type=positive, default=0.75 * NVLINK_GB_S, help="what messages reach, in each direction")
