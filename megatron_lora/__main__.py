@@ -82,6 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Call the command; returns the exit status."""
     if arguments.command == "train":
         from megatron_lora import worker
+        from megatron_lora.environment import allocator_settings
+
+        os.environ.update(allocator_settings(os.environ))  # before anything starts CUDA; ranks inherit it
 
         if worker.under_torchrun():
             return worker.main(arguments.config, arguments.overrides)

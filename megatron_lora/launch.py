@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_lora.checks import check_run
 from megatron_lora.config import RunConfig, load_config
-from megatron_lora.environment import allocator_settings, environment, num_cores
+from megatron_lora.environment import environment, num_cores
 from megatron_lora.errors import UserError
 from megatron_lora.run_dir import RunDirectory
 from megatron_lora.worker import LAUNCHED
@@ -39,7 +39,6 @@ class Nodes:
 
 def train(config_path: str, overrides: list[str]) -> int:
     """Run a config to its end; returns 0, 3 or 75 as the run recorded it, 2 for wrong input found by a rank, 1 for a crash."""
-    os.environ.update(allocator_settings(os.environ))  # env.json tells what the ranks have
     config = load_config(config_path, overrides)
     nodes = find_nodes(os.environ)
     ranks_here = split_ranks(config, nodes)
@@ -99,7 +98,7 @@ def rank_environment(environ: Mapping[str, str], ranks_here: int) -> dict[str, s
     threads = str(max(1, min(16, num_cores() // ranks_here)))
     quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch warns of links that connect at their first message, which ours are meant to do
     fetched = {"HF_HUB_OFFLINE": "1"}  # the checks have fetched the model
-    usual = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"} | allocator_settings(environ)
+    usual = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     return usual | quiet | dict(environ) | fetched | {LAUNCHED: "1"}
 
 

@@ -11,7 +11,6 @@ from typing import NoReturn
 
 from megatron_lora.agent import die_with_parent, record_failure
 from megatron_lora.config import RunConfig, load_config
-from megatron_lora.environment import allocator_settings
 from megatron_lora.errors import UserError
 from megatron_lora.run_dir import RunDirectory
 
@@ -26,7 +25,6 @@ def under_torchrun() -> bool:
 def main(config_path: str, overrides: list[str]) -> int:
     """Train as one rank; returns the exit status, or leaves the process when it fails."""
     rank, launched = int(os.environ["RANK"]), LAUNCHED in os.environ
-    os.environ.update(allocator_settings(os.environ))
     if launched:
         die_with_parent()
     try:

@@ -19,7 +19,7 @@ import oracle
 import pytest
 import yaml
 
-from megatron_lora import agent, doctor, launch
+from megatron_lora import agent, doctor, launch, worker
 from megatron_lora.__main__ import main
 from megatron_lora.config import load_config
 from megatron_lora.errors import UserError
@@ -217,11 +217,23 @@ def test_ranks_share_the_cores_unless_the_user_says_otherwise():
     assert launch.rank_environment({"OMP_NUM_THREADS": "5"}, ranks_here=2)["OMP_NUM_THREADS"] == "5"
 
 
-def test_segments_of_the_allocator_grow_unless_the_user_says_otherwise():
-    setting = "PYTORCH_CUDA_ALLOC_CONF"
-    assert launch.rank_environment({}, ranks_here=1)[setting] == "expandable_segments:True"
-    assert launch.rank_environment({setting: "backend:cudaMallocAsync"}, ranks_here=1)[setting] == "backend:cudaMallocAsync"
-    assert setting not in launch.rank_environment({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, ranks_here=1)
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_segments_of_the_allocator_grow_unless_the_user_says_otherwise(monkeypatch, rank):
+    ours, other = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    found = []
+    for name in ("RANK", "LOCAL_RANK", ours, other):
+        monkeypatch.setenv(name, rank or "")
+        if name in (ours, other) or rank is None:
+            monkeypatch.delenv(name)
+    for module, name in ((launch, "train"), (worker, "main")):
+        monkeypatch.setattr(module, name, lambda *_: found.append((os.environ.get(ours), launch.rank_environment(os.environ, 1).get(ours))))
+    main(["train", "config.yaml"])
+    monkeypatch.setenv(ours, "backend:cudaMallocAsync")
+    main(["train", "config.yaml"])
+    monkeypatch.delenv(ours)
+    monkeypatch.setenv(other, "max_split_size_mb:512")
+    main(["train", "config.yaml"])
+    assert found == [("expandable_segments:True",) * 2, ("backend:cudaMallocAsync",) * 2, (None, None)]
 
 
 def test_slurm_nodes_meet_at_the_first_and_split_the_ranks(scene):

@@ -1,5 +1,6 @@
 """Cost, memory, layer split and data-parallel split: by hand, by round trip, and against brute force."""
 
+import dataclasses
 import json
 import statistics
 from itertools import product
@@ -224,6 +225,8 @@ def test_linear_time_is_a_staircase_of_whole_waves():
     for tensor in (1, 2):
         found = linear_tiles(LLAMA_8B, DEVICES["h100"], tensor)
         assert list(found) == sorted(found) and all(time >= n * TILE_ROWS for n, time in enumerate(found))
+    half = dataclasses.replace(LLAMA_8B, num_heads=16, num_kv_heads=4, ffn_size=7168)
+    assert linear_tiles(LLAMA_8B, DEVICES["h100"], 2) == linear_tiles(half, DEVICES["h100"])
     assert linear_tiles(LLAMA_8B, DEVICES["cpu"]) == ()
 
 

@@ -53,6 +53,11 @@ def test_every_packing_is_a_correct_plan(lengths, num_stages, delay, num_slots):
     assert fill(backlog, num_slots) is not None
 
 
+def test_what_lies_beyond_the_horizon_is_summed_in_whole_grains():
+    backlog = open_backlog([[[100, 37]] * 50], 2, 200, 0, SlotCost(per_square=1.234567e-4), horizon=4)
+    assert backlog.later_steps[0] > 0 and (backlog.later_time[0] * 1024).is_integer()
+
+
 @given(WORKLOADS, STAGES, DELAY, st.integers(0, 3))
 def test_search_keeps_plans_correct_and_never_slower(lengths, num_stages, delay, seed):
     backlog = open_backlog(lengths, num_stages, CAPACITY, delay, COST)
