@@ -71,7 +71,9 @@ class LivingRun:
     def rank(self, number: int) -> int:
         """Return a rank's process id."""
         processes = self.processes().items()
-        return next(pid for pid, env in processes if env.get("RANK") == str(number) and "serve" not in env[""])
+        found = next((pid for pid, env in processes if env.get("RANK") == str(number) and "serve" not in env[""]), None)
+        assert found is not None, f"rank {number} is gone already"
+        return found
 
     def train(self, seconds: float = 120) -> None:
         """Wait until it has taken some steps."""

@@ -104,14 +104,19 @@ def measure(run: Run, options: Namespace) -> bool:
     return done
 
 
-def rates(measured: list[dict], commit: str) -> dict[str, float]:
-    """Return tokens per second of the runs that lines of a commit tell of, the newest of each, by the runs' names."""
+def rates(measured: list[dict], commit: str, hardware: str) -> dict[str, float]:
+    """Return tokens per second of the runs that lines of a commit and of such GPUs tell of, the newest of each, by the runs' names."""
+
+    def gpu(words: str) -> str:
+        return words.partition(" x ")[2]  # how many there are differs from run to run
+
     found = {}
+    of_commit = [line for line in measured if line["commit"] == commit and gpu(line["hardware"]) == gpu(hardware)]
     for run in RUNS:
         launched, (case,) = read_options(run.options())
         wanted = {name: getattr(case, name) for name in ("policy", "adapters", "workload", "recompute", "base_weights")}
         wanted |= {"shape": run.shape, "layout": layout_name(launched), "jobs": json.loads(json.dumps(asdict(case.jobs)))}
-        of_run = [line for line in measured if line["commit"] == commit and wanted.items() <= line["settings"].items()]
+        of_run = [line for line in of_commit if wanted.items() <= line["settings"].items()]
         if of_run and "tokens_per_s" in of_run[-1]["results"]:
             found[run.name] = of_run[-1]["results"]["tokens_per_s"]
     return found
@@ -121,7 +126,7 @@ def compare(options: Namespace) -> None:
     """Keep and print the ratios between runs of this commit, and compare the losses of runs of a shape."""
     launched, _ = read_options(options.passed)
     mark = stamp(launched.hardware, launched.commit)
-    for found in ratios(rates(lines(options.results / "end_to_end.jsonl"), mark["commit"])):
+    for found in ratios(rates(lines(options.results / "end_to_end.jsonl"), mark["commit"], mark["hardware"])):
         print(f"{found['fast']} over {found['slow']}: {found['ratio']:.3f} {found['goal']}", flush=True)
         append_line(options.results / "several_gpus.jsonl", {"case": f"{found['fast']} over {found['slow']}"} | mark | found)
     for file in sorted({losses_of(run, options) for run in options.only if losses_of(run, options).exists()}):

@@ -57,8 +57,11 @@ def test_budgets_are_tried_and_the_fastest_is_measured(tmp_path, monkeypatch, ca
     assert line["settings"]["budget"] == max(speeds, key=speeds.get)
     assert line["results"]["prediction"]["cost_from"] == "calibration" and len(list((tmp_path / "traces").glob("*.json"))) == 1
     other_jobs = line | {"settings": line["settings"] | {"jobs": line["settings"]["jobs"] | {"count": 2}}, "results": {"tokens_per_s": 1.0}}
-    assert several_gpus.rates([line, other_jobs], "c0") == {"tiny-ours": line["results"]["tokens_per_s"]}
-    assert several_gpus.rates([line], "c1") == {}
+    other_gpu = line | {"hardware": "2 x another", "results": {"tokens_per_s": 2.0}}
+    mine, number = line["hardware"], line["results"]["tokens_per_s"]
+    assert several_gpus.rates([line, other_jobs, other_gpu], "c0", mine) == {"tiny-ours": number}
+    assert several_gpus.rates([line, other_gpu], "c0", "1 x another") == {"tiny-ours": 2.0}
+    assert several_gpus.rates([line], "c1", mine) == {}
 
 
 def test_a_run_that_cannot_start_is_said_and_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
