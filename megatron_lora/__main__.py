@@ -1,6 +1,6 @@
 """The command line: parse, call, exit status. `megatron-lora`, or `python -m megatron_lora`.
 
-Exit status of train: 0 all jobs done; 2 wrong input; 3 some jobs failed, the others are done; 75 preempted, state saved, run again.
+Exit status of train: 0 all jobs done; 1 a crash; 2 wrong input; 3 some jobs failed, the others are done; 128 + a signal's number.
 The other commands end 0, or 2 for wrong input. Commands are imported when they are called, so that help and config errors are quick.
 """
 
@@ -18,16 +18,16 @@ EXAMPLES = {
   megatron-lora train configs/quickstart.yaml output_dir=runs/second defaults.learning_rate=1e-4
   torchrun --nproc-per-node 8 -m megatron_lora train CONFIG     the same by hand
 
-exit status: 0 all jobs done, 2 wrong input, 3 some jobs failed, 75 preempted (run again to continue)""",
+exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 128 + a signal's number""",
     "plan": """examples:
   megatron-lora plan configs/quickstart.yaml
   megatron-lora plan configs/quickstart.yaml --plot plan.png
-  megatron-lora plan configs/pipeline_70b.yaml --device h200 microbatch_tokens=auto
+  megatron-lora plan configs/quickstart.yaml --device h200 microbatch_tokens=auto
   megatron-lora plan configs/quickstart.yaml --policy round-robin
-  megatron-lora plan configs/quickstart.yaml parallel.pipeline=4 microbatch_tokens=8192""",
+  megatron-lora plan configs/quickstart.yaml parallel.pipeline=4 parallel.layers_per_stage=null""",
     "preview": """examples:
-  megatron-lora preview configs/quickstart.yaml --job summarise
-  megatron-lora preview configs/quickstart.yaml --job summarise --samples 5 jobs.summarise.sequence_len=128""",
+  megatron-lora preview configs/quickstart.yaml --job summaries
+  megatron-lora preview configs/quickstart.yaml --job names --samples 5 jobs.names.sequence_len=128""",
     "doctor": """example:
   megatron-lora doctor""",
 }

@@ -69,7 +69,7 @@ def dataset_file(path: str, value: object) -> str:
 
 def budget(path: str, value: object) -> int | str:
     """Accept the token budget of a microbatch, or auto."""
-    return value if value == "auto" else whole_number("a number of tokens, or auto,", 1)(path, value)
+    return value if value == "auto" else whole_number("a number of tokens, or auto", 1)(path, value)
 
 
 def recompute(path: str, value: object) -> str | tuple[str, ...]:

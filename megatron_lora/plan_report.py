@@ -184,7 +184,10 @@ def advice(config: RunConfig, policy: str, solo: Forecast, together: Forecast) -
     stages, gain = config.parallel.pipeline, solo.figures.seconds / together.figures.seconds
     where = {1: "One GPU" if config.parallel.world_size == 1 else "One stage"}.get(stages, f"{stages} stages")
     if gain < 1 + WORTH:
-        reason = ", and each job fills its microbatches" if stages == 1 else ", and each job keeps them busy"
+        if len(config.jobs) == 1:
+            reason = ", and one job, which has nobody to share with"
+        else:
+            reason = ", and each job fills its microbatches" if stages == 1 else ", and each job keeps them busy"
         return [f"{where}{reason if policy == 'ours' else ''}: expect {gain:.1f}x."]
     lines = [f"{where}, {config.microbatch_tokens} tokens per microbatch: expect {gain:.2f}x over the jobs one by one."]
     if len(config.jobs) > 1:

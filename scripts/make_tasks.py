@@ -13,14 +13,18 @@ One further row of each task goes to held_out.json, {task: row}: no job trains o
     python scripts/make_tasks.py data/quickstart
 """
 
-import argparse
 import ast
 import hashlib
 import json
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
+
+from one_line import OneLineParser, folder  # noqa: E402
 
 NUM_ROWS = {"names": 320, "signatures": 128, "docstrings": 64, "summaries": 32}
 MAX_OUTLINE = 1400
@@ -135,17 +139,17 @@ def rows_of(functions: list[Function], modules: list[Module]) -> dict[str, list[
 
 def main() -> None:
     """Write the four JSONL files and held_out.json into the directory named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path)
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=folder)
     parser.add_argument("--library", type=Path, default=Path(sysconfig.get_path("stdlib")), help="another folder of Python source")
     arguments = parser.parse_args()
     rows = rows_of(*read_library(arguments.library))
+    counts = {task: min(most, len(rows[task]) - 1) for task, most in NUM_ROWS.items()}
+    if wanting := [task for task, num_rows in counts.items() if num_rows < 1]:
+        parser.error(f"--library {arguments.library}: has no documented source for the task {wanting[0]}; name a larger one")
     arguments.directory.mkdir(parents=True, exist_ok=True)
     held_out = {}
-    for task, most in NUM_ROWS.items():
-        num_rows = min(most, len(rows[task]) - 1)
-        if num_rows < 1:
-            parser.error(f"--library {arguments.library}: has no documented source for the task {task}; name a larger one")
+    for task, num_rows in counts.items():
         text = "".join(json.dumps(row) + "\n" for row in rows[task][:num_rows])
         (arguments.directory / f"{task}.jsonl").write_text(text, encoding="utf-8")
         held_out[task] = rows[task][num_rows]

@@ -5,11 +5,15 @@
 Writes losses.png into the run's directory; megatron_lora/plots.py does the drawing.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
-from megatron_lora.metrics import read_metrics
-from megatron_lora.plots import plot_losses
+sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
+
+from one_line import OneLineParser  # noqa: E402
+
+from megatron_lora.metrics import read_metrics  # noqa: E402
+from megatron_lora.plots import plot_losses  # noqa: E402
 
 
 def mean_loss(rows: list[dict]) -> float:
@@ -19,7 +23,7 @@ def mean_loss(rows: list[dict]) -> float:
 
 def main() -> None:
     """Plot all jobs of a run into one picture; print each job's loss over its first and its last quarter."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     run = parser.parse_args().run
     files = {file.parent.name: file for file in sorted(run.glob("jobs/*/metrics.jsonl"))}

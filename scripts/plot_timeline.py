@@ -6,17 +6,22 @@ tokens it holds, in proportion. A tick is a job's optimizer step. What is left w
     python scripts/plot_timeline.py runs/quickstart-1 --from 0 --until 30 --output timeline.png
 """
 
-import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import matplotlib
 import yaml
 
+sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
+
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
+from one_line import OneLineParser, ended  # noqa: E402
+
+from megatron_lora.errors import UserError  # noqa: E402
 
 ROW = 1.0
 BOX = 0.4  # height of a forward or a backward
@@ -66,19 +71,25 @@ def draw(axes: pyplot.Axes, spans: list[tuple[int, str, int, float, float]], slo
 
 def main() -> None:
     """Draw the part of a run between two moments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--from", dest="first_s", type=float, default=0.0, help="seconds after the run's first microbatch")
     parser.add_argument("--until", dest="last_s", type=float, default=float("inf"))
     parser.add_argument("--output", type=Path, help="default: timeline.png in the run's directory")
     arguments = parser.parse_args()
     run = arguments.run
-    names = [job["name"] for job in yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["jobs"]]
+    try:
+        names = [job["name"] for job in yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["jobs"]]
+        all_spans, slots = read_spans(run), read_plan(run)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run}: is not the directory of a finished run ({type(error).__name__}: {error})") from None
     colours = [pyplot.get_cmap("tab10")(number % 10) for number in range(len(names))]
-    spans = [span for span in read_spans(run) if span[3] + span[4] > arguments.first_s and span[3] < arguments.last_s]
+    spans = [span for span in all_spans if span[3] + span[4] > arguments.first_s and span[3] < arguments.last_s]
+    if not spans:
+        raise UserError("--from, --until: nothing happened in that part of the run; name another")
     num_stages = 1 + max(span[0] for span in spans)
     figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.9 * num_stages))
-    draw(axes, spans, read_plan(run), colours)
+    draw(axes, spans, slots, colours)
     end = max(span[3] + span[4] for span in spans)
     axes.set(xlim=(arguments.first_s, min(arguments.last_s, end)), ylim=(-num_stages * ROW + 0.5, 0.5), xlabel="seconds")
     ticks = [(-stage * ROW + side, f"stage {stage} {what}") for stage in range(num_stages) for side, what in ((0.25, "F"), (-0.25, "B"))]
@@ -93,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

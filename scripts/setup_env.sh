@@ -18,7 +18,7 @@ CONSTRAINTS=${CONSTRAINTS-$ROOT/scripts/constraints.txt}
 setup_env() {
     local stamp limits=()
     [ -z "$CONSTRAINTS" ] || limits=(--constraint "$CONSTRAINTS")
-    if ! stamp=$("$PYTHON" - "$ROOT" "$ROOT/setup.py" ${CONSTRAINTS:+"$CONSTRAINTS"} <<'PY'
+    if ! stamp=$("$PYTHON" - "$ROOT" "$ROOT/setup.py" ${CONSTRAINTS:+"$CONSTRAINTS"} 2>/dev/null <<'PY'
 import hashlib, pathlib, sys
 assert sys.version_info >= (3, 11)
 parts = [sys.version, sys.base_prefix, sys.argv[1], *(pathlib.Path(file).read_text() for file in sys.argv[2:])]

@@ -7,8 +7,8 @@ target token, tokenised as in training, and the reference is what the row says t
     python scripts/show_answers.py runs/quickstart-1 data/quickstart/held_out.json
 """
 
-import argparse
 import json
+import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -18,8 +18,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from megatron_lora.config import JobConfig, load_config
-from megatron_lora.formats import RowEncoder
+sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
+
+from one_line import OneLineParser, ended  # noqa: E402
+
+from megatron_lora.config import JobConfig, load_config  # noqa: E402
+from megatron_lora.errors import UserError  # noqa: E402
+from megatron_lora.formats import RowEncoder  # noqa: E402
 
 MAX_NEW_TOKENS = 24
 MAX_LINES = 4
@@ -65,12 +70,15 @@ def show(label: str, text: str) -> None:
 
 def main() -> None:
     """Print question, reference and both answers for each job that has an adapter."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("held_out", type=Path)
     arguments = parser.parse_args()
     config = load_config(arguments.run / "config.yaml")
-    held_out = json.loads(arguments.held_out.read_text(encoding="utf-8"))
+    try:
+        held_out = json.loads(arguments.held_out.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{arguments.held_out} cannot be read ({error}); name the JSON file that make_tasks.py writes") from None
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft's calls of transformers
     logging.disable_progress_bar()
@@ -91,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

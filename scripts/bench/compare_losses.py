@@ -3,15 +3,22 @@
 python scripts/bench/compare_losses.py losses.jsonl [more.jsonl ...]
 """
 
-import argparse
-import json
 import statistics
+import sys
 from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+from one_line import OneLineParser, ended, json_lines  # noqa: E402
+
+from megatron_lora.errors import UserError  # noqa: E402
 
 
 def read(files: list[Path]) -> list[tuple[str, dict[tuple[int, int], float]]]:
     """Return (name, {(job, step): loss}) of every run."""
-    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for file in files for line in json_lines(file)]
+    if len(lines) < 2 or any({"case", "losses"} - line.keys() for line in lines):
+        raise UserError(f"{', '.join(map(str, files))}: hold no losses of two runs; write them with end_to_end.py --losses")
     return [(line["case"], {(job, step): loss for job, step, loss in line["losses"]}) for line in lines]
 
 
@@ -22,7 +29,7 @@ def differences(ours: dict[tuple[int, int], float], theirs: dict[tuple[int, int]
 
 def main() -> None:
     """Print a line per run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     (name, first), *others = read(parser.parse_args().files)
     print(f"beside {name}:")
@@ -32,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

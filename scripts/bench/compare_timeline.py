@@ -1,13 +1,12 @@
 """Compares what a run's timeline.json shows with what the simulator predicts for its plan from the run's own action times.
 
 Every forward and backward takes the time that it took (the mean over the ranks of its stage), a step the mean step; the simulator adds
-waiting alone. What reality has beyond that is communication, launches and late plans. Appends a line to
-scripts/bench/results/timeline.jsonl; --cost also fits a cost model to the times, for `megatron-lora plan --cost`.
+waiting alone. What reality has beyond that is communication, launches and late plans. --output adds a line to a file, as
+scripts/bench/results/timeline.jsonl; --cost fits a cost model to the times, for `megatron-lora plan --cost`.
 
     python scripts/bench/compare_timeline.py runs/quickstart-1 --hardware "2 CPU cores" [--cost cost.json]
 """
 
-import argparse
 import datetime
 import json
 import statistics
@@ -16,17 +15,19 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from one_line import OneLineParser, ended, new_file, output_file  # noqa: E402
+from stamp import append_line  # noqa: E402
 
 from megatron_lora.architecture import read_architecture  # noqa: E402
 from megatron_lora.config import RunConfig, load_config  # noqa: E402
+from megatron_lora.errors import UserError  # noqa: E402
 from megatron_lora.hub import resolve_base_model  # noqa: E402
 from megatron_lora.settle import cost_of  # noqa: E402
 from scheduling.cost import DEVICES, CostModel, Measurement, refine  # noqa: E402
 from scheduling.plan_json import stream_from_json  # noqa: E402
 from scheduling.simulate import simulate  # noqa: E402
-
-RESULTS = Path(__file__).resolve().parent / "results" / "timeline.jsonl"
 
 
 def read_plan(run: Path) -> list:
@@ -80,7 +81,7 @@ def compare(run: Path, config: RunConfig) -> dict:
 def fit(run: Path, config: RunConfig) -> CostModel:
     """Fit the analytic cost of the config's stages to a run's times (of a single replica: others plan rounds)."""
     if config.parallel.data > 1:
-        raise SystemExit("--cost: fits runs of one replica; measure one with parallel.data=1")
+        raise UserError("--cost: fits runs of one replica; measure one with parallel.data=1")
     slots, spans = read_plan(run), read_spans(run)
     measured = []
     for stage in range(config.parallel.pipeline):
@@ -94,30 +95,34 @@ def fit(run: Path, config: RunConfig) -> CostModel:
 
 
 def main() -> None:
-    """Print the comparison of one run and append it to the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the comparison of one run; keep what was asked for."""
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--hardware", required=True, help="what it ran on, as a table shall say it")
-    parser.add_argument("--cost", type=Path, help="write a fitted cost model here")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--cost", type=new_file, help="write a fitted cost model here")
+    parser.add_argument("--output", type=output_file, help="also add a line of results to this file")
     arguments = parser.parse_args()
     config = load_config(arguments.run / "config.yaml")
-    found = compare(arguments.run, config)
+    try:
+        found = compare(arguments.run, config)
+        environment = json.loads((arguments.run / "env.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{arguments.run}: is not the directory of a finished run ({type(error).__name__}: {error})") from None
+    model = fit(arguments.run, config) if arguments.cost is not None else None
     print(f"{'':10} {'predicted':>10} {'real':>10}")
     print(f"{'makespan':10} {found['predicted_s']:>8.2f} s {found['real_s']:>8.2f} s")
     for stage, (predicted, real) in enumerate(zip(found["predicted_bubble"], found["real_bubble"], strict=True)):
         print(f"{f'bubble {stage}':10} {predicted:>10.1%} {real:>10.1%}")
     print(f"waited for plans: {found['first_plan_wait_s']:.2f} s for the first, {found['later_plan_wait_s']:.3f} s a stage for the others")
-    environment = json.loads((arguments.run / "env.json").read_text(encoding="utf-8"))
     line = {"date": datetime.date.today().isoformat(), "hardware": arguments.hardware, "commit": environment.get("commit"), **found}
     line |= {"devices": environment.get("devices"), "packages": environment.get("packages"), "parallel": str(config.parallel)}
     line |= {"base_model": config.base_model, "microbatch_tokens": config.microbatch_tokens, "seed": config.seed}
     line |= {"jobs": [{"name": job.name, "r": job.r, "global_batch_size": job.global_batch_size} for job in config.jobs]}
-    with arguments.output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    if arguments.cost is not None:
-        arguments.cost.write_text(json.dumps(fit(arguments.run, config).to_json(), indent=1) + "\n", encoding="utf-8")
+    if model is not None:
+        arguments.cost.write_text(json.dumps(model.to_json(), indent=1) + "\n", encoding="utf-8")
+    if arguments.output is not None:
+        append_line(arguments.output, line)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

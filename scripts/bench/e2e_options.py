@@ -7,12 +7,12 @@ A case is written as `key=value` words with the long options' names; what it lea
 
 import argparse
 import dataclasses
-import sys
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from model_shapes import SHAPES
+from one_line import OneLineParser, folder, numbers, output_file, positive, share, whole
 from plain_lora import ADAPTERS
 from stamp import RESULTS
 from synthetic_jobs import SUITE, JobSpecs
@@ -24,18 +24,6 @@ from scheduling.policies import POLICIES
 from scheduling.types import Lengths
 
 HF_PEFT = "hf-peft"
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line and ends with status 2."""
-
-    def error(self, message: str):
-        sys.exit(_complain(f"{self.prog}: {message}"))
-
-
-def _complain(line: str) -> int:
-    print(line, file=sys.stderr)
-    return 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,32 +59,6 @@ class Case:
         )
 
 
-def whole(text: str) -> int:
-    """Read a number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def positive(text: str) -> float:
-    """Read a number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
-
-
-def numbers(kind):
-    """Read numbers with commas between them."""
-
-    def read(text: str) -> tuple:
-        return tuple(kind(part) for part in text.split(","))
-
-    read.__name__ = f"list of {kind.__name__}s"
-    return read
-
-
 def budget(text: str) -> int | str:
     """Read a number of tokens, or auto."""
     return text if text == "auto" else whole(text)
@@ -123,18 +85,18 @@ def parser() -> OneLineParser:
         launch.add_argument(f"--{name}", type=whole, default=1)
     launch.add_argument("--sequence", action="store_true", help="sequence parallelism")
     launch.add_argument("--layers", type=numbers(whole), help="of each stage, 38,26; default: by the cost model")
-    launch.add_argument("--memory-gb", type=float, help="what `auto` may count on; default: what is free")
+    launch.add_argument("--memory-gb", type=positive, help="what `auto` may count on; default: what is free")
     launch.add_argument("--peer-memory", action="store_true", help="between stages on one host: copy engines instead of NCCL")
     launch.add_argument("--lengths", type=Path, default=SUITE, help="file of workloads")
     launch.add_argument("--case", action="append", dest="cases", help="key=value words; may be given several times")
-    launch.add_argument("--output", type=Path, default=RESULTS / "end_to_end.jsonl")
-    launch.add_argument("--losses", type=Path, help="append every case's losses to this file")
-    launch.add_argument("--timeline", type=Path, help="directory for a trace of every case, for Perfetto")
+    launch.add_argument("--output", type=output_file, default=RESULTS / "end_to_end.jsonl")
+    launch.add_argument("--losses", type=output_file, help="append every case's losses to this file")
+    launch.add_argument("--timeline", type=folder, help="directory for a trace of every case, for Perfetto")
     launch.add_argument("--cost", type=Path, help="cost model of these stages (profile_layers.py, or an earlier --save-cost)")
-    launch.add_argument("--save-cost", type=Path, help="write the last calibrated cost model here")
+    launch.add_argument("--save-cost", type=output_file, help="write the last calibrated cost model here")
     launch.add_argument("--hardware", help="as tables shall say it; default: the devices' names")
     launch.add_argument("--commit", help="where the checkout cannot tell it")
-    launch.add_argument("--peak-tflops", type=float, default=989.0, help="of one device, dense, for MFU")
+    launch.add_argument("--peak-tflops", type=positive, default=989.0, help="of one device, dense, for MFU")
     case = found.add_argument_group("case")
     case.add_argument("--name", default="", help="of the case in the results; default: made of its settings")
     case.add_argument("--policy", default="ours", choices=[*POLICIES, HF_PEFT])
@@ -142,13 +104,13 @@ def parser() -> OneLineParser:
     case.add_argument("--workload", default="het-s4")
     case.add_argument("--jobs", type=whole, default=4)
     case.add_argument("--ranks", type=numbers(whole), default=(16,))
-    case.add_argument("--dropouts", type=numbers(float), default=(0.0,))
+    case.add_argument("--dropouts", type=numbers(share), default=(0.0,))
     case.add_argument("--completion", type=float, default=0.25, help="share of each sample that is trained on")
     case.add_argument("--budget", type=budget, default=8192)
     case.add_argument("--recompute", type=recompute, default="auto", help="none, cheap, full, 20*full,60*cheap or auto: what fits")
     case.add_argument("--base-weights", default="native", choices=["native", "fp8"])
     case.add_argument("--backend", default="auto", choices=["auto", "torch", "te"], help="of norms and attention")
-    case.add_argument("--warm-seconds", type=float, default=60.0, help="length of the timed region")
+    case.add_argument("--warm-seconds", type=positive, default=60.0, help="length of the timed region")
     case.add_argument("--steps", type=whole, help="of each job, in place of --warm-seconds")
     case.add_argument("--calibrate", action="store_true", help="time each stage's passes alone first, and predict from them")
     case.add_argument("--profile", action="store_true", help="also profile some slots: shares of GEMM, attention, LoRA, ...")
@@ -249,6 +211,8 @@ def parallel_of(options: argparse.Namespace) -> ParallelConfig:
 def check(options: argparse.Namespace, cases: list[Case], workloads: list[Lengths]) -> None:
     """Refuse what cannot be run, before anything is built."""
     parallel = parallel_of(options)
+    if options.save_cost and not any(case.calibrate for case in cases):
+        raise UserError("--save-cost: writes what --calibrate measures; give both")
     for case, workload in zip(cases, workloads, strict=True):
         longest = max(tokens for steps in workload for batch in steps for tokens in batch)
         if case.budget != "auto" and case.budget < longest:

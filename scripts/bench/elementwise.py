@@ -11,10 +11,10 @@ when a kernel disagrees with its reference.
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from kernels import ROOT, measure
+from one_line import OneLineParser, need_gpus, output_file, whole
 from stamp import append_line, stamp
 
 from fused_ops import rms_norm, rope, swiglu
@@ -160,13 +160,14 @@ def measure_case(name, case, rounds):
 
 def main():
     """Measure the chosen models and append a line per operator."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--rows", nargs="*", type=int, default=[8192])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rows", nargs="*", type=whole, default=[8192])
+    parser.add_argument("--rounds", type=whole, default=20)
     parser.add_argument("--commit", help="where the checkout cannot tell it")
-    parser.add_argument("--output", type=Path, default=ROOT / "scripts/bench/results/elementwise.jsonl")
+    parser.add_argument("--output", type=output_file, default=ROOT / "scripts/bench/results/elementwise.jsonl")
     args = parser.parse_args()
+    need_gpus(parser)
     for model in args.models:
         for rows in args.rows:
             for name, case in cases(model, rows):

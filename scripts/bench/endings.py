@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
 
 import oracle  # noqa: E402
-from e2e_options import OneLineParser, numbers, whole  # noqa: E402
 from living_run import FAILED, KILLED, STOOD_STILL, LivingRun  # noqa: E402
 from model_shapes import write_config  # noqa: E402
+from one_line import OneLineParser, numbers, output_file, whole  # noqa: E402
 from several_runs import Run, chosen, machine  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
 
@@ -39,7 +39,7 @@ def parser() -> OneLineParser:
     found.add_argument("--only", type=chosen, default="", help="runs whose names begin so: 32b,8b-tp2")
     found.add_argument("--ways", type=numbers(str), default=tuple(LIMITS_S))
     found.add_argument("--longest", type=whole, default=500, help="words of a sample, at most")
-    found.add_argument("--output", type=Path, default=RESULTS / "endings.jsonl")
+    found.add_argument("--output", type=output_file, default=RESULTS / "endings.jsonl")
     found.add_argument("--hardware")
     found.add_argument("--commit")
     return found

@@ -13,10 +13,10 @@ kernels disagree with their reference.
 import argparse
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from kernels import ROOT, SHAPES, check, measure, problem, steps
+from one_line import OneLineParser, need_gpus, output_file, whole
 from stamp import append_line, stamp
 
 from fused_ops import triton_ops
@@ -112,14 +112,15 @@ def tune(shape, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=whole, default=20)
     parser.add_argument("--commit", help="where the checkout cannot tell it")
-    parser.add_argument("--choices", type=Path, default=CHOICES, help="where --tune writes")
-    parser.add_argument("--output", type=Path, default=ROOT / "scripts/bench/results/fp8.jsonl")
+    parser.add_argument("--choices", type=output_file, default=CHOICES, help="where --tune writes")
+    parser.add_argument("--output", type=output_file, default=ROOT / "scripts/bench/results/fp8.jsonl")
     args = parser.parse_args()
+    need_gpus(parser)
     if args.tune:
         choices = json.loads(args.choices.read_text()) if args.choices.exists() else {}
         mine = choices.setdefault(torch.cuda.get_device_name(), {})

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/fused_ops"), str(ROOT / "scripts/bench")]
 
 from conftest import build_problem  # noqa: E402
+from one_line import OneLineParser, need_gpus, output_file, whole  # noqa: E402
 from stamp import append_line, stamp  # noqa: E402
 
 from fused_ops import reference, triton_ops  # noqa: E402
@@ -218,14 +219,15 @@ def case(shape, p, mix, baselines, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--mixes", nargs="*", default=list(MIXES), choices=list(MIXES))
     parser.add_argument("--baselines", action="store_true")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=whole, default=40)
     parser.add_argument("--commit", help="where the checkout cannot tell it")
-    parser.add_argument("--output", type=Path, default=ROOT / "scripts/bench/results/kernels.jsonl")
+    parser.add_argument("--output", type=output_file, default=ROOT / "scripts/bench/results/kernels.jsonl")
     args = parser.parse_args()
+    need_gpus(parser)
     wanted = [(shape, p, "equal", args.baselines) for shape in args.shapes for p in (0.0, 0.1)]
     wanted += [("4096->4096", 0.0, mix, False) for mix in args.mixes]
     for shape, p, mix, baselines in wanted:

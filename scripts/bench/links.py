@@ -26,6 +26,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from one_line import OneLineParser, need_gpus, output_file, whole  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
 
 from megatron_lora.messages import MessageLayout, connect  # noqa: E402
@@ -197,16 +198,15 @@ def rank_main(rank, directory, megabytes, output):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[40, 80], help="sizes of messages, MiB")
-    parser.add_argument("--output", type=Path, default=RESULTS / "links.jsonl")
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=whole, nargs="+", default=[40, 80], help="sizes of messages, MiB")
+    parser.add_argument("--output", type=output_file, default=RESULTS / "links.jsonl")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.rank is not None:
         return rank_main(chosen.rank, chosen.directory, chosen.megabytes, chosen.output)
-    if torch.cuda.device_count() < 2:
-        sys.exit("links.py needs two GPUs")
+    need_gpus(parser, 2)
     with tempfile.TemporaryDirectory() as directory:
         again = [sys.executable, *sys.argv, "--directory", directory, "--rank"]
         ranks = [subprocess.Popen([*again, str(rank)]) for rank in (0, 1)]

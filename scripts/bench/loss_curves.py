@@ -9,6 +9,7 @@ spread is what bf16 leaves open. One more run of peft, in float32, says who is r
 scripts/bench/results/loss_curves.jsonl, with all losses, and draws them.
 """
 
+import argparse
 import dataclasses
 import multiprocessing
 import random
@@ -23,9 +24,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
 from e2e_base import Base  # noqa: E402
-from e2e_options import OneLineParser, whole  # noqa: E402
 from e2e_run import execute  # noqa: E402
 from hf_peft import PeftTrainer  # noqa: E402
+from one_line import OneLineParser, output_file, whole  # noqa: E402
 from plain_lora import use_adapters  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
 
@@ -163,6 +164,13 @@ def draw(curves: Curves, theirs: list[list[list[float]]], exact: list[list[float
     figure.savefig(path)
 
 
+def picture(text: str) -> Path:
+    """Read the path of a figure."""
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text} ends in none of .png, .svg, .pdf")
+    return output_file(text)
+
+
 def parser() -> OneLineParser:
     """Return the options."""
     found = OneLineParser(prog="loss_curves.py", description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -175,8 +183,8 @@ def parser() -> OneLineParser:
     found.add_argument("--processes", type=whole, default=1, help="in which runs of peft go side by side")
     found.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     found.add_argument("--fp8", action="store_true", help="also over a base in 8 bits")
-    found.add_argument("--output", type=Path, default=RESULTS / "loss_curves.jsonl")
-    found.add_argument("--figure", type=Path, default=RESULTS / "loss_curves.png")
+    found.add_argument("--output", type=output_file, default=RESULTS / "loss_curves.jsonl")
+    found.add_argument("--figure", type=picture, default=RESULTS / "loss_curves.png")
     found.add_argument("--hardware")
     found.add_argument("--commit")
     return found
@@ -212,11 +220,11 @@ def run(options) -> dict:
     for (dtype, seed), found in zip(kinds, [*theirs, exact], strict=True):
         print(f"  peft, {dtype}, order {seed}: last losses {[round(of_job[-1], 4) for of_job in found]}", flush=True)
     found = compare(curves, theirs, exact, names)
-    draw(curves, theirs, exact, names, options.figure)
     settings = {"config": str(options.config), "steps": options.steps, "budget": options.budget, "batch": options.batch}
     line = {"case": f"{options.dtype}, {options.steps} steps", **stamp(options.hardware, options.commit), "dtype": options.dtype}
     line |= {"settings": settings, "jobs": names, "compared": found, "ours": curves, "peft": theirs, "exact": exact}
     append_line(options.output, line)
+    draw(curves, theirs, exact, names, options.figure)
     for name, of_jobs in found.items():
         print(f"  {name}: largest distances from peft (its spread), the reference, peft in float32:", flush=True)
         for job, v in of_jobs.items():

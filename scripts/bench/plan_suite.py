@@ -8,7 +8,6 @@ plan_scale.jsonl (100 jobs x 100 steps x 32 samples); prints them as Markdown; d
     python scripts/bench/plan_suite.py [--hardware "2 CPU cores"] [--parts suite seeds scale charts]
 """
 
-import argparse
 import datetime
 import json
 import math
@@ -22,6 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
+
+from one_line import OneLineParser  # noqa: E402
 
 from megatron_lora.environment import commit  # noqa: E402
 from megatron_lora.plan_plot import draw  # noqa: E402
@@ -156,7 +157,7 @@ def keep(file: str, lines: list[dict], hardware: str) -> None:
 
 def main() -> None:
     """Run the parts that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hardware", default="2 CPU cores")
     parser.add_argument("--parts", nargs="+", default=["suite", "seeds", "scale", "charts"], choices=["suite", "seeds", "scale", "charts"])
     arguments = parser.parse_args()

@@ -4,12 +4,16 @@ python scripts/bench/plot_kernels.py            writes scripts/bench/results/ker
 """
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
 
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from one_line import OneLineParser  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 COPY_TB_S = {"H100": 3.0, "H200": 4.3}  # measured device-to-device copies, bytes read and written
@@ -23,6 +27,7 @@ def latest(path: Path) -> list[dict]:
 
 
 def main():
+    OneLineParser(description=__doc__.splitlines()[0]).parse_args()
     rows = latest(RESULTS / "kernels.jsonl")
     device, copy_tb_s = next((item for item in COPY_TB_S.items() if item[0] in rows[-1]["hardware"]), ("H200", COPY_TB_S["H200"]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6))

@@ -7,7 +7,6 @@ of compilation. What a benchmark launches is launched here on CPU tensors of the
 only compiles.
 """
 
-import argparse
 import ast
 import contextlib
 import sys
@@ -22,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/fused_ops"), str(ROOT / "tests")]
 
 from conftest import build_problem  # noqa: E402
 from kernels import MIXES, SHAPES  # noqa: E402
+from one_line import OneLineParser  # noqa: E402
 from stand_in_gpu import compiling  # noqa: E402
 
 from fused_ops import early_launch, triton_ops  # noqa: E402
@@ -86,7 +86,7 @@ def tests() -> None:
 def main() -> None:
     """Compile what is named on the command line, else everything."""
     known = {"kernels": kernels, "end_to_end": end_to_end, "tests": tests}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(known)}; default: all")
     chosen = parser.parse_args().what or list(known)
     if unknown := [name for name in chosen if name not in known]:

@@ -12,7 +12,6 @@ remains, of a table's; by itself it is what the one-GPU runs of the tables' comm
 one GPU.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from e2e_options import Case, OneLineParser, numbers, policies_in_runs, policies_in_words, positive, read_options  # noqa: E402
+from e2e_options import Case, policies_in_runs, policies_in_words, read_options  # noqa: E402
 from layer_table import at_pace, fit_error, read_table, read_tables, table_name  # noqa: E402
+from one_line import OneLineParser, json_lines, numbers, output_file, positive  # noqa: E402
 from predicted_run import Link, Prediction, predict  # noqa: E402
 from several_runs import Run, check_runs, chosen, ratios  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
@@ -48,7 +48,7 @@ def parser() -> OneLineParser:
     found.add_argument("--link-us", type=positive, default=50.0, help="what a message takes besides")
     found.add_argument("--pace", type=positive, help="of long runs, of the tables' speed; default: as one-GPU runs of their commit show")
     found.add_argument("--measured", type=Path, default=RESULTS / "end_to_end.jsonl", help="runs to compare with")
-    found.add_argument("--output", type=Path, default=RESULTS / "predictions.jsonl")
+    found.add_argument("--output", type=output_file, default=RESULTS / "predictions.jsonl")
     found.add_argument("passed", nargs="*", help="after --: options of end_to_end.py, as --layers 32,32")
     return found
 
@@ -189,16 +189,13 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     try:
         check_runs(options.only, options.passed)
-        text = options.measured.read_text(encoding="utf-8") if options.measured.exists() else ""
-        measured = [json.loads(line) for line in text.splitlines()]
-    except (UserError, OSError, ValueError) as error:
-        parser().error(str(error) if isinstance(error, UserError) else f"--measured: {options.measured} cannot be read ({error})")
+        read_tables(options.tables)
+        measured = json_lines(options.measured)
+    except UserError as error:
+        parser().error(str(error))
     link = Link(bytes_per_s=options.link_gb_s * 1e9, latency_s=options.link_us / 1e6)
     predictor = Predictor(tables=options.tables, link=link, passed=tuple(options.passed), split=options.split)
-    try:
-        pace, cases = (options.pace, ["--pace"]) if options.pace else pace_of(predictor, measured)
-    except UserError as error:
-        parser().error(f"--tables: {error}")
+    pace, cases = (options.pace, ["--pace"]) if options.pace else pace_of(predictor, measured)
     print(f"pace: {pace:.3f} of the tables', by {', '.join(cases) or 'nothing that was measured'}", flush=True)
     predictor = replace(predictor, pace=pace)
     mark = stamp() | {"link": {"gb_s": options.link_gb_s, "us": options.link_us}, "pace": pace, "pace_of": cases}

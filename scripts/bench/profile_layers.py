@@ -22,10 +22,11 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
 from e2e_base import Base  # noqa: E402
-from e2e_options import OneLineParser, numbers, recompute, whole  # noqa: E402
+from e2e_options import recompute  # noqa: E402
 from gauges import gauged  # noqa: E402
 from layer_table import as_plain, stages_of, table_name  # noqa: E402
 from model_shapes import SHAPES, architecture_of  # noqa: E402
+from one_line import OneLineParser, new_file, numbers, output_file, whole  # noqa: E402
 from pass_times import features, measure_parts, probe_slots  # noqa: E402
 from plain_lora import use_adapters  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
@@ -55,10 +56,10 @@ def parser() -> OneLineParser:
     found.add_argument("--workload", default="het-s4")
     found.add_argument("--lengths", type=Path, default=SUITE)
     found.add_argument("--repeats", type=whole, default=5)
-    found.add_argument("--output", type=Path, default=RESULTS / "layers.jsonl")
+    found.add_argument("--output", type=output_file, default=RESULTS / "layers.jsonl")
     found.add_argument("--stages", type=numbers(whole), help="layers of each stage, for --cost")
     found.add_argument("--recompute", type=recompute, default="cheap", help="of those stages")
-    found.add_argument("--cost", type=Path, help="write the stages' cost model here")
+    found.add_argument("--cost", type=new_file, help="write the stages' cost model here")
     found.add_argument("--base-weights", default="native", choices=["native", "fp8"])
     found.add_argument("--hardware")
     found.add_argument("--commit")
@@ -126,6 +127,11 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     if (options.stages is None) != (options.cost is None):
         parser().error("--stages and --cost go together")
+    if options.stages and not isinstance(options.recompute, str) and len(options.recompute) != sum(options.stages):
+        parser().error(f"--recompute: is of {len(options.recompute)} layers, --stages of {sum(options.stages)}")
+    heads = SHAPES[options.shape]["num_key_value_heads"]
+    if heads % options.tensor:
+        parser().error(f"--tensor: {options.shape} has {heads} heads of keys and values, which {options.tensor} ranks cannot share")
     if unknown := set(options.policies) - set(RECOMPUTE):
         parser().error(f"--policies: {unknown.pop()!r} is none of {', '.join(RECOMPUTE)}")
     try:

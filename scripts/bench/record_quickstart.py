@@ -6,12 +6,18 @@ The whole of the quickstart, set-up included, is what the shell measured: `time 
     python scripts/bench/record_quickstart.py runs/quickstart-1 --case "2 CPU cores" --total-s 430
 """
 
-import argparse
 import datetime
 import json
+import sys
 from pathlib import Path
 
 import yaml
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+from one_line import OneLineParser, ended, positive  # noqa: E402
+
+from megatron_lora.errors import UserError  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quickstart.jsonl"
 
@@ -41,16 +47,22 @@ def measure(run: Path) -> dict:
 
 def main() -> None:
     """Append one line for the run named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--case", required=True, help="where it ran, as the table shall say it")
-    parser.add_argument("--total-s", type=float, required=True, help="seconds of the whole script, set-up included")
+    parser.add_argument("--total-s", type=positive, required=True, help="seconds of the whole script, set-up included")
     arguments = parser.parse_args()
-    line = {"case": arguments.case, "hardware": arguments.case, "total_s": arguments.total_s, **measure(arguments.run)}
+    try:
+        found = measure(arguments.run)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{arguments.run}: is not the directory of a finished run ({type(error).__name__}: {error})") from None
+    if arguments.total_s < found["train_s"]:
+        raise UserError(f"--total-s: {arguments.total_s:g} is less than the {found['train_s']:.0f} s that the training took")
+    line = {"case": arguments.case, "hardware": arguments.case, "total_s": arguments.total_s, **found}
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{RESULTS.name}: {line['tokens_per_s']:.0f} tokens/s over {line['train_s']:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

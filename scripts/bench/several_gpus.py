@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from e2e_options import OneLineParser, layout_name, positive, read_options, whole  # noqa: E402
+from e2e_options import layout_name, read_options  # noqa: E402
+from one_line import OneLineParser, folder, positive, whole  # noqa: E402
 from several_runs import RUNS, Run, check_runs, chosen, machine, ratios  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
 
@@ -35,8 +36,8 @@ def parser() -> OneLineParser:
     found.add_argument("--gpus", type=whole, help="measure the runs of a machine of so many; default: the GPUs that are visible")
     found.add_argument("--only", type=chosen, default="", help="runs whose names begin so: 32b,8b-tp2")
     found.add_argument("--seconds", type=positive, default=60.0, help="length of each measured run")
-    found.add_argument("--results", type=Path, default=RESULTS, help="folder of the lines")
-    found.add_argument("--traces", type=Path, default=ROOT / "runs" / "several_gpus", help="folder of timelines and losses")
+    found.add_argument("--results", type=folder, default=RESULTS, help="folder of the lines")
+    found.add_argument("--traces", type=folder, default=ROOT / "runs" / "several_gpus", help="folder of timelines and losses")
     found.add_argument("--dry-run", action="store_true", help="print the commands; FASTEST stands for the budget that the first one finds")
     found.add_argument("passed", nargs="*", help="after --: options of end_to_end.py")
     return found

@@ -8,10 +8,10 @@ Candidates are timed in interleaved rounds under CUDA graphs; see fused_ops/gemm
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from kernels import SHAPES, measure, problem
+from one_line import OneLineParser, need_gpus, output_file, whole
 
 from fused_ops.gemm_config import CHOICES, GemmConfig, choice_key
 from fused_ops.lora_gemm import gemm
@@ -45,12 +45,13 @@ def tune(key, run, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8192)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=whole, default=8192)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=CHOICES)
+    parser.add_argument("--rounds", type=whole, default=8)
+    parser.add_argument("--output", type=output_file, default=CHOICES)
     args = parser.parse_args()
+    need_gpus(parser)
     choices = json.loads(args.output.read_text()) if args.output.exists() else {}
     mine = choices.setdefault(torch.cuda.get_device_name(), {})
     for shape in args.shapes:

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from megatron_lora import agent, doctor, launch, worker
-from megatron_lora.__main__ import main
+from megatron_lora.__main__ import EXAMPLES, main
 from megatron_lora.config import load_config
 from megatron_lora.errors import UserError
 from megatron_lora.forecast import Workload, forecast
@@ -207,6 +207,17 @@ def test_a_wrong_number_of_ranks_under_a_bare_torchrun_is_refused(scene):
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1
     assert "needs 2 ranks and torchrun started 3; start it with --nproc-per-node 2" in ran.stderr
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("line", [line.strip() for text in EXAMPLES.values() for line in text.splitlines() if " configs/" in line])
+def test_examples_of_the_help_are_good_configs(line, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    found = []
+    monkeypatch.setattr("megatron_lora.__main__.run", lambda arguments: found.append(arguments) or 0)
+    assert main([word for word in line.split("     ")[0].split() if not word.startswith("torchrun")][1:]) == 0
+    (arguments,) = found
+    config = load_config(arguments.config, arguments.overrides)
+    assert arguments.command != "preview" or arguments.job in {job.name for job in config.jobs}
 
 
 # ---- where ranks start ----
