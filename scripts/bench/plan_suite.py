@@ -8,7 +8,6 @@ plan_scale.jsonl (100 jobs x 100 steps x 32 samples); prints them as Markdown; d
     python scripts/bench/plan_suite.py [--hardware "2 CPU cores"] [--parts suite seeds scale charts]
 """
 
-import datetime
 import json
 import math
 import random
@@ -23,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from one_line import OneLineParser  # noqa: E402
+from stamp import RESULTS, append_line, stamp  # noqa: E402
 
-from megatron_lora.environment import commit  # noqa: E402
 from megatron_lora.plan_plot import draw  # noqa: E402
 from scheduling.plan_json import stream_from_json  # noqa: E402
 from scheduling.planner import plan_stream  # noqa: E402
@@ -34,7 +33,6 @@ from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_
 from scheduling.validate import replay  # noqa: E402
 from scheduling.windows import plan_window  # noqa: E402
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SUITE = Path(__file__).resolve().parent / "lengths.json"
 OTHERS = ("flush", "round-robin", "grouped", "greedy")
 NUM_SEEDS, LONGEST = 10, 4096
@@ -145,11 +143,10 @@ def charts(workloads: dict) -> None:
         print(f"gantt-{name}.png: {timeline.makespan_s:.0f} token times, {1 - timeline.bubble(0):.1%} busy")
 
 
-def keep(file: str, lines: list[dict], hardware: str) -> None:
+def keep(file: str, lines: list[dict], mark: dict) -> None:
     """Append lines to a result file, and print them as a Markdown table."""
-    stamp = {"commit": commit(), "date": datetime.date.today().isoformat(), "hardware": hardware, "python": sys.version.split()[0]}
-    with (RESULTS / file).open("a", encoding="utf-8") as output:
-        output.writelines(json.dumps(line | stamp) + "\n" for line in lines)
+    for line in lines:
+        append_line(RESULTS / file, line | mark)
     print(f"\n| {' | '.join(lines[0])} |\n|{' --- |' * len(lines[0])}")
     for line in lines:
         print(f"| {' | '.join(str(value) for value in line.values())} |")
@@ -162,13 +159,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["suite", "seeds", "scale", "charts"], choices=["suite", "seeds", "scale", "charts"])
     arguments = parser.parse_args()
     workloads = json.loads(SUITE.read_text(encoding="utf-8"))
+    mark = stamp(arguments.hardware)  # before the results make the tree another one
     for part, file, measure in (
         ("suite", "plans.jsonl", suite),
         ("seeds", "plan_seeds.jsonl", seeds),
         ("scale", "plan_scale.jsonl", scale),
     ):
         if part in arguments.parts:
-            keep(file, measure(workloads), arguments.hardware)
+            keep(file, measure(workloads), mark)
     if "charts" in arguments.parts:
         charts(workloads)
 
