@@ -38,7 +38,7 @@ def start(materials, tmp_path):
         run.close()
 
 
-@pytest.mark.parametrize(("parallel", "victim"), [({"pipeline": 2}, 0), ({"tensor": 2}, 1)])
+@pytest.mark.parametrize(("parallel", "victim"), [({"pipeline": 2}, 0), ({"tensor": 2}, 1), ({"data": 2}, 1)])
 def test_a_killed_rank_ends_the_run_within_seconds_and_with_one_line(parallel, victim, start):
     run = start(parallel)
     run.train()
@@ -57,6 +57,7 @@ def test_a_rank_that_stands_still_ends_the_run_once_another_has_lost_patience(st
     assert status == 1 and error.count("\n") == 1 and error.startswith(living_run.STOOD_STILL.format(0) + "1 waited for it in vain")
 
 
-def test_a_failing_rank_ends_the_run_with_its_own_words(start):
-    status, error = start({"pipeline": 2}, failing=True).end(60)
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "sequence": True}, {"data": 2}])
+def test_a_failing_rank_ends_the_run_with_its_own_words(parallel, start):
+    status, error = start(parallel, failing=True).end(60)
     assert status == 1 and error.count("Traceback") == 1 and error.endswith(living_run.FAILED)
