@@ -18,16 +18,21 @@ CONSTRAINTS=${CONSTRAINTS-$ROOT/scripts/constraints.txt}
 setup_env() {
     local stamp limits=()
     [ -z "$CONSTRAINTS" ] || limits=(--constraint "$CONSTRAINTS")
-    if ! stamp=$("$PYTHON" - "$ROOT" "$ROOT/setup.py" ${CONSTRAINTS:+"$CONSTRAINTS"} 2>/dev/null <<'PY'
-import hashlib, pathlib, sys
-assert sys.version_info >= (3, 11)
-parts = [sys.version, sys.base_prefix, sys.argv[1], *(pathlib.Path(file).read_text() for file in sys.argv[2:])]
-print(hashlib.sha256("\0".join(parts).encode()).hexdigest())
-PY
-    ); then
+    if ! "$PYTHON" -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null; then
         echo "setup_env: PYTHON=$PYTHON is not a Python 3.11 or newer; install one or name it, for example PYTHON=python3.12" >&2
         return 2
     fi
+    if [ -n "$CONSTRAINTS" ] && [ ! -f "$CONSTRAINTS" ]; then
+        echo "setup_env: CONSTRAINTS=$CONSTRAINTS is no file; name a constraints file of pip, or leave it empty" >&2
+        return 2
+    fi
+    stamp=$(
+        "$PYTHON" - "$ROOT" "$ROOT/setup.py" ${CONSTRAINTS:+"$CONSTRAINTS"} <<'PY'
+import hashlib, pathlib, sys
+parts = [sys.version, sys.base_prefix, sys.argv[1], *(pathlib.Path(file).read_text() for file in sys.argv[2:])]
+print(hashlib.sha256("\0".join(parts).encode()).hexdigest())
+PY
+    ) || return
     if [ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$stamp" ]; then
         if [ -d "$VENV" ] && [ ! -f "$VENV/.made-by-megatron-lora" ]; then
             echo "setup_env: $VENV exists and was not made by this script; remove it or name another place, for example VENV=.venv-2" >&2

@@ -83,3 +83,15 @@ def test_an_interpreter_that_will_not_do_is_refused_in_a_line(checkout, python):
 def test_shell_scripts_parse(script):
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"PYTHON": "no-such-python"}, "PYTHON=no-such-python is not a Python 3.11"),
+        ({"CONSTRAINTS": "nothing.txt"}, "nothing.txt is no file"),
+    ],
+)
+def test_a_wrong_setting_gets_one_line(checkout, environment, says):
+    refused = setup(checkout, **environment)
+    assert refused.returncode == 2 and says in refused.stderr and refused.stderr.count("\n") == 1 and num_installs(checkout) == 0
