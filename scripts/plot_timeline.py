@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
-from one_line import OneLineParser, ended  # noqa: E402
+from one_line import OneLineParser, ended, finished_run  # noqa: E402
 
 from megatron_lora.errors import UserError  # noqa: E402
 
@@ -78,11 +78,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: timeline.png in the run's directory")
     arguments = parser.parse_args()
     run = arguments.run
-    try:
+    with finished_run(run):
         names = [job["name"] for job in yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["jobs"]]
         all_spans, slots = read_spans(run), read_plan(run)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run}: is not the directory of a finished run ({type(error).__name__}: {error})") from None
     colours = [pyplot.get_cmap("tab10")(number % 10) for number in range(len(names))]
     spans = [span for span in all_spans if span[3] + span[4] > arguments.first_s and span[3] < arguments.last_s]
     if not spans:

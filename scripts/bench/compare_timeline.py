@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from one_line import OneLineParser, ended, new_file, output_file  # noqa: E402
+from one_line import OneLineParser, ended, finished_run, new_file, output_file  # noqa: E402
 from stamp import append_line  # noqa: E402
 
 from megatron_lora.architecture import read_architecture  # noqa: E402
@@ -103,11 +103,9 @@ def main() -> None:
     parser.add_argument("--output", type=output_file, help="also add a line of results to this file")
     arguments = parser.parse_args()
     config = load_config(arguments.run / "config.yaml")
-    try:
+    with finished_run(arguments.run):
         found = compare(arguments.run, config)
         environment = json.loads((arguments.run / "env.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{arguments.run}: is not the directory of a finished run ({type(error).__name__}: {error})") from None
     model = fit(arguments.run, config) if arguments.cost is not None else None
     print(f"{'':10} {'predicted':>10} {'real':>10}")
     print(f"{'makespan':10} {found['predicted_s']:>8.2f} s {found['real_s']:>8.2f} s")

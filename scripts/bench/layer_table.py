@@ -5,10 +5,11 @@ coefficients (scheduling.cost.PassCost). A stage costs its layers' sum, the last
 count, are in the layer's. A table is of a shape, a form of its frozen weights, one of so many tensor ranks and a kind of adapters.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+
+from one_line import json_lines
 
 from megatron_lora.errors import UserError
 from megatron_lora.plan_report import read_cost
@@ -56,10 +57,7 @@ def read_stages(path: Path, layers: Sequence[int], recompute: str | Sequence[str
 
 def read_tables(path: Path) -> list[dict]:
     """Return all tables of a file; UserError where it cannot be read."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); write one with profile_layers.py") from None
+    return json_lines(path, "write one with profile_layers.py")
 
 
 def read_table(path: Path, name: str) -> dict:

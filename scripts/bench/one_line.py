@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,15 +89,24 @@ def folder(text: str) -> Path:
     return path
 
 
-def json_lines(path: Path) -> list[dict]:
-    """Return the objects of a file of JSON lines; UserError where it cannot be read."""
+def json_lines(path: Path, remedy: str = "name a file of JSON lines") -> list[dict]:
+    """Return the objects of a file of JSON lines; UserError, with what to do about it, where it cannot be read."""
     try:
         found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name a file of JSON lines") from None
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
     if not all(isinstance(line, dict) for line in found):
         raise UserError(f"{path}: has lines that are no objects; name a file of results")
     return found
+
+
+@contextmanager
+def finished_run(run: Path) -> Iterator[None]:
+    """Turn what goes wrong while a run's directory is read into one line: UserError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run}: is not the directory of a finished run ({type(error).__name__}: {error})") from None
 
 
 def need_gpus(parser: argparse.ArgumentParser, count: int = 1) -> None:

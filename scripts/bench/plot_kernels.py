@@ -3,7 +3,6 @@
 python scripts/bench/plot_kernels.py            writes scripts/bench/results/kernels.png from each case's latest line
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from one_line import OneLineParser  # noqa: E402
+from one_line import OneLineParser, json_lines  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 COPY_TB_S = {"H100": 3.0, "H200": 4.3}  # measured device-to-device copies, bytes read and written
@@ -22,7 +21,7 @@ PASSES = {"piece S": "in", "piece dS dB": "out", "piece dA": "in"}  # which acti
 
 def latest(path: Path) -> list[dict]:
     """Return the last line of each (shape, p, mix)."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = json_lines(path)
     return list({(row["shape"], row["p"], row["mix"]): row for row in rows}.values())
 
 

@@ -15,7 +15,7 @@ import yaml
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from one_line import OneLineParser, ended, positive  # noqa: E402
+from one_line import OneLineParser, ended, finished_run, positive  # noqa: E402
 
 from megatron_lora.errors import UserError  # noqa: E402
 
@@ -52,10 +52,8 @@ def main() -> None:
     parser.add_argument("--case", required=True, help="where it ran, as the table shall say it")
     parser.add_argument("--total-s", type=positive, required=True, help="seconds of the whole script, set-up included")
     arguments = parser.parse_args()
-    try:
+    with finished_run(arguments.run):
         found = measure(arguments.run)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{arguments.run}: is not the directory of a finished run ({type(error).__name__}: {error})") from None
     if arguments.total_s < found["train_s"]:
         raise UserError(f"--total-s: {arguments.total_s:g} is less than the {found['train_s']:.0f} s that the training took")
     line = {"case": arguments.case, "hardware": arguments.case, "total_s": arguments.total_s, **found}

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from e2e_options import layout_name, read_options  # noqa: E402
-from one_line import OneLineParser, folder, positive, whole  # noqa: E402
+from one_line import OneLineParser, folder, json_lines, positive, whole  # noqa: E402
 from several_runs import RUNS, Run, check_runs, chosen, machine, ratios  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
 
@@ -74,7 +74,7 @@ def losses_of(run: Run, options: Namespace) -> Path:
 
 def lines(path: Path) -> list[dict]:
     """Read a file of results; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return json_lines(path) if path.exists() else []
 
 
 def fastest_budget(run: Run, options: Namespace) -> int | None:
