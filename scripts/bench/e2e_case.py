@@ -29,12 +29,13 @@ from megatron_lora.plan_report import runs_of
 from megatron_lora.settle import cost_of, planner_cost
 from megatron_lora.timeline import write_timeline
 from megatron_lora.train import make_arena
-from scheduling.cost import CostModel, refine
+from scheduling.cost import CostModel, Measurement, refine
 from scheduling.memory import tokens_in_flight
 from scheduling.slot_cost import SlotCost
-from scheduling.types import Lengths, Stream
+from scheduling.types import Lengths, Microbatch, Stream
 
 WARM_SLOTS, PROFILED_SLOTS, PROBED_SLOTS = 8, 4, 8
+CALIBRATIONS = 2  # the second over the microbatches that the first one's figures make
 PROBED_STEPS = 4  # of each job, from which the probed slots are taken
 SPARE = 1.1  # more steps than the warm-up's speed asks for
 
@@ -128,27 +129,36 @@ class CaseRun:
         """Fit the cost model to passes that each stage makes by itself, over microbatches as the policy makes them of the first steps.
 
         How full they are, and how many jobs share one, differs from policy to policy, and what a segment more costs is no term of the
-        model. `broadly`: over microbatches of all sizes and mixes too, for a model that serves other runs.
+        model. A baseline sizes its microbatches by the model, so that those of the fitted one may be of sizes that were not timed: then
+        they are timed too. `broadly`: over microbatches of all sizes and mixes too, for a model that serves other runs.
         """
-        parallel, lengths = self.base.parallel, take(self.workload, self.case.jobs.count, PROBED_STEPS)
-        own = sorted((slot for slot in dict.fromkeys(self._planned(lengths)) if slot.num_tokens), key=lambda slot: slot.num_tokens)
-        slots = spread(own, PROBED_SLOTS) + (list(probe_slots(lengths, self.settings.capacity)) if broadly else [])
-        rows = [job.rows for job in self._jobs(lengths)]
-        multiple = parallel.tensor if parallel.sequence else 1
-        start = time.perf_counter()
+        lengths, analytic, start = take(self.workload, self.case.jobs.count, PROBED_STEPS), self.cost, time.perf_counter()
+        broad = probe_slots(lengths, self.settings.capacity) if broadly else ()
+        timed: set[Microbatch] = set()
+        measured: list[Measurement] = []
         with gauged(self.base.cuda and self.base.rank == 0) as self.calibration_gauges:
-            measured = measure_stage(
-                self.base.stage,
-                self.base.position.stage,
-                slots,
-                partial(collate, jobs=rows, multiple=multiple, device=self.base.device),
-                multiple,
-                lambda slot: features(slot, lengths, [r if self.arena is not None else 0 for r in self.ranks]),
-            )
+            for _ in range(CALIBRATIONS):
+                own = sorted((slot for slot in dict.fromkeys(self._planned(lengths)) if slot.num_tokens), key=lambda slot: slot.num_tokens)
+                new = [slot for slot in dict.fromkeys((*broad, *spread(own, PROBED_SLOTS))) if slot not in timed]
+                timed.update(new)
+                measured += self._timed(new, lengths)
+                self.cost, self.cost_from = refine(analytic, measured), "calibration"
         self._clear()
-        everyone = [each for of_rank in self.base.gather(measured) for each in of_rank]
-        self.cost, self.cost_from = refine(self.cost, everyone), "calibration"
         self.base.say(f"  calibrated in {time.perf_counter() - start:.1f} s")
+
+    def _timed(self, slots: Sequence[Microbatch], lengths: Lengths) -> list[Measurement]:
+        """Return the seconds of every stage's passes over slots, which make up the same lengths."""
+        parallel, rows = self.base.parallel, [job.rows for job in self._jobs(lengths)]
+        multiple = parallel.tensor if parallel.sequence else 1
+        measured = measure_stage(
+            self.base.stage,
+            self.base.position.stage,
+            slots,
+            partial(collate, jobs=rows, multiple=multiple, device=self.base.device),
+            multiple,
+            lambda slot: features(slot, lengths, [r if self.arena is not None else 0 for r in self.ranks]),
+        )
+        return [each for of_rank in self.base.gather(measured) for each in of_rank]
 
     def _planned(self, lengths: Lengths) -> Stream:
         """Return the policy's stream for these lengths, this replica's part of it."""

@@ -1,5 +1,6 @@
 """The end-to-end benchmark on CPU: every policy and kind of adapters does the same training, in every layout, and says what it found."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -81,9 +82,28 @@ def test_calibration_takes_microbatches_as_the_policy_makes_them(tmp_path, one_p
     probed, measure = [], e2e_case.measure_stage
     monkeypatch.setattr(e2e_case, "measure_stage", lambda *args: probed.append(args[2]) or measure(*args))
     launch([*JOBS, *files(tmp_path), "--calibrate", "--case", "", "--case", "policy=flush"])
-    ours, flush = ({len(slot.segments) for slot in slots} for slots in probed)
-    assert max(ours) > 1 and flush == {1}
-    assert all({segment.step for slot in slots for segment in slot.segments} > {0} for slots in probed), "fuller than the first steps alone"
+    ours, again, flush, _ = probed
+    assert max(len(slot.segments) for slot in ours) > 1 and {len(slot.segments) for slot in flush} == {1}
+    assert again == [], "our planner does not go by the fitted model"
+    assert all({segment.step for slot in slots for segment in slot.segments} > {0} for slots in (ours, flush)), "more than first steps"
+
+
+def test_calibration_times_what_a_baseline_makes_of_the_fitted_model_too(tmp_path, one_process, monkeypatch):
+    sys.path[:0] = [str(BENCH)] if str(BENCH) not in sys.path else []
+    import e2e_case
+
+    probed, weighed, measure, joined = [], [], e2e_case.measure_stage, e2e_case.joined
+
+    def wider_by_the_fitted(policy, lengths, settings, real):
+        weighed.append(real)
+        room = 50 if real == weighed[0] else settings.capacity
+        return joined(policy, lengths, dataclasses.replace(settings, capacity=room), real)
+
+    monkeypatch.setattr(e2e_case, "measure_stage", lambda *args: probed.append(args[2]) or measure(*args))
+    monkeypatch.setattr(e2e_case, "joined", wider_by_the_fitted)
+    launch([*JOBS, *files(tmp_path), "--case", "calibrate=yes policy=flush"])
+    first, second = ([slot.num_tokens for slot in slots] for slots in probed)
+    assert max(first) <= 50 < max(second)
 
 
 def test_spread_keeps_both_ends():
