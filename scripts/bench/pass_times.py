@@ -3,8 +3,8 @@
 `probe_slots` makes microbatches that tell the cost model's four terms apart; `measure_stage` runs a run's own microbatches through this
 rank's stage alone (no pipeline, its input random), `measure_parts` a whole model's layers and head. Both give measurements for
 scheduling.cost.refine. Passes are queued one behind another without waiting, behind some seconds of the same: a GPU at work for long lowers
-its clock until it keeps to its power limit, and one that pauses between passes is up to a tenth quicker than in a run. For the same reason
-launches are made ahead, as in a run.
+its clock until it keeps to its power limit, and one that pauses between passes is up to a tenth quicker than in a run. Microbatches take
+turns, large and small, as in a run: a small one's kernels are launched while a large one is at work, so that no pass waits for launches.
 """
 
 import statistics
@@ -94,17 +94,19 @@ class Stopwatch:
         return found
 
 
-def repeated(device: torch.device, passes: Callable[[Stopwatch], None], repeats: int) -> dict[str, float]:
-    """Return the median seconds of what `passes` times, {name: seconds}, over so many turns in a row; two before them are not counted.
+def in_turns(device: torch.device, works: Sequence[Callable[[Stopwatch], object]], repeats: int) -> list[dict[str, float]]:
+    """Return the median seconds of what each work times, [{name: seconds}], over so many turns of them all; two before are not counted.
 
     The first of the two may compile kernels and is waited for; the second lets the host get ahead.
     """
-    passes(Stopwatch(device))
-    watch = Stopwatch(device)
-    watch.seconds()
+    for work in works:
+        work(Stopwatch(device))
+    watches = [Stopwatch(device) for _ in works]
+    Stopwatch(device).seconds()
     for _ in range(repeats + 1):
-        passes(watch)
-    return {name: statistics.median(times[1:]) for name, times in watch.seconds().items()}
+        for work, watch in zip(works, watches, strict=True):
+            work(watch)
+    return [{name: statistics.median(times[1:]) for name, times in watch.seconds().items()} for watch in watches]
 
 
 def stage_passes(stage: Stage, data: StageInput, rows: int, watch: Stopwatch) -> None:
@@ -144,8 +146,8 @@ def measure_stage(
 
     for _ in range(warm if stage.device.type == "cuda" and loaded else 0):
         passes(loaded[-1][1], Stopwatch(stage.device))
-    for slot, data in loaded:
-        times = repeated(stage.device, partial(passes, data), repeats)
+    turns = in_turns(stage.device, [partial(passes, data) for _, data in loaded], repeats)
+    for (slot, _), times in zip(loaded, turns, strict=True):
         measured += [Measurement(index, name == "backward", *of_slot(slot), seconds) for name, seconds in times.items()]
     return measured
 
@@ -169,8 +171,8 @@ def measure_parts(
         slot, data = loaded[0]
         held = [_parts(stage, data, Stopwatch(stage.device)) for _ in range(warm)]
         kept = statistics.median(held) / slot.num_tokens / len(stage.layers)
-    for slot, data in loaded:
-        times = repeated(stage.device, partial(_parts, stage, data), repeats)
+    turns = in_turns(stage.device, [partial(_parts, stage, data) for _, data in loaded], repeats)
+    for (slot, _), times in zip(loaded, turns, strict=True):
         for back, whole, top in ((False, "forward", "loss"), (True, "backward", "loss's backward")):
             body.append(Measurement(0, back, *of_slot(slot), times[whole] / len(stage.layers)))
             head.append(Measurement(1, back, *of_slot(slot), times[top]))

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from e2e_base import Base  # noqa: E402
 from e2e_options import recompute  # noqa: E402
 from gauges import gauged  # noqa: E402
-from layer_table import as_plain, stages_of, table_name  # noqa: E402
+from layer_table import as_plain, fit_error, stages_of, table_name  # noqa: E402
 from model_shapes import SHAPES, architecture_of  # noqa: E402
 from one_line import OneLineParser, new_file, numbers, output_file, whole  # noqa: E402
 from pass_times import features, measure_parts, probe_slots  # noqa: E402
@@ -140,6 +140,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"profile_layers.py: {error}", file=sys.stderr)
         return 2
+    print(f"  the fitted costs are {fit_error(table):.1%} off the timings, on average", flush=True)
     kind = {name: getattr(options, name) for name in ("shape", "base_weights", "tensor", "adapters")}
     names = {"case": table_name(**kind), **kind, "num_layers": options.num_layers}
     settings = {"budgets": options.budgets, "ranks": options.ranks, "workload": options.workload, "repeats": options.repeats}
