@@ -7,9 +7,8 @@ Appended to results/predictions.jsonl: a line per run and memory (`prediction`),
 every run of results/end_to_end.jsonl that has a table, the same beside what was measured (`measured`): how far the method can be trusted.
 A run without a table is left out, and said. Memory is what a GPU shows a program: an H100 of 80 GB 85, an H200 of 141 GB 150.
 
-A table is measured in seconds, and a GPU that works for a minute lowers its clock to keep to its power limit. `--pace` is the speed that
-remains, of a table's; by itself it is what the one-GPU runs of the tables' commit and hardware show, so that all of a prediction comes from
-one GPU.
+`--pace` is the speed of a long run, of its table's; by itself it is what the one-GPU runs of the tables' commit and hardware show, so that
+all of a prediction comes from one GPU.
 """
 
 import statistics
