@@ -1,6 +1,7 @@
 """The command line: parse, call, exit status. `megatron-lora`, or `python -m megatron_lora`.
 
-Exit status of train: 0 all jobs done; 1 a crash; 2 wrong input; 3 some jobs failed, the others are done; 128 + a signal's number.
+Exit status of train: 0 all jobs done; 1 a crash; 2 wrong input; 3 some jobs failed, the others are done; 75 stopped and saved, run again to
+continue; 128 + a signal's number.
 The other commands end 0, or 2 for wrong input. Commands are imported when they are called, so that help and config errors are quick.
 """
 
@@ -18,7 +19,9 @@ EXAMPLES = {
   megatron-lora train configs/quickstart.yaml output_dir=runs/second defaults.learning_rate=1e-4
   torchrun --nproc-per-node 8 -m megatron_lora train CONFIG     the same by hand
 
-exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 128 + a signal's number""",
+Run again with the same output_dir, it goes on where it was stopped or has crashed.
+
+exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 75 stopped and saved, 128 + a signal's number""",
     "plan": """examples:
   megatron-lora plan configs/quickstart.yaml
   megatron-lora plan configs/quickstart.yaml --plot plan.png

@@ -6,6 +6,9 @@ This is torch.distributed.run in a process of its own; what it adds is the endin
 the others is found (a user's mistake before a fatal signal before an exception, then the earliest) and written to REPORT.json:
 {"kind": "user" | "signal" | "crash", "rank", "line", "traceback"}. Workers tell their exception by `record_failure`, in the file
 that torchrun names in their environment, so a bare torchrun shows it too. Ends 0, or 1 with a report.
+
+SIGTERM and SIGUSR1, which SLURM sends to every process, are for the ranks, which stop and save (stop_request.py); SIGINT ends this
+process, and with it the ranks.
 """
 
 import ctypes
@@ -27,10 +30,10 @@ HINTS = {
 }
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for a SIGTERM when the parent process ends, so that no rank outlives its run. Linux only; elsewhere nothing."""
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal when the parent process ends, so that no rank outlives its run. Linux only; elsewhere nothing."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def record_failure(error: BaseException) -> None:
@@ -78,7 +81,8 @@ def _waited_in_vain(failure) -> bool:
 
 def main(argv: list[str]) -> int:
     """Run torchrun with argv[1:]; when ranks fail, write the report to argv[0] and return 1."""
-    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    die_with_parent(signal.SIGINT)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -103,11 +103,15 @@ class Arena:
 
     def load(self, slot: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Start a job from PEFT tensors: path -> (A [r, K], B [N, r]), whole; each rank takes its part."""
-        for factor in self.factors[slot]:
-            a_rk, b_nr = weights[factor.path]
-            whole = a_rk if factor.kind == "A" else b_nr.t()
-            self.view(factor, self.master).copy_(whole[:, factor.first : factor.first + factor.width])
+        self.fill(slot, weights, self.master)
         self.publish(slot)
+
+    def fill(self, slot: int, whole: Mapping[str, tuple[Tensor, Tensor]], buffer: Tensor) -> None:
+        """Copy this rank's part of a job's tensors, shaped as PEFT's and whole, into a flat buffer."""
+        for factor in self.factors[slot]:
+            a_rk, b_nr = whole[factor.path]
+            columns = a_rk if factor.kind == "A" else b_nr.t()
+            self.view(factor, buffer).copy_(columns[:, factor.first : factor.first + factor.width])
 
     def publish(self, slot: int) -> None:
         """Copy a job's masters into the compute buffer."""

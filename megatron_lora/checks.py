@@ -17,7 +17,8 @@ from megatron_lora.config_rules import show
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError
 from megatron_lora.hub import resolve_base_model
-from megatron_lora.run_dir import RunDirectory
+from megatron_lora.resume import Standing, standings
+from megatron_lora.run_dir import RunDirectory, has_trained, job_states
 from megatron_lora.safetensors_header import check_weights
 
 MAX_NAME_BYTES = 255  # of a file's name, on every common file system
@@ -36,11 +37,14 @@ class Inputs:
 def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = True) -> Inputs:
     """Check that a run can start on this machine with `ranks_here` ranks (default: all); the owner needs the output directory too."""
     if owner:
-        RunDirectory.check(config.output_dir)
+        RunDirectory.check(config)
     check_files(config)
     check_backends(config)
     check_devices(config.parallel.world_size if ranks_here is None else ranks_here)
-    return read_inputs(config)
+    inputs = read_inputs(config)
+    if owner:
+        check_samples(config, inputs.data)
+    return inputs
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -132,6 +136,21 @@ def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
     from megatron_lora.data import load_jobs_data, load_tokenizer
 
     return load_jobs_data(config.jobs, load_tokenizer(model_dir), cache_dir(), vocab_size)
+
+
+def check_samples(config: RunConfig, data: tuple) -> None:
+    """Check that jobs that go on from a checkpoint have the samples that it was trained on."""
+    from megatron_lora.data import digest_of
+
+    path = Path(config.output_dir)
+    left = standings(config, job_states(path)) if has_trained(path) else {}
+    for job, job_data in zip(config.jobs, data, strict=True):
+        standing = left.get(job.name, Standing())
+        if standing.state is not None and standing.state.samples != digest_of(job_data.samples):
+            raise UserError(
+                f"jobs.{job.name}.datasets: have other rows, or the tokenizer makes other tokens of them, than when {standing.checkpoint} "
+                "was written; restore them, or choose another output_dir"
+            )
 
 
 def check_lengths(job: JobConfig, data, microbatch_tokens: int | str, architecture: Architecture) -> None:

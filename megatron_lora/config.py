@@ -136,7 +136,7 @@ class JobConfig:
     global_batch_size: int = key(8, whole_number("a number of samples per step", 1))
     num_epochs: int = key(1, whole_number("a number of epochs", 1))
     max_steps: int | None = key(None, null_or(whole_number("a number of steps", 1)))
-    save_steps: int = key(0, later(whole_number("a number of steps", 0), off=0))
+    save_steps: int = key(0, whole_number("a number of steps", 0))
     eval_steps: int = key(0, later(whole_number("a number of steps", 0), off=0))
     early_stopping_patience: int | None = key(None, later(null_or(whole_number("a number of evaluations", 1)), off=None))
 

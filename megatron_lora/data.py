@@ -9,6 +9,7 @@ Rows are numbered through a job's datasets in order, before anything is dropped;
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -212,6 +213,16 @@ def _load_job(job: JobConfig, reader: _Reader, vocab_size: int | None, validatio
             f"jobs.{job.name}.sequence_len: {job.sequence_len} leaves no target token in any of the {num_rows} rows of its {key}; raise it"
         )
     return JobData(tuple(samples), num_truncated, num_dropped)
+
+
+def digest_of(samples: Iterable[Sample]) -> str:
+    """Return a SHA-256 of a job's samples, in their order: rows, tokens and targets."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.row} {len(sample.tokens)} ".encode())
+        digest.update(sample.tokens.tobytes())
+        digest.update(sample.targets.tobytes())
+    return digest.hexdigest()
 
 
 def _check_vocabulary(job: JobConfig, config: DatasetConfig, dataset: Dataset, vocab_size: int | None) -> None:

@@ -18,23 +18,32 @@ from megatron_lora.metrics import JobSummary, Observer, StepReport
 from megatron_lora.observers import make_observers
 from megatron_lora.optimizer import MAX_SKIPPED_IN_A_ROW, learning_rate_at
 from megatron_lora.reports import StepReporter
+from megatron_lora.resume import Standing
 from megatron_lora.run_dir import RunDirectory
+
+Written = queue.SimpleQueue[tuple[int, int]]  # (job, steps taken) of what is on the disk
 
 
 class Desk:
     """Everything that only the first rank tells. A context manager: observers are closed whatever happens."""
 
-    def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], leave: Callable[[int], None]):
-        """Take up the run's directory, which exists, and start the observers; `leave(job)` ends a failed job's part of the plan."""
+    def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], leave: Callable[[int], None], standings: Sequence[Standing] = ()):
+        """Take up the run's directory, which exists, and start the observers; `leave(job)` ends a failed job's part of the plan.
+
+        `standings`: where each job goes on; by itself each begins.
+        """
         self.jobs, self.leave = jobs, leave
-        for job in jobs:
-            print(f"{job.config.name}: {job.data.describe()}; {job.num_steps} steps", flush=True)
+        standings = standings or [Standing()] * len(jobs)
+        for job, standing in zip(jobs, standings, strict=True):
+            goes_on = f", goes on after step {standing.step}" if standing.step else ""
+            print(f"{job.config.name}: {job.data.describe()}; {job.num_steps} steps{goes_on}", flush=True)
             _warn_of_no_learning(job)
         self.directory = RunDirectory.join(config)
-        self.observers: Sequence[Observer] = make_observers(config.output_dir, [JobSummary(job.config.name, job.num_steps) for job in jobs])
-        self.reporter = StepReporter(jobs, self._report)
+        summaries = [JobSummary(job.config.name, job.num_steps, standing.step) for job, standing in zip(jobs, standings, strict=True)]
+        self.observers: Sequence[Observer] = make_observers(config.output_dir, summaries)
+        self.reporter = StepReporter(jobs, self._report, [standing.step for standing in standings])
         self.on_forward = self.reporter.on_forward
-        self.skipped_in_a_row = [0] * len(jobs)
+        self.skipped_in_a_row = [standing.state.skipped_in_a_row if standing.state else 0 for standing in standings]
         self.states = ["queued"] * len(jobs)
 
     def __enter__(self) -> Desk:
@@ -45,19 +54,24 @@ class Desk:
             observer.close()
         self.directory.close()
 
-    def on_step(self, done: StepDone, written: queue.SimpleQueue[int]) -> None:
+    def on_step(self, done: StepDone, written: Written) -> None:
         """Note a step that was taken, and the adapters that were written meanwhile."""
         self.reporter.on_step(done)
         self._note(written)
 
-    def finish(self, written: queue.SimpleQueue[int]) -> None:
-        """Give out the last reports and states."""
+    def finish(self, written: Written, *, stopped: bool) -> None:
+        """Give out the last reports and states; where the run was `stopped`, jobs that are not over are paused."""
         self.reporter.flush(wait=True)
         self._note(written)
+        for job, state in enumerate(self.states):
+            if stopped and state in ("queued", "running"):
+                self._set_state(job, "paused", "the run was stopped; the same command takes it up again")
 
-    def _note(self, written: queue.SimpleQueue[int]) -> None:
+    def _note(self, written: Written) -> None:
         while not written.empty():
-            self._set_state(written.get(), "done", "")
+            job, step = written.get()
+            if step == self.jobs[job].num_steps:
+                self._set_state(job, "done", "")
 
     def _report(self, job: int, report: StepReport) -> None:
         if self.states[job] == "failed":

@@ -3,7 +3,7 @@
     check config, files, model, data, machine -> make the output directory -> agent (torchrun) -> ranks (worker.py) -> train.run
 
 Nothing is written before every check has passed. The ranks live in a session of their own, so that Ctrl-C reaches this process
-alone; it passes SIGTERM, SIGUSR1 and Ctrl-C on to the ranks as SIGTERM, the second time to torchrun, which ends them. On several
+alone; it passes SIGTERM, SIGUSR1 and Ctrl-C on to the ranks as SIGTERM, which stop and save; the second time torchrun ends them. On several
 SLURM nodes (`srun` with one task per node) each node runs this; the first node owns the output directory.
 """
 
@@ -123,10 +123,12 @@ def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
         )
 
         def forward(number: int, frame: object) -> None:
-            targets = [agent.pid] if received else _children(agent.pid)
+            ranks = [] if received else _children(agent.pid)
             received.append(number)
-            for process in targets or [agent.pid]:
+            for process in ranks:
                 _send(process, signal.SIGTERM)
+            if not ranks:
+                _send(agent.pid, signal.SIGINT)
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}
         try:
@@ -135,7 +137,7 @@ def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
             for number, handler in before.items():
                 signal.signal(number, handler)
             if agent.poll() is None:
-                agent.terminate()
+                _send(agent.pid, signal.SIGINT)
         report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.exists() else None
     if received and status:
         reason = f"stopped by {signal.Signals(received[0]).name} before its state was saved"

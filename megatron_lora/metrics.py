@@ -48,6 +48,7 @@ class JobSummary:
 
     name: str
     total_steps: int
+    first_step: int = 0  # steps taken before this start
 
 
 class Observer:

@@ -134,6 +134,11 @@ class JobOptimizer:
         row = (lr / correction1, beta1, beta2, epsilon, keep, clip, correction2.sqrt(), apply.double(), rest1, rest2)
         return torch.stack(row).float()
 
+    def restore(self, num_updates: int, skipped_in_a_row: int) -> None:
+        """Go on from these counts; weights and moments are the arena's."""
+        self.num_updates.fill_(num_updates)
+        self.skipped_in_a_row.fill_(skipped_in_a_row)
+
     @property
     def failed(self) -> Tensor:
         """Whether the job has given up, bool [] on the device."""

@@ -8,7 +8,7 @@ another plan.
 With several replicas, rounds of samples are planned (scheduling.data_parallel), and each rank takes its replica's part of them.
 
 A job that leaves (it failed) is left out of the next window that is planned; what was planned of it stays. The plan depends on the
-config, the seed and the windows at which jobs left, and these stand in `plan/window-NNNN.json`.
+config, the seed, the steps that jobs begin with and the windows at which jobs left; steps and windows stand in `plan/window-NNNN.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,11 +62,24 @@ class PlanSettings:
 class PlanFeed:
     """The windows of a run, in order; iterate over it on every rank."""
 
-    def __init__(self, lengths: Lengths, settings: PlanSettings, replica: int, plan_dir: Path, group: dist.ProcessGroup):
-        """Start to plan; `replica` is this rank's, `group` a gloo group of all ranks that nobody else uses."""
+    def __init__(
+        self,
+        lengths: Lengths,
+        settings: PlanSettings,
+        replica: int,
+        plan_dir: Path,
+        group: dist.ProcessGroup,
+        first_steps: Sequence[int] = (),
+    ):
+        """Start to plan; `replica` is this rank's, `group` a gloo group of all ranks that nobody else uses.
+
+        `first_steps` are the steps that the jobs begin with, those before them being taken already; by itself all begin with step 0.
+        """
         self.dealt = deal(lengths, settings.num_replicas, settings.cost)
+        self.first_steps = tuple(first_steps) or (0,) * len(lengths)
         self.settings, self.replica, self.plan_dir, self.group = settings, replica, plan_dir, group
         self.leaving: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.stopping, self.all_read = threading.Event(), False
         self.ready: queue.Queue[str | BaseException] = queue.Queue(maxsize=WINDOWS_AHEAD)
         work = self._plan_all if dist.get_rank() == 0 else self._receive_all
         self.thread = threading.Thread(target=self._guarded, args=(work,), name="plan-feed", daemon=True)
@@ -79,13 +92,10 @@ class PlanFeed:
     def __iter__(self) -> Iterator[Window]:
         """Give out the windows, waiting for those that are not there yet; the last one ends with the slots that drain the pipeline."""
         s = self.settings
-        follower = Follower(self.dealt.rounds, s.num_stages, s.capacity, s.delay)
+        follower = Follower(self.dealt.rounds, s.num_stages, s.capacity, s.delay, self.first_steps)
         chain = hashlib.sha256()
-        while True:
-            text = self.ready.get()
-            if isinstance(text, BaseException):
-                raise text
-            message = json.loads(text)
+        while not self.all_read:
+            message = self._read()
             chain.update(json.dumps(message["microbatches"]).encode())
             assert message["sha256"] == chain.hexdigest(), "this rank follows another plan than the first rank"
             stream = stream_from_json(message["microbatches"])
@@ -95,11 +105,22 @@ class PlanFeed:
             yield Window(tuple(self.dealt.part(microbatch, self.replica) for microbatch in stream), ended)
             if message["last"]:
                 follower.finish([job for job, _ in message["left"]])
-                return
 
     def close(self) -> None:
-        """Wait for the thread, which has nothing left to do."""
+        """End a feed that was read to its end, or, on all ranks alike, one that nobody reads on: what is on its way is let go."""
+        self.stopping.set()
+        while not self.all_read:
+            self._read()
         self.thread.join()
+
+    def _read(self) -> dict:
+        """Return the next window as it was sent; raises what the thread has raised."""
+        text = self.ready.get()
+        if isinstance(text, BaseException):
+            raise text
+        message = json.loads(text)
+        self.all_read = message["last"]
+        return message
 
     def _guarded(self, work) -> None:
         try:
@@ -111,16 +132,20 @@ class PlanFeed:
         """Ask the planner for window after window, file each and send it."""
         planner = _planner()
         try:
-            settings = asdict(self.settings) | {"lengths": self.dealt.rounds}
+            left = [steps[first:] for steps, first in zip(self.dealt.rounds, self.first_steps, strict=True)]
+            settings = asdict(self.settings) | {"lengths": left}
             del settings["num_replicas"]
             request = json.dumps(settings) + "\n"
             chain, number, last = hashlib.sha256(), 0, False
             while not last:
                 leave = [self.leaving.get() for _ in range(self.leaving.qsize())]
-                message = json.loads(_ask(planner, request + json.dumps({"leave": leave})))
+                message = {"last": True, "left": [], "microbatches": []}
+                if not self.stopping.is_set():
+                    message = json.loads(_ask(planner, request + json.dumps({"leave": leave})))
                 request = ""
-                chain.update(json.dumps(message["microbatches"]).encode())
-                text = json.dumps(message | {"sha256": chain.hexdigest()})
+                slots = [[[job, self.first_steps[job] + step, *rest] for job, step, *rest in slot] for slot in message["microbatches"]]
+                chain.update(json.dumps(slots).encode())
+                text = json.dumps(message | {"microbatches": slots, "sha256": chain.hexdigest()})
                 write_atomically(self.plan_dir / f"window-{number:04d}.json", text + "\n")
                 _broadcast(text, self.group)
                 self.ready.put(text)

@@ -34,13 +34,14 @@ class _Pending:
 class StepReporter:
     """Reports every job's steps in the order in which they are taken."""
 
-    def __init__(self, jobs: Sequence[TrainingJob], report: Callable[[int, StepReport], None]):
-        """`report(job, step_report)` is called for each step once its numbers are known."""
+    def __init__(self, jobs: Sequence[TrainingJob], report: Callable[[int, StepReport], None], first_steps: Sequence[int] = ()):
+        """`report(job, step_report)` is called for each step once its numbers are known; jobs begin with `first_steps`, or with 0."""
         self.jobs, self.report = jobs, report
         self.started: dict[tuple[int, int], float] = {}
         self.pending: deque[_Pending] = deque()
         self.learning_rates = [learning_rate_at(job.optimizer()) for job in jobs]
-        self.visited = [0] * len(jobs)  # samples of the steps that have been reported
+        firsts = zip(jobs, first_steps or [0] * len(jobs), strict=True)
+        self.visited = [sum(len(job.rows.steps[step]) for step in range(first)) for job, first in firsts]  # samples of the steps so far
 
     def on_forward(self, microbatch: Microbatch) -> None:
         """Note which steps begin with this microbatch."""

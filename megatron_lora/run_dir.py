@@ -5,11 +5,12 @@
     status.json   state of every job and, once the run has ended, its exit status; always a complete file
     plan/         the plan windows that were executed          jobs/<name>/   what a job writes
 
-Invariant: a directory belongs to one run. `check` refuses, without touching it, one that another process uses, that holds a run
-which has trained, or that holds files of other origin; what a run left that never took a step may be taken over. The owner makes
-the directory under an exclusive lock and then shares it; workers of the run `join` with a shared lock, newcomers find it taken.
+Invariant: a directory belongs to one run. `check` refuses, without touching it, one that another process uses, that holds a run which is
+finished or began with another config (resume.py), or that holds files of other origin. A run that has trained and ended early is
+taken up again; what a run left that never took a step is taken away. The owner makes the directory under an exclusive lock and then
+shares it; workers of the run `join` with a shared lock, newcomers find it taken.
 
-    RunDirectory.check(config.output_dir)          # early, read-only
+    RunDirectory.check(config)                     # early, read-only
     with RunDirectory.create(config) as run: ...   # the owner: the parent process, or rank 0 under a bare torchrun
     with RunDirectory.join(config) as run:         # a worker
         run.set_job("summarise", "running"); run.set_job("summarise", "failed", "loss is not finite")
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from megatron_lora.config import RunConfig, dump_config
 from megatron_lora.errors import UserError
+from megatron_lora.resume import check_resumable, rewind, standings
 from megatron_lora.strict_yaml import one_line
 
 JOB_STATES = ("queued", "running", "paused", "done", "failed")
@@ -39,19 +41,21 @@ class RunDirectory:
         self.path, self.lock, self._made = path, lock, made
 
     @staticmethod
-    def check(output_dir: str | Path) -> None:
-        """Raise UserError when a new run cannot have this directory; writes nothing."""
-        path = Path(output_dir)
+    def check(config: RunConfig) -> None:
+        """Raise UserError when this run cannot have its directory; writes nothing."""
+        path = Path(config.output_dir)
         try:
             _check_free(path)
+            if has_trained(path):
+                check_resumable(path, job_states(path), config)
         except OSError as error:
             raise _unusable(path, error) from None
 
     @classmethod
     def create(cls, config: RunConfig, environment: dict | None = None) -> "RunDirectory":
-        """Make the directory of a new run, with every job queued, and lock it; UserError when check refuses it or it cannot be written."""
+        """Lock the directory of a run and make it ready, every job queued that is not over; UserError when check refuses it."""
         path = Path(config.output_dir)
-        cls.check(path)
+        cls.check(config)
         try:
             made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
@@ -69,16 +73,22 @@ class RunDirectory:
         return run
 
     def _fill(self, config: RunConfig, environment: dict) -> None:
-        """Leave our name in the lock file, take away what a run left that never took a step, and write a new run's files."""
+        """Leave our name in the lock file; go back to where the jobs go on, or take away what never took a step; write the run's files."""
         os.truncate(self.lock, 0)
         os.pwrite(self.lock, _ourselves().encode(), 0)
-        _refuse_trained(self.path)  # by a run that ended between the check and the lock
-        for entry in ("plan", "jobs", "timeline.json"):
-            _remove(self.path / entry)
-        self._write_status({"exit_status": None, "reason": "", "jobs": {job.name: _job("queued", "") for job in config.jobs}})
+        jobs = {job.name: _job("queued", "") for job in config.jobs}
+        if has_trained(self.path):
+            check_resumable(self.path, job_states(self.path), config)  # another run may have ended between the check and the lock
+            left = standings(config, job_states(self.path))
+            rewind(self.path, left)
+            jobs |= {name: job for name, job in self.status()["jobs"].items() if name not in left}
+        else:
+            for entry in ("plan", "jobs", "timeline.json"):
+                _remove(self.path / entry)
+        self._write_status({"exit_status": None, "reason": "", "jobs": jobs})
         write_atomically(self.path / "config.yaml", dump_config(config))
         write_atomically(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
-        (self.path / "plan").mkdir()
+        (self.path / "plan").mkdir(exist_ok=True)
 
     @classmethod
     def join(cls, config: RunConfig) -> "RunDirectory":
@@ -115,11 +125,11 @@ class RunDirectory:
         write_atomically(self.path / "config.yaml", dump_config(config))
 
     def finish(self, exit_status: int, reason: str = "") -> None:
-        """Record how the run ended; jobs that are still queued or running have failed, unless it was preempted (75)."""
+        """Record how the run ended; jobs that had not ended are paused: the same command takes them up again."""
         status = self.status() | {"exit_status": exit_status, "reason": reason}
         for name, job in status["jobs"].items():
-            if job["state"] in ("queued", "running") and exit_status != 75:
-                status["jobs"][name] = _job("failed", reason or "the run ended first")
+            if job["state"] in ("queued", "running"):
+                status["jobs"][name] = _job("paused", reason or "the run ended first")
         try:
             self._write_status(status)
         except OSError:  # mostly a full disk: no room for a second file, but the first has its own
@@ -170,7 +180,6 @@ def _check_free(path: Path) -> None:
     foreign = sorted(visible if STATUS not in visible else visible - OURS)
     if foreign:
         raise UserError(f"output_dir: {str(path)!r} holds {foreign[0]!r}, which no run wrote; choose an empty or new directory")
-    _refuse_trained(path)
 
 
 def _unusable(path: Path, error: OSError) -> UserError:
@@ -205,9 +214,14 @@ def has_trained(path: Path) -> bool:
     return metrics or any(path.glob("jobs/*/adapter_model.safetensors")) or any(path.glob("jobs/*/checkpoint-*"))
 
 
-def _refuse_trained(path: Path) -> None:
-    if has_trained(path):
-        raise UserError(f"output_dir: {str(path)!r} {_ended(path)}; choose another directory, or remove this one")
+def job_states(path: Path) -> dict[str, str]:
+    """Return the state of every job of the run in a directory; UserError where its status.json is not one of ours."""
+    try:
+        return {name: job["state"] for name, job in _read_status(path)["jobs"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"output_dir: {str(path)!r} holds the results of a run whose {STATUS} cannot be read; restore it, or choose another directory"
+        ) from None
 
 
 def _as_json(status: dict) -> str:
@@ -267,15 +281,3 @@ def _holder(lock_file: Path) -> str:
         return lock_file.read_text(encoding="utf-8") or "another process"
     except OSError:
         return "another process"
-
-
-def _ended(path: Path) -> str:
-    """What the earlier run in a directory came to, in words."""
-    try:
-        states = [job["state"] for job in _read_status(path)["jobs"].values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "holds the results of an earlier run"
-    if states and all(state == "done" for state in states):
-        return "holds a finished run"
-    counts = ", ".join(f"{states.count(state)} {state}" for state in JOB_STATES if state in states)
-    return f"holds a run that has ended ({counts} jobs), and resuming is not supported yet"

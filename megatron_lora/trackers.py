@@ -29,7 +29,9 @@ class TensorBoardMetrics(Observer):
         self._writers: dict[str, SummaryWriter] = {}
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
-        self._writers = {job.name: SummaryWriter(str(self._jobs_dir / job.name), flush_secs=10) for job in jobs}
+        for job in jobs:  # a job that goes on takes its later steps again: those of earlier starts are not shown
+            purge = job.first_step + 1 if job.first_step else None
+            self._writers[job.name] = SummaryWriter(str(self._jobs_dir / job.name), flush_secs=10, purge_step=purge)
 
     def on_step(self, report: StepReport) -> None:
         for tag, value in scalars(report).items():

@@ -22,18 +22,22 @@ from megatron_lora.base_model import Stage, build_stage
 from megatron_lora.checks import cache_dir
 from megatron_lora.collate import JobRows, collate, num_rows
 from megatron_lora.compat import initialize_parallel, patience, pipelines, stage_groups
-from megatron_lora.config import ParallelConfig, RunConfig
+from megatron_lora.config import JobConfig, ParallelConfig, RunConfig
 from megatron_lora.data import load_tokenizer, target_share
 from megatron_lora.desk import Desk
 from megatron_lora.executor import Executor, Position, StageOptimizer, StepDone
-from megatron_lora.export import AdapterCollector, Weights
 from megatron_lora.hub import resolve_base_model
 from megatron_lora.jobs import TrainingJob, read_jobs
 from megatron_lora.messages import Links, MessageLayout, connect
 from megatron_lora.optimizer import JobOptimizer, StageGroups
-from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
 from megatron_lora.plan_feed import PlanFeed, PlanSettings
+from megatron_lora.resume import Standing, standings
+from megatron_lora.run_dir import job_states
+from megatron_lora.saving import Saver, begin_job, writer
 from megatron_lora.settle import settle_together
+from megatron_lora.snapshots import SnapshotCollector
+from megatron_lora.stop_request import StopRequest
+from megatron_lora.stopping import until_stopped
 from megatron_lora.timeline import Timeline, write_timeline
 from megatron_lora.warm_up import warm_up
 from scheduling.slot_cost import SlotCost
@@ -42,10 +46,11 @@ from scheduling.types import Microbatch
 LONGEST_WINDOW = timedelta(days=7)  # a rank may wait for the next plan while the others train by the last
 
 
-def run(config: RunConfig) -> int:
-    """Train all jobs of a config as one of its ranks; return the run's exit status: 0, or 3 when some jobs failed.
+def run(config: RunConfig, stop: StopRequest) -> int:
+    """Train the jobs of a config that are not over as one of its ranks; return the run's exit status.
 
-    The output directory exists already. Raises UserError for wrong input.
+    0: all are done; 3: some have failed; 75: stopped, as asked, with every job's state saved. The output directory exists already. Raises
+    UserError for wrong input.
     """
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
@@ -54,11 +59,13 @@ def run(config: RunConfig) -> int:
 
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
-    jobs = _read_jobs(config, model_dir, architecture.vocab_size, host)
+    left = _left(config, host)
+    jobs = _read_jobs([job for job in config.jobs if job.name in left], model_dir, architecture.vocab_size, host)
+    begins = [left[job.config.name] for job in jobs]
     share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
     config, cost = settle_together(config, architecture, [job.rows.lengths() for job in jobs], share, host)
     position = position_of(config.parallel)
-    feed = _plan(config, jobs, position, cost)
+    feed = _plan(config, jobs, position, cost, [begin.step for begin in begins])
 
     stage = build_stage(
         architecture,
@@ -73,16 +80,14 @@ def run(config: RunConfig) -> int:
         backends=choose_backends(config, architecture, dtype, device),
     )
     arena = make_arena(stage, config.parallel, [job.adapter() for job in jobs])
-    for slot, job in enumerate(jobs):
-        if job.config.init_adapter is None:
-            arena.initialise(slot, job.rows.seed)
-        else:
-            arena.load(slot, read_adapter(job.config.init_adapter).weights)
     groups = StageGroups(**stage_groups(config.parallel))
     optimizers = [JobOptimizer(arena, slot, job.optimizer(), groups) for slot, job in enumerate(jobs)]
+    for slot, (job, standing) in enumerate(zip(jobs, begins, strict=True)):
+        begin_job(arena, slot, job, standing, optimizers[slot])
 
-    with Desk(config, jobs, feed.leave) if dist.get_rank() == 0 else contextlib.nullcontext() as desk:
-        collector = AdapterCollector(arena, _writer(config, jobs), host)
+    with Desk(config, jobs, feed.leave, begins) if dist.get_rank() == 0 else contextlib.nullcontext() as desk:
+        collector = SnapshotCollector(arena, writer(config, jobs), host)
+        saver = Saver(jobs, optimizers, begins, collector.submit)
         unchecked = set(range(len(jobs)))  # jobs that have taken no step with a learning rate yet
 
         def on_step(done: StepDone) -> None:
@@ -90,8 +95,7 @@ def run(config: RunConfig) -> int:
             if done.job in unchecked and optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
                 unchecked.remove(done.job)
                 _tell_unmoved(job, optimizer)
-            if done.step == job.num_steps - 1:
-                collector.submit(done.job, optimizer.failed)
+            saver.on_step(done)
             if desk is not None:
                 desk.on_step(done, collector.written)
 
@@ -110,12 +114,16 @@ def run(config: RunConfig) -> int:
             on_forward=desk.on_forward if desk is not None else lambda microbatch: None,
             timeline=timeline,
         )
-        executor.run(feed)
+        agreement = dist.new_group(backend="gloo", timeout=patience())
+        executor.run(until_stopped(feed, stop, agreement, position.num_stages, position.lag))
         feed.close()
+        stopped = stop.stopped and saver.save_unfinished()
         collector.finish()
         if desk is not None:
-            desk.finish(collector.written)
+            desk.finish(collector.written, stopped=stopped)
     _save_timeline(config, timeline, position, host)
+    if stopped:
+        return 75
     return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
 
 
@@ -178,13 +186,20 @@ def make_executor(
     )
 
 
-def _read_jobs(config: RunConfig, model_dir: Path, vocab_size: int, host: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
+def _left(config: RunConfig, host: dist.ProcessGroup) -> dict[str, Standing]:
+    """Return the jobs that are not over and where each goes on, as the first rank finds them in the output directory."""
+    found: list = [standings(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(found, 0, group=host)
+    return found[0]
+
+
+def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, host: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
     """Read the jobs' data, the first rank before the others, so that they find it in the cache."""
     tokenizer = load_tokenizer(model_dir)
     jobs = None
     for turn in (True, False):
         if (dist.get_rank() == 0) == turn:
-            jobs = read_jobs(config.jobs, tokenizer, cache_dir(), vocab_size)
+            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size)
         dist.barrier(group=host)
     assert jobs is not None
     return jobs
@@ -201,8 +216,8 @@ def position_of(parallel: ParallelConfig) -> Position:
     return Position(stage=dist.get_rank() // (parallel.tensor * parallel.data), num_stages=parallel.pipeline, delay=delay)
 
 
-def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost) -> PlanFeed:
-    """Start to plan; the first windows are ready when the model is."""
+def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost, first_steps: Sequence[int]) -> PlanFeed:
+    """Start to plan what is left of the jobs; the first windows are ready when the model is."""
     parallel = config.parallel
     settings = PlanSettings(
         num_stages=parallel.pipeline,
@@ -213,25 +228,7 @@ def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, co
     )
     replica = dist.get_rank() // parallel.tensor % parallel.data
     group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
-    return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group)
-
-
-def _writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[int, Weights], None]:
-    """Return what writes a job's PEFT directory."""
-
-    def write(slot: int, weights: Weights) -> None:
-        job = jobs[slot].config
-        adapter = AdapterFile(
-            r=job.r,
-            lora_alpha=job.lora_alpha,
-            use_rslora=job.use_rslora,
-            lora_dropout=job.lora_dropout,
-            target_modules=job.target_modules,
-            weights=weights,
-        )
-        write_adapter(Path(config.output_dir) / "jobs" / job.name, adapter, config.base_model)
-
-    return write
+    return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
 
 
 def _tell_unmoved(job: TrainingJob, optimizer: JobOptimizer) -> None:

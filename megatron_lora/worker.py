@@ -12,7 +12,8 @@ from typing import NoReturn
 from megatron_lora.agent import die_with_parent, record_failure
 from megatron_lora.config import RunConfig, load_config
 from megatron_lora.errors import UserError
-from megatron_lora.run_dir import RunDirectory
+from megatron_lora.run_dir import RunDirectory, job_states
+from megatron_lora.stop_request import StopRequest
 
 LAUNCHED = "MEGATRON_LORA_LAUNCHED"  # set by launch.py for the ranks that it starts
 
@@ -24,12 +25,13 @@ def under_torchrun() -> bool:
 
 def main(config_path: str, overrides: list[str]) -> int:
     """Train as one rank; returns the exit status, or leaves the process when it fails."""
-    rank, launched = int(os.environ["RANK"]), LAUNCHED in os.environ
+    rank, launched, stop = int(os.environ["RANK"]), LAUNCHED in os.environ, StopRequest()
     if launched:
+        stop.listen()
         die_with_parent()
     try:
         config = load_config(config_path, overrides)
-        status = _first_rank(config, launched) if rank == 0 else _run(config)
+        status = _first_rank(config, launched, stop) if rank == 0 else _run(config, stop)
     except UserError as error:
         if rank == 0 and not launched:
             print(f"megatron-lora: {error}", file=sys.stderr)
@@ -39,7 +41,7 @@ def main(config_path: str, overrides: list[str]) -> int:
     return 0 if launched or rank > 0 else status
 
 
-def _first_rank(config: RunConfig, launched: bool) -> int:
+def _first_rank(config: RunConfig, launched: bool, stop: StopRequest) -> int:
     """Train as rank 0, which holds the output directory and records how the run ended."""
     if launched:
         run_directory = RunDirectory.join(config)
@@ -51,19 +53,21 @@ def _first_rank(config: RunConfig, launched: bool) -> int:
         check_run(config)
         run_directory = RunDirectory.create(config, environment())
     with run_directory:
-        status = _run(config)
+        status = _run(config, stop)
+        if status == 0 and "failed" in job_states(run_directory.path).values():
+            status = 3  # in an earlier start of the run
         run_directory.finish(status)
     return status
 
 
-def _run(config: RunConfig) -> int:
+def _run(config: RunConfig, stop: StopRequest) -> int:
     """Check the number of ranks and hand over to train.py."""
     _check_world_size(config)
     import torch.distributed as dist
 
     from megatron_lora import train
 
-    status = train.run(config)
+    status = train.run(config, stop)
     if dist.is_initialized():
         dist.destroy_process_group()
     return status

@@ -28,11 +28,11 @@ class _Standing:
 class Follower:
     """Checks windows in order. Raises PlanError, naming slot and job, on the first rule that one breaks."""
 
-    def __init__(self, lengths: Lengths, num_stages: int, capacity: int, delay: int = 0):
-        """Begin before the first slot of a stream over `lengths`."""
+    def __init__(self, lengths: Lengths, num_stages: int, capacity: int, delay: int = 0, first_steps: Sequence[int] = ()):
+        """Begin before the first slot of a stream over `lengths`, each job at its first step (0 where none are given)."""
         self.lengths, self.gap, self.capacity = lengths, num_stages + delay, capacity
         self.num_slots = 0
-        self.jobs = [_Standing() for _ in lengths]
+        self.jobs = [_Standing(step) for step in first_steps or [0] * len(lengths)]
 
     def follow(self, window: Stream) -> tuple[tuple[Ending, ...], ...]:
         """Check the next window; return, per slot of it, the (job, step) pairs that end there, in segment order."""

@@ -75,11 +75,11 @@ class LivingRun:
         assert found is not None, f"rank {number} is gone already"
         return found
 
-    def train(self, seconds: float = 120) -> None:
-        """Wait until it has taken some steps."""
+    def train(self, seconds: float = 120, rows: int = 3) -> None:
+        """Wait until its first job has told of so many steps."""
         metrics = self.output / "jobs" / self.first_job / "metrics.jsonl"
         end = time.monotonic() + seconds
-        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        while not metrics.exists() or metrics.read_text().count("\n") < rows:
             assert self.process.poll() is None and time.monotonic() < end, self.error()
             time.sleep(0.05)
 

@@ -21,23 +21,45 @@ def write_config(path: Path, model: Path, output_dir: Path, jobs: list[dict], pa
     return path
 
 
-def train(config_path: Path) -> int:
-    """Run a config on this rank; top level, so that pool ranks can be told to call it."""
+def train(config_path: Path, stop_after: int | None = None) -> int:
+    """Run a config on this rank; top level, so that pool ranks can be told to call it.
+
+    The last rank is asked to stop when it has been looked at `stop_after` times.
+    """
+    import torch.distributed as dist
+
     from megatron_lora.config import load_config
+    from megatron_lora.stop_request import StopRequest
     from megatron_lora.train import run
 
-    return run(load_config(config_path))
+    class Asked(StopRequest):
+        looks = 0
+
+        @property
+        def asked(self) -> bool:
+            self.looks += 1
+            return stop_after is not None and dist.get_rank() == dist.get_world_size() - 1 and self.looks > stop_after
+
+        @asked.setter
+        def asked(self, value: bool) -> None:
+            assert not value
+
+    return run(load_config(config_path), Asked())
 
 
-def start(pool, config_path: Path, parallel: dict) -> int:
-    """Run a config on pool ranks as the launcher would: the directory is made first. Returns the exit status that all ranks agree on."""
+def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None) -> int:
+    """Run a config on pool ranks as the launcher would: check, make the directory, record the end. Returns what all ranks agree on."""
+    from megatron_lora.checks import check_run
     from megatron_lora.config import load_config
     from megatron_lora.run_dir import RunDirectory
 
-    with RunDirectory.create(load_config(config_path)):
-        statuses = set(pool(**parallel).run(train, config_path))
-    assert len(statuses) == 1, statuses
-    return statuses.pop()
+    check_run(load_config(config_path))
+    with RunDirectory.create(load_config(config_path)) as directory:
+        statuses = set(pool(**parallel).run(train, config_path, stop_after))
+        assert len(statuses) == 1, statuses
+        status = statuses.pop()
+        directory.finish(status)
+    return status
 
 
 def losses_of(output_dir: Path, name: str) -> list[float]:

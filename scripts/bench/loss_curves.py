@@ -36,13 +36,13 @@ from megatron_lora.compat import destroy_parallel  # noqa: E402
 from megatron_lora.config import ParallelConfig, RunConfig, load_config  # noqa: E402
 from megatron_lora.data import load_tokenizer, target_share  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
-from megatron_lora.export import join_shards  # noqa: E402
 from megatron_lora.hub import resolve_base_model  # noqa: E402
 from megatron_lora.jobs import TrainingJob, read_jobs  # noqa: E402
 from megatron_lora.optimizer import JobOptimizer  # noqa: E402
 from megatron_lora.peft_format import AdapterFile, write_adapter  # noqa: E402
 from megatron_lora.plan_feed import PlanSettings  # noqa: E402
 from megatron_lora.settle import planner_cost  # noqa: E402
+from megatron_lora.snapshots import join_shards  # noqa: E402
 from megatron_lora.train import make_arena  # noqa: E402
 
 Curves = dict[str, list[list[float]]]  # name of the run -> [job][step]

@@ -129,7 +129,20 @@ def remove(path: str):
 def trained(scene: dict) -> list[str]:
     Path("runs/out/jobs/one").mkdir(parents=True)
     Path("runs/out/jobs/one/metrics.jsonl").write_text('{"step": 1}\n')
-    Path("runs/out/status.json").write_text(json.dumps({"exit_status": 0, "reason": "", "jobs": {"one": {"state": "done", "reason": ""}}}))
+    jobs = {name: {"state": "done", "reason": ""} for name in ("one", "two")}
+    Path("runs/out/status.json").write_text(json.dumps({"exit_status": 0, "reason": "", "jobs": jobs}))
+    return []
+
+
+def without_config(scene: dict) -> list[str]:
+    trained(scene)
+    Path("runs/out/status.json").write_text('{"jobs": {"one": {"state": "paused", "reason": ""}}}')
+    return []
+
+
+def without_status(scene: dict) -> list[str]:
+    trained(scene)
+    Path("runs/out/status.json").write_text('{"jobs": []}')
     return []
 
 
@@ -239,7 +252,6 @@ CASES = {
     # later features
     "replicas": (override("parallel.data=0"), ["parallel.data: 0"]),
     "eval": (override("defaults.eval_steps=10"), ["defaults.eval_steps: 10 is not supported yet", "use 0"]),
-    "saves": (override("jobs.one.save_steps=10"), ["jobs.one.save_steps: 10 is not supported yet", "use 0"]),
     "patience": (override("jobs.one.early_stopping_patience=3"), ["jobs.one.early_stopping_patience: 3 is not supported yet", "use null"]),
     "validation": (
         override("jobs.one.val_datasets=[{path: rows.jsonl, type: text}]"),
@@ -315,6 +327,8 @@ CASES = {
     "output below a dangling link": (dangling("output_dir=gone/x"), ["output_dir: 'gone/x' cannot be used"]),
     "output where nothing can be made": (override("output_dir=/proc/x"), ["output_dir: '/proc/x' cannot be used", "choose"]),
     "lock is a folder": (lambda scene: Path("runs/out/.lock").mkdir(parents=True) or [], ["output_dir: 'runs/out' cannot be used"]),
+    "no config": (without_config, ["output_dir: 'runs/out' holds a run whose config.yaml", "no such file", "choose another directory"]),
+    "no status": (without_status, ["output_dir: 'runs/out' holds", "status.json cannot be read", "choose another directory"]),
     "finished": (trained, ["output_dir: 'runs/out' holds a finished run", "choose another"]),
     "other files": (foreign, ["output_dir: 'runs/out' holds 'results.csv'", "empty or new directory"]),
     "output is a file": (override("output_dir=rows.jsonl"), ["output_dir: 'rows.jsonl' is a file", "choose"]),

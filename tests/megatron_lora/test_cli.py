@@ -33,18 +33,17 @@ from scheduling.types import Microbatch, Segment
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = """
-import os, signal, sys, time, types
+import os, sys, time, types
 
-def run(config):
+def run(config, stop):
     from megatron_lora.errors import UserError
     from megatron_lora.run_dir import RunDirectory
     mode, rank = os.environ["STAND_IN"], int(os.environ["RANK"])
     open(f"rank{rank}.pid", "w").write(str(os.getpid()))
     if mode == "wait":
-        asked = []
-        signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+        stop.can_save = True
         open(f"rank{rank}.ready", "w").close()
-        while not asked:
+        while not stop.asked:
             time.sleep(0.02)
         return 75
     if mode == "done" and rank == 0:
@@ -139,7 +138,7 @@ def test_sigusr1_reaches_the_ranks_as_sigterm_and_a_saved_run_gives_75(scene, mo
     status = main(["train", "config.yaml"])
     asker.join()
     assert status == 75 and status_file()["exit_status"] == 75
-    assert {job["state"] for job in status_file()["jobs"].values()} == {"queued"}
+    assert {job["state"] for job in status_file()["jobs"].values()} == {"paused"}
 
 
 def test_a_mistake_that_only_a_rank_can_find_is_one_line_and_leaves_nothing(scene, monkeypatch, capfd):
@@ -155,7 +154,7 @@ def test_a_crash_is_told_once_with_its_traceback_and_recorded(scene, monkeypatch
     err = capfd.readouterr().err
     assert err.count("Traceback") == 1 and err.count("RuntimeError: matrix is torn") == 2
     assert err.endswith("megatron-lora: rank 1: RuntimeError: matrix is torn\n")
-    assert status_file()["jobs"]["a"] == {"state": "failed", "reason": "rank 1: RuntimeError: matrix is torn"}
+    assert status_file()["jobs"]["a"] == {"state": "paused", "reason": "rank 1: RuntimeError: matrix is torn"}
 
 
 def test_no_rank_outlives_a_killed_launcher(scene, monkeypatch):

@@ -1,15 +1,23 @@
-"""Real runs of two ranks that end half-way: a killed, a stopped, a failing rank. Every process ends, and one line says why."""
+"""Real runs of two ranks that end half-way: killed, stopped or failing ranks, of which one line tells, and runs that are asked to stop."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import living_run
 import oracle
 import pytest
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def test_a_killed_rank_ends_the_run_within_seconds_and_with_one_line(parallel, v
     status, error = run.end(20)
     assert status == 1 and error == living_run.KILLED.format(victim)
     recorded = json.loads((run.output / "status.json").read_text())
-    assert recorded["jobs"]["a"]["state"] == "failed" and recorded["reason"] in error
+    assert recorded["jobs"]["a"]["state"] == "paused" and recorded["reason"] in error
 
 
 def test_a_rank_that_stands_still_ends_the_run_once_another_has_lost_patience(start):
@@ -61,3 +69,57 @@ def test_a_rank_that_stands_still_ends_the_run_once_another_has_lost_patience(st
 def test_a_failing_rank_ends_the_run_with_its_own_words(parallel, start):
     status, error = start(parallel, failing=True).end(60)
     assert status == 1 and error.count("Traceback") == 1 and error.endswith(living_run.FAILED)
+
+
+def steps_of(run: living_run.LivingRun) -> list[int]:
+    return [json.loads(line)["step"] for line in (run.output / "jobs" / "a" / "metrics.jsonl").read_text().splitlines()]
+
+
+def everybody(run: living_run.LivingRun) -> list[int]:
+    """Return all processes of a run but the planner's, as SLURM signals those of a step."""
+    return [pid for pid, environment in run.processes().items() if "serve" not in environment[""]]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "number", "reached"),
+    [
+        ({"pipeline": 2}, signal.SIGUSR1, lambda run: [run.process.pid]),
+        ({"data": 2}, signal.SIGTERM, everybody),
+        ({"tensor": 2}, signal.SIGINT, lambda run: [run.process.pid]),
+    ],
+    ids=["launcher", "everybody", "interrupt"],
+)
+def test_a_run_that_is_asked_to_stop_ends_with_75_and_goes_on_when_it_is_started_again(parallel, number, reached, start):
+    run = start(parallel)
+    run.train()
+    for pid in reached(run):
+        os.kill(pid, number)
+    assert run.end(20) == (75, "")
+    recorded, taken = json.loads((run.output / "status.json").read_text()), steps_of(run)
+    assert recorded["exit_status"] == 75 and recorded["jobs"]["a"]["state"] == "paused"
+    assert [path.name for path in (run.output / "jobs" / "a").glob("checkpoint-*")] == [f"checkpoint-{taken[-1]}"]
+    again = start(parallel)
+    again.train(rows=len(taken) + 3)
+    os.kill(again.process.pid, signal.SIGTERM)
+    assert again.end(20) == (75, "")
+    assert steps_of(again) == list(range(1, len(steps_of(again)) + 1)) and len(steps_of(again)) > len(taken)
+
+
+def test_a_second_signal_ends_a_run_at_once(start):
+    run = start({"pipeline": 2})
+    run.train()
+    os.kill(run.rank(1), signal.SIGSTOP)  # it cannot agree to stop
+    for _ in range(2):
+        os.kill(run.process.pid, signal.SIGTERM)
+        time.sleep(1.0)
+    os.kill(run.rank(1), signal.SIGCONT)
+    status, error = run.end(40)
+    assert status == 128 + signal.SIGTERM and error == "megatron-lora: stopped by SIGTERM before its state was saved\n"
+
+
+def test_a_run_that_is_asked_to_stop_before_it_trains_ends_at_once(start):
+    run = start({"pipeline": 2})
+    wait_for(lambda: sum("RANK" in environment for environment in run.processes().values()) >= 2)
+    os.kill(run.process.pid, signal.SIGTERM)
+    status, error = run.end(20)
+    assert status == 128 + signal.SIGTERM and error == "megatron-lora: stopped by SIGTERM before its state was saved\n"

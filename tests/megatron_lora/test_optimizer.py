@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_lora.arena import AdapterSpec, Arena
-from megatron_lora.export import join_shards
 from megatron_lora.layers import LinearGeometry
 from megatron_lora.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings, learning_rate_at
+from megatron_lora.snapshots import join_shards
 
 BASE = {
     "learning_rate": 3e-3,

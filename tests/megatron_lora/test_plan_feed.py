@@ -74,7 +74,7 @@ def test_a_run_of_many_windows_waits_for_plans_only_at_its_start(pool, tmp_path)
     for stage in (0, 1):
         spans = [(event["cat"], event["ts"], event["dur"]) for event in events if event["ph"] == "X" and event["pid"] == stage]
         waits = [span for span in spans if span[0] == "wait plan"]
-        assert len(waits) == num_windows + 1 > 6  # and one that says that there are no more
+        assert len(waits) > num_windows > 5  # a window is given out in parts
         first_work = min(start for kind, start, _ in spans if kind == "F")
         whole = max(start + seconds for _, start, seconds in spans) - first_work
         later = sum(seconds for _, start, seconds in waits if start > first_work)

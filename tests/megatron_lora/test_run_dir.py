@@ -45,12 +45,12 @@ def test_a_run_records_config_environment_and_states(tmp_path):
         }
 
 
-@pytest.mark.parametrize(("exit_status", "ended"), [(1, {"a": "failed", "b": "failed"}), (75, {"a": "running", "b": "queued"})])
-def test_what_had_not_ended_has_failed_unless_the_run_was_preempted(tmp_path, exit_status, ended):
+@pytest.mark.parametrize("exit_status", [1, 75])
+def test_what_had_not_ended_is_paused(tmp_path, exit_status):
     with RunDirectory.create(config(tmp_path / "run")) as run:
         run.set_job("a", "running")
         run.finish(exit_status, "a reason")
-        assert states(run) == ended and run.status()["reason"] == "a reason"
+        assert states(run) == {"a": "paused", "b": "paused"} and run.status()["reason"] == "a reason"
 
 
 def test_a_live_owner_or_worker_keeps_others_out_and_death_lets_go(tmp_path):
@@ -59,11 +59,11 @@ def test_a_live_owner_or_worker_keeps_others_out_and_death_lets_go(tmp_path):
     worker = RunDirectory.join(config(path))
     for process in (owner, worker):
         with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-            RunDirectory.check(path)
+            RunDirectory.check(config(path))
         with pytest.raises(UserError, match="in use by process"):
             RunDirectory.create(config(path))
         process.close()
-    RunDirectory.check(path)
+    RunDirectory.check(config(path))
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
@@ -77,10 +77,10 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
-        RunDirectory.check(path)
+        RunDirectory.check(config(path))
     holder.kill()
     holder.wait()
-    RunDirectory.check(path)
+    RunDirectory.check(config(path))
 
 
 def test_a_run_that_never_took_a_step_may_be_taken_over_and_leaves_nothing_behind(tmp_path):
@@ -95,9 +95,9 @@ def test_a_run_that_never_took_a_step_may_be_taken_over_and_leaves_nothing_behin
 
 @pytest.mark.parametrize(
     ("end", "words"),
-    [({"a": "done", "b": "done"}, "holds a finished run"), ({"a": "done", "b": "failed"}, r"\(1 done, 1 failed jobs\), and resuming")],
+    [({"a": "done", "b": "done"}, r"a finished run \(jobs: 2 done\)"), ({"a": "done", "b": "failed"}, r"\(jobs: 1 done, 1 failed\)")],
 )
-def test_a_run_that_has_trained_is_refused_by_what_it_is_and_not_touched(tmp_path, end, words):
+def test_a_finished_run_is_refused_by_what_it_is_and_not_touched(tmp_path, end, words):
     path = tmp_path / "run"
     with RunDirectory.create(config(path)) as run:
         (run.job_dir("a") / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -106,7 +106,7 @@ def test_a_run_that_has_trained_is_refused_by_what_it_is_and_not_touched(tmp_pat
         run.discard()  # takes nothing away from a run that has trained
     before = snapshot(path)
     assert "jobs/a/metrics.jsonl" in before
-    for attempt in (lambda: RunDirectory.check(path), lambda: RunDirectory.create(config(path))):
+    for attempt in (lambda: RunDirectory.check(config(path)), lambda: RunDirectory.create(config(path))):
         with pytest.raises(UserError, match=words):
             attempt()
     assert snapshot(path) == before
@@ -163,7 +163,7 @@ def test_a_full_disk_at_the_end_does_not_leave_jobs_running(tmp_path, monkeypatc
         run.set_job("a", "running")
         full_disk(monkeypatch)
         run.finish(1, "rank 0: no space left")
-        assert states(run) == {"a": "failed", "b": "failed"} and run.status()["exit_status"] == 1
+        assert states(run) == {"a": "paused", "b": "paused"} and run.status()["exit_status"] == 1
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [".lock", "config.yaml", "env.json", "plan", "status.json"]
 
 

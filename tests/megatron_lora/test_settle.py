@@ -27,6 +27,7 @@ from megatron_lora.settle import (
     settle,
     settle_together,
 )
+from megatron_lora.stop_request import StopRequest
 from scheduling.cost import DEVICES, stage_policies
 from scheduling.memory import fitting_tokens, usable_bytes
 
@@ -228,12 +229,13 @@ def test_a_run_is_settled_by_its_samples_share_of_targets(one_process, configure
         raise InterruptedError(target_share)
 
     monkeypatch.setattr(train, "settle_together", stop)
+    monkeypatch.setattr(train, "job_states", lambda path: {})
     tokenizer = load_tokenizer(root / "model")
     rows = [oracle.encode(tokenizer, json.loads(line)) for line in (root / "rows.jsonl").read_text().splitlines()]
     shares = []
     for inputs in ("false", "true"):
         with pytest.raises(InterruptedError) as stopped:
-            train.run(configure(f"jobs.0.train_on_inputs={inputs}"))
+            train.run(configure(f"jobs.0.train_on_inputs={inputs}"), StopRequest())
         shares.append(stopped.value.args[0])
     num_tokens = sum(len(tokens) for tokens, _ in rows)
     assert shares == [sum(int((labels != -100).sum()) for _, labels in rows) / num_tokens, (num_tokens - len(rows)) / num_tokens]

@@ -1,0 +1,134 @@
+"""Taking up a run that has ended: what of its config may change, which jobs are left, and from which checkpoint each goes on.
+
+A job that is done or has failed (its own loss or gradients were not finite) stays as it is. Any other goes on from its newest checkpoint,
+or from its start where it has none; what its metrics say of later steps is taken away, since those steps are taken again. Layout, budget
+and recomputation may differ from those before; jobs may be added. Whatever decides a job's updates must be as it was.
+
+This is the part that needs no tensors; checkpoint.py has those.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lora.config import JobConfig, RunConfig, load_config
+from megatron_lora.config_rules import show
+from megatron_lora.errors import UserError
+from megatron_lora.metrics import metrics_file, read_metrics
+
+STATE_FILE = "state.json"
+OVER = ("done", "failed")  # states of jobs that do not go on
+FREE = ("output_dir", "parallel", "microbatch_tokens", "recompute", "backend", "jobs")  # keys of a run that may change
+FREE_OF_JOB = ("datasets", "save_steps")  # rows are compared by their digest
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Where a job stood at its checkpoint (checkpoint.py)."""
+
+    step: int  # steps taken
+    num_steps: int  # of the whole job
+    num_updates: int  # steps that Adam has counted: those that were not skipped
+    skipped_in_a_row: int
+    samples: str  # data.digest_of the job's samples
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """From where a job goes on: a checkpoint, or its start."""
+
+    checkpoint: Path | None = None
+    state: State | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.state.step if self.state else 0
+
+
+def checkpoint_name(step: int) -> str:
+    """Name the directory of a job's checkpoint after so many steps."""
+    return f"checkpoint-{step}"
+
+
+def standing_of(job_dir: Path) -> Standing:
+    """Return where a job goes on: its checkpoint of most steps, if it has any; UserError for one that cannot be read."""
+    steps = {int(match[1]): path for path in job_dir.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    if not steps:
+        return Standing()
+    checkpoint = steps[max(steps)]
+    file = checkpoint / STATE_FILE
+    try:
+        return Standing(checkpoint=checkpoint, state=State(**json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {remedy(checkpoint)}") from None
+
+
+def remedy(checkpoint: Path) -> str:
+    """Say what helps where a checkpoint is damaged."""
+    return f"remove {checkpoint}, to go on from the checkpoint before it or from the start"
+
+
+def standings(config: RunConfig, states: dict[str, str]) -> dict[str, Standing]:
+    """Return the jobs that are not over, each with where it goes on. `states`: of the jobs that the run has had."""
+    left = [job.name for job in config.jobs if states.get(job.name) not in OVER]
+    return {name: standing_of(Path(config.output_dir) / "jobs" / name) for name in left}
+
+
+def changed_key(before: RunConfig, now: RunConfig) -> str | None:
+    """Say in one line which key keeps a config from taking up a run that began with another; None where none does."""
+    for name, (old, new) in _differing(before, now, FREE).items():
+        return f"{name}: {show(new)} differs from {show(old)}"
+    jobs = {job.name: job for job in now.jobs}
+    for old_job in before.jobs:
+        if old_job.name not in jobs:
+            return f"jobs: {old_job.name!r}, which the run has, is not among them"
+        for name, (old, new) in _differing(old_job, jobs[old_job.name], FREE_OF_JOB).items():
+            return f"jobs.{old_job.name}.{name}: {show(new)} differs from {show(old)}"
+    return None
+
+
+def _differing(before: RunConfig | JobConfig, now: RunConfig | JobConfig, free: Sequence[str]) -> dict[str, tuple[object, object]]:
+    """Return the keys in which two configs differ, those left out that are free to."""
+    names = [field.name for field in dataclasses.fields(before) if field.name not in free]
+    pairs = {name: (getattr(before, name), getattr(now, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def check_resumable(path: Path, states: dict[str, str], config: RunConfig) -> None:
+    """Raise UserError where a config cannot take up the run in a directory, whose jobs are in these states."""
+    where = f"output_dir: {str(path)!r}"
+    if all(states.get(job.name) in OVER for job in config.jobs):
+        counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in OVER if state in states.values())
+        raise UserError(f"{where} holds a finished run (jobs: {counts}); choose another directory, or remove this one")
+    try:
+        before = load_config(path / "config.yaml")
+    except UserError as error:
+        raise UserError(
+            f"{where} holds a run whose config.yaml cannot be read ({error}); restore it, or choose another directory"
+        ) from None
+    changed = changed_key(before, config)
+    if changed:
+        raise UserError(f"{changed} in {str(path / 'config.yaml')!r}, whose run would go on; set it back, or choose another output_dir")
+
+
+def rewind(path: Path, standings: dict[str, Standing]) -> None:
+    """Take a run's files back to where its jobs go on: their metrics, and plan and timeline of the last start, which are kept aside."""
+    for name, standing in standings.items():
+        metrics = metrics_file(path, name)
+        if metrics.is_file():
+            rows = [row for row in read_metrics(metrics) if int(str(row["step"])) <= standing.step]
+            aside = metrics.with_name(f".{metrics.name}.new")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            aside.replace(metrics)
+    plan, number = path / "plan", 1
+    while (plan / f"start-{number}").exists():
+        number += 1
+    kept = [*plan.glob("window-*.json"), *path.glob("timeline.json")]
+    if kept:
+        (plan / f"start-{number}").mkdir(parents=True)
+    for file in kept:
+        shutil.move(file, plan / f"start-{number}" / file.name)

@@ -1,0 +1,113 @@
+"""How a job's state goes to disk and comes back: when snapshots are taken, what the first rank writes of them, how a job begins.
+
+A job's PEFT directory is `jobs/<name>/` itself. Every `save_steps` steps, and where a run is stopped, a checkpoint (checkpoint.py) is
+written inside it, and the PEFT directory is brought up to the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megatron_lora.arena import Arena
+from megatron_lora.checkpoint import read_moments, write_checkpoint
+from megatron_lora.config import RunConfig
+from megatron_lora.data import digest_of
+from megatron_lora.executor import StepDone
+from megatron_lora.jobs import TrainingJob
+from megatron_lora.optimizer import JobOptimizer
+from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
+from megatron_lora.resume import Standing, State
+from megatron_lora.snapshots import Snapshot
+
+
+class Submit(Protocol):
+    """What the saver asks of the collector (snapshots.SnapshotCollector.submit)."""
+
+    def __call__(self, slot: int, step: int, optimizer: JobOptimizer, *, moments: bool) -> None: ...
+
+
+class Saver:
+    """Decides on every rank alike which jobs are saved after a step, and at the end of a run that was stopped."""
+
+    def __init__(
+        self, jobs: Sequence[TrainingJob], optimizers: Sequence[JobOptimizer], standings: Sequence[Standing], submit: Submit
+    ) -> None:
+        self.jobs, self.optimizers, self.submit = jobs, optimizers, submit
+        self.taken = [standing.step for standing in standings]
+        self.saved = list(self.taken)  # steps that are on the disk, or on their way
+
+    def on_step(self, done: StepDone) -> None:
+        """Save a job that has taken its last step, or as many more as its `save_steps`."""
+        job = self.jobs[done.job]
+        self.taken[done.job] = done.step + 1
+        every = job.config.save_steps
+        if self.taken[done.job] == job.num_steps or (every and self.taken[done.job] % every == 0):
+            self._save(done.job)
+
+    def save_unfinished(self) -> bool:
+        """Save every job that has steps left and has taken some since it was saved; return whether any has steps left to take.
+
+        A job that has failed has none. Waits for the device.
+        """
+        unfinished = [
+            slot
+            for slot, (job, optimizer) in enumerate(zip(self.jobs, self.optimizers, strict=True))
+            if self.taken[slot] < job.num_steps and not optimizer.has_failed()
+        ]
+        for slot in unfinished:
+            if self.taken[slot] > self.saved[slot]:
+                self._save(slot)
+        return bool(unfinished)
+
+    def _save(self, slot: int) -> None:
+        step = self.taken[slot]
+        self.submit(slot, step, self.optimizers[slot], moments=step < self.jobs[slot].num_steps)
+        self.saved[slot] = step
+
+
+def writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[Snapshot], None]:
+    """Return what writes a snapshot: the job's PEFT directory, and before it a checkpoint where the job has steps left."""
+    digests: dict[int, str] = {}
+
+    def write(snapshot: Snapshot) -> None:
+        job = jobs[snapshot.slot]
+        c = job.config
+        adapter = AdapterFile(
+            r=c.r,
+            lora_alpha=c.lora_alpha,
+            use_rslora=c.use_rslora,
+            lora_dropout=c.lora_dropout,
+            target_modules=c.target_modules,
+            weights=snapshot.weights,
+        )
+        directory = Path(config.output_dir) / "jobs" / c.name
+        if snapshot.moments:
+            if snapshot.slot not in digests:
+                digests[snapshot.slot] = digest_of(job.data.samples)
+            state = State(
+                step=snapshot.step,
+                num_steps=job.num_steps,
+                num_updates=snapshot.num_updates,
+                skipped_in_a_row=snapshot.skipped_in_a_row,
+                samples=digests[snapshot.slot],
+            )
+            write_checkpoint(directory, adapter, config.base_model, snapshot.moments, state)
+        write_adapter(directory, adapter, config.base_model)
+
+    return write
+
+
+def begin_job(arena: Arena, slot: int, job: TrainingJob, standing: Standing, optimizer: JobOptimizer) -> None:
+    """Give a job its weights: of its checkpoint, with Adam's moments and counts, or of `init_adapter`, or PEFT's initial ones."""
+    if standing.checkpoint is not None and standing.state is not None:
+        weights = read_adapter(standing.checkpoint).weights
+        arena.load(slot, weights)
+        for moment, buffer in zip(read_moments(standing.checkpoint, weights), (arena.exp_avg, arena.exp_avg_sq), strict=True):
+            arena.fill(slot, moment, buffer)
+        optimizer.restore(standing.state.num_updates, standing.state.skipped_in_a_row)
+    elif job.config.init_adapter is not None:
+        arena.load(slot, read_adapter(job.config.init_adapter).weights)
+    else:
+        arena.initialise(slot, job.rows.seed)
