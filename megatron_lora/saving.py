@@ -12,14 +12,14 @@ from typing import Protocol
 
 from megatron_lora.arena import Arena
 from megatron_lora.checkpoint import read_moments, write_checkpoint
-from megatron_lora.config import RunConfig
+from megatron_lora.config import JobConfig, RunConfig
 from megatron_lora.data import digest_of
 from megatron_lora.executor import StepDone
 from megatron_lora.jobs import TrainingJob
 from megatron_lora.optimizer import JobOptimizer
 from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
 from megatron_lora.resume import Standing, State
-from megatron_lora.snapshots import Snapshot
+from megatron_lora.snapshots import Snapshot, Weights
 
 
 class Submit(Protocol):
@@ -73,16 +73,8 @@ def writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[Snapshot
 
     def write(snapshot: Snapshot) -> None:
         job = jobs[snapshot.slot]
-        c = job.config
-        adapter = AdapterFile(
-            r=c.r,
-            lora_alpha=c.lora_alpha,
-            use_rslora=c.use_rslora,
-            lora_dropout=c.lora_dropout,
-            target_modules=c.target_modules,
-            weights=snapshot.weights,
-        )
-        directory = Path(config.output_dir) / "jobs" / c.name
+        adapter = adapter_of(job.config, snapshot.weights)
+        directory = Path(config.output_dir) / "jobs" / job.config.name
         if snapshot.moments:
             if snapshot.slot not in digests:
                 digests[snapshot.slot] = digest_of(job.data.samples)
@@ -97,6 +89,18 @@ def writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[Snapshot
         write_adapter(directory, adapter, config.base_model)
 
     return write
+
+
+def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
+    """Return a job's adapter as a PEFT directory holds it."""
+    return AdapterFile(
+        r=job.r,
+        lora_alpha=job.lora_alpha,
+        use_rslora=job.use_rslora,
+        lora_dropout=job.lora_dropout,
+        target_modules=job.target_modules,
+        weights=weights,
+    )
 
 
 def begin_job(arena: Arena, slot: int, job: TrainingJob, standing: Standing, optimizer: JobOptimizer) -> None:

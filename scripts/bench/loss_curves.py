@@ -39,8 +39,9 @@ from megatron_lora.errors import UserError  # noqa: E402
 from megatron_lora.hub import resolve_base_model  # noqa: E402
 from megatron_lora.jobs import TrainingJob, read_jobs  # noqa: E402
 from megatron_lora.optimizer import JobOptimizer  # noqa: E402
-from megatron_lora.peft_format import AdapterFile, write_adapter  # noqa: E402
+from megatron_lora.peft_format import write_adapter  # noqa: E402
 from megatron_lora.plan_feed import PlanSettings  # noqa: E402
+from megatron_lora.saving import adapter_of  # noqa: E402
 from megatron_lora.settle import planner_cost  # noqa: E402
 from megatron_lora.snapshots import join_shards  # noqa: E402
 from megatron_lora.train import make_arena  # noqa: E402
@@ -77,15 +78,7 @@ def ours(base: Base, config: RunConfig, jobs: Sequence[TrainingJob], adapters: s
 def export(arena: Arena, slot: int, job: TrainingJob, config: RunConfig, directory: Path) -> None:
     """Write a job's adapter as it is now as a PEFT directory."""
     flat = torch.cat([arena.view(factor, arena.master).reshape(-1) for factor in arena.factors[slot]]).cpu()
-    c = job.config
-    adapter = AdapterFile(
-        r=c.r,
-        lora_alpha=c.lora_alpha,
-        use_rslora=c.use_rslora,
-        target_modules=c.target_modules,
-        weights=join_shards([arena.factors[slot]], [flat]),
-    )
-    write_adapter(directory, adapter, config.base_model)
+    write_adapter(directory, adapter_of(job.config, join_shards([arena.factors[slot]], [flat])), config.base_model)
 
 
 def peft_losses(
