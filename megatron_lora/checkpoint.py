@@ -10,17 +10,17 @@ complete. A step that was begun is taken again, with the same samples and dropou
 
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_lora.errors import UserError
-from megatron_lora.peft_format import PREFIX, AdapterFile, write_adapter
+from megatron_lora.files import sync
+from megatron_lora.peft_format import PREFIX, WEIGHTS_FILE, AdapterFile, read_adapter, write_adapter
 from megatron_lora.resume import STATE_FILE, State, checkpoint_name, remedy
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -31,52 +31,57 @@ Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # path -> one tensor fo
 def write_checkpoint(job_dir: Path, adapter: AdapterFile, base_model: str, moments: Sequence[Pairs], state: State) -> None:
     """Write a job's checkpoint, complete or not at all; one of the same step is replaced."""
     final = job_dir / checkpoint_name(state.step)
-    aside = job_dir / f".{final.name}.new"
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that ended while it wrote
+    for left_over in job_dir.glob(".checkpoint-*"):  # of a run that ended while it wrote
+        shutil.rmtree(left_over)
+    aside, before = (job_dir / f".{final.name}.{kind}" for kind in ("new", "old"))
     write_adapter(aside, adapter, base_model)
-    save_file(
-        {key: tensor for name, pairs in zip(MOMENTS, moments, strict=True) for key, tensor in _named(pairs, name).items()},
-        aside / OPTIMIZER_FILE,
-        metadata={"format": "pt"},
-    )
+    halves = {_key(path, kind, name): half for name, pairs in zip(MOMENTS, moments, strict=True) for path, kind, half in _halves(pairs)}
+    save_file(halves, aside / OPTIMIZER_FILE, metadata={"format": "pt"})
     (aside / STATE_FILE).write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n", encoding="utf-8")
     for name in (OPTIMIZER_FILE, STATE_FILE, "."):
-        _sync(aside / name)
-    shutil.rmtree(final, ignore_errors=True)
+        sync(aside / name)
+    if final.exists():
+        final.rename(before)
     aside.rename(final)
-    _sync(job_dir)
+    sync(job_dir)
+    shutil.rmtree(before, ignore_errors=True)
 
 
-def read_moments(checkpoint: Path, weights: Pairs) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Read Adam's moments of a checkpoint, each shaped as the adapter's weights; UserError where the file is damaged."""
+def check_files(checkpoint: Path) -> None:
+    """Raise UserError where a file of tensors is missing or cut short, as its header tells."""
+    for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
+        try:
+            with safe_open(checkpoint / name, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{checkpoint / name}: is damaged ({error}); {remedy(checkpoint)}") from None
+
+
+def read_checkpoint(checkpoint: Path) -> tuple[Pairs, list[Pairs]]:
+    """Read a job's weights and Adam's two moments; UserError where files are not there, damaged, or do not go together."""
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: is not there on this machine; choose an output_dir that all machines of the run share")
     file = checkpoint / OPTIMIZER_FILE
     try:
-        tensors = load_file(file)
-        found = []
-        for name in MOMENTS:
-            keys = {path: tuple(f"{PREFIX}{path}.lora_{kind}.weight.{name}" for kind in "AB") for path in weights}
-            found.append({path: (tensors[a], tensors[b]) for path, (a, b) in keys.items()})
-            for path, pair in found[-1].items():
-                if [tensor.shape for tensor in pair] != [tensor.shape for tensor in weights[path]]:
-                    raise KeyError(f"a {name} of {path} that is shaped as its weight")
+        weights, tensors = read_adapter(checkpoint).weights, load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: is damaged ({error}); {remedy(checkpoint)}") from None
-    except KeyError as error:
-        raise UserError(f"{file}: has not got {error.args[0]}; {remedy(checkpoint)}") from None
-    return found
+    except UserError as error:
+        raise UserError(f"{error}; or {remedy(checkpoint)}") from None
+    for name in MOMENTS:
+        for path, kind, half in _halves(weights):
+            key = _key(path, kind, name)
+            if key not in tensors or tensors[key].shape != half.shape:
+                raise UserError(f"{file}: has no {key} of shape {list(half.shape)}; {remedy(checkpoint)}")
+    return weights, [{path: (tensors[_key(path, "A", name)], tensors[_key(path, "B", name)]) for path in weights} for name in MOMENTS]
 
 
-def _named(pairs: Pairs, name: str) -> dict[str, torch.Tensor]:
-    """Return tensors under the adapter's keys with a name behind."""
-    return {
-        f"{PREFIX}{path}.lora_{kind}.weight.{name}": half for path, pair in pairs.items() for kind, half in zip("AB", pair, strict=True)
-    }
+def _halves(pairs: Pairs) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Walk over (path, "A" or "B", tensor)."""
+    for path, pair in pairs.items():
+        for kind, half in zip("AB", pair, strict=True):
+            yield path, kind, half
 
 
-def _sync(path: Path) -> None:
-    """Have a file or a directory's entries written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _key(path: str, kind: str, moment: str) -> str:
+    return f"{PREFIX}{path}.lora_{kind}.weight.{moment}"

@@ -17,6 +17,7 @@ from megatron_lora.config_rules import show
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError
 from megatron_lora.hub import resolve_base_model
+from megatron_lora.order import count_steps
 from megatron_lora.resume import Standing, standings
 from megatron_lora.run_dir import RunDirectory, has_trained, job_states
 from megatron_lora.safetensors_header import check_weights
@@ -36,14 +37,17 @@ class Inputs:
 
 def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = True) -> Inputs:
     """Check that a run can start on this machine with `ranks_here` ranks (default: all); the owner needs the output directory too."""
+    left = {}
     if owner:
         RunDirectory.check(config)
+        left = jobs_left(config)
+        config = dataclasses.replace(config, jobs=tuple(job for job in config.jobs if job.name in left))
     check_files(config)
     check_backends(config)
     check_devices(config.parallel.world_size if ranks_here is None else ranks_here)
     inputs = read_inputs(config)
-    if owner:
-        check_samples(config, inputs.data)
+    for job, job_data in zip(config.jobs, inputs.data, strict=True):
+        check_checkpoint(job, job_data, left.get(job.name, Standing()))
     return inputs
 
 
@@ -138,19 +142,26 @@ def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
     return load_jobs_data(config.jobs, load_tokenizer(model_dir), cache_dir(), vocab_size)
 
 
-def check_samples(config: RunConfig, data: tuple) -> None:
-    """Check that jobs that go on from a checkpoint have the samples that it was trained on."""
+def jobs_left(config: RunConfig) -> dict[str, Standing]:
+    """Return the jobs that this run has yet to train, by name: all of a new one, those that are not over of one that goes on."""
+    path = Path(config.output_dir)
+    return standings(config, job_states(path) if has_trained(path) else {})
+
+
+def check_checkpoint(job: JobConfig, job_data, standing: Standing) -> None:
+    """Check that a job's checkpoint is whole, and of the samples and steps that the job has."""
+    from megatron_lora.checkpoint import check_files
     from megatron_lora.data import digest_of
 
-    path = Path(config.output_dir)
-    left = standings(config, job_states(path)) if has_trained(path) else {}
-    for job, job_data in zip(config.jobs, data, strict=True):
-        standing = left.get(job.name, Standing())
-        if standing.state is not None and standing.state.samples != digest_of(job_data.samples):
-            raise UserError(
-                f"jobs.{job.name}.datasets: have other rows, or the tokenizer makes other tokens of them, than when {standing.checkpoint} "
-                "was written; restore them, or choose another output_dir"
-            )
+    if standing.checkpoint is None or standing.state is None:
+        return
+    check_files(standing.checkpoint)
+    num_steps = count_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps)
+    if (standing.state.samples, standing.state.num_steps) != (digest_of(job_data.samples), num_steps):
+        raise UserError(
+            f"jobs.{job.name}.datasets: have other rows, or the tokenizer makes other tokens of them, than when {standing.checkpoint} "
+            "was written; restore them, or choose another output_dir"
+        )
 
 
 def check_lengths(job: JobConfig, data, microbatch_tokens: int | str, architecture: Architecture) -> None:

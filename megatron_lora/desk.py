@@ -1,6 +1,6 @@
 """The first rank's desk: reports go to the observers, states of jobs to status.json.
 
-Numbers arrive after the fact (see reports.py) and adapters are written beside the run (export.py); here both become what people see:
+Numbers arrive after the fact (see reports.py) and adapters are written beside the run (snapshots.py); here both become what people see:
 a job runs from its first report on, has failed after three skipped steps in a row, and is done once its adapter is written. What was
 planned of a job before it failed still runs, but its optimizer takes no step there and nothing is reported.
 """
@@ -54,14 +54,20 @@ class Desk:
             observer.close()
         self.directory.close()
 
-    def on_step(self, done: StepDone, written: Written) -> None:
-        """Note a step that was taken, and the adapters that were written meanwhile."""
+    def on_step(self, done: StepDone, written: Written, *, wait: bool = False) -> None:
+        """Note a step that was taken, and the adapters that were written meanwhile; with `wait` its report is given out at once."""
         self.reporter.on_step(done)
+        if wait:
+            self.flush()
         self._note(written)
+
+    def flush(self) -> None:
+        """Give out the reports of all steps so far."""
+        self.reporter.flush(wait=True)
 
     def finish(self, written: Written, *, stopped: bool) -> None:
         """Give out the last reports and states; where the run was `stopped`, jobs that are not over are paused."""
-        self.reporter.flush(wait=True)
+        self.flush()
         self._note(written)
         for job, state in enumerate(self.states):
             if stopped and state in ("queued", "running"):

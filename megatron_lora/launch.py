@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from megatron_lora.checks import check_run
 from megatron_lora.config import RunConfig, load_config
 from megatron_lora.environment import environment, num_cores
 from megatron_lora.errors import UserError
-from megatron_lora.run_dir import RunDirectory
+from megatron_lora.run_dir import RunDirectory, has_trained, job_states
 from megatron_lora.worker import LAUNCHED
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_S = 3.0  # signals this soon after another are of the same request: SLURM tells the batch script and the step
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +47,29 @@ def train(config_path: str, overrides: list[str]) -> int:
     check_run(config, ranks_here, owner=nodes.index == 0)
     command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides]
     if nodes.index > 0:
-        return _start(command, ranks_here, lock=None).status
+        return _told(_start(command, ranks_here, lock=None))
     with RunDirectory.create(config, environment()) as run:
         ending = _start(command, ranks_here, run.lock)
         recorded = run.status()["exit_status"]
         if recorded is not None:
             return recorded
-        if ending.status == 2:
+        begun = "running" in job_states(run.path).values()
+        if ending.signals and not begun and ending.status != 2:  # ranks that are asked before they train end each in its own way
+            status = 75 if len(ending.signals) == 1 else 128 + ending.signals[0]
+            ending = _Ending(status=status, reason=_stopped(ending.signals[0], begun))
+        if ending.status == 2 and not has_trained(run.path):
             run.discard()
-        else:
-            try:
-                run.finish(ending.status, ending.reason or "the run ended without saying how")
-            except OSError as error:
-                print(f"megatron-lora: {run.path / 'status.json'} could not be brought up to date ({error.strerror})", file=sys.stderr)
-        return ending.status
+            return _told(ending)
+        try:
+            run.finish(ending.status, ending.reason)
+        except OSError as error:
+            print(f"megatron-lora: {run.path / 'status.json'} could not be brought up to date ({error.strerror})", file=sys.stderr)
+        return _told(ending)
+
+
+def _stopped(number: int, begun: bool) -> str:
+    """Say what a signal came to that ended a run."""
+    return f"stopped by {signal.Signals(number).name} before {'its state was saved' if begun else 'it took a step'}"
 
 
 def find_nodes(environ: Mapping[str, str]) -> Nodes:
@@ -102,17 +113,26 @@ def rank_environment(environ: Mapping[str, str], ranks_here: int) -> dict[str, s
     return usual | quiet | dict(environ) | fetched | {LAUNCHED: "1"}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Ending:
-    """How torchrun ended: 0, 1 (crash), 2 (a user's mistake) or 128 + signal, and why."""
+    """How torchrun ended: 0, 1 (crash), 2 (a user's mistake) or 128 + signal, and why; and the signals that were passed on."""
 
     status: int
     reason: str = ""
+    traceback: str = ""
+    signals: tuple[int, ...] = ()
+
+
+def _told(ending: _Ending) -> int:
+    """Print why a run ended, once; return its status."""
+    if ending.reason:
+        print(f"{ending.traceback}megatron-lora: {ending.reason}", file=sys.stderr)
+    return ending.status
 
 
 def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
-    """Run the agent to its end with signals passed on; print its report, once. It inherits the lock, and keeps it if we die."""
-    received: list[int] = []
+    """Run the agent to its end with signals passed on; return what its report says. It inherits the lock, and keeps it if we die."""
+    received: list[tuple[int, float]] = []  # signals, and when they came
     with tempfile.TemporaryDirectory(prefix="megatron-lora-") as folder:
         report_file = Path(folder) / "report.json"
         agent = subprocess.Popen(
@@ -123,8 +143,10 @@ def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
         )
 
         def forward(number: int, frame: object) -> None:
+            if received and time.monotonic() < received[-1][1] + SAME_S:
+                return
             ranks = [] if received else _children(agent.pid)
-            received.append(number)
+            received.append((number, time.monotonic()))
             for process in ranks:
                 _send(process, signal.SIGTERM)
             if not ranks:
@@ -139,14 +161,14 @@ def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
             if agent.poll() is None:
                 _send(agent.pid, signal.SIGINT)
         report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.exists() else None
-    if received and status:
-        reason = f"stopped by {signal.Signals(received[0]).name} before its state was saved"
-        print(f"megatron-lora: {reason}", file=sys.stderr)
-        return _Ending(128 + received[0], reason)
-    if report is None:
-        return _Ending(0) if status == 0 else _Ending(1, f"torchrun ended with status {status}")
-    print(f"{report['traceback']}megatron-lora: {report['line']}", file=sys.stderr)
-    return _Ending(2 if report["kind"] == "user" else 1, report["line"])
+    signals = tuple(number for number, _ in received)
+    if report is not None and report["kind"] != "signal":
+        return _Ending(status=2 if report["kind"] == "user" else 1, reason=report["line"], traceback=report["traceback"], signals=signals)
+    if signals and status:
+        return _Ending(status=128 + signals[0], reason=_stopped(signals[0], True), signals=signals)
+    if report is not None:
+        return _Ending(status=1, reason=report["line"])
+    return _Ending(status=0) if status == 0 else _Ending(status=1, reason=f"torchrun ended with status {status}")
 
 
 def _children(parent: int) -> list[int]:

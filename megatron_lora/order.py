@@ -19,14 +19,19 @@ def job_steps(num_samples: int, global_batch_size: int, num_epochs: int, max_ste
     `max_steps` overrides `num_epochs`: it cuts the last epoch or adds epochs. `shuffle` False keeps the samples' own order.
     """
     assert num_samples > 0 and global_batch_size > 0 and num_epochs > 0, (num_samples, global_batch_size, num_epochs)
+    num_steps = count_steps(num_samples, global_batch_size, num_epochs, max_steps)
     steps_per_epoch = -(-num_samples // global_batch_size)
-    num_steps = num_epochs * steps_per_epoch if max_steps is None else max_steps
     steps: list[tuple[tuple[int, int], ...]] = []
     for epoch in range(-(-num_steps // steps_per_epoch)):
         order = epoch_order(num_samples, epoch, seed).tolist() if shuffle else range(num_samples)
         visits = [(epoch, index) for index in order]
         steps += [tuple(visits[start : start + global_batch_size]) for start in range(0, num_samples, global_batch_size)]
     return tuple(steps[:num_steps])
+
+
+def count_steps(num_samples: int, global_batch_size: int, num_epochs: int, max_steps: int | None) -> int:
+    """Return the number of a job's steps."""
+    return num_epochs * -(-num_samples // global_batch_size) if max_steps is None else max_steps
 
 
 def epoch_order(num_samples: int, epoch: int, seed: int) -> np.ndarray:

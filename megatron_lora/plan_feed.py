@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 import scheduling
-from megatron_lora.run_dir import write_atomically
+from megatron_lora.files import write_atomically
 from scheduling.data_parallel import deal
 from scheduling.follow import Follower
 from scheduling.pipeline import Ending
@@ -146,7 +146,8 @@ class PlanFeed:
                 slots = [[[job, self.first_steps[job] + step, *rest] for job, step, *rest in slot] for slot in message["microbatches"]]
                 chain.update(json.dumps(slots).encode())
                 text = json.dumps(message | {"microbatches": slots, "sha256": chain.hexdigest()})
-                write_atomically(self.plan_dir / f"window-{number:04d}.json", text + "\n")
+                if slots:
+                    write_atomically(self.plan_dir / f"window-{number:04d}.json", text + "\n")
                 _broadcast(text, self.group)
                 self.ready.put(text)
                 number, last = number + 1, message["last"]

@@ -9,6 +9,7 @@ This is the part that needs no tensors; checkpoint.py has those.
 
 import dataclasses
 import json
+import operator
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from megatron_lora.config import JobConfig, RunConfig, load_config
 from megatron_lora.config_rules import show
 from megatron_lora.errors import UserError
+from megatron_lora.files import write_atomically
 from megatron_lora.metrics import metrics_file, read_metrics
 
 STATE_FILE = "state.json"
@@ -62,9 +64,14 @@ def standing_of(job_dir: Path) -> Standing:
     checkpoint = steps[max(steps)]
     file = checkpoint / STATE_FILE
     try:
-        return Standing(checkpoint=checkpoint, state=State(**json.loads(file.read_text(encoding="utf-8"))))
+        state = State(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); {remedy(checkpoint)}") from None
+    numbers = (state.step, state.num_steps, state.num_updates, state.skipped_in_a_row)
+    whole = all(type(number) is int and number >= 0 for number in numbers)
+    if not whole or state.step != max(steps) or not 0 < state.step < state.num_steps:
+        raise UserError(f"{file}: does not say where a job stands after {max(steps)} steps; {remedy(checkpoint)}")
+    return Standing(checkpoint=checkpoint, state=state)
 
 
 def remedy(checkpoint: Path) -> str:
@@ -110,20 +117,30 @@ def check_resumable(path: Path, states: dict[str, str], config: RunConfig) -> No
         raise UserError(
             f"{where} holds a run whose config.yaml cannot be read ({error}); restore it, or choose another directory"
         ) from None
+    if unknown := [job.name for job in before.jobs if job.name not in states]:
+        raise UserError(f"{where} holds a run whose status.json lacks the job {unknown[0]!r}; restore it, or choose another directory")
     changed = changed_key(before, config)
     if changed:
         raise UserError(f"{changed} in {str(path / 'config.yaml')!r}, whose run would go on; set it back, or choose another output_dir")
+    for name, standing in standings(config, states).items():
+        told_steps(metrics_file(path, name), standing.step)
+
+
+def told_steps(metrics: Path, step: int) -> list[dict]:
+    """Return what a job's metrics say of its first so many steps; UserError where the file is not one of ours."""
+    try:
+        rows = read_metrics(metrics) if metrics.exists() else []
+        return [row for row in rows if operator.index(row["step"]) <= step]
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
+        raise UserError(f"{metrics}: has a line that is no step of the job; restore the file, or remove it") from None
 
 
 def rewind(path: Path, standings: dict[str, Standing]) -> None:
     """Take a run's files back to where its jobs go on: their metrics, and plan and timeline of the last start, which are kept aside."""
-    for name, standing in standings.items():
-        metrics = metrics_file(path, name)
-        if metrics.is_file():
-            rows = [row for row in read_metrics(metrics) if int(str(row["step"])) <= standing.step]
-            aside = metrics.with_name(f".{metrics.name}.new")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            aside.replace(metrics)
+    told = {metrics_file(path, name): told_steps(metrics_file(path, name), standing.step) for name, standing in standings.items()}
+    for metrics, rows in told.items():
+        if metrics.exists():
+            write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in rows))
     plan, number = path / "plan", 1
     while (plan / f"start-{number}").exists():
         number += 1

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from megatron_lora.config import RunConfig, dump_config
 from megatron_lora.errors import UserError
+from megatron_lora.files import write_atomically
 from megatron_lora.resume import check_resumable, rewind, standings
 from megatron_lora.strict_yaml import one_line
 
@@ -187,19 +188,6 @@ def _unusable(path: Path, error: OSError) -> UserError:
     return UserError(f"output_dir: {name} cannot be used ({error.strerror}); choose a directory that you may write, with space left")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old or the new content, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _remove(path: Path) -> None:
     """Take away a file or a directory, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -218,7 +206,7 @@ def job_states(path: Path) -> dict[str, str]:
     """Return the state of every job of the run in a directory; UserError where its status.json is not one of ours."""
     try:
         return {name: job["state"] for name, job in _read_status(path)["jobs"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"output_dir: {str(path)!r} holds the results of a run whose {STATUS} cannot be read; restore it, or choose another directory"
         ) from None

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_lora.arena import Arena
-from megatron_lora.checkpoint import read_moments, write_checkpoint
+from megatron_lora.checkpoint import read_checkpoint, write_checkpoint
 from megatron_lora.config import JobConfig, RunConfig
 from megatron_lora.data import digest_of
 from megatron_lora.executor import StepDone
+from megatron_lora.files import sync
 from megatron_lora.jobs import TrainingJob
+from megatron_lora.metrics import metrics_file
 from megatron_lora.optimizer import JobOptimizer
 from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
 from megatron_lora.resume import Standing, State
@@ -38,12 +40,16 @@ class Saver:
         self.taken = [standing.step for standing in standings]
         self.saved = list(self.taken)  # steps that are on the disk, or on their way
 
-    def on_step(self, done: StepDone) -> None:
-        """Save a job that has taken its last step, or as many more as its `save_steps`."""
-        job = self.jobs[done.job]
-        self.taken[done.job] = done.step + 1
+    def saves(self, done: StepDone) -> bool:
+        """Say whether a job is saved after a step: it is its last, or it has taken as many more as its `save_steps`."""
+        job, taken = self.jobs[done.job], done.step + 1
         every = job.config.save_steps
-        if self.taken[done.job] == job.num_steps or (every and self.taken[done.job] % every == 0):
+        return taken == job.num_steps or bool(every and taken % every == 0)
+
+    def on_step(self, done: StepDone) -> None:
+        """Note a step that was taken; save the job where that is due."""
+        self.taken[done.job] = done.step + 1
+        if self.saves(done):
             self._save(done.job)
 
     def save_unfinished(self) -> bool:
@@ -85,6 +91,7 @@ def writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[Snapshot
                 skipped_in_a_row=snapshot.skipped_in_a_row,
                 samples=digests[snapshot.slot],
             )
+            sync(metrics_file(config.output_dir, job.config.name))
             write_checkpoint(directory, adapter, config.base_model, snapshot.moments, state)
         write_adapter(directory, adapter, config.base_model)
 
@@ -106,9 +113,9 @@ def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
 def begin_job(arena: Arena, slot: int, job: TrainingJob, standing: Standing, optimizer: JobOptimizer) -> None:
     """Give a job its weights: of its checkpoint, with Adam's moments and counts, or of `init_adapter`, or PEFT's initial ones."""
     if standing.checkpoint is not None and standing.state is not None:
-        weights = read_adapter(standing.checkpoint).weights
+        weights, moments = read_checkpoint(standing.checkpoint)
         arena.load(slot, weights)
-        for moment, buffer in zip(read_moments(standing.checkpoint, weights), (arena.exp_avg, arena.exp_avg_sq), strict=True):
+        for moment, buffer in zip(moments, (arena.exp_avg, arena.exp_avg_sq), strict=True):
             arena.fill(slot, moment, buffer)
         optimizer.restore(standing.state.num_updates, standing.state.skipped_in_a_row)
     elif job.config.init_adapter is not None:

@@ -95,9 +95,9 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             if done.job in unchecked and optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
                 unchecked.remove(done.job)
                 _tell_unmoved(job, optimizer)
-            saver.on_step(done)
             if desk is not None:
-                desk.on_step(done, collector.written)
+                desk.on_step(done, collector.written, wait=saver.saves(done))  # a step is told of before it is on the disk
+            saver.on_step(done)
 
         if on_gpu:
             warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.tensor if config.parallel.sequence else 1)
@@ -117,6 +117,8 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         agreement = dist.new_group(backend="gloo", timeout=patience())
         executor.run(until_stopped(feed, stop, agreement, position.num_stages, position.lag))
         feed.close()
+        if desk is not None:
+            desk.flush()
         stopped = stop.stopped and saver.save_unfinished()
         collector.finish()
         if desk is not None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_lora.arena import AdapterSpec, Arena
+from megatron_lora.checkpoint import write_checkpoint
 from megatron_lora.layers import LinearGeometry
 from megatron_lora.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings, learning_rate_at
-from megatron_lora.snapshots import join_shards
+from megatron_lora.peft_format import AdapterFile
+from megatron_lora.resume import State, standing_of
+from megatron_lora.saving import begin_job
+from megatron_lora.snapshots import SnapshotCollector, join_shards
 
 BASE = {
     "learning_rate": 3e-3,
@@ -122,6 +127,41 @@ def test_a_step_that_is_not_finite_changes_nothing_and_three_in_a_row_end_the_jo
     for i in range(MAX_SKIPPED_IN_A_ROW):
         assert not step(5 + i, math.inf)
     assert optimizer.has_failed() and not step(9, 1.0), "a job that failed goes on"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_job_comes_back_from_its_checkpoint_to_the_bit(dtype, one_process, tmp_path):
+    """Masters, moments and counts, which differ where a step was skipped; its neighbour stays as it is."""
+    import torch.distributed as dist
+
+    jobs = [spec(5), spec(16, "v_proj")]
+    arena, written = make_arena(jobs, dtype=dtype), []
+    arena.initialise(0, seed=3)
+    optimizer = JobOptimizer(arena, 0, OptimizerSettings(**BASE))
+    torch.manual_seed(0)
+    for step, square_norm in enumerate((1.0, math.nan, 4.0, math.inf)):
+        arena.grad.copy_(torch.randn_like(arena.grad))
+        optimizer.step(step, torch.tensor(square_norm))
+    collector = SnapshotCollector(arena, written.append, dist.group.WORLD)
+    collector.submit(0, 4, optimizer, moments=True)
+    arena.master.fill_(7.0)  # what comes later is not in it
+    collector.finish()
+    (snapshot,) = written
+    adapter = AdapterFile(r=5, lora_alpha=10, use_rslora=False, target_modules=("q_proj", "k_proj", "v_proj"), weights=snapshot.weights)
+    counts = {"num_updates": snapshot.num_updates, "skipped_in_a_row": snapshot.skipped_in_a_row}
+    write_checkpoint(tmp_path, adapter, "base", snapshot.moments, State(step=4, num_steps=9, samples="", **counts))
+
+    again, other = make_arena(jobs, dtype=dtype), JobOptimizer(arena, 0, OptimizerSettings(**BASE))
+    begin_job(again, 0, SimpleNamespace(config=None), standing_of(tmp_path), other)
+    assert (int(other.num_updates), int(other.skipped_in_a_row)) == (2, 1) == (snapshot.num_updates, snapshot.skipped_in_a_row)
+    for factor in arena.factors[0]:
+        assert torch.equal(again.view(factor, again.compute), again.view(factor, again.master).to(dtype))
+        for buffer in ("exp_avg", "exp_avg_sq"):
+            value = again.view(factor, getattr(again, buffer))
+            assert value.any() and torch.equal(value, arena.view(factor, getattr(arena, buffer)))
+        half = snapshot.weights[factor.path][factor.kind == "B"]
+        assert torch.equal(again.view(factor, again.master), half if factor.kind == "A" else half.t()) and not (half == 7.0).any()
+    assert not any(again.view(factor, buffer).any() for factor in again.factors[1] for buffer in (again.master, again.exp_avg))
 
 
 def test_initial_values_depend_on_seed_and_path_alone():

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_lora.checks import check_run
 from megatron_lora.config import load_config
 from megatron_lora.errors import UserError
-from megatron_lora.resume import State, standing_of
-from megatron_lora.run_dir import RunDirectory
+from megatron_lora.resume import standing_of
 
 STEPS, EVERY = 7, 3
 
@@ -166,35 +165,62 @@ def test_a_finished_run_stays_finished(scene):
         check_run(load_config(config_of(scene, scene["root"], "whole", {})))
 
 
-@pytest.mark.parametrize(("file", "words"), [("state.json", "cannot be read"), ("optimizer.safetensors", "is damaged")])
-def test_a_damaged_checkpoint_is_named_with_the_way_out(file, words, scene, one_process, tmp_path):
+def test_a_done_job_needs_its_rows_no_more(scene, tmp_path):
+    as_after_a_crash(scene, tmp_path, {"b": EVERY})
+    check_run(load_config(config_of(scene, tmp_path, "run", {}, changed(scene, datasets=[{"path": "gone.jsonl", "type": "text"}]))))
+
+
+def cut(file) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def says(**keys):
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+STATE, OPTIMIZER, ADAPTER = (f"jobs/a/checkpoint-3/{name}" for name in ("state.json", "optimizer.safetensors", "adapter_model.safetensors"))
+METRICS = "jobs/b/metrics.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        (STATE, cut, "state.json: cannot be read .*remove .*checkpoint-3"),
+        (STATE, says(step="3"), "after 3 steps; remove .*checkpoint-3"),
+        (STATE, says(step=2), "after 3 steps; remove .*checkpoint-3"),
+        (STATE, says(num_steps=3), "after 3 steps; remove .*checkpoint-3"),
+        (STATE, says(num_updates=None), "after 3 steps; remove .*checkpoint-3"),
+        (STATE, says(num_steps=99), "jobs.a.datasets: have other rows"),
+        (OPTIMIZER, cut, "optimizer.safetensors: is damaged .*remove .*checkpoint-3"),
+        (ADAPTER, cut, "adapter_model.safetensors: is damaged .*remove .*checkpoint-3"),
+        (ADAPTER, lambda file: file.unlink(), "adapter_model.safetensors: is damaged .*remove .*checkpoint-3"),
+        (METRICS, lambda file: file.write_text("{}\n"), "metrics.jsonl: has a line that is no step"),
+        (METRICS, lambda file: file.write_text('{"step": null}\n'), "metrics.jsonl: has a line that is no step"),
+        (METRICS, lambda file: file.write_bytes(b"\xff\n"), "metrics.jsonl: has a line that is no step"),
+        (METRICS, lambda file: file.write_text("null\n"), "metrics.jsonl: has a line that is no step"),
+        ("status.json", lambda file: file.write_text("[" * 100_000), "status.json cannot be read"),
+        ("status.json", says(jobs={"a": {"state": "paused", "reason": ""}}), "status.json lacks the job 'b'"),
+    ],
+)
+def test_damage_is_named_with_the_way_out_before_anything_is_touched(name, damage, words, scene, tmp_path):
     run = as_after_a_crash(scene, tmp_path, {"a": EVERY, "b": EVERY})
-    damaged = run / "jobs" / "a" / "checkpoint-3" / file
-    damaged.write_bytes(damaged.read_bytes()[:20])
-    config = load_config(config_of(scene, tmp_path, "run", {}))
-    with pytest.raises(UserError, match=f"{file}: {words}.*remove .*checkpoint-3"):
-        check_run(config)
-        with RunDirectory.create(config):
-            runs.train(tmp_path / "run.yaml")
+    damage(run / name)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=words):
+        check_run(load_config(config_of(scene, tmp_path, "run", {})))
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
 def test_moments_of_another_adapter_are_refused(scene, tmp_path):
-    from megatron_lora.checkpoint import read_moments
-    from megatron_lora.peft_format import read_adapter
+    from megatron_lora.checkpoint import read_checkpoint
 
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(scene["root"] / "whole" / "jobs" / "a" / "checkpoint-3", checkpoint)
-    weights = read_adapter(checkpoint).weights
     tensors = load_file(checkpoint / "optimizer.safetensors")
     name = next(name for name in tensors if name.endswith("lora_A.weight.exp_avg"))
-    save_file({**tensors, name: tensors[name][:, 1:].contiguous()}, checkpoint / "optimizer.safetensors")
-    with pytest.raises(UserError, match="has not got a exp_avg of .* shaped as its weight"):
-        read_moments(checkpoint, weights)
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, checkpoint / "optimizer.safetensors")
-    with pytest.raises(UserError, match="has not got .*exp_avg"):
-        read_moments(checkpoint, weights)
-
-
-def test_counts_come_back(scene):
-    state = standing_of(scene["root"] / "whole" / "jobs" / "b").state
-    assert isinstance(state, State) and (state.step, state.num_steps, state.num_updates, state.skipped_in_a_row) == (6, 7, 6, 0)
+    for changed_tensors in ({**tensors, name: tensors[name][:, 1:].contiguous()}, {key: tensors[key] for key in tensors if key != name}):
+        save_file(changed_tensors, checkpoint / "optimizer.safetensors")
+        with pytest.raises(UserError, match=rf"has no {name} of shape \[4, .*remove .*checkpoint-3"):
+            read_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="is not there on this machine"):
+        read_checkpoint(tmp_path / "elsewhere")
