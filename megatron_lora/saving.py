@@ -40,16 +40,16 @@ class Saver:
         self.taken = [standing.step for standing in standings]
         self.saved = list(self.taken)  # steps that are on the disk, or on their way
 
-    def saves(self, done: StepDone) -> bool:
-        """Say whether a job is saved after a step: it is its last, or it has taken as many more as its `save_steps`."""
+    def checkpoints(self, done: StepDone) -> bool:
+        """Say whether a step is followed by a checkpoint: its job has taken as many more as its `save_steps`, and is not finished."""
         job, taken = self.jobs[done.job], done.step + 1
         every = job.config.save_steps
-        return taken == job.num_steps or bool(every and taken % every == 0)
+        return bool(every and taken % every == 0 and taken < job.num_steps)
 
     def on_step(self, done: StepDone) -> None:
-        """Note a step that was taken; save the job where that is due."""
+        """Note a step that was taken; save a job that it has finished, or that is due for a checkpoint."""
         self.taken[done.job] = done.step + 1
-        if self.saves(done):
+        if self.checkpoints(done) or self.taken[done.job] == self.jobs[done.job].num_steps:
             self._save(done.job)
 
     def save_unfinished(self) -> bool:

@@ -96,7 +96,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
                 unchecked.remove(done.job)
                 _tell_unmoved(job, optimizer)
             if desk is not None:
-                desk.on_step(done, collector.written, wait=saver.saves(done))  # a step is told of before it is on the disk
+                desk.on_step(done, collector.written, wait=saver.checkpoints(done))  # what a checkpoint holds has been told of
             saver.on_step(done)
 
         if on_gpu:
