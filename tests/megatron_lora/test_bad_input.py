@@ -354,7 +354,7 @@ def test_one_line_names_key_value_and_remedy_and_nothing_is_written(name, scene,
 
 def test_the_unspoilt_config_passes(scene, monkeypatch, capfd):
     started = []
-    monkeypatch.setattr(launch, "_start", lambda command, *rest: started.append(command) or launch._Ending(0))
+    monkeypatch.setattr(launch, "_start", lambda command, *rest: started.append(command) or launch._Ending(status=0))
     train(scene, "parallel.pipeline=2")
     assert started == [["--standalone", "--nproc-per-node", "2", "-m", "megatron_lora", "train", "config.yaml", "parallel.pipeline=2"]]
     assert capfd.readouterr().err == ""
