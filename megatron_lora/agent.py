@@ -83,6 +83,7 @@ def main(argv: list[str]) -> int:
     """Run torchrun with argv[1:]; when ranks fail, write the report to argv[0] and return 1."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # until torchrun listens, there are no ranks yet
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the launcher has blocked until now
     die_with_parent(signal.SIGINT)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException

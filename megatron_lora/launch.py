@@ -135,6 +135,7 @@ def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
     received: list[tuple[int, float]] = []  # signals, and when they came
     with tempfile.TemporaryDirectory(prefix="megatron-lora-") as folder:
         report_file = Path(folder) / "report.json"
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until both processes can tell what a signal is to do
         agent = subprocess.Popen(
             [sys.executable, "-m", "megatron_lora.agent", str(report_file), *command],
             env=rank_environment(os.environ, ranks_here),
@@ -153,6 +154,7 @@ def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
                 _send(agent.pid, signal.SIGINT)
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             status = agent.wait()
         finally:

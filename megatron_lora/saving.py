@@ -24,19 +24,21 @@ from megatron_lora.resume import Standing, State
 from megatron_lora.snapshots import Snapshot, Weights
 
 
-class Submit(Protocol):
-    """What the saver asks of the collector (snapshots.SnapshotCollector.submit)."""
+class Collector(Protocol):
+    """What the saver asks of snapshots.SnapshotCollector."""
 
-    def __call__(self, slot: int, step: int, optimizer: JobOptimizer, *, moments: bool) -> None: ...
+    def submit(self, slot: int, step: int, optimizer: JobOptimizer, *, moments: bool) -> None: ...
+
+    def settle(self) -> None: ...
 
 
 class Saver:
     """Decides on every rank alike which jobs are saved after a step, and at the end of a run that was stopped."""
 
     def __init__(
-        self, jobs: Sequence[TrainingJob], optimizers: Sequence[JobOptimizer], standings: Sequence[Standing], submit: Submit
+        self, jobs: Sequence[TrainingJob], optimizers: Sequence[JobOptimizer], standings: Sequence[Standing], collector: Collector
     ) -> None:
-        self.jobs, self.optimizers, self.submit = jobs, optimizers, submit
+        self.jobs, self.optimizers, self.collector = jobs, optimizers, collector
         self.taken = [standing.step for standing in standings]
         self.saved = list(self.taken)  # steps that are on the disk, or on their way
 
@@ -65,11 +67,12 @@ class Saver:
         for slot in unfinished:
             if self.taken[slot] > self.saved[slot]:
                 self._save(slot)
+                self.collector.settle()  # one job's state at a time
         return bool(unfinished)
 
     def _save(self, slot: int) -> None:
         step = self.taken[slot]
-        self.submit(slot, step, self.optimizers[slot], moments=step < self.jobs[slot].num_steps)
+        self.collector.submit(slot, step, self.optimizers[slot], moments=step < self.jobs[slot].num_steps)
         self.saved[slot] = step
 
 

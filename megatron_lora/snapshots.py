@@ -61,7 +61,7 @@ class SnapshotCollector:
         self.factors_of_rank: Sequence[Sequence[Sequence[Factor]]] = factors
         self.written: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (slot, steps taken) whose files are there
         self.failure: BaseException | None = None
-        self.waiting: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[_Part | threading.Event | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="snapshot-collector", daemon=True)
         self.thread.start()
 
@@ -85,6 +85,13 @@ class SnapshotCollector:
             copied.record()
         self.waiting.put(_Part(slot, step, len(buffers), values, copied))
 
+    def settle(self) -> None:
+        """Wait until what was submitted so far has left this rank (on the first rank: is written), so that it takes no memory."""
+        passed = threading.Event()
+        self.waiting.put(passed)
+        while not passed.wait(0.2):
+            self._raise_failure()
+
     def finish(self) -> None:
         """Wait until everything that was submitted is written."""
         self.waiting.put(None)
@@ -98,6 +105,9 @@ class SnapshotCollector:
     def _work(self) -> None:
         try:
             while (part := self.waiting.get()) is not None:
+                if isinstance(part, threading.Event):
+                    part.set()
+                    continue
                 if part.copied is not None:
                     part.copied.synchronize()
                 failed, num_updates, skipped_in_a_row = part.values[-3:].tolist()

@@ -87,7 +87,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
 
     with Desk(config, jobs, feed.leave, begins) if dist.get_rank() == 0 else contextlib.nullcontext() as desk:
         collector = SnapshotCollector(arena, writer(config, jobs), host)
-        saver = Saver(jobs, optimizers, begins, collector.submit)
+        saver = Saver(jobs, optimizers, begins, collector)
         unchecked = set(range(len(jobs)))  # jobs that have taken no step with a learning rate yet
 
         def on_step(done: StepDone) -> None:
