@@ -96,14 +96,14 @@ def test_a_run_that_is_asked_to_stop_ends_with_75_and_goes_on_when_it_is_started
     run.train()
     for pid in reached(run):
         os.kill(pid, number)
-    assert run.end(20) == (75, "")
+    assert run.end(60) == (75, "")
     recorded, taken = json.loads((run.output / "status.json").read_text()), steps_of(run)
     assert recorded["exit_status"] == 75 and recorded["jobs"]["a"]["state"] == "paused"
     assert [path.name for path in (run.output / "jobs" / "a").glob("checkpoint-*")] == [f"checkpoint-{taken[-1]}"]
     again = start(parallel)
     again.train(rows=len(taken) + 3)
     os.kill(again.process.pid, signal.SIGTERM)
-    assert again.end(20) == (75, "")
+    assert again.end(60) == (75, "")
     assert steps_of(again) == list(range(1, len(steps_of(again)) + 1)) and len(steps_of(again)) > len(taken)
 
 
@@ -115,7 +115,7 @@ def test_a_second_signal_ends_a_run_at_once(start):
         os.kill(run.process.pid, signal.SIGTERM)
         time.sleep(launch.SAME_S + 0.5)
     os.kill(run.rank(1), signal.SIGCONT)
-    status, error = run.end(40)
+    status, error = run.end(60)
     assert status == 128 + signal.SIGTERM and error == "megatron-lora: stopped by SIGTERM before its state was saved\n"
 
 
@@ -126,4 +126,4 @@ def test_a_run_that_is_asked_to_stop_before_it_trains_ends_at_once_and_may_be_st
     wait_for(lambda: any(agent in environment[""] for environment in run.processes().values()))
     wait_for(lambda: sum("RANK" in environment for environment in run.processes().values()) >= ranks)
     os.kill(run.process.pid, signal.SIGTERM)
-    assert run.end(20) == (75, "megatron-lora: stopped by SIGTERM before it took a step\n")
+    assert run.end(60) == (75, "megatron-lora: stopped by SIGTERM before it took a step\n")
