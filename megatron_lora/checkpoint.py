@@ -47,7 +47,7 @@ def write_checkpoint(job_dir: Path, adapter: AdapterFile, base_model: str, momen
     shutil.rmtree(before, ignore_errors=True)
 
 
-def check_files(checkpoint: Path) -> None:
+def check_tensors(checkpoint: Path) -> None:
     """Raise UserError where a file of tensors is missing or cut short, as its header tells."""
     for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
         try:

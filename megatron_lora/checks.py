@@ -18,8 +18,8 @@ from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError
 from megatron_lora.hub import resolve_base_model
 from megatron_lora.order import count_steps
-from megatron_lora.resume import Standing, standings
-from megatron_lora.run_dir import RunDirectory, has_trained, job_states
+from megatron_lora.resume import Standing
+from megatron_lora.run_dir import RunDirectory
 from megatron_lora.safetensors_header import check_weights
 
 MAX_NAME_BYTES = 255  # of a file's name, on every common file system
@@ -39,8 +39,7 @@ def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = Tr
     """Check that a run can start on this machine with `ranks_here` ranks (default: all); the owner needs the output directory too."""
     left = {}
     if owner:
-        RunDirectory.check(config)
-        left = jobs_left(config)
+        left = RunDirectory.check(config)
         config = dataclasses.replace(config, jobs=tuple(job for job in config.jobs if job.name in left))
     check_files(config)
     check_backends(config)
@@ -142,20 +141,14 @@ def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
     return load_jobs_data(config.jobs, load_tokenizer(model_dir), cache_dir(), vocab_size)
 
 
-def jobs_left(config: RunConfig) -> dict[str, Standing]:
-    """Return the jobs that this run has yet to train, by name: all of a new one, those that are not over of one that goes on."""
-    path = Path(config.output_dir)
-    return standings(config, job_states(path) if has_trained(path) else {})
-
-
 def check_checkpoint(job: JobConfig, job_data, standing: Standing) -> None:
     """Check that a job's checkpoint is whole, and of the samples and steps that the job has."""
-    from megatron_lora.checkpoint import check_files
+    from megatron_lora.checkpoint import check_tensors
     from megatron_lora.data import digest_of
 
     if standing.checkpoint is None or standing.state is None:
         return
-    check_files(standing.checkpoint)
+    check_tensors(standing.checkpoint)
     num_steps = count_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps)
     if (standing.state.samples, standing.state.num_steps) != (digest_of(job_data.samples), num_steps):
         raise UserError(

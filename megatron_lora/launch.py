@@ -61,7 +61,7 @@ def train(config_path: str, overrides: list[str]) -> int:
             run.discard()
             return _told(ending)
         try:
-            run.finish(ending.status, ending.reason)
+            run.finish(ending.status, ending.reason or "the run ended without saying how")
         except OSError as error:
             print(f"megatron-lora: {run.path / 'status.json'} could not be brought up to date ({error.strerror})", file=sys.stderr)
         return _told(ending)

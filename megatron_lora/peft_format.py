@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_lora.errors import UserError
+from megatron_lora.files import sync
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -107,8 +108,7 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str) 
         (aside / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
         (aside / CARD_FILE).write_text(_card(adapter, base_model), encoding="utf-8")
         for name in (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE):
-            with open(aside / name, "rb") as file:
-                os.fsync(file.fileno())
+            sync(aside / name)
             os.chmod(aside / name, 0o644)
             os.replace(aside / name, directory / name)
     finally:

@@ -105,8 +105,8 @@ def _differing(before: RunConfig | JobConfig, now: RunConfig | JobConfig, free: 
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def check_resumable(path: Path, states: dict[str, str], config: RunConfig) -> None:
-    """Raise UserError where a config cannot take up the run in a directory, whose jobs are in these states."""
+def take_up(path: Path, states: dict[str, str], config: RunConfig) -> dict[str, Standing]:
+    """Return where each job goes on that is not over; UserError where a config cannot take up the run, whose jobs are in these states."""
     where = f"output_dir: {str(path)!r}"
     if all(states.get(job.name) in OVER for job in config.jobs):
         counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in OVER if state in states.values())
@@ -122,8 +122,10 @@ def check_resumable(path: Path, states: dict[str, str], config: RunConfig) -> No
     changed = changed_key(before, config)
     if changed:
         raise UserError(f"{changed} in {str(path / 'config.yaml')!r}, whose run would go on; set it back, or choose another output_dir")
-    for name, standing in standings(config, states).items():
+    left = standings(config, states)
+    for name, standing in left.items():
         told_steps(metrics_file(path, name), standing.step)
+    return left
 
 
 def told_steps(metrics: Path, step: int) -> list[dict]:

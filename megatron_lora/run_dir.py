@@ -3,7 +3,7 @@
     .lock         held by every live process of the run (flock, so it goes with the process, however that ends)
     config.yaml   the resolved config          env.json   versions, commit, machine
     status.json   state of every job and, once the run has ended, its exit status; always a complete file
-    plan/         the plan windows that were executed          jobs/<name>/   what a job writes
+    plan/         the windows that were planned                jobs/<name>/   what a job writes
 
 Invariant: a directory belongs to one run. `check` refuses, without touching it, one that another process uses, that holds a run which is
 finished or began with another config (resume.py), or that holds files of other origin. A run that has trained and ended early is
@@ -26,7 +26,7 @@ from pathlib import Path
 from megatron_lora.config import RunConfig, dump_config
 from megatron_lora.errors import UserError
 from megatron_lora.files import write_atomically
-from megatron_lora.resume import check_resumable, rewind, standings
+from megatron_lora.resume import Standing, rewind, standings, take_up
 from megatron_lora.strict_yaml import one_line
 
 JOB_STATES = ("queued", "running", "paused", "done", "failed")
@@ -42,13 +42,12 @@ class RunDirectory:
         self.path, self.lock, self._made = path, lock, made
 
     @staticmethod
-    def check(config: RunConfig) -> None:
-        """Raise UserError when this run cannot have its directory; writes nothing."""
+    def check(config: RunConfig) -> dict[str, Standing]:
+        """Return where each job begins or goes on that is not over; UserError when this run cannot have its directory. Writes nothing."""
         path = Path(config.output_dir)
         try:
             _check_free(path)
-            if has_trained(path):
-                check_resumable(path, job_states(path), config)
+            return take_up(path, job_states(path), config) if has_trained(path) else standings(config, {})
         except OSError as error:
             raise _unusable(path, error) from None
 
@@ -79,8 +78,7 @@ class RunDirectory:
         os.pwrite(self.lock, _ourselves().encode(), 0)
         jobs = {job.name: _job("queued", "") for job in config.jobs}
         if has_trained(self.path):
-            check_resumable(self.path, job_states(self.path), config)  # another run may have ended between the check and the lock
-            left = standings(config, job_states(self.path))
+            left = take_up(self.path, job_states(self.path), config)  # another run may have ended between the check and the lock
             rewind(self.path, left)
             jobs |= {name: job for name, job in self.status()["jobs"].items() if name not in left}
         else:

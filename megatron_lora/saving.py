@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from megatron_lora.arena import Arena
 from megatron_lora.checkpoint import read_checkpoint, write_checkpoint
@@ -21,22 +20,14 @@ from megatron_lora.metrics import metrics_file
 from megatron_lora.optimizer import JobOptimizer
 from megatron_lora.peft_format import AdapterFile, read_adapter, write_adapter
 from megatron_lora.resume import Standing, State
-from megatron_lora.snapshots import Snapshot, Weights
-
-
-class Collector(Protocol):
-    """What the saver asks of snapshots.SnapshotCollector."""
-
-    def submit(self, slot: int, step: int, optimizer: JobOptimizer, *, moments: bool) -> None: ...
-
-    def settle(self) -> None: ...
+from megatron_lora.snapshots import Snapshot, SnapshotCollector, Weights
 
 
 class Saver:
     """Decides on every rank alike which jobs are saved after a step, and at the end of a run that was stopped."""
 
     def __init__(
-        self, jobs: Sequence[TrainingJob], optimizers: Sequence[JobOptimizer], standings: Sequence[Standing], collector: Collector
+        self, jobs: Sequence[TrainingJob], optimizers: Sequence[JobOptimizer], standings: Sequence[Standing], collector: SnapshotCollector
     ) -> None:
         self.jobs, self.optimizers, self.collector = jobs, optimizers, collector
         self.taken = [standing.step for standing in standings]

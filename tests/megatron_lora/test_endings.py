@@ -11,15 +11,9 @@ from pathlib import Path
 import living_run
 import oracle
 import pytest
+from waiting import wait_for
 
 from megatron_lora import launch
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

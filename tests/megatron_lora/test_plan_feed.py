@@ -5,24 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import oracle
 import pytest
 import runs
+from waiting import wait_for
 
 from megatron_lora import plan_feed
 from megatron_lora.plan_feed import PlanFeed, PlanSettings
 from scheduling.slot_cost import SlotCost
 
 LENGTHS = [[[5, 7, 6, 9]] * 12, [[4, 4, 8]] * 16]
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_windows_are_planned_ahead_of_the_one_that_runs_and_not_further(one_process, tmp_path):
