@@ -6,7 +6,7 @@ One message per slot and direction, one flat buffer:
     body    dtype [T_local, H] activations (forward) or their gradients (backward); absent for a no-op or evaluation gradient
 
 Shapes are known from the plan, so nothing is negotiated. A link is one direction between two neighbouring stages: a process group of
-its own (inside one NCCL group, a receive that was posted ahead would block the send behind it), or peer memory, see peer_links.py.
+its own (inside one NCCL group, a receive that was posted ahead would block the send behind it).
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.compat import patience
-from megatron_lora.peer_links import Link, connect_peers
 
-PEER_MEMORY = False  # between GPUs of one host: copy engines (peer_links.py) instead of NCCL's kernels
 SLOT, FIRST_VERDICT = 0, 1
 
 
@@ -43,10 +41,6 @@ class MessageLayout:
     def header_items(self) -> int:
         """Numbers of the compute dtype that the header takes up."""
         return self.header_floats * 4 // self.dtype.itemsize
-
-    def num_bytes(self, num_rows: int) -> int:
-        """Size of a message with `num_rows` rows."""
-        return (self.header_items + num_rows * self.hidden_size) * self.dtype.itemsize
 
     def empty(self, num_rows: int, device: torch.device) -> Message:
         """Return an unwritten message for `num_rows` rows (0: header alone)."""
@@ -103,24 +97,8 @@ class Arrival(Protocol):
     def wait(self) -> object: ...
 
 
-class Outgoing(Protocol):
-    """A link's sending end."""
-
-    transport: str
-
-    def send(self, tensor: Tensor) -> Work: ...
-
-
-class Incoming(Protocol):
-    """A link's receiving end."""
-
-    transport: str
-
-    def receive(self, tensor: Tensor) -> Arrival: ...
-
-
-class GroupLink:
-    """Either end of a link over a process group of two."""
+class Link:
+    """Either end of a link: a process group of two."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int):
         self.group, self.peer, self.transport = group, peer, dist.get_backend(group)
@@ -141,7 +119,7 @@ class GroupLink:
 class Sender:
     """One direction's outgoing side: posts sends and keeps their buffers until they are done."""
 
-    def __init__(self, link: Outgoing):
+    def __init__(self, link: Link):
         self.link = link
         self.pending: deque[tuple[Work, Tensor]] = deque()
 
@@ -160,7 +138,7 @@ class Sender:
 class Receiver:
     """One direction's incoming side: receives are posted in slot order and taken in the same order; `ahead`: before they are taken."""
 
-    def __init__(self, link: Incoming, layout: MessageLayout, device: torch.device):
+    def __init__(self, link: Link, layout: MessageLayout, device: torch.device):
         self.link, self.layout, self.device = link, layout, device
         self.ahead = device.type != "cuda"  # see executor.py
         self.posted: deque[tuple[int, Arrival, Message]] = deque()
@@ -191,15 +169,12 @@ class Links:
 
     @property
     def transports(self) -> dict[str, str]:
-        """What carries each end's messages: "nccl", "gloo" or "peer"."""
+        """What carries each end's messages: "nccl" or "gloo"."""
         ends = {name: getattr(self, name) for name in ("forward_in", "forward_out", "backward_in", "backward_out")}
         return {name: end.link.transport for name, end in ends.items() if end is not None}
 
     def again(self, layout: MessageLayout) -> Links:
-        """Return ends over the same connections for another run, from its slot 0 on; this one has ended.
-
-        Over peer memory, its messages must not be larger than those that `connect` was told of.
-        """
+        """Return ends over the same connections for another run, from its slot 0 on; this one has ended."""
 
         def receiver(end: Receiver | None) -> Receiver | None:
             assert end is None or not end.posted, "a receive of the last run is still posted"
@@ -227,37 +202,27 @@ def _greet(group: dist.ProcessGroup, sender: int, receiver: int, device: torch.d
         dist.recv(number, sender, group=group)
 
 
-def connect(
-    pipeline_ranks: list[list[int]],
-    layout: MessageLayout,
-    device: torch.device,
-    max_rows: int | None = None,
-    peer_memory: bool = PEER_MEMORY,
-) -> Links:
+def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torch.device) -> Links:
     """Connect the stages of all pipelines and return this rank's ends.
 
     `pipeline_ranks` lists, for every pipeline of the run, its global ranks from the first stage to the last; every rank calls this with
-    the same list, because it is collective. With `peer_memory`, links between GPUs of one host that reach each other go over peer
-    memory, for messages of up to `max_rows` rows; all others have a process group each.
+    the same list, because it is collective.
     """
     rank = dist.get_rank()
-    pairs = [pair for ranks in pipeline_ranks for pair in zip(ranks[:-1], ranks[1:], strict=True)]
-    both_ways = [link for before, after in pairs for link in ((before, after), (after, before))]
-    links: dict[Link, Outgoing | Incoming | None] = {}
-    if peer_memory and max_rows is not None and device.type == "cuda":
-        links |= connect_peers(both_ways, layout.num_bytes(max_rows), device)
-    for sender, receiver in both_ways:
-        if (sender, receiver) not in links:
-            group = dist.new_group(sorted((sender, receiver)), timeout=patience())
-            assert group is not None
-            _greet(group, sender, receiver, device)
-            mine = rank in (sender, receiver)
-            links[sender, receiver] = GroupLink(group, sender + receiver - rank) if mine else None
-    ends: dict[str, Receiver | Sender | None] = dict.fromkeys(("forward_in", "forward_out", "backward_in", "backward_out"))
-    for before, after in pairs:
-        forward, backward = links[before, after], links[after, before]
-        if rank == before:
-            ends["forward_out"], ends["backward_in"] = Sender(forward), Receiver(backward, layout, device)  # type: ignore[arg-type]
-        elif rank == after:
-            ends["forward_in"], ends["backward_out"] = Receiver(forward, layout, device), Sender(backward)  # type: ignore[arg-type]
-    return Links(**ends)  # type: ignore[arg-type]
+    forward_in = forward_out = backward_in = backward_out = None
+    for ranks in pipeline_ranks:
+        for before, after in zip(ranks[:-1], ranks[1:], strict=True):
+            forward, backward = _link(before, after, device), _link(after, before, device)
+            if rank == before:
+                forward_out, backward_in = Sender(forward), Receiver(backward, layout, device)
+            elif rank == after:
+                forward_in, backward_out = Receiver(forward, layout, device), Sender(backward)
+    return Links(forward_in, forward_out, backward_in, backward_out)
+
+
+def _link(sender: int, receiver: int, device: torch.device) -> Link:
+    """Connect two ranks in one direction; every rank calls this, and only those two use what it returns."""
+    group = dist.new_group(sorted((sender, receiver)), timeout=patience())
+    assert group is not None
+    _greet(group, sender, receiver, device)
+    return Link(group, sender + receiver - dist.get_rank())

@@ -106,7 +106,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         executor = make_executor(
             stage,
             config.parallel,
-            connect(pipelines(config.parallel), layout, device, max_rows=max_rows(config)),
+            connect(pipelines(config.parallel), layout, device),
             layout,
             rows=[job.rows for job in jobs],
             optimizers=optimizers,
@@ -205,11 +205,6 @@ def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, h
         dist.barrier(group=host)
     assert jobs is not None
     return jobs
-
-
-def max_rows(config: RunConfig) -> int:
-    """Return the rows of the largest message between two stages' ranks."""
-    return -(-int(config.microbatch_tokens) // (config.parallel.tensor if config.parallel.sequence else 1))
 
 
 def position_of(parallel: ParallelConfig) -> Position:

@@ -22,7 +22,7 @@ from megatron_lora.devices import this_device
 from megatron_lora.messages import Links, MessageLayout, connect
 from megatron_lora.optimizer import StageGroups
 from megatron_lora.settle import describe, settle
-from megatron_lora.train import choose_backends, max_rows, position_of
+from megatron_lora.train import choose_backends, position_of
 from scheduling.types import Lengths
 
 
@@ -36,7 +36,6 @@ class Base:
         *,
         seed: int = 0,
         memory_gb: float | None = None,
-        peer_memory: bool = False,
         model_dir: Path | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -53,7 +52,7 @@ class Base:
         self.model = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))  # its figures for the cost and memory models
         if memory_gb is not None:
             self.model = dataclasses.replace(self.model, memory_bytes=memory_gb * 1e9)
-        self.peer_memory, self.max_rows, self.max_jobs = peer_memory, 0, 0
+        self.max_jobs = 0
         self.links: Links | None = None
         self._stage: Stage | None = None
         self._kind: tuple[str, str] | None = None
@@ -87,7 +86,7 @@ class Base:
                     print(line, flush=True)
         settled = self.share(settled)
         self.parallel = settled[0].parallel
-        self.max_rows, self.max_jobs = max(map(max_rows, settled)), max(len(config.jobs) for config in settled)
+        self.max_jobs = max(len(config.jobs) for config in settled)
         return settled
 
     @property
@@ -130,7 +129,7 @@ class Base:
         """Return this rank's ends for one run, connected on the first call, for the largest messages of all cases."""
         layout = MessageLayout(max_endings=self.max_jobs, hidden_size=self.architecture.hidden_size, dtype=self.dtype)
         if self.links is None:
-            self.links = connect(pipelines(self.parallel), layout, self.device, self.max_rows, self.peer_memory)
+            self.links = connect(pipelines(self.parallel), layout, self.device)
         else:
             self.links = self.links.again(layout)
         return self.links, layout

@@ -86,7 +86,6 @@ def parser() -> OneLineParser:
     launch.add_argument("--sequence", action="store_true", help="sequence parallelism")
     launch.add_argument("--layers", type=numbers(whole), help="of each stage, 38,26; default: by the cost model")
     launch.add_argument("--memory-gb", type=positive, help="what `auto` may count on; default: what is free")
-    launch.add_argument("--peer-memory", action="store_true", help="between stages on one host: copy engines instead of NCCL")
     launch.add_argument("--lengths", type=Path, default=SUITE, help="file of workloads")
     launch.add_argument("--case", action="append", dest="cases", help="key=value words; may be given several times")
     launch.add_argument("--output", type=output_file, default=RESULTS / "end_to_end.jsonl")
@@ -150,7 +149,6 @@ LAUNCH = (
     "timeline",
     "cost",
     "memory_gb",
-    "peer_memory",
     "save_cost",
     "hardware",
     "commit",

@@ -56,7 +56,7 @@ def launch(options: Namespace, cases: list[Case], parallel: ParallelConfig) -> N
     architecture = architecture_of(options.shape, options.num_layers)
     workloads = [read_workload(options.lengths, case.workload) for case in cases]
     check(options, cases, workloads)
-    base = Base(architecture, parallel, memory_gb=options.memory_gb, peer_memory=options.peer_memory)
+    base = Base(architecture, parallel, memory_gb=options.memory_gb)
     shares = [case.jobs.completion for case in cases]
     configs = base.settle([case.config(options.shape, parallel) for case in cases], workloads, shares)
     for number, (case, config, workload) in enumerate(zip(cases, configs, workloads, strict=True), 1):
