@@ -1,6 +1,6 @@
 """Packages, dependencies and extras of megatron-lora; tool settings live in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="megatron-lora",
@@ -8,7 +8,7 @@ setup(
     description="Train many LoRA adapters at once over one frozen base model, on Megatron's tensor and pipeline parallel layers",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["megatron_lora", "fused_ops", "scheduling"],
+    packages=find_packages(include=["megatron_lora", "megatron_lora.*", "fused_ops", "fused_ops.*", "scheduling", "scheduling.*"]),
     package_data={"fused_ops": ["*.json"]},
     install_requires=[
         "torch>=2.8",

@@ -84,27 +84,27 @@ def make_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Call the command; returns the exit status."""
     if arguments.command == "train":
-        from megatron_lora import worker
+        from megatron_lora.commands import rank
         from megatron_lora.environment import allocator_settings
 
         os.environ.update(allocator_settings(os.environ))  # before anything starts CUDA; ranks inherit it
 
-        if worker.under_torchrun():
-            return worker.main(arguments.config, arguments.overrides)
-        from megatron_lora import launch
+        if rank.under_torchrun():
+            return rank.main(arguments.config, arguments.overrides)
+        from megatron_lora.commands import launch
 
         return launch.train(arguments.config, arguments.overrides)
     if arguments.command == "plan":
-        from megatron_lora import plan_report
+        from megatron_lora.commands import plan
 
         a = arguments
-        options = plan_report.Options(policy=a.policy, plot=a.plot, device=a.device, cost=a.cost)
-        return plan_report.main(a.config, a.overrides, options)
+        options = plan.Options(policy=a.policy, plot=a.plot, device=a.device, cost=a.cost)
+        return plan.main(a.config, a.overrides, options)
     if arguments.command == "preview":
-        from megatron_lora import preview
+        from megatron_lora.commands import preview
 
         return preview.main(arguments.config, arguments.overrides, arguments.job, arguments.samples)
-    from megatron_lora import doctor
+    from megatron_lora.commands import doctor
 
     return doctor.main()
 
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(arguments)
     except UserError as error:
-        from megatron_lora.strict_yaml import one_line
+        from megatron_lora.errors import one_line
 
         print(f"megatron-lora: {one_line(error, 1000)}", file=sys.stderr)
         return 2

@@ -78,3 +78,11 @@ class Follower:
             return False
         standing.step, standing.taken, standing.ready = standing.step + 1, set(), slot + self.gap
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The next slots of this rank's stream and the steps that end in each, on all replicas alike."""
+
+    stream: Stream
+    ended: tuple[tuple[Ending, ...], ...]

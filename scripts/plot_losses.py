@@ -12,8 +12,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
 
 from one_line import OneLineParser  # noqa: E402
 
-from megatron_lora.metrics import read_metrics  # noqa: E402
-from megatron_lora.plots import plot_losses  # noqa: E402
+from megatron_lora.output.loss_picture import plot_losses  # noqa: E402
+from megatron_lora.output.metrics import read_metrics  # noqa: E402
 
 
 def mean_loss(rows: list[dict]) -> float:

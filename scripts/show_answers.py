@@ -22,9 +22,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
 
 from one_line import OneLineParser, ended  # noqa: E402
 
-from megatron_lora.config import JobConfig, load_config  # noqa: E402
+from megatron_lora.config.schema import JobConfig, load_config  # noqa: E402
+from megatron_lora.data.row_formats import RowEncoder  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
-from megatron_lora.formats import RowEncoder  # noqa: E402
 
 MAX_NEW_TOKENS = 24
 MAX_LINES = 4

@@ -25,7 +25,7 @@ def one_process():
     """Join a world of one gloo rank, in this process, for the session."""
     import torch
 
-    from megatron_lora.compat import destroy_parallel, initialize_parallel
+    from megatron_lora.parallel.process_groups import destroy_parallel, initialize_parallel
 
     torch.set_num_threads(1)
     initialize_parallel(SimpleNamespace(pipeline=1, tensor=1, data=1), "gloo")

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from fused_ops import cross_entropy, linear, rms_norm, rope, swiglu
-from megatron_lora import attention, compat
+from megatron_lora.model import attention
+from megatron_lora.parallel import compat
 
 
 class Allocations(TorchDispatchMode):

@@ -114,7 +114,7 @@ def _receive(pipe):
 def _join(layout, port: int, name: str) -> None:
     import torch.distributed as dist
 
-    from megatron_lora.compat import initialize_parallel
+    from megatron_lora.parallel.process_groups import initialize_parallel
 
     rank, backend = int(os.environ["RANK_POOL_RANK"]), getattr(layout, "backend", "gloo")
     os.environ["LOCAL_RANK"] = str(rank)
@@ -124,7 +124,7 @@ def _join(layout, port: int, name: str) -> None:
 
 
 def _leave() -> None:
-    from megatron_lora.compat import destroy_parallel
+    from megatron_lora.parallel.process_groups import destroy_parallel
 
     destroy_parallel()
 

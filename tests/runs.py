@@ -28,9 +28,9 @@ def train(config_path: Path, stop_after: int | None = None) -> int:
     """
     import torch.distributed as dist
 
-    from megatron_lora.config import load_config
-    from megatron_lora.stop_request import StopRequest
-    from megatron_lora.train import run
+    from megatron_lora.config.schema import load_config
+    from megatron_lora.training.stop_request import StopRequest
+    from megatron_lora.training.train import run
 
     class Asked(StopRequest):
         looks = 0
@@ -49,9 +49,9 @@ def train(config_path: Path, stop_after: int | None = None) -> int:
 
 def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None) -> int:
     """Run a config on pool ranks as the launcher would: check, make the directory, record the end. Returns what all ranks agree on."""
-    from megatron_lora.checks import check_run
-    from megatron_lora.config import load_config
-    from megatron_lora.run_dir import RunDirectory
+    from megatron_lora.commands.checks import check_run
+    from megatron_lora.config.schema import load_config
+    from megatron_lora.output.run_directory import RunDirectory
 
     check_run(load_config(config_path))
     with RunDirectory.create(load_config(config_path)) as directory:

@@ -27,7 +27,19 @@ TOP_LEVEL = {
     ".ci",
     ".gitignore",
 }
-MAX_LINES = 500
+ROOT_MODULES = {"errors", "files", "environment"}  # of megatron_lora; every room may import them
+ROOMS = {  # room of megatron_lora -> what else it may import: rooms, other packages, or single modules
+    "config": set(),
+    "huggingface": set(),
+    "parallel": {"config", "huggingface", "fused_ops"},
+    "data": {"config", "scheduling.types", "fused_ops"},
+    "output": {"config", "huggingface"},
+    "model": {"config", "huggingface", "parallel", "data.microbatch", "scheduling.memory", "fused_ops"},
+    "planning": {"config", "huggingface", "parallel", "scheduling"},
+    "training": {"config", "huggingface", "parallel", "data", "output", "model", "planning", "scheduling", "fused_ops"},
+    "commands": {"config", "huggingface", "parallel", "data", "output", "model", "planning", "training", "scheduling", "fused_ops"},
+}
+MAX_LINES, MAX_PRODUCT_LINES, MAX_FUNCTION_LINES = 500, 400, 80
 
 
 def modules() -> dict[str, Path]:
@@ -72,6 +84,34 @@ def test_no_module_imports_itself_through_others():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
+def room_of(name: str) -> str:
+    """Return the room of a module of megatron_lora, or its own name where it lies at the root."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_rooms_import_what_their_table_allows():
+    folders = {path.name for path in (ROOT / "megatron_lora").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == ROOMS.keys()
+    known = modules()
+    for name, file in known.items():
+        if not name.startswith("megatron_lora.") or room_of(name) == "__main__":
+            continue
+        room = room_of(name)
+        allowed = {room, *ROOMS[room]} if room in ROOMS else set()
+        for target in imported(file) & known.keys() - {"megatron_lora"}:
+            inside = target.removeprefix("megatron_lora.")
+            rooms = {".".join(inside.split(".")[:end]) for end in (1, 2)}  # the whole room, or that one module
+            assert rooms & (allowed | ROOT_MODULES), f"{name} imports {target}, above its room"
+
+
+def test_functions_fit_a_screen():
+    for file in modules().values():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= MAX_FUNCTION_LINES, f"{file}: {node.name} has {lines} lines"
+
+
 def test_top_level_is_exactly_the_layout():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
@@ -84,4 +124,5 @@ def test_files_open_with_a_header_and_stay_readable():
         for file in (ROOT / folder).rglob("*.py"):
             text = file.read_text(encoding="utf-8")
             assert ast.get_docstring(ast.parse(text)), f"{file}: says nothing about itself"
-            assert text.count("\n") <= MAX_LINES, f"{file}: {text.count(chr(10))} lines; split it"
+            limit = MAX_PRODUCT_LINES if folder in PACKAGES else MAX_LINES
+            assert text.count("\n") <= limit, f"{file}: {text.count(chr(10))} lines; split it"

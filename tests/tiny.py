@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel.schedules import custom_backward, deallocat
 
 from fused_ops.adapters import LoraGroup, SlotTable
 from fused_ops.route import make_route
-from megatron_lora.microbatch import Packing, StageInput
+from megatron_lora.data.microbatch import Packing, StageInput
 
 BASE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 61, "max_position_embeddings": 128}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

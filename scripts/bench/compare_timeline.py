@@ -20,11 +20,11 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 from one_line import OneLineParser, ended, finished_run, new_file, output_file  # noqa: E402
 from stamp import append_line  # noqa: E402
 
-from megatron_lora.architecture import read_architecture  # noqa: E402
-from megatron_lora.config import RunConfig, load_config  # noqa: E402
+from megatron_lora.config.schema import RunConfig, load_config  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
-from megatron_lora.hub import resolve_base_model  # noqa: E402
-from megatron_lora.settle import cost_of  # noqa: E402
+from megatron_lora.huggingface.architecture import read_architecture  # noqa: E402
+from megatron_lora.huggingface.hub import resolve_base_model  # noqa: E402
+from megatron_lora.planning.predict import cost_of  # noqa: E402
 from scheduling.cost import DEVICES, CostModel, Measurement, refine  # noqa: E402
 from scheduling.plan_json import stream_from_json  # noqa: E402
 from scheduling.simulate import simulate  # noqa: E402

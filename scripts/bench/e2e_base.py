@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_lora.architecture import Architecture
-from megatron_lora.backends import check_backends
-from megatron_lora.base_model import Stage, build_stage
-from megatron_lora.compat import initialize_parallel, pipelines, stage_groups
-from megatron_lora.config import ParallelConfig, RunConfig
-from megatron_lora.devices import this_device
-from megatron_lora.messages import Links, MessageLayout, connect
-from megatron_lora.optimizer import StageGroups
-from megatron_lora.settle import describe, settle
-from megatron_lora.train import choose_backends, position_of
+from megatron_lora.config.schema import ParallelConfig, RunConfig
+from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.model.backends import check_backends
+from megatron_lora.model.stage import Stage, build_stage
+from megatron_lora.parallel.messages import Links, MessageLayout, connect
+from megatron_lora.parallel.process_groups import initialize_parallel, pipelines, position_of, stage_groups
+from megatron_lora.planning.devices import this_device
+from megatron_lora.planning.resolve import describe, settle
+from megatron_lora.training.assemble import choose_backends
+from megatron_lora.training.optimizer import StageGroups
 from scheduling.types import Lengths
 
 

@@ -19,16 +19,16 @@ from pass_times import features, measure_stage, probe_slots
 from plain_lora import use_adapters
 from synthetic_jobs import head, make_jobs, take
 
-from megatron_lora.arena import Arena
-from megatron_lora.collate import collate
-from megatron_lora.config import RunConfig
-from megatron_lora.forecast import Workload
-from megatron_lora.jobs import TrainingJob
-from megatron_lora.optimizer import JobOptimizer
-from megatron_lora.plan_report import runs_of
-from megatron_lora.settle import cost_of, planner_cost
-from megatron_lora.timeline import write_timeline
-from megatron_lora.train import make_arena
+from megatron_lora.commands.plan import runs_of
+from megatron_lora.config.schema import RunConfig
+from megatron_lora.data.collate import collate
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.output.timeline import write_timeline
+from megatron_lora.planning.forecast import Workload
+from megatron_lora.planning.predict import cost_of, planner_cost
+from megatron_lora.training.assemble import make_arena
+from megatron_lora.training.jobs import TrainingJob
+from megatron_lora.training.optimizer import JobOptimizer
 from scheduling.cost import CostModel, Measurement, refine
 from scheduling.memory import tokens_in_flight
 from scheduling.slot_cost import SlotCost

@@ -9,12 +9,12 @@ from e2e_base import Base
 from e2e_run import Outcome
 from spans import bubbles, exposed_hops, makespan, pass_seconds
 
-from megatron_lora.architecture import Architecture
-from megatron_lora.compat import pipelines
-from megatron_lora.config import RunConfig
-from megatron_lora.forecast import Workload, forecast
-from megatron_lora.plan_feed import PlanSettings
-from megatron_lora.settle import memory_of, shape_of
+from megatron_lora.config.schema import RunConfig
+from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.parallel.process_groups import pipelines
+from megatron_lora.planning.forecast import Workload, forecast
+from megatron_lora.planning.plan_feed import PlanSettings
+from megatron_lora.planning.predict import memory_of, shape_of
 from scheduling.simulate import simulate
 from scheduling.types import Lengths
 

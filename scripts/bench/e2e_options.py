@@ -17,8 +17,8 @@ from plain_lora import ADAPTERS
 from stamp import RESULTS
 from synthetic_jobs import SUITE, JobSpecs
 
-from megatron_lora.config import ParallelConfig, RunConfig
-from megatron_lora.config import recompute as recompute_rule
+from megatron_lora.config.schema import ParallelConfig, RunConfig
+from megatron_lora.config.schema import recompute as recompute_rule
 from megatron_lora.errors import UserError
 from scheduling.policies import POLICIES
 from scheduling.types import Lengths

@@ -15,7 +15,7 @@ from e2e_options import HF_PEFT, Case, layout_name, policies_in_runs, policies_i
 from layer_table import read_stages, table_name
 from stamp import append_line, stamp
 
-from megatron_lora.config import RunConfig
+from megatron_lora.config.schema import RunConfig
 from scheduling.types import Lengths
 
 

@@ -20,14 +20,14 @@ from e2e_base import Base
 from spans import align
 from torch import Tensor
 
-from megatron_lora.config import RunConfig
-from megatron_lora.executor import StageOptimizer, StepDone
-from megatron_lora.jobs import TrainingJob
-from megatron_lora.plan_feed import PlanFeed, PlanSettings, Window
-from megatron_lora.timeline import Timeline
-from megatron_lora.train import make_executor
+from megatron_lora.config.schema import RunConfig
+from megatron_lora.output.timeline import Timeline
+from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
+from megatron_lora.training.assemble import make_executor
+from megatron_lora.training.executor import StageOptimizer, StepDone
+from megatron_lora.training.jobs import TrainingJob
 from scheduling.data_parallel import Dealt, deal
-from scheduling.follow import Follower
+from scheduling.follow import Follower, Window
 from scheduling.pipeline import with_drain
 from scheduling.plan_json import stream_from_json
 from scheduling.policies import POLICIES

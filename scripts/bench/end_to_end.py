@@ -25,7 +25,7 @@ from e2e_options import Case, check, layout_name, parallel_of, read_options  # n
 from model_shapes import architecture_of  # noqa: E402
 from synthetic_jobs import read_workload  # noqa: E402
 
-from megatron_lora.config import ParallelConfig  # noqa: E402
+from megatron_lora.config.schema import ParallelConfig  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
 
 
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         if started != parallel.world_size:
             raise UserError(f"the layout {layout_name(options)} needs {parallel.world_size} ranks, {started} were started; use torchrun")
         launch(options, cases, parallel)
-        from megatron_lora.compat import destroy_parallel
+        from megatron_lora.parallel.process_groups import destroy_parallel
 
         destroy_parallel()
         return 0

@@ -18,10 +18,10 @@ from model_shapes import hf_config
 from synthetic_jobs import make_jobs, take
 from torch import Tensor
 
-from megatron_lora.collate import NO_LABEL
-from megatron_lora.config import JobConfig
-from megatron_lora.data import Sample
-from megatron_lora.jobs import TrainingJob
+from megatron_lora.config.schema import JobConfig
+from megatron_lora.data.collate import NO_LABEL
+from megatron_lora.data.samples import Sample
+from megatron_lora.training.jobs import TrainingJob
 from scheduling.types import Lengths
 
 Batching = Callable[[Sequence[Sample], int], list[list[Sample]]]

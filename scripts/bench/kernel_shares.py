@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from megatron_lora.executor import StageOptimizer
+from megatron_lora.training.executor import StageOptimizer
 
 BY_KERNEL = (  # kind -> parts of kernels' names
     ("GEMM", ("_gemm_kernel", "_hopper_kernel")),

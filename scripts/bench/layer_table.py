@@ -11,8 +11,8 @@ from pathlib import Path
 
 from one_line import json_lines
 
+from megatron_lora.commands.plan import read_cost
 from megatron_lora.errors import UserError
-from megatron_lora.plan_report import read_cost
 from scheduling.cost import CostModel, PassCost, StageCost, stage_policies
 
 

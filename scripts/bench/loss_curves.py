@@ -30,21 +30,22 @@ from one_line import OneLineParser, output_file, whole  # noqa: E402
 from plain_lora import use_adapters  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
 
-from megatron_lora.architecture import read_architecture  # noqa: E402
-from megatron_lora.arena import Arena  # noqa: E402
-from megatron_lora.compat import destroy_parallel  # noqa: E402
-from megatron_lora.config import ParallelConfig, RunConfig, load_config  # noqa: E402
-from megatron_lora.data import load_tokenizer, target_share  # noqa: E402
+from megatron_lora.config.schema import ParallelConfig, RunConfig, load_config  # noqa: E402
+from megatron_lora.data.steps import target_share  # noqa: E402
+from megatron_lora.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
-from megatron_lora.hub import resolve_base_model  # noqa: E402
-from megatron_lora.jobs import TrainingJob, read_jobs  # noqa: E402
-from megatron_lora.optimizer import JobOptimizer  # noqa: E402
-from megatron_lora.peft_format import write_adapter  # noqa: E402
-from megatron_lora.plan_feed import PlanSettings  # noqa: E402
-from megatron_lora.saving import adapter_of  # noqa: E402
-from megatron_lora.settle import planner_cost  # noqa: E402
-from megatron_lora.snapshots import join_shards  # noqa: E402
-from megatron_lora.train import make_arena  # noqa: E402
+from megatron_lora.huggingface.adapter_files import write_adapter  # noqa: E402
+from megatron_lora.huggingface.architecture import read_architecture  # noqa: E402
+from megatron_lora.huggingface.hub import resolve_base_model  # noqa: E402
+from megatron_lora.model.adapter_arena import Arena  # noqa: E402
+from megatron_lora.parallel.process_groups import destroy_parallel  # noqa: E402
+from megatron_lora.planning.plan_feed import PlanSettings  # noqa: E402
+from megatron_lora.planning.predict import planner_cost  # noqa: E402
+from megatron_lora.training.assemble import make_arena  # noqa: E402
+from megatron_lora.training.jobs import TrainingJob, read_jobs  # noqa: E402
+from megatron_lora.training.optimizer import JobOptimizer  # noqa: E402
+from megatron_lora.training.saving import adapter_of  # noqa: E402
+from megatron_lora.training.snapshots import join_shards  # noqa: E402
 
 Curves = dict[str, list[list[float]]]  # name of the run -> [job][step]
 

@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from megatron_lora.architecture import Architecture, read_architecture
+from megatron_lora.huggingface.architecture import Architecture, read_architecture
 
 LLAMA_ROPE = {
     "rope_type": "llama3",

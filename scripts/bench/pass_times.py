@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_lora.base_model import Stage
-from megatron_lora.microbatch import StageInput
+from megatron_lora.data.microbatch import StageInput
+from megatron_lora.model.stage import Stage
 from scheduling.cost import Measurement
 from scheduling.types import Lengths, Microbatch, Segment
 

@@ -17,7 +17,7 @@ from fused_ops.adapters import LoraGroup, padded_rank
 from fused_ops.linear import Collectives, multi_lora_linear
 from fused_ops.refill import Refill
 from fused_ops.route import Route
-from megatron_lora.base_model import Stage
+from megatron_lora.model.stage import Stage
 
 ADAPTERS = ("fused", "unfused", "reference", "none")
 

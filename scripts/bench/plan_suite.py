@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from one_line import OneLineParser  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
 
-from megatron_lora.plan_plot import draw  # noqa: E402
+from megatron_lora.planning.plan_picture import draw  # noqa: E402
 from scheduling.plan_json import stream_from_json  # noqa: E402
 from scheduling.planner import plan_stream  # noqa: E402
 from scheduling.policies import POLICIES, runs_efficiency  # noqa: E402

@@ -25,10 +25,11 @@ from layer_table import stages_of
 from model_shapes import architecture_of
 from synthetic_jobs import read_workload, take
 
-from megatron_lora.config import RunConfig
-from megatron_lora.forecast import Forecast, Workload, forecast
-from megatron_lora.plan_report import runs_of
-from megatron_lora.settle import USUAL_TOKENS, cost_of, even_out, memory_of, planner_cost, settle, shape_of
+from megatron_lora.commands.plan import runs_of
+from megatron_lora.config.schema import RunConfig
+from megatron_lora.planning.forecast import Forecast, Workload, forecast
+from megatron_lora.planning.predict import USUAL_TOKENS, cost_of, memory_of, planner_cost, shape_of
+from megatron_lora.planning.resolve import even_out, settle
 from scheduling.cost import CostModel, Device, ModelShape, PassCost, StageCost, stage_policies
 from scheduling.memory import usable_bytes
 from scheduling.types import Lengths

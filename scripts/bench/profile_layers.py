@@ -32,12 +32,12 @@ from plain_lora import use_adapters  # noqa: E402
 from stamp import RESULTS, append_line, stamp  # noqa: E402
 from synthetic_jobs import SUITE, JobSpecs, make_jobs, read_workload, take  # noqa: E402
 
-from megatron_lora.collate import collate  # noqa: E402
-from megatron_lora.compat import destroy_parallel  # noqa: E402
-from megatron_lora.config import RECOMPUTE, ParallelConfig, RunConfig  # noqa: E402
+from megatron_lora.config.schema import RECOMPUTE, ParallelConfig, RunConfig  # noqa: E402
+from megatron_lora.data.collate import collate  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
-from megatron_lora.settle import shape_of  # noqa: E402
-from megatron_lora.train import make_arena  # noqa: E402
+from megatron_lora.parallel.process_groups import destroy_parallel  # noqa: E402
+from megatron_lora.planning.predict import shape_of  # noqa: E402
+from megatron_lora.training.assemble import make_arena  # noqa: E402
 from scheduling.cost import CostModel, Device, ModelShape, StageCost, analytic_cost, refine  # noqa: E402
 
 LAYER, HEAD = 0, 1  # "stages" of the fit

@@ -1,6 +1,6 @@
 """What a run's timeline shows: how long each stage is idle, and how long it waits for a message that was already sent.
 
-Events are those of megatron_lora.timeline: F, B and STEP are work; "wait F" and "wait B" end when the message is there. A stage waits
+Events are those of megatron_lora.output.timeline: F, B and STEP work; "wait F" and "wait B" end when the message is there. A stage waits
 for a hop, and not for work, from the moment when the neighbour had its message ready: the later of the wait's start and the end of the
 neighbour's pass. Clocks of ranks agree as far as `align` makes them.
 """

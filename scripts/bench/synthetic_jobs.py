@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lora.collate import JobRows
-from megatron_lora.config import DatasetConfig, JobConfig
-from megatron_lora.data import JobData, Sample
+from megatron_lora.config.schema import DatasetConfig, JobConfig
+from megatron_lora.data.samples import JobData, Sample
+from megatron_lora.data.steps import JobRows
 from megatron_lora.errors import UserError
-from megatron_lora.jobs import TrainingJob
+from megatron_lora.training.jobs import TrainingJob
 from scheduling.types import Lengths
 
 SUITE = Path(__file__).resolve().parent / "lengths.json"

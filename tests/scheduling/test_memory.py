@@ -1,6 +1,6 @@
 """The memory model by hand, and the policies that follow from it against all that there are.
 
-Whether it counts what a GPU allocates is tests/megatron_lora/test_memory.py's question.
+Whether it counts what a GPU allocates is tests/megatron_lora/planning/test_memory.py's question.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import runs
 
-from megatron_lora.plan_report import read_cost
+from megatron_lora.commands.plan import read_cost
 from scheduling.plan_json import stream_from_json
 from scheduling.simulate import simulate
 from scheduling.types import Op

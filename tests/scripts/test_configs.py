@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lora.config import JobConfig, RunConfig, load_config
+from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = sorted((ROOT / "configs").glob("*.yaml"))

@@ -49,8 +49,8 @@ def test_no_job_trains_on_its_held_out_row_and_no_two_rows_are_the_same(library,
 
 
 def test_rows_are_of_the_types_that_the_config_names(tmp_path):
-    from megatron_lora.config import load_config
-    from megatron_lora.rows import read_rows
+    from megatron_lora.config.schema import load_config
+    from megatron_lora.data.row_files import read_rows
 
     make(Path(json.__file__).parent.parent, tmp_path)  # the standard library, as in the quickstart
     fields = {

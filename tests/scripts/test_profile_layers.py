@@ -13,8 +13,8 @@ import profile_layers  # noqa: E402
 from layer_table import fit_error, read_stages, read_table, stages_of, table_name  # noqa: E402
 from model_shapes import architecture_of  # noqa: E402
 
+from megatron_lora.commands.plan import read_cost  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
-from megatron_lora.plan_report import read_cost  # noqa: E402
 
 WORKLOAD = {"tiny": {"data": [[[10, 20, 30, 7]], [[8, 16, 5]]]}}
 

@@ -110,7 +110,7 @@ def test_options_that_do_not_go_with_a_run_are_refused_before_anything_starts(wo
 @pytest.mark.parametrize("shape", sorted({run.shape for run in RUNS}))
 def test_rows_of_every_shape_fit_the_runs_that_are_ended(shape, tmp_path):
     """The architecture decides which tokenizer class reads the files."""
-    from megatron_lora.data import load_tokenizer
+    from megatron_lora.data.tokenizer import load_tokenizer
 
     config = endings.config_of(Run(name="run", machine=2, shape=shape, workload="tiny", pipeline=2), tmp_path, 40)
     tokenizer = load_tokenizer(config["base_model"])

@@ -13,10 +13,10 @@ from tiny import attach_adapters, save_model, stage_input
 
 from fused_ops.adapters import LoraGroup
 from fused_ops.route import make_route
-from megatron_lora.architecture import read_architecture
-from megatron_lora.base_model import build_stage
-from megatron_lora.config import ParallelConfig
-from megatron_lora.microbatch import Packing, StageInput
+from megatron_lora.config.schema import ParallelConfig
+from megatron_lora.data.microbatch import Packing, StageInput
+from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.model.stage import build_stage
 
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 needs_gpu = pytest.mark.skipif(not CAPABLE, reason="needs a CUDA GPU with 8-bit tensor cores")

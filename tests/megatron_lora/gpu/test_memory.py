@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
-from megatron_lora.architecture import read_architecture
-from megatron_lora.arena import AdapterSpec, Arena
-from megatron_lora.base_model import build_stage
-from megatron_lora.config import TARGET_MODULES, ParallelConfig
-from megatron_lora.settle import shape_of
-from megatron_lora.warm_up import dummy, warm_up
+from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
+from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+from megatron_lora.model.stage import build_stage
+from megatron_lora.planning.predict import shape_of
+from megatron_lora.training.warm_up import dummy, warm_up
 from scheduling.layer_memory import Adapter
 from scheduling.memory import stage_memory
 

@@ -13,17 +13,19 @@ import pytest
 import torch
 from tiny import random_factor, save_model
 
-from megatron_lora.architecture import read_architecture
-from megatron_lora.arena import AdapterSpec, Arena
-from megatron_lora.base_model import build_stage
-from megatron_lora.collate import JobRows, collate
-from megatron_lora.config import TARGET_MODULES, ParallelConfig
-from megatron_lora.data import Sample
-from megatron_lora.executor import Executor, Position
-from megatron_lora.messages import Links, MessageLayout
-from megatron_lora.optimizer import JobOptimizer, OptimizerSettings
-from megatron_lora.plan_feed import Window
-from megatron_lora.timeline import Timeline
+from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
+from megatron_lora.data.collate import collate
+from megatron_lora.data.samples import Sample
+from megatron_lora.data.steps import JobRows
+from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+from megatron_lora.model.stage import build_stage
+from megatron_lora.output.timeline import Timeline
+from megatron_lora.parallel.messages import Links, MessageLayout
+from megatron_lora.parallel.process_groups import Position
+from megatron_lora.training.executor import Executor
+from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
+from scheduling.follow import Window
 from scheduling.pipeline import endings, with_drain
 from scheduling.planner import plan_stream
 from scheduling.types import Microbatch, Segment

@@ -1,0 +1,177 @@
+"""Everything that can be known to be wrong before a weight is loaded or a file is written.
+
+Config against the output directory, the files, the model, the machine and the data, cheapest first; each check raises one
+UserError that names the key, the value and the remedy. What passes here should start: the ranks check nothing again.
+
+    model_dir, architecture, data = check_run(config, ranks_here=2, owner=True)
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from megatron_lora.config.rules import show
+from megatron_lora.config.schema import JobConfig, RunConfig
+from megatron_lora.data.steps import count_steps
+from megatron_lora.data.token_cache import cache_dir
+from megatron_lora.environment import num_cores
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import Architecture, read_architecture
+from megatron_lora.huggingface.hub import resolve_base_model
+from megatron_lora.huggingface.weight_files import check_weights
+from megatron_lora.model.backends import check_backends
+from megatron_lora.output.run_directory import RunDirectory
+from megatron_lora.output.standing import Standing
+from megatron_lora.parallel.partition import check_layout, recompute_of_layers
+
+MAX_NAME_BYTES = 255  # of a file's name, on every common file system
+RANKS_PER_CORE = 4  # more gloo ranks than this on one core only wait for each other
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What the checks read on their way: the model's directory and facts, and each job's samples, in the order of the jobs."""
+
+    model_dir: Path
+    architecture: Architecture
+    data: tuple
+
+
+def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = True) -> Inputs:
+    """Check that a run can start on this machine with `ranks_here` ranks (default: all); the owner needs the output directory too."""
+    left = {}
+    if owner:
+        left = RunDirectory.check(config)
+        config = dataclasses.replace(config, jobs=tuple(job for job in config.jobs if job.name in left))
+    check_files(config)
+    check_backends(config)
+    check_devices(config.parallel.world_size if ranks_here is None else ranks_here)
+    inputs = read_inputs(config)
+    for job, job_data in zip(config.jobs, inputs.data, strict=True):
+        check_checkpoint(job, job_data, left.get(job.name, Standing()))
+    return inputs
+
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """Read and check model, adapters and data; what `plan` needs, which has neither ranks nor an output directory."""
+    check_files(config)
+    model_dir = resolve_base_model(config.base_model)
+    architecture = read_architecture(model_dir)
+    check_layout(architecture, config.parallel)
+    if config.recompute != "auto":
+        recompute_of_layers(config.recompute, architecture.num_layers)
+    if config.load_weights:
+        check_weights(model_dir, architecture)
+    for job in config.jobs:
+        check_init_adapter(job, architecture)
+    data = read_data(config, model_dir, architecture.vocab_size)
+    for job, job_data in zip(config.jobs, data, strict=True):
+        check_lengths(job, job_data, config.microbatch_tokens, architecture)
+    return Inputs(model_dir=model_dir, architecture=architecture, data=data)
+
+
+def check_files(config: RunConfig) -> None:
+    """Check that every dataset and adapter that the config names is there."""
+    for job in config.jobs:
+        for position, dataset in enumerate(job.datasets):
+            where = f"jobs.{job.name}.datasets.{position}.path"
+            path = Path(dataset.path)
+            if len(path.name.encode()) > MAX_NAME_BYTES:
+                raise UserError(f"{where}: {show(dataset.path)}: no file has so long a name; correct the path")
+            if not path.is_file():
+                what = "is a directory; name one file in it" if path.is_dir() else f"no such file in {os.getcwd()}; correct the path"
+                raise UserError(f"{where}: {dataset.path!r}: {what}")
+            if not os.access(path, os.R_OK):
+                raise UserError(f"{where}: {dataset.path!r}: may not be read; change its permissions")
+        if job.init_adapter is None:
+            continue
+        if len(Path(job.init_adapter).name.encode()) > MAX_NAME_BYTES:
+            raise UserError(f"jobs.{job.name}.init_adapter: {show(job.init_adapter)}: no directory has so long a name; correct the path")
+        if not Path(job.init_adapter).is_dir():
+            raise UserError(f"jobs.{job.name}.init_adapter: {job.init_adapter!r}: no such directory; name a PEFT directory, or null")
+
+
+def check_devices(ranks_here: int) -> None:
+    """Check that this machine has a GPU for each rank, or where it has none, cores for them; imports torch."""
+    import torch
+
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if ranks_here > gpus:
+            raise UserError(
+                f"parallel: needs {ranks_here} ranks on this machine, and it shows {gpus} GPUs; lower parallel.pipeline or "
+                "parallel.tensor, or run on its CPU cores with CUDA_VISIBLE_DEVICES="
+            )
+    elif ranks_here > RANKS_PER_CORE * num_cores():
+        raise UserError(
+            f"parallel: needs {ranks_here} ranks, and this machine has no GPU and {num_cores()} CPU cores; "
+            f"lower parallel.pipeline or parallel.tensor to at most {RANKS_PER_CORE * num_cores()} ranks"
+        )
+
+
+def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
+    """Check that the adapter a job continues from is of its rank, scale and modules, and of this base model; imports torch."""
+    if job.init_adapter is None:
+        return
+    from megatron_lora.huggingface.adapter_files import check_adapter, read_adapter
+
+    where = f"jobs.{job.name}"
+    try:
+        adapter = read_adapter(job.init_adapter)
+    except UserError as error:
+        raise UserError(f"{where}.init_adapter: {error}") from None
+    for key in ("r", "lora_alpha", "use_rslora"):
+        wanted, found = getattr(job, key), getattr(adapter, key)
+        if wanted != found:
+            raise UserError(f"{where}.{key}: {wanted} differs from {found} in init_adapter {job.init_adapter!r}; set {key}: {found}")
+    if set(adapter.target_modules) != set(job.target_modules):
+        found = ", ".join(module for module in architecture.module_sizes if module in adapter.target_modules)
+        raise UserError(f"{where}.target_modules: differ from those in init_adapter {job.init_adapter!r}; set [{found}]")
+    sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
+    shapes = {
+        architecture.module_path(layer, module): (num_out, num_in)
+        for layer in range(architecture.num_layers)
+        for module, (num_in, num_out) in sizes.items()
+    }
+    check_adapter(f"{where}.init_adapter: {job.init_adapter!r}", adapter, shapes)
+
+
+def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
+    """Tokenise every job's datasets, or take them from the cache."""
+    from megatron_lora.data.samples import load_jobs_data
+    from megatron_lora.data.tokenizer import load_tokenizer
+
+    return load_jobs_data(config.jobs, load_tokenizer(model_dir), cache_dir(), vocab_size)
+
+
+def check_checkpoint(job: JobConfig, job_data, standing: Standing) -> None:
+    """Check that a job's checkpoint is whole, and of the samples and steps that the job has."""
+    from megatron_lora.data.samples import digest_of
+    from megatron_lora.output.checkpoint import check_tensors
+
+    if standing.checkpoint is None or standing.state is None:
+        return
+    check_tensors(standing.checkpoint)
+    num_steps = count_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps)
+    if (standing.state.samples, standing.state.num_steps) != (digest_of(job_data.samples), num_steps):
+        raise UserError(
+            f"jobs.{job.name}.datasets: have other rows, or the tokenizer makes other tokens of them, than when {standing.checkpoint} "
+            "was written; restore them, or choose another output_dir"
+        )
+
+
+def check_lengths(job: JobConfig, data, microbatch_tokens: int | str, architecture: Architecture) -> None:
+    """Check that each sample fits into a microbatch and the model: within the budget and the positions."""
+    where = f"jobs.{job.name}"
+    longest = max(data.samples, key=lambda sample: len(sample.tokens))
+    tokens = len(longest.tokens)
+    if microbatch_tokens != "auto" and tokens > microbatch_tokens:
+        raise UserError(
+            f"microbatch_tokens: {microbatch_tokens} is less than the {tokens} tokens of row {longest.row} of {where}; "
+            f"set microbatch_tokens: {tokens} or more, or {where}.sequence_len: {microbatch_tokens}"
+        )
+    if tokens > architecture.max_positions:
+        raise UserError(
+            f"{where}.sequence_len: {job.sequence_len} lets row {longest.row} have {tokens} tokens, and the model has "
+            f"{architecture.max_positions} positions; set it to at most {architecture.max_positions}"
+        )

@@ -1,0 +1,203 @@
+"""What `megatron-lora plan` says: how the jobs of a config would share the pipeline, before anything is trained.
+
+A job's line is the job by itself, as it is trained without us: a flush after each of its steps, over its best number of microbatches.
+"one by one" are these one after another, "together" is one run of all jobs under the chosen policy. A job's gain is its time by itself
+over its share of the time together, by its share of the work; the gain in all is one by one over together.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lora.commands.checks import read_inputs
+from megatron_lora.config.rules import one_of
+from megatron_lora.config.schema import RunConfig, load_config
+from megatron_lora.data.steps import Steps, job_steps
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.parallel.partition import layers_of_stages
+from megatron_lora.planning.devices import named_device, size, this_gpu
+from megatron_lora.planning.forecast import Figures, Forecast, Workload, forecast
+from megatron_lora.planning.plan_picture import check_plot_path, draw
+from megatron_lora.planning.predict import cost_of, memory_of, planner_cost
+from megatron_lora.planning.resolve import describe, settle
+from scheduling.cost import DEVICES, CostModel, Device
+from scheduling.memory import RESERVED
+from scheduling.policies import POLICIES, Runs
+from scheduling.windows import plan_windows
+
+WORTH = 0.02  # a gain below this is called nothing
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line says besides the config; None is the default of each."""
+
+    policy: str | None = None
+    plot: str | None = None
+    device: str | None = None
+    cost: str | None = None
+
+
+def main(config_path: str, overrides: list[str], options: Options | None = None) -> int:
+    """Print the plan of a config, and draw it into the file `options.plot`; returns 0."""
+    options = options or Options()
+    policy = one_of(*POLICIES)("--policy", options.policy or "ours")
+    named = None if options.device is None else named_device("--device", options.device)
+    if options.plot is not None:
+        check_plot_path(options.plot)
+    given = load_config(config_path, overrides)
+    measured = None if options.cost is None else read_cost(options.cost, given.parallel.pipeline)
+    inputs = read_inputs(given)
+    gpu = None if named else this_gpu()
+    device = named or gpu or DEVICES["h100"]
+    steps = steps_of_jobs(given, inputs.data)
+    lengths = lengths_of_jobs(inputs.data, steps)
+    share = share_of_targets(inputs.data, steps)
+    config = settle(given, inputs.architecture, lengths, device, share)
+    cost = measured or cost_of(config, inputs.architecture, device, share)
+    weights = planner_cost(config, inputs.architecture, device, share)
+    workload = Workload.of(config, lengths, cost, weights)
+    together, solo = forecast(runs_of(policy, workload), workload), forecast(runs_of("flush", workload), workload)
+    lines = [*describe(given, config), *table(config, policy, workload, solo, together), ""]
+    lines += stage_table(config, inputs.architecture, device, workload, together)
+    lines += ["", basis(device, named or gpu, options.cost, share), *advice(config, policy, solo, together)]
+    print("\n".join(lines))
+    if options.plot is not None:
+        draw(options.plot, together.timeline, together.stream, [job.name for job in config.jobs], "seconds")
+    return 0
+
+
+def read_cost(path: str, num_stages: int) -> CostModel:
+    """Read a cost model (CostModel.to_json) of as many stages."""
+    try:
+        model = CostModel.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"--cost: {path!r} cannot be read ({error.strerror}); name a JSON file") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"--cost: {path!r} holds no cost model; write one with scripts/bench/compare_timeline.py RUN --cost FILE") from None
+    if len(model.stages) != num_stages:
+        raise UserError(f"--cost: {path!r} is of {len(model.stages)} stages and parallel.pipeline is {num_stages}; measure such a run")
+    return model
+
+
+def steps_of_jobs(config: RunConfig, data: Sequence) -> list[Steps]:
+    """Which samples every job's steps take."""
+    return [
+        job_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps, job.shuffle, job.seed)
+        for job, job_data in zip(config.jobs, data, strict=True)
+    ]
+
+
+def lengths_of_jobs(data: Sequence, steps: Sequence[Steps]) -> list[list[list[int]]]:
+    """Tokens of every sample of every step: [job][step][sample]."""
+    return [
+        [[lengths[index] for _, index in step] for step in of_job]
+        for of_job, lengths in zip(steps, (job_data.lengths for job_data in data), strict=True)
+    ]
+
+
+def share_of_targets(data: Sequence, steps: Sequence[Steps]) -> float:
+    """Share of these tokens that are targets."""
+    from megatron_lora.data.steps import target_share
+
+    return target_share((job_data.samples, of_job) for job_data, of_job in zip(data, steps, strict=True))
+
+
+def runs_of(policy: str, workload: Workload) -> Runs:
+    """Plan the workload by a policy: ours as training does, in rolling windows by its weights; others at their best for the real cost."""
+    stages, capacity = workload.num_stages, workload.capacity
+    if policy != "ours":
+        real = workload.cost.slot_cost(sum(workload.ranks) / len(workload.ranks))
+        return POLICIES[policy](workload.planned, stages, capacity, real)
+    windows = plan_windows(workload.planned, stages, capacity, delay=workload.delay, cost=workload.weights)
+    return (tuple(microbatch for window in windows for microbatch in window),)
+
+
+def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, together: Forecast) -> list[str]:
+    """One line per job by itself, one for all of them one by one, one for the run of all."""
+    names = [*(job.name for job in config.jobs), "one by one", f"together, {policy}"]
+    width = max(map(len, names))
+    columns = ("steps", "tokens", "slots", "fill", "uneven", "padding", "no-ops", "bubble", "seconds", "tokens/s", "gain")
+    widths = (6, 11, 7, 6, 7, 8, 7, 7, 9, 10, 6)
+    lines = [" ".join([" " * width, *(f"{column:>{w}}" for column, w in zip(columns, widths, strict=True))])]
+
+    def row(name: str, steps: int, f: Figures, gained: float | None) -> str:
+        cells = (
+            *(f"{steps}", f"{f.tokens:,}", f"{f.slots}", f"{f.fill:.0%}", f"{f.uneven:.0%}", f"{f.padding:.1%}", f"{f.noops}"),
+            *(f"{f.bubble:.1%}", amount(f.seconds), amount(f.tokens / f.seconds), "" if gained is None else f"{gained:.2f}x"),
+        )
+        return " ".join([f"{name:{width}}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))])
+
+    gains = gains_of(solo, together)
+    for job, steps in enumerate(workload.lengths):
+        lines.append(row(names[job], len(steps), solo.of_job(job), gains[job]))
+    steps = sum(map(len, workload.lengths))
+    lines.append(row(names[-2], steps, solo.figures, None))
+    lines.append(row(names[-1], steps, together.figures, solo.figures.seconds / together.figures.seconds))
+    return lines
+
+
+def gains_of(solo: Forecast, together: Forecast) -> list[float]:
+    """Each job's time by itself / its share of the time together."""
+    shares = together.shares()
+    return [solo.of_job(job).seconds / (shares[job] * together.figures.seconds) for job in range(len(shares))]
+
+
+def stage_table(config: RunConfig, architecture: Architecture, device: Device, workload: Workload, together: Forecast) -> list[str]:
+    """One line per stage: its layers, how long it is idle, and its memory; a warning where that does not fit."""
+    columns = ("stage", "layers", "bubble", "weights", "adapters", "activations", "memory")
+    lines = ["".join(f"{column:>{len(column) + 4}}" for column in columns)[4:]]
+    over = []
+    layers = layers_of_stages(architecture.num_layers, config.parallel)
+    for stage, memory in enumerate(memory_of(config, architecture, device)):
+        in_flight, largest = together.tokens_in_flight(stage), together.largest_slot
+        total = memory.total(in_flight, largest)
+        activations = total - memory.weights - memory.adapters
+        cells = (
+            *(f"{stage}", f"{len(layers[stage])}", f"{together.timeline.bubble(stage):.1%}"),
+            *(size(each) for each in (memory.weights, memory.adapters, activations, total)),
+        )
+        lines.append("".join(f"{cell:>{len(column) + 4}}" for cell, column in zip(cells, columns, strict=True))[4:])
+        if total > device.memory_bytes * (1 - RESERVED):
+            over.append(f"stage {stage} needs {size(total)}")
+    if over:
+        lines.append(
+            f"Too much for {size(device.memory_bytes)} on {device.name}: {', '.join(over)}; lower microbatch_tokens, set recompute, or use "
+            "more stages or tensor ranks."
+        )
+    return lines
+
+
+def basis(device: Device, asked: Device | None, cost: str | None, target_share: float) -> str:
+    """Say what the seconds stand on."""
+    if cost is not None:
+        return f"Seconds are by the measured cost model {cost}; communication is not counted. Memory is for {device.name}."
+    counted = f"The loss is counted for {target_share:.0%} of the tokens, those that are targets."
+    if asked is None:
+        where = f"This machine has no GPU: seconds and memory are predicted for {device.name} (choose with --device)"
+        return f"{where}, without communication. {counted}"
+    return f"Seconds and memory are predicted for {device.name}, without communication. {counted}"
+
+
+def advice(config: RunConfig, policy: str, solo: Forecast, together: Forecast) -> list[str]:
+    """Say in words whether co-training pays, and for whom not."""
+    stages, gain = config.parallel.pipeline, solo.figures.seconds / together.figures.seconds
+    where = {1: "One GPU" if config.parallel.world_size == 1 else "One stage"}.get(stages, f"{stages} stages")
+    if gain < 1 + WORTH:
+        if len(config.jobs) == 1:
+            reason = ", and one job, which has nobody to share with"
+        else:
+            reason = ", and each job fills its microbatches" if stages == 1 else ", and each job keeps them busy"
+        return [f"{where}{reason if policy == 'ours' else ''}: expect {gain:.1f}x."]
+    lines = [f"{where}, {config.microbatch_tokens} tokens per microbatch: expect {gain:.2f}x over the jobs one by one."]
+    if len(config.jobs) > 1:
+        idle = [job.name for job, gained in zip(config.jobs, gains_of(solo, together), strict=True) if gained < 1 + WORTH]
+        lines += [f"Does not gain by being co-trained: {', '.join(idle)}."] if idle else []
+    return lines
+
+
+def amount(value: float) -> str:
+    """Three digits at least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

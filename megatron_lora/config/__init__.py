@@ -1,0 +1,1 @@
+"""What a user may say, and how a mistake is reported."""

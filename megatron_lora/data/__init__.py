@@ -1,0 +1,1 @@
+"""From records on disk to the tensors of a microbatch."""

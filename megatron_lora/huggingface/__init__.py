@@ -1,0 +1,1 @@
+"""Directories of base models and adapters: what they say, read and written."""

@@ -1,0 +1,85 @@
+"""The base model's weights, streamed: a rank reads only the slices that it owns, never a whole model.
+
+`Checkpoint.read` returns one slice of one tensor of the safetensors files (safetensors_header.py has checked them before launch);
+`RandomTensors.read` the same slice of a random tensor that depends on the seed and the tensor's name alone, so that any layout of ranks
+gets the same model. `load` fills parts of parameters from either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.huggingface.weight_files import read_header, weight_files
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of a parameter and where it comes from: `target` is a view that takes `index` of the tensor `name`."""
+
+    target: Tensor
+    name: str
+    index: Index
+
+
+class Source(Protocol):
+    """Where slices of tensors come from."""
+
+    def read(self, name: str, index: Index) -> Tensor: ...
+
+
+def load(parts: Iterable[Part], source: Source) -> None:
+    """Fill parts of parameters, one slice at a time, converting to the parameter's dtype and device."""
+    with torch.no_grad():
+        for part in parts:
+            part.target.copy_(source.read(part.name, part.index))
+
+
+class Checkpoint:
+    """The safetensors files of a model directory, each opened when it is first needed. `bytes_read` counts what was read of the tensors."""
+
+    def __init__(self, model_dir: str | Path):
+        self.files = {name: path for path in weight_files(Path(model_dir)) for name in read_header(path)}
+        self.opened: dict[Path, safe_open] = {}
+        self.bytes_read = 0
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """Return one slice of one tensor. Raises UserError naming file and tensor."""
+        path = self.files.get(name)
+        if path is None:
+            raise UserError(f"base_model: the tensor {name} is in none of the safetensors files; fetch the model again")
+        try:
+            if path not in self.opened:
+                self.opened[path] = safe_open(path, framework="pt", device="cpu")
+            values = self.opened[path].get_slice(name)[index]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"base_model: {path}: the tensor {name} cannot be read ({error}); fetch the file again") from None
+        self.bytes_read += values.nbytes
+        return values
+
+
+class RandomTensors:
+    """Random weights for runs without a checkpoint: norms 1, biases 0, matrices normal with standard deviation 0.02."""
+
+    def __init__(self, architecture: Architecture, seed: int, dtype: torch.dtype, device: torch.device):
+        self.shapes, self.seed, self.dtype, self.device = architecture.tensor_shapes(), seed, dtype, device
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """Return one slice of the tensor, drawn whole from a stream of its own."""
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, float(name.endswith("weight")), dtype=self.dtype, device=self.device)[index]
+        key = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator(device=self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0.0, 0.02, generator=generator)[index]

@@ -1,0 +1,1 @@
+"""The frozen stage and the adapters on it."""

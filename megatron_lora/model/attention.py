@@ -1,0 +1,105 @@
+"""Attention over packed samples, for megatron-core's attention slots.
+
+`MergedSelfAttention` is Megatron's self-attention with `linear_qkv` laid out as q | k | v (Megatron interleaves them per group of query
+heads), so that each module's adapter writes contiguous columns; it turns q and k by their position in their sample. `PackedAttention` is
+its core: every row sees the rows of its own sample up to itself (and no further back than the layer's sliding window). Rows of different
+samples never meet. On CUDA in 16 bit this is torch's variable-length flash attention; else one
+scaled-dot-product call per sample. Shapes of a call: q [T, heads, d], k and v [T, kv heads, d], out [T, heads * d].
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from fused_ops.refill import Refill
+from fused_ops.rope import rotate_qkv
+from megatron_lora.data.microbatch import Packing
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """What Megatron hands through to the core attention: the packing of the microbatch and its rotary table (cos, sin)."""
+
+    packing: Packing | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+class MergedSelfAttention(SelfAttention):
+    """Megatron's self-attention over a `linear_qkv` whose columns are q | k | v of this rank's heads."""
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None) -> Tensor:
+        """Return [T_local, 1, H] from normed hidden states [T_local, 1, H], which `refill` brings back where they are not kept."""
+        qkv, _ = self.linear_qkv(hidden_states, refill=refill)
+        norms = None
+        if self.config.qk_layernorm:
+            norms = self.q_layernorm.weight, self.k_layernorm.weight, self.q_layernorm.eps
+        heads, kv_heads = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+        query, key, value = rotate_qkv(qkv.squeeze(1), packed_seq_params.rotary, heads, kv_heads, norms)
+        attended = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
+        out, _ = self.linear_proj(attended.unsqueeze(1))
+        return out
+
+
+class PackedAttention(torch.nn.Module):
+    """The core attention of one layer: causal within samples."""
+
+    def __init__(self, config, layer_number: int, softmax_scale: float | None = None, **_):
+        super().__init__()
+        self.window = config.architecture.sliding_windows[layer_number - 1]
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
+        """Return [T, heads * d]. The other arguments of Megatron's protocol say nothing here: the packing is the mask."""
+        attend = varlen_attention if can_varlen(query) else per_sample_attention
+        return attend(query, key, value, packed_seq_params.packing, self.scale, self.window).flatten(1)
+
+
+def can_varlen(query: Tensor) -> bool:
+    """Tell whether flash attention takes this device, dtype and head size."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
+    """Attend with torch's variable-length flash attention: one launch for all samples."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"enable_gqa": True, "num_splits": 1}  # one split: a sample's bits do not depend on its neighbours' lengths
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn(
+        query,
+        key,
+        value,
+        packing.cu_seqlens,
+        packing.cu_seqlens,
+        packing.max_length,
+        packing.max_length,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **{name: option for name, option in options.items() if name in known},
+    )
+
+
+def per_sample_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
+    """Attend with one scaled-dot-product call per sample: the obvious twin of `varlen_attention`, for CPU and fp32."""
+    outs = []
+    for q, k, v in zip(*(x.transpose(0, 1).split(packing.lengths, dim=1) for x in (query, key, value)), strict=True):
+        length = q.shape[1]
+        mask = None if window is None or window >= length else _window_mask(length, window, q.device)
+        out = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[0] != k.shape[0]
+        )
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    rows = torch.arange(length, device=device)
+    behind = rows[:, None] - rows
+    return (behind >= 0) & (behind < window)

@@ -1,0 +1,156 @@
+"""The multi-LoRA column- and row-parallel linears, and the table of collectives around them.
+
+Both are megatron-core's own layers with a frozen weight and another forward: `fused_ops.linear.multi_lora_linear` with the collectives
+that the kind of parallelism asks for. T rows, t tensor ranks; "shard" is this rank's T / t rows under sequence parallelism.
+
+    |                  | before the GEMM | after it (Y)       | backward, before (dY) | after it (dX)      | dS for dA          |
+    | column           |                 |                    |                       | all-reduce         |                    |
+    | column, sequence | all-gather rows |                    |                       | reduce-scatter     | reduce-scatter     |
+    | row              |                 | all-reduce         |                       |                    |                    |
+    | row, sequence    |                 | reduce-scatter     | all-gather rows       |                    |                    |
+
+A merged linear holds its modules' output columns side by side on every rank: q | k | v of this rank's heads, gate | up of its features.
+The microbatch's route comes through the stage's `Binding`, which is set for the length of one forward (`Binding.bound`). With a `Refill`
+a linear does not keep its input: the norm or SwiGLU that made it makes it again in backward. `quantise` puts the frozen weight in 8 bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from fused_ops.adapters import LoraGroup
+from fused_ops.fp8 import Fp8Weight, quantise_weight
+from fused_ops.linear import Collectives, multi_lora_linear
+from fused_ops.refill import Refill
+from megatron_lora.data.microbatch import StageInput
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import MERGED_LINEARS
+from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearGeometry:
+    """What adapters need to know of a merged linear on this rank: per module its Hugging Face path and local output features."""
+
+    modules: tuple[str, ...]  # ("q_proj", "k_proj", "v_proj")
+    paths: tuple[str, ...]  # ("model.layers.0.self_attn.q_proj", ...)
+    in_features: int  # local
+    out_features: tuple[int, ...]  # local, per module
+    parallel: str  # "column" or "row"
+    first_feature: int  # global index of the local input feature 0
+
+    @property
+    def columns(self) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) output columns of each module."""
+        return tuple(pairwise(accumulate(self.out_features, initial=0)))
+
+
+class Binding:
+    """The microbatch that a stage is computing now; one per stage, shared by its linears, set by `bound` alone."""
+
+    __slots__ = ("microbatch",)
+
+    def __init__(self):
+        self.microbatch: StageInput | None = None
+
+    @contextlib.contextmanager
+    def bound(self, microbatch: StageInput | None) -> Iterator[None]:
+        """Bind a microbatch to the stage's linears for the length of one forward, or of its recomputation."""
+        before, self.microbatch = self.microbatch, microbatch
+        try:
+            yield
+        finally:
+            self.microbatch = before
+
+
+class _MultiLora:
+    """What the two layers share: geometry, the adapters' views (set by the arena), and the forward over [T, 1, K]."""
+
+    group: LoraGroup | None
+    binding: Binding
+    geometry: LinearGeometry
+    weight_in_8_bits: Fp8Weight | None = None
+    operator = staticmethod(multi_lora_linear)  # computes Y; a benchmark gives a linear another one with the same arguments
+
+    def _setup(self, config, role: str, parallel: str, collectives: tuple[type[Collectives], type[Collectives]]) -> None:
+        self.group, self.role, self.parallel = None, role, parallel
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        plain, sequence = collectives
+        alone = self.tp_group.size() == 1
+        self.collectives = Collectives() if alone else (sequence if config.sequence_parallel else plain)(self.tp_group)
+
+    def place(self, layer: int, binding: Binding) -> None:
+        """Tell the linear which layer (from 0, of the whole model) it belongs to and where its microbatch comes from."""
+        architecture, ranks, rank = self.config.architecture, self.tp_group.size(), self.tp_group.rank()
+        modules = MERGED_LINEARS[self.role]
+        sizes = [architecture.module_sizes[module] for module in modules]
+        column = self.parallel == "column"
+        self.binding = binding
+        self.geometry = LinearGeometry(
+            modules=modules,
+            paths=tuple(architecture.module_path(layer, module) for module in modules),
+            in_features=self.weight.shape[1],
+            out_features=tuple(num_out // ranks if column else num_out for _, num_out in sizes),
+            parallel=self.parallel,
+            first_feature=0 if column else rank * self.weight.shape[1],
+        )
+        assert self.geometry.columns[-1][1] == self.weight.shape[0]
+
+    def quantise(self) -> None:
+        """Keep the frozen weight in 8 bits from now on (fused_ops.fp8). Raises UserError where it is not finite."""
+        try:
+            self.weight_in_8_bits = quantise_weight(self.weight.detach())
+        except ValueError as error:
+            raise UserError(f"base_weights: 'fp8': {self.geometry.paths[0]}: {error}; use native, or fetch the model again") from None
+        self.weight = None
+
+    def _apply_linear(self, x: Tensor, bias: Tensor | None, refill: Refill | None) -> Tensor:
+        microbatch = self.binding.microbatch
+        assert microbatch is not None, f"{self.geometry.paths[0]}: no microbatch is bound; call the stage, or enter Stage.bound"
+        weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits
+        return self.operator(x.squeeze(1), weight, bias, self.group, microbatch.route, self.collectives, refill=refill)
+
+
+class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
+    """linear_qkv and linear_fc1: output features sharded. [T_local, 1, K] -> ([T, 1, N_local], None)."""
+
+    def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
+        kwargs["bias"] = config.architecture.has_bias(MERGED_LINEARS[tp_comm_buffer_name][0])
+        super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
+        self._setup(config, tp_comm_buffer_name, "column", (ColumnCollectives, ColumnSequenceCollectives))
+
+    def forward(self, input_: Tensor, refill: Refill | None = None) -> tuple[Tensor, None]:
+        """Return Y with its bias added, and None in the place of a bias to add later."""
+        return self._apply_linear(input_, self.bias, refill).unsqueeze(1), None
+
+
+class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
+    """linear_proj and linear_fc2: input features sharded. [T, 1, K_local] -> ([T_local, 1, N], None)."""
+
+    def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
+        kwargs["bias"] = config.architecture.has_bias(MERGED_LINEARS[tp_comm_buffer_name][0])
+        super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
+        self._setup(config, tp_comm_buffer_name, "row", (RowCollectives, RowSequenceCollectives))
+
+    def forward(self, input_: Tensor, refill: Refill | None = None) -> tuple[Tensor, None]:
+        """Return Y with its bias added once, after the reduction, and None in the place of a bias to add later."""
+        y = self._apply_linear(input_, None, refill)
+        return (y if self.bias is None else y + self.bias).unsqueeze(1), None
+
+
+MultiLoraLinear = MultiLoraColumnParallelLinear | MultiLoraRowParallelLinear
+
+
+def freeze(module: torch.nn.Module) -> None:
+    """Stop gradients to all parameters of a module."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)

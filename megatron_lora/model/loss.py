@@ -1,0 +1,122 @@
+"""Cross-entropy over a frozen head, in chunks of rows, so that the full logits never exist.
+
+    loss_t = log sum_v exp(h_t . w_v) - h_t . w_label        dh_t = g_t * (softmax(h_t W^T) - onehot(label)) W
+
+The gradient with g = 1 is made while a chunk's logits are there (the head is frozen: only dh is wanted), and backward scales its rows by
+the upstream gradient g, which is where a row's weight enters: two GEMMs in all, and nothing is kept but the gradient's rows.
+Rows are independent: a NaN in one stays there. A label of -100 gives loss 0 and gradient 0. Where the host says which rows are targets,
+the head is computed for those alone; in completion-only training most rows are not. A GEMM's bits may depend on how many rows it has:
+chunks of targets are therefore filled up to one height, so that no row's bits depend on how many of its neighbours are targets.
+
+Under tensor parallelism each rank holds a range of the vocabulary; maxima, sums and target logits are reduced per chunk, the gradient
+once. Under sequence parallelism `hidden` is a shard of rows: it is gathered first and its gradient is reduce-scattered, while losses are
+of all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fused_ops.cross_entropy import scatter_scaled, softmax_residual_, softmax_sums
+from megatron_lora.parallel.collectives import all_reduce, gather_rows, scatter_rows
+from scheduling.memory import loss_chunk_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The output matrix of this rank: rows [first_token, first_token + len(weight_VH)) of the vocabulary, without padding rows.
+
+    `widest` is the largest len(weight_VH) of any tensor rank, so that all ranks cut the same chunks.
+    """
+
+    weight_VH: Tensor
+    first_token: int
+    widest: int
+    group: dist.ProcessGroup
+    sequence_parallel: bool
+
+
+def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, targets: Tensor | None = None, chunk_rows: int | None = None) -> Tensor:
+    """Return each row's loss, fp32 [T], differentiable in `hidden` [T_local, H]; `labels` int64 [T], -100 for none.
+
+    `targets` int64 lists the rows to look at, each once, the same on all tensor ranks: all rows with a label are among them. None: all.
+    """
+    rows = chunk_rows or loss_chunk_rows(head.widest, hidden.element_size())
+    return _ChunkedCrossEntropy.apply(hidden, labels, targets, head, rows, hidden.requires_grad and torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def logits(hidden: Tensor, head: Head) -> Tensor:
+    """Return the full logits [T, vocabulary], whole on every rank, without a graph. For tests: training never makes them."""
+    full = gather_rows(hidden, head.group) if head.sequence_parallel else hidden
+    part = full @ head.weight_VH.t()
+    if head.group.size() == 1:
+        return part
+    widths = [torch.zeros(1, dtype=torch.int64, device=part.device) for _ in range(head.group.size())]
+    dist.all_gather(widths, torch.tensor([part.shape[1]], device=part.device), group=head.group)
+    widest = max(int(width) for width in widths)
+    parts = [part.new_empty(part.shape[0], widest) for _ in widths]
+    dist.all_gather(parts, pad(part, (0, widest - part.shape[1])).contiguous(), group=head.group)
+    return torch.cat([whole[:, : int(width)] for whole, width in zip(parts, widths, strict=True)], dim=1)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, labels, targets, head, chunk_rows, with_grad):
+        full = gather_rows(hidden, head.group) if head.sequence_parallel else hidden
+        num_rows, width = full.shape
+        assert labels.shape == (num_rows,), f"{list(labels.shape)} labels for {list(full.shape)} hidden states"
+        height, num_wanted, chosen = min(chunk_rows, num_rows), num_rows if targets is None else len(targets), targets
+        wanted = labels if targets is None else labels.index_select(0, targets)
+        if targets is not None:
+            chosen, wanted = (pad(listed, (0, -num_wanted % height), value=none) for listed, none in ((targets, 0), (wanted, -100)))
+        losses = torch.empty(len(wanted), dtype=torch.float32, device=full.device)
+        grad = full.new_empty(len(wanted), width) if with_grad else None
+        logits = full.new_empty(min(height, len(wanted)), head.weight_VH.shape[0])
+        for start in range(0, len(wanted), height):
+            rows = slice(start, min(start + height, len(wanted)))
+            chunk = full[rows] if targets is None else full.index_select(0, chosen[rows])
+            _chunk(chunk, wanted[rows], head, logits[: len(chunk)], losses[rows], None if grad is None else grad[rows])
+        del full, logits
+        if targets is not None:
+            losses, grad = losses[:num_wanted], None if grad is None else grad[:num_wanted]
+            losses = losses.new_zeros(num_rows).index_copy_(0, targets, losses)
+        if grad is not None and head.group.size() > 1:
+            if head.sequence_parallel:
+                grad = grad if targets is None else grad.new_zeros(num_rows, width).index_copy_(0, targets, grad)
+                grad, targets = scatter_rows(grad, head.group), None
+            elif len(grad):
+                grad = all_reduce(grad, head.group)
+        ctx.head, ctx.grad, ctx.targets = head, grad, targets
+        return losses
+
+    @staticmethod
+    def backward(ctx, upstream):
+        head, grad = ctx.head, ctx.grad
+        if head.sequence_parallel:
+            upstream = upstream[head.group.rank() * grad.shape[0] :][: grad.shape[0]]
+        ctx.grad = None
+        return scatter_scaled(grad, upstream.contiguous(), ctx.targets), None, None, None, None, None
+
+
+def _chunk(hidden: Tensor, labels: Tensor, head: Head, logits: Tensor, losses: Tensor, grad: Tensor | None) -> None:
+    """Write the losses [C] of some rows and, where it is wanted, their gradient [C, H] for g = 1; `logits` [C, V_local] is scratch."""
+    torch.mm(hidden, head.weight_VH.t(), out=logits)
+    highest, total = softmax_sums(logits)
+    column = labels - head.first_token
+    owned = (column >= 0) & (column < logits.shape[1])
+    target = logits.gather(1, torch.where(owned, column, 0)[:, None]).squeeze(1).float()
+    if head.group.size() > 1:
+        own = highest.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=head.group)
+        total, target = all_reduce(torch.stack((total * (own - highest).exp_(), torch.where(owned, target - highest, 0.0))), head.group)
+    else:
+        target = target - highest
+    losses.copy_(torch.where(labels >= 0, total.log() - target, 0.0))
+    if grad is not None:
+        torch.mm(softmax_residual_(logits, labels, highest, total, head.first_token), head.weight_VH, out=grad)

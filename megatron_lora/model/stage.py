@@ -1,0 +1,319 @@
+"""One pipeline stage of a frozen base model: megatron-core's GPTModel with our parts in its slots.
+
+`build_stage` turns an `Architecture` into the part of the GPTModel that this rank owns, through ModuleSpec: our linears, norms and core
+attention. Positions come in through the core attention ('none' for Megatron); the output layer passes hidden states through, because the
+loss reads the head in chunks; a tied matrix is held by the first and by the last stage (once, where they are one), since neither copy is
+trained. No parameter requires a gradient: adapters live in the arena, outside the module tree.
+
+    stage = build_stage(read_architecture(directory), directory, parallel, dtype=torch.bfloat16, device=device)
+    hidden = stage(microbatch, received)            # received: None on the first stage
+    losses = stage.losses(hidden, microbatch.labels, microbatch.targets)     # on the last stage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from megatron_lora.config.schema import ParallelConfig
+from megatron_lora.data.microbatch import StageInput
+from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.huggingface.rope import frequencies, rotary_table
+from megatron_lora.huggingface.weight_slices import Checkpoint, Part, RandomTensors, load
+from megatron_lora.model import loss
+from megatron_lora.model.attention import MergedSelfAttention, PackedAttention, PackedRows
+from megatron_lora.model.backends import OURS, Backends
+from megatron_lora.model.decoder import DecoderLayer
+from megatron_lora.model.linears import Binding, MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
+from megatron_lora.model.norm import RMSNorm
+from megatron_lora.parallel import compat
+from megatron_lora.parallel.partition import check_layout, layers_of_stages, recompute_of_layers
+
+
+@dataclass
+class StageConfig(TransformerConfig):
+    """Megatron's configuration, which every slot receives, with the facts of the base model beside it."""
+
+    architecture: Architecture | None = None
+
+
+class Stage(torch.nn.Module):
+    """This rank's part of the model. `linears` are its patched linears in layer order; `layers` the global indices of its layers."""
+
+    def __init__(self, model: GPTModel, architecture: Architecture, layers: range, device: torch.device):
+        super().__init__()
+        self.model, self.architecture, self.layers, self.device = model, architecture, layers, device
+        self.is_first, self.is_last = model.pre_process, model.post_process
+        self.dtype = model.config.params_dtype
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.sequence_parallel = model.config.sequence_parallel
+        self.binding = Binding()
+        self.linears: tuple[MultiLoraLinear, ...] = tuple(self._place_linears())
+        freqs, self.rotary_scale = frequencies(architecture.rope, architecture.head_dim)
+        self.freqs = freqs.to(device)
+
+    def _place_linears(self) -> Iterator[MultiLoraLinear]:
+        for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
+            assert block.layer_number == layer + 1
+            attention, mlp = block.self_attention, block.mlp
+            for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
+                linear.place(layer, self.binding)
+                yield linear
+
+    def set_recompute(self, recompute: str | tuple[str, ...]) -> None:
+        """Set the recomputation policy of all layers, or of each layer of the model."""
+        policies = recompute_of_layers(recompute, self.architecture.num_layers)
+        for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
+            block.recompute = policies[layer]
+
+    def bound(self, microbatch: StageInput) -> AbstractContextManager[None]:
+        """Bind a microbatch to the stage's linears for the length of one forward (or of its recomputation)."""
+        return self.binding.bound(microbatch)
+
+    def forward(self, microbatch: StageInput, hidden: Tensor | None = None) -> Tensor:
+        """Compute the stage's layers over one microbatch.
+
+        `hidden` [T_local, H] comes from the stage before, None on the first stage, which embeds the tokens. Returns [T_local, H] (after the
+        final norm on the last stage), never a view, so that an executor may free it once it is sent. T_local is T, or T / tensor under
+        sequence parallelism.
+        """
+        packing = microbatch.packing
+        rotary = rotary_table(packing.positions, self.freqs, self.rotary_scale, self.dtype)
+        with self.bound(microbatch):
+            if self.is_first:
+                assert hidden is None
+                embedded = self.model.embedding(input_ids=microbatch.tokens[None], position_ids=None)
+                embedded.requires_grad_(torch.is_grad_enabled())  # or no gradient would reach the adapters of the first layer
+            else:
+                embedded = None
+                self.model.set_input_tensor(hidden.unsqueeze(1))
+            out = self.model(
+                input_ids=None,
+                position_ids=None,
+                attention_mask=None,
+                decoder_input=embedded,
+                packed_seq_params=PackedRows(qkv_format="thd", packing=packing, rotary=rotary),
+            )
+        out = out.squeeze(0 if self.is_last else 1)  # GPTModel gives [1, T, H] from its output layer, [T, 1, H] before it
+        return make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True)
+
+    @property
+    def head(self) -> loss.Head:
+        """The output matrix of the last stage without its padding rows."""
+        weight = self.model.output_layer.weight
+        first = self.tensor_group.rank() * weight.shape[0]
+        return loss.Head(
+            weight_VH=weight[: max(0, self.architecture.vocab_size - first)],
+            first_token=first,
+            widest=weight.shape[0],
+            group=self.tensor_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    def losses(self, hidden: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return each row's cross-entropy, fp32 [T] (label -100: 0), differentiable in `hidden` [T_local, H]. Last stage only.
+
+        `targets` lists the rows that have a label, the only ones whose logits are computed; None: all rows are looked at.
+        """
+        return loss.cross_entropy(hidden, labels, self.head, targets)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the full logits [T, vocabulary] of the last stage; for tests."""
+        return loss.logits(hidden, self.head)
+
+    def parts(self) -> Iterator[Part]:
+        """Yield every part of this rank's parameters with the tensor and slice of the checkpoint that fills it."""
+        everything = slice(None)
+        if self.is_first:
+            yield self._vocabulary_part(self.model.embedding.word_embeddings.weight, "model.embed_tokens.weight")
+        for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
+            prefix = f"model.layers.{layer}"
+            norms = [(block.input_layernorm, "input_layernorm"), (block.pre_mlp_layernorm, "post_attention_layernorm")]
+            if self.architecture.qk_norm:
+                attention = block.self_attention
+                norms += [(attention.q_layernorm, "self_attn.q_norm"), (attention.k_layernorm, "self_attn.k_norm")]
+            for norm, name in norms:
+                yield Part(target=norm.weight, name=f"{prefix}.{name}.weight", index=(everything,))
+        for linear in self.linears:
+            yield from _linear_parts(linear)
+        if self.is_last:
+            yield Part(target=self.model.decoder.final_layernorm.weight, name="model.norm.weight", index=(everything,))
+            if not (self.architecture.tied_head and self.is_first):
+                name = "model.embed_tokens.weight" if self.architecture.tied_head else "lm_head.weight"
+                yield self._vocabulary_part(self.model.output_layer.weight, name)
+
+    def _vocabulary_part(self, weight: Tensor, name: str) -> Part:
+        first = self.tensor_group.rank() * weight.shape[0]
+        rows = min(weight.shape[0], self.architecture.vocab_size - first)
+        return Part(target=weight[:rows], name=name, index=(slice(first, first + rows), slice(None)))
+
+
+class PassThrough(torch.nn.Module):
+    """GPTModel's output layer, giving hidden states instead of logits; it keeps the head's weight for the loss."""
+
+    def __init__(self, weight: torch.nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+        """Return the hidden states and no bias."""
+        return hidden, None
+
+
+def build_stage(
+    architecture: Architecture,
+    model_dir: str | Path | None,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_weights: bool = True,
+    seed: int = 0,
+    recompute: str | tuple[str, ...] = "none",
+    base_weights: str = "native",
+    backends: Backends = OURS,
+) -> Stage:
+    """Build this rank's stage and fill it: from the safetensors of `model_dir`, or at random from `seed` when `load_weights` is false.
+
+    `recompute` is the policy of all layers, or of each layer of the model (decoder.py); `base_weights` "fp8" puts the linears' weights in
+    8 bits, one linear after another; `backends` says whose norms and attention stand in the slots (backends.py). `parallel_state` must be
+    initialised (process_groups.initialize_parallel). Raises UserError where model, files and layout do not fit.
+    """
+    check_layout(architecture, parallel)
+    compat.quieten_gpt_model()
+    layers = layers_of_stages(architecture.num_layers, parallel)[parallel_state.get_pipeline_model_parallel_rank()]
+    config = _stage_config(architecture, parallel, dtype, device)
+    with compat.attention_variables_kept():
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, len(layers), backends),
+            vocab_size=-(-architecture.vocab_size // parallel.tensor) * parallel.tensor,
+            max_sequence_length=architecture.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=False,
+        )
+    if model.post_process:
+        shared = architecture.tied_head and model.pre_process
+        model.output_layer = PassThrough(model.embedding.word_embeddings.weight if shared else model.output_layer.weight)
+    freeze(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # padding rows of the vocabulary stay so
+    stage = Stage(model, architecture, layers, device)
+    stage.set_recompute(recompute)
+    load(stage.parts(), Checkpoint(model_dir) if load_weights else RandomTensors(architecture, seed, dtype, device))
+    if base_weights == "fp8":
+        for linear in stage.linears:
+            linear.quantise()
+    return stage
+
+
+def _stage_config(architecture: Architecture, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device) -> StageConfig:
+    layout = None
+    if parallel.pipeline > 1:
+        layout = [["decoder"] * len(layers) for layers in layers_of_stages(architecture.num_layers, parallel)]
+        layout[0].insert(0, "embedding")
+        layout[-1].append("loss")
+    return StageConfig(
+        architecture=architecture,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        qk_layernorm=architecture.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,  # our linears take their bias from the architecture and add it themselves
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=layout,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,
+    )
+
+
+class _SpecProvider(LocalSpecProvider):
+    """Megatron's table of modules for its specs, with our linears."""
+
+    def column_parallel_linear(self) -> type:
+        return MultiLoraColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return MultiLoraRowParallelLinear
+
+
+def _block_spec(config: StageConfig, num_layers: int, backends: Backends) -> TransformerBlockSubmodules:
+    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    norm, core_attention = RMSNorm, PackedAttention
+    if "te" in (backends.norms, backends.attention):
+        from megatron_lora.model.transformer_engine import EngineAttention, EngineNorm
+
+        norm = EngineNorm if backends.norms == "te" else RMSNorm
+        core_attention = EngineAttention if backends.attention == "te" else PackedAttention
+    attention = ModuleSpec(
+        module=MergedSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=MultiLoraColumnParallelLinear,
+            core_attention=core_attention,
+            linear_proj=MultiLoraRowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+    layer = ModuleSpec(
+        module=DecoderLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(_SpecProvider()),
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def _linear_parts(linear: MultiLoraLinear) -> Iterator[Part]:
+    """Yield the parts of a merged linear: module after module, this rank's rows (column-parallel) or columns (row-parallel)."""
+    geometry, rank, everything = linear.geometry, linear.tp_group.rank(), slice(None)
+    for path, (start, stop) in zip(geometry.paths, geometry.columns, strict=True):
+        if geometry.parallel == "column":
+            index = (slice(rank * (stop - start), (rank + 1) * (stop - start)), everything)
+        else:
+            index = (everything, slice(geometry.first_feature, geometry.first_feature + geometry.in_features))
+        yield Part(target=linear.weight[start:stop], name=f"{path}.weight", index=index)
+        if linear.bias is not None:
+            yield Part(target=linear.bias[start:stop], name=f"{path}.bias", index=index[:1])

@@ -1,0 +1,146 @@
+"""Transformer Engine's RMSNorm and attention in Megatron's slots, with the calls of ours (norm.py, attention.py).
+
+`EngineNorm` adds the residual in a pass of its own; with a Refill its backward runs the norm again, gives the output to the linear that
+waits for it, and goes back through that run. `EngineAttention` takes packed samples ("thd"), causal, with sliding windows.
+Transformer Engine, which `backends.import_engine` has loaded by then, picks among its own kernels.
+`attention_fault` tries the attention forward and backward on a device: which of its cuDNN's engines run is not told by versions.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from fused_ops.backend import gradients
+from fused_ops.refill import Refill, wanted
+from megatron_lora.data.microbatch import Packing
+from megatron_lora.model.attention import PackedRows, per_sample_attention
+from megatron_lora.model.backends import first_line
+
+_LENGTHS = (70, 1, 130)  # of the samples that the attention is tried on
+
+
+class EngineNorm(torch.nn.Module):
+    """One frozen weight [hidden_size] in Transformer Engine's RMSNorm; built as Megatron builds norms."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        engine = importlib.import_module("transformer_engine.pytorch")
+        self.norm = engine.RMSNorm(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        self.norm.weight.requires_grad_(False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The norm's weight, for loading."""
+        return self.norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x."""
+        return self.norm(x)
+
+    def add(self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None) -> tuple[Tensor, Tensor]:
+        """Return the normalised x (+ residual), and the sum itself, which goes on along the residual stream."""
+        total = x if residual is None else x + residual
+        return (self.norm(total) if refill is None else _NormAgain.apply(total, self.norm, refill)), total
+
+
+class _NormAgain(torch.autograd.Function):
+    """A norm that keeps its input alone and in backward gives its output to a Refill."""
+
+    @staticmethod
+    def forward(ctx, x, norm, refill):
+        ctx.save_for_backward(x)
+        ctx.norm, ctx.refill = norm, refill
+        return norm(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,), (dx,) = gradients(lambda x: (ctx.norm(x),), ctx.saved_tensors, (dy,))
+        if wanted(ctx.refill):
+            ctx.refill.finish(y)
+        return dx, None, None
+
+
+class EngineAttention(torch.nn.Module):
+    """The core attention of one layer: causal within samples, in 16 bits."""
+
+    def __init__(self, config, layer_number: int, softmax_scale: float | None = None, **_):
+        super().__init__()
+        ranks = config.tensor_model_parallel_size
+        self.window = config.architecture.sliding_windows[layer_number - 1]
+        heads, kv_heads = config.num_attention_heads // ranks, config.num_query_groups // ranks
+        scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.attention = make_attention(heads, kv_heads, config.kv_channels, scale)
+
+    def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
+        """Return [T, heads * d]. The other arguments of Megatron's protocol say nothing here: the packing is the mask."""
+        return attend(self.attention, query, key, value, packed_seq_params.packing, self.window)
+
+
+def make_attention(heads: int, kv_heads: int, head_dim: int, scale: float) -> torch.nn.Module:
+    """Return Transformer Engine's attention over this rank's heads."""
+    engine = importlib.import_module("transformer_engine.pytorch")
+    return engine.DotProductAttention(
+        heads, head_dim, num_gqa_groups=kv_heads, qkv_format="thd", attn_mask_type="padding_causal", softmax_scale=scale
+    )
+
+
+def attend(attention: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, packing: Packing, window: int | None) -> Tensor:
+    """Return [T, heads * d] of packed samples."""
+    ends, longest = packing.cu_seqlens, packing.max_length
+    out = attention(
+        query,
+        key,
+        value,
+        qkv_format="thd",
+        attn_mask_type="padding_causal",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        window_size=(-1 if window is None else window - 1, 0),
+        pad_between_seqs=False,
+    )
+    return out.flatten(1)
+
+
+def attention_fault(
+    heads: int, kv_heads: int, head_dim: int, windows: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
+) -> str:
+    """Try Transformer Engine's attention on a device, forward and backward; return what is wrong with it in a line, or nothing.
+
+    `windows` has the sliding window of every layer (None: all is seen); each kind is tried, and compared with one call per sample.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "it takes 16 bits alone"
+    generator = torch.Generator(device=device).manual_seed(0)
+    ends = torch.tensor([0, *_LENGTHS]).cumsum(0).to(torch.int32)
+    packing = Packing(
+        cu_seqlens=ends.to(device),
+        lengths=_LENGTHS,
+        positions=torch.cat([torch.arange(length) for length in _LENGTHS]).to(device),
+        max_length=max(_LENGTHS),
+    )
+    shapes = [(sum(_LENGTHS), n, head_dim) for n in (heads, kv_heads, kv_heads)]
+    q, k, v, d_out = (torch.randn(shape, generator=generator, device=device).to(dtype) for shape in [*shapes, shapes[0]])
+    d_out = d_out.flatten(1)
+    scale = head_dim**-0.5
+    for window in sorted(set(windows), key=str):
+        try:
+            attention = make_attention(heads, kv_heads, head_dim, scale)
+            ours = gradients(lambda *x, a=attention, w=window: (attend(a, *x, packing, w),), (q, k, v), (d_out,))
+        except (RuntimeError, ValueError, AssertionError) as error:  # whatever it is, torch's attention takes its place
+            return first_line(error)
+        exact = gradients(
+            lambda *x, w=window: (per_sample_attention(*x, packing, scale, w).flatten(1),),
+            tuple(x.float() for x in (q, k, v)),
+            (d_out.float(),),
+        )
+        for name, got, truth in zip(("output", "dq", "dk", "dv"), (*ours[0], *ours[1]), (*exact[0], *exact[1]), strict=True):
+            error = float((got.float() - truth).norm() / truth.norm())
+            if not error < 0.03:  # NaN too
+                return f"its {name} is off by {error:.2g}"
+    return ""

@@ -1,0 +1,39 @@
+"""The observers of a run: files, TensorBoard, the display, and Weights & Biases when asked for.
+
+observers = make_observers(output_dir, jobs)    # on the rank that reports; call close() on each at the end, whatever happened
+for observer in observers: observer.on_step(report)
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from megatron_lora.errors import UserError
+from megatron_lora.output.display import make_display
+from megatron_lora.output.metrics import JobSummary, JsonlMetrics, Observer
+from megatron_lora.output.trackers import TensorBoardMetrics, WandbMetrics
+
+WANDB_PROJECT = "MEGATRON_LORA_WANDB"  # environment variable: the Weights & Biases project to report to
+
+
+def make_observers(output_dir: str | Path, jobs: Sequence[JobSummary], environment: Mapping[str, str] = os.environ) -> tuple[Observer, ...]:
+    """Start the observers of a run: files, TensorBoard, the display, and Weights & Biases where the environment names a project."""
+    observers: list[Observer] = [JsonlMetrics(output_dir), TensorBoardMetrics(output_dir)]
+    if environment.get(WANDB_PROJECT):
+        observers.append(WandbMetrics(output_dir, environment[WANDB_PROJECT]))
+    observers.append(make_display())
+    start(observers, jobs)
+    return tuple(observers)
+
+
+def start(observers: Iterable[Observer], jobs: Sequence[JobSummary]) -> None:
+    """Tell each observer of the jobs; when one cannot start, close those that have."""
+    started: list[Observer] = []
+    try:
+        for observer in observers:
+            observer.on_start(jobs)
+            started.append(observer)
+    except UserError:
+        for observer in started:
+            observer.close()
+        raise

@@ -1,0 +1,90 @@
+"""Experiment trackers as observers: TensorBoard event files in `jobs/<name>/`, and Weights & Biases when asked for.
+
+tensorboard --logdir OUTPUT_DIR/jobs                             a run per job, same tags, so that their curves lie on each other
+MEGATRON_LORA_WANDB=my-project megatron-lora train CONFIG        a W&B run per job, grouped under the output directory's name
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_lora.errors import UserError
+from megatron_lora.output.metrics import JobSummary, Observer, StepReport
+
+
+def scalars(report: StepReport) -> dict[str, float]:
+    """Name the numbers of a step that are drawn as curves; those that are not finite are left out."""
+    row = report.row()
+    names = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "target_tokens", "seconds")
+    values = {f"train/{name}": row[name] for name in names if row[name] is not None}
+    return {**values, "train/skipped": float(report.skipped)}
+
+
+class TensorBoardMetrics(Observer):
+    """Writes an event file per job."""
+
+    def __init__(self, output_dir: str | Path):
+        self._jobs_dir = Path(output_dir) / "jobs"
+        self._writers: dict[str, SummaryWriter] = {}
+
+    def on_start(self, jobs: Sequence[JobSummary]) -> None:
+        for job in jobs:  # a job that goes on takes its later steps again: those of earlier starts are not shown
+            purge = job.first_step + 1 if job.first_step else None
+            self._writers[job.name] = SummaryWriter(str(self._jobs_dir / job.name), flush_secs=10, purge_step=purge)
+
+    def on_step(self, report: StepReport) -> None:
+        for tag, value in scalars(report).items():
+            self._writers[report.job].add_scalar(tag, value, report.step)
+
+    def on_status(self, job: str, state: str, reason: str) -> None:
+        if state == "failed":
+            self._writers[job].add_text("state", f"failed: {reason}")
+        if state in ("done", "failed"):
+            self._writers[job].flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
+
+
+class WandbMetrics(Observer):
+    """Keeps a Weights & Biases run per job."""
+
+    def __init__(self, output_dir: str | Path, project: str):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(f"MEGATRON_LORA_WANDB: {project!r} needs the package wandb; pip install wandb, or unset it") from None
+        self._wandb, self._output_dir, self._project = wandb, Path(output_dir), project
+        self._runs = {}
+
+    def on_start(self, jobs: Sequence[JobSummary]) -> None:
+        for job in jobs:
+            try:
+                self._runs[job.name] = self._wandb.init(
+                    project=self._project,
+                    group=self._output_dir.name,
+                    name=job.name,
+                    dir=str(self._output_dir / "jobs" / job.name),
+                    config={"total_steps": job.total_steps},
+                    reinit="create_new",
+                )
+            except self._wandb.Error as error:
+                self.close()
+                said = (str(error).splitlines() or ["no reason given"])[0]
+                raise UserError(
+                    f"MEGATRON_LORA_WANDB: {self._project!r} cannot be reported to ({said}); run wandb login, or unset it"
+                ) from None
+
+    def on_step(self, report: StepReport) -> None:
+        self._runs[report.job].log(scalars(report), step=report.step)
+
+    def on_status(self, job: str, state: str, reason: str) -> None:
+        self._runs[job].summary["state"] = f"{state}: {reason}" if reason else state
+
+    def close(self) -> None:
+        for run in self._runs.values():
+            run.finish()
+        self._runs = {}

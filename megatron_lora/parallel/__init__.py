@@ -1,0 +1,1 @@
+"""The ranks: who is where, which layers each holds, what they share and what they send."""

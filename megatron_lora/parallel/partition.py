@@ -1,0 +1,49 @@
+"""Which layers a stage holds, how they are recomputed, and whether a model can be cut into a layout at all."""
+
+from __future__ import annotations
+
+from megatron_lora.config.schema import ParallelConfig
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import Architecture
+
+
+def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> tuple[range, ...]:
+    """Return the layers of each pipeline stage; without `layers_per_stage` they are even, the earlier stages take the remainder."""
+    counts = parallel.layers_per_stage
+    if counts is None:
+        whole, rest = divmod(num_layers, parallel.pipeline)
+        counts = tuple(whole + (stage < rest) for stage in range(parallel.pipeline))
+    ends = [sum(counts[: stage + 1]) for stage in range(len(counts))]
+    return tuple(range(end - count, end) for end, count in zip(ends, counts, strict=True))
+
+
+def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tuple[str, ...]:
+    """Return each layer's policy: one word is for all layers. Raises UserError where a list is not as long as the model is deep."""
+    assert recompute != "auto", "auto is settled before a model is built (settle.py)"
+    policies = (recompute,) * num_layers if isinstance(recompute, str) else recompute
+    if len(policies) != num_layers:
+        raise UserError(
+            f"recompute: {len(policies)} policies do not fit the model's {num_layers} layers; give {num_layers}, or one word for all layers"
+        )
+    return policies
+
+
+def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """Check that the model can be cut over the ranks. Raises UserError naming the key of `parallel` that does not fit."""
+    for what, size in (
+        ("query heads", architecture.num_heads),
+        ("key/value heads", architecture.num_kv_heads),
+        ("feed-forward features", architecture.ffn_size),
+    ):
+        if size % parallel.tensor:
+            raise UserError(f"parallel.tensor: {parallel.tensor} does not divide the model's {size} {what}; use a divisor of {size}")
+    if parallel.pipeline > architecture.num_layers:
+        raise UserError(
+            f"parallel.pipeline: {parallel.pipeline} stages are more than the model's {architecture.num_layers} layers; use fewer stages"
+        )
+    counts = parallel.layers_per_stage
+    if counts is not None and (len(counts) != parallel.pipeline or sum(counts) != architecture.num_layers or min(counts) < 1):
+        raise UserError(
+            f"parallel.layers_per_stage: {list(counts)} does not cut {architecture.num_layers} layers into {parallel.pipeline} stages; "
+            f"give {parallel.pipeline} numbers of at least 1 that sum to {architecture.num_layers}"
+        )

@@ -1,0 +1,117 @@
+"""The ranks of a run: their process groups, and this rank's position among them.
+
+`initialize_parallel` joins `torch.distributed`, hands the layout to megatron-core's `parallel_state` and returns this rank's device.
+Ranks are numbered tensor-first: rank = t + tensor * (d + data * p) for tensor rank t, replica d and pipeline stage p.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
+
+from megatron_lora.config.schema import ParallelConfig
+from megatron_lora.errors import UserError
+from megatron_lora.parallel.compat import patch_for_cpu
+
+
+def patience() -> timedelta:
+    """Return how long a rank waits for another before it gives up: MEGATRON_LORA_TIMEOUT_S seconds, half an hour without it."""
+    text = os.environ.get("MEGATRON_LORA_TIMEOUT_S", "1800")
+    if not text.isdecimal() or not 0 < int(text) < 10**8:
+        raise UserError(f"MEGATRON_LORA_TIMEOUT_S: {text!r} is no number of seconds; use a whole number of at least 1, or unset it")
+    return timedelta(seconds=int(text))
+
+
+def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -> torch.device:
+    """Join the process groups of `parallel` and return this rank's device ("gloo": CPU, "nccl": its CUDA device).
+
+    Uses torchrun's environment when there is one; without it the run is a single process. A group that already exists is used.
+    Raises UserError when the number of ranks is not pipeline * tensor * data.
+    """
+    device = torch.device("cpu")
+    if backend == "nccl":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        patch_for_cpu()
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=patience(), **alone)
+    needed = parallel.pipeline * parallel.tensor * parallel.data
+    if dist.get_world_size() != needed:
+        raise UserError(
+            f"parallel: pipeline {parallel.pipeline} x tensor {parallel.tensor} x data {parallel.data} needs {needed} ranks, "
+            f"{dist.get_world_size()} were started; start exactly {needed}"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        sizes = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size()
+        assert sizes == (parallel.tensor, parallel.pipeline), f"this process is already part of a layout of tensor x pipeline {sizes}"
+    else:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=patience() / timedelta(minutes=1),
+        )
+    if backend == "nccl":
+        megatron_random.model_parallel_cuda_manual_seed(seed)
+    return device
+
+
+def pipelines(parallel: ParallelConfig) -> list[list[int]]:
+    """List every pipeline of a run as its global ranks from the first stage to the last."""
+    t, d = parallel.tensor, parallel.data
+    return [[i_tensor + t * (i_data + d * stage) for stage in range(parallel.pipeline)] for i_data in range(d) for i_tensor in range(t)]
+
+
+def stage_groups(parallel: ParallelConfig) -> dict[str, dist.ProcessGroup | None]:
+    """Return the groups of ranks that hold parts of this rank's stage: tensor, data, both; None where one rank is alone."""
+    both = parallel.tensor * parallel.data > 1
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
+        "data": parallel_state.get_data_parallel_group() if parallel.data > 1 else None,
+        "both": parallel_state.get_tensor_and_data_parallel_group() if both else None,
+    }
+
+
+def destroy_parallel() -> None:
+    """Leave all process groups; `initialize_parallel` may then set up another layout."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def position_of(parallel: ParallelConfig) -> Position:
+    """Return this rank's place; a norm takes one slot more where it is summed over other ranks of the stage."""
+    delay = 1 if parallel.tensor * parallel.data > 1 else 0
+    return Position(stage=dist.get_rank() // (parallel.tensor * parallel.data), num_stages=parallel.pipeline, delay=delay)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where this stage stands in its pipeline, and how many slots its norms take (d)."""
+
+    stage: int
+    num_stages: int
+    delay: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether microbatches enter here."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether losses are computed here."""
+        return self.stage == self.num_stages - 1
+
+    @property
+    def lag(self) -> int:
+        """Slots between the end of a step and the forward that brings its verdict."""
+        return self.num_stages + self.delay

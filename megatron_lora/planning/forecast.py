@@ -1,0 +1,155 @@
+"""A planned workload in figures: slots, fill, padding, bubble, seconds and tokens in flight, by replaying it with a cost model.
+
+Replicas take their parts of one shared stream; a slot lasts as long as on the slowest of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+from megatron_lora.config.schema import RunConfig
+from scheduling.cost import CostModel
+from scheduling.data_parallel import Dealt, deal
+from scheduling.memory import tokens_in_flight
+from scheduling.policies import Runs
+from scheduling.simulate import Timeline, simulate_runs
+from scheduling.slot_cost import SlotCost
+from scheduling.types import Lengths, Microbatch, Stream
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is to be trained and on what: sample lengths [job][step][sample] dealt to replicas, ranks of the jobs, a pipeline, its cost."""
+
+    dealt: Dealt
+    ranks: tuple[int, ...]
+    num_stages: int
+    num_replicas: int
+    capacity: int
+    delay: int
+    row_multiple: int
+    cost: CostModel
+    weights: SlotCost
+
+    @classmethod
+    def of(cls, config: RunConfig, lengths: Lengths, cost: CostModel, weights: SlotCost) -> Workload:
+        """Take a settled config apart; `cost` times its stages, by `weights` samples are dealt and planned."""
+        parallel = config.parallel
+        return cls(
+            dealt=deal(lengths, parallel.data, weights),
+            ranks=tuple(job.r for job in config.jobs),
+            num_stages=parallel.pipeline,
+            num_replicas=parallel.data,
+            capacity=int(config.microbatch_tokens),
+            delay=int(parallel.tensor * parallel.data > 1),
+            row_multiple=parallel.tensor if parallel.sequence else 1,
+            cost=cost,
+            weights=weights,
+        )
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens of all samples."""
+        return self.dealt.lengths
+
+    @property
+    def planned(self) -> Lengths:
+        """What plans are made of: rounds of samples, one per replica, as long as their longest."""
+        return self.dealt.rounds
+
+    def parts(self, slot: Microbatch) -> list[tuple[float, float, float]]:
+        """Return (rows, sum of squared lengths, sum of rows x rank) of a slot on each replica."""
+        return [self._features(self.dealt.part(slot, replica)) for replica in range(self.num_replicas)]
+
+    def _features(self, part: Microbatch) -> tuple[float, float, float]:
+        squares = sum(self.lengths[s.job][s.step][sample] ** 2 for s in part.segments for sample in s.samples)
+        ranked = sum(segment.num_tokens * self.ranks[segment.job] for segment in part.segments)
+        return -(-part.num_tokens // self.row_multiple) * self.row_multiple, squares, ranked
+
+    def tokens_of(self, slot: Microbatch) -> int:
+        """Return a slot's tokens on all replicas together."""
+        return sum(self.lengths[s.job][s.step][i] for s in slot.segments for i in self._samples(s.job, s.step, s.samples))
+
+    def _samples(self, job: int, step: int, rounds: tuple[int, ...]) -> list[int]:
+        split = self.dealt.splits[job][step]
+        return [sample for dealt in split.rounds for k in rounds if (sample := dealt[k]) is not None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Runs in numbers. `uneven`: what the slots' mean time falls short of the longest; `padding`: rows without a token; `bubble`: idle time
+    of all stages; `fill`: tokens / budget of all slots."""
+
+    tokens: int
+    slots: int
+    noops: int
+    fill: float
+    uneven: float
+    padding: float
+    bubble: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Runs replayed one after another."""
+
+    runs: Runs
+    workload: Workload
+    stream: Stream
+    timeline: Timeline
+
+    @cached_property
+    def figures(self) -> Figures:
+        """Return the figures of all runs."""
+        w, timeline = self.workload, self.timeline
+        busy = [slot for slot in self.stream if not slot.is_noop]
+        parts = [w.parts(slot) for slot in busy]
+        times = [max(max(stage.seconds(*part) for part in of_slot) for stage in w.cost.stages) for of_slot in parts]
+        tokens, rows = sum(map(w.tokens_of, busy)), sum(part[0] for of_slot in parts for part in of_slot)
+        return Figures(
+            tokens=tokens,
+            slots=len(self.stream),
+            noops=len(self.stream) - len(busy),
+            fill=tokens / (len(self.stream) * w.capacity * w.num_replicas),
+            uneven=1 - sum(times) / len(times) / max(times),
+            padding=1 - tokens / rows,
+            bubble=sum(map(timeline.bubble, range(w.num_stages))) / w.num_stages,
+            seconds=timeline.makespan_s,
+        )
+
+    def of_job(self, job: int) -> Figures:
+        """Return the figures of those runs that are one job's alone."""
+        return forecast(tuple(run for run in self.runs if {s.job for slot in run for s in slot.segments} == {job}), self.workload).figures
+
+    def shares(self) -> list[float]:
+        """Return each job's share of the work, by the tokens of the slots it is in; the shares sum to 1."""
+        work = [0.0] * len(self.workload.lengths)
+        for slot in self.stream:
+            seconds = sum(stage.seconds(*part) for part in self.workload.parts(slot) for stage in self.workload.cost.stages)
+            for segment in slot.segments:
+                work[segment.job] += seconds * segment.num_tokens / slot.num_tokens
+        return [each / sum(work) for each in work]
+
+    def tokens_in_flight(self, stage: int) -> int:
+        """Return the most tokens that a stage holds at once, on any replica at most."""
+        return max(tokens_in_flight(run, stage, self.workload.num_stages) for run in self.runs)
+
+    @property
+    def largest_slot(self) -> int:
+        """Tokens of the largest microbatch."""
+        return max(slot.num_tokens for slot in self.stream)
+
+
+def forecast(runs: Runs, workload: Workload, hop_s: float = 0.0, step_s: float = 0.0) -> Forecast:
+    """Replay runs with the workload's cost model; seconds between stages and of an optimizer step as simulate() takes them."""
+    timed = []
+    for run in runs:
+        slots = [workload.parts(slot) for slot in run]
+        stages = workload.cost.stages
+        forward = tuple(tuple(max(stage.forward.seconds(*part) for part in parts) for parts in slots) for stage in stages)
+        backward = tuple(tuple(max(stage.backward.seconds(*part) for part in parts) for parts in slots) for stage in stages)
+        timed.append((run, forward, backward))
+    stream, timeline = simulate_runs(timed, workload.num_stages, workload.delay if len(runs) == 1 else 0, hop_s, step_s)
+    return Forecast(runs, workload, stream, timeline)

@@ -1,0 +1,1 @@
+"""One rank's run: jobs, optimizer, executor, reports, saving."""

@@ -1,0 +1,161 @@
+"""One job's AdamW: schedule, clipping by the verdict, update of fp32 masters (fused_ops.adamw has the formulas).
+
+    clip = min(1, max_norm / (norm + 1e-6))       norm over all of the adapter's parameters, on all stages and tensor ranks
+
+A step whose norm is not finite changes neither weights nor moments nor Adam's count; the schedule goes on. After three such steps in
+a row the job has failed and takes no further step. All of this is decided on the device: nobody waits for a norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_ops.adamw import adamw_, make_chunks
+from fused_ops.route import upload
+from megatron_lora.model.adapter_arena import Arena, Factor
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """A job's optimizer keys, as in the config."""
+
+    learning_rate: float
+    lr_scheduler: str
+    warmup_ratio: float
+    num_steps: int
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float | None
+
+
+def learning_rate_at(settings: OptimizerSettings) -> Callable[[int], float]:
+    """Return step (from 0) -> learning rate: the formulas of `transformers.get_scheduler`, warm-up steps = ceil(ratio * steps)."""
+    warmup = math.ceil(settings.warmup_ratio * settings.num_steps)
+    after = max(1, settings.num_steps - warmup)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        if settings.lr_scheduler == "constant":
+            return 1.0
+        if settings.lr_scheduler == "linear":
+            return max(0.0, (settings.num_steps - step) / after)
+        assert settings.lr_scheduler == "cosine", settings.lr_scheduler
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / after)))
+
+    return lambda step: settings.learning_rate * factor(step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageGroups:
+    """The ranks that hold parts of the same stage; a group is None where it would be this rank alone."""
+
+    tensor: dist.ProcessGroup | None = None  # tensor ranks of this replica: shards
+    data: dist.ProcessGroup | None = None  # this tensor rank in all replicas
+    both: dist.ProcessGroup | None = None  # all of them
+
+
+class JobOptimizer:
+    """AdamW over one job's factors on this rank."""
+
+    def __init__(self, arena: Arena, slot: int, settings: OptimizerSettings, groups: StageGroups | None = None):
+        """Bind a job's slot of the arena."""
+        self.arena, self.settings, self.groups = arena, settings, groups or StageGroups()
+        self.learning_rate = learning_rate_at(settings)
+        self.factors: list[Factor] = arena.factors[slot]
+        device = arena.grad.device
+        self.num_updates = torch.zeros((), dtype=torch.float64, device=device)  # Adam's t: steps that were applied
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        ranges = [(factor.start, factor.length, 0) for factor in self.factors]
+        cut = make_chunks(ranges) if device.type == "cuda" else torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
+        self.chunks = cut.to(device)
+        self.replicated = [arena.view(f, arena.grad) for f in self.factors if not f.sharded]
+        self.sharded = [arena.view(f, arena.grad) for f in self.factors if f.sharded]
+        self.loss = torch.zeros((), device=device)
+        self.sums: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+
+    def start_reduction(self, loss: Tensor) -> None:
+        """Begin to sum what several ranks hold parts of: the step's gradients are complete on this rank, as is its `loss`, fp32 [].
+
+        Replicated factors are summed over tensor ranks and replicas, sharded ones and the loss over replicas.
+        """
+        self.loss = loss
+        for tensors, group in ((self.replicated, self.groups.both), ([*self.sharded, self.loss], self.groups.data)):
+            if group is not None and tensors:
+                flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+                work = dist.all_reduce(flat, group=group, async_op=True)
+                assert work is not None
+                self.sums.append((tensors, flat, work))
+
+    def finish_reduction(self) -> tuple[Tensor, Tensor]:
+        """End the sums; return the stage's part of the squared gradient norm (each parameter counts once) and the loss, fp32 []."""
+        for tensors, flat, work in self.sums:
+            work.wait()
+            parts = flat.split([tensor.numel() for tensor in tensors])
+            torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+        self.sums = []
+        device = self.arena.grad.device
+        total = _square_sum(self.sharded, device) + _square_sum(self.replicated, device) / self.arena.tensor_ranks
+        if self.groups.tensor is not None:
+            dist.all_reduce(total, group=self.groups.tensor)
+        return total, self.loss
+
+    def step(self, step: int, square_norm: Tensor) -> None:
+        """Apply one step (from 0) with the verdict's squared norm, fp32 [], then clear the gradients."""
+        finite = torch.isfinite(square_norm)
+        alive = self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW
+        self.skipped_in_a_row.copy_(torch.where(finite & alive, 0, self.skipped_in_a_row + 1))
+        apply = finite & alive
+        self.num_updates += apply
+        row = self._setting_row(self.learning_rate(step), square_norm, apply)
+        a = self.arena
+        adamw_(a.master, a.grad, a.exp_avg, a.exp_avg_sq, a.compute, self.chunks, row[None])
+
+    def _setting_row(self, lr: float, square_norm: Tensor, apply: Tensor) -> Tensor:
+        """Return the row of ten numbers that `adamw_` reads, fp32 [10], made on the device in float64."""
+        s = self.settings
+        clip = torch.ones_like(self.num_updates)
+        if s.max_grad_norm is not None:
+            clip = torch.clamp(s.max_grad_norm / (square_norm.double().sqrt() + 1e-6), max=1.0)
+        correction1 = 1.0 - s.adam_beta1**self.num_updates
+        correction2 = 1.0 - s.adam_beta2**self.num_updates
+        fixed = (s.adam_beta1, s.adam_beta2, s.adam_epsilon, 1.0 - lr * s.weight_decay, 1.0 - s.adam_beta1, 1.0 - s.adam_beta2)
+        beta1, beta2, epsilon, keep, rest1, rest2 = upload(torch.tensor(fixed, dtype=torch.float64), clip.device)
+        row = (lr / correction1, beta1, beta2, epsilon, keep, clip, correction2.sqrt(), apply.double(), rest1, rest2)
+        return torch.stack(row).float()
+
+    def restore(self, num_updates: int, skipped_in_a_row: int) -> None:
+        """Go on from these counts; weights and moments are the arena's."""
+        self.num_updates.fill_(num_updates)
+        self.skipped_in_a_row.fill_(skipped_in_a_row)
+
+    @property
+    def failed(self) -> Tensor:
+        """Whether the job has given up, bool [] on the device."""
+        return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+    def has_failed(self) -> bool:
+        """Say whether the job has given up; waits for the device."""
+        return bool(self.failed)
+
+    def unmoved(self) -> list[str]:
+        """Return the paths of modules whose B has had no gradient in any applied step; waits for the device."""
+        factors = [f for f in self.factors if f.kind == "B"]
+        moved = [self.arena.view(f, self.arena.exp_avg).any() for f in factors]
+        return [f.path for f, has_moved in zip(factors, torch.stack(moved).tolist() if moved else (), strict=True) if not has_moved]
+
+
+def _square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()

@@ -1,0 +1,94 @@
+"""Turns the steps that the first stage takes into reports, without making the device wait.
+
+A step's loss and norm are still on their way when the step is taken: they are copied to the host behind the work that is queued, and
+reported once they have arrived (at once on CPU).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lora.output.metrics import StepReport
+from megatron_lora.training.executor import StepDone
+from megatron_lora.training.jobs import TrainingJob
+from megatron_lora.training.optimizer import learning_rate_at
+from scheduling.types import Microbatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    job: int
+    step: int
+    seconds: float
+    values: Tensor  # host, [2]: squared norm, loss
+    ready: torch.cuda.Event | None
+
+
+class StepReporter:
+    """Reports every job's steps in the order in which they are taken."""
+
+    def __init__(self, jobs: Sequence[TrainingJob], report: Callable[[int, StepReport], None], first_steps: Sequence[int] = ()):
+        """`report(job, step_report)` is called for each step once its numbers are known; jobs begin with `first_steps`, or with 0."""
+        self.jobs, self.report = jobs, report
+        self.started: dict[tuple[int, int], float] = {}
+        self.pending: deque[_Pending] = deque()
+        self.learning_rates = [learning_rate_at(job.optimizer()) for job in jobs]
+        firsts = zip(jobs, first_steps or [0] * len(jobs), strict=True)
+        self.visited = [sum(len(job.rows.steps[step]) for step in range(first)) for job, first in firsts]  # samples of the steps so far
+
+    def on_forward(self, microbatch: Microbatch) -> None:
+        """Note which steps begin with this microbatch."""
+        now = time.perf_counter()
+        for segment in microbatch.segments:
+            self.started.setdefault((segment.job, segment.step), now)
+
+    def on_step(self, done: StepDone) -> None:
+        """Queue a step's report and give out those whose numbers have arrived."""
+        seconds = time.perf_counter() - self.started.pop((done.job, done.step))
+        values = torch.stack([done.square_norm, done.loss])
+        ready = None
+        if values.is_cuda:
+            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self.pending.append(_Pending(done.job, done.step, seconds, values, ready))
+        self.flush(wait=False)
+
+    def flush(self, *, wait: bool) -> None:
+        """Report what has arrived, or with `wait` everything."""
+        while self.pending:
+            first = self.pending[0]
+            if first.ready is not None:
+                if wait:
+                    first.ready.synchronize()
+                elif not first.ready.query():
+                    return
+            self.pending.popleft()
+            self.report(first.job, self._build(first))
+
+    def _build(self, done: _Pending) -> StepReport:
+        job = self.jobs[done.job]
+        square_norm, loss = done.values.tolist()
+        lengths = [len(job.data.samples[index].tokens) for _, index in job.rows.steps[done.step]]
+        self.visited[done.job] += len(lengths)
+        return StepReport(
+            job=job.config.name,
+            step=done.step + 1,
+            total_steps=job.num_steps,
+            epoch=self.visited[done.job] / len(job.data.samples),
+            loss=loss,
+            learning_rate=self.learning_rates[done.job](done.step),
+            grad_norm=math.sqrt(square_norm) if square_norm >= 0 else math.nan,
+            tokens=sum(lengths),
+            target_tokens=job.rows.num_targets(done.step),
+            samples=len(lengths),
+            seconds=done.seconds,
+            skipped=not math.isfinite(square_norm),
+        )

@@ -1,0 +1,211 @@
+"""The story of a run, top to bottom: what every rank does between the config and the exit status.
+
+The data and the adapters' first values are functions of the config alone, so each rank makes its own; the plan comes from the first
+rank, window after window. The first rank (first stage, first tensor rank) reports and writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_lora.config.schema import JobConfig, ParallelConfig, RunConfig
+from megatron_lora.data.steps import target_share
+from megatron_lora.data.token_cache import cache_dir
+from megatron_lora.data.tokenizer import load_tokenizer
+from megatron_lora.huggingface.architecture import Architecture, read_architecture
+from megatron_lora.huggingface.hub import resolve_base_model
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.stage import build_stage
+from megatron_lora.output.run_directory import RunDirectory, job_states
+from megatron_lora.output.standing import Standing, standings
+from megatron_lora.output.timeline import Timeline, write_timeline
+from megatron_lora.parallel.messages import MessageLayout, connect
+from megatron_lora.parallel.process_groups import Position, initialize_parallel, patience, pipelines, position_of, stage_groups
+from megatron_lora.planning.devices import this_device
+from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
+from megatron_lora.planning.predict import planner_cost
+from megatron_lora.planning.resolve import describe, memory_line, settle
+from megatron_lora.training.agree_to_stop import until_stopped
+from megatron_lora.training.assemble import choose_backends, make_arena, make_executor
+from megatron_lora.training.executor import StepDone
+from megatron_lora.training.jobs import TrainingJob, read_jobs
+from megatron_lora.training.optimizer import JobOptimizer, StageGroups
+from megatron_lora.training.run_reporter import Desk
+from megatron_lora.training.saving import Saver, begin_job, writer
+from megatron_lora.training.snapshots import SnapshotCollector
+from megatron_lora.training.stop_request import StopRequest
+from megatron_lora.training.warm_up import warm_up
+from scheduling.slot_cost import SlotCost
+from scheduling.types import Lengths
+
+LONGEST_WINDOW = timedelta(days=7)  # a rank may wait for the next plan while the others train by the last
+
+
+def run(config: RunConfig, stop: StopRequest) -> int:
+    """Train the jobs of a config that are not over as one of its ranks; return the run's exit status.
+
+    0: all are done; 3: some have failed; 75: stopped, as asked, with every job's state saved. The output directory exists already. Raises
+    UserError for wrong input.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
+    host = dist.new_group(backend="gloo", timeout=patience())
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}[config.precision]
+
+    model_dir = resolve_base_model(config.base_model)
+    architecture = read_architecture(model_dir)
+    left = _left(config, host)
+    jobs = _read_jobs([job for job in config.jobs if job.name in left], model_dir, architecture.vocab_size, host)
+    begins = [left[job.config.name] for job in jobs]
+    share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
+    config, cost = settle_together(config, architecture, [job.rows.lengths() for job in jobs], share, host)
+    position = position_of(config.parallel)
+    feed = _plan(config, jobs, position, cost, [begin.step for begin in begins])
+
+    stage = build_stage(
+        architecture,
+        model_dir,
+        config.parallel,
+        dtype=dtype,
+        device=device,
+        load_weights=config.load_weights,
+        seed=config.seed,
+        recompute=config.recompute,
+        base_weights=config.base_weights,
+        backends=choose_backends(config, architecture, dtype, device),
+    )
+    arena = make_arena(stage, config.parallel, [job.adapter() for job in jobs])
+    optimizers = _begin(arena, jobs, begins, config.parallel)
+
+    with Desk(config, jobs, feed.leave, begins) if dist.get_rank() == 0 else contextlib.nullcontext() as desk:
+        collector = SnapshotCollector(arena, writer(config, jobs), host)
+        saver = Saver(jobs, optimizers, begins, collector)
+        unchecked = set(range(len(jobs)))  # jobs that have taken no step with a learning rate yet
+
+        def on_step(done: StepDone) -> None:
+            job, optimizer = jobs[done.job], optimizers[done.job]
+            if done.job in unchecked and optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
+                unchecked.remove(done.job)
+                _tell_unmoved(job, optimizer)
+            if desk is not None:
+                desk.on_step(done, collector.written, wait=saver.checkpoints(done))  # what a checkpoint holds has been told of
+            saver.on_step(done)
+
+        if on_gpu:
+            warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.tensor if config.parallel.sequence else 1)
+        timeline = Timeline(device)
+        layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype)
+        executor = make_executor(
+            stage,
+            config.parallel,
+            connect(pipelines(config.parallel), layout, device),
+            layout,
+            rows=[job.rows for job in jobs],
+            optimizers=optimizers,
+            on_step=on_step,
+            on_forward=desk.on_forward if desk is not None else lambda microbatch: None,
+            timeline=timeline,
+        )
+        agreement = dist.new_group(backend="gloo", timeout=patience())
+        executor.run(until_stopped(feed, stop, agreement, position.num_stages, position.lag))
+        feed.close()
+        if desk is not None:
+            desk.flush()
+        stopped = stop.stopped and saver.save_unfinished()
+        collector.finish()
+        if desk is not None:
+            desk.finish(collector.written, stopped=stopped)
+    _save_timeline(config, timeline, position, host)
+    if stopped:
+        return 75
+    return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
+
+
+def _left(config: RunConfig, host: dist.ProcessGroup) -> dict[str, Standing]:
+    """Return the jobs that are not over and where each goes on, as the first rank finds them in the output directory."""
+    found: list = [standings(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(found, 0, group=host)
+    return found[0]
+
+
+def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, host: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
+    """Read the jobs' data, the first rank before the others, so that they find it in the cache."""
+    tokenizer = load_tokenizer(model_dir)
+    jobs = None
+    for turn in (True, False):
+        if (dist.get_rank() == 0) == turn:
+            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size)
+        dist.barrier(group=host)
+    assert jobs is not None
+    return jobs
+
+
+def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost, first_steps: Sequence[int]) -> PlanFeed:
+    """Start to plan what is left of the jobs; the first windows are ready when the model is."""
+    parallel = config.parallel
+    settings = PlanSettings(
+        num_stages=parallel.pipeline,
+        num_replicas=parallel.data,
+        capacity=int(config.microbatch_tokens),
+        delay=position.delay,
+        cost=cost,
+    )
+    replica = dist.get_rank() // parallel.tensor % parallel.data
+    group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
+    return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
+
+
+def _begin(arena: Arena, jobs: Sequence[TrainingJob], begins: Sequence[Standing], parallel: ParallelConfig) -> list[JobOptimizer]:
+    """Set each job's adapter and optimizer to where the job stands; returns the optimizers."""
+    groups = StageGroups(**stage_groups(parallel))
+    optimizers = [JobOptimizer(arena, row, job.optimizer(), groups) for row, job in enumerate(jobs)]
+    for row, (job, standing) in enumerate(zip(jobs, begins, strict=True)):
+        begin_job(arena, row, job, standing, optimizers[row])
+    return optimizers
+
+
+def _tell_unmoved(job: TrainingJob, optimizer: JobOptimizer) -> None:
+    """Say which B a job's first step has left where it was: its adapter would not train there."""
+    unmoved = optimizer.unmoved()
+    if unmoved:
+        names = f"{', '.join(unmoved[:3])}{f' and {len(unmoved) - 3} more' if len(unmoved) > 3 else ''}"
+        print(f"megatron-lora: warning: job {job.config.name}: B has not moved in its first step: {names}", file=sys.stderr)
+
+
+def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, host: dist.ProcessGroup) -> None:
+    """Collect the spans of all ranks and write them as one trace."""
+    rank = dist.get_rank()
+    events: list | None = [None] * dist.get_world_size() if rank == 0 else None
+    dist.gather_object(timeline.events(rank, position.stage), events, group=host)
+    if events is not None:
+        write_timeline(Path(config.output_dir) / "timeline.json", events)
+
+
+def settle_together(
+    config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host
+) -> tuple[RunConfig, SlotCost]:
+    """Settle a run's config, and the planner's weights, on the first rank for all of them; it tells and records what was chosen.
+
+    `host` is a gloo group of all ranks. Other ranks of a run may have other memory: the first rank's decides.
+    """
+    import torch.distributed as dist
+
+    chosen: list = [None, None]
+    if dist.get_rank() == 0:
+        device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
+        settled = settle(config, architecture, lengths, device, target_share)
+        with RunDirectory.join(config) as directory:
+            directory.settle(settled)
+        for line in [*describe(config, settled, target_share), *memory_line(config, settled, architecture, device)]:
+            print(line, flush=True)
+        chosen = [settled, planner_cost(settled, architecture, device, target_share)]
+    dist.broadcast_object_list(chosen, 0, group=host)
+    return chosen[0], chosen[1]

@@ -1,0 +1,91 @@
+"""One forward and backward of every size class before the first message: all kernels compiled, their memory asked for, no state changed.
+
+A stage compiles its kernels when it first runs them. In a pipeline the first microbatch would wait for each stage to compile in turn, in
+its forward and again in its backward; here all stages compile at the same time, and the first step is as fast as the others. It is also
+where too large a microbatch fails, before anything has been trained. Nothing is on its way between stages meanwhile, so a kernel that is
+loaded never has to wait for one that waits for a message.
+
+    warm_up(stage, arena, num_rows=4096)        # before the executor runs; every rank of a stage calls it with the same numbers
+
+The dummy's adapter gradients are cleared, which they must be before; dropout draws nothing from a generator. The optimizer's kernel runs
+over no elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_ops.adamw import adamw_
+from fused_ops.route import make_route
+from megatron_lora.data.microbatch import Packing, StageInput
+from megatron_lora.errors import UserError
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.stage import Stage
+
+SMALLEST_ROWS = 1024  # kernels are cut alike for all smaller microbatches
+_SAMPLE_TOKENS = 1024
+
+
+def warm_up(stage: Stage, arena: Arena, num_rows: int, multiple: int = 1) -> None:
+    """Run a stage over dummy microbatches of `num_rows` rows and its halves, and leave parameters, adapters and generators as they were.
+
+    `num_rows` is the largest microbatch of the run; `multiple` what rows are rounded up to (the tensor ranks under sequence parallelism).
+    Raises UserError where the device has no room for one.
+    """
+    for rows in _sizes(num_rows):
+        rows = -(-rows // multiple) * multiple
+        try:
+            _there_and_back(stage, dummy(rows, len(arena.factors), stage.device), rows // multiple)
+        except torch.OutOfMemoryError as error:
+            said = str(error).split(". ")[0]
+            raise UserError(f"microbatch_tokens: {rows} tokens do not fit ({said}); use fewer, or recompute: auto, or more ranks") from None
+    arena.grad.zero_()
+    nothing = torch.zeros(1, 3, dtype=torch.int64, device=stage.device)
+    settings = torch.zeros(1, 10, dtype=torch.float32, device=stage.device)
+    adamw_(arena.master, arena.grad, arena.exp_avg, arena.exp_avg_sq, arena.compute, nothing, settings)
+
+
+def _sizes(num_rows: int) -> Sequence[int]:
+    """List a number and its halves, the smallest last."""
+    sizes = [num_rows]
+    while sizes[-1] > SMALLEST_ROWS:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
+
+
+def _there_and_back(stage: Stage, data: StageInput, local_rows: int) -> None:
+    hidden = None
+    if not stage.is_first:
+        hidden = torch.zeros(local_rows, stage.architecture.hidden_size, dtype=stage.dtype, device=stage.device).requires_grad_()
+    output = stage(data, hidden)
+    if stage.is_last:
+        (stage.losses(output, data.labels, data.targets) * data.weights).sum().backward()
+    else:
+        output.backward(torch.ones_like(output))
+
+
+def dummy(num_rows: int, num_jobs: int, device: torch.device) -> StageInput:
+    """Return a microbatch of all jobs, as many rows each as may be."""
+    lengths = [min(_SAMPLE_TOKENS, num_rows - first) for first in range(0, num_rows, _SAMPLE_TOKENS)]
+    edges = [num_rows * job // num_jobs for job in range(num_jobs + 1)]
+    segments = [(first, end, job) for job, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)) if end > first]
+
+    def zeros(dtype: torch.dtype) -> Tensor:
+        return torch.zeros(num_rows, dtype=dtype, device=device)
+
+    return StageInput(
+        tokens=zeros(torch.int64),
+        labels=zeros(torch.int64),
+        targets=torch.arange(num_rows, device=device),
+        weights=zeros(torch.float32) + 1.0,
+        packing=Packing(
+            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
+            lengths=tuple(lengths),
+            positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
+            max_length=max(lengths),
+        ),
+        route=make_route(num_rows, segments, zeros(torch.int32), device),
+    )

@@ -1,0 +1,435 @@
+"""The command line from start to exit status: help, doctor, plan, preview, and what `train` makes of how its ranks end.
+
+The ranks here are real processes under torchrun with a stand-in for train.py, put in place by a sitecustomize on PYTHONPATH, so that
+they end in the ways that matter without loading a model.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import oracle
+import pytest
+import yaml
+from waiting import wait_for
+
+from megatron_lora.__main__ import EXAMPLES, main
+from megatron_lora.commands import doctor, launch, rank, torchrun
+from megatron_lora.commands.rank import LAUNCHED
+from megatron_lora.config.schema import load_config
+from megatron_lora.errors import UserError
+from megatron_lora.output.run_directory import RunDirectory
+from megatron_lora.planning.forecast import Workload, forecast
+from scheduling.cost import CostModel, PassCost, StageCost
+from scheduling.data_parallel import deal
+from scheduling.slot_cost import SlotCost
+from scheduling.types import Microbatch, Segment
+
+ROOT = Path(__file__).resolve().parents[3]
+STAND_IN = """
+import os, sys, time, types
+
+def run(config, stop):
+    from megatron_lora.errors import UserError
+    from megatron_lora.run_dir import RunDirectory
+    mode, rank = os.environ["STAND_IN"], int(os.environ["RANK"])
+    open(f"rank{rank}.pid", "w").write(str(os.getpid()))
+    if mode == "wait":
+        stop.can_save = True
+        open(f"rank{rank}.ready", "w").close()
+        while not stop.asked:
+            time.sleep(0.02)
+        return 75
+    if mode == "done" and rank == 0:
+        with RunDirectory.join(config) as directory:
+            directory.set_job("a", "done")
+            directory.set_job("b", "failed", "not finite")
+    if mode in ("mistake", "crash") and rank == 1:
+        time.sleep(0.3)  # the other is waiting by now
+        raise UserError("base_model: shard 2 is damaged; fetch it again") if mode == "mistake" else RuntimeError("matrix is torn")
+    if mode in ("mistake", "crash"):
+        time.sleep(60)
+    return 3 if mode == "done" else 0
+
+sys.modules["megatron_lora.training.train"] = types.SimpleNamespace(run=run)
+"""
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("materials")
+    oracle.make_model(root / "model")
+    for seed, name in enumerate(("a", "b")):
+        oracle.make_rows(root / f"{name}.jsonl", num_rows=12, seed=seed, longest=20)
+    return root
+
+
+@pytest.fixture
+def scene(materials, tmp_path, monkeypatch) -> Path:
+    """A folder with config.yaml for two jobs on two stages, and the stand-in in the way of train.py."""
+    datasets = {name: [{"path": str(materials / f"{name}.jsonl"), "type": "prompt_completion"}] for name in ("a", "b")}
+    config = {
+        "base_model": str(materials / "model"),
+        "output_dir": "out",
+        "microbatch_tokens": 64,
+        "parallel": {"pipeline": 2},
+        "jobs": [{"name": name, "datasets": datasets[name], "global_batch_size": 4} for name in ("a", "b")],
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "stand_in").mkdir()
+    (tmp_path / "stand_in" / "sitecustomize.py").write_text(STAND_IN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "stand_in"), str(ROOT)]))
+    monkeypatch.setenv("MEGATRON_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def status_file() -> dict:
+    return json.loads(Path("out/status.json").read_text())
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---- how a run ends ----
+
+
+def test_a_run_ends_with_the_status_it_recorded_and_leaves_its_directory_described(scene, monkeypatch, capfd):
+    monkeypatch.setenv("STAND_IN", "done")
+    assert main(["train", "config.yaml", "jobs.a.r=4"]) == 3
+    jobs = {"a": {"state": "done", "reason": ""}, "b": {"state": "failed", "reason": "not finite"}}
+    assert status_file() == {"exit_status": 3, "reason": "", "jobs": jobs}
+    assert load_config("out/config.yaml") == load_config("config.yaml", ["jobs.a.r=4"])
+    environment = json.loads(Path("out/env.json").read_text())
+    assert environment["packages"]["torch"] and environment["packages"]["megatron-core"] and environment["cores"] >= 1
+    assert capfd.readouterr().err == ""
+
+
+def test_sigusr1_reaches_the_ranks_as_sigterm_and_a_saved_run_gives_75(scene, monkeypatch):
+    monkeypatch.setenv("STAND_IN", "wait")
+
+    def ask():
+        wait_for(lambda: all(Path(f"rank{rank}.ready").exists() for rank in (0, 1)))
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    status = main(["train", "config.yaml"])
+    asker.join()
+    assert status == 75 and status_file()["exit_status"] == 75
+    assert {job["state"] for job in status_file()["jobs"].values()} == {"paused"}
+
+
+def test_a_mistake_that_only_a_rank_can_find_is_one_line_and_leaves_nothing(scene, monkeypatch, capfd):
+    monkeypatch.setenv("STAND_IN", "mistake")
+    assert main(["train", "config.yaml"]) == 2
+    assert capfd.readouterr().err == "megatron-lora: base_model: shard 2 is damaged; fetch it again\n"
+    assert not Path("out").exists()
+
+
+def test_a_crash_is_told_once_with_its_traceback_and_recorded(scene, monkeypatch, capfd):
+    monkeypatch.setenv("STAND_IN", "crash")
+    assert main(["train", "config.yaml"]) == 1
+    err = capfd.readouterr().err
+    assert err.count("Traceback") == 1 and err.count("RuntimeError: matrix is torn") == 2
+    assert err.endswith("megatron-lora: rank 1: RuntimeError: matrix is torn\n")
+    assert status_file()["jobs"]["a"] == {"state": "paused", "reason": "rank 1: RuntimeError: matrix is torn"}
+
+
+def test_no_rank_outlives_a_killed_launcher(scene, monkeypatch):
+    monkeypatch.setenv("STAND_IN", "wait")
+    monkeypatch.setenv(LAUNCHED, "1")
+    RunDirectory.create(load_config("config.yaml")).close()
+    command = ["report.json", "--standalone", "--nproc-per-node", "2", "-m", "megatron_lora", "train", "config.yaml"]
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-m', 'megatron_lora.commands.torchrun', *{command}])"
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: all(Path(f"rank{rank}.ready").exists() for rank in (0, 1)))
+    ranks = [int(Path(f"rank{rank}.pid").read_text()) for rank in (0, 1)]
+    assert all(map(alive, ranks))
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not any(map(alive, ranks)), 30)
+
+
+def failure(exitcode: int, at: float = 0.0, **data) -> SimpleNamespace:
+    return SimpleNamespace(exitcode=exitcode, timestamp=int(at), error_file_data={"time": at, **data} if data else {})
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "line"),
+    [
+        ({0: failure(1, 5.2, line="peer closed", message="T"), 1: failure(1, 5.1, line="torn", message="T")}, "crash", "rank 1: torn"),
+        ({0: failure(1, 1.0, line="peer closed", message="T"), 1: failure(2, 5.1, line="r: 0", user=True)}, "user", "r: 0"),
+        ({0: failure(1, 1.0, line="peer closed", message="T"), 1: failure(-9)}, "signal", "rank 1 was ended by SIGKILL"),
+        ({0: failure(-15), 1: failure(1, 9.0, line="torn", message="T")}, "crash", "rank 1: torn"),
+        ({0: failure(-15), 1: failure(7)}, "crash", "rank 1: ended with status 7"),
+        (
+            {0: failure(1, 1.0, line="RuntimeError: Timed out waiting 5ms", message="T"), 1: failure(-9)},
+            "signal",
+            "rank 1 stood still: rank 0",
+        ),
+        ({0: failure(-6), 1: failure(-9), 2: failure(-15)}, "signal", "rank 1 stood still: rank 0 waited for it in vain"),
+        ({0: failure(-15), 1: failure(-6)}, "signal", "rank 1 was ended by SIGABRT, which mostly means that NCCL failed, or waited"),
+    ],
+)
+def test_of_several_failures_the_one_that_explains_the_others_is_told(failures, kind, line):
+    report = torchrun.explain(failures)
+    assert report["kind"] == kind and report["line"].startswith(line)
+
+
+def test_a_wrong_number_of_ranks_under_a_bare_torchrun_is_refused(scene):
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "megatron_lora", "train", "config.yaml"], env=os.environ | ranks, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+    assert "needs 2 ranks and torchrun started 3; start it with --nproc-per-node 2" in ran.stderr
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("line", [line.strip() for text in EXAMPLES.values() for line in text.splitlines() if " configs/" in line])
+def test_examples_of_the_help_are_good_configs(line, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[3])
+    found = []
+    monkeypatch.setattr("megatron_lora.__main__.run", lambda arguments: found.append(arguments) or 0)
+    assert main(line.split()[1:]) == 0
+    (arguments,) = found
+    config = load_config(arguments.config, arguments.overrides)
+    assert arguments.command != "preview" or arguments.job in {job.name for job in config.jobs}
+
+
+# ---- where ranks start ----
+
+
+def test_ranks_share_the_cores_unless_the_user_says_otherwise():
+    assert launch.rank_environment({}, ranks_here=10_000)["OMP_NUM_THREADS"] == "1"
+    assert launch.rank_environment({"OMP_NUM_THREADS": "5"}, ranks_here=2)["OMP_NUM_THREADS"] == "5"
+
+
+GIVEN = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
+
+
+@pytest.mark.parametrize("role", [{}, {"RANK": "0", "LOCAL_RANK": "0"}], ids=["launcher", "rank"])
+@pytest.mark.parametrize(("given", "setting"), [({}, "expandable_segments:True"), (GIVEN[0], "backend:cudaMallocAsync"), (GIVEN[1], None)])
+def test_segments_of_the_allocator_grow_unless_the_user_says_otherwise(monkeypatch, role, given, setting):
+    monkeypatch.setattr(os, "environ", role | given)
+    found = []
+    for module, name in ((launch, "train"), (rank, "main")):
+        monkeypatch.setattr(module, name, lambda *_: found.extend((os.environ, launch.rank_environment(os.environ, 1))))
+    main(["train", "config.yaml"])
+    assert [environ.get("PYTORCH_CUDA_ALLOC_CONF") for environ in found] == [setting, setting]
+
+
+def test_slurm_nodes_meet_at_the_first_and_split_the_ranks(scene):
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "node7", "SLURM_JOB_ID": "123"}
+    nodes = launch.find_nodes(step)
+    assert launch.split_ranks(load_config("config.yaml", ["parallel.pipeline=8"]), nodes) == 4
+    arguments = " ".join(launch.torchrun_arguments(4, nodes))
+    assert arguments == "--nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr node7 --master-port 20123"
+    assert launch.find_nodes({"SLURM_NNODES": "4"}) == launch.Nodes()  # an allocation without srun: this machine alone
+    for broken, words in [({"MASTER_ADDR": ""}, "MASTER_ADDR: is not set"), ({"SLURM_STEP_NUM_TASKS": "8"}, "--ntasks-per-node=1")]:
+        with pytest.raises(UserError, match=words):
+            launch.find_nodes(step | broken)
+    with pytest.raises(UserError, match="3 ranks do not divide over 2 nodes"):
+        launch.split_ranks(load_config("config.yaml", ["parallel.pipeline=3"]), nodes)
+
+
+# ---- the other commands ----
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "preview", "doctor"])
+def test_help_shows_examples_and_loads_nothing_heavy(command):
+    code = "import sys, megatron_lora.__main__ as m\ntry: m.main()\nfinally: print({'torch', 'transformers', 'yaml'} & sys.modules.keys())"
+    ran = subprocess.run([sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0 and f"megatron-lora {command} " in ran.stdout + " " and "example" in ran.stdout
+    assert ran.stdout.endswith("set()\n")
+
+
+def planned(capsys, *arguments: str) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]], list[str]]:
+    """Run plan; returns its table of jobs, its table of stages, and its sentences."""
+    assert main(["plan", "config.yaml", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [number for number, line in enumerate(lines) if line.split()[-1:] in (["gain"], ["memory"])]
+    jobs, stages = ({}, {})
+    for table, head in zip((jobs, stages), heads, strict=True):
+        columns = lines[head].split()
+        for number in range(head + 1, len(lines)):
+            cells = re.split(
+                r"(?<!together,) +", lines[number].replace("one by one", "one-by-one").replace(" GB", "GB").replace(" MB", "MB").strip()
+            )
+            if not lines[number] or lines[number].startswith("Too much"):
+                break
+            table[cells[0]] = dict(zip(columns, cells[1:] if table is jobs else cells, strict=False))
+    return jobs, stages, lines[: heads[0]] + lines[heads[1] + 1 + len(stages) :]
+
+
+def test_plan_shows_each_job_each_stage_and_what_co_training_gains(scene, capsys):
+    jobs, stages, words = planned(capsys)
+    assert list(jobs) == ["a", "b", "one-by-one", "together, ours"] and list(stages) == ["0", "1"]
+    one_by_one, together = jobs["one-by-one"], jobs["together, ours"]
+    assert together["steps"] == one_by_one["steps"] == "6" and together["tokens"] == one_by_one["tokens"]
+    assert int(jobs["a"]["slots"]) + int(jobs["b"]["slots"]) == int(one_by_one["slots"])
+    seconds = {name: float(row["seconds"]) for name, row in jobs.items()}
+    assert seconds["a"] + seconds["b"] == pytest.approx(seconds["one-by-one"], rel=0.01)
+    gain = float(together["gain"].rstrip("x"))
+    assert gain == pytest.approx(seconds["one-by-one"] / seconds["together, ours"], rel=0.02) and gain > 1.1
+    assert f"expect {gain:.2f}x over the jobs one by one." in "\n".join(words)
+    assert sum(int(row["layers"]) for row in stages.values()) == 4
+    assert any("This machine has no GPU: seconds and memory are predicted for h100" in line for line in words)
+    assert not Path("out").exists()
+
+
+def test_plan_takes_a_policy_a_device_and_a_measured_cost(scene, capsys):
+    together = "together, ours"
+    ours = float(planned(capsys)[0][together]["seconds"])
+    assert float(planned(capsys, "--policy", "flush")[0]["together, flush"]["gain"].rstrip("x")) == 1.0
+    assert float(planned(capsys, "--policy", "round-robin")[0]["together, round-robin"]["seconds"]) >= ours
+    on_cpu, _, words = planned(capsys, "--device", "cpu")
+    assert float(on_cpu[together]["seconds"]) > ours and any("predicted for cpu" in line for line in words)
+    second = {"per_token": 0.0, "per_square": 0.0, "per_rank_token": 0.0, "fixed": 1.0}  # each slot a second there, a second back
+    Path("cost.json").write_text(json.dumps([{"forward": second, "backward": second}] * 2))
+    measured, _, words = planned(capsys, "--cost", "cost.json")
+    assert float(measured[together]["seconds"]) == 2 * (int(measured[together]["slots"]) + 1)  # and one to fill and drain
+    assert any("by the measured cost model cost.json" in line for line in words)
+
+
+def test_plan_settles_what_is_open_and_warns_of_too_little_memory(scene, capsys):
+    _, stages, words = planned(capsys, "microbatch_tokens=auto", "parallel.layers_per_stage=[3, 1]")
+    assert any(line.startswith("microbatch_tokens: auto is ") for line in words) and stages["0"]["layers"] == "3"
+    huge = ["load_weights=false", "defaults.r=256", "defaults.lora_alpha=1"]
+    config = json.loads(Path(yaml.safe_load(Path("config.yaml").read_text())["base_model"], "config.json").read_text())
+    Path("wide").mkdir()
+    for file in Path(yaml.safe_load(Path("config.yaml").read_text())["base_model"]).glob("token*"):
+        Path("wide", file.name).write_bytes(file.read_bytes())
+    Path("wide/config.json").write_text(json.dumps(config | {"intermediate_size": 10**7}))
+    assert any(
+        "Too much for 8.0 GB on cpu: stage 0 needs" in line for line in planned(capsys, *huge, "base_model=wide", "--device", "cpu")[2]
+    )
+
+
+def test_plan_counts_replicas_and_padding(scene, capsys):
+    alone = planned(capsys, "parallel.pipeline=1")[0]["together, ours"]
+    both = planned(capsys, "parallel.pipeline=1", "parallel.data=2")[0]["together, ours"]
+    assert both["tokens"] == alone["tokens"] and int(both["fill"][:-1]) < int(alone["fill"][:-1])  # of twice the slots
+    assert both["padding"] == "0.0%"
+    padded = planned(capsys, "parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true")[0]["together, ours"]
+    assert padded["padding"] != "0.0%"
+
+
+def test_plan_counts_the_loss_for_targets_alone(scene, capsys):
+    model = Path(yaml.safe_load(Path("config.yaml").read_text())["base_model"])
+    Path("wide").mkdir()
+    for file in model.glob("token*"):
+        Path("wide", file.name).write_bytes(file.read_bytes())
+    Path("wide/config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | {"vocab_size": 10**6}))
+    Path("even.jsonl").write_text('{"prompt": "a b c d e f", "completion": " g h"}\n' * 40)
+    even = [f"jobs.{name}.datasets.0.path=even.jsonl" for name in ("a", "b")]
+    wide = ["base_model=wide", "load_weights=false", "microbatch_tokens=900", "parallel.pipeline=1", "--device", "cpu"]
+    some, every = (planned(capsys, *wide, *even, f"defaults.train_on_inputs={inputs}") for inputs in ("false", "true"))
+    assert any("The loss is counted for 33% of the tokens" in line for line in some[2])
+    assert any("The loss is counted for 89% of the tokens" in line for line in every[2])
+    ratio = float(some[0]["together, ours"]["seconds"]) / float(every[0]["together, ours"]["seconds"])
+    assert ratio == pytest.approx((900 / 3 + 75 / 2) / (900 * 8 / 9 + 75 / 2), rel=0.06)  # chunks of 75 rows; all else counts little
+
+
+def test_plan_says_when_co_training_gains_nothing(scene, capsys):
+    Path("even.jsonl").write_text('{"prompt": "a b c d e f", "completion": " g h"}\n' * 5)
+    even = [f"jobs.{name}.datasets.0.path=even.jsonl" for name in ("a", "b")]
+    words = planned(capsys, "parallel.pipeline=1", "microbatch_tokens=10", *even)[2]  # one sample fills a slot
+    assert words[-1] == "One GPU, and each job fills its microbatches: expect 1.0x."
+    assert planned(capsys, "parallel.pipeline=2", "--policy", "flush")[2][-1] == "2 stages: expect 1.0x."
+
+
+def test_a_plan_in_figures_by_hand():
+    second = PassCost(per_token=0.01, per_square=0.0, per_rank_token=0.0, fixed=0.0)
+    lengths = [[[100]], [[50, 50]]]
+
+    def workload(num_stages: int, replicas: int = 1) -> Workload:
+        return Workload(
+            dealt=deal(lengths, replicas),
+            ranks=(8, 8),
+            num_stages=num_stages,
+            num_replicas=replicas,
+            capacity=200,
+            delay=0,
+            row_multiple=1,
+            cost=CostModel((StageCost(second, second),) * num_stages),
+            weights=SlotCost(),
+        )
+
+    full, half = Microbatch((Segment(0, 0, (0,), 100),)), Microbatch((Segment(1, 0, (0, 1), 100),))
+    once = forecast(((full, Microbatch(), half),), workload(1))
+    f = once.figures
+    assert (f.tokens, f.slots, f.noops, f.fill, f.uneven, f.padding) == (200, 3, 1, 200 / 600, 0.0, 0.0)
+    assert f.seconds == pytest.approx(4.0) and f.bubble == pytest.approx(0.0) and once.shares() == [0.5, 0.5]
+    assert forecast(((full,),), workload(3)).figures.bubble == pytest.approx(2 / 3)
+    assert forecast(((full,),), workload(2), hop_s=0.5).figures.seconds == pytest.approx(4.0 + 2 * 0.5)
+    assert forecast(((full,), (half,)), workload(1), step_s=0.25).figures.seconds == pytest.approx(4.0 + 2 * 0.25)
+    flushed = forecast(((full,), (half,)), workload(3))
+    assert flushed.figures.seconds == pytest.approx(12.0) and flushed.of_job(1).seconds == pytest.approx(6.0)
+    assert flushed.tokens_in_flight(0) == 100 and once.tokens_in_flight(0) == 100 and once.largest_slot == 100
+    dealt = forecast(((full, Microbatch((Segment(1, 0, (0,), 50),))),), workload(1, replicas=2)).figures
+    assert dealt.tokens == 200 and dealt.seconds == pytest.approx(3.0)  # 100 tokens on one replica, then 50 on both
+
+
+def test_plan_draws_a_new_picture_and_overwrites_none(scene, capsys):
+    assert main(["plan", "config.yaml", "--plot", "plan.png"]) == 0
+    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+    for name, words in [("plan.png", "exists"), ("plan.doc", "no kind of picture"), ("no/plan.png", "make 'no' first")]:
+        assert main(["plan", "config.yaml", "--plot", name]) == 2
+        err = capsys.readouterr().err
+        assert f"--plot: '{name}'" in err and words in err and err.count("\n") == 1
+
+
+def test_preview_marks_what_the_loss_counts(scene, materials, capsys):
+    assert main(["preview", "config.yaml", "--job", "b", "--samples", "2", "jobs.b.seed=1"]) == 0
+    out = capsys.readouterr().out
+    rows = [json.loads(line) for line in (materials / "b.jsonl").read_text().splitlines()[:2]]
+    for row in rows:
+        assert row["prompt"] in out and f"«{row['completion'].strip()}" in out.replace("« ", "«")
+    assert out.count("«") == 2 and "\x1b" not in out
+
+
+def test_doctor_names_versions_and_backends(capsys):
+    assert doctor.main() == 0
+    found = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    import torch
+
+    assert torch.__version__.split("+")[0] in found["torch"] and (torch.version.cuda or "CPU") in found["torch built for"]
+    assert {"python", "megatron-core", "transport", "attention", "fused kernels", "precision auto", "NVIDIA apex"} <= found.keys()
+
+
+def test_doctor_does_not_take_another_apex_for_nvidias(tmp_path, monkeypatch):
+    (tmp_path / "pypi" / "apex").mkdir(parents=True)
+    (tmp_path / "pypi" / "apex" / "__init__.py").write_text("import pyramid")  # importing it would fail
+    (tmp_path / "nvidia" / "apex" / "multi_tensor_apply").mkdir(parents=True)
+    (tmp_path / "nvidia" / "apex" / "__init__.py").write_text("raise RuntimeError('imported')")
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path / "pypi")
+        assert doctor.apex()[0].found == "missing" and "another project" in doctor.apex()[0].missing
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path / "nvidia")
+        assert doctor.apex()[0].found == "present"
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "fits"),
+    [("torch", "2.11.0+cu128", True), ("torch", "2.7.1", False), ("megatron-core", "0.16.1", True), ("megatron-core", "0.16.0", False),
+     ("megatron-core", "0.20.0", False), ("megatron-core", "0.19.2", True), ("numpy", "1.0", True)],
+)  # fmt: skip
+def test_doctor_knows_the_supported_versions(name, version, fits):
+    assert (doctor.out_of_range(name, version) == "") is fits

@@ -1,0 +1,123 @@
+"""Real runs of two ranks that end half-way: killed, stopped or failing ranks, of which one line tells, and runs that are asked to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import living_run
+import oracle
+import pytest
+from waiting import wait_for
+
+from megatron_lora.commands import launch
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("endings")
+    oracle.make_model(root / "model")
+    oracle.make_rows(root / "rows.jsonl", num_rows=12, seed=0)
+    return root
+
+
+@pytest.fixture
+def start(materials, tmp_path):
+    """Return a function that starts a run of a layout; what is left of it ends with the test."""
+    runs = []
+
+    def begin(parallel: dict, failing: bool = False, **environment: str) -> living_run.LivingRun:
+        rows = [{"path": str(materials / "rows.jsonl"), "type": "prompt_completion"}]
+        job = {"name": "a", "datasets": rows, "max_steps": 5000, "global_batch_size": 4}
+        config = {"base_model": str(materials / "model"), "microbatch_tokens": 64, "parallel": parallel, "jobs": [job]}
+        here = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        runs.append(living_run.LivingRun(tmp_path, config, here | environment, failing=failing))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.close()
+
+
+@pytest.mark.parametrize(("parallel", "victim"), [({"pipeline": 2}, 0), ({"tensor": 2}, 1), ({"data": 2}, 1)])
+def test_a_killed_rank_ends_the_run_within_seconds_and_with_one_line(parallel, victim, start):
+    run = start(parallel)
+    run.train()
+    os.kill(run.rank(victim), signal.SIGKILL)
+    status, error = run.end(20)
+    assert status == 1 and error == living_run.KILLED.format(victim)
+    recorded = json.loads((run.output / "status.json").read_text())
+    assert recorded["jobs"]["a"]["state"] == "paused" and recorded["reason"] in error
+
+
+def test_a_rank_that_stands_still_ends_the_run_once_another_has_lost_patience(start):
+    run = start({"pipeline": 2}, MEGATRON_LORA_TIMEOUT_S="3")
+    run.train()
+    os.kill(run.rank(0), signal.SIGSTOP)
+    status, error = run.end(60)  # torchrun gives the stopped rank half a minute to end
+    assert status == 1 and error.count("\n") == 1 and error.startswith(living_run.STOOD_STILL.format(0) + "1 waited for it in vain")
+
+
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "sequence": True}, {"data": 2}])
+def test_a_failing_rank_ends_the_run_with_its_own_words(parallel, start):
+    status, error = start(parallel, failing=True).end(60)
+    assert status == 1 and error.count("Traceback") == 1 and error.endswith(living_run.FAILED)
+
+
+def steps_of(run: living_run.LivingRun) -> list[int]:
+    return [json.loads(line)["step"] for line in (run.output / "jobs" / "a" / "metrics.jsonl").read_text().splitlines()]
+
+
+def everybody(run: living_run.LivingRun) -> list[int]:
+    """Return all processes of a run but the planner's, as SLURM signals those of a step."""
+    return [pid for pid, environment in run.processes().items() if "serve" not in environment[""]]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "number", "reached"),
+    [
+        ({"pipeline": 2}, signal.SIGUSR1, lambda run: [run.process.pid]),
+        ({"data": 2}, signal.SIGTERM, everybody),
+        ({"tensor": 2}, signal.SIGINT, lambda run: [run.process.pid]),
+    ],
+    ids=["launcher", "everybody", "interrupt"],
+)
+def test_a_run_that_is_asked_to_stop_ends_with_75_and_goes_on_when_it_is_started_again(parallel, number, reached, start):
+    run = start(parallel)
+    run.train()
+    for pid in reached(run):
+        os.kill(pid, number)
+    assert run.end(60) == (75, "")
+    recorded, taken = json.loads((run.output / "status.json").read_text()), steps_of(run)
+    assert recorded["exit_status"] == 75 and recorded["jobs"]["a"]["state"] == "paused"
+    assert [path.name for path in (run.output / "jobs" / "a").glob("checkpoint-*")] == [f"checkpoint-{taken[-1]}"]
+    again = start(parallel)
+    again.train(rows=len(taken) + 3)
+    os.kill(again.process.pid, signal.SIGTERM)
+    assert again.end(60) == (75, "")
+    assert steps_of(again) == list(range(1, len(steps_of(again)) + 1)) and len(steps_of(again)) > len(taken)
+
+
+def test_a_second_signal_ends_a_run_at_once(start):
+    run = start({"pipeline": 2})
+    run.train()
+    os.kill(run.rank(1), signal.SIGSTOP)  # it cannot agree to stop
+    for _ in range(2):
+        os.kill(run.process.pid, signal.SIGTERM)
+        time.sleep(launch.SAME_S + 0.5)
+    os.kill(run.rank(1), signal.SIGCONT)
+    status, error = run.end(60)
+    assert status == 128 + signal.SIGTERM and error == "megatron-lora: stopped by SIGTERM before its state was saved\n"
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_run_that_is_asked_to_stop_before_it_trains_ends_at_once_and_may_be_started_again(ranks, start):
+    run = start({"pipeline": 2})
+    agent = "megatron_lora.commands.torchrun"  # it imports torch for a while before it listens
+    wait_for(lambda: any(agent in environment[""] for environment in run.processes().values()))
+    wait_for(lambda: sum("RANK" in environment for environment in run.processes().values()) >= ranks)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.end(60) == (75, "megatron-lora: stopped by SIGTERM before it took a step\n")

@@ -1,0 +1,271 @@
+"""Tokens and targets of every format and of chat templates as they are in the wild, against masks written by hand.
+
+Targets stand between « and », so that an expectation reads as what the model is trained to say.
+"""
+
+import itertools
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from megatron_lora.data.row_formats import RowEncoder
+from megatron_lora.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+QWEN3 = (
+    "{% for m in messages %}{% set c = m['content'] %}{% if m['role'] == 'assistant' %}{% set thought = '' %}"
+    "{% if '</think>' in c %}{% set thought = c.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set c = c.split('</think>')[-1].strip() %}{% endif %}"
+    "{% if loop.last %}{% set c = '<think>\n' + thought + '\n</think>\n\n' + c %}{% endif %}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
+)
+NO_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+
+
+def make_tokenizer(template=None, merges=(), added=(), bos=None, eos="</s>", words=False, adds_bos=False):
+    """Build a tokenizer of single bytes, joined by `merges`; `words` makes it one of sentencepiece's kind ('▁' before words)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["▁"]
+    specials = [*added, *([bos] if bos else []), eos]
+    vocab = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges), *specials])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    if words:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocab[bos])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, additional_special_tokens=list(added), chat_template=template
+    )
+
+
+def chatml(**options):
+    return make_tokenizer(CHATML, added=("<|im_start|>",), eos="<|im_end|>", **options)
+
+
+def marked(tokenizer, row, format, train_on_inputs=False):
+    """Show a row's text with its targets between « and »."""
+    ids, targets = RowEncoder(tokenizer).encode(row, format, train_on_inputs, "rows.jsonl:7")
+    pieces = zip(tokenizer.convert_ids_to_tokens(ids.tolist()), targets.tolist(), strict=True)
+    text = ""
+    for target, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
+        run = "".join(token for token, _ in run)
+        text += f"«{run}»" if target else run
+    return text.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
+
+
+def chat(*contents, first="user"):
+    roles = ("user", "assistant") if first == "user" else ("system", "user", "assistant")
+    return {"messages": [{"role": role, "content": content} for role, content in zip(itertools.cycle(roles), contents, strict=False)]}
+
+
+# ---- text, prompt_completion, alpaca ----
+
+
+def test_text_gets_its_special_tokens_and_one_eos():
+    plain, with_bos = make_tokenizer(), make_tokenizer(bos="<s>", adds_bos=True)
+    assert marked(plain, {"text": "abc"}, "text") == "a«bc</s>»"
+    assert marked(plain, {"text": "abc</s>"}, "text") == "a«bc</s>»"
+    assert marked(with_bos, {"text": "abc"}, "text") == "<s>«abc</s>»"
+
+
+def test_prompt_completion_joins_tokens_not_texts():
+    tokenizer = make_tokenizer(bos="<s>", adds_bos=True, merges=[("b", "c")])
+    row = {"prompt": "ab", "completion": "cd"}
+    assert marked(tokenizer, row, "prompt_completion") == "<s>ab«cd</s>»"
+    ids, _ = RowEncoder(tokenizer).encode(row, "prompt_completion", False, "")
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<s>", "a", "b", "c", "d", "</s>"]
+    assert marked(tokenizer, row, "prompt_completion", train_on_inputs=True) == "<s>«abcd</s>»"
+    assert marked(tokenizer, {"prompt": "", "completion": "cd"}, "prompt_completion") == "<s>«cd</s>»"
+    assert marked(make_tokenizer(), {"prompt": "", "completion": "cd"}, "prompt_completion") == "c«d</s>»"
+
+
+def test_alpaca_uses_stanfords_two_templates():
+    tokenizer = make_tokenizer()
+    bare = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nadd {1}\n\n### Response:«2</s>»"
+    )
+    for row in ({"instruction": "add {1}", "output": "2"}, {"instruction": "add {1}", "input": "", "output": "2"}):
+        assert marked(tokenizer, row, "alpaca") == bare
+    assert marked(tokenizer, {"instruction": "add", "input": "1 1", "output": "2"}, "alpaca") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nadd\n\n### Input:\n1 1\n\n### Response:«2</s>»"
+    )
+
+
+# ---- chat templates ----
+
+
+def test_chatml_with_a_default_system_prompt():
+    assert marked(chatml(), chat("hi", "ok!", "more", "yes"), "messages") == (
+        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«ok!<|im_end|>»\n"
+        "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>»\n"
+    )
+
+
+def test_sharegpt_is_the_same_conversation():
+    turns = [{"from": "system", "value": "S"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ok!"}]
+    same = chat("S", "hi", "ok!", first="system")
+    assert marked(chatml(), {"conversations": turns}, "sharegpt") == marked(chatml(), same, "messages")
+    assert marked(chatml(), same, "messages").endswith("<|im_start|>assistant\n«ok!<|im_end|>»\n")
+
+
+def test_training_on_inputs_leaves_out_the_first_token_only():
+    text = marked(chatml(), chat("hi", "ok"), "messages", train_on_inputs=True)
+    assert text.startswith("<|im_start|>«system\n") and text.endswith("ok<|im_end|>\n»") and text.count("«") == 1
+    assert "«user" not in marked(chatml(), {"messages": [{"role": "user", "content": "a"}]}, "messages", train_on_inputs=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("user", "«user<|im_end|>»"),  # the same text as a prompt's and a header's
+        ("assistant\n", "«assistant\n<|im_end|>»"),
+        ("turn0 turn1", "«turn0 turn1<|im_end|>»"),  # the finder's own marker
+        ("<|im_end|>", "«<|im_end|><|im_end|>»"),
+        ("\n\n x \n", "«\n\n x \n<|im_end|>»"),
+    ],
+)
+def test_awkward_contents(content, expected):
+    assert marked(chatml(), chat("turn0", content), "messages").endswith(f"<|im_start|>assistant\n{expected}\n")
+
+
+def test_characters_of_several_tokens():
+    tokenizer = chatml()
+    ids, targets = RowEncoder(tokenizer).encode(chat("é", "né 🙂"), "messages", False, "")
+    assert tokenizer.decode(ids[targets]) == "né 🙂<|im_end|>"
+    assert targets.sum() == 1 + 2 + 1 + 4 + 1
+
+
+def test_llama3_trims_and_the_date_stands_still():
+    tokenizer = make_tokenizer(LLAMA3, added=("<|start|>", "<|end|>", "<|eot|>"), bos="<s>", adds_bos=True)
+    assert marked(tokenizer, chat("  hi ", "  ok\n"), "messages") == (
+        "<s>26 Jul 2024<|start|>user<|end|>\n\nhi<|eot|><|start|>assistant<|end|>\n\n«ok<|eot|>»"
+    )
+
+
+def test_mistral_trains_the_word_that_carries_the_space():
+    tokenizer = make_tokenizer(MISTRAL, merges=[("▁", "y"), ("e", "s"), ("▁y", "es")], bos="<s>", words=True)
+    assert marked(tokenizer, chat("go", "yes", "a", "yes yes"), "messages").replace(" ", "_") == (
+        "<s>[INST]_go_[/INST]«_yes</s>»[INST]_a_[/INST]«_yes_yes</s>»"
+    )
+    ids, targets = RowEncoder(tokenizer).encode(chat("go", "yes"), "messages", False, "")
+    assert tokenizer.convert_ids_to_tokens(ids[targets].tolist()) == ["▁yes", "</s>"]
+
+
+def test_tokens_that_merge_across_the_border():
+    merges = [("\u010a", "o"), ("k", "!"), ("x", "Ċ")]
+    # "\no" begins in the header, so it is the header's; "x\n" begins in the content, so it is the content's.
+    assert marked(chatml(merges=merges), chat("q", "ok!"), "messages").endswith("assistant\no«k!<|im_end|>»\n")
+    assert marked(make_tokenizer(NO_END, merges=merges), chat("q", "x"), "messages") == "user: q\nassistant: «x\n»"
+
+    # What the template writes between a content and the next added token makes that token no end of the turn, merged or not.
+    bracketed = "{% for m in messages %}{{ '[' + m['content'] + ']' + eos_token }}{% endfor %}"
+    assert marked(make_tokenizer(bracketed), chat("q", "ab"), "messages") == "[q]</s>[«ab»]</s>"
+    assert marked(make_tokenizer(bracketed, merges=[("b", "]")]), chat("q", "ab"), "messages") == "[q]</s>[«ab]»</s>"
+
+
+def test_thoughts_are_trained_where_the_template_shows_them():
+    tokenizer = make_tokenizer(QWEN3, added=("<|im_start|>",), eos="<|im_end|>")
+    thinking = "<think>\nhm\n</think>\n\nyes"
+    assert marked(tokenizer, chat("a", thinking, "b", thinking), "messages") == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>»\n"
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n<think>\n«hm\n</think>\n\nyes<|im_end|>»\n"
+    )
+    assert marked(tokenizer, chat("a", "yes"), "messages").endswith("assistant\n<think>\n\n</think>\n\n«yes<|im_end|>»\n")
+
+
+def test_an_end_of_turn_token_may_stand_off_or_open_the_next_turn_or_be_absent():
+    apart = make_tokenizer("{% for m in messages %}{{ '[' + m['content'] + ' ' + eos_token + bos_token }}{% endfor %}", bos="<s>")
+    assert marked(apart, chat("q", "a"), "messages") == "[q </s><s>[«a </s>»<s>"
+    opening = make_tokenizer(
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}", added=("<|user|>", "<|assistant|>")
+    )
+    assert marked(opening, chat("q", "a", "r", "b"), "messages") == "<|user|>q<|assistant|>«a<|user|>»r<|assistant|>«b»"
+    begin = make_tokenizer("{% for m in messages %}{{ bos_token + m['content'] }}{% endfor %}", bos="<s>")
+    assert marked(begin, chat("q", "a", "r"), "messages") == "<s>q<s>«a»<s>r"
+    assert marked(make_tokenizer(NO_END), chat("q", "a"), "messages") == "user: q\nassistant: «a»\n"
+
+
+def test_an_empty_turn_among_others_is_trained_to_end():
+    text = marked(chatml(), chat("a", "", "b", "yes"), "messages")
+    assert "assistant\n«<|im_end|>»\n<|im_start|>user" in text and text.endswith("«yes<|im_end|>»\n")
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "named"),
+    [
+        ("text", {"text": " \n"}, "'text' is empty"),
+        ("text", {"prompt": "a"}, r"has no 'text' \(it has 'prompt'\)"),
+        ("text", {"text": 3}, "'text' is 3; write it as text"),
+        ("text", {"text": "\ud800"}, "half of a character"),
+        ("prompt_completion", {"prompt": "a"}, "has no 'completion'"),
+        ("prompt_completion", {"prompt": "a", "completion": ""}, "'completion' is empty"),
+        ("alpaca", {"instruction": "", "output": "a"}, "'instruction' is empty"),
+        ("alpaca", {"instruction": "a", "input": 1, "output": "a"}, "'input' is 1"),
+        ("messages", {"conversations": []}, "has no 'messages'"),
+        ("messages", {"messages": []}, "'messages' is empty"),
+        ("messages", {"messages": "hi"}, "write a list of turns"),
+        ("messages", {"messages": [{"role": "user", "content": "a"}]}, "no assistant turn has content"),
+        ("messages", chat("a", " "), "no assistant turn has content"),
+        ("messages", {"messages": [{"role": "bot", "content": "a"}]}, "'role' is 'bot'; use one of system,"),
+        ("messages", {"messages": [{"role": "user"}]}, "has no 'content'"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "write it as text"),
+        ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "'tool_calls' is not supported"),
+        ("messages", {"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "'weight' is not supported"),
+        ("messages", {**chat("a", "b"), "tools": [{"name": "f"}]}, "'tools' is not supported"),
+        ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]}, "'from' is 'alien'; use one of system, human"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on(format, row, named):
+    with pytest.raises(UserError, match=rf"^rows.jsonl:7: .*{named}") as caught:
+        marked(chatml(), row, format)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "named"),
+    [
+        (
+            MISTRAL,
+            chat("s", "q", "a", first="system"),
+            "refuses this conversation of system, user, assistant: Conversation roles must alternate",
+        ),
+        (MISTRAL, chat("q", "a") | {"messages": [{"role": "assistant", "content": "a"}]}, "of assistant: Conversation roles must"),
+        ("{{ messages[0]['content'] }}", chat("q", "a"), "does not show message 2 once"),
+        ("{{ messages[1]['content'] * 2 }}", chat("q", "a"), "does not show message 2 once"),
+        ("{% for m in messages %}{{ m['content'] }}", chat("q", "a"), "refuses this conversation"),
+    ],
+)
+def test_templates_that_do_not_take_a_conversation(template, row, named):
+    with pytest.raises(UserError, match=f"^rows.jsonl:7: .*{named}"):
+        marked(make_tokenizer(template, bos="<s>"), row, "messages")
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no eos_token"):
+        RowEncoder(tokenizer)

@@ -1,0 +1,116 @@
+"""Recomputation policies change memory and nothing else: same bits on every layout, own microbatch for each layer, fewer bytes kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import attach_adapters, save_model, stage_input, train_step, whole_gradients
+
+from megatron_lora.config.schema import ParallelConfig
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.model.stage import build_stage
+
+LENGTHS = (5, 22, 1, 16)
+SEGMENTS = ((2, 9, 1), (9, 40, 0))
+ROWS, HIDDEN, FFN, LAYERS = sum(LENGTHS), 32, 48, 3
+MIXED = ("full", "none", "cheap")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen3")
+    save_model(path, "qwen3")
+    return path
+
+
+def build(directory, recompute, parallel=None):
+    parallel = parallel or ParallelConfig()
+    stage = build_stage(
+        read_architecture(directory), directory, parallel, dtype=torch.float32, device=torch.device("cpu"), recompute=recompute
+    )
+    attach_adapters(stage.linears, parallel.tensor, dropout=0.25)
+    return stage
+
+
+def step_of(directory, recompute, parallel):
+    """Train one microbatch; runs on any rank."""
+    stage = build(directory, recompute, parallel)
+    return train_step(stage, stage_input(LENGTHS, stage.architecture.vocab_size, SEGMENTS), parallel)
+
+
+def assert_same(ours, expected):
+    assert torch.equal(ours["losses"], expected["losses"]) if "losses" in expected else "losses" not in ours
+    assert ours["gradients"].keys() == expected["gradients"].keys() != set()
+    for name, gradient in expected["gradients"].items():
+        assert gradient.any() and torch.equal(ours["gradients"][name], gradient), name
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "full", MIXED])
+def test_bits_on_one_rank(recompute, directory, one_process):
+    assert_same(step_of(directory, recompute, ParallelConfig()), step_of(directory, "none", ParallelConfig()))
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "full"])
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"tp": 2}, {"tp": 2, "sequence": True}])
+def test_bits_on_every_layout(layout, recompute, directory, pool):
+    parallel = ParallelConfig(pipeline=layout.get("pp", 1), tensor=layout.get("tp", 1), sequence=layout.get("sequence", False))
+    ours, expected = (pool(**layout).run(step_of, directory, policy, parallel) for policy in (recompute, "none"))
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert_same(mine, theirs)
+
+
+def test_each_layer_is_run_again_with_its_own_microbatch(directory, one_process):
+    """Two microbatches are in flight, as in a pipeline; each backward must meet its own rows, route and dropout keys."""
+    answers = []
+    for recompute in ("none", MIXED, "full"):
+        stage = build(directory, recompute)
+        microbatches = [stage_input(LENGTHS, 61, SEGMENTS, seed=1), stage_input((9, 4), 61, ((0, 9, 0), (9, 13, 1)), seed=2)]
+        losses = [(stage.losses(stage(m), m.labels) * m.weights).sum() for m in microbatches]
+        for loss in losses:
+            loss.backward()
+        assert stage.binding.microbatch is None
+        answers.append({"losses": torch.stack(losses).detach(), "gradients": whole_gradients(stage.linears)})
+    assert_same(answers[1], answers[0])
+    assert_same(answers[2], answers[0])
+
+
+def kept_bytes(directory, recompute):
+    """Return the bytes that one microbatch's forward keeps for backward, each storage once, parameters apart."""
+    stage = build(directory, recompute)
+    parameters = {p.untyped_storage().data_ptr() for p in stage.parameters()}
+    storages = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor lives on, or its address would be used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = stage(stage_input(LENGTHS, 61, SEGMENTS))
+    del hidden
+    return sum(size for size, _ in storages.values())
+
+
+def test_memory(directory, one_process):
+    none, cheap, full, mixed = (kept_bytes(directory, recompute) for recompute in ("none", "cheap", "full", MIXED))
+    layer_none, layer_cheap, layer_full = ((total - ROWS * HIDDEN * 4) // LAYERS for total in (none, cheap, full))  # final norm's input
+    assert layer_none - layer_cheap == ROWS * (2 * HIDDEN + FFN) * 4
+    assert layer_full == ROWS * HIDDEN * 4
+    assert mixed - ROWS * HIDDEN * 4 == layer_none + layer_cheap + layer_full
+    # Both sums; qkv before and after its head norms; attention's outputs per sample (CPU), together, and its scores; gate | up.
+    assert layer_cheap == ROWS * (2 * HIDDEN + 2 * (4 + 2 * 2) * 16 + 2 * 4 * 16 + 4 + 2 * FFN) * 4
+
+
+def test_evaluation_keeps_nothing(directory, one_process):
+    stage, plain = build(directory, MIXED), build(directory, "none")
+    microbatch = stage_input(LENGTHS, 61, SEGMENTS)
+    with torch.no_grad():
+        hidden = stage(microbatch)
+        assert not hidden.requires_grad and torch.equal(hidden, plain(microbatch))
+
+
+def test_a_list_must_be_as_long_as_the_model_is_deep(directory, one_process):
+    with pytest.raises(UserError, match="recompute: 2 policies do not fit the model's 3 layers; give 3, or one word for all layers"):
+        build(directory, ("none", "full"))

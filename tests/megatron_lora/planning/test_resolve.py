@@ -1,0 +1,250 @@
+"""What a config leaves open is settled as the models say, the same for plan and training, and recorded; what it gives stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import oracle
+import pytest
+import runs
+
+from megatron_lora.config.schema import dump_config, load_config
+from megatron_lora.data.tokenizer import load_tokenizer
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.output.run_directory import RunDirectory
+from megatron_lora.parallel.partition import recompute_of_layers
+from megatron_lora.planning import devices
+from megatron_lora.planning.predict import cost_of, memory_of, planner_cost, predicted_peaks
+from megatron_lora.planning.resolve import choose_layers, describe, memory_line, settle
+from megatron_lora.training import train
+from megatron_lora.training.stop_request import StopRequest
+from megatron_lora.training.train import settle_together
+from scheduling.cost import DEVICES, stage_policies
+from scheduling.memory import fitting_tokens, usable_bytes
+
+H100, CPU = DEVICES["h100"], DEVICES["cpu"]
+LENGTHS = [[[500, 300, 700, 650]] * 20] * 3
+SMALL = {"hidden_size": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "ffn_size": 1536, "vocab_size": 49152}
+LARGE = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "ffn_size": 14336}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A folder with a model and rows."""
+    folder = tmp_path_factory.mktemp("settle")
+    oracle.make_model(folder / "model")
+    oracle.make_rows(folder / "rows.jsonl", num_rows=12, seed=0)
+    return folder
+
+
+@pytest.fixture
+def configure(root, tmp_path):
+    """Return a function overrides -> config."""
+    job = {"name": "one", "datasets": [{"path": str(root / "rows.jsonl"), "type": "prompt_completion"}]}
+    path = runs.write_config(tmp_path / "config.yaml", root / "model", tmp_path / "run", [job], {}, 4096)
+    return lambda *overrides: load_config(path, ["precision=auto", "recompute=none", *overrides])
+
+
+def model(root, **facts):
+    return dataclasses.replace(read_architecture(root / "model"), **facts, tied_head=False)
+
+
+def test_stages_take_equally_long_with_the_head(configure, root):
+    small, large = model(root, **SMALL), model(root, **LARGE, vocab_size=128256)
+    assert choose_layers(configure("parallel.pipeline=2", "microbatch_tokens=512"), small, CPU) == (19, 11)
+    assert choose_layers(configure("parallel.pipeline=2", "microbatch_tokens=512"), small, H100) == (15, 15)  # launches, not work
+    assert choose_layers(configure("parallel.pipeline=4"), large, H100) == (9, 9, 8, 6)
+    assert choose_layers(configure("parallel.pipeline=4"), large, DEVICES["a100"]) == (9, 9, 8, 6)  # any GPU, one split
+    given = configure("parallel.pipeline=4", "parallel.layers_per_stage=[8, 8, 8, 8]")
+    assert settle(given, large, LENGTHS, H100) == given
+    settled = settle(configure("parallel.pipeline=4"), large, LENGTHS, H100)
+    times = [stage.seconds(4096) for stage in cost_of(settled, large, H100).stages]
+    assert max(times) < 1.1 * sum(times) / 4
+    assert describe(configure("parallel.pipeline=4"), settled) == ["parallel.layers_per_stage: null is [9, 9, 8, 6]"]
+
+
+def test_layers_move_to_the_last_stage_where_fewer_tokens_are_targets(configure, root):
+    large, open_ = model(root, **LARGE, vocab_size=128256), configure("parallel.pipeline=4", "recompute=auto", "microbatch_tokens=8192")
+    every, half, quarter, few = (settle(open_, large, LENGTHS, H100, share) for share in (1.0, 0.5, 0.25, 0.1))
+    splits = [config.parallel.layers_per_stage for config in (every, half, quarter, few)]
+    assert splits[0] == (9, 9, 8, 6) and splits[1][-1] == 7 and splits[2] == splits[3] == (8, 8, 8, 8)
+    slowest = [max(stage.seconds(4096) for stage in cost_of(config, large, H100, 0.25).stages) for config in (quarter, every)]
+    assert slowest[0] < slowest[1]
+    told = "parallel.layers_per_stage: null is [8, 8, 8, 8], as 25% of the tokens are targets"
+    assert describe(open_, quarter, 0.25)[0] == told
+    assert planner_cost(quarter, large, H100, 0.25).fixed > planner_cost(quarter, large, H100).fixed  # a token costs less
+
+
+def test_rows_that_fill_a_chunk_of_the_loss_cost_what_targets_do(configure, root):
+    small = model(root, **SMALL)
+    splits = {}
+    for tokens in (128, 2048):  # one chunk on CPU, and 16
+        config = configure("parallel.pipeline=2", f"microbatch_tokens={tokens}")
+        splits[tokens] = [choose_layers(config, small, CPU, share) for share in (1.0, 0.05)]
+    assert splits[128][0] == splits[128][1] and splits[2048] == [(19, 11), (15, 15)]
+
+
+def test_an_automatic_budget_fits_and_is_no_larger_than_pays(configure, root):
+    large, auto = model(root, **LARGE, vocab_size=128256), configure("parallel.pipeline=2", "microbatch_tokens=auto")
+    plenty = settle(auto, large, LENGTHS, H100)
+    memory = fitting_tokens(memory_of(plenty, large, H100), H100)
+    assert 700 <= plenty.microbatch_tokens <= memory and plenty.microbatch_tokens % 256 == 0
+    assert load_config_text(dump_config(plenty)) == plenty
+    tight = dataclasses.replace(H100, memory_bytes=14e9)
+    scarce = settle(auto, large, LENGTHS, tight)
+    assert 700 <= scarce.microbatch_tokens <= fitting_tokens(memory_of(scarce, large, tight), tight) < memory
+    assert scarce.microbatch_tokens < plenty.microbatch_tokens
+    with pytest.raises(UserError, match="microbatch_tokens: auto: the longest sample has 700 tokens, memory allows") as refused:
+        settle(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=9e9))
+    assert "\n" not in str(refused.value) and "recompute: auto" in str(refused.value)
+
+
+def load_config_text(text: str):
+    path = Path("again.yaml").absolute()
+    path.write_text(text)
+    return load_config(path)
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEGATRON_LORA_CACHE", str(tmp_path / "cache"))
+
+
+def test_recomputation_is_no_more_than_the_memory_asks_for(configure, root):
+    large, auto = model(root, **LARGE, vocab_size=128256), configure("recompute=auto", "microbatch_tokens=8192")
+    sizes = (60, 52, 40, 25)
+    settled = [settle(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=size * 1e9)) for size in sizes]
+    policies = [recompute_of_layers(config.recompute, 32) for config in settled]
+    counts = [(each.count("full"), each.count("cheap")) for each in policies]
+    assert counts == sorted(counts) and counts[0] == (0, 0) and counts[1][1] > counts[1][0] == 0 and counts[3][0] > counts[2][0] > 0
+    for size, config in zip(sizes, settled, strict=True):
+        device = dataclasses.replace(H100, memory_bytes=size * 1e9)
+        assert predicted_peaks(config, large, device)[0] <= usable_bytes(device)
+        assert describe(auto, config)[0].startswith("recompute: auto is ") and load_config_text(dump_config(config)) == config
+        assert memory_line(auto, config, large, device)[0].endswith("to spare")
+    assert "full" in describe(auto, settled[3])[0] and describe(auto, settled[0])[0] == "recompute: auto is none"
+    tiny = dataclasses.replace(H100, memory_bytes=9e9)
+    beyond = settle(auto, large, LENGTHS, tiny)
+    assert beyond.recompute == "full" and "TOO MUCH" in memory_line(auto, beyond, large, tiny)[0]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_stages_that_hold_more_microbatches_recompute_more_and_get_fewer_layers(tensor, configure, root):
+    large, device = model(root, **LARGE, vocab_size=128256), dataclasses.replace(H100, memory_bytes=28e9 / tensor)
+    shape = ("recompute=auto", "parallel.pipeline=4", f"parallel.tensor={tensor}", "microbatch_tokens=8192")
+    given = settle(configure(*shape, "parallel.layers_per_stage=[8, 8, 8, 8]"), large, LENGTHS, device)
+    stages = stage_policies((8,) * 4, given.recompute)
+    work = [2 * policies.count("full") + policies.count("cheap") for policies in stages]
+    assert given.parallel.layers_per_stage == (8, 8, 8, 8) and work == sorted(work, reverse=True) and work[0] > work[3]
+    free = settle(configure(*shape), large, LENGTHS, device)
+    plain = choose_layers(configure("parallel.pipeline=4", f"parallel.tensor={tensor}", "microbatch_tokens=8192"), large, device)
+    kept = settle(configure(*shape, f"parallel.layers_per_stage={list(plain)}"), large, LENGTHS, device)
+
+    def slowest(config):
+        return max(stage.seconds(4096) for stage in cost_of(config, large, H100).stages)
+
+    assert free.parallel.layers_per_stage[0] < plain[0] and sum(free.parallel.layers_per_stage) == 32
+    assert slowest(free) < slowest(kept) and max(predicted_peaks(free, large, device)) <= usable_bytes(device)
+    assert free == settle(configure(*shape), large, LENGTHS, device)
+    assert describe(configure(*shape), free)[-1].count(" | ") == 3
+
+
+def test_an_automatic_budget_counts_what_recomputing_for_it_costs(configure, root):
+    large = model(root, **LARGE, vocab_size=128256)
+    auto = configure("recompute=auto", "microbatch_tokens=auto", "parallel.pipeline=4", "parallel.layers_per_stage=[9, 9, 8, 6]")
+    roomy, tight = (settle(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=size)) for size in (80e9, 13e9))
+    assert roomy.recompute == "none"
+    assert tight.microbatch_tokens <= roomy.microbatch_tokens and tight.recompute != "none"
+    assert max(predicted_peaks(tight, large, H100)) <= 13e9
+
+
+def test_the_planner_weighs_slots_by_the_model_and_not_by_the_gpu(configure, root):
+    small, large = model(root, **SMALL), model(root, **LARGE, vocab_size=128256)
+    config = configure("parallel.layers_per_stage=[32]")
+    assert planner_cost(config, large, H100) == planner_cost(config, large, DEVICES["a100"])
+    assert planner_cost(config, small, H100).fixed > 10 * planner_cost(config, large, H100).fixed > 0
+    wider = configure("parallel.layers_per_stage=[32]", "jobs.0.r=256")
+    assert planner_cost(wider, large, H100).per_square < planner_cost(config, large, H100).per_square  # a token costs more
+
+
+def test_the_planner_knows_the_stairs_of_a_gpu_and_what_a_further_job_costs(configure, root):
+    """About 80 tokens at 32B on two stages; no more than was measured for a model whose layers are quicker; nothing of both on a CPU."""
+    facts = {"hidden_size": 5120, "num_layers": 64, "num_heads": 40, "num_kv_heads": 8, "head_dim": 128, "ffn_size": 27648}
+    middle, config = model(root, **facts, vocab_size=152064), configure("parallel.pipeline=2", "parallel.layers_per_stage=[32,32]")
+    found = planner_cost(config, middle, H100)
+    assert 75 < found.per_segment <= 0.02 * 4096 and found.tiles[32] == pytest.approx(1.026 * 4096, rel=1e-3)
+    small = planner_cost(configure("parallel.layers_per_stage=[30]"), model(root, **SMALL), H100)
+    assert small.per_segment == pytest.approx(0.02 * 4096) and small.tiles[1] > 1.5 * small.tiles[33] / 33
+    on_cpu = planner_cost(config, middle, CPU)
+    assert on_cpu.per_segment == 0 and on_cpu.tiles == ()
+
+
+def test_weights_are_counted_in_their_precision_and_a_tied_matrix_once(configure, root):
+    large = model(root, **LARGE, vocab_size=128256)
+    config = configure("parallel.layers_per_stage=[32]")
+    weights = [memory_of(config, large, device)[0].weights for device in (H100, CPU)]
+    assert weights[0] == pytest.approx(2 * 8.03e9, rel=1e-3) and weights[1] == 2 * weights[0]
+    tied = memory_of(config, dataclasses.replace(large, tied_head=True), H100)[0].weights
+    assert weights[0] - tied == 2 * 4096 * 128256
+
+
+def test_this_machine_is_shared_by_its_ranks(monkeypatch):
+    monkeypatch.setattr(devices, "this_gpu", lambda: None)
+    monkeypatch.setattr(devices, "machine_bytes", lambda: 9e9)
+    assert devices.this_device(2).memory_bytes == 3.5e9 and devices.this_device(100).memory_bytes == 0
+    assert devices.this_device(2).name == "cpu" and devices.reference_of(devices.this_device(2)) is CPU
+    with pytest.raises(UserError, match="--device: 'h10'"):
+        devices.named_device("--device", "h10")
+
+
+def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure, root, capsys):
+    import torch.distributed as dist
+
+    open_ = ("microbatch_tokens=auto", "parallel.pipeline=2", "recompute=auto")
+    config, given = configure(*open_), configure("parallel.layers_per_stage=[4]")
+    with RunDirectory.create(config):
+        settled, cost = settle_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)
+        split = f"parallel.layers_per_stage: null is {list(settled.parallel.layers_per_stage)}, as 25% of the tokens are targets"
+        lines = ["microbatch_tokens: auto is 256", split]
+        *told, memory = capsys.readouterr().out.splitlines()
+        assert told == [*lines, "recompute: auto is none"] and memory.startswith("predicted peak memory: ") and " MB | " in memory
+        every, some = (planner_cost(settled, read_architecture(root / "model"), CPU, share) for share in (1.0, 0.25))
+        assert load_config("run/config.yaml") == settled and cost == some != every
+        assert settle_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)[0] == given
+        assert capsys.readouterr().out == ""
+
+
+def test_a_run_is_settled_by_its_samples_share_of_targets(one_process, configure, root, monkeypatch):
+    def stop(config, architecture, lengths, target_share, host):
+        raise InterruptedError(target_share)
+
+    monkeypatch.setattr(train, "settle_together", stop)
+    monkeypatch.setattr(train, "job_states", lambda path: {})
+    tokenizer = load_tokenizer(root / "model")
+    rows = [oracle.encode(tokenizer, json.loads(line)) for line in (root / "rows.jsonl").read_text().splitlines()]
+    shares = []
+    for inputs in ("false", "true"):
+        with pytest.raises(InterruptedError) as stopped:
+            train.run(configure(f"jobs.0.train_on_inputs={inputs}"), StopRequest())
+        shares.append(stopped.value.args[0])
+    num_tokens = sum(len(tokens) for tokens, _ in rows)
+    assert shares == [sum(int((labels != -100).sum()) for _, labels in rows) / num_tokens, (num_tokens - len(rows)) / num_tokens]
+
+
+@pytest.mark.parametrize("parallel", [{"pp": 2}, {"dp": 2}])
+def test_a_run_records_what_it_settled(parallel, root, pool, tmp_path):
+    rows = {"datasets": [{"path": str(root / "rows.jsonl"), "type": "prompt_completion"}], "global_batch_size": 3, "max_steps": 2}
+    jobs = [{"name": name, **rows} for name in ("one", "two")]
+    path = runs.write_config(tmp_path / "config.yaml", root / "model", tmp_path / "run", jobs, parallel, "auto")
+    assert runs.start(pool, path, parallel) == 0
+    written = load_config(tmp_path / "run" / "config.yaml")
+    assert isinstance(written.microbatch_tokens, int) and len(written.parallel.layers_per_stage) == parallel.get("pp", 1)
+    assert written.recompute == "none"
+    opened = dataclasses.replace(written, microbatch_tokens="auto", recompute="auto", parallel=load_config(path).parallel)
+    assert opened == load_config(path)
+    window = json.loads((tmp_path / "run" / "plan" / "window-0000.json").read_text())
+    assert max(sum(entry[3] for entry in slot) for slot in window["microbatches"]) <= written.microbatch_tokens

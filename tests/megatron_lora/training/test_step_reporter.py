@@ -1,0 +1,124 @@
+"""What the first rank tells: steps as they were taken, nothing of a job that has failed, a timeline that stays exact and small."""
+
+import json
+import queue
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_lora.config.schema import DatasetConfig, JobConfig, RunConfig
+from megatron_lora.data.samples import JobData, Sample
+from megatron_lora.data.steps import JobRows, job_steps
+from megatron_lora.errors import UserError
+from megatron_lora.output.run_directory import RunDirectory
+from megatron_lora.output.timeline import Timeline
+from megatron_lora.training.executor import StepDone
+from megatron_lora.training.jobs import MOST_VISITS, TrainingJob, _check_visits
+from megatron_lora.training.run_reporter import Desk
+from megatron_lora.training.step_reporter import StepReporter
+from scheduling.types import Microbatch, Segment
+
+
+class OwnStepOnly(tuple):
+    """Steps of which one at a time may be looked at: a report must not walk over the whole past."""
+
+    def __getitem__(self, step):
+        assert isinstance(step, int)
+        return super().__getitem__(step)
+
+
+def make_job(name: str, num_steps: int, **settings) -> TrainingJob:
+    config = JobConfig(
+        name=name, seed=0, datasets=(DatasetConfig(path="a.jsonl", type="text"),), global_batch_size=2, max_steps=num_steps, **settings
+    )
+    samples = tuple(Sample(i, np.arange(i + 2, dtype=np.int32), np.arange(i + 2) > 0) for i in range(4))
+    steps = OwnStepOnly(job_steps(4, 2, 1, num_steps, False, 0))
+    return TrainingJob(config=config, data=JobData(samples, 0, 0), rows=JobRows(seed=0, samples=samples, steps=steps))
+
+
+def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> None:
+    reporter.on_forward(Microbatch((Segment(job, step, (0, 1), 5),)))
+    (on_step or reporter.on_step)(StepDone(job, step, torch.tensor(square_norm), torch.tensor(1.5)))
+
+
+def desk_of(tmp_path, jobs) -> tuple[RunDirectory, Desk, list[int]]:
+    config = RunConfig(base_model="m", output_dir=str(tmp_path / "run"), jobs=tuple(job.config for job in jobs))
+    directory, left = RunDirectory.create(config), []
+    return directory, Desk(config, jobs, left.append), left
+
+
+def test_epochs_tokens_and_norms_of_each_step():
+    reports = []
+    reporter = StepReporter([make_job("a", 3), make_job("b", 2)], lambda job, report: reports.append((job, report)))
+    for job, step, square_norm in ((0, 0, 4.0), (1, 0, float("inf")), (0, 1, 9.0), (1, 1, 1.0), (0, 2, 16.0)):
+        take(reporter, job, step, square_norm)
+    told = [(job, r.step, r.epoch, r.tokens, r.target_tokens, r.grad_norm, r.skipped) for job, r in reports]
+    assert told == [
+        (0, 1, 0.5, 5, 3, 2.0, False),
+        (1, 1, 0.5, 5, 3, float("inf"), True),
+        (0, 2, 1.0, 9, 7, 3.0, False),
+        (1, 2, 1.0, 9, 7, 1.0, False),
+        (0, 3, 1.5, 5, 3, 4.0, False),
+    ]
+
+
+def test_a_failed_job_leaves_once_and_reports_no_more(tmp_path):
+    directory, desk, left = desk_of(tmp_path, [make_job("a", 12)])
+    norms = [1.0, *[float("nan")] * 3, 1.0, *[float("nan")] * 3]
+    with directory, desk:
+        for step, square_norm in enumerate(norms):
+            take(desk.reporter, 0, step, square_norm, lambda done: desk.on_step(done, queue.SimpleQueue()))
+        status = directory.status()["jobs"]["a"]
+    assert left == [0] and status["state"] == "failed" and "step 4" in status["reason"]
+    rows = [json.loads(line) for line in (tmp_path / "run/jobs/a/metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["skipped"]) for row in rows] == [(1, False), (2, True), (3, True), (4, True)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_steps": 1}, "jobs.a.warmup_ratio: 0.03 leaves a learning rate of 0 in all steps (1)"),
+        ({"num_steps": 5, "learning_rate": 0.0}, "jobs.a.learning_rate: 0 leaves a learning rate of 0 in all steps (5)"),
+        ({"num_steps": 2}, ""),
+        ({"num_steps": 1, "warmup_ratio": 0.0}, ""),
+    ],
+)
+def test_a_job_that_cannot_learn_is_told_at_the_start(tmp_path, capsys, settings, words):
+    directory, desk, _ = desk_of(tmp_path, [make_job("a", **settings)])
+    with directory, desk:
+        said = capsys.readouterr().err
+    assert said.count("\n") == bool(words) and words in said
+
+
+@pytest.mark.parametrize(("key", "value", "most"), [("max_steps", 10**30, MOST_VISITS // 8), ("num_epochs", 10**30, MOST_VISITS // 1000)])
+def test_a_job_without_end_is_refused(key, value, most):
+    config = JobConfig(name="a", seed=0, datasets=(DatasetConfig(path="a.jsonl", type="text"),), **{key: value})
+    with pytest.raises(UserError, match=f"jobs.a.{key}: {value} takes .* use at most {most}$"):
+        _check_visits(config, 1000)
+
+
+class Event:
+    """A CUDA event whose clock, like CUDA's, tells float32 milliseconds."""
+
+    def __init__(self, ms: float):
+        self.ms = ms
+
+    def elapsed_time(self, end) -> float:
+        return float(np.float32(end.ms - self.ms))
+
+
+def test_a_long_runs_timeline_is_exact_and_keeps_the_last_spans(monkeypatch):
+    timeline = Timeline(torch.device("cpu"), max_spans=50)
+    hour_ms = 3_600_000.0
+    moments = iter(Event(10 * hour_ms + 0.3 * i) for i in range(200))
+    timeline.cuda, timeline.origin = True, Event(0.0)
+    monkeypatch.setattr(timeline, "_now", lambda: next(moments))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for slot in range(100):
+        with timeline.span("F", slot):
+            pass
+    events = timeline.events(0, 0)
+    assert [event["name"] for event in events] == [f"F {slot}" for slot in range(50, 100)]
+    assert [event["dur"] for event in events] == pytest.approx([300.0] * 50, rel=1e-4)
+    assert np.diff([event["ts"] for event in events]) == pytest.approx([600.0] * 49, abs=1.0)
