@@ -28,7 +28,7 @@ def padded_rank(r: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlotTable:
+class AdapterTable:
     """Rank, scale (alpha / r) and dropout of each resident job, by slot. Raises ValueError on values outside their range."""
 
     ranks: tuple[int, ...]
@@ -73,7 +73,7 @@ class LoraGroup:
     columns: tuple[tuple[int, int], ...]
     a_rows: tuple[tuple[int, ...], ...]
     b_rows: tuple[tuple[int, ...], ...]
-    slots: SlotTable
+    slots: AdapterTable
     first_feature: int = 0
 
     def __post_init__(self):

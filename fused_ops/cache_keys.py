@@ -10,7 +10,7 @@ import sys
 from triton.runtime.jit import JITFunction
 
 
-def settle_cache_keys() -> None:
+def fix_cache_keys() -> None:
     """Make the keys of all Triton functions in this package's modules that are imported by now."""
     modules = sorted(name for name in sys.modules if name.startswith("fused_ops."))
     for name in modules:

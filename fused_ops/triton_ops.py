@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fused_ops import lora_down, lora_grad
 from fused_ops.adapters import LoraGroup
-from fused_ops.cache_keys import settle_cache_keys
+from fused_ops.cache_keys import fix_cache_keys
 from fused_ops.fp8 import Fp8Weight, quantise_rows
 from fused_ops.fp8_gemm import fp8_gemm
 from fused_ops.hopper_down import hopper_down
@@ -17,7 +17,7 @@ from fused_ops.shapes import suits_hopper
 
 __all__ = ["down", "grad_a", "grad_s_and_b", "grad_x", "up"]
 
-settle_cache_keys()
+fix_cache_keys()
 
 
 def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:

@@ -2,7 +2,7 @@
 
     python scripts/plot_losses.py runs/quickstart-1
 
-Writes losses.png into the run's directory; megatron_lora/plots.py does the drawing.
+Writes losses.png into the run's directory; megatron_lora/output/loss_picture.py does the drawing.
 """
 
 import sys

@@ -162,7 +162,7 @@ class Barrier:
     def __init__(self, condition):
         self.condition, self.count, self.pending, self.bytes, self.phase = condition, 0, 0, 0, 0
 
-    def settle(self):
+    def resolve(self):
         if self.pending == 0 and self.bytes == 0:
             self.phase, self.pending = self.phase ^ 1, self.count
             self.condition.notify_all()
@@ -283,7 +283,7 @@ def _expect(bar, bytes, pred=True):
         with bar.condition:
             bar.bytes += int(bytes)
             bar.pending -= 1
-            bar.settle()
+            bar.resolve()
 
 
 def _arrive(bar, count=1, pred=True):
@@ -291,7 +291,7 @@ def _arrive(bar, count=1, pred=True):
         with bar.condition:
             bar.pending -= int(count)
             assert bar.pending >= 0, "more arrivals than a barrier counts"
-            bar.settle()
+            bar.resolve()
 
 
 def _wait(bar, phase):
@@ -310,7 +310,7 @@ def _to_shared(desc, coord, bar, buffer, pred=True):
     buffer.view[:] = box
     with bar.condition:
         bar.bytes -= 2 * box.size
-        bar.settle()
+        bar.resolve()
 
 
 def _to_global(desc, coord, buffer):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
-from fused_ops.adapters import LoraGroup, SlotTable
+from fused_ops.adapters import AdapterTable, LoraGroup
 from fused_ops.route import make_route
 from megatron_lora.data.microbatch import Packing, StageInput
 
@@ -80,7 +80,7 @@ def random_factor(path: str, what: str, slot: int, *shape: int) -> torch.Tensor:
 
 def attach_adapters(linears, tensor_ranks: int, dropout: float = 0.0, ranks=(4, 17), skip=((1, "k_proj"), (0, "up_proj"))) -> None:
     """Give every linear the adapters of `len(ranks)` jobs; `skip` names (slot, module) that are not targeted."""
-    slots = SlotTable(ranks=tuple(ranks), scales=tuple(0.5 + slot for slot in range(len(ranks))), dropouts=(dropout,) * len(ranks))
+    slots = AdapterTable(ranks=tuple(ranks), scales=tuple(0.5 + slot for slot in range(len(ranks))), dropouts=(dropout,) * len(ranks))
     for linear in linears:
         geometry = linear.geometry
         column = geometry.parallel == "column"

@@ -1,6 +1,6 @@
 """The process a user starts: check everything, start torchrun with the ranks that the config needs, end with the run's status.
 
-    check config, files, model, data, machine -> make the output directory -> agent (torchrun) -> ranks (worker.py) -> train.run
+    check config, files, model, data, machine -> make the output directory -> agent (torchrun) -> ranks (rank.py) -> train.run
 
 Nothing is written before every check has passed. The ranks live in a session of their own, so that Ctrl-C reaches this process
 alone; it passes SIGTERM, SIGUSR1 and Ctrl-C on to the ranks as SIGTERM, which stop and save; the second time torchrun ends them. On several
@@ -47,7 +47,7 @@ def train(config_path: str, overrides: list[str]) -> int:
     check_run(config, ranks_here, owner=nodes.index == 0)
     command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides]
     if nodes.index > 0:
-        return _told(_start(command, ranks_here, lock=None))
+        return _reported(_start(command, ranks_here, lock=None))
     with RunDirectory.create(config, environment()) as run:
         ending = _start(command, ranks_here, run.lock)
         recorded = run.status()["exit_status"]
@@ -56,18 +56,18 @@ def train(config_path: str, overrides: list[str]) -> int:
         begun = "running" in job_states(run.path).values()
         if ending.signals and not begun and ending.status != 2:  # ranks that are asked before they train end each in its own way
             status = 75 if len(ending.signals) == 1 else 128 + ending.signals[0]
-            ending = _Ending(status=status, reason=_stopped(ending.signals[0], begun))
+            ending = _Ending(status=status, reason=_stop_reason(ending.signals[0], begun))
         if ending.status == 2 and not has_trained(run.path):
             run.discard()
-            return _told(ending)
+            return _reported(ending)
         try:
             run.finish(ending.status, ending.reason or "the run ended without saying how")
         except OSError as error:
             print(f"megatron-lora: {run.path / 'status.json'} could not be brought up to date ({error.strerror})", file=sys.stderr)
-        return _told(ending)
+        return _reported(ending)
 
 
-def _stopped(number: int, begun: bool) -> str:
+def _stop_reason(number: int, begun: bool) -> str:
     """Say what a signal came to that ended a run."""
     return f"stopped by {signal.Signals(number).name} before {'its state was saved' if begun else 'it took a step'}"
 
@@ -123,7 +123,7 @@ class _Ending:
     signals: tuple[int, ...] = ()
 
 
-def _told(ending: _Ending) -> int:
+def _reported(ending: _Ending) -> int:
     """Print why a run ended, once; return its status."""
     if ending.reason:
         print(f"{ending.traceback}megatron-lora: {ending.reason}", file=sys.stderr)
@@ -167,7 +167,7 @@ def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
     if report is not None and report["kind"] != "signal":
         return _Ending(status=2 if report["kind"] == "user" else 1, reason=report["line"], traceback=report["traceback"], signals=signals)
     if signals and status:
-        return _Ending(status=128 + signals[0], reason=_stopped(signals[0], True), signals=signals)
+        return _Ending(status=128 + signals[0], reason=_stop_reason(signals[0], True), signals=signals)
     if report is not None:
         return _Ending(status=1, reason=report["line"])
     return _Ending(status=0) if status == 0 else _Ending(status=1, reason=f"torchrun ended with status {status}")

@@ -21,7 +21,7 @@ from megatron_lora.planning.devices import named_device, size, this_gpu
 from megatron_lora.planning.forecast import Figures, Forecast, Workload, forecast
 from megatron_lora.planning.plan_picture import check_plot_path, draw
 from megatron_lora.planning.predict import cost_of, memory_of, planner_cost
-from megatron_lora.planning.resolve import describe, settle
+from megatron_lora.planning.resolve import describe, resolve
 from scheduling.cost import DEVICES, CostModel, Device
 from scheduling.memory import RESERVED
 from scheduling.policies import POLICIES, Runs
@@ -55,7 +55,7 @@ def main(config_path: str, overrides: list[str], options: Options | None = None)
     steps = steps_of_jobs(given, inputs.data)
     lengths = lengths_of_jobs(inputs.data, steps)
     share = share_of_targets(inputs.data, steps)
-    config = settle(given, inputs.architecture, lengths, device, share)
+    config = resolve(given, inputs.architecture, lengths, device, share)
     cost = measured or cost_of(config, inputs.architecture, device, share)
     weights = planner_cost(config, inputs.architecture, device, share)
     workload = Workload.of(config, lengths, cost, weights)

@@ -2,7 +2,7 @@
 
 A rule returns the value to store or raises UserError with one line: the key, the value, what would be right. Types are strict:
 `true` is not a number, `16.0` is not a whole number, `"1e-4"` in quotes is text. Rules are made by the functions below and stand
-beside the fields that they guard, in config.py's dataclasses:
+beside the fields that they guard, in schema.py's dataclasses:
 
     r: int = key(16, whole_number("a LoRA rank", 1, 256))
 """

@@ -82,7 +82,7 @@ def recompute(path: str, value: object) -> str | tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How a run is spread over ranks; `layers_per_stage` None is settled so that stages take equally long (settle.py)."""
+    """How a run is spread over ranks; `layers_per_stage` None is resolved so that stages take equally long (resolve.py)."""
 
     pipeline: int = key(1, whole_number("a number of pipeline stages", 1))
     tensor: int = key(1, whole_number("a number of tensor-parallel ranks", 1))
@@ -149,10 +149,10 @@ class JobConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A whole run. `precision` auto is bf16 on CUDA and fp32 on CPU; `microbatch_tokens` auto is settled by what fits and pays (settle.py).
+    """A whole run. `precision` auto is bf16 on CUDA and fp32 on CPU; `microbatch_tokens` auto is resolved by what fits and pays.
 
     `recompute` trades time for memory without changing a bit: none keeps all that backward reads, cheap makes norm and SwiGLU outputs
-    again (a third less memory), full keeps each layer's input alone and runs the layer again; auto is for each layer what fits (settle.py).
+    again (a third less memory), full keeps each layer's input alone and runs the layer again; auto is for each layer what fits.
 
     `base_weights` fp8 multiplies in 8 bits with the frozen linears (fused_ops.fp8): faster on GPUs that can, no smaller, and not the same
     numbers; native is in `precision`. `backend` says who computes norms and attention (backends.py).

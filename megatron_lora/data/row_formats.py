@@ -6,7 +6,7 @@
     messages           {messages: [{role, content}]}   the tokenizer's chat template over the whole conversation
     sharegpt           {conversations: [{from, value}]}    the same
 
-A target is a token that is predicted: every token but the first of a text, completion and eos, or assistant turns (chat.py).
+A target is a token that is predicted: every token but the first of a text, completion and eos, or assistant turns (chat_turns.py).
 With `train_on_inputs` every token but the first is a target in all formats. Nothing is cut here.
 """
 

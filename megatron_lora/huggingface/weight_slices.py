@@ -1,6 +1,6 @@
 """The base model's weights, streamed: a rank reads only the slices that it owns, never a whole model.
 
-`Checkpoint.read` returns one slice of one tensor of the safetensors files (safetensors_header.py has checked them before launch);
+`Checkpoint.read` returns one slice of one tensor of the safetensors files (weight_files.py has checked them before launch);
 `RandomTensors.read` the same slice of a random tensor that depends on the seed and the tensor's name alone, so that any layout of ranks
 gets the same model. `load` fills parts of parameters from either.
 """

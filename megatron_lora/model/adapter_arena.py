@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_ops.adapters import LoraGroup, SlotTable, padded_rank
+from fused_ops.adapters import AdapterTable, LoraGroup, padded_rank
 from megatron_lora.model.linears import LinearGeometry, MultiLoraLinear
 
 
@@ -76,7 +76,7 @@ class Arena:
         self.exp_avg = torch.zeros(size, dtype=torch.float32, device=device)
         self.exp_avg_sq = torch.zeros(size, dtype=torch.float32, device=device)
         self.compute = self.master if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device)
-        slots = SlotTable(
+        slots = AdapterTable(
             ranks=tuple(a.r for a in adapters), scales=tuple(a.scale for a in adapters), dropouts=tuple(a.dropout for a in adapters)
         )
         for linear, region in zip(linears, regions, strict=True):
@@ -165,7 +165,7 @@ class _Region:
             factors.append(Factor(path=path, kind="B", start=b_start, r=r, width=n, sharded=column, first=first_n))
         return factors
 
-    def group(self, compute: Tensor, grad: Tensor, slots: SlotTable) -> LoraGroup:
+    def group(self, compute: Tensor, grad: Tensor, slots: AdapterTable) -> LoraGroup:
         """Return the linear's views on the flat buffers."""
 
         def cut(buffer: Tensor, start: int, shape: tuple[int, int]) -> Tensor:

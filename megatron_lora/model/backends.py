@@ -6,7 +6,7 @@
 
 Ours come first: they add the residual inside the norm and make a norm's output again inside its backward, which Transformer Engine's
 do in passes of their own. Linears are ours whatever stands here. Whether Transformer Engine's attention works is not known from
-versions: it is tried once, at start-up, on the device (`tried`), and what fails is said and replaced.
+versions: it is tried once, at start-up, on the device (`fall_back_from_te`), and what fails is said and replaced.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def tried(backends: Backends, machine: Machine, fault: str) -> tuple[Backends, str]:
+def fall_back_from_te(backends: Backends, machine: Machine, fault: str) -> tuple[Backends, str]:
     """Return what is left after Transformer Engine's attention was tried, and a line for the user; `fault` is empty where it worked.
 
     Raises UserError where nothing takes its place.

@@ -185,7 +185,7 @@ class PlainLines(Observer):
     def __init__(self, outlet: Outlet, clock: Callable[[], float] = time.monotonic):
         self._outlet, self._clock = outlet, clock
         self._jobs: dict[str, Progress] = {}
-        self._told: dict[str, float] = {}
+        self._shown_at: dict[str, float] = {}
         self._interval_s = LINE_INTERVAL_S
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
@@ -196,9 +196,9 @@ class PlainLines(Observer):
     def on_step(self, report: StepReport) -> None:
         now, job = self._clock(), self._jobs[report.job]
         job.add(report, now)
-        due = now - self._told.get(job.name, float("-inf")) >= self._interval_s
+        due = now - self._shown_at.get(job.name, float("-inf")) >= self._interval_s
         if due or report.step == report.total_steps or report.skipped:
-            self._told[job.name] = now
+            self._shown_at[job.name] = now
             print(line(job, sum(other.tokens_per_second for other in self._jobs.values())), file=self._outlet, flush=True)
 
     def on_status(self, job: str, state: str, reason: str) -> None:

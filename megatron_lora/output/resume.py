@@ -21,19 +21,19 @@ from megatron_lora.files import write_atomically
 from megatron_lora.output.metrics import metrics_file, read_metrics
 from megatron_lora.output.standing import OVER, Standing, standings
 
-FREE = ("output_dir", "parallel", "microbatch_tokens", "recompute", "backend", "jobs")  # keys of a run that may change
-FREE_OF_JOB = ("datasets", "save_steps")  # rows are compared by their digest
+RUN_KEYS_THAT_MAY_CHANGE = ("output_dir", "parallel", "microbatch_tokens", "recompute", "backend", "jobs")  # keys of a run that may change
+JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "save_steps")  # rows are compared by their digest
 
 
 def changed_key(before: RunConfig, now: RunConfig) -> str | None:
     """Say in one line which key keeps a config from taking up a run that began with another; None where none does."""
-    for name, (old, new) in _differing(before, now, FREE).items():
+    for name, (old, new) in _differing(before, now, RUN_KEYS_THAT_MAY_CHANGE).items():
         return f"{name}: {show(new)} differs from {show(old)}"
     jobs = {job.name: job for job in now.jobs}
     for old_job in before.jobs:
         if old_job.name not in jobs:
             return f"jobs: {old_job.name!r}, which the run has, is not among them"
-        for name, (old, new) in _differing(old_job, jobs[old_job.name], FREE_OF_JOB).items():
+        for name, (old, new) in _differing(old_job, jobs[old_job.name], JOB_KEYS_THAT_MAY_CHANGE).items():
             return f"jobs.{old_job.name}.{name}: {show(new)} differs from {show(old)}"
     return None
 
@@ -45,7 +45,7 @@ def _differing(before: RunConfig | JobConfig, now: RunConfig | JobConfig, free: 
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def take_up(path: Path, states: dict[str, str], config: RunConfig) -> dict[str, Standing]:
+def check_resume(path: Path, states: dict[str, str], config: RunConfig) -> dict[str, Standing]:
     """Return where each job goes on that is not over; UserError where a config cannot take up the run, whose jobs are in these states."""
     where = f"output_dir: {str(path)!r}"
     if all(states.get(job.name) in OVER for job in config.jobs):
@@ -64,11 +64,11 @@ def take_up(path: Path, states: dict[str, str], config: RunConfig) -> dict[str, 
         raise UserError(f"{changed} in {str(path / 'config.yaml')!r}, whose run would go on; set it back, or choose another output_dir")
     left = standings(config, states)
     for name, standing in left.items():
-        told_steps(metrics_file(path, name), standing.step)
+        logged_steps(metrics_file(path, name), standing.step)
     return left
 
 
-def told_steps(metrics: Path, step: int) -> list[dict]:
+def logged_steps(metrics: Path, step: int) -> list[dict]:
     """Return what a job's metrics say of its first so many steps; UserError where the file is not one of ours."""
     try:
         rows = read_metrics(metrics) if metrics.exists() else []
@@ -79,7 +79,7 @@ def told_steps(metrics: Path, step: int) -> list[dict]:
 
 def rewind(path: Path, standings: dict[str, Standing]) -> None:
     """Take a run's files back to where its jobs go on: their metrics, and plan and timeline of the last start, which are kept aside."""
-    told = {metrics_file(path, name): told_steps(metrics_file(path, name), standing.step) for name, standing in standings.items()}
+    told = {metrics_file(path, name): logged_steps(metrics_file(path, name), standing.step) for name, standing in standings.items()}
     for metrics, rows in told.items():
         if metrics.exists():
             write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in rows))

@@ -26,7 +26,7 @@ from pathlib import Path
 from megatron_lora.config.schema import RunConfig, dump_config
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import write_atomically
-from megatron_lora.output.resume import rewind, take_up
+from megatron_lora.output.resume import check_resume, rewind
 from megatron_lora.output.standing import Standing, standings
 
 JOB_STATES = ("queued", "running", "paused", "done", "failed")
@@ -47,7 +47,7 @@ class RunDirectory:
         path = Path(config.output_dir)
         try:
             _check_free(path)
-            return take_up(path, job_states(path), config) if has_trained(path) else standings(config, {})
+            return check_resume(path, job_states(path), config) if has_trained(path) else standings(config, {})
         except OSError as error:
             raise _unusable(path, error) from None
 
@@ -78,7 +78,7 @@ class RunDirectory:
         os.pwrite(self.lock, _ourselves().encode(), 0)
         jobs = {job.name: _job("queued", "") for job in config.jobs}
         if has_trained(self.path):
-            left = take_up(self.path, job_states(self.path), config)  # another run may have ended between the check and the lock
+            left = check_resume(self.path, job_states(self.path), config)  # another run may have ended between the check and the lock
             rewind(self.path, left)
             jobs |= {name: job for name, job in self.status()["jobs"].items() if name not in left}
         else:
@@ -119,7 +119,7 @@ class RunDirectory:
         status["jobs"][name] = _job(state, reason)
         self._write_status(status)
 
-    def settle(self, config: RunConfig) -> None:
+    def resolve(self, config: RunConfig) -> None:
         """Record the config with the choices made that it left open."""
         write_atomically(self.path / "config.yaml", dump_config(config))
 

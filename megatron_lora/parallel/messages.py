@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lora.parallel.process_groups import patience
+from megatron_lora.parallel.process_groups import rank_timeout
 
 SLOT, FIRST_VERDICT = 0, 1
 
@@ -222,7 +222,7 @@ def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torc
 
 def _link(sender: int, receiver: int, device: torch.device) -> Link:
     """Connect two ranks in one direction; every rank calls this, and only those two use what it returns."""
-    group = dist.new_group(sorted((sender, receiver)), timeout=patience())
+    group = dist.new_group(sorted((sender, receiver)), timeout=rank_timeout())
     assert group is not None
     _greet(group, sender, receiver, device)
     return Link(group, sender + receiver - dist.get_rank())

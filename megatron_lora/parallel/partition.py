@@ -19,7 +19,7 @@ def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> tuple[range, 
 
 def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tuple[str, ...]:
     """Return each layer's policy: one word is for all layers. Raises UserError where a list is not as long as the model is deep."""
-    assert recompute != "auto", "auto is settled before a model is built (settle.py)"
+    assert recompute != "auto", "auto is resolved before a model is built (resolve.py)"
     policies = (recompute,) * num_layers if isinstance(recompute, str) else recompute
     if len(policies) != num_layers:
         raise UserError(

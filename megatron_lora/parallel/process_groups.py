@@ -20,7 +20,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.parallel.compat import patch_for_cpu
 
 
-def patience() -> timedelta:
+def rank_timeout() -> timedelta:
     """Return how long a rank waits for another before it gives up: MEGATRON_LORA_TIMEOUT_S seconds, half an hour without it."""
     text = os.environ.get("MEGATRON_LORA_TIMEOUT_S", "1800")
     if not text.isdecimal() or not 0 < int(text) < 10**8:
@@ -42,7 +42,7 @@ def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -
         patch_for_cpu()
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=patience(), **alone)
+        dist.init_process_group(backend, timeout=rank_timeout(), **alone)
     needed = parallel.pipeline * parallel.tensor * parallel.data
     if dist.get_world_size() != needed:
         raise UserError(
@@ -57,7 +57,7 @@ def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             create_gloo_process_groups=False,
-            distributed_timeout_minutes=patience() / timedelta(minutes=1),
+            distributed_timeout_minutes=rank_timeout() / timedelta(minutes=1),
         )
     if backend == "nccl":
         megatron_random.model_parallel_cuda_manual_seed(seed)

@@ -34,7 +34,7 @@ class Workload:
 
     @classmethod
     def of(cls, config: RunConfig, lengths: Lengths, cost: CostModel, weights: SlotCost) -> Workload:
-        """Take a settled config apart; `cost` times its stages, by `weights` samples are dealt and planned."""
+        """Take a resolved config apart; `cost` times its stages, by `weights` samples are dealt and planned."""
         parallel = config.parallel
         return cls(
             dealt=deal(lengths, parallel.data, weights),

@@ -19,12 +19,12 @@ from scheduling.memory import (
 from scheduling.row_tiles import linear_tiles
 from scheduling.slot_cost import SlotCost
 
-USUAL_TOKENS = 4096  # of a microbatch, where the stages are split before `auto` is settled
+USUAL_TOKENS = 4096  # of a microbatch, where the stages are split before `auto` is resolved
 MOST_OF_A_SEGMENT = 0.02  # of a usual microbatch's time, as was measured; of smaller models it is not known
 
 
 def predicted_peaks(config: RunConfig, architecture: Architecture, device: Device) -> list[float]:
-    """Return the bytes of each stage at its worst moment with full slots, as torch.cuda.max_memory_allocated counts; all is settled."""
+    """Return the bytes of each stage at its worst moment with full slots, as torch.cuda.max_memory_allocated counts; all is resolved."""
     stages = memory_of(config, architecture, device)
     return [peak_bytes(memory, stage, len(stages), int(config.microbatch_tokens)) for stage, memory in enumerate(stages)]
 
@@ -35,14 +35,14 @@ def shape_of(architecture: Architecture) -> ModelShape:
 
 
 def cost_of(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> CostModel:
-    """Return the seconds of each stage on a device, by its table figures; the config's layers are settled."""
+    """Return the seconds of each stage on a device, by its table figures; the config's layers are resolved."""
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel)]
     share = _head_share(config, architecture, device, target_share)
     return analytic_cost(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share)
 
 
 def planner_cost(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> SlotCost:
-    """Return what the planner weighs slots with, by the reference device's figures; the config's layers are settled."""
+    """Return what the planner weighs slots with, by the reference device's figures; the config's layers are resolved."""
     mean_rank, reference = sum(job.r for job in config.jobs) / len(config.jobs), reference_of(device)
     model = cost_of(config, architecture, reference, target_share)
     most_layers = max(len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel))
@@ -58,7 +58,7 @@ def _head_share(config: RunConfig, architecture: Architecture, device: Device, t
 
 
 def _tokens(config: RunConfig) -> int:
-    """Return the tokens of a full microbatch, of a usual one where `auto` is not settled."""
+    """Return the tokens of a full microbatch, of a usual one where `auto` is not resolved."""
     return USUAL_TOKENS if config.microbatch_tokens == "auto" else int(config.microbatch_tokens)
 
 
@@ -69,8 +69,8 @@ def _item(config: RunConfig, device: Device) -> int:
 
 
 def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> tuple[StageMemory, ...]:
-    """Return the memory model of each stage, on one tensor rank; the config's layers and recomputation are settled."""
-    assert config.recompute != "auto", "recompute is not settled"
+    """Return the memory model of each stage, on one tensor rank; the config's layers and recomputation are resolved."""
+    assert config.recompute != "auto", "recompute is not resolved"
     parallel, shape = config.parallel, shape_of(architecture)
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, parallel)]
     item = _item(config, device)

@@ -1,6 +1,6 @@
-"""What a config leaves to us, settled by the cost and memory models: `layers_per_stage: null`, `microbatch_tokens` and `recompute: auto`.
+"""What a config leaves to us, resolved by the cost and memory models: `layers_per_stage: null`, `microbatch_tokens` and `recompute: auto`.
 
-    config = settle(config, architecture, lengths, this_device(ranks_here), target_share)     # all are numbers and policies now
+    config = resolve(config, architecture, lengths, this_device(ranks_here), target_share)     # all are numbers and policies now
 
 `plan` and the trainer both ask here, and tell which share of the tokens are targets (data.target_share), the rows that the head computes;
 where there are lengths alone it is 1. Times are those of a reference device, so that splits and plans do not hang on which GPU is there;
@@ -32,19 +32,19 @@ from scheduling.memory import (
 from scheduling.types import Lengths
 
 
-def settle(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> RunConfig:
+def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> RunConfig:
     """Return the config with every choice made, for samples of `lengths` [job][step][sample] on such devices.
 
     Raises UserError where `auto` finds no room for the longest sample.
     """
-    settled = _with_layers(config, choose_layers(config, architecture, device, target_share))
+    resolved = _with_layers(config, choose_layers(config, architecture, device, target_share))
     if config.microbatch_tokens == "auto":
-        settled = dataclasses.replace(settled, microbatch_tokens=choose_budget(settled, architecture, lengths, device, target_share))
+        resolved = dataclasses.replace(resolved, microbatch_tokens=choose_budget(resolved, architecture, lengths, device, target_share))
     if config.recompute == "auto":
-        settled = dataclasses.replace(settled, recompute=choose_recompute(settled, architecture, device))
+        resolved = dataclasses.replace(resolved, recompute=choose_recompute(resolved, architecture, device))
         if config.parallel.layers_per_stage is None:
-            settled = even_out(settled, architecture, device, lambda asked: _slowest(asked, architecture, device, target_share))
-    return settled
+            resolved = even_out(resolved, architecture, device, lambda asked: _slowest(asked, architecture, device, target_share))
+    return resolved
 
 
 def choose_layers(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ def choose_budget(config: RunConfig, architecture: Architecture, lengths: Length
 def choose_recompute(config: RunConfig, architecture: Architecture, device: Device) -> str | tuple[str, ...]:
     """Return the policy of every layer (one word where all are the same) that fits the device's memory and costs least time.
 
-    The config's layers and budget are settled. Where nothing fits, every layer of that stage is `full`.
+    The config's layers and budget are resolved. Where nothing fits, every layer of that stage is `full`.
     """
     policies: list[str] = []
     for stage, memory in enumerate(memory_of(dataclasses.replace(config, recompute="none"), architecture, device)):
@@ -100,7 +100,7 @@ def choose_recompute(config: RunConfig, architecture: Architecture, device: Devi
 def even_out(config: RunConfig, architecture: Architecture, device: Device, slowest: Callable[[RunConfig], float]) -> RunConfig:
     """Move layers away from the slowest stage, policies chosen anew, as long as that makes the slowest faster (or lets more fit).
 
-    `slowest` gives the seconds of a usual microbatch on the slowest stage of a settled config.
+    `slowest` gives the seconds of a usual microbatch on the slowest stage of a resolved config.
     """
 
     def value(asked: RunConfig) -> tuple[float, float]:
@@ -133,7 +133,7 @@ def _slowest(config: RunConfig, architecture: Architecture, device: Device, targ
 
 
 def describe(before: RunConfig, after: RunConfig, target_share: float = 1.0) -> Sequence[str]:
-    """Say in lines what was settled that the config left open."""
+    """Say in lines what was resolved that the config left open."""
     lines = []
     if before.microbatch_tokens == "auto":
         lines.append(f"microbatch_tokens: auto is {after.microbatch_tokens}")

@@ -12,7 +12,7 @@ from megatron_lora.data.collate import collate, num_rows
 from megatron_lora.data.steps import JobRows
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.model.adapter_arena import AdapterSpec, Arena
-from megatron_lora.model.backends import Backends, choose, import_engine, this_machine, tried
+from megatron_lora.model.backends import Backends, choose, fall_back_from_te, import_engine, this_machine
 from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import Links, MessageLayout
@@ -33,7 +33,7 @@ def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.
     tensor = config.parallel.tensor
     heads, kv_heads = architecture.num_heads // tensor, architecture.num_kv_heads // tensor
     fault = attention_fault(heads, kv_heads, architecture.head_dim, architecture.sliding_windows, dtype, device)
-    backends, line = tried(backends, machine, fault)
+    backends, line = fall_back_from_te(backends, machine, fault)
     if dist.get_rank() == 0:
         print(line, flush=True)
     return backends

@@ -1,6 +1,6 @@
-"""The first rank's desk: reports go to the observers, states of jobs to status.json.
+"""The first rank's reporter: reports go to the observers, states of jobs to status.json.
 
-Numbers arrive after the fact (see reports.py) and adapters are written beside the run (snapshots.py); here both become what people see:
+Numbers arrive after the fact (see step_reporter.py) and adapters are written beside the run (snapshots.py); here both become what people see:
 a job runs from its first report on, has failed after three skipped steps in a row, and is done once its adapter is written. What was
 planned of a job before it failed still runs, but its optimizer takes no step there and nothing is reported.
 """
@@ -24,7 +24,7 @@ from megatron_lora.training.step_reporter import StepReporter
 Written = queue.SimpleQueue[tuple[int, int]]  # (job, steps taken) of what is on the disk
 
 
-class Desk:
+class RunReporter:
     """Everything that only the first rank tells. A context manager: observers are closed whatever happens."""
 
     def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], leave: Callable[[int], None], standings: Sequence[Standing] = ()):
@@ -41,12 +41,12 @@ class Desk:
         self.directory = RunDirectory.join(config)
         summaries = [JobSummary(job.config.name, job.num_steps, standing.step) for job, standing in zip(jobs, standings, strict=True)]
         self.observers: Sequence[Observer] = make_observers(config.output_dir, summaries)
-        self.reporter = StepReporter(jobs, self._report, [standing.step for standing in standings])
-        self.on_forward = self.reporter.on_forward
+        self.steps = StepReporter(jobs, self._report, [standing.step for standing in standings])
+        self.on_forward = self.steps.on_forward
         self.skipped_in_a_row = [standing.state.skipped_in_a_row if standing.state else 0 for standing in standings]
         self.states = ["queued"] * len(jobs)
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> RunReporter:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -56,14 +56,14 @@ class Desk:
 
     def on_step(self, done: StepDone, written: Written, *, wait: bool = False) -> None:
         """Note a step that was taken, and the adapters that were written meanwhile; with `wait` its report is given out at once."""
-        self.reporter.on_step(done)
+        self.steps.on_step(done)
         if wait:
             self.flush()
         self._note(written)
 
     def flush(self) -> None:
         """Give out the reports of all steps so far."""
-        self.reporter.flush(wait=True)
+        self.steps.flush(wait=True)
 
     def finish(self, written: Written, *, stopped: bool) -> None:
         """Give out the last reports and states; where the run was `stopped`, jobs that are not over are paused."""

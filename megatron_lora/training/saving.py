@@ -58,7 +58,7 @@ class Saver:
         for slot in unfinished:
             if self.taken[slot] > self.saved[slot]:
                 self._save(slot)
-                self.collector.settle()  # one job's state at a time
+                self.collector.wait()  # one job's state at a time
         return bool(unfinished)
 
     def _save(self, slot: int) -> None:

@@ -85,7 +85,7 @@ class SnapshotCollector:
             copied.record()
         self.waiting.put(_Part(slot, step, len(buffers), values, copied))
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait until what was submitted so far has left this rank (on the first rank: is written), so that it takes no memory."""
         passed = threading.Event()
         self.waiting.put(passed)

@@ -22,7 +22,7 @@ class StopRequest:
 
     def __init__(self):
         self.asked = False
-        self.can_save = self.stopped = False  # set by whoever acts on it (stopping.py)
+        self.can_save = self.stopped = False  # set by whoever acts on it (agree_to_stop.py)
         self._parent = os.getppid()
 
     def listen(self) -> None:

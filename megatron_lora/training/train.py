@@ -28,17 +28,17 @@ from megatron_lora.output.run_directory import RunDirectory, job_states
 from megatron_lora.output.standing import Standing, standings
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
-from megatron_lora.parallel.process_groups import Position, initialize_parallel, patience, pipelines, position_of, stage_groups
+from megatron_lora.parallel.process_groups import Position, initialize_parallel, pipelines, position_of, rank_timeout, stage_groups
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost
-from megatron_lora.planning.resolve import describe, memory_line, settle
+from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
 from megatron_lora.training.assemble import choose_backends, make_arena, make_executor
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import TrainingJob, read_jobs
 from megatron_lora.training.optimizer import JobOptimizer, StageGroups
-from megatron_lora.training.run_reporter import Desk
+from megatron_lora.training.run_reporter import RunReporter
 from megatron_lora.training.saving import Saver, begin_job, writer
 from megatron_lora.training.snapshots import SnapshotCollector
 from megatron_lora.training.stop_request import StopRequest
@@ -57,7 +57,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     """
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
-    host = dist.new_group(backend="gloo", timeout=patience())
+    host = dist.new_group(backend="gloo", timeout=rank_timeout())
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}[config.precision]
 
     model_dir = resolve_base_model(config.base_model)
@@ -66,7 +66,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     jobs = _read_jobs([job for job in config.jobs if job.name in left], model_dir, architecture.vocab_size, host)
     begins = [left[job.config.name] for job in jobs]
     share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    config, cost = settle_together(config, architecture, [job.rows.lengths() for job in jobs], share, host)
+    config, cost = resolve_together(config, architecture, [job.rows.lengths() for job in jobs], share, host)
     position = position_of(config.parallel)
     feed = _plan(config, jobs, position, cost, [begin.step for begin in begins])
 
@@ -85,7 +85,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     arena = make_arena(stage, config.parallel, [job.adapter() for job in jobs])
     optimizers = _begin(arena, jobs, begins, config.parallel)
 
-    with Desk(config, jobs, feed.leave, begins) if dist.get_rank() == 0 else contextlib.nullcontext() as desk:
+    with RunReporter(config, jobs, feed.leave, begins) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
         collector = SnapshotCollector(arena, writer(config, jobs), host)
         saver = Saver(jobs, optimizers, begins, collector)
         unchecked = set(range(len(jobs)))  # jobs that have taken no step with a learning rate yet
@@ -94,9 +94,9 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             job, optimizer = jobs[done.job], optimizers[done.job]
             if done.job in unchecked and optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
                 unchecked.remove(done.job)
-                _tell_unmoved(job, optimizer)
-            if desk is not None:
-                desk.on_step(done, collector.written, wait=saver.checkpoints(done))  # what a checkpoint holds has been told of
+                _warn_of_unmoved(job, optimizer)
+            if reporter is not None:
+                reporter.on_step(done, collector.written, wait=saver.checkpoints(done))  # what a checkpoint holds has been told of
             saver.on_step(done)
 
         if on_gpu:
@@ -111,18 +111,18 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             rows=[job.rows for job in jobs],
             optimizers=optimizers,
             on_step=on_step,
-            on_forward=desk.on_forward if desk is not None else lambda microbatch: None,
+            on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
             timeline=timeline,
         )
-        agreement = dist.new_group(backend="gloo", timeout=patience())
+        agreement = dist.new_group(backend="gloo", timeout=rank_timeout())
         executor.run(until_stopped(feed, stop, agreement, position.num_stages, position.lag))
         feed.close()
-        if desk is not None:
-            desk.flush()
+        if reporter is not None:
+            reporter.flush()
         stopped = stop.stopped and saver.save_unfinished()
         collector.finish()
-        if desk is not None:
-            desk.finish(collector.written, stopped=stopped)
+        if reporter is not None:
+            reporter.finish(collector.written, stopped=stopped)
     _save_timeline(config, timeline, position, host)
     if stopped:
         return 75
@@ -172,7 +172,7 @@ def _begin(arena: Arena, jobs: Sequence[TrainingJob], begins: Sequence[Standing]
     return optimizers
 
 
-def _tell_unmoved(job: TrainingJob, optimizer: JobOptimizer) -> None:
+def _warn_of_unmoved(job: TrainingJob, optimizer: JobOptimizer) -> None:
     """Say which B a job's first step has left where it was: its adapter would not train there."""
     unmoved = optimizer.unmoved()
     if unmoved:
@@ -189,7 +189,7 @@ def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, ho
         write_timeline(Path(config.output_dir) / "timeline.json", events)
 
 
-def settle_together(
+def resolve_together(
     config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host
 ) -> tuple[RunConfig, SlotCost]:
     """Settle a run's config, and the planner's weights, on the first rank for all of them; it tells and records what was chosen.
@@ -201,11 +201,11 @@ def settle_together(
     chosen: list = [None, None]
     if dist.get_rank() == 0:
         device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
-        settled = settle(config, architecture, lengths, device, target_share)
+        resolved = resolve(config, architecture, lengths, device, target_share)
         with RunDirectory.join(config) as directory:
-            directory.settle(settled)
-        for line in [*describe(config, settled, target_share), *memory_line(config, settled, architecture, device)]:
+            directory.resolve(resolved)
+        for line in [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]:
             print(line, flush=True)
-        chosen = [settled, planner_cost(settled, architecture, device, target_share)]
+        chosen = [resolved, planner_cost(resolved, architecture, device, target_share)]
     dist.broadcast_object_list(chosen, 0, group=host)
     return chosen[0], chosen[1]

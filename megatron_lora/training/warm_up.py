@@ -38,7 +38,7 @@ def warm_up(stage: Stage, arena: Arena, num_rows: int, multiple: int = 1) -> Non
     for rows in _sizes(num_rows):
         rows = -(-rows // multiple) * multiple
         try:
-            _there_and_back(stage, dummy(rows, len(arena.factors), stage.device), rows // multiple)
+            _forward_and_backward(stage, dummy(rows, len(arena.factors), stage.device), rows // multiple)
         except torch.OutOfMemoryError as error:
             said = str(error).split(". ")[0]
             raise UserError(f"microbatch_tokens: {rows} tokens do not fit ({said}); use fewer, or recompute: auto, or more ranks") from None
@@ -56,7 +56,7 @@ def _sizes(num_rows: int) -> Sequence[int]:
     return sizes
 
 
-def _there_and_back(stage: Stage, data: StageInput, local_rows: int) -> None:
+def _forward_and_backward(stage: Stage, data: StageInput, local_rows: int) -> None:
     hidden = None
     if not stage.is_first:
         hidden = torch.zeros(local_rows, stage.architecture.hidden_size, dtype=stage.dtype, device=stage.device).requires_grad_()

@@ -20,14 +20,14 @@ from megatron_lora.model.stage import Stage, build_stage
 from megatron_lora.parallel.messages import Links, MessageLayout, connect
 from megatron_lora.parallel.process_groups import initialize_parallel, pipelines, position_of, stage_groups
 from megatron_lora.planning.devices import this_device
-from megatron_lora.planning.resolve import describe, settle
+from megatron_lora.planning.resolve import describe, resolve
 from megatron_lora.training.assemble import choose_backends
 from megatron_lora.training.optimizer import StageGroups
 from scheduling.types import Lengths
 
 
 class Base:
-    """One rank's place in a launch: `settle` the cases, then `build` for each."""
+    """One rank's place in a launch: `resolve` the cases, then `build` for each."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Base:
         model_dir: Path | None = None,
         dtype: torch.dtype | None = None,
     ):
-        """Join the process groups of a layout, whose layers need not be settled yet; `memory_gb` stands for the memory that is free."""
+        """Join the process groups of a layout, whose layers need not be resolved yet; `memory_gb` stands for the memory that is free."""
         self.cuda = torch.cuda.is_available()
         self.architecture, self.parallel, self.seed = architecture, parallel, seed
         self.device = initialize_parallel(parallel, "nccl" if self.cuda else "gloo", seed)
@@ -72,22 +72,22 @@ class Base:
         if self.rank == 0:
             print(line, flush=True)
 
-    def settle(self, configs: Sequence[RunConfig], workloads: Sequence[Lengths], target_shares: Sequence[float]) -> list[RunConfig]:
+    def resolve(self, configs: Sequence[RunConfig], workloads: Sequence[Lengths], target_shares: Sequence[float]) -> list[RunConfig]:
         """Return the cases' configs with every choice made, by the first rank; the first case's split of layers is that of all."""
-        settled = []
+        resolved = []
         for config in configs:
             check_backends(config)
         if self.rank == 0:
             for config, lengths, share in zip(configs, workloads, target_shares, strict=True):
-                if settled:
-                    config = dataclasses.replace(config, parallel=settled[0].parallel)
-                settled.append(settle(config, self.architecture, lengths, self.model, share))
-                for line in describe(config, settled[-1], share):
+                if resolved:
+                    config = dataclasses.replace(config, parallel=resolved[0].parallel)
+                resolved.append(resolve(config, self.architecture, lengths, self.model, share))
+                for line in describe(config, resolved[-1], share):
                     print(line, flush=True)
-        settled = self.share(settled)
-        self.parallel = settled[0].parallel
-        self.max_jobs = max(len(config.jobs) for config in settled)
-        return settled
+        resolved = self.share(resolved)
+        self.parallel = resolved[0].parallel
+        self.max_jobs = max(len(config.jobs) for config in resolved)
+        return resolved
 
     @property
     def stage(self) -> Stage:

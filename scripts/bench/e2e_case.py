@@ -44,7 +44,7 @@ class CaseRun:
     """A case on a base: `prepare` puts its adapters there, `measure` runs it, `close` takes the adapters away."""
 
     def __init__(self, base: Base, case: Case, config: RunConfig, workload: Lengths, cost: CostModel | None):
-        """`config` is settled; `cost` predicts in place of the device's table figures."""
+        """`config` is resolved; `cost` predicts in place of the device's table figures."""
         self.base, self.case, self.config, self.workload = base, case, config, workload
         self.architecture = base.architecture
         self.cost = cost or cost_of(config, base.architecture, base.model, case.jobs.completion)

@@ -145,7 +145,7 @@ def whole_window(stream: Stream, dealt: Dealt, settings: PlanSettings, replica: 
 
 
 def plan_settings(config: RunConfig, weights: SlotCost) -> PlanSettings:
-    """Return what the plan of a settled config depends on; our planner weighs slots with `weights`."""
+    """Return what the plan of a resolved config depends on; our planner weighs slots with `weights`."""
     parallel = config.parallel
     return PlanSettings(
         num_stages=parallel.pipeline,

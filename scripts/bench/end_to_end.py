@@ -58,7 +58,7 @@ def launch(options: Namespace, cases: list[Case], parallel: ParallelConfig) -> N
     check(options, cases, workloads)
     base = Base(architecture, parallel, memory_gb=options.memory_gb)
     shares = [case.jobs.completion for case in cases]
-    configs = base.settle([case.config(options.shape, parallel) for case in cases], workloads, shares)
+    configs = base.resolve([case.config(options.shape, parallel) for case in cases], workloads, shares)
     for number, (case, config, workload) in enumerate(zip(cases, configs, workloads, strict=True), 1):
         base.say(f"case {number} of {len(cases)}: {case.name}")
         run_case(base, options, case, config, workload)

@@ -194,7 +194,7 @@ def run(options) -> dict:
     base = Base(architecture, config.parallel, model_dir=model_dir, dtype=dtype)
     jobs = read_jobs(config.jobs, load_tokenizer(model_dir), None, architecture.vocab_size)
     share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    (config,) = base.settle([config], [[job.rows.lengths() for job in jobs]], [share])
+    (config,) = base.resolve([config], [[job.rows.lengths() for job in jobs]], [share])
     names, curves = [job.config.name for job in jobs], {}
     with tempfile.TemporaryDirectory() as folder:
         for adapters in ("fused", "reference"):

@@ -2,7 +2,7 @@
 
     found = predict(options, case, table, device, link)
 
-Layers and recomputation are settled as a run on that device settles them, samples are planned as it plans them, and the simulator replays
+Layers and recomputation are resolved as a run on that device resolves them, samples are planned as it plans them, and the simulator replays
 the plan: a stage costs what the table says of its layers and head. What no single GPU can show is assumed:
 
 * messages between stages and collectives move their bytes at `Link.bytes_per_s` after `Link.latency_s`. Between stages they pass while
@@ -29,7 +29,7 @@ from megatron_lora.commands.plan import runs_of
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.planning.forecast import Forecast, Workload, forecast
 from megatron_lora.planning.predict import USUAL_TOKENS, cost_of, memory_of, planner_cost, shape_of
-from megatron_lora.planning.resolve import even_out, settle
+from megatron_lora.planning.resolve import even_out, resolve
 from scheduling.cost import CostModel, Device, ModelShape, PassCost, StageCost, stage_policies
 from scheduling.memory import usable_bytes
 from scheduling.types import Lengths
@@ -84,7 +84,7 @@ def predict(
     architecture = architecture_of(options.shape, options.num_layers)
     shape, available = shape_of(architecture), read_workload(options.lengths, case.workload)
     share = case.jobs.completion
-    config = settle(case.config(options.shape, parallel_of(options)), architecture, available, device, share)
+    config = resolve(case.config(options.shape, parallel_of(options)), architecture, available, device, share)
     if split and case.recompute == "auto" and options.layers is None:
         config = even_out(config, architecture, device, lambda asked: _slowest(asked, table))
     parallel, weights = config.parallel, planner_cost(config, architecture, device, share)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_ops.adapters import LoraGroup, SlotTable, padded_rank
+from fused_ops.adapters import AdapterTable, LoraGroup, padded_rank
 from fused_ops.dropout import row_keys
 from fused_ops.route import Route, make_route
 
@@ -59,7 +59,7 @@ def build_problem(
     """Make a Problem: `lengths` rows per slot, `gaps` base-only rows before each segment, `missing` = (slot, module) not targeted."""
     gen = torch.Generator().manual_seed(seed)
     num_slots, num_modules = len(ranks), len(n)
-    slots = SlotTable(
+    slots = AdapterTable(
         ranks=tuple(ranks),
         scales=tuple(scales or [2.0 / (1 + i % 3) for i in range(num_slots)]),
         dropouts=tuple(dropouts or [0.0] * num_slots),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fused_ops.adapters import SlotTable, padded_rank
+from fused_ops.adapters import AdapterTable, padded_rank
 
 
 def test_ranks_take_whole_blocks_of_16():
@@ -20,7 +20,7 @@ def test_slot_tables_refuse_what_is_out_of_range():
         ((8, 8), (1.0,), (0.0,), "differ in number"),
     ]:
         with pytest.raises(ValueError, match=match):
-            SlotTable(ranks=ranks, scales=scales, dropouts=dropouts)
+            AdapterTable(ranks=ranks, scales=scales, dropouts=dropouts)
 
 
 def test_columns_of_s_lie_side_by_side(make_problem):

@@ -37,7 +37,7 @@ import os, sys, time, types
 
 def run(config, stop):
     from megatron_lora.errors import UserError
-    from megatron_lora.run_dir import RunDirectory
+    from megatron_lora.output.run_directory import RunDirectory
     mode, rank = os.environ["STAND_IN"], int(os.environ["RANK"])
     open(f"rank{rank}.pid", "w").write(str(os.getpid()))
     if mode == "wait":

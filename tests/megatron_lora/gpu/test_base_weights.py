@@ -75,7 +75,7 @@ def build(directory, base_weights, recompute, dtype, device):
     return stage, moved(stage_input(LENGTHS, stage.architecture.vocab_size, SEGMENTS), device)
 
 
-def there_and_back(stage, microbatch) -> torch.Tensor:
+def forward_and_backward(stage, microbatch) -> torch.Tensor:
     """Run one forward and backward; return the losses."""
     losses = stage.losses(stage(microbatch), microbatch.labels)
     (losses * microbatch.weights).sum().backward()
@@ -89,7 +89,7 @@ def gradients_of(linear) -> tuple[torch.Tensor, ...]:
 def one_backward(directory, base_weights, recompute, dtype, device) -> dict:
     """Return losses and all adapter gradients of one microbatch; runs on any rank."""
     stage, microbatch = build(directory, base_weights, recompute, dtype, device)
-    losses = there_and_back(stage, microbatch)
+    losses = forward_and_backward(stage, microbatch)
     return {"losses": losses, "gradients": torch.cat([g.flatten() for linear in stage.linears for g in gradients_of(linear)]).cpu()}
 
 
@@ -109,7 +109,7 @@ def each_linear(directory, base_weights, given, device) -> list[dict]:
     for linear, into in zip(stage.linears, seen, strict=True):
         linear.register_forward_hook(partial(note, into))
     if given is None:
-        there_and_back(stage, microbatch)
+        forward_and_backward(stage, microbatch)
     else:
         with stage.bound(microbatch):
             for linear, theirs in zip(stage.linears, given, strict=True):

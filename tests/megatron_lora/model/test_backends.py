@@ -17,7 +17,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model import backends, transformer_engine
 from megatron_lora.model.attention import per_sample_attention
-from megatron_lora.model.backends import Backends, Machine, check_backends, choose, tried
+from megatron_lora.model.backends import Backends, Machine, check_backends, choose, fall_back_from_te
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.model.stage import build_stage
 
@@ -99,11 +99,11 @@ def test_one_that_would_break_megatron_core_is_named(monkeypatch):
 
 
 def test_what_fails_on_the_gpu_is_replaced_and_said():
-    assert tried(ENGINE, WITH_ENGINE, "") == (ENGINE, "attention: Transformer Engine's, tried on this GPU")
-    left, line = tried(ENGINE, WITH_ENGINE, "cuDNN: no plan")
+    assert fall_back_from_te(ENGINE, WITH_ENGINE, "") == (ENGINE, "attention: Transformer Engine's, tried on this GPU")
+    left, line = fall_back_from_te(ENGINE, WITH_ENGINE, "cuDNN: no plan")
     assert left == Backends(norms="te") and "torch's" in line and "cuDNN: no plan" in line
     with pytest.raises(UserError, match="fails on this GPU .cuDNN: no plan.; install torch 2.11"):
-        tried(ENGINE, OLD_TORCH_WITH_ENGINE, "cuDNN: no plan")
+        fall_back_from_te(ENGINE, OLD_TORCH_WITH_ENGINE, "cuDNN: no plan")
 
 
 class StandInNorm(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""What a config leaves open is settled as the models say, the same for plan and training, and recorded; what it gives stays."""
+"""What a config leaves open is resolved as the models say, the same for plan and training, and recorded; what it gives stays."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.parallel.partition import recompute_of_layers
 from megatron_lora.planning import devices
 from megatron_lora.planning.predict import cost_of, memory_of, planner_cost, predicted_peaks
-from megatron_lora.planning.resolve import choose_layers, describe, memory_line, settle
+from megatron_lora.planning.resolve import choose_layers, describe, memory_line, resolve
 from megatron_lora.training import train
 from megatron_lora.training.stop_request import StopRequest
-from megatron_lora.training.train import settle_together
+from megatron_lora.training.train import resolve_together
 from scheduling.cost import DEVICES, stage_policies
 from scheduling.memory import fitting_tokens, usable_bytes
 
@@ -34,7 +34,7 @@ LARGE = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads":
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A folder with a model and rows."""
-    folder = tmp_path_factory.mktemp("settle")
+    folder = tmp_path_factory.mktemp("resolve")
     oracle.make_model(folder / "model")
     oracle.make_rows(folder / "rows.jsonl", num_rows=12, seed=0)
     return folder
@@ -59,16 +59,16 @@ def test_stages_take_equally_long_with_the_head(configure, root):
     assert choose_layers(configure("parallel.pipeline=4"), large, H100) == (9, 9, 8, 6)
     assert choose_layers(configure("parallel.pipeline=4"), large, DEVICES["a100"]) == (9, 9, 8, 6)  # any GPU, one split
     given = configure("parallel.pipeline=4", "parallel.layers_per_stage=[8, 8, 8, 8]")
-    assert settle(given, large, LENGTHS, H100) == given
-    settled = settle(configure("parallel.pipeline=4"), large, LENGTHS, H100)
-    times = [stage.seconds(4096) for stage in cost_of(settled, large, H100).stages]
+    assert resolve(given, large, LENGTHS, H100) == given
+    resolved = resolve(configure("parallel.pipeline=4"), large, LENGTHS, H100)
+    times = [stage.seconds(4096) for stage in cost_of(resolved, large, H100).stages]
     assert max(times) < 1.1 * sum(times) / 4
-    assert describe(configure("parallel.pipeline=4"), settled) == ["parallel.layers_per_stage: null is [9, 9, 8, 6]"]
+    assert describe(configure("parallel.pipeline=4"), resolved) == ["parallel.layers_per_stage: null is [9, 9, 8, 6]"]
 
 
 def test_layers_move_to_the_last_stage_where_fewer_tokens_are_targets(configure, root):
     large, open_ = model(root, **LARGE, vocab_size=128256), configure("parallel.pipeline=4", "recompute=auto", "microbatch_tokens=8192")
-    every, half, quarter, few = (settle(open_, large, LENGTHS, H100, share) for share in (1.0, 0.5, 0.25, 0.1))
+    every, half, quarter, few = (resolve(open_, large, LENGTHS, H100, share) for share in (1.0, 0.5, 0.25, 0.1))
     splits = [config.parallel.layers_per_stage for config in (every, half, quarter, few)]
     assert splits[0] == (9, 9, 8, 6) and splits[1][-1] == 7 and splits[2] == splits[3] == (8, 8, 8, 8)
     slowest = [max(stage.seconds(4096) for stage in cost_of(config, large, H100, 0.25).stages) for config in (quarter, every)]
@@ -89,16 +89,16 @@ def test_rows_that_fill_a_chunk_of_the_loss_cost_what_targets_do(configure, root
 
 def test_an_automatic_budget_fits_and_is_no_larger_than_pays(configure, root):
     large, auto = model(root, **LARGE, vocab_size=128256), configure("parallel.pipeline=2", "microbatch_tokens=auto")
-    plenty = settle(auto, large, LENGTHS, H100)
+    plenty = resolve(auto, large, LENGTHS, H100)
     memory = fitting_tokens(memory_of(plenty, large, H100), H100)
     assert 700 <= plenty.microbatch_tokens <= memory and plenty.microbatch_tokens % 256 == 0
     assert load_config_text(dump_config(plenty)) == plenty
     tight = dataclasses.replace(H100, memory_bytes=14e9)
-    scarce = settle(auto, large, LENGTHS, tight)
+    scarce = resolve(auto, large, LENGTHS, tight)
     assert 700 <= scarce.microbatch_tokens <= fitting_tokens(memory_of(scarce, large, tight), tight) < memory
     assert scarce.microbatch_tokens < plenty.microbatch_tokens
     with pytest.raises(UserError, match="microbatch_tokens: auto: the longest sample has 700 tokens, memory allows") as refused:
-        settle(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=9e9))
+        resolve(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=9e9))
     assert "\n" not in str(refused.value) and "recompute: auto" in str(refused.value)
 
 
@@ -117,18 +117,18 @@ def inside(tmp_path, monkeypatch):
 def test_recomputation_is_no_more_than_the_memory_asks_for(configure, root):
     large, auto = model(root, **LARGE, vocab_size=128256), configure("recompute=auto", "microbatch_tokens=8192")
     sizes = (60, 52, 40, 25)
-    settled = [settle(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=size * 1e9)) for size in sizes]
-    policies = [recompute_of_layers(config.recompute, 32) for config in settled]
+    resolved = [resolve(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=size * 1e9)) for size in sizes]
+    policies = [recompute_of_layers(config.recompute, 32) for config in resolved]
     counts = [(each.count("full"), each.count("cheap")) for each in policies]
     assert counts == sorted(counts) and counts[0] == (0, 0) and counts[1][1] > counts[1][0] == 0 and counts[3][0] > counts[2][0] > 0
-    for size, config in zip(sizes, settled, strict=True):
+    for size, config in zip(sizes, resolved, strict=True):
         device = dataclasses.replace(H100, memory_bytes=size * 1e9)
         assert predicted_peaks(config, large, device)[0] <= usable_bytes(device)
         assert describe(auto, config)[0].startswith("recompute: auto is ") and load_config_text(dump_config(config)) == config
         assert memory_line(auto, config, large, device)[0].endswith("to spare")
-    assert "full" in describe(auto, settled[3])[0] and describe(auto, settled[0])[0] == "recompute: auto is none"
+    assert "full" in describe(auto, resolved[3])[0] and describe(auto, resolved[0])[0] == "recompute: auto is none"
     tiny = dataclasses.replace(H100, memory_bytes=9e9)
-    beyond = settle(auto, large, LENGTHS, tiny)
+    beyond = resolve(auto, large, LENGTHS, tiny)
     assert beyond.recompute == "full" and "TOO MUCH" in memory_line(auto, beyond, large, tiny)[0]
 
 
@@ -136,27 +136,27 @@ def test_recomputation_is_no_more_than_the_memory_asks_for(configure, root):
 def test_stages_that_hold_more_microbatches_recompute_more_and_get_fewer_layers(tensor, configure, root):
     large, device = model(root, **LARGE, vocab_size=128256), dataclasses.replace(H100, memory_bytes=28e9 / tensor)
     shape = ("recompute=auto", "parallel.pipeline=4", f"parallel.tensor={tensor}", "microbatch_tokens=8192")
-    given = settle(configure(*shape, "parallel.layers_per_stage=[8, 8, 8, 8]"), large, LENGTHS, device)
+    given = resolve(configure(*shape, "parallel.layers_per_stage=[8, 8, 8, 8]"), large, LENGTHS, device)
     stages = stage_policies((8,) * 4, given.recompute)
     work = [2 * policies.count("full") + policies.count("cheap") for policies in stages]
     assert given.parallel.layers_per_stage == (8, 8, 8, 8) and work == sorted(work, reverse=True) and work[0] > work[3]
-    free = settle(configure(*shape), large, LENGTHS, device)
+    free = resolve(configure(*shape), large, LENGTHS, device)
     plain = choose_layers(configure("parallel.pipeline=4", f"parallel.tensor={tensor}", "microbatch_tokens=8192"), large, device)
-    kept = settle(configure(*shape, f"parallel.layers_per_stage={list(plain)}"), large, LENGTHS, device)
+    kept = resolve(configure(*shape, f"parallel.layers_per_stage={list(plain)}"), large, LENGTHS, device)
 
     def slowest(config):
         return max(stage.seconds(4096) for stage in cost_of(config, large, H100).stages)
 
     assert free.parallel.layers_per_stage[0] < plain[0] and sum(free.parallel.layers_per_stage) == 32
     assert slowest(free) < slowest(kept) and max(predicted_peaks(free, large, device)) <= usable_bytes(device)
-    assert free == settle(configure(*shape), large, LENGTHS, device)
+    assert free == resolve(configure(*shape), large, LENGTHS, device)
     assert describe(configure(*shape), free)[-1].count(" | ") == 3
 
 
 def test_an_automatic_budget_counts_what_recomputing_for_it_costs(configure, root):
     large = model(root, **LARGE, vocab_size=128256)
     auto = configure("recompute=auto", "microbatch_tokens=auto", "parallel.pipeline=4", "parallel.layers_per_stage=[9, 9, 8, 6]")
-    roomy, tight = (settle(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=size)) for size in (80e9, 13e9))
+    roomy, tight = (resolve(auto, large, LENGTHS, dataclasses.replace(H100, memory_bytes=size)) for size in (80e9, 13e9))
     assert roomy.recompute == "none"
     assert tight.microbatch_tokens <= roomy.microbatch_tokens and tight.recompute != "none"
     assert max(predicted_peaks(tight, large, H100)) <= 13e9
@@ -207,14 +207,14 @@ def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure
     open_ = ("microbatch_tokens=auto", "parallel.pipeline=2", "recompute=auto")
     config, given = configure(*open_), configure("parallel.layers_per_stage=[4]")
     with RunDirectory.create(config):
-        settled, cost = settle_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)
-        split = f"parallel.layers_per_stage: null is {list(settled.parallel.layers_per_stage)}, as 25% of the tokens are targets"
+        resolved, cost = resolve_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)
+        split = f"parallel.layers_per_stage: null is {list(resolved.parallel.layers_per_stage)}, as 25% of the tokens are targets"
         lines = ["microbatch_tokens: auto is 256", split]
         *told, memory = capsys.readouterr().out.splitlines()
         assert told == [*lines, "recompute: auto is none"] and memory.startswith("predicted peak memory: ") and " MB | " in memory
-        every, some = (planner_cost(settled, read_architecture(root / "model"), CPU, share) for share in (1.0, 0.25))
-        assert load_config("run/config.yaml") == settled and cost == some != every
-        assert settle_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)[0] == given
+        every, some = (planner_cost(resolved, read_architecture(root / "model"), CPU, share) for share in (1.0, 0.25))
+        assert load_config("run/config.yaml") == resolved and cost == some != every
+        assert resolve_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)[0] == given
         assert capsys.readouterr().out == ""
 
 
@@ -222,7 +222,7 @@ def test_a_run_is_settled_by_its_samples_share_of_targets(one_process, configure
     def stop(config, architecture, lengths, target_share, host):
         raise InterruptedError(target_share)
 
-    monkeypatch.setattr(train, "settle_together", stop)
+    monkeypatch.setattr(train, "resolve_together", stop)
     monkeypatch.setattr(train, "job_states", lambda path: {})
     tokenizer = load_tokenizer(root / "model")
     rows = [oracle.encode(tokenizer, json.loads(line)) for line in (root / "rows.jsonl").read_text().splitlines()]

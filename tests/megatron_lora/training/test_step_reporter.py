@@ -15,7 +15,7 @@ from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import MOST_VISITS, TrainingJob, _check_visits
-from megatron_lora.training.run_reporter import Desk
+from megatron_lora.training.run_reporter import RunReporter
 from megatron_lora.training.step_reporter import StepReporter
 from scheduling.types import Microbatch, Segment
 
@@ -42,10 +42,10 @@ def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> Non
     (on_step or reporter.on_step)(StepDone(job, step, torch.tensor(square_norm), torch.tensor(1.5)))
 
 
-def desk_of(tmp_path, jobs) -> tuple[RunDirectory, Desk, list[int]]:
+def reporter_of(tmp_path, jobs) -> tuple[RunDirectory, RunReporter, list[int]]:
     config = RunConfig(base_model="m", output_dir=str(tmp_path / "run"), jobs=tuple(job.config for job in jobs))
     directory, left = RunDirectory.create(config), []
-    return directory, Desk(config, jobs, left.append), left
+    return directory, RunReporter(config, jobs, left.append), left
 
 
 def test_epochs_tokens_and_norms_of_each_step():
@@ -64,11 +64,11 @@ def test_epochs_tokens_and_norms_of_each_step():
 
 
 def test_a_failed_job_leaves_once_and_reports_no_more(tmp_path):
-    directory, desk, left = desk_of(tmp_path, [make_job("a", 12)])
+    directory, reporter, left = reporter_of(tmp_path, [make_job("a", 12)])
     norms = [1.0, *[float("nan")] * 3, 1.0, *[float("nan")] * 3]
-    with directory, desk:
+    with directory, reporter:
         for step, square_norm in enumerate(norms):
-            take(desk.reporter, 0, step, square_norm, lambda done: desk.on_step(done, queue.SimpleQueue()))
+            take(reporter.steps, 0, step, square_norm, lambda done: reporter.on_step(done, queue.SimpleQueue()))
         status = directory.status()["jobs"]["a"]
     assert left == [0] and status["state"] == "failed" and "step 4" in status["reason"]
     rows = [json.loads(line) for line in (tmp_path / "run/jobs/a/metrics.jsonl").read_text().splitlines()]
@@ -85,8 +85,8 @@ def test_a_failed_job_leaves_once_and_reports_no_more(tmp_path):
     ],
 )
 def test_a_job_that_cannot_learn_is_told_at_the_start(tmp_path, capsys, settings, words):
-    directory, desk, _ = desk_of(tmp_path, [make_job("a", **settings)])
-    with directory, desk:
+    directory, reporter, _ = reporter_of(tmp_path, [make_job("a", **settings)])
+    with directory, reporter:
         said = capsys.readouterr().err
     assert said.count("\n") == bool(words) and words in said
 

@@ -75,7 +75,7 @@ def test_a_microbatch_that_does_not_fit_is_one_line(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(warm_up, "_there_and_back", full)
+    monkeypatch.setattr(warm_up, "_forward_and_backward", full)
     stage, arena = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(factors=[[]])
     with pytest.raises(UserError, match=r"^microbatch_tokens: 700 tokens do not fit \(CUDA out of memory\); use fewer"):
         warm_up.warm_up(stage, arena, 700)
