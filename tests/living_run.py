@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAIL_IN_BACKWARD = """
 import os
 if os.environ.get("RANK") == "1":
-    from megatron_lora import executor
+    from megatron_lora.training import executor
 
     def fails(self, slot, before=executor.Executor._backward):
         if slot == 7:

@@ -13,7 +13,6 @@ from pathlib import Path
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.steps import count_steps
-from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture, read_architecture
@@ -139,6 +138,7 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
 def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
     """Tokenise every job's datasets, or take them from the cache."""
     from megatron_lora.data.samples import load_jobs_data
+    from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.data.tokenizer import load_tokenizer
 
     return load_jobs_data(config.jobs, load_tokenizer(model_dir), cache_dir(), vocab_size)

@@ -8,12 +8,16 @@ not divide the number of samples, and no global batch crosses an epoch's border.
         == (((0, 0), (0, 1)), ((0, 2), (0, 3)), ((0, 4),))
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_lora.data.samples import Sample
+if TYPE_CHECKING:  # the checks count steps before they load a tokenizer's library
+    from megatron_lora.data.samples import Sample
 
 Steps = tuple[tuple[tuple[int, int], ...], ...]
 

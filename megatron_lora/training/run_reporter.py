@@ -1,6 +1,6 @@
 """The first rank's reporter: reports go to the observers, states of jobs to status.json.
 
-Numbers arrive after the fact (see step_reporter.py) and adapters are written beside the run (snapshots.py); here both become what people see:
+Numbers arrive after the fact (step_reporter.py) and adapters are written beside the run (snapshots.py); here both become what people see:
 a job runs from its first report on, has failed after three skipped steps in a row, and is done once its adapter is written. What was
 planned of a job before it failed still runs, but its optimizer takes no step there and nothing is reported.
 """
