@@ -25,7 +25,7 @@ from fused_ops.shapes import num_processors, uses_tma
 @triton.jit(do_not_specialize=["num_rows", "s_stride", "first_feature"])
 def _fp8_gemm_kernel(
     input, weight, output, row_scales_ptr, column_scales_ptr, bias_ptr, s, lora0, lora1, lora2, s_ptr, lora_ptr, offset1, offset2,
-    l_strides, starts, stops, tiles_ptr, segments_ptr, slots_ptr, keys_ptr, num_rows, num_cols, num_inner, i_stride, w_stride, o_stride,
+    l_strides, starts, stops, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr, num_rows, num_cols, num_inner, i_stride, w_stride, o_stride,
     s_stride, first_feature,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, NUM_STAGES: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr,
@@ -60,7 +60,7 @@ def _fp8_gemm_kernel(
         done = 0
         if FIRST > 0:
             b_s, b_l, owned = _load_owner(
-                o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, slots_ptr, i_m,
+                o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, adapters_ptr, i_m,
                 s_ptr, s_stride, lora_ptr, offset1, offset2, starts, stops, BACKWARD, MODULES, FIRST, WIDE,
             )  # fmt: skip
             l_parts, done = _split(b_l, PARTS), owned * FIRST
@@ -74,7 +74,7 @@ def _fp8_gemm_kernel(
             if LORA:
                 b_part = _add_lora(
                     b_part, i_m * BM, i_col, o_row, o_col, num_cols, tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1), done,
-                    s, s_stride, adapters, l_strides, starts, stops, segments_ptr, slots_ptr, keys_ptr, first_feature,
+                    s, s_stride, adapters, l_strides, starts, stops, segments_ptr, adapters_ptr, keys_ptr, first_feature,
                     BACKWARD, MODULES, RANK, DROPOUT, WIDE, TMA,
                 )  # fmt: skip
             _store(output, bias_ptr, b_part, i_m * BM, i_col, o_row, o_col, num_rows, num_cols, o_stride, HAS_BIAS, TMA)

@@ -10,7 +10,7 @@ epilogue of its own; its products are further steps of the same ring, 16 ranks e
                                           apart, masked by rows and dropout, and added
 
 Names: input [T, I] times weight gives output [T, O]; L is B transposed (forward: of each module, in its own columns) or A (backward).
-Row tiles inside one segment carry their slot in `Route.owned_tiles`, so that the multiplying warps follow no chain of loads: what the
+Row tiles inside one segment carry their adapter in `Route.owned_tiles`, so that the multiplying warps follow no chain of loads: what the
 next tile needs is fetched while the present one is computed. ptxas serialises the products (C7515) if anything but a product or zero
 defines an accumulator before the loop: hence LoRA comes last. It also means that the loading warp may fill the ring while the kernel that
 makes S still runs (early_launch.py).
@@ -40,6 +40,7 @@ from fused_ops.hopper_lora import (
     STAGES,
     WARPS,
     WM,
+    adapter_level,
     add_dropped,
     add_masked,
     add_owner,
@@ -48,7 +49,6 @@ from fused_ops.hopper_lora import (
     module_in_tile,
     owner_ranks,
     product,
-    slot_level,
 )  # fmt: skip
 from fused_ops.hopper_ring import ring_barriers
 from fused_ops.lora_gemm import lora_term
@@ -81,7 +81,7 @@ def _loader(
     """Load every step of every tile of this program."""
     input_desc, weight_desc, s_desc, l_descs, l_part_descs = descs
     a_bufs, b_bufs, full_bars, empty_bars = ring
-    tiles_ptr, segments_ptr, slots_ptr = tables
+    tiles_ptr, segments_ptr, adapters_ptr = tables
     num_rows, num_cols, num_inner = sizes
     step = 0
     for i_tile in range(gl.program_id(0), gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)):
@@ -105,16 +105,16 @@ def _loader(
         if (owner >= 0) & (not DROPOUT):
             for m in gl.static_range(1 if WIDE else MODULES):
                 l_desc = l_descs[0 if BACKWARD else m]
-                ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+                ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
                 for i_rank in range(0, ranks, RANK):
                     step = load_ranks(ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_col, 2, HALF, LORA)
         else:
             for part in range(4):
                 for i_segment in range(i_low, i_high):
-                    slot = gl.load(segments_ptr + i_segment * 4 + 2)
+                    adapter = gl.load(segments_ptr + i_segment * 4 + 2)
                     for m in gl.static_range(1 if WIDE else MODULES):
                         l_desc = l_part_descs[0 if BACKWARD else m]
-                        ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+                        ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
                         l_col += part * QUARTER
                         for i_rank in range(0, ranks, RANK):
                             step = load_ranks(
@@ -161,7 +161,7 @@ def _multiplier(
         gdc_wait()
         gdc_launch_dependents()
     output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature = common
-    tiles_ptr, segments_ptr, slots_ptr = tables
+    tiles_ptr, segments_ptr, adapters_ptr = tables
     num_rows, num_cols, num_inner = sizes
     num_tiles, stride = gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)
     step = 0
@@ -170,8 +170,8 @@ def _multiplier(
     for i_tile in range(gl.program_id(0), num_tiles, stride):
         # Asked for before the products and read after them. Triton 3.6 carries from tile to tile only what is read outside branches.
         i_low, i_high = gl.load(tiles_ptr + i_row // BM * 4), gl.load(tiles_ptr + i_row // BM * 4 + 1)
-        of_modules = owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
-        level = slot_level(slots_ptr, max(owner, 0))
+        of_modules = owner_ranks(adapters_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
+        level = adapter_level(adapters_ptr, max(owner, 0))
         next_row, next_col = _place(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
         next_owner = gl.load(tiles_ptr + next_row // BM * 4 + 2)
         b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD, GROUP)
@@ -225,7 +225,7 @@ def _multiplier(
 @gluon.jit(do_not_specialize=["num_rows", "first_feature"])
 def _hopper_kernel(
     input_desc, weight_desc, output_desc, s_desc, l_desc0, l_desc1, l_desc2, l_part0, l_part1, l_part2,
-    bias_ptr, tiles_ptr, segments_ptr, slots_ptr, keys_ptr, num_rows, num_cols, num_inner, first_feature, starts, stops,
+    bias_ptr, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr, num_rows, num_cols, num_inner, first_feature, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
@@ -236,7 +236,7 @@ def _hopper_kernel(
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, HALF, BK], _FORWARD_WEIGHT)
     output_bufs = gl.allocate_shared_memory(gl.bfloat16, [4, WM, QUARTER], _OUTPUT)
     full_bars, empty_bars = ring_barriers(STAGES, 2)
-    ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, slots_ptr)
+    ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, adapters_ptr)
     sizes = (num_rows, num_cols, num_inner)
     descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2))
     common = (output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature)
@@ -283,7 +283,7 @@ def hopper_gemm(
         describe(out_TO, WM.value, QUARTER.value), describe(s_TR, WM.value, RANK.value),
         *three([describe(tensor, RANK.value, HALF.value) for tensor in adapters]),
         *three([describe(tensor, RANK.value, QUARTER.value) for tensor in adapters]),
-        bias_O, route.owned_tiles(BM.value), route.segment_table, group.slot_table, route.row_keys,
+        bias_O, route.owned_tiles(BM.value), route.segment_table, group.adapter_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
         num_warps=WARPS.value, maxnreg=168, **pdl(input_TI, early),
