@@ -1,10 +1,10 @@
-"""Adapters as the operators see them: a table of adapters, and one group of arena views per patched linear.
+"""Adapters as the operators see them: a table of their settings, and one group of arena views per patched linear.
 
-Layout (rank-major): `a_RK` stacks the A of every (adapter, targeted module), adapter-major and then by module; `b_RN[m]` stacks B
-transposed of every adapter that targets module m. Each takes its rank rounded up to 16 rows, the extra rows zero, so that one
-stride and integer row offsets address them all. An adapter's S [T, r] holds its modules side by side in the order of its A rows.
+Layout (rank-major): `a_RK` stacks the A of every adapter and targeted module, adapter by adapter and then module by module;
+`b_RN[m]` stacks B transposed of every adapter that targets module m. Each has its rank rounded up to 16 rows, the extra rows zero,
+so that one stride and integer row offsets address them all. An adapter's S [T, r] holds its modules in the order of its A rows.
 
-Scales are folded into S and dS as they are made: with c' = c / (1 - p), S = c' (M * X) A^T and dS = c' dY B, so that
+S and dS carry the scales: with c' = c / (1 - p), S = c' (M * X) A^T and dS = c' dY B, so that
 Y += S B^T, dB = dY^T S, dA = dS^T (M * X) and dX += M * (dS A) need no further factor.
 """
 
@@ -29,7 +29,7 @@ def padded_rank(r: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTable:
-    """Rank, scale (alpha / r) and dropout of each resident job, by adapter. Raises ValueError on values outside their range."""
+    """Rank, scale (alpha / r) and dropout of each resident adapter. Raises ValueError on values outside their range."""
 
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
@@ -97,12 +97,12 @@ class LoraGroup:
 
     @cached_property
     def max_padded_rank(self) -> int:
-        """Return the largest padded rank among adapters that target anything here."""
+        """Return the largest padded rank among adapters that target a module of this linear."""
         return max((padded_rank(r) for r, width in zip(self.adapters.ranks, self.widths, strict=True) if width), default=0)
 
     @cached_property
     def has_dropout(self) -> bool:
-        """Return whether any adapter drops anything."""
+        """Return whether any adapter has dropout."""
         return any(self.adapters.thresholds)
 
     def s_column(self, adapter: int, module: int) -> int:

@@ -1,9 +1,9 @@
-"""S = c' (M * X) A^T with dropout, as lora_down.py, on Hopper: masks are made in the registers that the tensor cores read.
+"""S = c' (M * X) A^T with dropout, as lora_down.py, on Hopper: masks are computed in the registers that the tensor cores read.
 
-A program owns up to BM rows of one segment (`Route.items`), RANK ranks of each module, and a share of the inner dimension. TMA keeps a
-ring of blocks of X and A ahead of it; a warp takes X from there as the operand of its products, 16 rows, hashes each value once, and
-masks a copy for each module: no masked copy goes through memory. Rows of X do not mix, so that neighbours' rows may be loaded; they are
-not written. Shares of the inner dimension are float32 partial sums, which a second kernel adds in ascending order.
+A program owns up to BM rows of one segment (`Route.items`), RANK ranks of each module, and a share of the inner dimension. One warp
+fills a ring of blocks of X and A by TMA. The others read X from there as the operand of their products, 16 rows a warp, hash each value
+once, and mask a copy for each module in registers: no masked copy goes through memory. Rows of X do not mix, so that neighbours' rows may
+be loaded; they are not written. Shares of the inner dimension are float32 partial sums, which a second kernel adds in ascending order.
 """
 
 import torch

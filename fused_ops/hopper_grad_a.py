@@ -1,11 +1,11 @@
-"""dA = dS^T (M * X) with dropout, as lora_grad.py, on Hopper: masks are made in the registers that the tensor cores read.
+"""dA = dS^T (M * X) with dropout, as lora_grad.py, on Hopper: masks are computed in the registers that the tensor cores read.
 
 A program owns one item (some rows of one segment, `Route.items`), a block of columns and RANK columns of S for each module, and keeps its
-sums in registers, as dA^T = (M * X)^T dS. TMA keeps a ring of blocks of X and dS ahead of it; a warp takes X transposed from there, so that
-a register holds one feature of two rows, hashes both, and masks a copy for each module. The item's last rows, if they fill no block, are
-masked in both operands, since 0 * NaN is NaN. A segment of one item is added to the gradient arena at once; else each item writes its
+sums in registers, as dA^T = (M * X)^T dS. One warp fills a ring of blocks of X and dS by TMA. The others read X transposed from there, so
+that a register holds one feature of two rows, hash both, and mask a copy for each module. The item's last rows, if they fill no block, are
+masked in both operands, since 0 * NaN is NaN. A segment of one item is added to the gradient arena directly; else each item writes its
 partial sum in float32, and a second kernel adds them in ascending order.
-AHEAD: sums are made while dX's last tiles are (early_launch.py).
+With AHEAD the sums are computed beside dX's last tiles (early_launch.py).
 """
 
 import torch
@@ -146,7 +146,7 @@ def _multiplier(
         )
     alone = gl.load(item_ptr + 5) - gl.load(item_ptr + 4) == 1
     if PDL and AHEAD:
-        # Nobody else uses the gradients, so that a segment's only item is added now; the last program waits for all.
+        # No other kernel uses the gradients, so that a segment's only item is added now; the last program waits for all.
         is_last = (gl.program_id(0) == gl.num_programs(0) - 1) & (gl.program_id(1) == gl.num_programs(1) - 1)
         if (not alone) | is_last:
             gdc_wait()

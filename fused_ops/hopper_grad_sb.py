@@ -1,8 +1,8 @@
 """dS = c' dY B and dB = dY^T S from one read of dY, as lora_grad_sb.py, on Hopper, for ranks up to 64.
 
 A program owns one item (some rows of one segment, `Route.items`) and two blocks of 256 columns of one module, and holds their B in shared
-memory. One warp keeps a ring of tiles of dY [64, 256] ahead of the multiplying warp groups, with the rows' S beside the first tile of a
-row block. Both products of a tile are made straight from there:
+memory. One warp fills a ring of tiles of dY [64, 256] by TMA, with the rows' S beside the first tile of a row block. The other warp groups
+compute both products of a tile from there:
 
     ds [64, ranks]    = sum over both tiles of dY B^T    this program's share of dS, written in float32, the adapter's own ranks alone
     db [256, ranks]  += dY^T S                           of each tile, in registers until the item ends
@@ -10,7 +10,7 @@ row block. Both products of a tile are made straight from there:
 Up to rank 32 one warp group does all. Rank 64 takes two: each keeps db of its own tile, and half the ranks of ds, so that a share
 still covers 512 columns. The last rows of an item, if they fill no block, are masked in shared memory in both operands of dB, since
 0 * NaN is NaN. Columns beyond the module's meet zeros of B; ranks beyond the adapter's are computed and not written. A segment of one item
-is added to the gradient arena at once; else each item writes its partial sum. A second kernel adds the shares of dS and the partial
+is added to the gradient arena directly; else each item writes its partial sum. A second kernel adds the shares of dS and the partial
 sums of dB, each in ascending order.
 """
 
@@ -43,17 +43,17 @@ _BLOCK_ROWS, _BLOCK_COLUMNS = gl.constexpr(gl.SliceLayout(1, _BLOCK.value)), gl.
 
 
 @gluon.jit
-def _loader(ring, dy_desc, s_desc, place, RANK: gl.constexpr, STAGES: gl.constexpr):
+def _loader(ring, dy_desc, s_desc, extent, RANK: gl.constexpr, STAGES: gl.constexpr):
     """Load both tiles of every block of rows, and S with the first."""
     dy_bufs, s_bufs, full_bars, empty_bars = ring
-    num_blocks, first, i_col, s_col = place
+    num_blocks, first, i_col, s_col = extent
     for i in range(num_blocks):
         i_row = first + i * BM
         for tile in gl.static_range(2):
             step = 2 * i + tile
             full_bar = full_bars.index(step % STAGES)
             mbarrier.wait(empty_bars.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
-            if tile == 0:  # a block's tiles are let go together: whoever finds this stage empty finds its buffer of S empty too
+            if tile == 0:  # a block's tiles are released together: when this stage is empty, so is its buffer of S
                 mbarrier.expect(full_bar, (BC + RANK) * BM * 2)
                 tma.async_copy_global_to_shared(s_desc, [i_row, s_col], full_bar, s_bufs.index(i % ((STAGES + 1) // 2)))
             else:
@@ -101,7 +101,7 @@ def _add_rows(
         step = 2 * i + tile
         dy_buf = dy_bufs.index(step % STAGES)
         mbarrier.wait(full_bars.index(step % STAGES), (step // STAGES) & 1)
-        if MASKED:  # nobody loads into these buffers again: it is the last block
+        if MASKED:  # it is the last block: nothing more is loaded into these buffers
             if tile == 0:
                 _keep_rows(s_buf, end - i_row, RANK)
             if GROUPS == 1 or tile == GROUP:
@@ -204,7 +204,7 @@ def _hopper_grad_sb_kernel(
     item_ptr = items_ptr + i_item * 6
     first, end, adapter = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
     alone = gl.load(item_ptr + 5) - gl.load(item_ptr + 4) == 1
-    # Which module these columns belong to, and where it lies: module m has the blocks from ends[m - 1] to ends[m].
+    # Which module these columns belong to: module m has the blocks from ends[m - 1] to ends[m].
     i_module, i_first = 0, 0
     for m in gl.static_range(1, MODULES):
         i_module, i_first = gl.where(i_block >= ends[m - 1], m, i_module), gl.where(i_block >= ends[m - 1], ends[m - 1], i_first)
@@ -221,12 +221,12 @@ def _hopper_grad_sb_kernel(
     share_ptr += i_block * num_rows.to(gl.int64) * RANK
     common = (ring, b_bufs, b_ptr, grad_ptr, share_ptr, partial_ptr, alone, partial_stride, first, end, rank, i_col, num_cols)
     i_dy = _of_module(starts, i_module, MODULES) + i_col
-    place = (gl.cdiv(end - first, BM), first, i_dy, s_col)
+    extent = (gl.cdiv(end - first, BM), first, i_dy, s_col)
     if GROUPS == 1:
         gl.warp_specialize(
             [
                 (_multiplier, (common, RANK, STAGES, GROUPS, 0)),
-                (_loader, (ring, dy_desc, s_desc, place, RANK, STAGES)),
+                (_loader, (ring, dy_desc, s_desc, extent, RANK, STAGES)),
             ],
             [1],
             [24],
@@ -236,7 +236,7 @@ def _hopper_grad_sb_kernel(
             [
                 (_multiplier, (common, RANK, STAGES, GROUPS, 0)),
                 (_multiplier, (common, RANK, STAGES, GROUPS, 1)),
-                (_loader, (ring, dy_desc, s_desc, place, RANK, STAGES)),
+                (_loader, (ring, dy_desc, s_desc, extent, RANK, STAGES)),
             ],
             [WARPS, 1],
             [240, 24],
@@ -245,7 +245,7 @@ def _hopper_grad_sb_kernel(
 
 @triton.jit
 def _sum(ptr, step, low, high, m_in, b_sum, AT_ONCE: tl.constexpr):
-    """Return b_sum plus the blocks low to high at ptr, a step apart, in ascending order; so many are on their way at once."""
+    """Return b_sum plus the blocks low to high at ptr, a step apart, in ascending order; AT_ONCE loads at a time."""
     for i in tl.range(low, high, AT_ONCE, num_stages=1):
         blocks = ()
         for j in tl.static_range(AT_ONCE):

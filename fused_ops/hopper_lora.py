@@ -1,11 +1,11 @@
-"""What LoRA adds to the pipeline of hopper_gemm.py: 16 ranks a step, loaded by its one loading warp, multiplied by each warp group.
+"""What LoRA adds to the pipeline of hopper_gemm.py: 16 ranks a step, loaded by the loading warp, multiplied by each warp group.
 
     add_owner      a tile of one adapter without dropout: the ranks are steps like any other, acc += S L
-    add_dropped    a tile of one adapter with dropout: the product of a quarter of the columns is made apart, masked, and added
-    add_masked     a tile of several adapters: so for each segment, masked by its rows too
+    add_dropped    a tile of one adapter with dropout: the product of a quarter of the columns is computed, masked, and added
+    add_masked     a tile of several adapters: the same for each segment, masked by its rows too
 
-A step is 16 ranks of S [BM, 16] and of L [16, columns] in one stage of the ring, which is `(inputs, weights, full, empty)`: buffers in
-shared memory, inputs one for each warp group, and the barriers that say what they are. What is loaded beyond a module's columns is zero.
+A step is 16 ranks of S [BM, 16] and of L [16, columns] in one stage of the ring. The ring is `(inputs, weights, full, empty)`: buffers in
+shared memory, of inputs one for each warp group, and their barriers. What is loaded beyond a module's columns is zero.
 """
 
 from triton.experimental import gluon
@@ -24,7 +24,7 @@ _FIELDS = gl.constexpr(ADAPTER_FIELDS)
 
 
 def product(columns: gl.constexpr) -> gl.constexpr:
-    """Return the layout of a warp group's product of so many columns."""
+    """Return the layout of a warp group's product of the given number of columns."""
     return gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, columns.value, 16]))
 
 
@@ -120,7 +120,7 @@ def mask_hash(b_keys, first_feature):
 
 @gluon.jit
 def adapter_level(adapters_ptr, adapter):
-    """Return what the hashes of an adapter must reach to be kept."""
+    """Return the level that an adapter's hashes must reach to be kept."""
     return level_of(gl.load(adapters_ptr + adapter * _FIELDS + 1))
 
 

@@ -1,11 +1,11 @@
 """The skinny products that make S and dS: out [T, r] = c' (M * V) L^T, one read of V.
 
 S takes V = X and L = A; dS takes V = the module's columns of dY and L = B (high ranks only, see lora_grad.py). A program owns up
-to BM rows of one segment (`Route.items`) and RANK rows of L. Rows of V do not mix, nor do rows of L: through TMA whatever lies in a
-block is loaded and multiplied, neighbours' rows included, and only what belongs to the item and the adapter is written. Where few rows
-leave multiprocessors idle, the inner dimension is cut among several programs; the last one to arrive adds their float32 partial sums
-in ascending order, whoever it is. Without dropout the modules of an adapter are one (WIDE): their rows of A, and their columns of S, lie
-side by side; with dropout each module masks its own copy of the tile, from one hash.
+to BM rows of one segment (`Route.items`) and RANK rows of L. Rows of V do not mix, nor do rows of L: TMA loads complete blocks,
+neighbours' rows included, and only what belongs to the item and the adapter is written. Where few rows would leave multiprocessors
+idle, the inner dimension is cut among several programs; the last one to arrive adds all float32 partial sums in ascending order.
+Without dropout the modules of an adapter count as one (WIDE): their rows of A, and their columns of S, are adjacent. With dropout each
+module masks its own copy of the tile, from one hash.
 """
 
 import torch
@@ -49,7 +49,7 @@ def _add_splits(out_ptr, partial_ptr, first, m_row, num_rows, stride, column, o_
 
 @triton.jit
 def _lora_rows(lora, lora_stride, row, o_r, rank, i_rank, i_k, num_inner, BK: tl.constexpr, TMA: tl.constexpr):
-    """Return L^T [BK, RANK]: rows row + o_r of L. Those beyond the rank are zero, or through TMA whatever is there."""
+    """Return L^T [BK, RANK]: rows row + o_r of L. Those beyond the rank are zero, or with TMA what the tensor holds there."""
     if TMA:
         return lora.load([max(row, 0) + i_rank, i_k]).T
     else:

@@ -1,10 +1,10 @@
 """Sums over rows: dA = dS^T (M * X), and dB = dY^T S of ranks too high for one read of dY. Deterministic, no atomics.
 
 A program owns one item (some rows of one segment, `Route.items`), a block of columns and RANK columns of S, and keeps its sum in
-registers. Full blocks of rows come through TMA; the item's last rows, and all where TMA will not do, are masked in *both* operands,
-since 0 * NaN is NaN. Columns of S beyond the adapter's own do not mix with them and are not written. A segment of one item is added to
-the gradient arena at once; else each item writes its partial sum in float32, and the last program of a sum to arrive adds the partials
-in ascending order, whoever it is.
+registers. Full blocks of rows come through TMA. The item's last rows, and all rows where TMA cannot be used, are masked in *both*
+operands, since 0 * NaN is NaN. Columns of S beyond the adapter's own do not mix with them and are not written. A segment of one item is
+added to the gradient arena directly; else each item writes its partial sum in float32, and the last program of a sum to arrive adds all
+of them in ascending order.
 
     grad_a          X once, all modules (without dropout as one, WIDE); AHEAD: beside dX's last tiles (early_launch.py)
     grad_s_and_b    dY once for ranks up to 32 (lora_grad_sb.py); above that dS by `lora_down.down_module`, dB by the kernel of dA
@@ -41,7 +41,7 @@ def _product(b_v, b_s, b_acc, BY_COLUMN: tl.constexpr):
 
 @triton.jit
 def _s_rows(s, s_stride, i_row, o_row, m_row, column, o_r, rank, TMA: tl.constexpr, MASKED: tl.constexpr):
-    """Return S [BM, RANK] of rows o_row; columns beyond the rank are zero, or through TMA whatever is there."""
+    """Return S [BM, RANK] of rows o_row; columns beyond the rank are zero, or with TMA what the tensor holds there."""
     if TMA:
         b_s = s.load([i_row, column])
         if MASKED:
@@ -146,7 +146,7 @@ def _rows_kernel(
     o_col = i_col + tl.arange(0, BC)
     threshold = tl.load(adapter_ptr + 1).to(tl.uint32)
     end = tl.where(i_rank < rank, end, first)
-    # Whole blocks of rows need no mask. What a rank block holds beyond `stop` is not written, so S needs masks in rows alone.
+    # Full blocks of rows need no mask. What a rank block holds beyond `stop` is not written, so S needs masks in rows alone.
     full = first
     if TMA:
         full = first + (end - first) // BM * BM
@@ -167,7 +167,7 @@ def _rows_kernel(
 
     i_low, i_high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
     if PDL and AHEAD:
-        # Nobody else uses the gradients, so that a segment's only item is added now; the last program waits for all.
+        # No other kernel uses the gradients, so that a segment's only item is added now; the last program waits for all.
         is_last = (tl.program_id(0) == tl.num_programs(0) - 1) & (i_item == tl.num_programs(1) - 1)
         if (i_high - i_low > 1) | is_last:
             gdc_wait()
@@ -194,8 +194,8 @@ def _rows_kernel(
 def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False, config: RowsConfig | None = None) -> None:
     """Add dA = dS^T (M * X) into the group's gradients, all jobs and modules, reading X once.
 
-    With `after_dx` it runs beside the last tiles of dX, which was launched after X and dS were made; nothing that lets others start
-    early was launched in between.
+    With `after_dx` it runs beside the last tiles of dX. The caller launched dX after X and dS, and in between nothing that lets others
+    start early.
     """
     wide = not group.has_dropout
     num_modules = 1 if wide else group.num_modules

@@ -2,8 +2,8 @@
 
 A program owns one item (some rows of one segment) and COLUMNS columns of one module. It holds its block of B, loads each tile of dY
 once, writes the tile's share of dS [rows, r] to a float32 workspace and keeps dB [COLUMNS, r] in registers. Full blocks of rows come
-through TMA; the item's last rows, and all where TMA will not do, are masked in both operands of dB. Columns beyond the module's meet
-zeros of B. A segment of one item is added to the gradient arena at once; else the last program over a segment's items adds their
+through TMA. The item's last rows, and all rows where TMA cannot be used, are masked in both operands of dB. Columns beyond the module's
+meet zeros of B. A segment of one item is added to the gradient arena directly; else the last program over a segment's items adds their
 partial sums in ascending order. A second kernel, spread over all rows, adds the shares of dS. B and dB of the modules are addressed by
 offsets from the first one's.
 """
@@ -62,7 +62,7 @@ def _grad_sb_kernel(
     item_ptr = items_ptr + i_item * 6
     first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
     adapter_ptr = adapters_ptr + adapter * _FIELDS
-    # Which module these columns belong to, and where it lies.
+    # Which module these columns belong to, its first column and its offsets.
     i_module, i_first, start, num_cols = 0, 0, start0, cols0
     b_offset, grad_offset = b_offset1 * 0, grad_offset1 * 0
     if MODULES > 1:

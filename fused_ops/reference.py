@@ -1,8 +1,8 @@
 """The slow, obvious twin of every kernel, in plain torch: what CPU runs use and what the kernels are tested against.
 
 Each function takes one segment at a time and touches that segment's rows alone, so a job's numbers (NaN included) never depend on
-its neighbours. LoRA arithmetic is float32 whatever the compute dtype; S and dS are kept in the compute dtype, as the kernels keep them.
-Y and dX are rounded once, after LoRA's share: added to what is already rounded, a share smaller than half a step would always be lost.
+its neighbours. LoRA arithmetic is float32 in every compute dtype; S and dS are kept in the compute dtype, as the kernels keep them.
+Y and dX are rounded once, after LoRA's term: added to rounded numbers, a term smaller than half a step would always be lost.
 `multi_lora_reference` writes the same mathematics as one differentiable expression: its autograd gradients test the backward formulas.
 """
 
@@ -15,7 +15,7 @@ from fused_ops.dropout import keep_mask
 from fused_ops.fp8 import Fp8Weight, multiply_reference
 from fused_ops.route import Route
 
-_WIDENED = 1024  # rows of a 16-bit weight that are made float32 at a time
+_WIDENED = 1024  # rows of a 16-bit weight that are converted to float32 at a time
 
 
 def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
@@ -68,7 +68,7 @@ def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, g
 
 
 def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False) -> None:
-    """Add dA = dS^T (M * X) into the group's gradients, at once, whatever `after_dx` says."""
+    """Add dA = dS^T (M * X) into the group's gradients; `after_dx` makes no difference here."""
     for rows, adapter, module, columns, a_rows, _ in _parts(group, route):
         xd = _dropped(x_TK[rows].float(), group, route.row_keys[rows], adapter, module)
         group.grad_a_RK[a_rows] += ds_TR[rows, columns].float().T @ xd

@@ -51,7 +51,7 @@ class Route:
         return self._cached(("items", block), lambda: self._upload(_items(self.segments, block), 6))
 
     def counters(self, size: int) -> Tensor:
-        """Return at least `size` int32 zeros; kernels count arrivals in them and put them back to zero."""
+        """Return at least `size` int32 zeros; kernels count arrivals in them and reset them to zero."""
         size = 1 << (size - 1).bit_length()
         return self._cached(("counters", size), lambda: torch.zeros(size, dtype=torch.int32, device=self.device))
 
@@ -60,7 +60,7 @@ class Route:
         return sum(-(-(end - first) // block) for first, end, _ in self.segments)
 
     def rows(self, first: int, end: int) -> "Route":
-        """Return the route of rows [first, end) alone, renumbered from 0; the same object when that is all of them."""
+        """Return the route of rows [first, end) alone, renumbered from 0; the same object when those are all rows."""
         if (first, end) == (0, self.num_rows):
             return self
         return self._cached(("rows", first, end), lambda: self._cut(first, end))
@@ -88,7 +88,7 @@ def make_route(num_rows: int, segments: Sequence[tuple[int, int, int]], row_keys
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copy a small host tensor to `device` without waiting for it; return tensors that are there already as they are."""
+    """Copy a small host tensor to `device` without waiting for it; return tensors that are on it already unchanged."""
     if host.device == device or device.type != "cuda" or host.is_cuda:
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
