@@ -66,7 +66,7 @@ class Clock:
         return tails
 
     def retreat(self, tails: list[Head], costs: Sequence[float], end: int, first: int) -> None:
-        """Renew tails[first] .. tails[end - 1] in place from tails[end]: the transpose of `advance`, backwards."""
+        """Recompute tails[first] .. tails[end - 1] in place from tails[end]: the transpose of `advance`, backwards."""
         tail, num_slots, num_filling = tails[end], len(costs), self.num_stages - 1
         for k in range(end - 1, first - 1, -1):
             tail = self._steady_back(tail, costs, k) if num_filling <= k < num_slots else self._border_back(tail, costs, k)
@@ -107,5 +107,5 @@ def _unrolled(num_stages: int) -> tuple[Callable[..., Head], Callable[..., Head]
     source = ["def advance(head, costs, first, end):", *ahead, f"    return ({states})"]
     source += ["def retreat(tail, costs, k):", *back, f"    return ({states})"]
     namespace: dict = {"NEVER": _NEVER}
-    exec("\n".join(source), namespace)  # the lines above, nothing from outside
+    exec("\n".join(source), namespace)  # the lines above; no outside input
     return namespace["advance"], namespace["retreat"]
