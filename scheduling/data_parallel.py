@@ -23,7 +23,7 @@ _NODES = 20_000  # of the exact search
 class BatchSplit:
     """One global batch over the replicas: [replica][round] -> sample, or None; `excess` is slowest / mean - 1.
 
-    `proven` says that no partition has an excess within BALANCE, where this one has not.
+    `proven`: this split's excess is over BALANCE, and no partition has one within it.
     """
 
     rounds: tuple[tuple[int | None, ...], ...]

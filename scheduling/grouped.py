@@ -15,7 +15,7 @@ from scheduling.subset_sum import SubsetSums
 
 
 def grouped_layout(backlog: Backlog, bin_tokens: int) -> Layout:
-    """Lay a whole backlog out with bins of at most `bin_tokens` tokens (at least the longest sample)."""
+    """Lay out a complete backlog with bins of at most `bin_tokens` tokens (at least the longest sample)."""
     pairs = _pair_jobs(backlog, bin_tokens)
     blocks = []  # (jobs with a step here, bins by falling load), in execution order
     for step in range(max(len(span) for span in backlog.jobs)):

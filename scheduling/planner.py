@@ -40,7 +40,7 @@ class Candidate:
 
 
 def plan_stream(lengths: Lengths, num_stages: int, capacity: int, delay: int = 0, effort: int = 1, cost: SlotCost | None = None) -> Stream:
-    """Plan a whole workload as one stream, without drain slots (see pipeline.with_drain).
+    """Plan a complete workload as one stream, without drain slots (see pipeline.with_drain).
 
     Steps of a job are at least num_stages + delay slots apart; `effort` multiplies the work of the search (1: a few tenths of a
     second for hundreds of slots). Raises PlanError where no plan exists.

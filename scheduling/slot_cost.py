@@ -7,7 +7,7 @@ linear layer in tiles of 128 rows, a wave of them at a time, so that its time is
 the tokens that would take as long without waste. Without `tiles`, linear(tokens) is the tokens. `cost.py` fits the constants to a model and
 device.
 
-Times are whole multiples of 1/1024 of a token, so that their sums are exact: one workload gives one plan in every Python (3.12's sum()
+Times are integer multiples of 1/1024 of a token, so that their sums are exact: one workload gives one plan in every Python (3.12's sum()
 compensates for rounding, 3.11's does not).
 """
 
@@ -24,7 +24,7 @@ _GRAINS = 1024  # in a token
 
 
 def in_grains(time: float) -> float:
-    """Return a time as a whole multiple of 1/1024."""
+    """Round a time to a multiple of 1/1024."""
     return round(time * _GRAINS) / _GRAINS
 
 

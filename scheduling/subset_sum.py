@@ -1,4 +1,4 @@
-"""Exact subset sums with one big integer: bit v of `reach` says that some subset sums to v.
+"""Exact subset sums with one big integer: bit v of `reach` is set if some subset sums to v.
 
 Adding a value is `reach |= reach << value`; from the reach before each value the subset is recovered. A pool of 40 samples at a
 resolution of 1/512 of a slot takes microseconds.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 class SubsetSums:
-    """All sums, up to `limit`, of subsets of a growing list of positive whole numbers."""
+    """All sums, up to `limit`, of subsets of a growing list of positive integers."""
 
     __slots__ = ("_mask", "_reaches", "_values")
 

@@ -22,7 +22,7 @@ _NEVER = -1e300
 
 
 def makespan(costs: Sequence[float], num_stages: int) -> float:
-    """Return the time of a whole stream, fill and drain included, in the unit of the costs."""
+    """Return the time of a complete stream, fill and drain included, in the unit of the costs."""
     return Clock(num_stages).advance((0.0,) * num_stages, costs, 0, len(costs) + num_stages - 1)[0]
 
 
@@ -33,7 +33,9 @@ class Clock:
 
     def __init__(self, num_stages: int):
         self.num_stages = num_stages
-        self._steady, self._steady_back = _unrolled(num_stages)
+        steady, steady_back = _unrolled(num_stages)
+        self._steady = steady
+        self._steady_back = steady_back
 
     def advance(self, head: Head, costs: Sequence[float], first: int, end: int) -> Head:
         """Run rounds first .. end - 1 from the state before round `first`; returns the state before round `end`."""
