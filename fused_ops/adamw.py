@@ -12,9 +12,9 @@ every listed element is set to zero, also of skipped jobs (a skipped step still 
 from collections.abc import Iterable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from fused_ops.optional_triton import tl, triton
 
 CHUNK = 4096
 _WIDTH = 10
