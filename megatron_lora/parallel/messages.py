@@ -101,7 +101,13 @@ class Link:
     """Either end of a link: a process group of two."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int):
-        self.group, self.peer, self.transport = group, peer, dist.get_backend(group)
+        self.group = group
+        self.peer = peer
+
+    @property
+    def transport(self) -> str:
+        """What carries the messages, "nccl" or "gloo"; on the two ranks of the link alone."""
+        return dist.get_backend(self.group)
 
     def send(self, tensor: Tensor) -> Work:
         """Send a tensor without waiting for the receiver."""

@@ -43,7 +43,7 @@ def run(config, stop):
     if mode == "wait":
         stop.can_save = True
         open(f"rank{rank}.ready", "w").close()
-        while not stop.asked:
+        while not stop.requested:
             time.sleep(0.02)
         return 75
     if mode == "done" and rank == 0:
