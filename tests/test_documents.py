@@ -71,6 +71,16 @@ def test_configs_load(file, tmp_path):
             assert load_config(tmp_path / "config.yaml").jobs
 
 
+def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
+    sources = [*(ROOT / "megatron_lora").rglob("*.py"), *(ROOT / "scripts").glob("*.sh")]
+    code = "".join(map(read, sources))
+    quoted = re.findall(r"^\| `([^`]+)` \|", read(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)
+    assert len(quoted) > 5
+    for message in quoted:
+        for part in re.split(r"\.\.\.|NAME", message):
+            assert part.strip(" .:") in code, f"no message has {part!r}: {message}"
+
+
 def test_readme_is_one_page_that_leads_to_every_document():
     text = read(ROOT / "README.md")
     assert text.count("\n") <= MAX_README_LINES
