@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lora.__main__ import EXAMPLES
-from megatron_lora.config import load_config
+from megatron_lora.config.schema import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -15,7 +15,7 @@ MAX_README_LINES = 130
 MAX_COLUMNS = 100
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-REPOSITORY_FILE = re.compile(r"(?<![\w./-])((?:scripts|configs|docs|tests)/[\w./-]*\w)")
+REPOSITORY_FILE = re.compile(r"(?<![\w./-])((?:scripts|configs|docs|tests|megatron_lora|fused_ops|scheduling)/[\w./-]*\w)")
 COMMAND = re.compile(r"^megatron-lora (\w+)", re.MULTILINE)
 
 each_document = pytest.mark.parametrize("file", DOCUMENTS, ids=NAMES)
