@@ -54,7 +54,7 @@ def fill(text: str) -> str:
 
 def main() -> int:
     """Bring docs/config.md up to date, or say that it is not."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Fill the tables of docs/config.md from the schema.")
     parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a table is out of date")
     check = parser.parse_args().check
     old = DOCUMENT.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 # What differs from cluster to cluster; train.sbatch sources this on the first node, and srun passes the environment on to all.
 # Edit it for yours. Partition, account and time limit are sbatch's: give them on its command line or in SBATCH_* variables.
 
-# The Python environment, on a file system that every node sees: made by `source scripts/setup_env.sh`, or your own (docs/install.md).
+# The Python environment, on a file system that every node sees; `source scripts/setup_env.sh` has made it.
 if [ -f .venv/bin/activate ]; then
     source .venv/bin/activate
 fi

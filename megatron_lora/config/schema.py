@@ -77,7 +77,7 @@ def dataset_file(path: str, value: object) -> str:
 @accepts("a whole number of at least 1, or `auto`")
 def budget(path: str, value: object) -> int | str:
     """Accept the token budget of a microbatch, or auto."""
-    return value if value == "auto" else whole_number("a number of tokens, or auto", 1)(path, value)
+    return "auto" if value == "auto" else whole_number("a number of tokens, or auto", 1)(path, value)
 
 
 @accepts(f"`auto`, {', '.join(map(code, RECOMPUTE))}, or a list of the last {len(RECOMPUTE)}, one for each layer")
