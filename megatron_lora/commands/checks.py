@@ -20,7 +20,7 @@ from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.huggingface.weight_files import check_weights
 from megatron_lora.model.backends import check_backends
 from megatron_lora.output.run_directory import RunDirectory
-from megatron_lora.output.standing import Standing
+from megatron_lora.output.standing import ResumePoint
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
 
 MAX_NAME_BYTES = 255  # of a file's name, on every common file system
@@ -47,7 +47,7 @@ def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = Tr
     check_devices(config.parallel.world_size if ranks_here is None else ranks_here)
     inputs = read_inputs(config)
     for job, job_data in zip(config.jobs, inputs.data, strict=True):
-        check_checkpoint(job, job_data, left.get(job.name, Standing()))
+        check_checkpoint(job, job_data, left.get(job.name, ResumePoint()))
     return inputs
 
 
@@ -144,7 +144,7 @@ def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
     return load_jobs_data(config.jobs, load_tokenizer(model_dir), cache_dir(), vocab_size)
 
 
-def check_checkpoint(job: JobConfig, job_data, standing: Standing) -> None:
+def check_checkpoint(job: JobConfig, job_data, standing: ResumePoint) -> None:
     """Check that a job's checkpoint is whole, and of the samples and steps that the job has."""
     from megatron_lora.data.samples import digest_of
     from megatron_lora.output.checkpoint import check_tensors

@@ -2,7 +2,7 @@
 
     adapter_config.json  adapter_model.safetensors  README.md     the PEFT directory as it was then, in fp32
     optimizer.safetensors    Adam's moments: the keys of the adapter's tensors with .exp_avg or .exp_avg_sq behind, same shapes, fp32
-    state.json               the fields of resume.State
+    state.json               the fields of resume.CheckpointState
 
 A checkpoint lies between two steps of its job, holds whole tensors, and is written aside, synced and renamed: one that has its name is
 complete. A step that was begun is taken again, with the same samples and dropout masks, which depend on the step alone.
@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from megatron_lora.errors import UserError
 from megatron_lora.files import sync
 from megatron_lora.huggingface.adapter_files import PREFIX, WEIGHTS_FILE, AdapterFile, read_adapter, write_adapter
-from megatron_lora.output.standing import STATE_FILE, State, checkpoint_name, remedy
+from megatron_lora.output.standing import STATE_FILE, CheckpointState, checkpoint_name, how_to_recover
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # path -> one tensor for A [r, K], one for B [N, r]
 
 
-def write_checkpoint(job_dir: Path, adapter: AdapterFile, base_model: str, moments: Sequence[Pairs], state: State) -> None:
+def write_checkpoint(job_dir: Path, adapter: AdapterFile, base_model: str, moments: Sequence[Pairs], state: CheckpointState) -> None:
     """Write a job's checkpoint, complete or not at all; one of the same step is replaced."""
     final = job_dir / checkpoint_name(state.step)
     for left_over in job_dir.glob(".checkpoint-*"):  # of a run that ended while it wrote
@@ -54,7 +54,7 @@ def check_tensors(checkpoint: Path) -> None:
             with safe_open(checkpoint / name, framework="pt") as file:
                 file.keys()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{checkpoint / name}: is damaged ({error}); {remedy(checkpoint)}") from None
+            raise UserError(f"{checkpoint / name}: is damaged ({error}); {how_to_recover(checkpoint)}") from None
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[Pairs, list[Pairs]]:
@@ -65,14 +65,14 @@ def read_checkpoint(checkpoint: Path) -> tuple[Pairs, list[Pairs]]:
     try:
         weights, tensors = read_adapter(checkpoint).weights, load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: is damaged ({error}); {remedy(checkpoint)}") from None
+        raise UserError(f"{file}: is damaged ({error}); {how_to_recover(checkpoint)}") from None
     except UserError as error:
-        raise UserError(f"{error}; or {remedy(checkpoint)}") from None
+        raise UserError(f"{error}; or {how_to_recover(checkpoint)}") from None
     for name in MOMENTS:
         for path, kind, half in _halves(weights):
             key = _key(path, kind, name)
             if key not in tensors or tensors[key].shape != half.shape:
-                raise UserError(f"{file}: has no {key} of shape {list(half.shape)}; {remedy(checkpoint)}")
+                raise UserError(f"{file}: has no {key} of shape {list(half.shape)}; {how_to_recover(checkpoint)}")
     return weights, [{path: (tensors[_key(path, "A", name)], tensors[_key(path, "B", name)]) for path in weights} for name in MOMENTS]
 
 

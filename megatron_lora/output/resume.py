@@ -19,7 +19,7 @@ from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.files import write_atomically
 from megatron_lora.output.metrics import metrics_file, read_metrics
-from megatron_lora.output.standing import OVER, Standing, standings
+from megatron_lora.output.standing import ENDED_STATES, ResumePoint, resume_points
 
 RUN_KEYS_THAT_MAY_CHANGE = ("output_dir", "parallel", "microbatch_tokens", "recompute", "backend", "jobs")  # keys of a run that may change
 JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "save_steps")  # rows are compared by their digest
@@ -45,11 +45,11 @@ def _differing(before: RunConfig | JobConfig, now: RunConfig | JobConfig, free: 
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def check_resume(path: Path, states: dict[str, str], config: RunConfig) -> dict[str, Standing]:
+def check_resume(path: Path, states: dict[str, str], config: RunConfig) -> dict[str, ResumePoint]:
     """Return where each job goes on that is not over; UserError where a config cannot take up the run, whose jobs are in these states."""
     where = f"output_dir: {str(path)!r}"
-    if all(states.get(job.name) in OVER for job in config.jobs):
-        counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in OVER if state in states.values())
+    if all(states.get(job.name) in ENDED_STATES for job in config.jobs):
+        counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in ENDED_STATES if state in states.values())
         raise UserError(f"{where} holds a finished run (jobs: {counts}); choose another directory, or remove this one")
     try:
         before = load_config(path / "config.yaml")
@@ -62,7 +62,7 @@ def check_resume(path: Path, states: dict[str, str], config: RunConfig) -> dict[
     changed = changed_key(before, config)
     if changed:
         raise UserError(f"{changed} in {str(path / 'config.yaml')!r}, whose run would go on; set it back, or choose another output_dir")
-    left = standings(config, states)
+    left = resume_points(config, states)
     for name, standing in left.items():
         logged_steps(metrics_file(path, name), standing.step)
     return left
@@ -77,9 +77,9 @@ def logged_steps(metrics: Path, step: int) -> list[dict]:
         raise UserError(f"{metrics}: has a line that is no step of the job; restore the file, or remove it") from None
 
 
-def rewind(path: Path, standings: dict[str, Standing]) -> None:
+def rewind(path: Path, resume_points: dict[str, ResumePoint]) -> None:
     """Take a run's files back to where its jobs go on: their metrics, and plan and timeline of the last start, which are kept aside."""
-    told = {metrics_file(path, name): logged_steps(metrics_file(path, name), standing.step) for name, standing in standings.items()}
+    told = {metrics_file(path, name): logged_steps(metrics_file(path, name), standing.step) for name, standing in resume_points.items()}
     for metrics, rows in told.items():
         if metrics.exists():
             write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in rows))

@@ -27,7 +27,7 @@ from megatron_lora.config.schema import RunConfig, dump_config
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import write_atomically
 from megatron_lora.output.resume import check_resume, rewind
-from megatron_lora.output.standing import Standing, standings
+from megatron_lora.output.standing import ResumePoint, resume_points
 
 JOB_STATES = ("queued", "running", "paused", "done", "failed")
 LOCK, STATUS = ".lock", "status.json"
@@ -42,12 +42,12 @@ class RunDirectory:
         self.path, self.lock, self._made = path, lock, made
 
     @staticmethod
-    def check(config: RunConfig) -> dict[str, Standing]:
+    def check(config: RunConfig) -> dict[str, ResumePoint]:
         """Return where each job begins or goes on that is not over; UserError when this run cannot have its directory. Writes nothing."""
         path = Path(config.output_dir)
         try:
             _check_free(path)
-            return check_resume(path, job_states(path), config) if has_trained(path) else standings(config, {})
+            return check_resume(path, job_states(path), config) if has_trained(path) else resume_points(config, {})
         except OSError as error:
             raise _unusable(path, error) from None
 

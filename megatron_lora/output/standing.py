@@ -2,7 +2,7 @@
 
 Read from the output directory alone, by the checks, the first rank and the commands:
 
-    standings(config, job_states(output_dir))["summarise"].step      # steps taken
+    resume_points(config, job_states(output_dir))["summarise"].step      # steps taken
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
 
 STATE_FILE = "state.json"
-OVER = ("done", "failed")  # states of jobs that do not go on
+ENDED_STATES = ("done", "failed")  # states of jobs that do not go on
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class State:
+class CheckpointState:
     """Where a job stood at its checkpoint (checkpoint.py)."""
 
     step: int  # steps taken
@@ -29,11 +29,11 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class ResumePoint:
     """From where a job goes on: a checkpoint, or its start."""
 
     checkpoint: Path | None = None
-    state: State | None = None
+    state: CheckpointState | None = None
 
     @property
     def step(self) -> int:
@@ -46,30 +46,30 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}"
 
 
-def standing_of(job_dir: Path) -> Standing:
+def resume_point_of(job_dir: Path) -> ResumePoint:
     """Return where a job goes on: its checkpoint of most steps, if it has any; UserError for one that cannot be read."""
     steps = {int(match[1]): path for path in job_dir.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
     if not steps:
-        return Standing()
+        return ResumePoint()
     checkpoint = steps[max(steps)]
     file = checkpoint / STATE_FILE
     try:
-        state = State(**json.loads(file.read_text(encoding="utf-8")))
+        state = CheckpointState(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {remedy(checkpoint)}") from None
+        raise UserError(f"{file}: cannot be read ({error}); {how_to_recover(checkpoint)}") from None
     numbers = (state.step, state.num_steps, state.num_updates, state.skipped_in_a_row)
     whole = all(type(number) is int and number >= 0 for number in numbers)
     if not whole or state.step != max(steps) or not 0 < state.step < state.num_steps:
-        raise UserError(f"{file}: does not say where a job stands after {max(steps)} steps; {remedy(checkpoint)}")
-    return Standing(checkpoint=checkpoint, state=state)
+        raise UserError(f"{file}: does not say where a job stands after {max(steps)} steps; {how_to_recover(checkpoint)}")
+    return ResumePoint(checkpoint=checkpoint, state=state)
 
 
-def remedy(checkpoint: Path) -> str:
+def how_to_recover(checkpoint: Path) -> str:
     """Say what helps where a checkpoint is damaged."""
     return f"remove {checkpoint}, to go on from the checkpoint before it or from the start"
 
 
-def standings(config: RunConfig, states: dict[str, str]) -> dict[str, Standing]:
+def resume_points(config: RunConfig, states: dict[str, str]) -> dict[str, ResumePoint]:
     """Return the jobs that are not over, each with where it goes on. `states`: of the jobs that the run has had."""
-    left = [job.name for job in config.jobs if states.get(job.name) not in OVER]
-    return {name: standing_of(Path(config.output_dir) / "jobs" / name) for name in left}
+    left = [job.name for job in config.jobs if states.get(job.name) not in ENDED_STATES]
+    return {name: resume_point_of(Path(config.output_dir) / "jobs" / name) for name in left}

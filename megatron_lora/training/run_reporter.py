@@ -15,7 +15,7 @@ from megatron_lora.config.schema import RunConfig
 from megatron_lora.output.metrics import JobSummary, Observer, StepReport
 from megatron_lora.output.observers import make_observers
 from megatron_lora.output.run_directory import RunDirectory
-from megatron_lora.output.standing import Standing
+from megatron_lora.output.standing import ResumePoint
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import TrainingJob
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, learning_rate_at
@@ -27,13 +27,13 @@ Written = queue.SimpleQueue[tuple[int, int]]  # (job, steps taken) of what is on
 class RunReporter:
     """Everything that only the first rank tells. A context manager: observers are closed whatever happens."""
 
-    def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], leave: Callable[[int], None], standings: Sequence[Standing] = ()):
+    def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], leave: Callable[[int], None], standings: Sequence[ResumePoint] = ()):
         """Take up the run's directory, which exists, and start the observers; `leave(job)` ends a failed job's part of the plan.
 
         `standings`: where each job goes on; by itself each begins.
         """
         self.jobs, self.leave = jobs, leave
-        standings = standings or [Standing()] * len(jobs)
+        standings = standings or [ResumePoint()] * len(jobs)
         for job, standing in zip(jobs, standings, strict=True):
             goes_on = f", goes on after step {standing.step}" if standing.step else ""
             print(f"{job.config.name}: {job.data.describe()}; {job.num_steps} steps{goes_on}", flush=True)

@@ -16,7 +16,7 @@ from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, w
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.output.checkpoint import read_checkpoint, write_checkpoint
 from megatron_lora.output.metrics import metrics_file
-from megatron_lora.output.standing import Standing, State
+from megatron_lora.output.standing import CheckpointState, ResumePoint
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import TrainingJob
 from megatron_lora.training.optimizer import JobOptimizer
@@ -27,7 +27,11 @@ class Saver:
     """Decides on every rank alike which jobs are saved after a step, and at the end of a run that was stopped."""
 
     def __init__(
-        self, jobs: Sequence[TrainingJob], optimizers: Sequence[JobOptimizer], standings: Sequence[Standing], collector: SnapshotCollector
+        self,
+        jobs: Sequence[TrainingJob],
+        optimizers: Sequence[JobOptimizer],
+        standings: Sequence[ResumePoint],
+        collector: SnapshotCollector,
     ) -> None:
         self.jobs, self.optimizers, self.collector = jobs, optimizers, collector
         self.taken = [standing.step for standing in standings]
@@ -78,7 +82,7 @@ def writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[Snapshot
         if snapshot.moments:
             if snapshot.slot not in digests:
                 digests[snapshot.slot] = digest_of(job.data.samples)
-            state = State(
+            state = CheckpointState(
                 step=snapshot.step,
                 num_steps=job.num_steps,
                 num_updates=snapshot.num_updates,
@@ -104,7 +108,7 @@ def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
     )
 
 
-def begin_job(arena: Arena, slot: int, job: TrainingJob, standing: Standing, optimizer: JobOptimizer) -> None:
+def begin_job(arena: Arena, slot: int, job: TrainingJob, standing: ResumePoint, optimizer: JobOptimizer) -> None:
     """Give a job its weights: of its checkpoint, with Adam's moments and counts, or of `init_adapter`, or PEFT's initial ones."""
     if standing.checkpoint is not None and standing.state is not None:
         weights, moments = read_checkpoint(standing.checkpoint)

@@ -25,7 +25,7 @@ from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.stage import build_stage
 from megatron_lora.output.run_directory import RunDirectory, job_states
-from megatron_lora.output.standing import Standing, standings
+from megatron_lora.output.standing import ResumePoint, resume_points
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import Position, initialize_parallel, pipelines, position_of, rank_timeout, stage_groups
@@ -129,9 +129,9 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
 
 
-def _left(config: RunConfig, host: dist.ProcessGroup) -> dict[str, Standing]:
+def _left(config: RunConfig, host: dist.ProcessGroup) -> dict[str, ResumePoint]:
     """Return the jobs that are not over and where each goes on, as the first rank finds them in the output directory."""
-    found: list = [standings(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
+    found: list = [resume_points(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
     dist.broadcast_object_list(found, 0, group=host)
     return found[0]
 
@@ -163,7 +163,7 @@ def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, co
     return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
 
 
-def _begin(arena: Arena, jobs: Sequence[TrainingJob], begins: Sequence[Standing], parallel: ParallelConfig) -> list[JobOptimizer]:
+def _begin(arena: Arena, jobs: Sequence[TrainingJob], begins: Sequence[ResumePoint], parallel: ParallelConfig) -> list[JobOptimizer]:
     """Set each job's adapter and optimizer to where the job stands; returns the optimizers."""
     groups = StageGroups(**stage_groups(parallel))
     optimizers = [JobOptimizer(arena, row, job.optimizer(), groups) for row, job in enumerate(jobs)]

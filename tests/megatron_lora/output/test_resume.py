@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_lora.commands.checks import check_run
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError
-from megatron_lora.output.standing import standing_of
+from megatron_lora.output.standing import resume_point_of
 
 STEPS, EVERY = 7, 3
 
@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_in_any_layout_as_if_it_had_not_been(first, then, 
     taken = {job: len(rows_of(run, job)) for job in ("a", "b")}
     assert 0 < sum(taken.values()) < 2 * STEPS
     for job, steps in taken.items():
-        assert standing_of(run / "jobs" / job).step == steps
+        assert resume_point_of(run / "jobs" / job).step == steps
     assert runs.start(pool, config_of(scene, tmp_path, "run", then), then) == 0
     assert states(run) == {"a": "done", "b": "done"}
     assert_as_whole(scene, run)
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_a_peft_directory_with_adams_state(scene):
         f"{name}.{moment}": tensor.shape for name, tensor in adapter.items() for moment in ("exp_avg", "exp_avg_sq")
     }
     assert all((tensor >= 0).all() for name, tensor in moments.items() if name.endswith("_sq"))
-    assert (checkpoint / "adapter_config.json").exists() and standing_of(checkpoint.parent).step == 6
+    assert (checkpoint / "adapter_config.json").exists() and resume_point_of(checkpoint.parent).step == 6
     assert {path.name for path in checkpoint.parent.glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-6"}
 
 
