@@ -155,7 +155,7 @@ def check_checkpoint(job: JobConfig, job_data, standing: ResumePoint) -> None:
     num_steps = count_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps)
     if (standing.state.samples, standing.state.num_steps) != (digest_of(job_data.samples), num_steps):
         raise UserError(
-            f"jobs.{job.name}.datasets: have other rows, or the tokenizer makes other tokens of them, than when {standing.checkpoint} "
+            f"jobs.{job.name}.datasets: have other records, or the tokenizer makes other tokens of them, than when {standing.checkpoint} "
             "was written; restore them, or choose another output_dir"
         )
 

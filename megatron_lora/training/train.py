@@ -203,7 +203,7 @@ def resolve_together(
         device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
         resolved = resolve(config, architecture, lengths, device, target_share)
         with RunDirectory.join(config) as directory:
-            directory.resolve(resolved)
+            directory.write_config(resolved)
         for line in [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]:
             print(line, flush=True)
         chosen = [resolved, planner_cost(resolved, architecture, device, target_share)]

@@ -332,7 +332,7 @@ CASES = {
     "finished": (trained, ["output_dir: 'runs/out' holds a finished run", "choose another"]),
     "other files": (foreign, ["output_dir: 'runs/out' holds 'results.csv'", "empty or new directory"]),
     "output is a file": (override("output_dir=rows.jsonl"), ["output_dir: 'rows.jsonl' is a file", "choose"]),
-    "output below a file": (override("output_dir=rows.jsonl/x"), ["output_dir: 'rows.jsonl/x' cannot be made", "choose"]),
+    "output below a file": (override("output_dir=rows.jsonl/x"), ["output_dir: 'rows.jsonl/x' cannot be created", "choose"]),
 }  # fmt: skip
 
 
