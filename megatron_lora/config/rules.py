@@ -1,8 +1,8 @@
 """What one value of a config may be: rules from (key path, value) to the checked value.
 
 A rule returns the value to store or raises UserError with one line: the key, the value, what would be right. Types are strict:
-`true` is not a number, `16.0` is not a whole number, `"1e-4"` in quotes is text. Rules are made by the functions below and stand
-beside the fields that they guard, in schema.py's dataclasses:
+`true` is not a number, `16.0` is not a whole number, `"1e-4"` in quotes is text. The functions below make rules, which stand beside
+the fields that they guard, in schema.py's dataclasses:
 
     r: int = key(16, whole_number("a LoRA rank", 1, 256))
 """
@@ -45,7 +45,7 @@ OTHER_WORDS = {  # what other trainers call a key of ours
 
 
 def show(value: object) -> str:
-    """Write a value as it would stand in YAML, on one line of at most 60 characters."""
+    """Write a value as in YAML, on one line of at most 60 characters."""
     text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -133,14 +133,14 @@ def list_of(what: str, item: Rule, *, empty: bool = False) -> Rule:
 
 
 def subset_of(what: str, choices: tuple[str, ...]) -> Rule:
-    """Accept a non-empty list of distinct words out of `choices`; the result stands in the order of `choices`."""
+    """Accept a non-empty list of distinct words out of `choices`; the result is in the order of `choices`."""
     words = list_of(what, one_of(*choices))
 
     def rule(path: str, value: object) -> tuple[str, ...]:
         chosen = words(path, value)
         for word in chosen:
             if chosen.count(word) > 1:
-                raise UserError(f"{path}: {word!r} stands in the list twice; remove one of the two")
+                raise UserError(f"{path}: {word!r} is in the list twice; remove one of the two")
         return tuple(word for word in choices if word in chosen)
 
     return rule
