@@ -83,7 +83,8 @@ def num_cores() -> int:
 def allocator_settings(environ: Mapping[str, str]) -> dict[str, str]:
     """Return what to add to the environment before torch starts CUDA; nothing if torch's allocator has settings already.
 
-    Segments of fixed size leave gaps into which no later microbatch fits: 8 of 80 GB, on a stage that uses all of its memory budget.
+    Segments of fixed size leave gaps into which no later microbatch fits: 8 of 80 GB, on a stage
+    that uses all of its memory budget.
     """
     return {} if environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} else dict(ALLOCATOR)
 

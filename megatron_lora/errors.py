@@ -1,6 +1,7 @@
 """The error for what a user can get wrong.
 
-Its message is one line that names the key, the value and the remedy. The command line prints that line and exits with status 2.
+Its message is one line that names the key, the value and the remedy. The command line prints that
+line and exits with status 2.
 """
 
 

@@ -1,7 +1,8 @@
 """Everything that can be known to be wrong before a weight is loaded or a file is written.
 
-The config is checked against the output directory, the files, the model, the machine and the data, cheapest first. Each check raises
-a UserError of one line that names the key, the value and the remedy. The ranks do not check again.
+The config is checked against the output directory, the files, the model, the machine and the data,
+cheapest first. Each check raises a UserError of one line that names the key, the value and the
+remedy. The ranks do not check again.
 
     model_dir, architecture, data = check_run(config, ranks_here=2, owner=True)
 """

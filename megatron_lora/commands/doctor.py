@@ -1,7 +1,8 @@
 """What `megatron-lora doctor` prints: versions, devices, the backends that a run will use here, what is missing and what that costs.
 
-Packages are looked up and, except for torch, not imported, because a broken optional package must not break the doctor. NVIDIA apex is
-recognised by what it contains, because PyPI's package of that name is another project.
+Packages are looked up and, except for torch, not imported, because a broken optional package must
+not break the doctor. NVIDIA apex is recognised by what it contains, because PyPI's package of that
+name is another project.
 """
 
 import dataclasses

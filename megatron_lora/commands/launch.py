@@ -2,9 +2,10 @@
 
     check config, files, model, data, machine -> make the output directory -> torchrun (torchrun.py) -> ranks (rank.py) -> train.run
 
-Nothing is written before every check has passed. The ranks have a session of their own, so that Ctrl-C reaches this
-process alone. It forwards SIGTERM, SIGUSR1 and Ctrl-C to the ranks as SIGTERM, and they stop and save; at a second signal torchrun
-ends them. On several SLURM nodes (`srun` with one task per node) each node runs this, and the first node owns the output directory.
+Nothing is written before every check has passed. The ranks have a session of their own, so that
+Ctrl-C reaches this process alone. It forwards SIGTERM, SIGUSR1 and Ctrl-C to the ranks as SIGTERM,
+and they stop and save; at a second signal torchrun ends them. On several SLURM nodes (`srun` with
+one task per node) each node runs this, and the first node owns the output directory.
 """
 
 import dataclasses

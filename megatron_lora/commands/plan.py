@@ -1,9 +1,10 @@
 """What `megatron-lora plan` prints: how the jobs of a config would share the pipeline, before anything is trained.
 
-A job's line is the job alone, as other trainers run it: a flush after each of its steps, over its best number of microbatches. The line
-"one by one" is all of these one after another. The line "together" is one run of all jobs under the chosen policy. A job has a share of
-that run's time, by its share of the work; its gain is its time alone divided by that. The last line's gain is the time one by one
-divided by the time together.
+A job's line is the job alone, as other trainers run it: a flush after each of its steps, over its
+best number of microbatches. The line "one by one" is all of these one after another. The line
+"together" is one run of all jobs under the chosen policy. A job has a share of that run's time, by
+its share of the work; its gain is its time alone divided by that. The last line's gain is the time
+one by one divided by the time together.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
 """One rank of a run: what `train` does under torchrun.
 
-launch.py has checked everything and made the output directory before it starts a rank. Under a bare torchrun, rank 0 does both before
-it joins the others. The run's exit status is written to status.json, and a rank exits with 0, because torchrun does not pass on other
-statuses; only rank 0 under a bare torchrun exits with the run's status. A rank that raises records the exception for torchrun and exits
-at once, without waiting for the other ranks.
+launch.py has checked everything and made the output directory before it starts a rank. Under a bare
+torchrun, rank 0 does both before it joins the others. The run's exit status is written to
+status.json, and a rank exits with 0, because torchrun does not pass on other statuses; only rank 0
+under a bare torchrun exits with the run's status. A rank that raises records the exception for
+torchrun and exits at once, without waiting for the other ranks.
 """
 
 import os

@@ -2,14 +2,15 @@
 
     python -m megatron_lora.commands.torchrun REPORT.json <arguments of torchrun>
 
-This is torch.distributed.run in a process of its own, and it adds a report of how the run ended. A worker writes its exception to the
-file that torchrun names in its environment (`record_failure`); a bare torchrun shows it too. Of all ranks that failed, the report
-names the one that caused the others to fail: a user's mistake comes before a fatal signal, a signal before an exception, and of
-several the earliest is chosen. REPORT.json is {"kind": "user" | "signal" | "crash", "rank", "line", "traceback"}. The exit status is
-0, or 1 with a report.
+This is torch.distributed.run in a process of its own, and it adds a report of how the run ended. A
+worker writes its exception to the file that torchrun names in its environment (`record_failure`); a
+bare torchrun shows it too. Of all ranks that failed, the report names the one that caused the
+others to fail: a user's mistake comes before a fatal signal, a signal before an exception, and of
+several the earliest is chosen. REPORT.json is {"kind": "user" | "signal" | "crash", "rank", "line",
+"traceback"}. The exit status is 0, or 1 with a report.
 
-SLURM sends SIGTERM and SIGUSR1 to every process. This one blocks them, and the ranks stop and save (stop_request.py). SIGINT ends
-this process, and with it the ranks.
+SLURM sends SIGTERM and SIGUSR1 to every process. This one blocks them, and the ranks stop and save
+(stop_request.py). SIGINT ends this process, and with it the ranks.
 """
 
 import ctypes

@@ -1,8 +1,9 @@
 """YAML files as plain Python data, with nothing guessed.
 
-Scalars follow the core schema of YAML 1.2: `1e-4` is a float, `no`, `1:30` and `2_000` are strings, `010` is ten. A key that
-is given twice in a mapping is an error that names its line. Anchors and aliases work; every use is a copy of its own, so that an
-override of one never changes another. There is no merge key; `defaults:` has its purpose.
+Scalars follow the core schema of YAML 1.2: `1e-4` is a float, `no`, `1:30` and `2_000` are strings,
+`010` is ten. A key that is given twice in a mapping is an error that names its line. Anchors and
+aliases work; every use is a copy of its own, so that an override of one never changes another.
+There is no merge key; `defaults:` has its purpose.
 
     tree = read_yaml("configs/quickstart.yaml")
 """

@@ -1,13 +1,15 @@
 """Chat templates: a conversation to text, and which characters of that text an assistant wrote.
 
-Most templates do not mark assistant turns. They also trim contents, insert default system prompts and drop thoughts. So a turn is
-found by rendering the conversation once more, with turn i's content replaced by a marker. That gives `before + marker + after`, and
-the turn is what stands between `before` and `after` in the real text:
+Most templates do not mark assistant turns. They also trim contents, insert default system prompts
+and drop thoughts. So a turn is found by rendering the conversation once more, with turn i's content
+replaced by a marker. That gives `before + marker + after`, and the turn is what stands between
+`before` and `after` in the real text:
 
     text == before + turn + after.
 
-Where a template derives more than one piece from a turn (thoughts and answer), the turn is everything that differs. A turn includes
-its end-of-turn token: the first added token of the tokenizer after the content, if only white space stands between them.
+Where a template derives more than one piece from a turn (thoughts and answer), the turn is
+everything that differs. A turn includes its end-of-turn token: the first added token of the
+tokenizer after the content, if only white space stands between them.
 """
 
 import datetime

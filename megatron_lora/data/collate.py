@@ -1,8 +1,9 @@
 """A planned microbatch to tensors: tokens, labels, target rows, weights, positions and the route.
 
-Rows are in the order of the microbatch's segments and, inside a segment, of its samples. Row i of a sample holds
-token i and predicts token i + 1, so a sample's last row has no label. Every target row weighs 1 / (target tokens of its job's global
-batch), so that the sum of weighted losses over a step's microbatches is the step's loss.
+Rows are in the order of the microbatch's segments and, inside a segment, of its samples. Row i of a
+sample holds token i and predicts token i + 1, so a sample's last row has no label. Every target row
+weighs 1 / (target tokens of its job's global batch), so that the sum of weighted losses over a
+step's microbatches is the step's loss.
 """
 
 from __future__ import annotations

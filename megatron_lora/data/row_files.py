@@ -1,7 +1,8 @@
 """Dataset files read one record at a time: .jsonl (an object per line), .json (a list of objects) and .parquet.
 
-Every record comes with where it stands, `data/a.jsonl:12`, so that an error about it can name file and line. In a JSON file the
-number is the line on which the record begins; in a Parquet file it is the record's number, counted from 1.
+Every record comes with where it stands, `data/a.jsonl:12`, so that an error about it can name file
+and line. In a JSON file the number is the line on which the record begins; in a Parquet file it is
+the record's number, counted from 1.
 """
 
 import json

@@ -6,9 +6,9 @@
     messages           {messages: [{role, content}]}   the tokenizer's chat template over the whole conversation
     sharegpt           {conversations: [{from, value}]}    the same
 
-A target is a token that the loss predicts: every token but the first in text, the completion and its eos in the next two formats,
-and the assistant turns in conversations (chat_turns.py). With `train_on_inputs` every token but the first is a target in all formats.
-Nothing is cut here.
+A target is a token that the loss predicts: every token but the first in text, the completion and
+its eos in the next two formats, and the assistant turns in conversations (chat_turns.py). With
+`train_on_inputs` every token but the first is a target in all formats. Nothing is cut here.
 """
 
 import json

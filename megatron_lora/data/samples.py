@@ -1,7 +1,8 @@
 """A job's data: dataset files to samples, each with its tokens and the targets of the loss.
 
-Records are numbered through a job's datasets in order, before anything is dropped; this number identifies the sample. Records longer
-than `sequence_len` are cut at the right, and those that lose all their targets are dropped. Both are counted.
+Records are numbered through a job's datasets in order, before anything is dropped; this number
+identifies the sample. Records longer than `sequence_len` are cut at the right, and those that lose
+all their targets are dropped. Both are counted.
 
     tokenizer = load_tokenizer("models/SmolLM2-135M-Instruct")
     first, second = load_jobs_data(config.jobs, tokenizer, cache_dir)       # a file that two jobs share is tokenised once
@@ -70,7 +71,8 @@ def load_jobs_data(
 ) -> tuple[JobData, ...]:
     """Load the data of each job, or its validation data; a file that several jobs use with the same settings is read once.
 
-    `cache_dir` None stores nothing on disk. A token that is not below `vocab_size`, the base model's, is a UserError.
+    `cache_dir` None stores nothing on disk. A token that is not below `vocab_size`, the base
+    model's, is a UserError.
     """
     reader = _Reader(tokenizer, cache_dir)
     return tuple(_load_job(job, reader, vocab_size, validation) for job in jobs)

@@ -1,8 +1,9 @@
 """The order in which a job consumes its samples: a pure function of seed, epoch and number of samples.
 
-Epoch e visits the samples in ascending order of hash(seed, e, index), so a sample's position depends on nothing else: not on
-other jobs, ranks, the job's position in the config or a library's random stream. An epoch's last global batch is smaller where the
-batch size does not divide the number of samples, and no global batch holds samples of two epochs.
+Epoch e visits the samples in ascending order of hash(seed, e, index), so a sample's position
+depends on nothing else: not on other jobs, ranks, the job's position in the config or a library's
+random stream. An epoch's last global batch is smaller where the batch size does not divide the
+number of samples, and no global batch holds samples of two epochs.
 
     job_steps(num_samples=5, global_batch_size=2, num_epochs=1, max_steps=None, shuffle=False, seed=0)
         == (((0, 0), (0, 1)), ((0, 2), (0, 3)), ((0, 4),))
@@ -25,7 +26,8 @@ Steps = tuple[tuple[tuple[int, int], ...], ...]
 def job_steps(num_samples: int, global_batch_size: int, num_epochs: int, max_steps: int | None, shuffle: bool, seed: int) -> Steps:
     """List a job's steps; each is its global batch as (epoch, index into the job's samples) pairs.
 
-    `max_steps` overrides `num_epochs`: it cuts the last epoch or adds epochs. `shuffle` False keeps the samples' own order.
+    `max_steps` overrides `num_epochs`: it cuts the last epoch or adds epochs. `shuffle` False keeps
+    the samples' own order.
     """
     assert num_samples > 0 and global_batch_size > 0 and num_epochs > 0, (num_samples, global_batch_size, num_epochs)
     num_steps = count_steps(num_samples, global_batch_size, num_epochs, max_steps)

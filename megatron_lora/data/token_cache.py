@@ -1,8 +1,9 @@
 """Tokenised datasets on disk: each distinct one is made once, and every job, rank and later run reads it back.
 
-A dataset's file is named by the hash of all that decides its tokens: the bytes of the dataset file, the format, the tokenizer with
-its chat template, `train_on_inputs`, `sequence_len`, and the versions of the packages that tokenise. It is written under a temporary
-name and renamed, so several ranks may write it at once. It holds a checksum; a file that does not match it is not used.
+A dataset's file is named by the hash of all that decides its tokens: the bytes of the dataset file,
+the format, the tokenizer with its chat template, `train_on_inputs`, `sequence_len`, and the
+versions of the packages that tokenise. It is written under a temporary name and renamed, so several
+ranks may write it at once. It holds a checksum; a file that does not match it is not used.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
 """What a base model is, as its config.json says. No tensors, no torch.
 
-`read_architecture(model_dir)` turns a Hugging Face `config.json` of a Llama, Mistral, Qwen2 or Qwen3 into an `Architecture`. A missing
-key has the default that transformers gives it (`DEFAULTS`). A value that this trainer does not support is a UserError, because a model
-built without it would silently be wrong. `tensor_shapes` says which tensors the checkpoint must hold, and `module_sizes` which linear
-layers can have an adapter.
+`read_architecture(model_dir)` turns a Hugging Face `config.json` of a Llama, Mistral, Qwen2 or
+Qwen3 into an `Architecture`. A missing key has the default that transformers gives it (`DEFAULTS`).
+A value that this trainer does not support is a UserError, because a model built without it would
+silently be wrong. `tensor_shapes` says which tensors the checkpoint must hold, and `module_sizes`
+which linear layers can have an adapter.
 """
 
 from __future__ import annotations

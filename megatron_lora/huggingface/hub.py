@@ -1,6 +1,7 @@
 """From `base_model` in a config to a directory on this machine: that directory, or a snapshot of a Hugging Face hub repository.
 
-Only configs, tokenizer files and safetensors are fetched; without a network the hub's cache is used.
+Only configs, tokenizer files and safetensors are fetched; without a network the hub's cache is
+used.
 """
 
 import os

@@ -1,11 +1,13 @@
 """Rotary position embedding with packed positions.
 
-Feature pair (i, i + d/2) of a head of d features is rotated by the angle position * frequency_i, in Llama's layout of two halves:
+Feature pair (i, i + d/2) of a head of d features is rotated by the angle position * frequency_i, in
+Llama's layout of two halves:
     y_i = x_i cos - x_{i+d/2} sin        y_{i+d/2} = x_{i+d/2} cos + x_i sin        frequency_i = theta^(-2i/d)
-For longer contexts the frequencies are lowered. "linear" divides all of them by the factor. "llama3" divides those whose wavelength is
-longer than the context of pre-training. "yarn" (Peng et al., 2023) divides those that rotate less than a number of times over that
-context, and also scales cos and sin. The table [T, d/2] is made once per microbatch from its positions, and all layers of the stage
-share it; fused_ops.rope applies it.
+For longer contexts the frequencies are lowered. "linear" divides all of them by the factor.
+"llama3" divides those whose wavelength is longer than the context of pre-training. "yarn" (Peng et
+al., 2023) divides those that rotate less than a number of times over that context, and also scales
+cos and sin. The table [T, d/2] is made once per microbatch from its positions, and all layers of
+the stage share it; fused_ops.rope applies it.
 """
 
 from __future__ import annotations

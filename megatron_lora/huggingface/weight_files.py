@@ -1,7 +1,8 @@
 """Checks that a model's weights are present and complete, from the headers of its safetensors files; no tensor is read.
 
-A safetensors file is 8 bytes (the header's length n, little-endian), n bytes of JSON (name -> dtype, shape, data_offsets), data.
-This finds a file cut short by a broken download, a missing shard and a tensor of another model, in milliseconds.
+A safetensors file is 8 bytes (the header's length n, little-endian), n bytes of JSON (name ->
+dtype, shape, data_offsets), data. This finds a file cut short by a broken download, a missing shard
+and a tensor of another model, in milliseconds.
 """
 
 import json
@@ -28,7 +29,8 @@ class Shapes(Protocol):
 def check_weights(model_dir: Path, architecture: Shapes) -> None:
     """Raise UserError if a safetensors file is damaged, or if a tensor is missing, has another shape, or is not in the architecture.
 
-    A rotary table and a copy of a tied head may be stored too. Any other tensor would silently be left out of the model.
+    A rotary table and a copy of a tied head may be stored too. Any other tensor would silently be
+    left out of the model.
     """
     found: dict[str, dict] = {}
     for file in weight_files(model_dir):

@@ -1,8 +1,9 @@
 """The base model's weights, streamed: a rank reads only the slices that it owns.
 
-`Checkpoint.read` returns one slice of one tensor of the safetensors files, which weight_files.py has checked before the launch.
-`RandomTensors.read` returns the slice of a random tensor. It depends on the seed and the tensor's name alone, so that every layout of
-ranks gets the same model. `load` fills parts of parameters from either.
+`Checkpoint.read` returns one slice of one tensor of the safetensors files, which weight_files.py
+has checked before the launch. `RandomTensors.read` returns the slice of a random tensor. It depends
+on the seed and the tensor's name alone, so that every layout of ranks gets the same model. `load`
+fills parts of parameters from either.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
     optimizer.safetensors    Adam's moments: the keys of the adapter's tensors plus .exp_avg or .exp_avg_sq, same shapes, fp32
     state.json               the fields of standing.CheckpointState
 
-A checkpoint is made between two steps of its job and holds complete tensors, not those of one rank. It is written under another
-name, synced and renamed, so a directory that has the name is complete. A step that had begun is taken again. Its samples and dropout
-masks are the same, because they depend on the step alone.
+A checkpoint is made between two steps of its job and holds complete tensors, not those of one rank.
+It is written under another name, synced and renamed, so a directory that has the name is complete.
+A step that had begun is taken again. Its samples and dropout masks are the same, because they
+depend on the step alone.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """What people see of a run: a live table of its jobs on a terminal, plain lines elsewhere.
 
-Rates are measured over a job's last steps on the wall clock, because co-trained jobs share the machine. A job's share is its part of
-all tokens per second. When the terminal is closed, the display ends and the run continues.
+Rates are measured over a job's last steps on the wall clock, because co-trained jobs share the
+machine. A job's share is its part of all tokens per second. When the terminal is closed, the
+display ends and the run continues.
 """
 
 import io

@@ -1,8 +1,9 @@
 """What a run reports: a StepReport per optimizer step of each job, passed to observers.
 
-An observer gets the reports and changes nothing; no number is computed only for it. One observer is always there: it writes
-`jobs/<name>/metrics.jsonl`, one object per step, flushed line by line, in which a number that is not finite is null. Others show
-progress (display.py) and feed trackers (trackers.py); observers.py starts those that a run has.
+An observer gets the reports and changes nothing; no number is computed only for it. One observer is
+always there: it writes `jobs/<name>/metrics.jsonl`, one object per step, flushed line by line, in
+which a number that is not finite is null. Others show progress (display.py) and feed trackers
+(trackers.py); observers.py starts those that a run has.
 """
 
 import dataclasses

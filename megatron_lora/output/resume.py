@@ -1,8 +1,9 @@
 """Resuming a run that has ended: which of its config may change, which jobs remain, and where each resumes.
 
-A job that is done stays as it is, and so does one that has failed because its loss or gradients were not finite. Any other job
-resumes from its newest checkpoint, or from its start if it has none. The steps after that are taken again, so they are removed from
-its metrics. Layout, budget and recomputation may differ from those before, and jobs may be added. Every key that decides a job's
+A job that is done stays as it is, and so does one that has failed because its loss or gradients
+were not finite. Any other job resumes from its newest checkpoint, or from its start if it has none.
+The steps after that are taken again, so they are removed from its metrics. Layout, budget and
+recomputation may differ from those before, and jobs may be added. Every key that decides a job's
 updates must be as it was.
 
 Nothing here reads a tensor; checkpoint.py does.

@@ -5,10 +5,12 @@
     status.json   state of every job and, once the run has ended, its exit status; always a complete file
     plan/         the windows that were planned                jobs/<name>/   what a job writes
 
-Invariant: a directory belongs to one run. `check` writes nothing. It refuses a directory that another process uses, that holds files
-of other origin, or whose run is finished or began with another config (resume.py). A run that has trained and ended early is
-resumed. The files of a run that never took a step are removed. The owner prepares the directory under an exclusive lock, which it then
-turns into a shared one. The run's workers `join` with a shared lock; any other process is refused.
+Invariant: a directory belongs to one run. `check` writes nothing. It refuses a directory that
+another process uses, that holds files of other origin, or whose run is finished or began with
+another config (resume.py). A run that has trained and ended early is resumed. The files of a run
+that never took a step are removed. The owner prepares the directory under an exclusive lock, which
+it then turns into a shared one. The run's workers `join` with a shared lock; any other process is
+refused.
 
     RunDirectory.check(config)                     # before anything is written
     with RunDirectory.create(config) as run: ...   # the owner: the parent process, or rank 0 under a bare torchrun

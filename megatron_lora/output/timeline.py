@@ -1,8 +1,9 @@
 """What ran when on each stage, in Chrome trace format (opens in Perfetto).
 
-On a GPU spans are measured with CUDA events, and nothing is synchronised until the end; on CPU with the host clock. Of a long run the
-last MAX_SPANS spans of each rank are kept. CUDA gives the time between two events in float32 milliseconds, which is inexact over hours,
-so each span is measured from the one before it.
+On a GPU spans are measured with CUDA events, and nothing is synchronised until the end; on CPU with
+the host clock. Of a long run the last MAX_SPANS spans of each rank are kept. CUDA gives the time
+between two events in float32 milliseconds, which is inexact over hours, so each span is measured
+from the one before it.
 """
 
 from __future__ import annotations
