@@ -135,7 +135,7 @@ def _report(ending: _Ending) -> int:
 
 
 def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
-    """Run torchrun to its end and forward signals to it; return what its report says. It inherits the lock, and keeps it if we die."""
+    """Run torchrun to its end and forward signals to it; return what its report says. It inherits the lock, also if this process dies."""
     received: list[tuple[int, float]] = []  # signals, with the times of their arrival
     with tempfile.TemporaryDirectory(prefix="megatron-lora-") as folder:
         report_file = Path(folder) / "report.json"

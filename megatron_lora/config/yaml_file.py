@@ -89,7 +89,7 @@ def _construct(node: yaml.Node, source: str, parents: tuple[int, ...], counter: 
     if next(counter) > MAX_NODES:
         raise UserError(f"{where}: the aliases make more than {MAX_NODES:,} values; write the values in full")
     if id(node) in parents:
-        raise UserError(f"{where}: an alias that contains itself; write the value out")
+        raise UserError(f"{where}: an alias that contains itself; write the value in full")
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node, where)
     parents = (*parents, id(node))

@@ -3,9 +3,9 @@
 An adapter adds (lora_alpha / r) * B A to a frozen linear, with A [r, K] and B [N, r], or lora_alpha
 / sqrt(r) with rsLoRA. In memory a pair is keyed by the linear's path in the Hugging Face model,
 `model.layers.0.self_attn.q_proj`; in the file it is `base_model.model.<path>.lora_A.weight` and
-`.lora_B.weight`. Each file is written to a temporary directory, synced and renamed, so that a reader never sees a
-part of one. The reader accepts plain LoRA and refuses every other feature by its name, because a
-model without that feature would silently be wrong.
+`.lora_B.weight`. Each file is written to a temporary directory, synced and renamed, so that a
+reader never sees a part of one. The reader accepts plain LoRA and refuses every other feature by
+its name, because a model without that feature would silently be wrong.
 """
 
 import dataclasses

@@ -39,7 +39,7 @@ def _fetch(hub_id: str) -> Path:
         OSError,
         ValueError,
         *HfHubHTTPError.__bases__,
-    ) as error:  # its bases are the errors of the HTTP library that the hub's client uses
+    ) as error:  # HfHubHTTPError's bases are the errors of the HTTP library that the hub's client uses
         raise UserError(
             f"base_model: {hub_id!r} is no directory here and could not be fetched from the hub ({one_line(error, 120)}); "
             "correct the path or id, or fetch the model where there is a network"
