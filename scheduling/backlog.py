@@ -2,30 +2,60 @@
 
 An *item* is one remaining sample; a *group* is the remaining samples of one step of one job; a *layout* is a list of slots, each a
 list of items. A layout is correct when consecutive groups of a job are at least `gap` slots apart (last item of one to first of the
-next), no first group starts before the job's `ready` slot, and no slot is over the budget. Jobs are sorted by their
-content alone, so that plans do not depend on how jobs are numbered.
+next), no first group starts before the job's `ready` slot, no slot is over the budget, and at most `max_endings` groups end in one slot.
+Jobs are sorted by their content alone, so that plans do not depend on how jobs are numbered.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from operator import mul
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
-from scheduling.slot_cost import SlotCost, in_grains
-from scheduling.types import Lengths, Microbatch, PlanError, Segment, Stream
+import numpy as np
+
+from scheduling.job_lengths import JobLengths, read_all
+from scheduling.slot_cost import SlotCost
+from scheduling.types import MAX_ENDINGS, Lengths, Microbatch, Segment, Stream
 
 Layout = list[list[int]]  # [slot] -> items
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One job at a window border: the samples `taken` of step `step`, and the first slot after the border for its remaining samples."""
+    """Where a job is: the samples `taken` of step `step`, and the first slot of the stream that its remaining samples may use."""
 
     step: int = 0
     taken: tuple[int, ...] = ()
     ready: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJob:
+    """One job that has steps to plan: its number, its lengths, the time of its steps and its progress."""
+
+    number: int
+    lengths: JobLengths
+    times: np.ndarray  # float64 [num_steps + 1]: of all steps before each
+    progress: Progress = Progress()
+
+    @classmethod
+    def of(cls, number: int, lengths: JobLengths, cost: SlotCost) -> OpenJob:
+        """Sum up a job that starts."""
+        return cls(number, lengths, np.concatenate([[0.0], np.cumsum(cost.steps(lengths))]))
+
+    def cut(self, num_steps: int) -> OpenJob:
+        """Return the job with its first steps alone."""
+        return replace(self, lengths=self.lengths.cut(num_steps), times=self.times[: num_steps + 1].copy())
+
+    def time_from(self, step: int) -> float:
+        """Return the time of step `step` and all after it."""
+        return float(self.times[-1] - self.times[step])
+
+    def sort_key(self, first_slot: int) -> tuple:
+        """Return what decides a job's place in a backlog that begins at `first_slot`; its number does not."""
+        progress = self.progress
+        return -len(self.lengths), self.lengths.key, progress.step, progress.taken, max(0, progress.ready - first_slot)
 
 
 @dataclass(slots=True)
@@ -35,18 +65,19 @@ class Backlog:
     num_stages: int
     gap: int
     capacity: int
+    max_endings: int  # groups that may end in one slot
     cost: SlotCost
-    tokens: list[int]  # of an item
-    times: list[float]
-    keys: list[tuple[int, int, int]]  # (job, step, sample)
-    group_of: list[int]
-    groups: list[list[int]]  # items of a group, longest first
-    jobs: list[range]  # groups of a job, in order
-    ready: list[int]  # first slot of a job's first group
-    started: list[bool]  # whether the first group had samples in earlier windows
-    later_time: list[float]  # of a job, beyond the groups that are listed
-    later_steps: list[int]
-    recent: tuple[float, ...]  # slot times just before this backlog: the pipeline is not empty
+    recent: tuple[float, ...] = ()  # slot times just before this backlog: the pipeline is not empty
+    tokens: list[int] = field(default_factory=list)  # of an item
+    times: list[float] = field(default_factory=list)
+    keys: list[tuple[int, int, int]] = field(default_factory=list)  # (job, step, sample)
+    group_of: list[int] = field(default_factory=list)
+    groups: list[list[int]] = field(default_factory=list)  # items of a group, longest first
+    jobs: list[range] = field(default_factory=list)  # groups of a job, in order
+    ready: list[int] = field(default_factory=list)  # first slot of a job's first group
+    started: list[bool] = field(default_factory=list)  # whether the first group had samples in earlier windows
+    later_time: list[float] = field(default_factory=list)  # of a job, beyond the groups that are listed
+    later_steps: list[int] = field(default_factory=list)
 
     @property
     def fixed(self) -> float:
@@ -81,51 +112,42 @@ class Backlog:
         return max(chains)
 
 
-def check_workload(lengths: Lengths, capacity: int) -> None:
-    """Raise PlanError, naming the sample, where no plan can exist: empty steps, empty samples, samples over the budget."""
-    for job, steps in enumerate(lengths):
-        for step, batch in enumerate(steps):
-            if not batch:
-                raise PlanError(f"job {job} step {step} has no samples")
-            if min(batch) <= 0 or max(batch) > capacity:
-                sample, tokens = next((k, tokens) for k, tokens in enumerate(batch) if not 0 < tokens <= capacity)
-                raise PlanError(f"job {job} step {step} sample {sample} has {tokens} tokens; the budget is 1 to {capacity}")
-
-
 def open_backlog(
     lengths: Lengths,
     num_stages: int,
     capacity: int,
     delay: int,
     cost: SlotCost,
-    progress: Sequence[Progress] = (),
-    recent: tuple[float, ...] = (),
     horizon: int | None = None,
+    max_endings: int = MAX_ENDINGS,
 ) -> Backlog:
-    """Flatten the remaining samples; with a horizon, list only the steps of each job that are likely to start within `horizon` slots."""
-    gap = num_stages + delay
-    progress = [*progress, *[Progress()] * (len(lengths) - len(progress))]
-    order = sorted(range(len(lengths)), key=lambda job: (-len(lengths[job]), lengths[job], progress[job].step, progress[job].taken))
-    backlog = Backlog(num_stages, gap, capacity, cost, [], [], [], [], [], [], [], [], [], [], recent)
-    fair_time = float("inf") if horizon is None else 8 * horizon * capacity / max(1, len(lengths))
-    for job in order:
-        _append_job(backlog, job, lengths[job], progress[job], cost, horizon, fair_time)
+    """Flatten a workload at the start of a run; PlanError, as read_lengths, where no plan can exist."""
+    jobs = [OpenJob.of(job, steps, cost) for job, steps in enumerate(read_all(lengths, capacity))]
+    return list_backlog(jobs, Backlog(num_stages, num_stages + delay, capacity, max_endings, cost), horizon=horizon)
+
+
+def list_backlog(jobs: Collection[OpenJob], backlog: Backlog, first_slot: int = 0, horizon: int | None = None) -> Backlog:
+    """Flatten the remaining samples of `jobs` into an empty backlog that begins at `first_slot` of the stream; returns it.
+
+    With a horizon, list only the steps of each job that are likely to start within `horizon` slots.
+    """
+    fair_time = float("inf") if horizon is None else 8 * horizon * backlog.capacity / max(1, len(jobs))
+    for job in sorted(jobs, key=lambda job: job.sort_key(first_slot)):
+        _append_job(backlog, job, max(0, job.progress.ready - first_slot), horizon, fair_time)
     return backlog
 
 
-def _append_job(
-    backlog: Backlog, job: int, steps: Sequence[Sequence[int]], progress: Progress, cost: SlotCost, horizon: int | None, fair_time: float
-) -> None:
+def _append_job(backlog: Backlog, job: OpenJob, ready: int, horizon: int | None, fair_time: float) -> None:
     """Append one job's groups: the rest of its current step, then complete steps, up to the horizon or many times its fair share."""
-    first_group, slot, used, taken, step = len(backlog.groups), float(progress.ready), 0.0, set(progress.taken), progress.step
-    while step < len(steps) and (horizon is None or (slot < horizon and used < fair_time)):
-        batch = steps[step]
+    first_group, slot, used, taken, step = len(backlog.groups), float(ready), 0.0, set(job.progress.taken), job.progress.step
+    while step < len(job.lengths) and (horizon is None or (slot < horizon and used < fair_time)):
+        batch = job.lengths[step]
         members = [sample for sample in range(len(batch)) if sample not in taken]
         members.sort(key=lambda sample: (-batch[sample], sample))
         first_item = len(backlog.tokens)
         backlog.tokens += [batch[sample] for sample in members]
-        backlog.times += [cost.sample(batch[sample]) for sample in members]
-        backlog.keys += [(job, step, sample) for sample in members]
+        backlog.times += [backlog.cost.sample(batch[sample]) for sample in members]
+        backlog.keys += [(job.number, step, sample) for sample in members]
         backlog.group_of += [len(backlog.groups)] * len(members)
         backlog.groups.append(list(range(first_item, len(backlog.tokens))))
         time = sum(backlog.times[first_item:])
@@ -133,10 +155,20 @@ def _append_job(
         used += time
         taken, step = set(), step + 1
     backlog.jobs.append(range(first_group, len(backlog.groups)))
-    backlog.ready.append(progress.ready)
-    backlog.started.append(bool(progress.taken))
-    backlog.later_time.append(sum([in_grains(sum(batch) + cost.per_square * sum(map(mul, batch, batch))) for batch in steps[step:]]))
-    backlog.later_steps.append(len(steps) - step)
+    backlog.ready.append(ready)
+    backlog.started.append(bool(job.progress.taken))
+    backlog.later_time.append(job.time_from(step))
+    backlog.later_steps.append(len(job.lengths) - step)
+
+
+def last_slots(backlog: Backlog, layout: Layout) -> list[int]:
+    """Return the slot in which each group ends; -1 for a group that is not laid out completely."""
+    last, placed = [-1] * len(backlog.groups), [0] * len(backlog.groups)
+    for slot, items in enumerate(layout):
+        for item in items:
+            last[backlog.group_of[item]] = slot
+            placed[backlog.group_of[item]] += 1
+    return [slot if count == len(group) else -1 for slot, count, group in zip(last, placed, backlog.groups, strict=True)]
 
 
 def to_stream(backlog: Backlog, layout: Layout) -> Stream:

@@ -8,12 +8,15 @@ step ends in the same slot everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from scheduling.job_lengths import JobLengths, read_all, read_lengths
 from scheduling.planner import plan_stream
 from scheduling.slot_cost import SlotCost
-from scheduling.types import Lengths, Microbatch, Segment, Stream
+from scheduling.types import MAX_ENDINGS, Lengths, Microbatch, Segment, Stream
 
 BALANCE = 0.05  # a replica may be this much slower than the mean
 _NODES = 20_000  # of the exact search
@@ -93,35 +96,58 @@ def _align(parts: Sequence[Sequence[int]]) -> list[list[int | None]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Dealt:
-    """All global batches over the replicas. `rounds` [job][step][round] -> tokens of the round's longest sample: what is planned."""
+class DealtJob:
+    """One job's global batches over the replicas, in arrays: 12 bytes a sample on one replica."""
 
-    lengths: Lengths
-    splits: tuple[tuple[BatchSplit, ...], ...]  # [job][step]
-    rounds: tuple[tuple[tuple[int, ...], ...], ...]
+    lengths: JobLengths
+    rounds: JobLengths  # [step][round] -> tokens of the round's longest sample: what is planned
+    samples: np.ndarray  # int32 [replica, place of a round in rounds.key] -> sample, or -1
+
+    @classmethod
+    def of(cls, lengths: JobLengths, num_replicas: int, cost: SlotCost | None = None) -> DealtJob:
+        """Split every global batch of a job over the replicas."""
+        rounds: list[list[int]] = []
+        samples: list[np.ndarray] = []
+        none = np.full((num_replicas, 1), -1, np.int32)
+        for batch in lengths:
+            split = split_batch(batch, num_replicas, cost)
+            samples += [np.array([[-1 if k is None else k for k in dealt] for dealt in split.rounds], np.int32), none]
+            rounds.append([max(batch[k] for k in dealt if k is not None) for dealt in zip(*split.rounds, strict=True)])
+        return cls(lengths, read_lengths(0, rounds), np.concatenate([none[:, :0], *samples], axis=1))
+
+    def samples_of(self, segment: Segment, replica: int) -> list[int]:
+        """Return the samples that a replica has in the rounds of a segment, ascending."""
+        dealt = self.samples[replica, self.rounds.span(segment.step)]
+        return sorted(sample for sample in dealt[list(segment.samples)].tolist() if sample >= 0)
+
+    def part(self, segment: Segment, replica: int) -> Segment:
+        """Turn a segment of rounds into one replica's segment of samples; an empty one where the replica has none."""
+        samples, batch = self.samples_of(segment, replica), self.lengths[segment.step]
+        return Segment(segment.job, segment.step, tuple(samples), sum(batch[sample] for sample in samples))
+
+
+def replica_part(microbatch: Microbatch, jobs: Mapping[int, DealtJob] | Sequence[DealtJob], replica: int) -> Microbatch:
+    """Turn a slot of rounds into one replica's slot of samples; a job has an empty segment where the replica has no sample of it."""
+    return Microbatch(tuple(jobs[segment.job].part(segment, replica) for segment in microbatch.segments))
+
+
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """A workload's jobs over the replicas. `rounds` [job][step][round] -> tokens of the round's longest sample: what is planned."""
+
+    lengths: tuple[JobLengths, ...]
+    rounds: tuple[JobLengths, ...]
+    jobs: tuple[DealtJob, ...]
 
     def part(self, microbatch: Microbatch, replica: int) -> Microbatch:
-        """Turn a slot of rounds into one replica's slot of samples; a job has an empty segment where the replica has no sample of it."""
-        segments = []
-        for segment in microbatch.segments:
-            dealt = self.splits[segment.job][segment.step].rounds[replica]
-            samples = tuple(sorted(sample for k in segment.samples if (sample := dealt[k]) is not None))
-            tokens = sum(self.lengths[segment.job][segment.step][sample] for sample in samples)
-            segments.append(Segment(segment.job, segment.step, samples, tokens))
-        return Microbatch(tuple(segments))
+        """Turn a slot of rounds into one replica's slot of samples (see replica_part)."""
+        return replica_part(microbatch, self.jobs, replica)
 
 
 def deal(lengths: Lengths, num_replicas: int, cost: SlotCost | None = None) -> Dealt:
     """Split every global batch over the replicas."""
-    splits = tuple(tuple(split_batch(batch, num_replicas, cost) for batch in steps) for steps in lengths)
-    rounds = tuple(
-        tuple(
-            tuple(max(batch[sample] for sample in dealt if sample is not None) for dealt in zip(*split.rounds, strict=True))
-            for split, batch in zip(job_splits, steps, strict=True)
-        )
-        for job_splits, steps in zip(splits, lengths, strict=True)
-    )
-    return Dealt(lengths, splits, rounds)
+    jobs = tuple(DealtJob.of(steps, num_replicas, cost) for steps in read_all(lengths))
+    return Dealt(tuple(job.lengths for job in jobs), tuple(job.rounds for job in jobs), jobs)
 
 
 def plan_replicas(
@@ -132,6 +158,7 @@ def plan_replicas(
     delay: int = 1,
     effort: int = 1,
     cost: SlotCost | None = None,
+    max_endings: int = MAX_ENDINGS,
 ) -> tuple[Stream, ...]:
     """Plan one stream per replica; all have the same slots, and each (job, step) begins and ends in the same slot everywhere.
 
@@ -139,5 +166,5 @@ def plan_replicas(
     that it takes the job's steps with the others.
     """
     dealt = deal(lengths, num_replicas, cost)
-    shared = plan_stream(dealt.rounds, num_stages, capacity, delay, effort, cost)
+    shared = plan_stream(dealt.rounds, num_stages, capacity, delay, effort, cost, max_endings)
     return tuple(tuple(dealt.part(microbatch, replica) for microbatch in shared) for replica in range(num_replicas))

@@ -13,8 +13,9 @@ free, and the fill then costs half as much (the linear program over slot times h
 from __future__ import annotations
 
 import math
+from collections import Counter
 
-from scheduling.backlog import Backlog, Layout
+from scheduling.backlog import Backlog, Layout, last_slots
 from scheduling.subset_sum import SubsetSums
 
 _RESOLUTION = 512  # parts of a slot in subset sums
@@ -96,7 +97,7 @@ def _fill_slot(backlog: Backlog, ready: list[_Job], target: float) -> list[int]:
     room, token_room, num_complete = target, backlog.capacity, 0
     for job in ready:
         needed, needed_tokens = sum([times[item] for item in job.rest]), sum([tokens[item] for item in job.rest])
-        if needed > room or needed_tokens > token_room:
+        if needed > room or needed_tokens > token_room or num_complete == backlog.max_endings:
             break
         chosen += job.rest
         room, token_room, num_complete = room - needed, token_room - needed_tokens, num_complete + 1
@@ -104,7 +105,18 @@ def _fill_slot(backlog: Backlog, ready: list[_Job], target: float) -> list[int]:
         chosen += _fit(backlog, ready[num_complete:], room, token_room, target)
     if not chosen and ready:  # even the shortest sample is over the target
         chosen = [ready[0].rest[-1]]
-    return chosen
+    return _limit_endings(ready, chosen, backlog.max_endings) if len(ready) > backlog.max_endings else chosen
+
+
+def _limit_endings(ready: list[_Job], chosen: list[int], max_endings: int) -> list[int]:
+    """Leave out the shortest sample of every step that would be one too many to end in the slot."""
+    placed, num_endings = set(chosen), 0
+    for job in ready:
+        if placed.issuperset(job.rest):
+            num_endings += 1
+            if num_endings > max_endings:
+                placed.remove(job.rest[-1])
+    return [item for item in chosen if item in placed]
 
 
 def _fit(backlog: Backlog, ready: list[_Job], room: float, token_room: int, target: float) -> list[int]:
@@ -154,13 +166,17 @@ def first_fit(backlog: Backlog, num_slots: int, horizon: int | None = None) -> L
         ready = [job for job in jobs if job.rest and job.free_at <= len(layout)]
         ready.sort(key=lambda job: (not job.started, -job.paths[job.group - job.first]))
         slot: list[int] = []
-        room = target
+        room, num_endings = target, 0
         for job in ready:
             taken = []
             for item in job.rest:
                 if backlog.tokens[item] <= room or not (slot or taken):  # an empty slot takes a sample that is over the target
                     taken.append(item)
                     room -= backlog.tokens[item]
+            if len(taken) == len(job.rest):
+                num_endings += 1
+                if num_endings > backlog.max_endings:
+                    room += backlog.tokens[taken.pop()]
             if taken:
                 job.take(backlog, set(taken), len(layout))
                 slot += taken
@@ -169,7 +185,7 @@ def first_fit(backlog: Backlog, num_slots: int, horizon: int | None = None) -> L
 
 
 def spread(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout | None:
-    """Lay out step by step over equal, staggered shares of the slots; None where a share cannot hold its samples."""
+    """Lay out step by step over equal, staggered shares of the slots; None where a share cannot hold its samples or too many end."""
     allowed = _shares_of_steps(backlog, num_slots)
     if allowed is None:
         return None
@@ -190,7 +206,14 @@ def spread(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layo
         layout[slot].append(item)
     while not layout[-1]:
         layout.pop()
-    return layout
+    return layout if _few_end(backlog, layout) else None
+
+
+def _few_end(backlog: Backlog, layout: Layout) -> bool:
+    """Whether at most `max_endings` groups end in every slot."""
+    if len(backlog.jobs) <= backlog.max_endings:
+        return True
+    return max(Counter(slot for slot in last_slots(backlog, layout) if slot >= 0).values(), default=0) <= backlog.max_endings
 
 
 def _shares_of_steps(backlog: Backlog, num_slots: int) -> list[tuple[int, int]] | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scheduling.types import Lengths, Microbatch, Segment, Stream
 
 
-def stream_to_json(stream: Stream, lengths: Lengths) -> list[list[list[int]]]:
+def stream_to_json(stream: Stream, lengths: Lengths | Mapping[int, Sequence[Sequence[int]]]) -> list[list[list[int]]]:
     """Return a stream as plain lists, one [job, step, sample, tokens] per sample."""
-    return [
-        [[s.job, s.step, sample, lengths[s.job][s.step][sample]] for s in microbatch.segments for sample in s.samples]
-        for microbatch in stream
-    ]
+    return [[entry for segment in microbatch.segments for entry in _entries(segment, lengths)] for microbatch in stream]
+
+
+def _entries(segment: Segment, lengths: Lengths | Mapping[int, Sequence[Sequence[int]]]) -> list[list[int]]:
+    batch = lengths[segment.job][segment.step]
+    return [[segment.job, segment.step, sample, batch[sample]] for sample in segment.samples]
 
 
 def stream_from_json(microbatches: Sequence[Sequence[Sequence[int]]]) -> Stream:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scheduling.backlog import Backlog, Layout, check_workload, costs_of, open_backlog, to_stream
+from scheduling.backlog import Backlog, Layout, costs_of, open_backlog, to_stream
 from scheduling.packing import fill, first_fit, spread
 from scheduling.search import anneal
 from scheduling.slot_cost import SlotCost
 from scheduling.timing import makespan
-from scheduling.types import Lengths, Stream
+from scheduling.types import MAX_ENDINGS, Lengths, Stream
 
 # Numbers of slots to try, as multiples of the fewest that hold the work.
 _STRETCHES = (1.01, 1.02, 1.03, 1.045, 1.06, 1.08, 1.11, 1.15, 1.2, 1.25, 1.3, 1.36, 1.43, 1.5, 1.6, 1.7, 1.85, 2.0)
@@ -39,14 +39,21 @@ class Candidate:
     layout: Layout
 
 
-def plan_stream(lengths: Lengths, num_stages: int, capacity: int, delay: int = 0, effort: int = 1, cost: SlotCost | None = None) -> Stream:
-    """Plan a complete workload as one stream, without drain slots (see pipeline.with_drain).
+def plan_stream(
+    lengths: Lengths,
+    num_stages: int,
+    capacity: int,
+    delay: int = 0,
+    effort: int = 1,
+    cost: SlotCost | None = None,
+    max_endings: int = MAX_ENDINGS,
+) -> Stream:
+    """Plan a whole workload as one stream, without drain slots (see pipeline.with_drain).
 
-    Steps of a job are at least num_stages + delay slots apart; `effort` multiplies the work of the search (1: a few tenths of a
-    second for hundreds of slots). Raises PlanError where no plan exists.
+    Steps of a job are at least num_stages + delay slots apart, and at most `max_endings` steps end in one slot; `effort` multiplies
+    the work of the search (1: a few tenths of a second for hundreds of slots). Raises PlanError where no plan exists.
     """
-    check_workload(lengths, capacity)
-    backlog = open_backlog(lengths, num_stages, capacity, delay, cost or SlotCost())
+    backlog = open_backlog(lengths, num_stages, capacity, delay, cost or SlotCost(), max_endings=max_endings)
     return to_stream(backlog, plan_backlog(backlog, effort))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from scheduling.backlog import Backlog, Layout, check_workload, open_backlog, to_stream
+from scheduling.backlog import Backlog, Layout, open_backlog, to_stream
 from scheduling.grouped import grouped_layout
 from scheduling.packing import first_fit
 from scheduling.planner import best_stretch, plan_stream
@@ -40,7 +40,6 @@ def runs_efficiency(runs: Runs, lengths: Lengths, num_stages: int, cost: SlotCos
 
 def flush(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> Runs:
     """Run every step of every job alone, with the number of microbatches that makes it shortest."""
-    check_workload(lengths, capacity)
     backlog = open_backlog(lengths, num_stages, capacity, 0, cost)
     runs = []
     for group in sorted(range(len(backlog.groups)), key=lambda group: backlog.keys[backlog.groups[group][0]]):
@@ -52,7 +51,6 @@ def flush(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> R
 
 def round_robin(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> Runs:
     """Let jobs take turns with microbatches of their own, at the microbatch size that is best for the workload."""
-    check_workload(lengths, capacity)
     backlog = open_backlog(lengths, num_stages, capacity, 0, cost)
     streams = (to_stream(backlog, _turns(backlog, capacity * share)) for share in _SHARES)
     return (_fastest(lengths, num_stages, cost, streams),)
@@ -60,7 +58,6 @@ def round_robin(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost
 
 def grouped(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> Runs:
     """Pair jobs and pack each pair's global batches, at the bin size that is best for the workload."""
-    check_workload(lengths, capacity)
     backlog = open_backlog(lengths, num_stages, capacity, 0, cost)
     longest = max(backlog.tokens)
     sizes = sorted({int(capacity * share) for share in _SHARES if capacity * share >= longest} | {capacity})
@@ -69,7 +66,6 @@ def grouped(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) ->
 
 def greedy(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> Runs:
     """Fill slot after slot, started steps first, then the longest remaining path; the best of several target sizes."""
-    check_workload(lengths, capacity)
     backlog = open_backlog(lengths, num_stages, capacity, 0, cost)
     best = best_stretch(backlog, first_fit)
     assert best is not None, "first_fit always finds a layout"

@@ -13,7 +13,7 @@ import math
 import random
 from collections import Counter
 
-from scheduling.backlog import Backlog, Layout, costs_of
+from scheduling.backlog import Backlog, Layout, costs_of, last_slots
 from scheduling.timing import Clock, makespan
 
 _COOLING = 0.05  # last temperature / first
@@ -97,6 +97,9 @@ class _Search:
                 self.before[group] = group - 1 if group > span.start else -1
                 self.after[group] = group + 1 if group + 1 < span.stop else -1
                 self.earliest[group] = self.offset + ready
+        self.limited = len(backlog.jobs) > backlog.max_endings  # else no slot can have too many endings
+        self.last = last_slots(backlog, self.slots)
+        self.num_endings = Counter(slot for slot in self.last if slot >= 0)
         for group in range(num_groups):
             self._bound(group)
 
@@ -104,7 +107,7 @@ class _Search:
         return self.slots[self.offset :]
 
     def _bound(self, group: int) -> None:
-        """Update the slots that the groups before and after a group may use, after a change in its first or last slot."""
+        """Update where a group ends and which slots the groups before and after it may use, after a change of its slots."""
         slots = [self.slot_of[item] for item in self.members[group]]
         if not slots:
             return
@@ -112,6 +115,10 @@ class _Search:
             self.latest[self.before[group]] = min(slots) - self.backlog.gap
         if self.after[group] >= 0:
             self.earliest[self.after[group]] = max(slots) + self.backlog.gap
+        if self.last[group] >= 0:
+            self.num_endings[self.last[group]] -= 1
+            self.last[group] = max(slots)
+            self.num_endings[self.last[group]] += 1
 
     def sweep(self, rng: random.Random, temperature: float) -> None:
         """Propose changes between each slot and those to its right, from left to right."""
@@ -163,10 +170,22 @@ class _Search:
         tokens_p, tokens_q = self.tokens[p] - tokens, self.tokens[q] + tokens
         if tokens_q > backlog.capacity or tokens_p > backlog.capacity:
             return None
+        if self.limited and group_p != group_q and not self._few_end((item_p, q), (item_q, p)):
+            return None
         overhead = backlog.cost.overhead
         cost_p = self.times[p] - time + overhead(tokens_p, _segments(self.held[p], group_p, group_q)) if tokens_p else 0.0
         cost_q = self.times[q] + time + overhead(tokens_q, _segments(self.held[q], group_q, group_p)) if tokens_q else 0.0
         return item_p, item_q, cost_p, cost_q
+
+    def _few_end(self, *moves: tuple[int, int]) -> bool:
+        """Whether at most `max_endings` groups end in every slot after these items (-1: none) of different groups move to these slots."""
+        changed: Counter[int] = Counter()
+        for item, target in moves:
+            group = self.backlog.group_of[item] if item >= 0 else -1
+            if group >= 0 and self.last[group] >= 0:
+                changed[self.last[group]] -= 1
+                changed[max([target, *(self.slot_of[other] for other in self.members[group] if other != item)])] += 1
+        return all(self.num_endings[slot] + more <= self.backlog.max_endings for slot, more in changed.items() if more > 0)
 
     def _apply(self, p: int, q: int, item_p: int, item_q: int) -> None:
         """Carry out an accepted change: `item_p` goes from p to q, `item_q` from q to p."""

@@ -1,11 +1,13 @@
 """Plan windows for another process, so that planning takes no time from its threads: one JSON line in, one out.
 
     python -m scheduling.serve
-    in    {"lengths": [job][step][sample], "num_stages", "capacity", "delay", "num_slots", "cost": {SlotCost's fields}}
-          {"leave": [job, ...]}            one per window: jobs to cut after the step that they have begun
-    out   {"last", "left", "microbatches"}  the window in the contract's format; `left`: [job, first window without it]
+    in    {"num_stages", "capacity", "delay", "num_slots", "max_endings", "cost": {SlotCost's fields}}     once
+          {"join": {job: [step][sample]}, "leave": [job, ...]}     one per window: first those that join it are added, then those that
+                                           leave are cut after the step that they have begun
+    out   {"last", "left", "microbatches"}  the window in the contract's format; `left`: who has left of those asked to, and were not over
 
-The answers depend on the lines read and on nothing else. Ends after the last window.
+A job's number may be used again as scheduling.numbers says. The answers depend on the lines read and on nothing else. Ends after the
+window that nothing remains to be planned after.
 """
 
 from __future__ import annotations
@@ -17,25 +19,26 @@ from collections.abc import Iterable, Iterator
 
 from scheduling.plan_json import stream_to_json
 from scheduling.slot_cost import SlotCost
-from scheduling.windows import Carry, plan_window
+from scheduling.windows import WindowPlanner
 
 
 def serve(requests: Iterable[str]) -> Iterator[str]:
     """Answer each request for a window; raises PlanError where no plan exists."""
     lines = iter(requests)
     settings = json.loads(next(lines))
-    lengths, weights = settings.pop("lengths"), settings.pop("cost")
-    cost = SlotCost(**weights | {"tiles": tuple(weights.get("tiles", ()))})
-    carry, departed = Carry(), {}
-    for number, line in enumerate(lines):
-        for job in json.loads(line)["leave"]:
-            progress = carry.progress[job]
-            del lengths[job][progress.step + bool(progress.taken) :]
-            departed[job] = number
-        stream, carry = plan_window(lengths, carry=carry, cost=cost, **settings)
-        last = carry.is_done(lengths)
-        yield json.dumps({"last": last, "left": sorted(departed.items()), "microbatches": stream_to_json(stream, lengths)})
-        if last:
+    weights = settings.pop("cost")
+    planner = WindowPlanner(cost=SlotCost(**weights | {"tiles": tuple(weights.get("tiles", ()))}), **settings)
+    for line in lines:
+        request = json.loads(line)
+        for job, steps in request["join"].items():
+            planner.join(int(job), steps)
+        left = [job for job in request["leave"] if job in planner.jobs]  # the last steps of the others are planned already
+        for job in left:
+            planner.leave(job)
+        lengths = planner.lengths
+        microbatches = stream_to_json(planner.plan(), lengths)
+        yield json.dumps({"last": not planner.jobs, "left": left, "microbatches": microbatches})
+        if not planner.jobs:
             return
 
 

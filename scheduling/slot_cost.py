@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from scheduling.job_lengths import JobLengths
 from scheduling.timing import makespan
 from scheduling.types import Lengths, Microbatch, Stream
 
@@ -41,6 +44,11 @@ class SlotCost:
         """Return the time of one sample in token-equivalents, without its slot's waste."""
         return in_grains(tokens + self.per_square * tokens * tokens)
 
+    def steps(self, lengths: JobLengths) -> np.ndarray:
+        """Return the time of each step's samples, by the sums of their tokens and squares: float64 [num_steps]."""
+        tokens, squares = lengths.sums()
+        return np.rint((tokens + self.per_square * squares) * _GRAINS) / _GRAINS
+
     def overhead(self, tokens: int, segments: int) -> float:
         """Return the time of a slot beyond its samples' (0 without tokens); past the end of `tiles` its waste is that of the last entry."""
         if not tokens:
@@ -64,7 +72,10 @@ def slot_times(stream: Stream, lengths: Lengths, cost: SlotCost) -> list[float]:
 def _slot_time(microbatch: Microbatch, lengths: Lengths, cost: SlotCost) -> float:
     if microbatch.evaluate:
         return microbatch.num_tokens + cost.overhead(microbatch.num_tokens, len(microbatch.segments))
-    packed = [lengths[segment.job][segment.step][sample] for segment in microbatch.segments for sample in segment.samples]
+    packed = []
+    for segment in microbatch.segments:
+        batch = lengths[segment.job][segment.step]
+        packed += [batch[sample] for sample in segment.samples]
     return cost.slot(packed, len(microbatch.segments))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+MAX_ENDINGS = 32  # steps that may end in one slot, by default: what its messages have room for
 Lengths = Sequence[Sequence[Sequence[int]]]  # [job][step][sample] -> tokens
 
 

@@ -2,16 +2,18 @@
 
 Rules, each checked on every stage: every sample once and in its own step; the token budget; one segment per job; every F and B
 meets its adapter at weight version == step; backward in FIFO order; at most P - stage microbatches live; each STEP finds all
-backwards of its step done and its verdict delivered; no message is awaited for ever (deadlock). Tests and start-up use it.
+backwards of its step done and its verdict delivered; at most max_endings steps end in a slot; no number is another's while actions
+of its job are left; no message is awaited for ever (deadlock). Tests and start-up use it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from scheduling.pipeline import Ending, endings, stage_actions, with_drain
-from scheduling.types import Action, Lengths, Op, PlanError, Stream
+from scheduling.types import MAX_ENDINGS, Action, Lengths, Op, PlanError, Stream
 
 
 def replay(
@@ -21,36 +23,71 @@ def replay(
     capacity: int,
     delay: int = 0,
     actions: Sequence[Sequence[Action]] | None = None,
+    max_endings: int = MAX_ENDINGS,
+    joins: Mapping[int, Mapping[int, Sequence[Sequence[int]]]] | None = None,
 ) -> None:
-    """Raise PlanError on the first rule that a plan breaks; `actions` (per stage, of the drained stream) default to stage_actions."""
-    stream = with_drain(stream, num_stages, delay)
-    _check_complete(_check_slots(stream, lengths, capacity), lengths)
+    """Raise PlanError on the first rule that a plan breaks; `actions` (per stage, of the drained stream) default to stage_actions.
+
+    `lengths` are those of the first jobs, `joins` [slot][number] of jobs that join later, before a slot and perhaps under the number of
+    a departed one; both without the steps that a job has left before. With `joins`, errors name jobs in the order in which they join.
+    """
+    stream, taken_over = with_drain(stream, num_stages, delay), {}
+    if joins:
+        stream, lengths, taken_over = _numbered_once(stream, lengths, joins)
+    _check_complete(_check_slots(stream, lengths, capacity, max_endings), lengths)
     if actions is None:
         actions = [stage_actions(stream, stage, num_stages, delay) for stage in range(num_stages)]
     if len(actions) != num_stages:
         raise PlanError(f"{len(actions)} action lists for {num_stages} stages")
-    _Pipeline(stream, [len(steps) for steps in lengths], actions, delay).run()
+    _Pipeline(stream, [len(steps) for steps in lengths], actions, delay, taken_over).run()
 
 
-def replay_replicas(streams: Sequence[Stream], lengths: Lengths, num_stages: int, capacity: int, delay: int = 1) -> None:
+def _numbered_once(
+    stream: Stream, lengths: Lengths, joins: Mapping[int, Mapping[int, Sequence[Sequence[int]]]]
+) -> tuple[Stream, Lengths, dict[int, int]]:
+    """Give every job a number of its own; returns, besides, the slot before which each replaced job's number is another's."""
+    every, holder, taken_over, numbered = list(lengths), dict(enumerate(range(len(lengths)))), {}, []
+    late = [number for slot, jobs in joins.items() if slot >= len(stream) for number, steps in jobs.items() if len(steps)]
+    if late:
+        raise PlanError(f"job {late[0]} joins after the end of the stream")
+    for slot, microbatch in enumerate(stream):
+        for number, steps in joins.get(slot, {}).items():
+            if number in holder:
+                taken_over[holder[number]] = slot
+            holder[number] = len(every)
+            every.append(steps)
+        unknown = [segment.job for segment in microbatch.segments if segment.job not in holder]
+        if unknown:
+            raise PlanError(f"slot {slot}: there is no job {unknown[0]}")
+        segments = tuple(replace(segment, job=holder[segment.job]) for segment in microbatch.segments)
+        numbered.append(replace(microbatch, segments=segments))
+    return tuple(numbered), every, taken_over
+
+
+def replay_replicas(
+    streams: Sequence[Stream], lengths: Lengths, num_stages: int, capacity: int, delay: int = 1, max_endings: int = MAX_ENDINGS
+) -> None:
     """Raise PlanError unless each replica's stream is correct, all steps end in the same slots, and together they hold each sample once."""
     drained = [with_drain(stream, num_stages, delay) for stream in streams]
     seen: Counter[tuple[int, int, int]] = Counter()
     for replica, stream in enumerate(drained):
         if list(map(set, endings(stream))) != list(map(set, endings(drained[0]))):
             raise PlanError(f"replica {replica} ends a step in another slot than replica 0")
-        seen.update(_check_slots(stream, lengths, capacity))
+        seen.update(_check_slots(stream, lengths, capacity, max_endings))
         actions = [stage_actions(stream, stage, num_stages, delay) for stage in range(num_stages)]
-        _Pipeline(stream, [len(steps) for steps in lengths], actions, delay).run()
+        _Pipeline(stream, [len(steps) for steps in lengths], actions, delay, {}).run()
     _check_complete(seen, lengths)
 
 
-def _check_slots(stream: Stream, lengths: Lengths, capacity: int) -> Counter[tuple[int, int, int]]:
-    """Check each slot: the budget, one segment per job, true token counts; returns how often each (job, step, sample) occurs.
+def _check_slots(stream: Stream, lengths: Lengths, capacity: int, max_endings: int) -> Counter[tuple[int, int, int]]:
+    """Check each slot: the budget, one segment per job, true token counts, few endings; returns how often each (job, step, sample) occurs.
 
     A segment may be empty: where only other replicas have samples of the step.
     """
     seen: Counter[tuple[int, int, int]] = Counter()
+    for slot, ended in enumerate(endings(stream)):
+        if len(ended) > max_endings:
+            raise PlanError(f"slot {slot}: {len(ended)} steps end in it, more than max_endings = {max_endings}")
     for slot, microbatch in enumerate(stream):
         if microbatch.num_tokens > capacity:
             raise PlanError(f"slot {slot}: {microbatch.num_tokens} tokens, over the budget of {capacity}")
@@ -59,7 +96,8 @@ def _check_slots(stream: Stream, lengths: Lengths, capacity: int) -> Counter[tup
             raise PlanError(f"slot {slot}: two segments of one job: {jobs}")
         for segment in () if microbatch.evaluate else microbatch.segments:
             try:
-                tokens = sum(lengths[segment.job][segment.step][sample] for sample in segment.samples)
+                batch = lengths[segment.job][segment.step]
+                tokens = sum(batch[sample] for sample in segment.samples)
             except IndexError:
                 raise PlanError(f"slot {slot}: no such sample in {segment}") from None
             if min((segment.job, segment.step, *segment.samples)) < 0 or tokens != segment.num_tokens:
@@ -100,8 +138,11 @@ class _Stage:
 class _Pipeline:
     """All stages of a replay and the messages between them."""
 
-    def __init__(self, stream: Stream, num_steps: Sequence[int], actions: Sequence[Sequence[Action]], delay: int):
+    def __init__(
+        self, stream: Stream, num_steps: Sequence[int], actions: Sequence[Sequence[Action]], delay: int, taken_over: Mapping[int, int]
+    ):
         self.stream = stream
+        self.taken_over = taken_over  # job -> slot from which on its number is another's
         self.ended = endings(stream)
         self.delay = delay
         self.num_steps = list(num_steps)
@@ -151,6 +192,8 @@ class _Pipeline:
     def _step(self, stage: _Stage, job: int) -> None:
         if stage.stage:
             stage.known.update(stage.forwards[0][1])
+        if stage.next_forward >= self.taken_over.get(job, len(self.stream)):
+            raise PlanError(f"stage {stage.stage}: STEP of job {job} in slot {stage.next_forward}, when its number is another's already")
         key = (job, stage.version[job])
         if key not in stage.known:
             raise PlanError(f"stage {stage.stage}: STEP of job {job} step {key[1]} before its verdict is delivered")

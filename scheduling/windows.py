@@ -1,67 +1,116 @@
 """Rolling windows: plan the next few slots while the current ones run, from the state after the last window.
 
 A window is planned together with everything up to `lookahead` slots ahead, but only its own slots are committed; the pipeline never
-flushes between windows. A Carry holds what a window must know of the past: the progress of each job, the recent slot times, and the
-tail of the plan that it was cut from. To add a job, append it to `lengths`; to remove one, cut its steps after the one that it has
-begun. The next window uses the new lengths. A plan depends on lengths, carry and effort alone: every rank can repeat it.
+flushes between windows. Jobs join and leave at the borders of windows. A planner holds its resident jobs alone: their lengths and
+progress, the recent slot times, and the tail of the plan that the last window was cut from. All windows together form one correct
+stream, which depends on lengths, joins, leaves and effort alone, not on the jobs' numbers: every rank can repeat it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from scheduling.backlog import Backlog, Layout, Progress, check_workload, costs_of, open_backlog, to_stream
+from scheduling.backlog import Backlog, Layout, OpenJob, Progress, costs_of, list_backlog, to_stream
+from scheduling.job_lengths import JobLengths, read_lengths
+from scheduling.numbers import Numbers
 from scheduling.planner import plan_backlog
 from scheduling.slot_cost import SlotCost
-from scheduling.types import Lengths, PlanError, Stream
+from scheduling.types import MAX_ENDINGS, Lengths, Stream
 
 WINDOW_SLOTS = 32
 LOOKAHEAD_SLOTS = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Carry:
-    """The state from one window to the next; Carry() is the start of a run."""
+class WindowPlanner:
+    """Plans a run window by window."""
 
-    progress: tuple[Progress, ...] = ()
-    recent: tuple[float, ...] = ()  # times of the last slots
-    tail: Stream = ()  # the rest of the last plan, where it reached the end of the run
+    def __init__(
+        self,
+        num_stages: int,
+        capacity: int,
+        num_slots: int = WINDOW_SLOTS,
+        delay: int = 0,
+        effort: int = 1,
+        cost: SlotCost | None = None,
+        lookahead: int = LOOKAHEAD_SLOTS,
+        max_endings: int = MAX_ENDINGS,
+    ):
+        """Begin a run without jobs; windows have at most `num_slots` slots, in each of which at most `max_endings` steps end."""
+        self.num_stages = num_stages
+        self.capacity = capacity
+        self.num_slots = num_slots
+        self.gap = num_stages + delay
+        self.effort = effort
+        self.cost = cost or SlotCost()
+        self.lookahead = max(lookahead, num_slots, self.gap + 1)  # beyond the longest gap some step can always be planned
+        self.max_endings = max_endings
+        self.jobs: dict[int, OpenJob] = {}  # resident: with steps to plan
+        self.numbers = Numbers()
+        self.first_slot = 0  # of the next window
+        self.recent: tuple[float, ...] = ()  # times of the last slots
+        self.tail: Stream = ()  # the rest of the last plan, where it reached the end of the run
 
-    def is_done(self, lengths: Lengths) -> bool:
-        """Whether every step of every job is planned."""
-        return len(self.progress) == len(lengths) and all(
-            progress.step >= len(steps) for progress, steps in zip(self.progress, lengths, strict=True)
-        )
+    @property
+    def lengths(self) -> dict[int, JobLengths]:
+        """Lengths of the resident jobs: of all that the next window can hold."""
+        return {number: job.lengths for number, job in self.jobs.items()}
 
+    def join(self, number: int, steps: Sequence[Sequence[int]]) -> None:
+        """Add a job, [step][sample], from the next window on; one without steps is over at once.
 
-def plan_window(
-    lengths: Lengths,
-    num_stages: int,
-    capacity: int,
-    carry: Carry | None = None,
-    num_slots: int = WINDOW_SLOTS,
-    delay: int = 0,
-    effort: int = 1,
-    cost: SlotCost | None = None,
-    lookahead: int = LOOKAHEAD_SLOTS,
-) -> tuple[Stream, Carry]:
-    """Plan the next window of at most `num_slots` slots; returns it with what the next one needs.
+        Raises PlanError where no plan exists, or where the number is another job's until that one's last slot has drained.
+        """
+        self.numbers.check_free(number, self.first_slot, self.jobs)
+        lengths = read_lengths(number, steps, self.capacity)
+        self.tail = ()  # it does not hold the new job's samples
+        if len(lengths):
+            self.jobs[number] = OpenJob.of(number, lengths, self.cost)
 
-    `lengths` holds all jobs that were ever admitted, so that their numbers do not change; all windows together form one correct stream.
-    Raises PlanError where no plan exists or a job was cut inside its begun step.
-    """
-    carry, cost = carry or Carry(), cost or SlotCost()
-    check_workload(lengths, capacity)
-    _check_progress(lengths, carry)
-    lookahead = max(lookahead, num_slots, num_stages + delay + 1)  # beyond the longest gap some step can always be planned
-    backlog = open_backlog(lengths, num_stages, capacity, delay, cost, carry.progress, carry.recent, lookahead)
-    complete = not any(backlog.later_steps)
-    layout = plan_backlog(backlog, effort, None if complete else lookahead, _known(backlog, carry.tail) if complete else None)
-    window = layout[:num_slots]
-    recent = tuple(costs_of(backlog, window)[-2 * num_stages :])
-    tail = to_stream(backlog, layout[num_slots:]) if complete else ()
-    return to_stream(backlog, window), Carry(_advance(backlog, carry, len(lengths), window), recent, tail)
+    def leave(self, number: int) -> None:
+        """Remove a resident job from the next window on, after the step that it has begun."""
+        job = self.jobs[number]
+        num_steps = job.progress.step + bool(job.progress.taken)
+        self.jobs[number] = job.cut(num_steps)
+        if job.progress.step == num_steps:
+            self._remove(number)
+
+    def plan(self) -> Stream:
+        """Plan the next window and move every job's progress past it; jobs of which nothing remains to be planned are removed."""
+        empty = Backlog(self.num_stages, self.gap, self.capacity, self.max_endings, self.cost, self.recent)
+        backlog = list_backlog(self.jobs.values(), empty, self.first_slot, self.lookahead)
+        complete = not any(backlog.later_steps)
+        known = _known(backlog, self.tail, list(self.jobs)) if complete else None
+        layout = plan_backlog(backlog, self.effort, None if complete else self.lookahead, known)
+        window = layout[: self.num_slots]
+        self.recent = tuple(costs_of(backlog, window)[-2 * self.num_stages :])
+        self.tail = to_stream(backlog, layout[self.num_slots :]) if complete else ()
+        self._advance(backlog, window)
+        return to_stream(backlog, window)
+
+    def _advance(self, backlog: Backlog, window: Layout) -> None:
+        """Move every job's progress past a window."""
+        slot_of = {item: slot for slot, items in enumerate(window) for item in items}
+        for span in backlog.jobs:
+            for group in span:
+                placed = [item for item in backlog.groups[group] if item in slot_of]
+                if not placed:
+                    break
+                number, step, _ = backlog.keys[placed[0]]
+                job = self.jobs[number]
+                if len(placed) == len(backlog.groups[group]):
+                    progress = Progress(step + 1, (), self.first_slot + max(slot_of[item] for item in placed) + self.gap)
+                else:
+                    taken = {*job.progress.taken, *(backlog.keys[item][2] for item in placed)}
+                    progress = Progress(step, tuple(sorted(taken)))
+                self.jobs[number] = replace(job, progress=progress)
+        self.first_slot += len(window)
+        self.numbers.forget_before(self.first_slot)
+        for number in [number for number, job in self.jobs.items() if job.progress.step == len(job.lengths)]:
+            self._remove(number)
+
+    def _remove(self, number: int) -> None:
+        self.numbers.release(number, self.jobs.pop(number).progress.ready)
 
 
 def plan_windows(
@@ -72,45 +121,25 @@ def plan_windows(
     delay: int = 0,
     effort: int = 1,
     cost: SlotCost | None = None,
+    max_endings: int = MAX_ENDINGS,
 ) -> Iterator[Stream]:
     """Yield the windows of a run whose jobs do not change."""
-    carry = Carry()
-    while not carry.is_done(lengths):
-        window, carry = plan_window(lengths, num_stages, capacity, carry, num_slots, delay, effort, cost)
-        yield window
+    planner = WindowPlanner(num_stages, capacity, num_slots, delay, effort, cost, max_endings=max_endings)
+    for job, steps in enumerate(lengths):
+        planner.join(job, steps)
+    while planner.jobs:
+        yield planner.plan()
 
 
-def _check_progress(lengths: Lengths, carry: Carry) -> None:
-    if len(carry.progress) > len(lengths):
-        raise PlanError(f"lengths has {len(lengths)} jobs, earlier windows had {len(carry.progress)}: keep the positions of departed jobs")
-    for job, (progress, steps) in enumerate(zip(carry.progress, lengths, strict=False)):
-        if len(steps) < progress.step + bool(progress.taken):
-            raise PlanError(f"job {job} has {len(steps)} steps in lengths, but step {progress.step} is already begun")
+def _known(backlog: Backlog, tail: Stream, joined: list[int]) -> Layout | None:
+    """Return the last plan's tail as a layout if it holds exactly the remaining samples (no job was added or removed).
 
-
-def _known(backlog: Backlog, tail: Stream) -> Layout | None:
-    """Return the last plan's tail as a layout if it holds exactly the remaining samples (no job was added or removed)."""
+    The items of a slot are listed in the order in which their jobs have `joined`: their numbers decide nothing.
+    """
     item_of = {key: item for item, key in enumerate(backlog.keys)}
-    keys = [[(s.job, s.step, sample) for s in microbatch.segments for sample in s.samples] for microbatch in tail]
+    place = {number: k for k, number in enumerate(joined)}
+    by_place = [sorted(microbatch.segments, key=lambda segment: place.get(segment.job, -1)) for microbatch in tail]
+    keys = [[(s.job, s.step, sample) for s in segments for sample in s.samples] for segments in by_place]
     if sum(map(len, keys)) != len(item_of) or any(key not in item_of for slot in keys for key in slot):
         return None
     return [[item_of[key] for key in slot] for slot in keys]
-
-
-def _advance(backlog: Backlog, carry: Carry, num_jobs: int, window: Layout) -> tuple[Progress, ...]:
-    """Move every job's progress past a window."""
-    before = [*carry.progress, *[Progress()] * (num_jobs - len(carry.progress))]
-    progress = [Progress(job.step, job.taken, max(0, job.ready - len(window))) for job in before]
-    slot_of = {item: slot for slot, items in enumerate(window) for item in items}
-    for span in backlog.jobs:
-        for group in span:
-            placed = [item for item in backlog.groups[group] if item in slot_of]
-            if not placed:
-                break
-            job, step, _ = backlog.keys[placed[0]]
-            if len(placed) == len(backlog.groups[group]):
-                progress[job] = Progress(step + 1, (), max(0, max(slot_of[item] for item in placed) + backlog.gap - len(window)))
-            else:
-                taken = progress[job].taken if progress[job].step == step else ()
-                progress[job] = Progress(step, tuple(sorted({*taken, *(backlog.keys[item][2] for item in placed)})), 0)
-    return tuple(progress)

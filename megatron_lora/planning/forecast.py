@@ -8,6 +8,7 @@ trained one after another are several.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from functools import cached_property
 
 from megatron_lora.config.schema import RunConfig
@@ -17,7 +18,7 @@ from scheduling.memory import tokens_in_flight
 from scheduling.policies import Runs
 from scheduling.simulate import Timeline, simulate_runs
 from scheduling.slot_cost import SlotCost
-from scheduling.types import Lengths, Microbatch, Stream
+from scheduling.types import Lengths, Microbatch, Segment, Stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,17 +66,18 @@ class Workload:
         return [self._features(self.dealt.part(slot, replica)) for replica in range(self.num_replicas)]
 
     def _features(self, part: Microbatch) -> tuple[float, float, float]:
-        squares = sum(self.lengths[s.job][s.step][sample] ** 2 for s in part.segments for sample in s.samples)
+        squares = sum(tokens**2 for s in part.segments for tokens in self._tokens(s, s.samples))
         ranked = sum(segment.num_tokens * self.ranks[segment.job] for segment in part.segments)
         return -(-part.num_tokens // self.row_multiple) * self.row_multiple, squares, ranked
 
     def tokens_of(self, slot: Microbatch) -> int:
         """Return a slot's tokens on all replicas together."""
-        return sum(self.lengths[s.job][s.step][i] for s in slot.segments for i in self._samples(s.job, s.step, s.samples))
+        replicas = range(self.num_replicas)
+        return sum(sum(self._tokens(s, self.dealt.jobs[s.job].samples_of(s, replica))) for s in slot.segments for replica in replicas)
 
-    def _samples(self, job: int, step: int, rounds: tuple[int, ...]) -> list[int]:
-        split = self.dealt.splits[job][step]
-        return [sample for dealt in split.rounds for k in rounds if (sample := dealt[k]) is not None]
+    def _tokens(self, segment: Segment, samples: Iterable[int]) -> list[int]:
+        batch = self.lengths[segment.job][segment.step]
+        return [batch[sample] for sample in samples]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

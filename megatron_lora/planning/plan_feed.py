@@ -32,11 +32,12 @@ import torch.distributed as dist
 
 import scheduling
 from megatron_lora.files import write_atomically
-from scheduling.data_parallel import deal
+from scheduling.data_parallel import DealtJob, replica_part
 from scheduling.follow import Follower, Window
+from scheduling.job_lengths import read_all
 from scheduling.plan_json import stream_from_json
 from scheduling.slot_cost import SlotCost
-from scheduling.types import NOOP, Lengths
+from scheduling.types import MAX_ENDINGS, NOOP, Lengths
 
 WINDOWS_AHEAD = 1
 
@@ -51,6 +52,7 @@ class PlanSettings:
     delay: int  # slots that a gradient norm takes to be summed within a stage (Position.delay)
     cost: SlotCost
     num_slots: int = 32  # of a window
+    max_endings: int = MAX_ENDINGS  # steps that may end in one slot
 
 
 class PlanFeed:
@@ -70,8 +72,10 @@ class PlanFeed:
         `replica` is this rank's replica, `group` a gloo group of all ranks that nothing else uses. Jobs start
         at `first_steps`, by default at step 0; the first rank writes windows into `plan_dir`.
         """
-        self.dealt = deal(lengths, settings.num_replicas, settings.cost)
-        self.first_steps = tuple(first_steps) or (0,) * len(lengths)
+        firsts = first_steps or [0] * len(lengths)
+        jobs = read_all(lengths)
+        self.dealt = {job: DealtJob.of(steps, settings.num_replicas, settings.cost) for job, steps in enumerate(jobs)}
+        self.first_steps = dict(enumerate(firsts))
         self.settings = settings
         self.replica = replica
         self.plan_dir = plan_dir
@@ -91,7 +95,9 @@ class PlanFeed:
     def __iter__(self) -> Iterator[Window]:
         """Yield the windows, waiting for each. The last one ends with the no-ops that drain the pipeline."""
         s = self.settings
-        follower = Follower(self.dealt.rounds, s.num_stages, s.capacity, s.delay, self.first_steps)
+        follower = Follower([], s.num_stages, s.capacity, s.delay, max_endings=s.max_endings)
+        for job, dealt in self.dealt.items():
+            follower.join(job, dealt.rounds, self.first_steps[job])
         chain = hashlib.sha256()
         while not self.all_read:
             message = self._read()
@@ -100,10 +106,14 @@ class PlanFeed:
             stream = stream_from_json(message["microbatches"])
             if message["last"]:
                 stream += (NOOP,) * (s.num_stages + s.delay)
+            for job in message["left"]:
+                follower.leave(job)
             ended = follower.follow(stream)
-            yield Window(tuple(self.dealt.part(microbatch, self.replica) for microbatch in stream), ended)
+            own = tuple(replica_part(microbatch, self.dealt, self.replica) for microbatch in stream)
+            self.dealt = {job: dealt for job, dealt in self.dealt.items() if job in follower.jobs}
+            yield Window(own, ended)
             if message["last"]:
-                follower.finish([job for job, _ in message["left"]])
+                follower.finish()
 
     def close(self) -> None:
         """End the feed; windows that were not read are dropped. All ranks must have read the same windows."""
@@ -131,17 +141,17 @@ class PlanFeed:
         """Plan window after window; write each to its file and send it."""
         planner = _planner()
         try:
-            remaining = [steps[first:] for steps, first in zip(self.dealt.rounds, self.first_steps, strict=True)]
-            settings = asdict(self.settings) | {"lengths": remaining}
+            join = {job: list(dealt.rounds.from_step(self.first_steps[job])) for job, dealt in self.dealt.items()}
+            settings = asdict(self.settings)
             del settings["num_replicas"]
-            request = json.dumps(settings) + "\n"
+            request = json.dumps(settings) + "\n"  # before the first window's
             chain, number, last = hashlib.sha256(), 0, False
             while not last:
                 removed = [self.removed.get() for _ in range(self.removed.qsize())]
                 message = {"last": True, "left": [], "microbatches": []}
                 if not self.stopping.is_set():
-                    message = json.loads(_ask(planner, request + json.dumps({"leave": removed})))
-                request = ""  # the settings are sent once
+                    message = json.loads(_ask(planner, request + json.dumps({"join": join, "leave": removed})))
+                request, join = "", {}
                 slots = [[[job, self.first_steps[job] + step, *rest] for job, step, *rest in slot] for slot in message["microbatches"]]
                 chain.update(json.dumps(slots).encode())
                 text = json.dumps(message | {"microbatches": slots, "sha256": chain.hexdigest()})

@@ -31,7 +31,7 @@ from scheduling.policies import POLICIES, runs_efficiency  # noqa: E402
 from scheduling.simulate import simulate_runs  # noqa: E402
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times  # noqa: E402
 from scheduling.validate import replay  # noqa: E402
-from scheduling.windows import plan_window  # noqa: E402
+from scheduling.windows import plan_windows  # noqa: E402
 
 SUITE = Path(__file__).resolve().parent / "lengths.json"
 OTHERS = ("flush", "round-robin", "grouped", "greedy")
@@ -120,7 +120,7 @@ def scale(workloads: dict) -> list[dict]:
     workload = {"stages": 8, "capacity": 8192, "data": lengths}
     plan, seconds = planned(workload)
     start = time.perf_counter()
-    plan_window(lengths, 8, 8192)
+    next(plan_windows(lengths, 8, 8192))
     line = {
         "case": "100 jobs x 100 steps x 32 samples",
         "slots": len(plan["microbatches"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict
 
@@ -89,21 +90,22 @@ def test_served_windows_form_one_stream_and_jobs_leave_between_steps(lengths, nu
     leaver, when = data.draw(st.integers(0, len(lengths) - 1)), data.draw(st.integers(1, 3))
 
     def requests():
-        yield json.dumps(settings | {"lengths": lengths})
-        number = 0
-        while True:
-            yield json.dumps({"leave": [leaver] if number == when else []})
-            number += 1
+        yield json.dumps(settings)
+        yield json.dumps({"join": dict(enumerate(lengths)), "leave": []})
+        for number in itertools.count(1):
+            yield json.dumps({"join": {}, "leave": [leaver] if number == when else []})
 
     answers = [json.loads(answer) for answer in serve(requests())]
     assert [answer["last"] for answer in answers] == [False] * (len(answers) - 1) + [True]
     follower = Follower(lengths, num_stages, CAPACITY, delay)
     stream = ()
     for answer in answers:
+        for job in answer["left"]:
+            follower.leave(job)
         window = stream_from_json(answer["microbatches"])
         follower.follow(window)
         stream += window
-    follower.finish([job for job, _ in answers[-1]["left"]])
+    follower.finish()
     steps = {(segment.job, segment.step) for microbatch in stream for segment in microbatch.segments}
     cut = [[batch for step, batch in enumerate(batches) if (job, step) in steps] for job, batches in enumerate(lengths)]
     assert all(cut[job] == lengths[job] for job in range(len(lengths)) if job != leaver), "another job lost steps"
@@ -115,6 +117,7 @@ def test_served_windows_form_one_stream_and_jobs_leave_between_steps(lengths, nu
 def test_served_windows_are_those_planned_here_at_the_same_cost(lengths, num_stages, delay, fixed):
     settings = {"num_stages": num_stages, "capacity": CAPACITY, "delay": delay, "num_slots": 4}
     cost = SlotCost(per_square=1e-2, fixed=fixed, per_segment=fixed, tiles=(0.0, 4.0 * CAPACITY))
-    requests = [json.dumps(settings | {"lengths": lengths, "cost": asdict(cost)}), *[json.dumps({"leave": []})] * 1000]
+    requests = [json.dumps(settings | {"cost": asdict(cost)}), json.dumps({"join": dict(enumerate(lengths)), "leave": []})]
+    requests += [json.dumps({"join": {}, "leave": []})] * 1000
     served = [stream_from_json(json.loads(answer)["microbatches"]) for answer in serve(requests)]
     assert served == list(plan_windows(lengths, cost=cost, **settings))

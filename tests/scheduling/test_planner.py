@@ -21,9 +21,8 @@ from scheduling.search import _Search, _with_ends, anneal, without_gaps
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
 from scheduling.subset_sum import SubsetSums
 from scheduling.timing import makespan
-from scheduling.types import PlanError
 from scheduling.validate import replay
-from scheduling.windows import Carry, plan_window, plan_windows
+from scheduling.windows import WindowPlanner, plan_windows
 
 LENGTHS = Path(__file__).resolve().parents[2] / "scripts/bench/lengths.json"
 CAPACITY, COST = 64, SlotCost(per_square=1e-3, fixed=2.0)
@@ -184,39 +183,16 @@ def test_another_job_changes_no_jobs_steps_or_sample_order(lengths, num_stages, 
 @given(WORKLOADS, STAGES, DELAY, st.integers(1, 9), st.sampled_from([4, 10, 128]))
 @settings(max_examples=25)
 def test_windows_join_to_one_correct_stream(lengths, num_stages, delay, num_slots, lookahead):
-    carry, stream = Carry(), ()
-    while not carry.is_done(lengths):
-        window, carry = plan_window(lengths, num_stages, CAPACITY, carry, num_slots, delay, 1, COST, lookahead)
+    planner, stream = WindowPlanner(num_stages, CAPACITY, num_slots, delay, 1, COST, lookahead), ()
+    for job, steps in enumerate(lengths):
+        planner.join(job, steps)
+    while planner.jobs:
+        window = planner.plan()
         assert len(window) <= num_slots
         stream += window
     replay(stream, lengths, num_stages, CAPACITY, delay)
     if lookahead == 128:
         assert stream == sum(plan_windows(lengths, num_stages, CAPACITY, num_slots, delay, 1, COST), ())
-
-
-@given(WORKLOADS, STAGES, BATCHES, st.integers(1, 5), st.integers(0, 4))
-@settings(max_examples=25)
-def test_jobs_join_and_leave_at_window_borders(lengths, num_stages, batch, num_slots, leaving):
-    leaving %= len(lengths)
-    window, carry = plan_window(lengths, num_stages, CAPACITY, None, num_slots, cost=COST)
-    progress = carry.progress[leaving]
-    changed = [list(steps) for steps in lengths] + [[batch, batch]]
-    changed[leaving] = changed[leaving][: progress.step + bool(progress.taken)]
-    stream = window
-    while not carry.is_done(changed):
-        window, carry = plan_window(changed, num_stages, CAPACITY, carry, num_slots, cost=COST)
-        stream += window
-    replay(stream, changed, num_stages, CAPACITY)
-
-
-def test_a_job_cannot_leave_inside_its_step_nor_lose_its_position():
-    lengths = [[[40, 40, 40]], [[50]]]
-    _, carry = plan_window(lengths, 2, CAPACITY, None, 1)
-    assert carry.progress[0].taken
-    with pytest.raises(PlanError, match="job 0 has 0 steps in lengths, but step 0 is already begun"):
-        plan_window([[], [[50]]], 2, CAPACITY, carry)
-    with pytest.raises(PlanError, match="keep the positions of departed jobs"):
-        plan_window(lengths[:1], 2, CAPACITY, carry)
 
 
 @given(WORKLOADS, STAGES)

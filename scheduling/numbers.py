@@ -1,0 +1,43 @@
+"""When the number of a departed job may be another's: after its last slot has drained.
+
+    last step ends in slot e  ->  STEP stands before F(e + gap) on every stage  ->  free from slot e + gap + 1 on
+
+so that whoever joins at a window's border finds every action of the departed job in earlier windows. What is kept is bounded by what
+ends within a gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from scheduling.types import PlanError
+
+
+class Numbers:
+    """The numbers of departed jobs whose last slots have not drained yet."""
+
+    __slots__ = ("_free_at",)
+
+    def __init__(self) -> None:
+        """Begin with every number free."""
+        self._free_at: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        """Return how many numbers are kept."""
+        return len(self._free_at)
+
+    def check_free(self, number: int, slot: int, resident: Container[int]) -> None:
+        """Raise PlanError unless a job may join under this number before `slot`."""
+        if number < 0 or number in resident:
+            raise PlanError(f"slot {slot}: a job cannot join as number {number}: {'it is resident' if number >= 0 else 'below 0'}")
+        if slot < self._free_at.get(number, 0):
+            raise PlanError(f"slot {slot}: a job cannot join as number {number} before slot {self._free_at[number]}: another's is draining")
+
+    def release(self, number: int, ready: int) -> None:
+        """Let go of a departed job's number; `ready` is the slot at which its next step could have begun, 0 if it has ended no step."""
+        if ready:
+            self._free_at[number] = ready + 1
+
+    def forget_before(self, slot: int) -> None:
+        """Forget the numbers that are free at `slot`."""
+        self._free_at = {number: free_at for number, free_at in self._free_at.items() if free_at > slot}
