@@ -8,6 +8,7 @@ ends within a gap.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container
 
 from scheduling.types import PlanError
@@ -26,12 +27,20 @@ class Numbers:
         """Return how many numbers are kept."""
         return len(self._free_at)
 
+    def is_free(self, number: int, slot: int, resident: Container[int]) -> bool:
+        """Whether a job may join under this number before `slot`."""
+        return number >= 0 and number not in resident and slot >= self._free_at.get(number, 0)
+
+    def first_free(self, slot: int, resident: Container[int]) -> int:
+        """Return the smallest number under which a job may join before `slot`."""
+        return next(number for number in itertools.count() if self.is_free(number, slot, resident))
+
     def check_free(self, number: int, slot: int, resident: Container[int]) -> None:
         """Raise PlanError unless a job may join under this number before `slot`."""
-        if number < 0 or number in resident:
-            raise PlanError(f"slot {slot}: a job cannot join as number {number}: {'it is resident' if number >= 0 else 'below 0'}")
-        if slot < self._free_at.get(number, 0):
-            raise PlanError(f"slot {slot}: a job cannot join as number {number} before slot {self._free_at[number]}: another's is draining")
+        if not self.is_free(number, slot, resident):
+            why = "numbers begin at 0" if number < 0 else f"it is free from slot {self._free_at.get(number)} on"
+            why = "it is resident" if number in resident else why
+            raise PlanError(f"slot {slot}: a job cannot join as number {number}: {why}")
 
     def release(self, number: int, ready: int) -> None:
         """Let go of a departed job's number; `ready` is the slot at which its next step could have begun, 0 if it has ended no step."""

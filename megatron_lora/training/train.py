@@ -111,7 +111,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         if on_gpu:
             warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.tensor if config.parallel.sequence else 1)
         timeline = Timeline(device)
-        layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype)
+        layout = MessageLayout(max_endings=feed.settings.max_endings, hidden_size=architecture.hidden_size, dtype=dtype)
         executor = make_executor(
             stage,
             config.parallel,

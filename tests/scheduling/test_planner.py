@@ -1,6 +1,7 @@
 """The planner's parts: subset sums, packings and search on any backlog; independence; never slower than the greedy; windows."""
 
 import dataclasses
+import hashlib
 import json
 import random
 from itertools import combinations
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 
 from scheduling.backlog import costs_of, open_backlog, to_stream
 from scheduling.cost import DEVICES, ModelShape
+from scheduling.data_parallel import deal
 from scheduling.packing import _fit, _fit_tokens, fill, first_fit, ramp, spread
+from scheduling.plan_json import stream_to_json
 from scheduling.planner import best_stretch, plan_stream
 from scheduling.policies import POLICIES, greedy, runs_efficiency, runs_time
 from scheduling.row_tiles import linear_tiles
 from scheduling.search import _Search, _with_ends, anneal, without_gaps
+from scheduling.serve import serve
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
 from scheduling.subset_sum import SubsetSums
 from scheduling.timing import makespan
@@ -210,13 +214,36 @@ def test_every_policy_is_correct(lengths, num_stages):
 SMALL = json.loads((Path(__file__).parent / "lengths_small.json").read_text())
 
 
+PLANS = {  # SHA-256 of the plans, in one piece and in windows of 8 slots, since the planner was last changed on purpose
+    "budget-bound": ("098180a9288321d5", "2a41d75d4d36acd8"),
+    "gap-bound": ("71e12f9324b74b47", "0d7580cf859d0c7d"),
+}
+
+
+def digest(plan: list) -> str:
+    """Return the first digits of a plan's SHA-256."""
+    return hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
+
+
 def test_the_small_suite_beats_the_greedy_and_stays_near_the_estimate():
     """Two workloads, one that the budget binds and one that gaps bind: real regressions of plan quality end here."""
-    for workload in SMALL.values():
+    for name, workload in SMALL.items():
         lengths, num_stages, capacity = workload["data"], workload["stages"], workload["capacity"]
-        reached = efficiency(plan_stream(lengths, num_stages, capacity), lengths, num_stages)
+        stream = plan_stream(lengths, num_stages, capacity)
+        reached = efficiency(stream, lengths, num_stages)
         plain = runs_efficiency(greedy(lengths, num_stages, capacity, SlotCost()), lengths, num_stages)
         assert reached >= max(plain + 0.005, workload["at_least"]), (reached, plain)
         windows = sum(plan_windows(lengths, num_stages, capacity, 8), ())
         assert efficiency(windows, lengths, num_stages) >= reached - 0.01
+        assert tuple(digest(stream_to_json(each, lengths)) for each in (stream, windows)) == PLANS[name]
         assert reached <= even_slot_estimate(lengths, num_stages, capacity) * 1.04  # ramps count in short runs
+
+
+def test_a_served_plan_of_two_replicas_with_a_leave_is_the_one_it_was():
+    workload = SMALL["budget-bound"]
+    rounds = dict(enumerate(map(list, deal(workload["data"], 2).rounds)))
+    cost = {"fixed": 90.0, "per_segment": 70.0, "tiles": [0.0, 200.0, 300.0, 500.0]}
+    run = {"num_stages": 3, "capacity": workload["capacity"], "delay": 1, "num_slots": 8, "cost": cost}
+    requests = [{"join": {} if window else rounds, "leave": [2] if window == 3 else []} for window in range(9)]
+    answers = [json.loads(answer)["microbatches"] for answer in serve(map(json.dumps, [run, *requests]))]
+    assert len(answers) == 5 and digest(answers) == "078a1e0f69eb2520"

@@ -92,7 +92,7 @@ def test_a_number_is_free_when_its_last_slot_has_drained(first, allowed):
 def test_joins_that_cannot_be_are_named():
     planner = WindowPlanner(2, 8)
     planner.join(0, [[5], [5]])
-    for number, message in ((0, "number 0: it is resident"), (-1, "number -1: below 0")):
+    for number, message in ((0, "number 0: it is resident"), (-1, "number -1: numbers begin at 0")):
         with pytest.raises(PlanError, match=message):
             planner.join(number, [[5]])
     with pytest.raises(PlanError, match="job 4 step 0 sample 1 has 9 tokens"):
@@ -176,10 +176,8 @@ def test_a_window_costs_and_holds_what_its_resident_jobs_do_however_many_are_gon
     planner, follower = WindowPlanner(2, CAPACITY, 8, effort=0, cost=COST, lookahead=24), Follower([], 2, CAPACITY)
     rng, joined, work, held, numbers = random.Random(0), 0, [], [], set()
     while joined < 150:
-        free = (number for number in itertools.count() if number not in planner.jobs and attempt(follower.join, number, [[1]]))
         while len(planner.jobs) < 6:
-            number, steps, joined = next(free), drawn(rng), joined + 1
-            follower.leave(number)  # the probe
+            number, steps, joined = planner.numbers.first_free(planner.first_slot, planner.jobs), drawn(rng), joined + 1
             planner.join(number, steps)
             follower.join(number, steps)
             numbers.add(number)

@@ -44,6 +44,26 @@ def test_windows_are_planned_ahead_of_the_one_that_runs_and_not_further(one_proc
     assert taken == num_written() > 5
 
 
+def test_a_feed_keeps_what_its_resident_jobs_need_alone(one_process, tmp_path):
+    """Three jobs over two replicas; one is resumed, one is removed. At most one step ends in a slot."""
+    import torch.distributed as dist
+
+    settings = PlanSettings(num_stages=2, num_replicas=2, capacity=24, delay=1, cost=SlotCost(), num_slots=4, max_endings=1)
+    feed = PlanFeed([*LENGTHS, [[3, 3]] * 5], settings, 1, tmp_path, dist.group.WORLD, first_steps=[0, 0, 4])
+    ended, resident = [], []
+    for window in feed:
+        ended += window.ended
+        resident.append(set(feed.dealt))
+        if len(resident) == 1:
+            feed.remove(0)
+    feed.close()
+    steps = [each for slot in ended for each in slot]
+    assert max(map(len, ended)) == 1
+    assert [step for job, step in steps if job == 1] == list(range(16)) and [step for job, step in steps if job == 2] == [4]
+    assert 0 < sum(job == 0 for job, _ in steps) < 12
+    assert resident[-1] == set() and all(later <= earlier for earlier, later in zip(resident, resident[1:], strict=False))
+
+
 @pytest.mark.parametrize("command", ["import sys; sys.exit(7)", "import sys; sys.stdin.readline(); sys.exit(7)"])
 def test_a_planner_that_dies_is_reported(command, one_process, tmp_path, monkeypatch):
     import torch.distributed as dist
