@@ -89,6 +89,19 @@ def test_a_number_is_free_when_its_last_slot_has_drained(first, allowed):
             replay(stream, [[[5]]], 2, 8, 1, joins={first: {0: [[7]]}})
 
 
+def test_what_was_planned_of_a_number_is_not_what_another_job_needs():
+    """Job 1 leaves before its first slot, which it would have shared; who takes its number does not fit there."""
+    planner = WindowPlanner(1, CAPACITY, 1, cost=COST)
+    planner.join(0, [[60], [10], [10]])
+    planner.join(1, [[40]])
+    first = planner.plan()
+    assert [segment.job for segment in first[0].segments] == [0] and planner.tail
+    planner.leave(1)
+    planner.join(1, [[60]])
+    stream = first + planner.plan() + planner.plan() + planner.plan()
+    replay(stream, [[[60], [10], [10]], [[60]]], 1, CAPACITY)
+
+
 def test_joins_that_cannot_be_are_named():
     planner = WindowPlanner(2, 8)
     planner.join(0, [[5], [5]])
@@ -169,15 +182,17 @@ def objects(*roots: object) -> int:
     return total
 
 
-def test_a_window_costs_and_holds_what_its_resident_jobs_do_however_many_are_gone(monkeypatch):
-    """150 jobs, 6 at a time: the last windows list as much and hold as much as the first."""
+@pytest.mark.parametrize("again", [True, False])
+def test_a_window_costs_and_holds_what_its_resident_jobs_do_however_many_are_gone(again, monkeypatch):
+    """150 jobs, 6 at a time, under new numbers or used ones: the last windows list as much and hold as much as the first."""
     listed = []
     monkeypatch.setattr("scheduling.windows.list_backlog", lambda *a: listed.append(list_backlog(*a)) or listed[-1])
     planner, follower = WindowPlanner(2, CAPACITY, 8, effort=0, cost=COST, lookahead=24), Follower([], 2, CAPACITY)
     rng, joined, work, held, numbers = random.Random(0), 0, [], [], set()
     while joined < 150:
         while len(planner.jobs) < 6:
-            number, steps, joined = planner.numbers.first_free(planner.first_slot, planner.jobs), drawn(rng), joined + 1
+            number = planner.numbers.first_free(planner.first_slot, planner.jobs) if again else joined
+            steps, joined = drawn(rng), joined + 1
             planner.join(number, steps)
             follower.join(number, steps)
             numbers.add(number)
@@ -186,7 +201,7 @@ def test_a_window_costs_and_holds_what_its_resident_jobs_do_however_many_are_gon
         work.append(len(backlog.tokens) + len(backlog.groups) + len(backlog.jobs))
         held.append(objects(planner, follower))
     third = len(work) // 3
-    assert third > 10 and len(numbers) <= 18
+    assert third > 10 and len(numbers) <= (18 if again else 150)
     assert max(work[-third:]) <= 1.1 * max(work[:third]), (work[:third], work[-third:])
     assert max(held[-third:]) <= 1.1 * max(held[:third]), (held[:third], held[-third:])
 
