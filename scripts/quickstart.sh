@@ -5,7 +5,7 @@
 #     bash scripts/quickstart.sh [key=value ...]         overrides go to `megatron-lora train`, for example seed=1
 #
 # Settings, from the environment: those of scripts/setup_env.sh, among them PYTHON=python3. Takes less than 10 minutes on two
-# CPU cores the first time; set-up, model and data are reused when it is run again. Every run gets a new numbered directory.
+# CPU cores the first time; set-up, model and data are reused by later runs. Every run gets a new numbered directory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
