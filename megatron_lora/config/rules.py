@@ -69,7 +69,7 @@ def code(word: str) -> str:
 
 
 def show(value: object) -> str:
-    """Write a value as it would stand in YAML, on one line of at most 60 characters."""
+    """Write a value as in YAML, on one line of at most 60 characters."""
     text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -163,7 +163,7 @@ def list_of(what: str, item: Rule, *, empty: bool = False) -> Rule:
 
 
 def subset_of(what: str, choices: tuple[str, ...]) -> Rule:
-    """Accept a non-empty list of distinct words out of `choices`; the result stands in the order of `choices`."""
+    """Accept a non-empty list of distinct words out of `choices`; the result is in the order of `choices`."""
     words = list_of(what, one_of(*choices))
 
     @accepts(f"a list of any of {', '.join(map(code, choices))}")
@@ -171,7 +171,7 @@ def subset_of(what: str, choices: tuple[str, ...]) -> Rule:
         chosen = words(path, value)
         for word in chosen:
             if chosen.count(word) > 1:
-                raise UserError(f"{path}: {word!r} stands in the list twice; remove one of the two")
+                raise UserError(f"{path}: {word!r} is in the list twice; remove one of the two")
         return tuple(word for word in choices if word in chosen)
 
     return rule

@@ -67,7 +67,7 @@ def job_name(path: str, value: object) -> str:
 
 @accepts(f"the path of a file that ends in {', '.join(DATASET_FILES)}")
 def dataset_file(path: str, value: object) -> str:
-    """Accept the path of a file of rows."""
+    """Accept the path of a file of records."""
     name = path_of("the path of a dataset")(path, value)
     if not name.endswith(DATASET_FILES):
         raise UserError(f"{path}: {show(value)} is no kind of file that is read; use one that ends in {', '.join(DATASET_FILES)}")
@@ -132,7 +132,7 @@ def parallel(path: str, value: object) -> ParallelConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetConfig:
-    """One file of rows and the format of its rows."""
+    """One file of records and their format."""
 
     path: str = required(dataset_file, "file of records, from the directory in which the command runs")
     type: str = required(one_of(*DATASET_TYPES), "format of its records: [data.md](data.md)")
@@ -336,7 +336,7 @@ def _check_keys(kind: type, path: str, tree: dict, extra: tuple[str, ...] = ()) 
             continue
         hint, meant = suggest(name, known), OTHER_WORDS.get(name.lower(), name)
         homes = {RunConfig: "the top level", ParallelConfig: "parallel", JobConfig: "defaults or a job", DatasetConfig: "a dataset"}
-        home = next((place for other, place in homes.items() if other is not kind and meant in _names(other)), None)
+        home = next((section for other, section in homes.items() if other is not kind and meant in _names(other)), None)
         if home and (meant == name or not hint):
             hint = f" here; {'it' if meant == name else meant} is a key of {home}"
         listed = "" if hint else f"; the keys are {', '.join(sorted(known))}"
