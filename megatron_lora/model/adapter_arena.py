@@ -1,4 +1,4 @@
-"""Where all adapters of a stage live.
+"""The arena: the memory of all adapters of a stage.
 
 One flat fp32 buffer each for the masters, the gradients and Adam's two moments, and one flat buffer in the compute dtype (the masters
 themselves when that is fp32). Each patched linear owns one region of every buffer (arena_region.py), the ranks of its adapters rounded
@@ -28,7 +28,7 @@ from megatron_lora.model.linears import MultiLoraLinear
 
 
 class Arena:
-    """The adapters of all resident jobs for the linears of one stage; each change gives every linear a new `group`."""
+    """The adapters of all resident jobs for the linears of one stage; each change gives every linear new `adapters`."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Arena:
             dropouts=tuple(spec.dropout for spec in self.specs),
         )
         for linear, region, places in zip(self.linears, self.regions, self.places, strict=True):
-            linear.group = region.group(self.compute, self.grad, places, adapters)
+            linear.adapters = region.group(self.compute, self.grad, places, adapters)
 
     def view(self, factor: Factor, buffer: Tensor) -> Tensor:
         """Return the factor's slice of a flat buffer as [r, width]."""
@@ -119,14 +119,14 @@ class Arena:
     def initialise(self, row: int, seed: int) -> None:
         """Give a job PEFT's initial values: A kaiming-uniform with a = sqrt(5), B zero.
 
-        Each A is drawn from a stream of its own, keyed by the seed and the module's path, for the whole of K, so that the values depend
-        neither on the layout nor on neighbours.
+        Each A is drawn with a generator of its own, seeded by `seed` and the module's path, and for all K
+        columns. The values therefore depend neither on the parallel layout nor on other jobs.
         """
         for factor in self.factors[row]:
             if factor.kind == "A":
-                total = factor.width * (self.tensor_ranks if factor.sharded else 1)
-                whole = _kaiming_uniform(factor.r, total, seed, factor.path)
-                self.view(factor, self.master).copy_(whole[:, factor.first : factor.first + factor.width])
+                num_columns = factor.width * (self.tensor_ranks if factor.sharded else 1)
+                full = _kaiming_uniform(factor.r, num_columns, seed, factor.path)
+                self.view(factor, self.master).copy_(full[:, factor.first : factor.first + factor.width])
             else:
                 self.view(factor, self.master).zero_()
         self.publish(row)

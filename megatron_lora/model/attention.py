@@ -1,10 +1,11 @@
-"""Attention over packed samples, for megatron-core's attention slots.
+"""Attention over packed samples, in place of megatron-core's self-attention and core attention.
 
-`MergedSelfAttention` is Megatron's self-attention with `linear_qkv` laid out as q | k | v (Megatron interleaves them per group of query
-heads), so that each module's adapter writes contiguous columns; it turns q and k by their position in their sample. `PackedAttention` is
-its core: every row sees the rows of its own sample up to itself (and no further back than the layer's sliding window). Rows of different
-samples never meet. On CUDA in 16 bit this is torch's variable-length flash attention; else one
-scaled-dot-product call per sample. Shapes of a call: q [T, heads, d], k and v [T, kv heads, d], out [T, heads * d].
+`MergedSelfAttention` is Megatron's self-attention with `linear_qkv` laid out as q | k | v, so that each
+module's adapter writes contiguous columns (Megatron interleaves them per group of query heads). It also
+applies the rotary embedding, by a row's position in its sample. `PackedAttention` is the core attention:
+a row attends to the rows of its own sample up to itself, within the layer's sliding window. On CUDA in
+16 bits it calls torch's variable-length flash attention, otherwise scaled-dot-product attention once per
+sample. Shapes: q [T, heads, d], k and v [T, kv heads, d], out [T, heads * d].
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_lora.data.microbatch import Packing
 
 @dataclass
 class PackedRows(PackedSeqParams):
-    """What Megatron hands through to the core attention: the packing of the microbatch and its rotary table (cos, sin)."""
+    """What Megatron passes on to the core attention: the microbatch's packing and its rotary table (cos, sin)."""
 
     packing: Packing | None = None
     rotary: tuple[Tensor, Tensor] | None = None
@@ -35,7 +36,7 @@ class MergedSelfAttention(SelfAttention):
     """Megatron's self-attention over a `linear_qkv` whose columns are q | k | v of this rank's heads."""
 
     def forward(self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None) -> Tensor:
-        """Return [T_local, 1, H] from normed hidden states [T_local, 1, H], which `refill` brings back where they are not kept."""
+        """Return [T_local, 1, H] for normed hidden states [T_local, 1, H]; with `refill`, linear_qkv does not keep them for backward."""
         qkv, _ = self.linear_qkv(hidden_states, refill=refill)
         norms = None
         if self.config.qk_layernorm:
@@ -56,13 +57,13 @@ class PackedAttention(torch.nn.Module):
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
-        """Return [T, heads * d]. The other arguments of Megatron's protocol say nothing here: the packing is the mask."""
+        """Return [T, heads * d]. Megatron's other arguments are not used: the packing defines the mask."""
         attend = varlen_attention if can_varlen(query) else per_sample_attention
         return attend(query, key, value, packed_seq_params.packing, self.scale, self.window).flatten(1)
 
 
 def can_varlen(query: Tensor) -> bool:
-    """Tell whether flash attention takes this device, dtype and head size."""
+    """Return whether flash attention supports this device, dtype and head size."""
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
 
@@ -87,7 +88,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 
 
 def per_sample_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
-    """Attend with one scaled-dot-product call per sample: the obvious twin of `varlen_attention`, for CPU and fp32."""
+    """Attend with one scaled-dot-product call per sample: for CPU and fp32, and the reference of `varlen_attention`."""
     outs = []
     for q, k, v in zip(*(x.transpose(0, 1).split(packing.lengths, dim=1) for x in (query, key, value)), strict=True):
         length = q.shape[1]

@@ -30,7 +30,7 @@ class Linear:
             parallel="column" if column else "row",
             first_feature=0 if column else rank * (32 // ranks),
         )
-        self.group = None
+        self.adapters = None
 
 
 def build(adapters=(), room_for=None, rank=0, ranks=1, dtype=torch.float32) -> Arena:
@@ -62,7 +62,7 @@ def holds(arena: Arena, row: int, number: float) -> bool:
 def check_tables(arena: Arena, resident: dict[int, AdapterSpec]) -> None:
     """Check every linear's tables against who is resident, by the operators' own words (fused_ops.adapters)."""
     for linear in arena.linears:
-        group = linear.group
+        group = linear.adapters
         assert len(group.a_rows) == len(arena.factors)
         for row, (a_rows, b_rows) in enumerate(zip(group.a_rows, group.b_rows, strict=True)):
             targets = resident[row].target_modules if row in resident else frozenset()
@@ -156,9 +156,9 @@ def test_a_row_of_the_departed_is_taken_first_and_moments_do_not_pass_on():
     first, second = (AdapterSpec(r=r, scale=1.0, dropout=0.0, target_modules=every) for r in (16, 5))
     arena = build([first, second], dtype=torch.bfloat16)
     fill(arena, 0, 3.0)
-    before = arena.linears[0].group
+    before = arena.linears[0].adapters
     arena.remove(0)
-    assert before.a_rows[0] != arena.linears[0].group.a_rows[0], "a microbatch in flight keeps its tables"
+    assert before.a_rows[0] != arena.linears[0].adapters.a_rows[0], "a microbatch in flight keeps its tables"
     assert arena.add(first) == 0 and holds(arena, 0, 0.0)
     with pytest.raises(NoRoom, match="model.layers.0.q_proj"):
         arena.add(second)

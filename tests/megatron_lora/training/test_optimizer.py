@@ -43,7 +43,7 @@ class Linear:
             parallel=parallel,
             first_feature=first_feature,
         )
-        self.group = None
+        self.adapters = None
 
 
 def make_arena(adapters, linears=None, dtype=torch.float32, tensor_rank=0, tensor_ranks=1) -> Arena:
