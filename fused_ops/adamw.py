@@ -12,9 +12,9 @@ listed element is set to zero, also where the job is skipped (a skipped step sti
 from collections.abc import Iterable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from fused_ops.optional_triton import tl, triton
 
 CHUNK = 4096
 _WIDTH = 10

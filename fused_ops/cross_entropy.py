@@ -12,11 +12,10 @@ no logit is kept in float32. A row's sums are combined from those of its blocks 
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fused_ops.backend import backend_name
+from fused_ops.optional_triton import tl, triton
 
 BLOCK = 4096
 WARPS = 8

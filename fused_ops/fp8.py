@@ -15,11 +15,10 @@ range would gain nothing for its lost digit. A row that is not finite gets the s
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fused_ops.backend import backend_name
+from fused_ops.optional_triton import tl, triton
 
 DTYPE = torch.float8_e4m3fn
 _MAX_COLUMNS = 32768  # that a program keeps in registers; longer rows are read twice

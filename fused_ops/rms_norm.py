@@ -12,11 +12,10 @@ float32; t is rounded to its dtype before it is normalised, since backward reads
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fused_ops.backend import backend_name, gradients
+from fused_ops.optional_triton import tl, triton
 from fused_ops.refill import Refill, wanted
 
 MAX_COLUMNS = 32768

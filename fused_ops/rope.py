@@ -13,11 +13,10 @@ microbatch and serve all layers. Arithmetic in float32, one rounding at the end.
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fused_ops.backend import backend_name, gradients
+from fused_ops.optional_triton import tl, triton
 
 Table = tuple[Tensor, Tensor]  # cos and sin, [T, d/2]
 HeadNorms = tuple[Tensor, Tensor, float]  # weights of q and of k [d], eps

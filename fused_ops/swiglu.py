@@ -9,11 +9,10 @@ end. Keeps its input alone.
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fused_ops.backend import backend_name, gradients
+from fused_ops.optional_triton import tl, triton
 from fused_ops.refill import Refill, wanted
 
 BLOCK = 2048

@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
 from one_line import OneLineParser, ended  # noqa: E402
 
 from megatron_lora.config.schema import JobConfig, load_config  # noqa: E402
-from megatron_lora.data.row_formats import RowEncoder  # noqa: E402
+from megatron_lora.data.row_formats import RecordEncoder  # noqa: E402
 from megatron_lora.errors import UserError  # noqa: E402
 
 MAX_NEW_TOKENS = 24
@@ -31,7 +31,7 @@ MAX_LINES = 4
 WIDTH = 110
 
 
-def question_and_reference(encoder: RowEncoder, job: JobConfig, row: dict) -> tuple[list[int], list[int]]:
+def question_and_reference(encoder: RecordEncoder, job: JobConfig, row: dict) -> tuple[list[int], list[int]]:
     """Tokenise a row as in training and cut it before its first target."""
     ids, targets = encoder.encode(row, job.datasets[0].type, False, job.name)
     start = int(targets.argmax())
@@ -83,7 +83,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft's calls of transformers
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(config.base_model)
-    encoder = RowEncoder(tokenizer)
+    encoder = RecordEncoder(tokenizer)
     base = AutoModelForCausalLM.from_pretrained(config.base_model, dtype=torch.float32)
     jobs = [job for job in config.jobs if job.name in held_out and (arguments.run / "jobs" / job.name / "adapter_config.json").exists()]
     questions = [question_and_reference(encoder, job, held_out[job.name]) for job in jobs]

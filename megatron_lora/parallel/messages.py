@@ -101,7 +101,13 @@ class Link:
     """Either end of a link: a process group of two."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int):
-        self.group, self.peer, self.transport = group, peer, dist.get_backend(group)
+        self.group = group
+        self.peer = peer
+
+    @property
+    def transport(self) -> str:
+        """What carries the messages, "nccl" or "gloo"; on the two ranks of the link alone."""
+        return dist.get_backend(self.group)
 
     def send(self, tensor: Tensor) -> Work:
         """Send a tensor without waiting for the receiver."""
@@ -213,16 +219,19 @@ def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torc
     for ranks in pipeline_ranks:
         for before, after in zip(ranks[:-1], ranks[1:], strict=True):
             forward, backward = _link(before, after, device), _link(after, before, device)
+            if forward is None or backward is None:
+                continue
             if rank == before:
                 forward_out, backward_in = Sender(forward), Receiver(backward, layout, device)
-            elif rank == after:
+            else:
                 forward_in, backward_out = Receiver(forward, layout, device), Sender(backward)
     return Links(forward_in, forward_out, backward_in, backward_out)
 
 
-def _link(sender: int, receiver: int, device: torch.device) -> Link:
-    """Connect two ranks in one direction; every rank calls this, and only those two use what it returns."""
+def _link(sender: int, receiver: int, device: torch.device) -> Link | None:
+    """Connect two ranks in one direction. Every rank calls this; those two get their ends, the others None."""
     group = dist.new_group(sorted((sender, receiver)), timeout=rank_timeout())
-    assert group is not None
+    if dist.get_rank() not in (sender, receiver):
+        return None
     _greet(group, sender, receiver, device)
     return Link(group, sender + receiver - dist.get_rank())

@@ -102,10 +102,10 @@ def test_building_a_model_leaves_the_attention_variables_alone(monkeypatch):
 
 def test_patience_is_a_number_of_seconds(monkeypatch):
     monkeypatch.delenv("MEGATRON_LORA_TIMEOUT_S", raising=False)
-    assert process_groups.patience().total_seconds() == 1800
+    assert process_groups.rank_timeout().total_seconds() == 1800
     monkeypatch.setenv("MEGATRON_LORA_TIMEOUT_S", "90")
-    assert process_groups.patience().total_seconds() == 90
+    assert process_groups.rank_timeout().total_seconds() == 90
     for wrong in ("soon", "0", "-5", "1.5", ""):
         monkeypatch.setenv("MEGATRON_LORA_TIMEOUT_S", wrong)
         with pytest.raises(UserError, match=f"MEGATRON_LORA_TIMEOUT_S: '{wrong}' is no number of seconds"):
-            process_groups.patience()
+            process_groups.rank_timeout()
