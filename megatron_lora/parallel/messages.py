@@ -85,7 +85,10 @@ class Message:
 
 
 class Work(Protocol):
-    """A send in progress: `is_completed` once its buffer may be reused; `wait` makes the current stream (CPU: the host) wait for it."""
+    """A send in progress: `is_completed` once its buffer may be reused.
+
+    `wait` makes the current stream (CPU: the host) wait for it.
+    """
 
     def is_completed(self) -> bool: ...
 

@@ -36,7 +36,10 @@ class StepReporter:
     """Reports every job's steps in the order in which they are taken."""
 
     def __init__(self, jobs: Sequence[TrainingJob], report: Callable[[int, StepReport], None], first_steps: Sequence[int] = ()):
-        """Report each step by calling `report(job, step_report)`; jobs start at `first_steps`, by default at step 0."""
+        """Report each step by calling `report(job, step_report)`.
+
+        Jobs start at `first_steps`, by default at step 0.
+        """
         self.jobs = jobs
         self.report = report
         self.started: dict[tuple[int, int], float] = {}  # (job, step) -> time of its first forward

@@ -53,7 +53,7 @@ from megatron_lora.training.warm_up import warm_up
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths
 
-LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's group: receiving threads wait while a window is trained
+LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
 
 
 def run(config: RunConfig, stop: StopRequest) -> int:
@@ -74,9 +74,9 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     jobs = _read_jobs([job for job in config.jobs if job.name in remaining], model_dir, architecture.vocab_size, host_group)
     resume_points = [remaining[job.config.name] for job in jobs]
     share_of_targets = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    config, cost = resolve_together(config, architecture, [job.rows.lengths() for job in jobs], share_of_targets, host_group)
+    config, slot_cost = resolve_together(config, architecture, [job.rows.lengths() for job in jobs], share_of_targets, host_group)
     position = position_of(config.parallel)
-    feed = _start_planning(config, jobs, position, cost, [point.step for point in resume_points])
+    feed = _start_planning(config, jobs, position, slot_cost, [point.step for point in resume_points])
 
     stage = build_stage(
         architecture,
@@ -106,12 +106,14 @@ def run(config: RunConfig, stop: StopRequest) -> int:
                 _warn_of_unmoved(job, optimizer)
             if reporter is not None:  # a step that a checkpoint follows is reported before the checkpoint is written
                 reporter.on_step(done, collector.written, wait=saver.checkpoints(done))
-            saver.on_step(done)
+            saver.on_step(done)  # saves the adapter after the job's last step
 
         if on_gpu:
             warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.tensor if config.parallel.sequence else 1)
         timeline = Timeline(device)
-        layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype)
+        layout = MessageLayout(
+            max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype
+        )  # a job ends one step a slot at most
         executor = make_executor(
             stage,
             config.parallel,
@@ -128,7 +130,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         feed.close()
         if reporter is not None:
             reporter.flush()
-        stopped = stop.stopped and saver.save_unfinished()
+        stopped = stop.stopped and saver.save_unfinished()  # False if the stop came when all jobs were finished
         collector.finish()
         if reporter is not None:
             reporter.finish(collector.written, stopped=stopped)
@@ -161,7 +163,7 @@ def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, h
 
 
 def _start_planning(
-    config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost, first_steps: Sequence[int]
+    config: RunConfig, jobs: Sequence[TrainingJob], position: Position, slot_cost: SlotCost, first_steps: Sequence[int]
 ) -> PlanFeed:
     """Start to plan the jobs' steps from `first_steps` on, in the background, while the model is built."""
     parallel = config.parallel
@@ -170,7 +172,7 @@ def _start_planning(
         num_replicas=parallel.data,
         capacity=int(config.microbatch_tokens),
         delay=position.delay,
-        cost=cost,
+        cost=slot_cost,
     )
     replica = dist.get_rank() // parallel.tensor % parallel.data
     group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
