@@ -115,7 +115,7 @@ def attach_adapters(linears, tensor_ranks: int, dropout: float = 0.0, ranks=(4, 
             columns=geometry.columns,
             a_rows=tuple(a_rows),
             b_rows=tuple(b_rows),
-            slots=table,
+            adapters=table,
             first_feature=geometry.first_feature,
         )
 
@@ -125,7 +125,7 @@ def joined_gradients(linears) -> dict[str, torch.Tensor]:
     grads = {}
     for linear in linears:
         geometry, group = linear.geometry, linear.adapters
-        for job, r in enumerate(group.slots.ranks):
+        for job, r in enumerate(group.adapters.ranks):
             for m, path in enumerate(geometry.paths):
                 if group.a_rows[job][m] < 0:
                     continue

@@ -189,7 +189,7 @@ class _Region:
             columns=self.geometry.columns,
             a_rows=self.a_rows,
             b_rows=self.b_rows,
-            slots=table,
+            adapters=table,
             first_feature=self.geometry.first_feature,
         )
 

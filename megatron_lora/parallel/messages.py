@@ -110,7 +110,7 @@ class Link:
 
     @property
     def transport(self) -> str:
-        """The backend, "nccl" or "gloo"; only the link's two ranks may ask."""
+        """The backend that carries the messages: "nccl" or "gloo"."""
         return dist.get_backend(self.group)
 
     def send(self, tensor: Tensor) -> Work:
@@ -227,16 +227,19 @@ def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torc
     for ranks in pipeline_ranks:
         for before, after in zip(ranks[:-1], ranks[1:], strict=True):
             forward, backward = _link(before, after, device), _link(after, before, device)
+            if forward is None or backward is None:
+                continue
             if rank == before:
                 forward_out, backward_in = Sender(forward), Receiver(backward, layout, device)
-            elif rank == after:
+            else:
                 forward_in, backward_out = Receiver(forward, layout, device), Sender(backward)
     return Links(forward_in, forward_out, backward_in, backward_out)
 
 
-def _link(sender: int, receiver: int, device: torch.device) -> Link:
-    """Connect two ranks in one direction. Collective over all ranks; only these two may use the result."""
+def _link(sender: int, receiver: int, device: torch.device) -> Link | None:
+    """Connect two ranks in one direction. Collective over all ranks; only these two get an end, the others None."""
     group = dist.new_group(sorted((sender, receiver)), timeout=rank_timeout())
-    assert group is not None
+    if dist.get_rank() not in (sender, receiver):
+        return None
     _open(group, sender, receiver, device)
     return Link(group, sender + receiver - dist.get_rank())

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_lora.config.schema import ParallelConfig, RunConfig
 from megatron_lora.data.collate import collate, num_rows
-from megatron_lora.data.steps import JobRows
+from megatron_lora.data.steps import JobSamples
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.model.adapter_arena import AdapterSpec, Arena
 from megatron_lora.model.backends import Backends, choose, fall_back_from_te, import_engine, this_machine
@@ -60,7 +60,7 @@ def make_executor(
     links: Links,
     layout: MessageLayout,
     *,
-    rows: Sequence[JobRows],
+    rows: Sequence[JobSamples],
     optimizers: Sequence[StageOptimizer],
     on_step: Callable[[StepDone], None],
     on_forward: Callable[[Microbatch], None],

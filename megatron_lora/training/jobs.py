@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData, load_jobs_data
-from megatron_lora.data.steps import JobRows, job_steps
+from megatron_lora.data.steps import JobSamples, job_steps
 from megatron_lora.errors import UserError
 from megatron_lora.model.adapter_arena import AdapterSpec
 from megatron_lora.training.optimizer import OptimizerSettings
@@ -22,7 +22,7 @@ class TrainingJob:
 
     config: JobConfig
     data: JobData
-    rows: JobRows
+    rows: JobSamples
 
     @property
     def num_steps(self) -> int:
@@ -59,7 +59,7 @@ def read_jobs(configs: Sequence[JobConfig], tokenizer, cache_dir: Path | None, v
     for c, data in zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True):
         _check_visits(c, len(data.samples))
         steps = job_steps(len(data.samples), c.global_batch_size, c.num_epochs, c.max_steps, c.shuffle, c.seed)
-        jobs.append(TrainingJob(config=c, data=data, rows=JobRows(seed=c.seed, samples=data.samples, steps=steps)))
+        jobs.append(TrainingJob(config=c, data=data, rows=JobSamples(seed=c.seed, samples=data.samples, steps=steps)))
     return tuple(jobs)
 
 

@@ -16,7 +16,7 @@ from megatron_lora.config.schema import RunConfig
 from megatron_lora.output.metrics import JobSummary, Observer, StepReport
 from megatron_lora.output.observers import make_observers
 from megatron_lora.output.run_directory import RunDirectory
-from megatron_lora.output.standing import Standing
+from megatron_lora.output.standing import ResumePoint
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import TrainingJob
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, learning_rate_at
@@ -32,7 +32,7 @@ class RunReporter:
     """
 
     def __init__(
-        self, config: RunConfig, jobs: Sequence[TrainingJob], remove: Callable[[int], None], resume_points: Sequence[Standing] = ()
+        self, config: RunConfig, jobs: Sequence[TrainingJob], remove: Callable[[int], None], resume_points: Sequence[ResumePoint] = ()
     ):
         """Join the run's directory, which must exist, and start the observers.
 
@@ -41,7 +41,7 @@ class RunReporter:
         """
         self.jobs = jobs
         self.remove = remove
-        resume_points = resume_points or [Standing()] * len(jobs)
+        resume_points = resume_points or [ResumePoint()] * len(jobs)
         for job, point in zip(jobs, resume_points, strict=True):
             resumes = f", resumes after step {point.step}" if point.step else ""
             print(f"{job.config.name}: {job.data.describe()}; {job.num_steps} steps{resumes}", flush=True)

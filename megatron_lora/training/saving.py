@@ -17,7 +17,7 @@ from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, w
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.output.checkpoint import read_checkpoint, write_checkpoint
 from megatron_lora.output.metrics import metrics_file
-from megatron_lora.output.standing import Standing, State
+from megatron_lora.output.standing import CheckpointState, ResumePoint
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import TrainingJob
 from megatron_lora.training.optimizer import JobOptimizer
@@ -31,7 +31,7 @@ class Saver:
         self,
         jobs: Sequence[TrainingJob],
         optimizers: Sequence[JobOptimizer],
-        resume_points: Sequence[Standing],
+        resume_points: Sequence[ResumePoint],
         collector: SnapshotCollector,
     ) -> None:
         self.jobs = jobs
@@ -85,7 +85,7 @@ def writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[Snapshot
         if snapshot.moments:
             if snapshot.job not in digests:
                 digests[snapshot.job] = digest_of(job.data.samples)
-            state = State(
+            state = CheckpointState(
                 step=snapshot.step,
                 num_steps=job.num_steps,
                 num_updates=snapshot.num_updates,
@@ -111,7 +111,7 @@ def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
     )
 
 
-def start_job(arena: Arena, adapter_row: int, job: TrainingJob, resume_point: Standing, optimizer: JobOptimizer) -> None:
+def start_job(arena: Arena, adapter_row: int, job: TrainingJob, resume_point: ResumePoint, optimizer: JobOptimizer) -> None:
     """Load a job's weights into its row of the arena.
 
     They come from the job's checkpoint, with Adam's moments and step counts; without one from

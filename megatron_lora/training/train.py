@@ -31,8 +31,9 @@ from megatron_lora.huggingface.architecture import Architecture, read_architectu
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.stage import build_stage
+from megatron_lora.output import standing
 from megatron_lora.output.run_directory import RunDirectory, job_states
-from megatron_lora.output.standing import Standing, standings
+from megatron_lora.output.standing import ResumePoint
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import Position, initialize_parallel, pipelines, position_of, rank_timeout, stage_groups
@@ -111,9 +112,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         if on_gpu:
             warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.tensor if config.parallel.sequence else 1)
         timeline = Timeline(device)
-        layout = MessageLayout(
-            max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype
-        )  # a job ends one step a slot at most
+        layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype)
         executor = make_executor(
             stage,
             config.parallel,
@@ -140,12 +139,12 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
 
 
-def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[str, Standing]:
+def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[str, ResumePoint]:
     """Return name -> where the job resumes (its newest checkpoint, or its start) of the jobs that remain.
 
     The first rank reads this from the output directory and sends it to the others.
     """
-    found: list = [standings(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
+    found: list = [standing.resume_points(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
     dist.broadcast_object_list(found, 0, group=host_group)
     return found[0]
 
@@ -180,7 +179,7 @@ def _start_planning(
 
 
 def _start_jobs(
-    arena: Arena, jobs: Sequence[TrainingJob], resume_points: Sequence[Standing], parallel: ParallelConfig
+    arena: Arena, jobs: Sequence[TrainingJob], resume_points: Sequence[ResumePoint], parallel: ParallelConfig
 ) -> list[JobOptimizer]:
     """Make the jobs' optimizers, and load each adapter and optimizer state from where its job resumes."""
     groups = StageGroups(**stage_groups(parallel))
@@ -221,7 +220,7 @@ def resolve_together(
         device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
         resolved = resolve(config, architecture, lengths, device, target_share)
         with RunDirectory.join(config) as directory:
-            directory.resolve(resolved)
+            directory.write_config(resolved)
         for line in [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]:
             print(line, flush=True)
         chosen = [resolved, planner_cost(resolved, architecture, device, target_share)]

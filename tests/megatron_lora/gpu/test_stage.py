@@ -16,7 +16,7 @@ from tiny import random_factor, save_model
 from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
 from megatron_lora.data.collate import collate
 from megatron_lora.data.samples import Sample
-from megatron_lora.data.steps import JobRows
+from megatron_lora.data.steps import JobSamples
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import AdapterSpec, Arena
 from megatron_lora.model.stage import build_stage
@@ -47,14 +47,14 @@ def directory(request, tmp_path_factory):
     return path
 
 
-def job_rows(job: int) -> JobRows:
+def job_rows(job: int) -> JobSamples:
     """Return 8 samples of one job, two in each of its 4 steps."""
     generator = np.random.default_rng(job)
     samples = []
     for row in range(8):
         tokens = generator.integers(0, 61, generator.integers(3, 40)).astype(np.int32)
         samples.append(Sample(row, tokens, np.arange(len(tokens)) > 1))
-    return JobRows(seed=job, samples=samples, steps=[[(0, 2 * step), (0, 2 * step + 1)] for step in range(4)])
+    return JobSamples(seed=job, samples=samples, steps=[[(0, 2 * step), (0, 2 * step + 1)] for step in range(4)])
 
 
 class Scene:

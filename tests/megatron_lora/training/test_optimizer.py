@@ -12,7 +12,7 @@ from megatron_lora.huggingface.adapter_files import AdapterFile
 from megatron_lora.model.adapter_arena import AdapterSpec, Arena
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.output.checkpoint import write_checkpoint
-from megatron_lora.output.standing import State, standing_of
+from megatron_lora.output.standing import CheckpointState, resume_point_of
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings, learning_rate_at
 from megatron_lora.training.saving import start_job
 from megatron_lora.training.snapshots import SnapshotCollector, join_shards
@@ -149,10 +149,10 @@ def test_a_job_comes_back_from_its_checkpoint_to_the_bit(dtype, one_process, tmp
     (snapshot,) = written
     adapter = AdapterFile(r=5, lora_alpha=10, use_rslora=False, target_modules=("q_proj", "k_proj", "v_proj"), weights=snapshot.weights)
     counts = {"num_updates": snapshot.num_updates, "skipped_in_a_row": snapshot.skipped_in_a_row}
-    write_checkpoint(tmp_path, adapter, "base", snapshot.moments, State(step=4, num_steps=9, samples="", **counts))
+    write_checkpoint(tmp_path, adapter, "base", snapshot.moments, CheckpointState(step=4, num_steps=9, samples="", **counts))
 
     again, other = make_arena(jobs, dtype=dtype), JobOptimizer(arena, 0, OptimizerSettings(**BASE))
-    start_job(again, 0, SimpleNamespace(config=None), standing_of(tmp_path), other)
+    start_job(again, 0, SimpleNamespace(config=None), resume_point_of(tmp_path), other)
     assert (int(other.num_updates), int(other.skipped_in_a_row)) == (2, 1) == (snapshot.num_updates, snapshot.skipped_in_a_row)
     for factor in arena.factors[0]:
         assert torch.equal(again.view(factor, again.compute), again.view(factor, again.master).to(dtype))
