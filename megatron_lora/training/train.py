@@ -74,8 +74,8 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     remaining = _remaining_jobs(config, host_group)
     jobs = _read_jobs([job for job in config.jobs if job.name in remaining], model_dir, architecture.vocab_size, host_group)
     resume_points = [remaining[job.config.name] for job in jobs]
-    share_of_targets = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    config, slot_cost = resolve_together(config, architecture, [job.rows.lengths() for job in jobs], share_of_targets, host_group)
+    share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs)
+    config, slot_cost = resolve_together(config, architecture, [job.step_samples.lengths() for job in jobs], share_of_targets, host_group)
     position = position_of(config.parallel)
     feed = _start_planning(config, jobs, position, slot_cost, [point.step for point in resume_points])
 
@@ -118,7 +118,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             config.parallel,
             connect(pipelines(config.parallel), layout, device),
             layout,
-            rows=[job.rows for job in jobs],
+            step_samples=[job.step_samples for job in jobs],
             optimizers=optimizers,
             on_step=on_step,
             on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
@@ -175,7 +175,7 @@ def _start_planning(
     )
     replica = dist.get_rank() // parallel.tensor % parallel.data
     group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
-    return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
+    return PlanFeed([job.step_samples.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
 
 
 def _start_jobs(
