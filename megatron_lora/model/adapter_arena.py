@@ -116,37 +116,40 @@ class Arena:
         """Return the factor's slice of a flat buffer as [r, width]."""
         return buffer[factor.start : factor.start + factor.length].view(factor.r, factor.width)
 
-    def initialise(self, row: int, seed: int) -> None:
-        """Give a job PEFT's initial values: A kaiming-uniform with a = sqrt(5), B zero.
+    def initialise(self, adapter_row: int, seed: int) -> None:
+        """Set an adapter to PEFT's initial values: A kaiming-uniform with a = sqrt(5), B zero.
 
         Each A is drawn with a generator of its own, seeded by `seed` and the module's path, and for all K
         columns. The values therefore depend neither on the parallel layout nor on other jobs.
         """
-        for factor in self.factors[row]:
+        for factor in self.factors[adapter_row]:
             if factor.kind == "A":
                 num_columns = factor.width * (self.tensor_ranks if factor.sharded else 1)
                 full = _kaiming_uniform(factor.r, num_columns, seed, factor.path)
                 self.view(factor, self.master).copy_(full[:, factor.first : factor.first + factor.width])
             else:
                 self.view(factor, self.master).zero_()
-        self.publish(row)
+        self.publish(adapter_row)
 
-    def load(self, row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Start a job from PEFT tensors: path -> (A [r, K], B [N, r]), whole; each rank takes its part."""
-        self.fill(row, weights, self.master)
-        self.publish(row)
+    def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r]).
 
-    def fill(self, row: int, whole: Mapping[str, tuple[Tensor, Tensor]], buffer: Tensor) -> None:
-        """Copy this rank's part of a job's tensors, shaped as PEFT's and whole, into a flat buffer."""
-        for factor in self.factors[row]:
-            a_rk, b_nr = whole[factor.path]
+        Each rank copies its shard.
+        """
+        self.fill(adapter_row, weights, self.master)
+        self.publish(adapter_row)
+
+    def fill(self, adapter_row: int, tensors: Mapping[str, tuple[Tensor, Tensor]], buffer: Tensor) -> None:
+        """Copy this rank's shards of full tensors, path -> (A [r, K], B [N, r]), into a flat buffer."""
+        for factor in self.factors[adapter_row]:
+            a_rk, b_nr = tensors[factor.path]
             columns = a_rk if factor.kind == "A" else b_nr.t()
             self.view(factor, buffer).copy_(columns[:, factor.first : factor.first + factor.width])
 
-    def publish(self, row: int) -> None:
-        """Copy a job's masters into the compute buffer."""
+    def publish(self, adapter_row: int) -> None:
+        """Copy an adapter's master weights into the compute buffer, rounding them to its dtype."""
         if self.compute is not self.master:
-            for factor in self.factors[row]:
+            for factor in self.factors[adapter_row]:
                 self.view(factor, self.compute).copy_(self.view(factor, self.master))
 
 

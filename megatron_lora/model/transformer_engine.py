@@ -24,7 +24,10 @@ _LENGTHS = (70, 1, 130)  # of the samples that the attention is tried on
 
 
 class EngineNorm(torch.nn.Module):
-    """Transformer Engine's RMSNorm with a frozen weight [hidden_size]; its arguments are those of Megatron's norms."""
+    """Transformer Engine's RMSNorm with a frozen weight [hidden_size].
+
+    Its arguments are those of Megatron's norms.
+    """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
@@ -43,7 +46,10 @@ class EngineNorm(torch.nn.Module):
         return self.norm(x)
 
     def add(self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None) -> tuple[Tensor, Tensor]:
-        """Return the normalised sum x + residual, and the sum itself, the new residual. With `refill`, backward recomputes the former."""
+        """Return the normalised sum x + residual, and the sum itself, the new residual.
+
+        With `refill`, backward recomputes the former.
+        """
         total = x if residual is None else x + residual
         return (self.norm(total) if refill is None else _RecomputedNorm.apply(total, self.norm, refill)), total
 

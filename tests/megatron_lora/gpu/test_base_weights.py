@@ -52,7 +52,7 @@ def moved(microbatch: StageInput, device) -> StageInput:
 def put(linear, dtype, device) -> None:
     """Put a linear's adapters on the device."""
     group = linear.adapters
-    fields = {name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "slots", "first_feature")}
+    fields = {name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "adapters", "first_feature")}
     linear.adapters = LoraGroup(
         a_RK=group.a_RK.to(device, dtype),
         b_RN=tuple(b.to(device, dtype) for b in group.b_RN),

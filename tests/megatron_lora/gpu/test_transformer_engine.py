@@ -130,7 +130,7 @@ def one_backward(directory, norms, attention, recompute) -> dict:
             b_RN=tuple(b.bfloat16().cuda() for b in group.b_RN),
             grad_a_RK=group.grad_a_RK.cuda(),
             grad_b_RN=tuple(grad.cuda() for grad in group.grad_b_RN),
-            **{name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "slots", "first_feature")},
+            **{name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "adapters", "first_feature")},
         )
     microbatch = moved(stage_input((5, 22, 1, 16), architecture.vocab_size, ((2, 9, 1), (9, 40, 0))))
     losses = stage.losses(stage(microbatch), microbatch.labels)

@@ -1,4 +1,4 @@
-"""Promises 1, 2 and 6 on whole runs: solo equivalence with dropout, isolation bit for bit, adapters that are the user's."""
+"""Promises 1, 2 and 6 on complete runs: solo equivalence with dropout, isolation bit for bit, adapters that are the user's."""
 
 from __future__ import annotations
 
