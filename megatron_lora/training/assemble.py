@@ -9,15 +9,16 @@ import torch.distributed as dist
 
 from megatron_lora.config.schema import ParallelConfig, RunConfig
 from megatron_lora.data.collate import collate, num_rows
-from megatron_lora.data.steps import JobSamples
 from megatron_lora.huggingface.architecture import Architecture
-from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.backends import Backends, choose, fall_back_from_te, import_engine, this_machine
 from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import Links, MessageLayout
 from megatron_lora.parallel.process_groups import position_of
-from megatron_lora.training.executor import Executor, StageOptimizer, StepDone
+from megatron_lora.training.executor import Executor, StepDone
+from megatron_lora.training.jobs import Jobs
 from scheduling.types import Microbatch
 
 
@@ -43,7 +44,7 @@ def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.
 
 
 def make_arena(stage: Stage, parallel: ParallelConfig, adapters: Sequence[AdapterSpec]) -> Arena:
-    """Give the stage's linears an arena of zero adapters; the adapter of job j lies in row j."""
+    """Give the stage's linears an arena with room for these adapters, all zero, in rows 0, 1, ..."""
     return Arena(
         stage.linears,
         adapters,
@@ -60,22 +61,21 @@ def make_executor(
     links: Links,
     layout: MessageLayout,
     *,
-    step_samples: Sequence[JobSamples],
-    optimizers: Sequence[StageOptimizer],
+    jobs: Jobs,
     on_step: Callable[[StepDone], None],
     on_forward: Callable[[Microbatch], None],
     timeline: Timeline,
 ) -> Executor:
-    """Make the executor of this rank's stage; `step_samples` has the samples of each job's steps."""
+    """Make the executor of this rank's stage."""
     multiple = parallel.tensor if parallel.sequence else 1
     return Executor(
         stage,
         position_of(parallel),
         links,
         layout,
-        load=lambda microbatch: collate(microbatch, step_samples, multiple=multiple, device=stage.device),
+        load=lambda microbatch: collate(microbatch, jobs, multiple=multiple, device=stage.device),
         num_rows=lambda microbatch: num_rows(microbatch, multiple) // multiple,
-        optimizers=optimizers,
+        jobs=jobs,
         on_step=on_step,
         on_forward=on_forward,
         timeline=timeline,

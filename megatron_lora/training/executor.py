@@ -25,7 +25,7 @@ plan's order than anything that the neighbour may itself be waiting for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,6 +57,13 @@ class StageOptimizer(Protocol):
     def finish_reduction(self) -> tuple[Tensor, Tensor]: ...
 
     def step(self, step: int, square_norm: Tensor) -> None: ...
+
+
+class StageJob(Protocol):
+    """What the executor uses of a job (training.jobs.Job)."""
+
+    @property
+    def optimizer(self) -> StageOptimizer: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +118,7 @@ class Executor:
         *,
         load: Callable[[Microbatch], StageInput],
         num_rows: Callable[[Microbatch], int],
-        optimizers: Sequence[StageOptimizer],
+        jobs: Mapping[int, StageJob],
         on_step: Callable[[StepDone], None],
         on_forward: Callable[[Microbatch], None],
         timeline: Timeline,
@@ -120,8 +127,8 @@ class Executor:
         """Make the executor of the stage at `position`, which `links` connect to the stages beside it.
 
         `load(microbatch)` returns the microbatch's tensors. `num_rows(microbatch)` returns the rows of its
-        activations on this rank, 0 for a no-op. `optimizers[job]` takes the job's steps. `on_forward` is
-        called before each slot's forward and `on_step` after each step.
+        activations on this rank, 0 for a no-op. `jobs[number].optimizer` takes the job's steps. `on_forward`
+        is called before each slot's forward and `on_step` after each step.
         """
         self.model = model
         self.position = position
@@ -129,7 +136,7 @@ class Executor:
         self.layout = layout
         self.load = load
         self.num_rows = num_rows
-        self.optimizers = optimizers
+        self.jobs = jobs
         self.on_step = on_step
         self.on_forward = on_forward
         self.timeline = timeline
@@ -141,7 +148,8 @@ class Executor:
         self.next_message: Message | None = None  # forward message of `next_slot`, once it was received
         self.verdicts: dict[int, Message] = {}  # first stage: slot where steps ended -> the gradient message with their sums
         self.in_flight: dict[int, _InFlight] = {}  # by slot
-        self.losses = torch.zeros(len(optimizers), dtype=torch.float32, device=device)  # last stage: sum over each job's current step
+        self.losses: dict[int, Tensor] = {}  # last stage: job -> loss of its current step so far, fp32 []
+        self.no_loss = torch.zeros((), dtype=torch.float32, device=device)
         self.misplaced = torch.zeros((), dtype=torch.float32, device=device)  # messages whose header names another slot
 
     def run(self, windows: Iterable[Window]) -> None:
@@ -228,8 +236,8 @@ class Executor:
     def _loss(self, output: Tensor, data: StageInput) -> Tensor:
         """Return the microbatch's loss, and add each segment's part to the loss of its job's current step."""
         weighted = self.model.losses(output, data.labels, data.targets) * data.weights
-        for first, end, job in data.route.segments:  # the route names adapter rows, which are the jobs' numbers
-            self.losses[job] += weighted[first:end].detach().sum()
+        for job, (first, end, _) in zip(data.jobs, data.route.segments, strict=True):
+            self.losses[job] = self.losses.get(job, self.no_loss) + weighted[first:end].detach().sum()
         return weighted.sum()
 
     def _with_same_header(self, message: Message, num_rows: int) -> Message:
@@ -254,8 +262,7 @@ class Executor:
                 root.backward()
             gradient = None if in_flight.hidden is None else in_flight.hidden.grad
         for job, _ in self.endings[slot]:
-            self.optimizers[job].start_reduction(self.losses[job].clone())
-            self.losses[job].zero_()  # an assignment would wait for the device
+            self.jobs[job].optimizer.start_reduction(self.losses.pop(job, self.no_loss).clone())
         ended_at = slot - self.position.delay
         self._add_own_part(message, ended_at)
         if self.links.backward_out is None:
@@ -275,7 +282,7 @@ class Executor:
     def _add_own_part(self, message: Message, ended_at: int) -> None:
         """Add this stage's squared norms and losses of the steps that ended at slot `ended_at` (losses: 0 but on the last stage)."""
         for i, (job, _) in enumerate(self.endings[ended_at] if ended_at >= 0 else ()):
-            square_norm, loss = self.optimizers[job].finish_reduction()
+            square_norm, loss = self.jobs[job].optimizer.finish_reduction()
             message.square_norms[i] += square_norm
             message.losses[i] += loss
 
@@ -285,6 +292,6 @@ class Executor:
         i, step = next((i, step) for i, (ending_job, step) in enumerate(self.endings[ended_at]) if ending_job == job)
         square_norm = message.square_norms[i]
         with self.timeline.span("STEP", job):
-            self.optimizers[job].step(step, square_norm)
+            self.jobs[job].optimizer.step(step, square_norm)
         losses = self.verdicts[ended_at].losses if self.position.is_first else message.losses
         self.on_step(StepDone(job, step, square_norm.clone(), losses[i].clone()))

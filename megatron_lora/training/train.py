@@ -4,9 +4,10 @@ The data and the adapters' initial values depend on the config alone, so each ra
 The plan comes from the first rank, window after window. The first rank (global rank 0, which
 belongs to the first stage) also reports to the user and writes all files.
 
-The jobs that still have steps to take are numbered from 0 in the order of the config. `jobs`,
-`optimizers` and `resume_points` are lists in that order, and job j's adapter lies in row j of the
-arena. Ranks exchange three kinds of data, each kind over groups of its own: activations and
+`jobs` maps numbers to the jobs that still have steps to take (jobs.Job: config, data, resume point,
+adapter row, optimizer, state). They are numbered from 0 in the order of the config. Plans and
+messages name a job by its number; its adapter row, where its adapter lies in the arena, is another
+number. Ranks exchange three kinds of data, each kind over groups of its own: activations and
 gradients between stages (messages.py), sums over the ranks of one stage (StageGroups), and data of
 the host, over gloo: the plan (plan_feed.py), stop requests and the rest (`host_group`).
 """
@@ -16,22 +17,22 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_lora.config.schema import JobConfig, ParallelConfig, RunConfig
+from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.huggingface.architecture import Architecture, read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
-from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.stage import build_stage
 from megatron_lora.output import standing
+from megatron_lora.output.job_states import exit_status
 from megatron_lora.output.run_directory import RunDirectory, job_states
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.output.timeline import Timeline, write_timeline
@@ -44,8 +45,8 @@ from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
 from megatron_lora.training.assemble import choose_backends, make_arena, make_executor
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import TrainingJob, read_jobs
-from megatron_lora.training.optimizer import JobOptimizer, StageGroups
+from megatron_lora.training.jobs import Job, read_jobs
+from megatron_lora.training.optimizer import StageGroups
 from megatron_lora.training.run_reporter import RunReporter
 from megatron_lora.training.saving import Saver, start_job, writer
 from megatron_lora.training.snapshots import SnapshotCollector
@@ -72,12 +73,12 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
     remaining = _remaining_jobs(config, host_group)
-    jobs = _read_jobs([job for job in config.jobs if job.name in remaining], model_dir, architecture.vocab_size, host_group)
-    resume_points = [remaining[job.config.name] for job in jobs]
-    share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs)
-    config, slot_cost = resolve_together(config, architecture, [job.step_samples.lengths() for job in jobs], share_of_targets, host_group)
+    jobs = _read_jobs([job for job in config.jobs if job.name in remaining], remaining, model_dir, architecture.vocab_size, host_group)
+    share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
+    lengths = [job.step_samples.lengths() for job in jobs.values()]
+    config, slot_cost = resolve_together(config, architecture, lengths, share_of_targets, host_group)
     position = position_of(config.parallel)
-    feed = _start_planning(config, jobs, position, slot_cost, [point.step for point in resume_points])
+    feed = _start_planning(config, lengths, position, slot_cost, [job.resume_point.step for job in jobs.values()])
 
     stage = build_stage(
         architecture,
@@ -91,20 +92,22 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         base_weights=config.base_weights,
         backends=choose_backends(config, architecture, dtype, device),
     )
-    arena = make_arena(stage, config.parallel, [job.adapter() for job in jobs])
-    optimizers = _start_jobs(arena, jobs, resume_points, config.parallel)
+    arena = make_arena(stage, config.parallel, [job.adapter_spec() for job in jobs.values()])
+    groups = StageGroups(**stage_groups(config.parallel))
+    for row, job in enumerate(jobs.values()):
+        start_job(job, arena, row, groups)
 
-    with RunReporter(config, jobs, feed.remove, resume_points) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
+    with RunReporter(config, jobs, feed.remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
         collector = SnapshotCollector(arena, writer(config, jobs), host_group)
-        saver = Saver(jobs, optimizers, resume_points, collector)
-        unchecked = set(range(len(jobs)))  # jobs whose first update (learning rate above 0, finite norm) is still to come
+        saver = Saver(jobs, collector)
+        unchecked = set(jobs)  # numbers of the jobs whose first update (learning rate above 0, finite norm) is still to come
 
         def on_step(done: StepDone) -> None:
-            job, optimizer = jobs[done.job], optimizers[done.job]
+            job = jobs[done.job]
             # Reading the norm waits for the device, once per job.
-            if done.job in unchecked and optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
+            if done.job in unchecked and job.optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
                 unchecked.remove(done.job)
-                _warn_of_unmoved(job, optimizer)
+                _warn_of_unmoved(job)
             if reporter is not None:  # a step that a checkpoint follows is reported before the checkpoint is written
                 reporter.on_step(done, collector.written, wait=saver.checkpoints(done))
             saver.on_step(done)  # saves the adapter after the job's last step
@@ -118,8 +121,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             config.parallel,
             connect(pipelines(config.parallel), layout, device),
             layout,
-            step_samples=[job.step_samples for job in jobs],
-            optimizers=optimizers,
+            jobs=jobs,
             on_step=on_step,
             on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
             timeline=timeline,
@@ -134,9 +136,9 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         if reporter is not None:
             reporter.finish(collector.written, stopped=stopped)
     _save_timeline(config, timeline, position, host_group)
-    if stopped:
-        return 75
-    return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
+    return exit_status(
+        "failed" if job.optimizer.has_failed() else "done" if job.steps_taken == job.num_steps else "paused" for job in jobs.values()
+    )
 
 
 def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[str, ResumePoint]:
@@ -149,21 +151,20 @@ def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[st
     return found[0]
 
 
-def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, host_group: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
+def _read_jobs(
+    configs: Sequence[JobConfig], points: Mapping[str, ResumePoint], model_dir: Path, vocab_size: int, host_group: dist.ProcessGroup
+) -> dict[int, Job]:
     """Read the jobs' data, the first rank before the others, which then find the tokens in the cache."""
     tokenizer = load_tokenizer(model_dir)
-    jobs = None
+    jobs = {}
     for first_rank_reads in (True, False):
         if (dist.get_rank() == 0) == first_rank_reads:
-            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size)
+            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size, points)
         dist.barrier(group=host_group)
-    assert jobs is not None
     return jobs
 
 
-def _start_planning(
-    config: RunConfig, jobs: Sequence[TrainingJob], position: Position, slot_cost: SlotCost, first_steps: Sequence[int]
-) -> PlanFeed:
+def _start_planning(config: RunConfig, lengths: Lengths, position: Position, slot_cost: SlotCost, first_steps: Sequence[int]) -> PlanFeed:
     """Start to plan the jobs' steps from `first_steps` on, in the background, while the model is built."""
     parallel = config.parallel
     settings = PlanSettings(
@@ -175,26 +176,15 @@ def _start_planning(
     )
     replica = dist.get_rank() // parallel.tensor % parallel.data
     group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
-    return PlanFeed([job.step_samples.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
+    return PlanFeed(lengths, settings, replica, Path(config.output_dir) / "plan", group, first_steps)
 
 
-def _start_jobs(
-    arena: Arena, jobs: Sequence[TrainingJob], resume_points: Sequence[ResumePoint], parallel: ParallelConfig
-) -> list[JobOptimizer]:
-    """Make the jobs' optimizers, and load each adapter and optimizer state from where its job resumes."""
-    groups = StageGroups(**stage_groups(parallel))
-    optimizers = [JobOptimizer(arena, row, job.optimizer(), groups) for row, job in enumerate(jobs)]
-    for row, (job, resume_point) in enumerate(zip(jobs, resume_points, strict=True)):
-        start_job(arena, row, job, resume_point, optimizers[row])
-    return optimizers
-
-
-def _warn_of_unmoved(job: TrainingJob, optimizer: JobOptimizer) -> None:
+def _warn_of_unmoved(job: Job) -> None:
     """Warn of modules whose B is still zero after the job's first update: no gradient reaches them."""
-    unmoved = optimizer.unmoved()
+    unmoved = job.optimizer.unmoved()
     if unmoved:
         names = f"{', '.join(unmoved[:3])}{f' and {len(unmoved) - 3} more' if len(unmoved) > 3 else ''}"
-        print(f"megatron-lora: warning: job {job.config.name}: B has not moved in its first step: {names}", file=sys.stderr)
+        print(f"megatron-lora: warning: job {job.name}: B has not moved in its first step: {names}", file=sys.stderr)
 
 
 def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, host_group: dist.ProcessGroup) -> None:
