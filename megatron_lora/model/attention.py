@@ -21,15 +21,21 @@ from torch import Tensor
 
 from fused_ops.refill import Refill
 from fused_ops.rope import rotate_qkv
+from fused_ops.route import Route
 from megatron_lora.data.microbatch import Packing
 
 
 @dataclass
 class PackedRows(PackedSeqParams):
-    """What Megatron passes on to the core attention: the microbatch's packing and its rotary table (cos, sin)."""
+    """What Megatron passes on to every layer: the microbatch's packing, its rotary table (cos, sin) and the route to its adapters.
+
+    The route goes to the linears with the rows that it describes. Under pipelining and recomputation a "current" microbatch
+    would be another one in backward.
+    """
 
     packing: Packing | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    route: Route | None = None  # None: the base model alone
 
 
 class MergedSelfAttention(SelfAttention):
@@ -40,14 +46,14 @@ class MergedSelfAttention(SelfAttention):
 
         With `refill`, linear_qkv does not keep them for backward.
         """
-        qkv, _ = self.linear_qkv(hidden_states, refill=refill)
+        qkv, _ = self.linear_qkv(hidden_states, packed_seq_params.route, refill)
         norms = None
         if self.config.qk_layernorm:
             norms = self.q_layernorm.weight, self.k_layernorm.weight, self.q_layernorm.eps
         heads, kv_heads = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         query, key, value = rotate_qkv(qkv.squeeze(1), packed_seq_params.rotary, heads, kv_heads, norms)
         attended = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
-        out, _ = self.linear_proj(attended.unsqueeze(1))
+        out, _ = self.linear_proj(attended.unsqueeze(1), packed_seq_params.route)
         return out
 
 

@@ -111,9 +111,8 @@ def each_linear(directory, base_weights, given, device) -> list[dict]:
     if given is None:
         forward_and_backward(stage, microbatch)
     else:
-        with stage.bound(microbatch):
-            for linear, theirs in zip(stage.linears, given, strict=True):
-                linear(theirs["x"].to(device).requires_grad_())[0].backward(theirs["dy"].to(device))
+        for linear, theirs in zip(stage.linears, given, strict=True):
+            linear(theirs["x"].to(device).requires_grad_(), microbatch.route)[0].backward(theirs["dy"].to(device))
     for linear, into in zip(stage.linears, seen, strict=True):
         into |= {f"gradient {number}": gradient for number, gradient in enumerate(gradients_of(linear))}
         if base_weights == "fp8":

@@ -37,8 +37,7 @@ def linear_step(directory, parallel, role, dropout):
     dy = torch.randn(NUM_ROWS, sum(geometry.out_features) * (ranks if column else 1), generator=generator)
     rows = slice(rank * NUM_ROWS // ranks, (rank + 1) * NUM_ROWS // ranks) if stage.sequence_parallel else slice(None)
     x = (x[rows] if column else x[:, geometry.first_feature :][:, : geometry.in_features]).clone().requires_grad_()
-    with stage.bound(stage_input((NUM_ROWS,), 61, SEGMENTS)):
-        y, bias = linear(x.unsqueeze(1))
+    y, bias = linear(x.unsqueeze(1), stage_input((NUM_ROWS,), 61, SEGMENTS).route)
     assert bias is None
     y = y.squeeze(1)
     y.backward(_local_columns(dy, geometry, rank, ranks) if column else dy[rows])
