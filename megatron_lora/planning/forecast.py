@@ -44,8 +44,8 @@ class Workload:
             num_stages=parallel.pipeline,
             num_replicas=parallel.data,
             capacity=int(config.microbatch_tokens),
-            delay=int(parallel.tensor * parallel.data > 1),
-            row_multiple=parallel.tensor if parallel.sequence else 1,
+            delay=parallel.norm_delay,
+            row_multiple=parallel.row_multiple,
             cost=cost,
             weights=weights,
         )

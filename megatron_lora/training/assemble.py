@@ -67,7 +67,7 @@ def make_executor(
     timeline: Timeline,
 ) -> Executor:
     """Make the executor of this rank's stage."""
-    multiple = parallel.tensor if parallel.sequence else 1
+    multiple = parallel.row_multiple
     return Executor(
         stage,
         position_of(parallel),

@@ -113,7 +113,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             saver.on_step(done)  # saves the adapter after the job's last step
 
         if on_gpu:
-            warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.tensor if config.parallel.sequence else 1)
+            warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.row_multiple)
         timeline = Timeline(device)
         layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype)
         executor = make_executor(
@@ -174,7 +174,7 @@ def _start_planning(config: RunConfig, lengths: Lengths, position: Position, slo
         delay=position.delay,
         cost=slot_cost,
     )
-    replica = dist.get_rank() // parallel.tensor % parallel.data
+    replica = parallel.replica_of(dist.get_rank())
     group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
     return PlanFeed(lengths, settings, replica, Path(config.output_dir) / "plan", group, first_steps)
 
