@@ -30,7 +30,7 @@ JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "save_steps")  # the records are compare
 
 def changed_key(before: RunConfig, now: RunConfig) -> str | None:
     """Say in one line which key keeps a config from resuming a run that began with another; None if it can resume it."""
-    for name, (old, new) in _differences(before, now, RUN_KEYS_THAT_MAY_CHANGE).items():
+    for name, (old, new) in _differences(before, with_precision_of(before, now), RUN_KEYS_THAT_MAY_CHANGE).items():
         return f"{name}: {show(new)} differs from {show(old)}"
     jobs = {job.name: job for job in now.jobs}
     for old_job in before.jobs:
@@ -39,6 +39,11 @@ def changed_key(before: RunConfig, now: RunConfig) -> str | None:
         for name, (old, new) in _differences(old_job, jobs[old_job.name], JOB_KEYS_THAT_MAY_CHANGE).items():
             return f"jobs.{old_job.name}.{name}: {show(new)} differs from {show(old)}"
     return None
+
+
+def with_precision_of(before: RunConfig, now: RunConfig) -> RunConfig:
+    """Return a config in which `precision: auto` is the precision that the run began with."""
+    return dataclasses.replace(now, precision=before.precision) if now.precision == "auto" else now
 
 
 def _differences(before: RunConfig | JobConfig, now: RunConfig | JobConfig, may_change: Sequence[str]) -> dict[str, tuple[object, object]]:

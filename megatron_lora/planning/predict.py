@@ -73,8 +73,14 @@ def budget_or_usual(config: RunConfig) -> int:
 
 def _item_bytes(config: RunConfig, device: Device) -> int:
     """Return the bytes per number in the compute dtype."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.name != "cpu")
-    return 2 if bf16 else 4
+    return 2 if precision_of(config, device) == "bf16" else 4
+
+
+def precision_of(config: RunConfig, device: Device) -> str:
+    """Return the precision of a run on a device: `auto` is bf16 on a GPU, and fp32 on a CPU, which is slow in 16 bits."""
+    if config.precision != "auto":
+        return config.precision
+    return "fp32" if device.name == "cpu" else "bf16"
 
 
 def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> tuple[StageMemory, ...]:

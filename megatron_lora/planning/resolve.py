@@ -21,6 +21,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
+from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
@@ -32,6 +33,7 @@ from megatron_lora.planning.predict import (
     head_share_of,
     memory_of,
     planner_cost,
+    precision_of,
     predicted_peaks,
     shape_of,
 )
@@ -49,11 +51,12 @@ from scheduling.memory import (
 from scheduling.types import Lengths
 
 
-def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> RunConfig:
+def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> ResolvedConfig:
     """Return the config with every choice made, for samples of `lengths` [job][step][sample] in tokens; `device` is one rank's.
 
     Raises UserError where the longest sample does not fit in memory with `microbatch_tokens: auto`.
     """
+    config = dataclasses.replace(config, precision=precision_of(config, device))
     resolved = _with_layers(config, choose_layers(config, architecture, device, target_share))
     if config.microbatch_tokens == "auto":
         resolved = dataclasses.replace(resolved, microbatch_tokens=choose_budget(resolved, architecture, lengths, device, target_share))
@@ -61,7 +64,7 @@ def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, dev
         resolved = dataclasses.replace(resolved, recompute=choose_recompute(resolved, architecture, device))
         if config.parallel.layers_per_stage is None:
             resolved = even_out(resolved, architecture, device, lambda other: _slowest_stage_s(other, architecture, device, target_share))
-    return resolved
+    return ResolvedConfig.of(resolved)
 
 
 def choose_layers(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> tuple[int, ...]:

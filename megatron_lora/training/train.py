@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_lora.config.schema import JobConfig, RunConfig
+from megatron_lora.config.resolved import ResolvedConfig
+from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import load_tokenizer
@@ -57,6 +58,8 @@ from scheduling.types import Lengths
 
 LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 def run(config: RunConfig, stop: StopRequest) -> int:
     """Train a config's remaining jobs, as one rank of the run; return the run's exit status.
@@ -68,7 +71,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
     host_group = dist.new_group(backend="gloo", timeout=rank_timeout())
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}[config.precision]
+    config = _recorded_config(config, host_group)
 
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
@@ -84,13 +87,13 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         architecture,
         model_dir,
         config.parallel,
-        dtype=dtype,
+        dtype=DTYPES[config.precision],
         device=device,
         load_weights=config.load_weights,
         seed=config.seed,
         recompute=config.recompute,
         base_weights=config.base_weights,
-        backends=choose_backends(config, architecture, dtype, device),
+        backends=choose_backends(config, architecture, DTYPES[config.precision], device),
     )
     arena = make_arena(stage, config.parallel, [job.adapter_spec() for job in jobs.values()])
     groups = StageGroups(**stage_groups(config.parallel))
@@ -113,9 +116,9 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             saver.on_step(done)  # saves the adapter after the job's last step
 
         if on_gpu:
-            warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.row_multiple)
+            warm_up(stage, arena, config.microbatch_tokens, config.parallel.row_multiple)
         timeline = Timeline(device)
-        layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype)
+        layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=stage.dtype)
         executor = make_executor(
             stage,
             config.parallel,
@@ -136,9 +139,18 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         if reporter is not None:
             reporter.finish(collector.written, stopped=stopped)
     _save_timeline(config, timeline, position, host_group)
-    return exit_status(
-        "failed" if job.optimizer.has_failed() else "done" if job.steps_taken == job.num_steps else "paused" for job in jobs.values()
-    )
+    return exit_status(job.outcome() for job in jobs.values())
+
+
+def _recorded_config(config: RunConfig, host_group: dist.ProcessGroup) -> RunConfig:
+    """Return the config that was checked and written into the output directory, as the first rank reads it there.
+
+    Other ranks may lie on machines whose copy of the user's file is another.
+    """
+    recorded: list = [load_config(Path(config.output_dir) / "config.yaml")] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(recorded, 0, group=host_group)
+    assert recorded[0].parallel.world_size == config.parallel.world_size
+    return recorded[0]
 
 
 def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[str, ResumePoint]:
@@ -164,13 +176,15 @@ def _read_jobs(
     return jobs
 
 
-def _start_planning(config: RunConfig, lengths: Lengths, position: Position, slot_cost: SlotCost, first_steps: Sequence[int]) -> PlanFeed:
+def _start_planning(
+    config: ResolvedConfig, lengths: Lengths, position: Position, slot_cost: SlotCost, first_steps: Sequence[int]
+) -> PlanFeed:
     """Start to plan the jobs' steps from `first_steps` on, in the background, while the model is built."""
     parallel = config.parallel
     settings = PlanSettings(
         num_stages=parallel.pipeline,
         num_replicas=parallel.data,
-        capacity=int(config.microbatch_tokens),
+        capacity=config.microbatch_tokens,
         delay=position.delay,
         cost=slot_cost,
     )
@@ -198,7 +212,7 @@ def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, ho
 
 def resolve_together(
     config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host_group: dist.ProcessGroup
-) -> tuple[RunConfig, SlotCost]:
+) -> tuple[ResolvedConfig, SlotCost]:
     """Return the resolved config and the planner's cost model; the first rank makes both for all ranks.
 
     It also prints and records what was chosen. Its own device's memory decides, also where other ranks

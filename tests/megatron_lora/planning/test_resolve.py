@@ -10,10 +10,12 @@ import oracle
 import pytest
 import runs
 
+from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import dump_config, load_config
 from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.output.resume import changed_key, with_precision_of
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.parallel.partition import recompute_of_layers
 from megatron_lora.planning import devices
@@ -58,7 +60,7 @@ def test_stages_take_equally_long_with_the_head(configure, root):
     assert choose_layers(configure("parallel.pipeline=2", "microbatch_tokens=512"), small, H100) == (15, 15)  # launches, not work
     assert choose_layers(configure("parallel.pipeline=4"), large, H100) == (9, 9, 8, 6)
     assert choose_layers(configure("parallel.pipeline=4"), large, DEVICES["a100"]) == (9, 9, 8, 6)  # any GPU, one split
-    given = configure("parallel.pipeline=4", "parallel.layers_per_stage=[8, 8, 8, 8]")
+    given = configure("precision=bf16", "parallel.pipeline=4", "parallel.layers_per_stage=[8, 8, 8, 8]")
     assert resolve(given, large, LENGTHS, H100) == given
     resolved = resolve(configure("parallel.pipeline=4"), large, LENGTHS, H100)
     times = [stage.seconds(4096) for stage in cost_of(resolved, large, H100).stages]
@@ -205,7 +207,7 @@ def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure
     import torch.distributed as dist
 
     open_ = ("microbatch_tokens=auto", "parallel.pipeline=2", "recompute=auto")
-    config, given = configure(*open_), configure("parallel.layers_per_stage=[4]")
+    config, given = configure(*open_), configure("precision=fp32", "parallel.layers_per_stage=[4]")
     with RunDirectory.create(config):
         resolved, cost = resolve_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)
         split = f"parallel.layers_per_stage: null is {list(resolved.parallel.layers_per_stage)}, as 25% of the tokens are targets"
@@ -223,13 +225,13 @@ def test_a_run_is_settled_by_its_samples_share_of_targets(one_process, configure
         raise InterruptedError(target_share)
 
     monkeypatch.setattr(train, "resolve_together", stop)
-    monkeypatch.setattr(train, "job_states", lambda path: {})
     tokenizer = load_tokenizer(root / "model")
     rows = [oracle.encode(tokenizer, json.loads(line)) for line in (root / "rows.jsonl").read_text().splitlines()]
     shares = []
     for inputs in ("false", "true"):
-        with pytest.raises(InterruptedError) as stopped:
-            train.run(configure(f"jobs.0.train_on_inputs={inputs}"), StopRequest())
+        config = configure(f"jobs.0.train_on_inputs={inputs}")
+        with RunDirectory.create(config), pytest.raises(InterruptedError) as stopped:
+            train.run(config, StopRequest())
         shares.append(stopped.value.args[0])
     num_tokens = sum(len(tokens) for tokens, _ in rows)
     assert shares == [sum(int((labels != -100).sum()) for _, labels in rows) / num_tokens, (num_tokens - len(rows)) / num_tokens]
@@ -248,3 +250,21 @@ def test_a_run_records_what_it_settled(parallel, root, pool, tmp_path):
     assert opened == load_config(path)
     window = json.loads((tmp_path / "run" / "plan" / "window-0000.json").read_text())
     assert max(sum(entry[3] for entry in slot) for slot in window["microbatches"]) <= written.microbatch_tokens
+
+
+def test_a_resolved_config_leaves_nothing_open_and_equals_what_it_is_written_as(configure, root):
+    large = model(root, **LARGE, vocab_size=128256)
+    resolved = resolve(configure("microbatch_tokens=auto", "recompute=auto"), large, LENGTHS, H100)
+    assert isinstance(resolved, ResolvedConfig) and resolved.precision == "bf16" and resolved.layers_per_stage == (32,)
+    written = load_config_text(dump_config(resolved))
+    assert written == resolved and resolved == written and type(written) is not ResolvedConfig
+    assert resolved != dataclasses.replace(written, seed=1)
+    for key in ("precision", "microbatch_tokens", "recompute"):
+        with pytest.raises(AssertionError, match=key):
+            ResolvedConfig.of(dataclasses.replace(written, **{key: "auto"}))
+
+
+def test_auto_resumes_in_the_precision_that_the_run_began_with(configure):
+    begun, again = configure("precision=bf16"), configure()
+    assert changed_key(begun, again) is None and with_precision_of(begun, again).precision == "bf16"
+    assert changed_key(begun, configure("precision=fp32")) == "precision: 'fp32' differs from 'bf16'"
