@@ -104,7 +104,7 @@ class LayerMemory:
         dx = self.whole + (self.hidden if self.sequence else 0.0)
         up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - gone
         gone += self.hidden * (1 + (not cheap and widths["up"] > 0))
-        expanded = 2 * self.query if self.grouped else 0.0
+        expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK and dV by query head: cuDNN's, flash attention's are half
         attention = self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item + expanded - gone
         return max(down, swiglu, up, attention, 0.0) * tokens
 

@@ -3,14 +3,17 @@
 `MergedSelfAttention` is Megatron's self-attention with `linear_qkv` laid out as q | k | v (Megatron interleaves them per group of query
 heads), so that each module's adapter writes contiguous columns; it turns q and k by their position in their sample. `PackedAttention` is
 its core: every row sees the rows of its own sample up to itself (and no further back than the layer's sliding window). Rows of different
-samples never meet. On CUDA in 16 bit this is torch's variable-length flash attention; else one
-scaled-dot-product call per sample. Shapes of a call: q [T, heads, d], k and v [T, kv heads, d], out [T, heads * d].
+samples never meet. On CUDA in 16 bit this is cuDNN's where the stage has it (cudnn_attention.py), or torch's variable-length flash
+attention; else one scaled-dot-product call per sample. Shapes of a call: q [T, heads, d], k and v [T, kv heads, d], out [T, heads * d].
+`fault_of` tries an attention on a device against the last of these in float32.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +21,25 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from fused_ops.backend import gradients
 from fused_ops.refill import Refill
 from fused_ops.rope import rotate_qkv
 from megatron_lora.data.microbatch import Packing
+from megatron_lora.model.backends import first_line
+
+_TRIED_LENGTHS = (70, 1, 130)  # of the samples that an attention is tried on
 
 
 @dataclass
 class PackedRows(PackedSeqParams):
-    """What Megatron hands through to the core attention: the packing of the microbatch and its rotary table (cos, sin)."""
+    """What Megatron hands through to the core attention: the packing of the microbatch and its rotary table (cos, sin).
+
+    `offsets` is what the first layer's attention has made of the packing for all of them.
+    """
 
     packing: Packing | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    offsets: Any = None
 
 
 class MergedSelfAttention(SelfAttention):
@@ -48,7 +59,9 @@ class MergedSelfAttention(SelfAttention):
 
 
 class PackedAttention(torch.nn.Module):
-    """The core attention of one layer: causal within samples."""
+    """The core attention of one layer: causal within samples. `attend` is set by the stage where others' kernels do it."""
+
+    attend: Callable[[Tensor, Tensor, Tensor, PackedRows, float, int | None], Tensor] | None = None
 
     def __init__(self, config, layer_number: int, softmax_scale: float | None = None, **_):
         super().__init__()
@@ -57,6 +70,8 @@ class PackedAttention(torch.nn.Module):
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
         """Return [T, heads * d]. The other arguments of Megatron's protocol say nothing here: the packing is the mask."""
+        if self.attend is not None:
+            return self.attend(query, key, value, packed_seq_params, self.scale, self.window).flatten(1)
         attend = varlen_attention if can_varlen(query) else per_sample_attention
         return attend(query, key, value, packed_seq_params.packing, self.scale, self.window).flatten(1)
 
@@ -103,3 +118,46 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     rows = torch.arange(length, device=device)
     behind = rows[:, None] - rows
     return (behind >= 0) & (behind < window)
+
+
+def fault_of(
+    attend: Callable[[Tensor, Tensor, Tensor, Packing, float, int | None], Tensor],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    windows: tuple[int | None, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """Try an attention of 16 bits on a device, forward and backward; return what is wrong with it in a line, or nothing.
+
+    `windows` has the sliding window of every layer (None: all is seen); each kind is compared with one call per sample in float32.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "it takes 16 bits alone"
+    generator = torch.Generator(device=device).manual_seed(0)
+    ends = torch.tensor([0, *_TRIED_LENGTHS]).cumsum(0).to(torch.int32)
+    packing = Packing(
+        cu_seqlens=ends.to(device),
+        lengths=_TRIED_LENGTHS,
+        positions=torch.cat([torch.arange(length) for length in _TRIED_LENGTHS]).to(device),
+        max_length=max(_TRIED_LENGTHS),
+    )
+    shapes = [(sum(_TRIED_LENGTHS), n, head_dim) for n in (heads, kv_heads, kv_heads)]
+    q, k, v, d_out = (torch.randn(shape, generator=generator, device=device).to(dtype) for shape in [*shapes, shapes[0]])
+    scale = head_dim**-0.5
+    for window in sorted(set(windows), key=str):
+        try:
+            ours = gradients(lambda *x, w=window: (attend(*x, packing, scale, w),), (q, k, v), (d_out,))
+        except (RuntimeError, ValueError, AssertionError) as error:  # whatever it is, torch's attention takes its place
+            return first_line(error)
+        exact = gradients(
+            lambda *x, w=window: (per_sample_attention(*x, packing, scale, w),),
+            tuple(x.float() for x in (q, k, v)),
+            (d_out.float(),),
+        )
+        for name, got, truth in zip(("output", "dq", "dk", "dv"), (*ours[0], *ours[1]), (*exact[0], *exact[1]), strict=True):
+            error = float((got.float() - truth).norm() / truth.norm())
+            if not error < 0.03:  # NaN too
+                return f"its {name} is off by {error:.2g}"
+    return ""

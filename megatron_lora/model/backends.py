@@ -1,12 +1,13 @@
 """What computes a run on a machine: the rules, as functions of plain facts, for the checks, the trainer and `doctor`.
 
-    backend: auto     our kernels and torch's variable-length attention; Transformer Engine's attention where a GPU's torch has none
-             torch    the same, and never Transformer Engine
+    backend: auto     our kernels, and cuDNN's attention where nvidia-cudnn-frontend is installed and it works on this GPU, else torch's
+                      variable-length attention; Transformer Engine's attention where a GPU's torch has none
+             torch    our kernels and torch's attention
              te       Transformer Engine's norms, and its attention where its cuDNN runs it on this GPU, forward and backward
 
 Ours come first: they add the residual inside the norm and make a norm's output again inside its backward, which Transformer Engine's
-do in passes of their own. Linears are ours whatever stands here. Whether Transformer Engine's attention works is not known from
-versions: it is tried once, at start-up, on the device (`fall_back_from_te`), and what fails is said and replaced.
+do in passes of their own. Linears are ours whatever stands here. Whether cuDNN's or Transformer Engine's attention works is not known
+from versions: it is tried once, at start-up, on the device (`fall_back`), and what fails is said and replaced.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from megatron_lora.errors import UserError
 
 FP8_CAPABILITY = (8, 9)
 INSTALL_ENGINE = "pip install --no-build-isolation -e '.[te]'"
+INSTALL_CUDNN = "pip install -e '.[cudnn]'"
+ATTENTION = {"torch": "torch's", "te": "Transformer Engine's", "cudnn": "cuDNN's"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +35,12 @@ class Machine:
     capability: tuple[int, int] | None
     varlen: bool = True  # torch has variable-length attention
     engine: str | None = None  # version of Transformer Engine
+    cudnn: str | None = None  # version of nvidia-cudnn-frontend
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Backends:
-    """Who makes the norms between layers ("ours" or "te") and the attention ("torch" or "te")."""
+    """Who makes the norms between layers ("ours" or "te") and the attention ("torch", "te" or "cudnn")."""
 
     norms: str = "ours"
     attention: str = "torch"
@@ -53,6 +57,7 @@ def this_machine() -> Machine:
         capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
         varlen=importlib.util.find_spec("torch.nn.attention.varlen") is not None,
         engine=version("transformer-engine"),
+        cudnn=version("nvidia-cudnn-frontend"),
     )
 
 
@@ -64,6 +69,8 @@ def choose(backend: str, machine: Machine) -> Backends:
         if machine.engine is None:
             raise UserError(f"backend: 'te' is Transformer Engine, which is not installed; {INSTALL_ENGINE}, or use auto")
         return Backends(norms="te", attention="te")
+    if machine.capability is not None and machine.cudnn is not None and backend == "auto":
+        return Backends(attention="cudnn")
     if machine.capability is None or machine.varlen:
         return OURS
     if backend == "torch" or machine.engine is None:
@@ -121,14 +128,14 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def fall_back_from_te(backends: Backends, machine: Machine, fault: str) -> tuple[Backends, str]:
-    """Return what is left after Transformer Engine's attention was tried, and a line for the user; `fault` is empty where it worked.
+def fall_back(backends: Backends, machine: Machine, fault: str) -> tuple[Backends, str]:
+    """Return what is left after another's attention was tried, and a line for the user; `fault` is empty where it worked.
 
     Raises UserError where nothing takes its place.
     """
+    name = ATTENTION[backends.attention]
     if not fault:
-        return backends, "attention: Transformer Engine's, tried on this GPU"
+        return backends, f"attention: {name}, tried on this GPU"
     if not machine.varlen:
-        raise UserError(f"backend: Transformer Engine's attention fails on this GPU ({fault}); install torch 2.11 or newer")
-    left = dataclasses.replace(backends, attention="torch")
-    return left, f"attention: torch's, since Transformer Engine's fails on this GPU ({fault})"
+        raise UserError(f"backend: {name} attention fails on this GPU ({fault}); install torch 2.11 or newer")
+    return dataclasses.replace(backends, attention="torch"), f"attention: torch's, since {name} fails on this GPU ({fault})"

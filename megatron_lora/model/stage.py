@@ -41,6 +41,7 @@ from megatron_lora.huggingface.weight_slices import Checkpoint, Part, RandomTens
 from megatron_lora.model import loss
 from megatron_lora.model.attention import MergedSelfAttention, PackedAttention, PackedRows
 from megatron_lora.model.backends import OURS, Backends
+from megatron_lora.model.cudnn_attention import cudnn_attention
 from megatron_lora.model.decoder import DecoderLayer
 from megatron_lora.model.linears import Binding, MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.model.norm import RMSNorm
@@ -83,6 +84,12 @@ class Stage(torch.nn.Module):
         policies = recompute_of_layers(recompute, self.architecture.num_layers)
         for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
             block.recompute = policies[layer]
+
+    def set_attention(self, attention: str) -> None:
+        """Set who computes the attention of all layers: "cudnn" by plans that they share, else what stands in their slots."""
+        attend = cudnn_attention() if attention == "cudnn" else None
+        for block in self.model.decoder.layers:
+            block.self_attention.core_attention.attend = attend
 
     def bound(self, microbatch: StageInput) -> AbstractContextManager[None]:
         """Bind a microbatch to the stage's linears for the length of one forward (or of its recomputation)."""
@@ -221,6 +228,7 @@ def build_stage(
             parameter.zero_()  # padding rows of the vocabulary stay so
     stage = Stage(model, architecture, layers, device)
     stage.set_recompute(recompute)
+    stage.set_attention(backends.attention)
     load(stage.parts(), Checkpoint(model_dir) if load_weights else RandomTensors(architecture, seed, dtype, device))
     if base_weights == "fp8":
         for linear in stage.linears:
