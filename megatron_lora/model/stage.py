@@ -87,6 +87,7 @@ class Stage(torch.nn.Module):
 
     def set_attention(self, attention: str) -> None:
         """Set who computes the attention of all layers: "cudnn" by plans that they share, else what stands in their slots."""
+        self.attention = attention
         attend = cudnn_attention() if attention == "cudnn" else None
         for block in self.model.decoder.layers:
             block.self_attention.core_attention.attend = attend
