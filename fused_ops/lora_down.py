@@ -1,11 +1,11 @@
 """The skinny products that make S and dS: out [T, r] = c' (M * V) L^T, one read of V.
 
 S takes V = X and L = A; dS takes V = the module's columns of dY and L = B (high ranks only, see lora_grad.py). A program owns up
-to BM rows of one segment (`Route.items`) and RANK rows of L. Rows of V do not mix, nor do rows of L: through TMA whatever lies in a
-block is loaded and multiplied, neighbours' rows included, and only what belongs to the item and the slot is written. Where few rows
-leave multiprocessors idle, the inner dimension is cut among several programs; the last one to arrive adds their float32 partial sums
-in ascending order, whoever it is. Without dropout the modules of a slot are one (WIDE): their rows of A, and their columns of S, lie
-side by side; with dropout each module masks its own copy of the tile, from one hash.
+to BM rows of one segment (`Route.items`) and RANK rows of L. Rows of V do not mix, nor do rows of L: TMA loads complete blocks,
+neighbours' rows included, and only what belongs to the item and the adapter is written. Where few rows would leave multiprocessors
+idle, the inner dimension is cut among several programs; the last one to arrive adds all float32 partial sums in ascending order.
+Without dropout the modules of an adapter count as one (WIDE): their rows of A, and their columns of S, are adjacent. With dropout each
+module masks its own copy of the tile, from one hash.
 """
 
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class, uses_tma
 from fused_ops.skinny_config import DownConfig, down_config, splits
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
 
-_FIELDS = tl.constexpr(SLOT_FIELDS)
+_FIELDS = tl.constexpr(ADAPTER_FIELDS)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _add_splits(out_ptr, partial_ptr, first, m_row, num_rows, stride, column, o_
 
 @triton.jit
 def _lora_rows(lora, lora_stride, row, o_r, rank, i_rank, i_k, num_inner, BK: tl.constexpr, TMA: tl.constexpr):
-    """Return L^T [BK, RANK]: rows row + o_r of L. Those beyond the rank are zero, or through TMA whatever is there."""
+    """Return L^T [BK, RANK]: rows row + o_r of L. Those beyond the rank are zero, or with TMA what the tensor holds there."""
     if TMA:
         return lora.load([max(row, 0) + i_rank, i_k]).T
     else:
@@ -71,7 +71,7 @@ def arrive_last(counter_ptr, num_programs):
 
 @triton.jit(do_not_specialize=["first_feature", "num_rows", "split_blocks", "out_stride"])
 def _down_kernel(
-    value, lora, out_ptr, partial_ptr, counters_ptr, items_ptr, slots_ptr, scales_ptr, keys_ptr,
+    value, lora, out_ptr, partial_ptr, counters_ptr, items_ptr, adapters_ptr, scales_ptr, keys_ptr,
     num_rows, num_inner, split_blocks, value_stride, lora_stride, out_stride, first_feature,
     ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr,
     MODULES: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, NUM_STAGES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
@@ -80,29 +80,29 @@ def _down_kernel(
         gdc_wait()
         gdc_launch_dependents()
     item_ptr = items_ptr + tl.program_id(0) * 6
-    first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
     first_row = first.to(tl.int64)
-    slot_ptr = slots_ptr + slot * _FIELDS
-    rank, column0, row0 = tl.load(slot_ptr + (2 if WIDE else 0)), 0, tl.load(slot_ptr + (3 if WIDE else ROW_FIELD))
+    adapter_ptr = adapters_ptr + adapter * _FIELDS
+    rank, column0, row0 = tl.load(adapter_ptr + (2 if WIDE else 0)), 0, tl.load(adapter_ptr + (3 if WIDE else ROW_FIELD))
     if not WIDE:
-        column0 = tl.load(slot_ptr + COLUMN_FIELD)
+        column0 = tl.load(adapter_ptr + COLUMN_FIELD)
     column1, column2, row1, row2 = column0, column0, row0, row0
     if MODULES > 1:
-        row1, column1 = tl.load(slot_ptr + ROW_FIELD + 3), tl.load(slot_ptr + COLUMN_FIELD + 3)
+        row1, column1 = tl.load(adapter_ptr + ROW_FIELD + 3), tl.load(adapter_ptr + COLUMN_FIELD + 3)
     if MODULES > 2:
-        row2, column2 = tl.load(slot_ptr + ROW_FIELD + 6), tl.load(slot_ptr + COLUMN_FIELD + 6)
+        row2, column2 = tl.load(adapter_ptr + ROW_FIELD + 6), tl.load(adapter_ptr + COLUMN_FIELD + 6)
     rank0, rank1, rank2 = tl.where(row0 >= 0, rank, 0), tl.where(row1 >= 0, rank, 0), tl.where(row2 >= 0, rank, 0)
     i_rank = tl.program_id(2) * RANK
     o_r = i_rank + tl.arange(0, RANK)
     first_block = tl.program_id(1) * split_blocks
     end_block = min(first_block + split_blocks, tl.cdiv(num_inner, BK))
     end_block = tl.where(i_rank < rank, end_block, first_block)
-    scale = tl.load(scales_ptr + slot)
+    scale = tl.load(scales_ptr + adapter)
     o_row = first + tl.arange(0, BM)
     m_row = o_row < end
     if DROPOUT:
         b_keys = tl.load(keys_ptr + o_row, m_row, 0).to(tl.uint32, bitcast=True)
-        threshold = tl.load(slot_ptr + 1).to(tl.uint32)
+        threshold = tl.load(adapter_ptr + 1).to(tl.uint32)
     b_acc0 = tl.zeros([BM, RANK], tl.float32)
     if MODULES > 1:
         b_acc1 = tl.zeros([BM, RANK], tl.float32)
@@ -180,7 +180,7 @@ def _launch(value, lora, out, group, route, row_field, column_field, num_modules
         boxes = ([config.rows, config.inner], [rank, config.inner])
         tensors = tuple(TensorDescriptor.from_tensor(t, box) for t, box in zip(tensors, boxes, strict=True))
     _down_kernel[(num_items, num_splits, num_ranks)](
-        *tensors, out, partial, route.counters(num_items * num_ranks), route.items(config.rows), group.slot_table,
+        *tensors, out, partial, route.counters(num_items * num_ranks), route.items(config.rows), group.adapter_table,
         group.scale_table, route.row_keys,
         num_rows, num_inner, split_blocks, value.stride(0), lora.stride(0), out.stride(0), first_feature,
         ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=config.rows, BK=config.inner, RANK=rank,

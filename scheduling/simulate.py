@@ -1,4 +1,4 @@
-"""Replay 1F1B in time: when each stage does what, with a cost per stage and slot and a time per hop between stages.
+"""Replay 1F1B in time: the start and end of every action, from a cost per stage and slot and a time per hop between stages.
 
 This is the slow, obvious twin of timing.py (which knows equal stages and no hops) and the source of predictions: makespan, bubbles,
 progress of every job, and a timeline in Chrome trace format (opens in Perfetto).
@@ -50,7 +50,7 @@ class Timeline:
         return sum(event.end_s - event.start_s for event in self.events if event.stage == stage)
 
     def bubble(self, stage: int) -> float:
-        """Return the share of the makespan that a stage waits."""
+        """Return the share of the makespan in which a stage waits."""
         return 1 - self.busy_s(stage) / self.makespan_s if self.makespan_s else 0.0
 
     @property
@@ -106,7 +106,7 @@ def _per_stage(times: Times | Sequence[float], num_stages: int) -> Times:
 
 
 def _arrival(done: dict[tuple[Op, int, int], float], op: Op, stage: int, slot: int, num_stages: int, hop_s: float) -> float | None:
-    """Return when the input of an action is there, None while it is unknown."""
+    """Return when the input of an action arrives, None while that is unknown."""
     if op is Op.BACKWARD:
         key, hop = ((op, stage + 1, slot), hop_s) if stage + 1 < num_stages else ((Op.FORWARD, stage, slot), 0.0)
     elif stage:
@@ -140,7 +140,7 @@ def simulate_runs(
 ) -> tuple[Stream, Timeline]:
     """Run streams one after another with a flush between; returns them as one stream and timeline.
 
-    Each run is (stream, forward) or (stream, forward, backward), times, delay, hop and step as simulate() takes them.
+    Each run is (stream, forward) or (stream, forward, backward), times, delay, hop and step as for simulate().
     """
     joined: list[Microbatch] = []
     events: list[Event] = []

@@ -1,7 +1,7 @@
 """Draws what a run did on each pipeline stage, from its timeline.json and the plan that it executed.
 
 One row per stage. A box is the forward (upper half) or backward (lower half) of one microbatch; its colours are the jobs whose
-tokens it holds, in proportion. A tick is a job's optimizer step. What is left white, the stage waited.
+tokens it holds, in proportion. A tick is a job's optimizer step. White means that the stage waited.
 
     python scripts/plot_timeline.py runs/quickstart-1 --from 0 --until 30 --output timeline.png
 """
@@ -91,7 +91,7 @@ def main() -> None:
     end = max(span[3] + span[4] for span in spans)
     axes.set(xlim=(arguments.first_s, min(arguments.last_s, end)), ylim=(-num_stages * ROW + 0.5, 0.5), xlabel="seconds")
     ticks = [(-stage * ROW + side, f"stage {stage} {what}") for stage in range(num_stages) for side, what in ((0.25, "F"), (-0.25, "B"))]
-    axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
+    axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks])
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
     figure.legend(handles=handles, ncols=min(len(names), 6), loc="upper center", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

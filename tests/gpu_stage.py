@@ -39,16 +39,16 @@ def one_backward(directory, backends: Backends, recompute: str) -> dict:
     )
     attach_adapters(stage.linears, 1, dropout=0.25)
     for linear in stage.linears:
-        group = linear.group
-        linear.group = LoraGroup(
+        group = linear.adapters
+        linear.adapters = LoraGroup(
             a_RK=group.a_RK.bfloat16().cuda(),
             b_RN=tuple(b.bfloat16().cuda() for b in group.b_RN),
             grad_a_RK=group.grad_a_RK.cuda(),
             grad_b_RN=tuple(grad.cuda() for grad in group.grad_b_RN),
-            **{name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "slots", "first_feature")},
+            **{name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "adapters", "first_feature")},
         )
     microbatch = to_gpu(stage_input((5, 22, 1, 16), architecture.vocab_size, ((2, 9, 1), (9, 40, 0))))
     losses = stage.losses(stage(microbatch), microbatch.labels)
     (losses * microbatch.weights).sum().backward()
-    grads = [grad for linear in stage.linears for grad in (linear.group.grad_a_RK, *linear.group.grad_b_RN)]
+    grads = [grad for linear in stage.linears for grad in (linear.adapters.grad_a_RK, *linear.adapters.grad_b_RN)]
     return {"losses": losses.detach().cpu(), "gradients": torch.cat([grad.flatten() for grad in grads]).cpu()}

@@ -1,19 +1,24 @@
 """The order in which a job consumes its samples: a pure function of seed, epoch and number of samples.
 
-Epoch e visits the samples in ascending order of hash(seed, e, index), so a sample's place depends on nothing that a run can change
-(neighbours, ranks, list position, a library's random stream). An epoch's last global batch is smaller where the batch size does
-not divide the number of samples, and no global batch crosses an epoch's border.
+Epoch e visits the samples in ascending order of hash(seed, e, index), so a sample's position
+depends on nothing else: not on other jobs, ranks, the job's position in the config or a library's
+random stream. An epoch's last global batch is smaller where the batch size does not divide the
+number of samples, and no global batch holds samples of two epochs.
 
     job_steps(num_samples=5, global_batch_size=2, num_epochs=1, max_steps=None, shuffle=False, seed=0)
         == (((0, 0), (0, 1)), ((0, 2), (0, 3)), ((0, 4),))
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_lora.data.samples import Sample
+if TYPE_CHECKING:  # the checks count steps before they load a tokenizer's library
+    from megatron_lora.data.samples import Sample
 
 Steps = tuple[tuple[tuple[int, int], ...], ...]
 
@@ -21,7 +26,8 @@ Steps = tuple[tuple[tuple[int, int], ...], ...]
 def job_steps(num_samples: int, global_batch_size: int, num_epochs: int, max_steps: int | None, shuffle: bool, seed: int) -> Steps:
     """List a job's steps; each is its global batch as (epoch, index into the job's samples) pairs.
 
-    `max_steps` overrides `num_epochs`: it cuts the last epoch or adds epochs. `shuffle` False keeps the samples' own order.
+    `max_steps` overrides `num_epochs`: it cuts the last epoch or adds epochs. `shuffle` False keeps
+    the samples' own order.
     """
     assert num_samples > 0 and global_batch_size > 0 and num_epochs > 0, (num_samples, global_batch_size, num_epochs)
     num_steps = count_steps(num_samples, global_batch_size, num_epochs, max_steps)
@@ -54,15 +60,15 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobRows:
-    """A job's samples in the order of its steps."""
+class JobSamples:
+    """A job's samples, and which of them each step takes."""
 
     seed: int
     samples: Sequence[Sample]
     steps: Sequence[Sequence[tuple[int, int]]]  # [step][k] = (epoch, index into samples)
 
     def lengths(self) -> list[list[int]]:
-        """Tokens of each sample, [step][k]: what the planner sees."""
+        """Tokens of each sample, [step][k], for the planner."""
         return [[len(self.samples[index].tokens) for _, index in step] for step in self.steps]
 
     def num_targets(self, step: int) -> int:
@@ -71,9 +77,9 @@ class JobRows:
 
 
 def target_share(jobs: Iterable[tuple[Sequence[Sample], Steps]]) -> float:
-    """Return which share of the tokens that a run trains on are targets, the only rows that the head computes.
+    """Return the share of a run's tokens that are targets, the only rows that the head computes.
 
-    Of each job its samples and steps; a sample counts as often as the steps visit it.
+    `jobs`: the samples and steps of each job; a sample counts as often as the steps visit it.
     """
     num_targets = num_tokens = 0
     for samples, steps in jobs:

@@ -1,11 +1,13 @@
-"""Attention over packed samples, for megatron-core's attention slots.
+"""Attention over packed samples, in place of megatron-core's self-attention and core attention.
 
-`MergedSelfAttention` is Megatron's self-attention with `linear_qkv` laid out as q | k | v (Megatron interleaves them per group of query
-heads), so that each module's adapter writes contiguous columns; it turns q and k by their position in their sample. `PackedAttention` is
-its core: every row sees the rows of its own sample up to itself (and no further back than the layer's sliding window). Rows of different
-samples never meet. On CUDA in 16 bit this is cuDNN's where the stage has it (cudnn_attention.py), or torch's variable-length flash
-attention; else one scaled-dot-product call per sample. Shapes of a call: q [T, heads, d], k and v [T, kv heads, d], out [T, heads * d].
-`fault_of` tries an attention on a device against the last of these in float32.
+`MergedSelfAttention` is Megatron's self-attention with `linear_qkv` laid out as q | k | v, so that each
+module's adapter writes contiguous columns (Megatron interleaves them per group of query heads). It also
+applies the rotary embedding, by a row's position in its sample. `PackedAttention` is the core attention:
+a row attends to the rows of its own sample up to itself, within the layer's sliding window. On CUDA in
+16 bits it calls cuDNN's attention where the stage has set it (cudnn_attention.py), or torch's
+variable-length flash attention; otherwise scaled-dot-product attention once per sample. `fault_of`
+compares an attention on a device with the latter in float32. Shapes: q [T, heads, d], k and v
+[T, kv heads, d], out [T, heads * d].
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ _TRIED_LENGTHS = (70, 1, 130)  # of the samples that an attention is tried on
 
 @dataclass
 class PackedRows(PackedSeqParams):
-    """What Megatron hands through to the core attention: the packing of the microbatch and its rotary table (cos, sin).
+    """What Megatron passes on to the core attention: the microbatch's packing and its rotary table (cos, sin).
 
-    `offsets` is what the first layer's attention has made of the packing for all of them.
+    `offsets` is computed from the packing by the first layer's attention, for all layers.
     """
 
     packing: Packing | None = None
@@ -46,7 +48,7 @@ class MergedSelfAttention(SelfAttention):
     """Megatron's self-attention over a `linear_qkv` whose columns are q | k | v of this rank's heads."""
 
     def forward(self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None) -> Tensor:
-        """Return [T_local, 1, H] from normed hidden states [T_local, 1, H], which `refill` brings back where they are not kept."""
+        """Return [T_local, 1, H] for normed hidden states [T_local, 1, H]; with `refill`, linear_qkv does not keep them for backward."""
         qkv, _ = self.linear_qkv(hidden_states, refill=refill)
         norms = None
         if self.config.qk_layernorm:
@@ -59,9 +61,9 @@ class MergedSelfAttention(SelfAttention):
 
 
 class PackedAttention(torch.nn.Module):
-    """The core attention of one layer: causal within samples. `attend` is set by the stage where others' kernels do it."""
+    """The core attention of one layer: causal within samples."""
 
-    attend: Callable[[Tensor, Tensor, Tensor, PackedRows, float, int | None], Tensor] | None = None
+    attend: Callable[[Tensor, Tensor, Tensor, PackedRows, float, int | None], Tensor] | None = None  # set by the stage
 
     def __init__(self, config, layer_number: int, softmax_scale: float | None = None, **_):
         super().__init__()
@@ -69,7 +71,7 @@ class PackedAttention(torch.nn.Module):
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
-        """Return [T, heads * d]. The other arguments of Megatron's protocol say nothing here: the packing is the mask."""
+        """Return [T, heads * d]. Megatron's other arguments are not used: the packing defines the mask."""
         if self.attend is not None:
             return self.attend(query, key, value, packed_seq_params, self.scale, self.window).flatten(1)
         attend = varlen_attention if can_varlen(query) else per_sample_attention
@@ -77,7 +79,7 @@ class PackedAttention(torch.nn.Module):
 
 
 def can_varlen(query: Tensor) -> bool:
-    """Tell whether flash attention takes this device, dtype and head size."""
+    """Return whether flash attention supports this device, dtype and head size."""
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
 
@@ -102,7 +104,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 
 
 def per_sample_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
-    """Attend with one scaled-dot-product call per sample: the obvious twin of `varlen_attention`, for CPU and fp32."""
+    """Attend with one scaled-dot-product call per sample: for CPU and fp32, and the reference of `varlen_attention`."""
     outs = []
     for q, k, v in zip(*(x.transpose(0, 1).split(packing.lengths, dim=1) for x in (query, key, value)), strict=True):
         length = q.shape[1]
@@ -129,9 +131,10 @@ def fault_of(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str:
-    """Try an attention of 16 bits on a device, forward and backward; return what is wrong with it in a line, or nothing.
+    """Try an attention on a device, forward and backward; return its fault in one line, or "" if it works.
 
-    `windows` has the sliding window of every layer (None: all is seen); each kind is compared with one call per sample in float32.
+    `windows` has the sliding window of every layer (None: no window). Each distinct window is tried, and
+    compared with `per_sample_attention` in float32.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return "it takes 16 bits alone"
@@ -149,7 +152,7 @@ def fault_of(
     for window in sorted(set(windows), key=str):
         try:
             ours = gradients(lambda *x, w=window: (attend(*x, packing, scale, w),), (q, k, v), (d_out,))
-        except (RuntimeError, ValueError, AssertionError) as error:  # whatever it is, torch's attention takes its place
+        except (RuntimeError, ValueError, AssertionError) as error:  # whatever the fault, torch's attention takes its place
             return first_line(error)
         exact = gradients(
             lambda *x, w=window: (per_sample_attention(*x, packing, scale, w),),

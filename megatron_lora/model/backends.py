@@ -1,13 +1,14 @@
-"""What computes a run on a machine: the rules, as functions of plain facts, for the checks, the trainer and `doctor`.
+"""Chooses the libraries that compute norms and attention. Plain functions, which the checks, the trainer and `doctor` share.
 
-    backend: auto     our kernels, and cuDNN's attention where nvidia-cudnn-frontend is installed and it works on this GPU, else torch's
-                      variable-length attention; Transformer Engine's attention where a GPU's torch has none
-             torch    our kernels and torch's attention
-             te       Transformer Engine's norms, and its attention where its cuDNN runs it on this GPU, forward and backward
+    backend: auto     our norms and, on a GPU, cuDNN's attention if nvidia-cudnn-frontend is installed and it works there, else torch's
+                      variable-length attention; Transformer Engine's attention if torch has none
+             torch    our norms and torch's attention
+             te       Transformer Engine's norms, and its attention if it runs on this GPU, forward and backward
 
-Ours come first: they add the residual inside the norm and make a norm's output again inside its backward, which Transformer Engine's
-do in passes of their own. Linears are ours whatever stands here. Whether cuDNN's or Transformer Engine's attention works is not known
-from versions: it is tried once, at start-up, on the device (`fall_back`), and what fails is said and replaced.
+Our norms are the default because they add the residual, and recompute their output in backward, in one
+kernel; Transformer Engine needs several. Linears are always ours. Versions do not tell whether cuDNN's or
+Transformer Engine's attention runs on a GPU, so it is tried once at start-up. If it fails, torch's takes
+its place, and a line says so (`fall_back`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ATTENTION = {"torch": "torch's", "te": "Transformer Engine's", "cudnn": "cuDNN's
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """The facts that rules look at: the GPU's compute capability (None: no GPU), and what is installed."""
+    """What the choice depends on: the GPU's compute capability (None: no GPU), and what is installed."""
 
     capability: tuple[int, int] | None
     varlen: bool = True  # torch has variable-length attention
@@ -40,7 +41,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Backends:
-    """Who makes the norms between layers ("ours" or "te") and the attention ("torch", "te" or "cudnn")."""
+    """The library that computes the norms between layers ("ours" or "te") and the attention ("torch", "te" or "cudnn")."""
 
     norms: str = "ours"
     attention: str = "torch"
@@ -50,7 +51,7 @@ OURS = Backends()
 
 
 def this_machine() -> Machine:
-    """Look at this machine; imports torch, not Transformer Engine."""
+    """Return the facts of this machine; imports torch, not Transformer Engine."""
     import torch
 
     return Machine(
@@ -62,7 +63,7 @@ def this_machine() -> Machine:
 
 
 def choose(backend: str, machine: Machine) -> Backends:
-    """Return what a run with `backend` uses on a machine. Raises UserError where that is not there."""
+    """Return what a run with `backend` uses on a machine. Raises UserError if the machine lacks it."""
     if backend == "te":
         if machine.capability is None:
             raise UserError("backend: 'te' is Transformer Engine, which needs a CUDA GPU, and none is visible; use auto")
@@ -79,7 +80,7 @@ def choose(backend: str, machine: Machine) -> Backends:
 
 
 def check_backends(config: RunConfig, machine: Machine | None = None) -> None:
-    """Check that this machine has what `backend` and `base_weights` ask for; imports Transformer Engine where it is to be used."""
+    """Raise UserError if this machine lacks what `backend` or `base_weights` need; imports Transformer Engine if it is used."""
     machine = machine or this_machine()
     if "te" in dataclasses.astuple(choose(config.backend, machine)):
         import_engine(config.backend)
@@ -91,11 +92,11 @@ def check_backends(config: RunConfig, machine: Machine | None = None) -> None:
 
 
 def import_engine(backend: str) -> ModuleType:
-    """Return transformer_engine.pytorch, its plain-torch attention, which holds T x T scores, ruled out.
+    """Return transformer_engine.pytorch, with its plain-torch attention disabled, which would hold T x T scores.
 
-    Raises UserError in one line where it does not load: its parts fit one torch and one CUDA alone.
+    Raises UserError if it does not load: a build of it fits one version of torch and of CUDA alone.
     """
-    import torch  # noqa: F401  brings the libraries that Transformer Engine looks for
+    import torch  # noqa: F401  loads the libraries that Transformer Engine links to
 
     os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
     try:
@@ -108,7 +109,7 @@ def import_engine(backend: str) -> ModuleType:
 
 
 def _check_harmless(found: str) -> None:
-    """Check that megatron-core can be imported beside Transformer Engine: it does without one that raises ImportError, and no other."""
+    """Raise UserError if an unused Transformer Engine breaks the import of megatron-core, which ignores its ImportErrors alone."""
     import torch  # noqa: F401
 
     try:
@@ -129,9 +130,9 @@ def first_line(error: BaseException) -> str:
 
 
 def fall_back(backends: Backends, machine: Machine, fault: str) -> tuple[Backends, str]:
-    """Return what is left after another's attention was tried, and a line for the user; `fault` is empty where it worked.
+    """Return the backends after their attention was tried, and a line for the user; `fault` is empty if it worked.
 
-    Raises UserError where nothing takes its place.
+    Raises UserError if torch has no attention to take its place.
     """
     name = ATTENTION[backends.attention]
     if not fault:

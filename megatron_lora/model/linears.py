@@ -1,7 +1,8 @@
-"""The multi-LoRA column- and row-parallel linears, and the table of collectives around them.
+"""Megatron's column- and row-parallel linears with a frozen weight and the LoRA adapters of many jobs.
 
-Both are megatron-core's own layers with a frozen weight and another forward: `fused_ops.linear.multi_lora_linear` with the collectives
-that the kind of parallelism asks for. T rows, t tensor ranks; "shard" is this rank's T / t rows under sequence parallelism.
+Both are megatron-core's own layers with another forward: `fused_ops.linear.multi_lora_linear` computes
+Y = X W^T + bias and adds to each segment's rows the LoRA term of its job's adapter; its backward
+accumulates dA and dB. The microbatch's route says which rows are whose. Collectives around it:
 
     |                  | before the GEMM | after it (Y)       | backward, before (dY) | after it (dX)      | dS for dA          |
     | column           |                 |                    |                       | all-reduce         |                    |
@@ -9,9 +10,17 @@ that the kind of parallelism asks for. T rows, t tensor ranks; "shard" is this r
     | row              |                 | all-reduce         |                       |                    |                    |
     | row, sequence    |                 | reduce-scatter     | all-gather rows       |                    |                    |
 
-A merged linear holds its modules' output columns side by side on every rank: q | k | v of this rank's heads, gate | up of its features.
-The microbatch's route comes through the stage's `Binding`, which is set for the length of one forward (`Binding.bound`). With a `Refill`
-a linear does not keep its input: the norm or SwiGLU that made it makes it again in backward. `quantise` puts the frozen weight in 8 bits.
+(dS is the gradient of S = X A^T: with rows sharded, dA needs dS of this rank's rows, summed over ranks.)
+
+Words: a *module* is a projection that PEFT targets (q_proj); a *linear* is Megatron's layer, which
+merges one to three modules. A linear holds its modules' output columns side by side on every rank:
+q | k | v of this rank's heads (not interleaved as in Megatron), gate | up of its features. Every module
+keeps an A and a B of its own, so adapters are those of the unmerged model.
+
+How the linear gets what Megatron does not pass it. Its adapters are views of the arena's buffers, which
+the arena sets (`adapters`). The route comes from the stage's `Binding`, which holds the current
+microbatch for the duration of a forward. With a `Refill` (recompute: cheap) the linear does not keep X
+for backward: the norm or SwiGLU that made X computes it again in its own backward, then dA is computed.
 """
 
 from __future__ import annotations
@@ -37,7 +46,7 @@ from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGeometry:
-    """What adapters need to know of a merged linear on this rank: per module its Hugging Face path and local output features."""
+    """The shape of a linear on this rank, and of the modules that it merges. "Local" counts are this rank's shard."""
 
     modules: tuple[str, ...]  # ("q_proj", "k_proj", "v_proj")
     paths: tuple[str, ...]  # ("model.layers.0.self_attn.q_proj", ...)
@@ -53,7 +62,7 @@ class LinearGeometry:
 
 
 class Binding:
-    """The microbatch that a stage is computing now; one per stage, shared by its linears, set by `bound` alone."""
+    """The microbatch that a stage is computing. A stage has one Binding, which all its linears share; only `bound` sets it."""
 
     __slots__ = ("microbatch",)
 
@@ -62,7 +71,7 @@ class Binding:
 
     @contextlib.contextmanager
     def bound(self, microbatch: StageInput | None) -> Iterator[None]:
-        """Bind a microbatch to the stage's linears for the length of one forward, or of its recomputation."""
+        """Give the stage's linears this microbatch, for the duration of one forward or of its recomputation."""
         before, self.microbatch = self.microbatch, microbatch
         try:
             yield
@@ -71,25 +80,31 @@ class Binding:
 
 
 class _MultiLora:
-    """What the two layers share: geometry, the adapters' views (set by the arena), and the forward over [T, 1, K]."""
+    """What the column- and the row-parallel layer share: geometry, adapters, and the forward over [T, 1, K]."""
 
-    group: LoraGroup | None
+    adapters: LoraGroup | None  # of all jobs; None: the base model alone
     binding: Binding
     geometry: LinearGeometry
-    weight_in_8_bits: Fp8Weight | None = None
-    operator = staticmethod(multi_lora_linear)  # computes Y; a benchmark gives a linear another one with the same arguments
+    weight_in_8_bits: Fp8Weight | None = None  # takes the place of `weight` after `quantise`
+    operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
 
     def _setup(self, config, role: str, parallel: str, collectives: tuple[type[Collectives], type[Collectives]]) -> None:
-        self.group, self.role, self.parallel = None, role, parallel
+        """Freeze the parameters; `role` is Megatron's name ("qkv", "proj", "fc1", "fc2"), `collectives` those without and with sequence
+        parallelism."""
+        self.adapters = None
+        self.role = role
+        self.parallel = parallel
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         plain, sequence = collectives
-        alone = self.tp_group.size() == 1
-        self.collectives = Collectives() if alone else (sequence if config.sequence_parallel else plain)(self.tp_group)
+        if self.tp_group.size() == 1:
+            self.collectives = Collectives()  # does nothing
+        else:
+            self.collectives = (sequence if config.sequence_parallel else plain)(self.tp_group)
 
-    def place(self, layer: int, binding: Binding) -> None:
-        """Tell the linear which layer (from 0, of the whole model) it belongs to and where its microbatch comes from."""
+    def set_layer(self, layer: int, binding: Binding) -> None:
+        """Set the layer (its index in the complete model) that the linear belongs to, and the source of its microbatches."""
         architecture, ranks, rank = self.config.architecture, self.tp_group.size(), self.tp_group.rank()
         modules = MERGED_LINEARS[self.role]
         sizes = [architecture.module_sizes[module] for module in modules]
@@ -106,7 +121,7 @@ class _MultiLora:
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 
     def quantise(self) -> None:
-        """Keep the frozen weight in 8 bits from now on (fused_ops.fp8). Raises UserError where it is not finite."""
+        """Replace the frozen weight by one in 8 bits (fused_ops.fp8). Raises UserError where it is not finite."""
         try:
             self.weight_in_8_bits = quantise_weight(self.weight.detach())
         except ValueError as error:
@@ -117,7 +132,7 @@ class _MultiLora:
         microbatch = self.binding.microbatch
         assert microbatch is not None, f"{self.geometry.paths[0]}: no microbatch is bound; call the stage, or enter Stage.bound"
         weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits
-        return self.operator(x.squeeze(1), weight, bias, self.group, microbatch.route, self.collectives, refill=refill)
+        return self.operator(x.squeeze(1), weight, bias, self.adapters, microbatch.route, self.collectives, refill=refill)
 
 
 class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
@@ -129,7 +144,7 @@ class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
         self._setup(config, tp_comm_buffer_name, "column", (ColumnCollectives, ColumnSequenceCollectives))
 
     def forward(self, input_: Tensor, refill: Refill | None = None) -> tuple[Tensor, None]:
-        """Return Y with its bias added, and None in the place of a bias to add later."""
+        """Return Y with its bias added, and None: Megatron adds a bias returned here, and there is none to add."""
         return self._apply_linear(input_, self.bias, refill).unsqueeze(1), None
 
 
@@ -142,7 +157,7 @@ class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
         self._setup(config, tp_comm_buffer_name, "row", (RowCollectives, RowSequenceCollectives))
 
     def forward(self, input_: Tensor, refill: Refill | None = None) -> tuple[Tensor, None]:
-        """Return Y with its bias added once, after the reduction, and None in the place of a bias to add later."""
+        """Return Y with its bias added once, after the reduction, and None: Megatron has no bias to add."""
         y = self._apply_linear(input_, None, refill)
         return (y if self.bias is None else y + self.bias).unsqueeze(1), None
 
@@ -151,6 +166,6 @@ MultiLoraLinear = MultiLoraColumnParallelLinear | MultiLoraRowParallelLinear
 
 
 def freeze(module: torch.nn.Module) -> None:
-    """Stop gradients to all parameters of a module."""
+    """Set requires_grad to False for all parameters of a module."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)

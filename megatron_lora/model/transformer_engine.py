@@ -1,9 +1,10 @@
-"""Transformer Engine's RMSNorm and attention in Megatron's slots, with the calls of ours (norm.py, attention.py).
+"""Transformer Engine's RMSNorm and attention, with the interfaces of ours (norm.py, attention.py).
 
-`EngineNorm` adds the residual in a pass of its own; with a Refill its backward runs the norm again, gives the output to the linear that
-waits for it, and goes back through that run. `EngineAttention` takes packed samples ("thd"), causal, with sliding windows.
-Transformer Engine, which `backends.import_engine` has loaded by then, picks among its own kernels.
-`attention_fault` tries the attention forward and backward on a device: which of its cuDNN's engines run is not told by versions.
+`EngineNorm` adds the residual in a separate kernel. With a Refill its backward runs the norm again, gives
+the output to the linear that waits for it, and then runs that norm's backward. `EngineAttention` takes
+packed samples ("thd"), causal, with sliding windows. Transformer Engine chooses among its own kernels;
+`backends.import_engine` has loaded it before. `attention_fault` tries the attention forward and backward
+on a device, because versions do not tell which of cuDNN's attention kernels run there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron_lora.model.attention import PackedRows, fault_of
 
 
 class EngineNorm(torch.nn.Module):
-    """One frozen weight [hidden_size] in Transformer Engine's RMSNorm; built as Megatron builds norms."""
+    """Transformer Engine's RMSNorm with a frozen weight [hidden_size]; its arguments are those of Megatron's norms."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
@@ -39,13 +40,13 @@ class EngineNorm(torch.nn.Module):
         return self.norm(x)
 
     def add(self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None) -> tuple[Tensor, Tensor]:
-        """Return the normalised x (+ residual), and the sum itself, which goes on along the residual stream."""
+        """Return the normalised sum x + residual, and the sum itself, the new residual. With `refill`, backward recomputes the former."""
         total = x if residual is None else x + residual
-        return (self.norm(total) if refill is None else _NormAgain.apply(total, self.norm, refill)), total
+        return (self.norm(total) if refill is None else _RecomputedNorm.apply(total, self.norm, refill)), total
 
 
-class _NormAgain(torch.autograd.Function):
-    """A norm that keeps its input alone and in backward gives its output to a Refill."""
+class _RecomputedNorm(torch.autograd.Function):
+    """A norm that keeps only its input; its backward recomputes the output and gives it to a Refill."""
 
     @staticmethod
     def forward(ctx, x, norm, refill):
@@ -73,7 +74,7 @@ class EngineAttention(torch.nn.Module):
         self.attention = make_attention(heads, kv_heads, config.kv_channels, scale)
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
-        """Return [T, heads * d]. The other arguments of Megatron's protocol say nothing here: the packing is the mask."""
+        """Return [T, heads * d]. Megatron's other arguments are not used: the packing defines the mask."""
         return attend(self.attention, query, key, value, packed_seq_params.packing, self.window)
 
 
@@ -107,7 +108,7 @@ def attend(attention: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor
 def attention_fault(
     heads: int, kv_heads: int, head_dim: int, windows: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
 ) -> str:
-    """Try Transformer Engine's attention on a device; return what is wrong with it in a line, or nothing."""
+    """Try Transformer Engine's attention on a device; return its fault in one line, or "" if it works."""
 
     def tried(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
         attention = make_attention(heads, kv_heads, head_dim, scale)

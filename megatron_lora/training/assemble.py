@@ -1,4 +1,4 @@
-"""Puts a rank's parts together: its backends, the arena of its adapters, its executor."""
+"""Assembles a rank's parts: its backends, the arena of its adapters, its executor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_lora.config.schema import ParallelConfig, RunConfig
 from megatron_lora.data.collate import collate, num_rows
-from megatron_lora.data.steps import JobRows
+from megatron_lora.data.steps import JobSamples
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.model import cudnn_attention, transformer_engine
 from megatron_lora.model.adapter_arena import AdapterSpec, Arena
@@ -23,7 +23,10 @@ from scheduling.types import Microbatch
 
 
 def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Backends:
-    """Return what computes this rank's norms and attention; another's attention is tried first, and the first rank says how."""
+    """Return which libraries compute this rank's norms and attention (backends.py).
+
+    cuDNN's or Transformer Engine's attention is tried on this device before it is used; the first rank prints the result.
+    """
     machine = this_machine()
     backends = choose(config.backend, machine)
     if backends.attention == "torch":
@@ -43,7 +46,7 @@ def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.
 
 
 def make_arena(stage: Stage, parallel: ParallelConfig, adapters: Sequence[AdapterSpec]) -> Arena:
-    """Give the stage's linears their adapters, one slot per job, all zero."""
+    """Give the stage's linears an arena of zero adapters; the adapter of job j lies in row j."""
     return Arena(
         stage.linears,
         adapters,
@@ -60,13 +63,13 @@ def make_executor(
     links: Links,
     layout: MessageLayout,
     *,
-    rows: Sequence[JobRows],
+    rows: Sequence[JobSamples],
     optimizers: Sequence[StageOptimizer],
     on_step: Callable[[StepDone], None],
     on_forward: Callable[[Microbatch], None],
     timeline: Timeline,
 ) -> Executor:
-    """Give this rank its part: its stage at its place, connected to its neighbours."""
+    """Make the executor of this rank's stage."""
     multiple = parallel.tensor if parallel.sequence else 1
     return Executor(
         stage,

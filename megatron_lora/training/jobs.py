@@ -8,21 +8,21 @@ from pathlib import Path
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData, load_jobs_data
-from megatron_lora.data.steps import JobRows, job_steps
+from megatron_lora.data.steps import JobSamples, job_steps
 from megatron_lora.errors import UserError
 from megatron_lora.model.adapter_arena import AdapterSpec
 from megatron_lora.training.optimizer import OptimizerSettings
 
-MOST_VISITS = 50_000_000  # samples of one job's steps, each of which takes about 100 bytes on every rank
+MOST_VISITS = 50_000_000  # samples over all of a job's steps (a sample counts once per epoch); each takes about 100 bytes on every rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingJob:
-    """A job with its data read and its steps laid out."""
+    """A job with its samples, and which of them each step takes."""
 
     config: JobConfig
     data: JobData
-    rows: JobRows
+    rows: JobSamples
 
     @property
     def num_steps(self) -> int:
@@ -30,12 +30,12 @@ class TrainingJob:
         return len(self.rows.steps)
 
     def adapter(self) -> AdapterSpec:
-        """Return what the arena needs."""
+        """Return the settings that the arena needs."""
         c = self.config
         return AdapterSpec(r=c.r, scale=c.scale, dropout=c.lora_dropout, target_modules=frozenset(c.target_modules))
 
     def optimizer(self) -> OptimizerSettings:
-        """Return what the optimizer needs."""
+        """Return the settings that the optimizer needs."""
         c = self.config
         return OptimizerSettings(
             learning_rate=c.learning_rate,
@@ -51,17 +51,20 @@ class TrainingJob:
 
 
 def read_jobs(configs: Sequence[JobConfig], tokenizer, cache_dir: Path | None, vocab_size: int) -> tuple[TrainingJob, ...]:
-    """Tokenise every job's data (from the cache where it was before) and lay out its steps; UserError for data that cannot be used."""
+    """Tokenise every job's data, or read it from the cache, and choose the samples of its steps.
+
+    Raises UserError for data that cannot be used.
+    """
     jobs = []
     for c, data in zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True):
         _check_visits(c, len(data.samples))
         steps = job_steps(len(data.samples), c.global_batch_size, c.num_epochs, c.max_steps, c.shuffle, c.seed)
-        jobs.append(TrainingJob(config=c, data=data, rows=JobRows(seed=c.seed, samples=data.samples, steps=steps)))
+        jobs.append(TrainingJob(config=c, data=data, rows=JobSamples(seed=c.seed, samples=data.samples, steps=steps)))
     return tuple(jobs)
 
 
 def _check_visits(job: JobConfig, num_samples: int) -> None:
-    """Refuse a job that is longer than its steps can be laid out."""
+    """Raise UserError for a job with more steps than memory can list."""
     if job.max_steps is None:
         key, each = "num_epochs", num_samples
     else:

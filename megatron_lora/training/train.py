@@ -1,7 +1,14 @@
-"""The story of a run, top to bottom: what every rank does between the config and the exit status.
+"""A run from top to bottom: what every rank does between the config and the exit status.
 
-The data and the adapters' first values are functions of the config alone, so each rank makes its own; the plan comes from the first
-rank, window after window. The first rank (first stage, first tensor rank) reports and writes.
+The data and the adapters' initial values depend on the config alone, so each rank makes its own.
+The plan comes from the first rank, window after window. The first rank (global rank 0, which
+belongs to the first stage) also reports to the user and writes all files.
+
+The jobs that still have steps to take are numbered from 0 in the order of the config. `jobs`,
+`optimizers` and `resume_points` are lists in that order, and job j's adapter lies in row j of the
+arena. Ranks exchange three kinds of data, each kind over groups of its own: activations and
+gradients between stages (messages.py), sums over the ranks of one stage (StageGroups), and data of
+the host, over gloo: the plan (plan_feed.py), stop requests and the rest (`host_group`).
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.stage import build_stage
 from megatron_lora.output.run_directory import RunDirectory, job_states
-from megatron_lora.output.standing import Standing, standings
+from megatron_lora.output.standing import ResumePoint, resume_points
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import Position, initialize_parallel, pipelines, position_of, rank_timeout, stage_groups
@@ -39,36 +46,37 @@ from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import TrainingJob, read_jobs
 from megatron_lora.training.optimizer import JobOptimizer, StageGroups
 from megatron_lora.training.run_reporter import RunReporter
-from megatron_lora.training.saving import Saver, begin_job, writer
+from megatron_lora.training.saving import Saver, start_job, writer
 from megatron_lora.training.snapshots import SnapshotCollector
 from megatron_lora.training.stop_request import StopRequest
 from megatron_lora.training.warm_up import warm_up
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths
 
-LONGEST_WINDOW = timedelta(days=7)  # a rank may wait for the next plan while the others train by the last
+LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's group: receiving threads wait while a window is trained
 
 
 def run(config: RunConfig, stop: StopRequest) -> int:
-    """Train the jobs of a config that are not over as one of its ranks; return the run's exit status.
+    """Train a config's remaining jobs, as one rank of the run; return the run's exit status.
 
-    0: all are done; 3: some have failed; 75: stopped, as asked, with every job's state saved. The output directory exists already. Raises
-    UserError for wrong input.
+    A job remains when it is neither done nor failed. Status 0: all jobs are done; 3: some have failed;
+    75: the run was stopped on request, and the state of every unfinished job is saved. The output
+    directory must exist. Raises UserError for wrong input.
     """
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
-    host = dist.new_group(backend="gloo", timeout=rank_timeout())
+    host_group = dist.new_group(backend="gloo", timeout=rank_timeout())
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}[config.precision]
 
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
-    left = _left(config, host)
-    jobs = _read_jobs([job for job in config.jobs if job.name in left], model_dir, architecture.vocab_size, host)
-    begins = [left[job.config.name] for job in jobs]
-    share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    config, cost = resolve_together(config, architecture, [job.rows.lengths() for job in jobs], share, host)
+    remaining = _remaining_jobs(config, host_group)
+    jobs = _read_jobs([job for job in config.jobs if job.name in remaining], model_dir, architecture.vocab_size, host_group)
+    resume_points = [remaining[job.config.name] for job in jobs]
+    share_of_targets = target_share((job.rows.samples, job.rows.steps) for job in jobs)
+    config, cost = resolve_together(config, architecture, [job.rows.lengths() for job in jobs], share_of_targets, host_group)
     position = position_of(config.parallel)
-    feed = _plan(config, jobs, position, cost, [begin.step for begin in begins])
+    feed = _start_planning(config, jobs, position, cost, [point.step for point in resume_points])
 
     stage = build_stage(
         architecture,
@@ -83,20 +91,21 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         backends=choose_backends(config, architecture, dtype, device),
     )
     arena = make_arena(stage, config.parallel, [job.adapter() for job in jobs])
-    optimizers = _begin(arena, jobs, begins, config.parallel)
+    optimizers = _start_jobs(arena, jobs, resume_points, config.parallel)
 
-    with RunReporter(config, jobs, feed.leave, begins) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
-        collector = SnapshotCollector(arena, writer(config, jobs), host)
-        saver = Saver(jobs, optimizers, begins, collector)
-        unchecked = set(range(len(jobs)))  # jobs that have taken no step with a learning rate yet
+    with RunReporter(config, jobs, feed.remove, resume_points) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
+        collector = SnapshotCollector(arena, writer(config, jobs), host_group)
+        saver = Saver(jobs, optimizers, resume_points, collector)
+        unchecked = set(range(len(jobs)))  # jobs whose first update (learning rate above 0, finite norm) is still to come
 
         def on_step(done: StepDone) -> None:
             job, optimizer = jobs[done.job], optimizers[done.job]
+            # Reading the norm waits for the device, once per job.
             if done.job in unchecked and optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
                 unchecked.remove(done.job)
                 _warn_of_unmoved(job, optimizer)
-            if reporter is not None:
-                reporter.on_step(done, collector.written, wait=saver.checkpoints(done))  # what a checkpoint holds has been told of
+            if reporter is not None:  # a step that a checkpoint follows is reported before the checkpoint is written
+                reporter.on_step(done, collector.written, wait=saver.checkpoints(done))
             saver.on_step(done)
 
         if on_gpu:
@@ -114,8 +123,8 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
             timeline=timeline,
         )
-        agreement = dist.new_group(backend="gloo", timeout=rank_timeout())
-        executor.run(until_stopped(feed, stop, agreement, position.num_stages, position.lag))
+        stop_group = dist.new_group(backend="gloo", timeout=rank_timeout())
+        executor.run(until_stopped(feed, stop, stop_group, position.num_stages, position.lag))
         feed.close()
         if reporter is not None:
             reporter.flush()
@@ -123,33 +132,38 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         collector.finish()
         if reporter is not None:
             reporter.finish(collector.written, stopped=stopped)
-    _save_timeline(config, timeline, position, host)
+    _save_timeline(config, timeline, position, host_group)
     if stopped:
         return 75
     return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
 
 
-def _left(config: RunConfig, host: dist.ProcessGroup) -> dict[str, Standing]:
-    """Return the jobs that are not over and where each goes on, as the first rank finds them in the output directory."""
-    found: list = [standings(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
-    dist.broadcast_object_list(found, 0, group=host)
+def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[str, ResumePoint]:
+    """Return name -> where the job resumes (its newest checkpoint, or its start) of the jobs that remain.
+
+    The first rank reads this from the output directory and sends it to the others.
+    """
+    found: list = [resume_points(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(found, 0, group=host_group)
     return found[0]
 
 
-def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, host: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
-    """Read the jobs' data, the first rank before the others, so that they find it in the cache."""
+def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, host_group: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
+    """Read the jobs' data, the first rank before the others, which then find the tokens in the cache."""
     tokenizer = load_tokenizer(model_dir)
     jobs = None
-    for turn in (True, False):
-        if (dist.get_rank() == 0) == turn:
+    for first_rank_reads in (True, False):
+        if (dist.get_rank() == 0) == first_rank_reads:
             jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size)
-        dist.barrier(group=host)
+        dist.barrier(group=host_group)
     assert jobs is not None
     return jobs
 
 
-def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost, first_steps: Sequence[int]) -> PlanFeed:
-    """Start to plan what is left of the jobs; the first windows are ready when the model is."""
+def _start_planning(
+    config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost, first_steps: Sequence[int]
+) -> PlanFeed:
+    """Start to plan the jobs' steps from `first_steps` on, in the background, while the model is built."""
     parallel = config.parallel
     settings = PlanSettings(
         num_stages=parallel.pipeline,
@@ -163,49 +177,51 @@ def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, co
     return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
 
 
-def _begin(arena: Arena, jobs: Sequence[TrainingJob], begins: Sequence[Standing], parallel: ParallelConfig) -> list[JobOptimizer]:
-    """Set each job's adapter and optimizer to where the job stands; returns the optimizers."""
+def _start_jobs(
+    arena: Arena, jobs: Sequence[TrainingJob], resume_points: Sequence[ResumePoint], parallel: ParallelConfig
+) -> list[JobOptimizer]:
+    """Make the jobs' optimizers, and load each adapter and optimizer state from where its job resumes."""
     groups = StageGroups(**stage_groups(parallel))
     optimizers = [JobOptimizer(arena, row, job.optimizer(), groups) for row, job in enumerate(jobs)]
-    for row, (job, standing) in enumerate(zip(jobs, begins, strict=True)):
-        begin_job(arena, row, job, standing, optimizers[row])
+    for row, (job, resume_point) in enumerate(zip(jobs, resume_points, strict=True)):
+        start_job(arena, row, job, resume_point, optimizers[row])
     return optimizers
 
 
 def _warn_of_unmoved(job: TrainingJob, optimizer: JobOptimizer) -> None:
-    """Say which B a job's first step has left where it was: its adapter would not train there."""
+    """Warn of modules whose B is still zero after the job's first update: no gradient reaches them."""
     unmoved = optimizer.unmoved()
     if unmoved:
         names = f"{', '.join(unmoved[:3])}{f' and {len(unmoved) - 3} more' if len(unmoved) > 3 else ''}"
         print(f"megatron-lora: warning: job {job.config.name}: B has not moved in its first step: {names}", file=sys.stderr)
 
 
-def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, host: dist.ProcessGroup) -> None:
-    """Collect the spans of all ranks and write them as one trace."""
+def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, host_group: dist.ProcessGroup) -> None:
+    """Collect the timed spans of all ranks on the first one, which writes them as one trace."""
     rank = dist.get_rank()
     events: list | None = [None] * dist.get_world_size() if rank == 0 else None
-    dist.gather_object(timeline.events(rank, position.stage), events, group=host)
+    dist.gather_object(timeline.events(rank, position.stage), events, group=host_group)
     if events is not None:
         write_timeline(Path(config.output_dir) / "timeline.json", events)
 
 
 def resolve_together(
-    config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host
+    config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host_group: dist.ProcessGroup
 ) -> tuple[RunConfig, SlotCost]:
-    """Settle a run's config, and the planner's weights, on the first rank for all of them; it tells and records what was chosen.
+    """Return the resolved config and the planner's cost model; the first rank makes both for all ranks.
 
-    `host` is a gloo group of all ranks. Other ranks of a run may have other memory: the first rank's decides.
+    It also prints and records what was chosen. Its own device's memory decides, also where other ranks
+    have more or less. `host_group` is a gloo group of all ranks; `lengths` and `target_share` are as in
+    planning.resolve.
     """
-    import torch.distributed as dist
-
     chosen: list = [None, None]
     if dist.get_rank() == 0:
         device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
         resolved = resolve(config, architecture, lengths, device, target_share)
         with RunDirectory.join(config) as directory:
-            directory.resolve(resolved)
+            directory.write_config(resolved)
         for line in [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]:
             print(line, flush=True)
         chosen = [resolved, planner_cost(resolved, architecture, device, target_share)]
-    dist.broadcast_object_list(chosen, 0, group=host)
+    dist.broadcast_object_list(chosen, 0, group=host_group)
     return chosen[0], chosen[1]

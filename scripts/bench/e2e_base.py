@@ -136,7 +136,7 @@ class Base:
         if self.links is None:
             self.links = connect(pipelines(self.parallel), layout, self.device)
         else:
-            self.links = self.links.again(layout)
+            self.links = self.links.reopened(layout)
         return self.links, layout
 
     def wait(self) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
 
 import oracle  # noqa: E402
-from living_run import FAILED, KILLED, STOOD_STILL, LivingRun  # noqa: E402
+from living_run import FAILED, HUNG, KILLED, LivingRun  # noqa: E402
 from model_shapes import write_config  # noqa: E402
 from one_line import OneLineParser, numbers, output_file, whole  # noqa: E402
 from several_runs import Run, chosen, machine  # noqa: E402
@@ -29,7 +29,7 @@ PATIENCE_S = 60
 LIMITS_S = {"killed": 60.0, "failing": 900.0, "still": PATIENCE_S + 60.0}  # a failing run's is from its start, the others' from the blow
 VICTIM = 1
 TOKENS_PER_WORD = 5  # at most: a space and "w119"
-LINES = {"killed": KILLED.format(VICTIM), "failing": FAILED, "still": STOOD_STILL.format(VICTIM)}
+LINES = {"killed": KILLED.format(VICTIM), "failing": FAILED, "still": HUNG.format(VICTIM)}
 
 
 def parser() -> OneLineParser:

@@ -29,7 +29,7 @@ def use_adapters(stage: Stage, kind: str) -> None:
     for linear in stage.linears:
         linear.operator = operator
         if kind == "none":
-            linear.group = None
+            linear.adapters = None
 
 
 def plain_lora_linear(

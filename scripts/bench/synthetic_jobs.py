@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data.samples import JobData, Sample
-from megatron_lora.data.steps import JobRows
+from megatron_lora.data.steps import JobSamples
 from megatron_lora.errors import UserError
 from megatron_lora.training.jobs import TrainingJob
 from scheduling.types import Lengths
@@ -111,5 +111,5 @@ def make_jobs(lengths: Lengths, configs: Sequence[JobConfig], vocab_size: int, c
                 tokens = generator.integers(0, vocab_size, length, dtype=np.int32)
                 samples.append(Sample(len(samples), tokens, targets))
         data = JobData(tuple(samples), 0, 0)
-        jobs.append(TrainingJob(config=config, data=data, rows=JobRows(seed=config.seed, samples=data.samples, steps=tuple(order))))
+        jobs.append(TrainingJob(config=config, data=data, rows=JobSamples(seed=config.seed, samples=data.samples, steps=tuple(order))))
     return tuple(jobs)

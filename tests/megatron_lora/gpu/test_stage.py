@@ -16,7 +16,7 @@ from tiny import random_factor, save_model
 from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
 from megatron_lora.data.collate import collate
 from megatron_lora.data.samples import Sample
-from megatron_lora.data.steps import JobRows
+from megatron_lora.data.steps import JobSamples
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import AdapterSpec, Arena
 from megatron_lora.model.stage import build_stage
@@ -47,14 +47,14 @@ def directory(request, tmp_path_factory):
     return path
 
 
-def job_rows(job: int) -> JobRows:
+def job_rows(job: int) -> JobSamples:
     """Return 8 samples of one job, two in each of its 4 steps."""
     generator = np.random.default_rng(job)
     samples = []
     for row in range(8):
         tokens = generator.integers(0, 61, generator.integers(3, 40)).astype(np.int32)
         samples.append(Sample(row, tokens, np.arange(len(tokens)) > 1))
-    return JobRows(seed=job, samples=samples, steps=[[(0, 2 * step), (0, 2 * step + 1)] for step in range(4)])
+    return JobSamples(seed=job, samples=samples, steps=[[(0, 2 * step), (0, 2 * step + 1)] for step in range(4)])
 
 
 class Scene:
@@ -69,10 +69,10 @@ class Scene:
             AdapterSpec(r=r, scale=2.0, dropout=p, target_modules=frozenset(TARGET_MODULES)) for r, p in zip((8, 20), DROPOUTS, strict=True)
         ]
         self.arena = Arena(self.stage.linears, specs, tensor_rank=0, tensor_ranks=1, dtype=dtype, device=self.device)
-        for slot, factors in enumerate(self.arena.factors):
+        for row, factors in enumerate(self.arena.factors):
             for factor in factors:
-                self.arena.view(factor, self.arena.master).copy_(random_factor(factor.path, factor.kind, slot, factor.r, factor.width))
-            self.arena.publish(slot)
+                self.arena.view(factor, self.arena.master).copy_(random_factor(factor.path, factor.kind, row, factor.r, factor.width))
+            self.arena.publish(row)
         self.rows = [job_rows(0), job_rows(1)]
         lengths = [rows.lengths() for rows in self.rows]
         self.stream = with_drain(plan_stream(lengths, 1, 80, 0), 1, 0)
@@ -87,7 +87,7 @@ class Scene:
             self.stage, Position(stage=0, num_stages=1, delay=0), Links(None, None, None, None),
             MessageLayout(max_endings=2, hidden_size=self.stage.architecture.hidden_size, dtype=self.dtype),
             load=self.load, num_rows=lambda microbatch: microbatch.num_tokens,
-            optimizers=[JobOptimizer(self.arena, slot, SETTINGS) for slot in range(2)],
+            optimizers=[JobOptimizer(self.arena, row, SETTINGS) for row in range(2)],
             on_step=self.steps.append, on_forward=lambda microbatch: None, timeline=Timeline(self.device), device=self.device,
         )  # fmt: skip
 
@@ -106,7 +106,7 @@ def one_backward(directory, recompute, dtype, device) -> dict:
     losses = scene.stage.losses(hidden, data.labels, data.targets)
     (losses * data.weights).sum().backward()
     gradients = {
-        f"{f.path} {f.kind} {slot}": scene.arena.view(f, scene.arena.grad).cpu() for slot in range(2) for f in scene.arena.factors[slot]
+        f"{f.path} {f.kind} {row}": scene.arena.view(f, scene.arena.grad).cpu() for row in range(2) for f in scene.arena.factors[row]
     }
     return {"losses": losses.detach().cpu(), "gradients": gradients, "kept": kept}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import attach_adapters, save_model, stage_input, whole_gradients
+from tiny import attach_adapters, joined_gradients, save_model, stage_input
 
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.huggingface.architecture import read_architecture
@@ -48,7 +48,7 @@ def linear_step(directory, parallel, role, dropout):
         dx, y = (gather_rows(dx, group), y) if column else (dx, gather_rows(y.detach(), group))
     parts = list(zip(*(part.split(geometry.out_features, dim=1) for part in _all_ranks(y, group)), strict=True)) if column else [[y]]
     whole_y = torch.cat([torch.cat(list(part), dim=1) for part in parts], dim=1)
-    return {"y": whole_y.detach(), "dx": dx, **whole_gradients([linear])}
+    return {"y": whole_y.detach(), "dx": dx, **joined_gradients([linear])}
 
 
 def _local_columns(dy, geometry, rank, ranks):

@@ -201,7 +201,7 @@ def test_nan_in_one_jobs_adapter_stays_with_its_rows(models, one_process):
         stage = build(directory)
         attach_adapters(stage.linears, 1, 0.25)
         for linear in stage.linears:
-            linear.group.b_RN[-1][linear.group.b_rows[1][-1]] += poison
+            linear.adapters.b_RN[-1][linear.adapters.b_rows[1][-1]] += poison
         microbatch = stage_input(LENGTHS, 61, ((0, 27, 0), (28, 44, 1)))  # jobs own whole samples; row 27 is base-only
         results.append(train_step(stage, microbatch, ParallelConfig()))
     clean, poisoned = results

@@ -164,7 +164,7 @@ def one_linear(ranks, num_rows, num_inputs, num_outputs):
     group = LoraGroup(
         a_RK=a, b_RN=(b,), grad_a_RK=torch.empty_like(a, dtype=torch.float32), grad_b_RN=(torch.empty_like(b, dtype=torch.float32),),
         columns=((0, num_outputs),), a_rows=tuple((row,) for row in rows[:-1]), b_rows=tuple((row,) for row in rows[:-1]),
-        slots=AdapterTable(ranks=ranks, scales=(1.0,) * jobs, dropouts=(0.0,) * jobs),
+        adapters=AdapterTable(ranks=ranks, scales=(1.0,) * jobs, dropouts=(0.0,) * jobs),
     )  # fmt: skip
     return group, make_route(num_rows, segments, torch.zeros(num_rows, dtype=torch.int32), "cpu")
 

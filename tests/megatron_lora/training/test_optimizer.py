@@ -1,4 +1,4 @@
-"""A job's optimizer against torch.optim.AdamW and transformers' schedules; skipped steps; what an arena's slots are."""
+"""A job's optimizer against torch.optim.AdamW and transformers' schedules; skipped steps; what the arena's rows hold."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megatron_lora.huggingface.adapter_files import AdapterFile
 from megatron_lora.model.adapter_arena import AdapterSpec, Arena
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.output.checkpoint import write_checkpoint
-from megatron_lora.output.standing import State, standing_of
+from megatron_lora.output.standing import CheckpointState, resume_point_of
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings, learning_rate_at
-from megatron_lora.training.saving import begin_job
+from megatron_lora.training.saving import start_job
 from megatron_lora.training.snapshots import SnapshotCollector, join_shards
 
 BASE = {
@@ -43,7 +43,7 @@ class Linear:
             parallel=parallel,
             first_feature=first_feature,
         )
-        self.group = None
+        self.adapters = None
 
 
 def make_arena(adapters, linears=None, dtype=torch.float32, tensor_rank=0, tensor_ranks=1) -> Arena:
@@ -149,10 +149,10 @@ def test_a_job_comes_back_from_its_checkpoint_to_the_bit(dtype, one_process, tmp
     (snapshot,) = written
     adapter = AdapterFile(r=5, lora_alpha=10, use_rslora=False, target_modules=("q_proj", "k_proj", "v_proj"), weights=snapshot.weights)
     counts = {"num_updates": snapshot.num_updates, "skipped_in_a_row": snapshot.skipped_in_a_row}
-    write_checkpoint(tmp_path, adapter, "base", snapshot.moments, State(step=4, num_steps=9, samples="", **counts))
+    write_checkpoint(tmp_path, adapter, "base", snapshot.moments, CheckpointState(step=4, num_steps=9, samples="", **counts))
 
     again, other = make_arena(jobs, dtype=dtype), JobOptimizer(arena, 0, OptimizerSettings(**BASE))
-    begin_job(again, 0, SimpleNamespace(config=None), standing_of(tmp_path), other)
+    start_job(again, 0, SimpleNamespace(config=None), resume_point_of(tmp_path), other)
     assert (int(other.num_updates), int(other.skipped_in_a_row)) == (2, 1) == (snapshot.num_updates, snapshot.skipped_in_a_row)
     for factor in arena.factors[0]:
         assert torch.equal(again.view(factor, again.compute), again.view(factor, again.master).to(dtype))
@@ -169,7 +169,7 @@ def test_initial_values_depend_on_seed_and_path_alone():
     alone.initialise(0, seed=7)
     among.initialise(0, seed=1)
     among.initialise(1, seed=7)
-    a, b = (arena.view(arena.factors[slot][0], arena.master) for arena, slot in ((alone, 0), (among, 1)))
+    a, b = (arena.view(arena.factors[row][0], arena.master) for arena, row in ((alone, 0), (among, 1)))
     assert torch.equal(a, b) and a.abs().max() <= 1 / math.sqrt(32) and float(a.std()) == pytest.approx(1 / math.sqrt(96), rel=0.15)
     alone.initialise(0, seed=8)
     assert not torch.equal(alone.view(alone.factors[0][0], alone.master), b)

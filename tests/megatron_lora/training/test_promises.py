@@ -115,7 +115,7 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
     from megatron_lora.config.schema import ParallelConfig
     from megatron_lora.data.collate import collate
     from megatron_lora.data.samples import Sample
-    from megatron_lora.data.steps import JobRows
+    from megatron_lora.data.steps import JobSamples
     from megatron_lora.huggingface.adapter_files import read_adapter
     from megatron_lora.huggingface.architecture import read_architecture
     from megatron_lora.model.adapter_arena import AdapterSpec, Arena
@@ -136,7 +136,7 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
     arena = Arena(stage.linears, [spec], tensor_rank=0, tensor_ranks=1, dtype=torch.float32, device=cpu)
     arena.load(0, read_adapter(directory).weights)
     sample = Sample(row=0, tokens=tokens.numpy(), targets=(tokens > 3).numpy())
-    rows = JobRows(seed=0, samples=[sample], steps=[[(0, 0)]])
+    rows = JobSamples(seed=0, samples=[sample], steps=[[(0, 0)]])
     data = collate(Microbatch((Segment(0, 0, (0,), len(tokens)),)), [rows], multiple=1, device=cpu)
     ours = stage.logits(stage(data))
     assert float((theirs - base).abs().max()) > 1e-2, "the adapter changes nothing"

@@ -37,9 +37,9 @@ def train(directory, parallel, warm: bool) -> dict:
     specs = [AdapterSpec(r=r, scale=2.0, dropout=p, target_modules=frozenset(TARGET_MODULES)) for r, p in ((8, 0.25), (20, 0.0))]
     ranks = {"tensor_rank": stage.tensor_group.rank(), "tensor_ranks": parallel.tensor}
     arena = Arena(stage.linears, specs, **ranks, **kind)
-    for slot, factors in enumerate(arena.factors):
+    for row, factors in enumerate(arena.factors):
         for factor in factors:
-            arena.view(factor, arena.master).copy_(random_factor(factor.path, factor.kind, slot, factor.r, factor.width))
+            arena.view(factor, arena.master).copy_(random_factor(factor.path, factor.kind, row, factor.r, factor.width))
     arena.exp_avg.fill_(0.5)
     before, generator = states_of(arena), torch.get_rng_state()
     parameters = [parameter.clone() for parameter in stage.parameters()]
