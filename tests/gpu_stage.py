@@ -1,4 +1,4 @@
-"""A tiny stage in bf16 on a GPU: one microbatch there and back, for tests that compare who computes norms and attention."""
+"""A tiny stage in bf16 on a GPU: forward and backward of one microbatch, for tests that compare who computes norms and attention."""
 
 from __future__ import annotations
 

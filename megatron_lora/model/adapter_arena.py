@@ -108,7 +108,10 @@ class Arena:
         self.publish(adapter_row)
 
     def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r]); each rank copies its shard."""
+        """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r]).
+
+        Each rank copies its shard.
+        """
         self.fill(adapter_row, weights, self.master)
         self.publish(adapter_row)
 

@@ -48,7 +48,10 @@ class MergedSelfAttention(SelfAttention):
     """Megatron's self-attention over a `linear_qkv` whose columns are q | k | v of this rank's heads."""
 
     def forward(self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None) -> Tensor:
-        """Return [T_local, 1, H] for normed hidden states [T_local, 1, H]; with `refill`, linear_qkv does not keep them for backward."""
+        """Return [T_local, 1, H] for normed hidden states [T_local, 1, H].
+
+        With `refill`, linear_qkv does not keep them for backward.
+        """
         qkv, _ = self.linear_qkv(hidden_states, refill=refill)
         norms = None
         if self.config.qk_layernorm:

@@ -10,7 +10,9 @@ accumulates dA and dB. The microbatch's route says which rows are whose. Collect
     | row              |                 | all-reduce         |                       |                    |                    |
     | row, sequence    |                 | reduce-scatter     | all-gather rows       |                    |                    |
 
-(dS is the gradient of S = X A^T: with rows sharded, dA needs dS of this rank's rows, summed over ranks.)
+dS is the gradient of S = X A^T: with rows sharded, dA needs dS of this rank's rows, summed over ranks.
+The gradient of an A or B that every tensor rank has in full is a partial sum on each of them; the
+optimizer sums it, once per step (optimizer.py).
 
 Words: a *module* is a projection that PEFT targets (q_proj); a *linear* is Megatron's layer, which
 merges one to three modules. A linear holds its modules' output columns side by side on every rank:
@@ -46,7 +48,10 @@ from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGeometry:
-    """The shape of a linear on this rank, and of the modules that it merges. "Local" counts are this rank's shard."""
+    """The shape of a linear on this rank, and of the modules that it merges.
+
+    "Local" counts are this rank's shard.
+    """
 
     modules: tuple[str, ...]  # ("q_proj", "k_proj", "v_proj")
     paths: tuple[str, ...]  # ("model.layers.0.self_attn.q_proj", ...)
@@ -62,7 +67,10 @@ class LinearGeometry:
 
 
 class Binding:
-    """The microbatch that a stage is computing. A stage has one Binding, which all its linears share; only `bound` sets it."""
+    """The microbatch that a stage is computing.
+
+    A stage has one Binding, which all its linears share; only `bound` sets it.
+    """
 
     __slots__ = ("microbatch",)
 
@@ -89,8 +97,11 @@ class _MultiLora:
     operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
 
     def _setup(self, config, role: str, parallel: str, collectives: tuple[type[Collectives], type[Collectives]]) -> None:
-        """Freeze the parameters; `role` is Megatron's name ("qkv", "proj", "fc1", "fc2"), `collectives` those without and with sequence
-        parallelism."""
+        """Freeze the parameters and choose the collectives.
+
+        `role` is Megatron's name of the linear: "qkv", "proj", "fc1" or "fc2". `collectives` has the classes
+        without and with sequence parallelism.
+        """
         self.adapters = None
         self.role = role
         self.parallel = parallel
@@ -121,7 +132,10 @@ class _MultiLora:
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 
     def quantise(self) -> None:
-        """Replace the frozen weight by one in 8 bits (fused_ops.fp8). Raises UserError where it is not finite."""
+        """Replace the frozen weight by one in 8 bits (fused_ops.fp8).
+
+        Raises UserError where it is not finite.
+        """
         try:
             self.weight_in_8_bits = quantise_weight(self.weight.detach())
         except ValueError as error:
@@ -129,6 +143,7 @@ class _MultiLora:
         self.weight = None
 
     def _apply_linear(self, x: Tensor, bias: Tensor | None, refill: Refill | None) -> Tensor:
+        """Return Y [T or T_local, N] for Megatron's x [rows, batch of 1, K]."""
         microbatch = self.binding.microbatch
         assert microbatch is not None, f"{self.geometry.paths[0]}: no microbatch is bound; call the stage, or enter Stage.bound"
         weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits

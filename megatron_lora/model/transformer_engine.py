@@ -21,7 +21,10 @@ from megatron_lora.model.attention import PackedRows, fault_of
 
 
 class EngineNorm(torch.nn.Module):
-    """Transformer Engine's RMSNorm with a frozen weight [hidden_size]; its arguments are those of Megatron's norms."""
+    """Transformer Engine's RMSNorm with a frozen weight [hidden_size].
+
+    Its arguments are those of Megatron's norms.
+    """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
@@ -40,7 +43,10 @@ class EngineNorm(torch.nn.Module):
         return self.norm(x)
 
     def add(self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None) -> tuple[Tensor, Tensor]:
-        """Return the normalised sum x + residual, and the sum itself, the new residual. With `refill`, backward recomputes the former."""
+        """Return the normalised sum x + residual, and the sum itself, the new residual.
+
+        With `refill`, backward recomputes the former.
+        """
         total = x if residual is None else x + residual
         return (self.norm(total) if refill is None else _RecomputedNorm.apply(total, self.norm, refill)), total
 

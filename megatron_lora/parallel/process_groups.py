@@ -73,7 +73,10 @@ def pipelines(parallel: ParallelConfig) -> list[list[int]]:
 
 
 def stage_groups(parallel: ParallelConfig) -> dict[str, dist.ProcessGroup | None]:
-    """Return the groups "tensor", "data" and "both" of the ranks that hold this rank's stage; None for a group of one rank."""
+    """Return the groups "tensor", "data" and "both" of the ranks that hold this rank's stage.
+
+    A group of one rank is None.
+    """
     both = parallel.tensor * parallel.data > 1
     return {
         "tensor": parallel_state.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
@@ -90,7 +93,10 @@ def destroy_parallel() -> None:
 
 
 def position_of(parallel: ParallelConfig) -> Position:
-    """Return this rank's position; gradient norms take one more slot where several ranks hold a stage, and must sum them."""
+    """Return this rank's position.
+
+    Gradient norms take one more slot where several ranks hold a stage, and must sum them.
+    """
     delay = 1 if parallel.tensor * parallel.data > 1 else 0
     return Position(stage=dist.get_rank() // (parallel.tensor * parallel.data), num_stages=parallel.pipeline, delay=delay)
 

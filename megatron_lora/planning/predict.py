@@ -38,14 +38,20 @@ def shape_of(architecture: Architecture) -> ModelShape:
 
 
 def cost_of(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> CostModel:
-    """Return the time model of each stage on a device, from the table in scheduling.cost; layers_per_stage must be resolved."""
+    """Return the time model of each stage on a device, from the table in scheduling.cost.
+
+    layers_per_stage must be resolved.
+    """
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel)]
     share = head_share_of(config, architecture, device, target_share)
     return analytic_cost(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share)
 
 
 def planner_cost(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> SlotCost:
-    """Return the planner's cost model of a slot, for the reference device; layers_per_stage must be resolved."""
+    """Return the planner's cost model of a slot, for the reference device.
+
+    layers_per_stage must be resolved.
+    """
     mean_rank, reference = sum(job.r for job in config.jobs) / len(config.jobs), reference_of(device)
     model = cost_of(config, architecture, reference, target_share)
     most_layers = max(len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel))
@@ -72,7 +78,10 @@ def _item_bytes(config: RunConfig, device: Device) -> int:
 
 
 def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> tuple[StageMemory, ...]:
-    """Return each stage's memory model, for one tensor rank; layers_per_stage and recompute must be resolved."""
+    """Return each stage's memory model, for one tensor rank.
+
+    layers_per_stage and recompute must be resolved.
+    """
     assert config.recompute != "auto", "recompute is not resolved"
     parallel, shape = config.parallel, shape_of(architecture)
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, parallel)]

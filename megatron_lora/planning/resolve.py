@@ -74,8 +74,10 @@ def choose_layers(config: RunConfig, architecture: Architecture, device: Device,
         return config.parallel.layers_per_stage
     recompute = "none" if config.recompute == "auto" else config.recompute
     share = head_share_of(config, architecture, device, target_share)
-    head = head_layers(shape_of(architecture), reference_of(device), budget_or_usual(config), config.parallel.tensor, recompute, share)
-    return split_layers(architecture.num_layers, config.parallel.pipeline, head)
+    head_in_layers = head_layers(
+        shape_of(architecture), reference_of(device), budget_or_usual(config), config.parallel.tensor, recompute, share
+    )
+    return split_layers(architecture.num_layers, config.parallel.pipeline, head_in_layers)
 
 
 def choose_budget(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> int:
@@ -97,7 +99,7 @@ def choose_budget(config: RunConfig, architecture: Architecture, lengths: Length
         return seconds / seconds_without
 
     try:
-        rounds = deal(lengths, config.parallel.data, cost).rounds  # what the replicas train at the same time, as one sample
+        rounds = deal(lengths, config.parallel.data, cost).rounds  # one sample per replica each, which train at the same time
         return choose_capacity(rounds, config.parallel.pipeline, fitting, cost, slowdown=slowdown if recompute_is_auto else None)
     except ValueError as error:
         remedy = "" if recompute_is_auto else "recompute: auto, "
@@ -183,7 +185,10 @@ def _policies_in_words(config: RunConfig) -> str:
 
 
 def memory_line(before: RunConfig, after: RunConfig, architecture: Architecture, device: Device) -> Sequence[str]:
-    """Return a line with each stage's predicted peak memory, and a warning where that is too much; no line unless `recompute: auto`."""
+    """Return a line with each stage's predicted peak memory, and a warning where that is too much.
+
+    No line unless `recompute: auto`.
+    """
     if before.recompute != "auto":
         return []
     peaks = predicted_peaks(after, architecture, device)

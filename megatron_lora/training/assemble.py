@@ -63,20 +63,20 @@ def make_executor(
     links: Links,
     layout: MessageLayout,
     *,
-    rows: Sequence[JobSamples],
+    step_samples: Sequence[JobSamples],
     optimizers: Sequence[StageOptimizer],
     on_step: Callable[[StepDone], None],
     on_forward: Callable[[Microbatch], None],
     timeline: Timeline,
 ) -> Executor:
-    """Make the executor of this rank's stage."""
+    """Make the executor of this rank's stage; `step_samples` has the samples of each job's steps."""
     multiple = parallel.tensor if parallel.sequence else 1
     return Executor(
         stage,
         position_of(parallel),
         links,
         layout,
-        load=lambda microbatch: collate(microbatch, rows, multiple=multiple, device=stage.device),
+        load=lambda microbatch: collate(microbatch, step_samples, multiple=multiple, device=stage.device),
         num_rows=lambda microbatch: num_rows(microbatch, multiple) // multiple,
         optimizers=optimizers,
         on_step=on_step,

@@ -178,7 +178,10 @@ class Executor:
             perform[action.op](action.index)
 
     def _take(self, receiver: Receiver, name: str, slot: int) -> Message:
-        """Receive a slot's message; then post the next slot's receive, if that slot is known and may be posted ahead."""
+        """Receive and return a slot's message.
+
+        Posts the next slot's receive, if that slot is known already and receives may be posted ahead.
+        """
         if not receiver.posted:
             receiver.post(self.num_rows(self.stream[slot]))
         with self.timeline.span(name, slot):
@@ -225,7 +228,7 @@ class Executor:
     def _loss(self, output: Tensor, data: StageInput) -> Tensor:
         """Return the microbatch's loss, and add each segment's part to the loss of its job's current step."""
         weighted = self.model.losses(output, data.labels, data.targets) * data.weights
-        for first, end, job in data.route.segments:
+        for first, end, job in data.route.segments:  # the route names adapter rows, which are the jobs' numbers
             self.losses[job] += weighted[first:end].detach().sum()
         return weighted.sum()
 
@@ -242,7 +245,7 @@ class Executor:
     def _backward(self, slot: int) -> None:
         message = self._gradient_message(slot)
         gradient = None
-        if slot in self.in_flight:
+        if slot in self.in_flight:  # not for a no-op
             in_flight = self.in_flight.pop(slot)
             in_flight.gradient = None if self.position.is_last else message.body
             # The graph refers to `in_flight` (_Outlet). Without a reference back it is freed at once, not by the garbage collector.

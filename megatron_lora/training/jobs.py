@@ -22,12 +22,12 @@ class TrainingJob:
 
     config: JobConfig
     data: JobData
-    rows: JobSamples
+    step_samples: JobSamples
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the job."""
-        return len(self.rows.steps)
+        return len(self.step_samples.steps)
 
     def adapter(self) -> AdapterSpec:
         """Return the settings that the arena needs."""
@@ -59,7 +59,7 @@ def read_jobs(configs: Sequence[JobConfig], tokenizer, cache_dir: Path | None, v
     for c, data in zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True):
         _check_visits(c, len(data.samples))
         steps = job_steps(len(data.samples), c.global_batch_size, c.num_epochs, c.max_steps, c.shuffle, c.seed)
-        jobs.append(TrainingJob(config=c, data=data, rows=JobSamples(seed=c.seed, samples=data.samples, steps=steps)))
+        jobs.append(TrainingJob(config=c, data=data, step_samples=JobSamples(seed=c.seed, samples=data.samples, steps=steps)))
     return tuple(jobs)
 
 

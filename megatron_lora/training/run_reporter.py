@@ -26,7 +26,10 @@ Written = queue.SimpleQueue[tuple[int, int]]  # (job, steps taken) of each saved
 
 
 class RunReporter:
-    """Everything that the first rank reports. A context manager, which closes the observers also after an exception."""
+    """Everything that the first rank reports.
+
+    A context manager, which closes the observers also after an exception.
+    """
 
     def __init__(
         self, config: RunConfig, jobs: Sequence[TrainingJob], remove: Callable[[int], None], resume_points: Sequence[ResumePoint] = ()
@@ -60,7 +63,10 @@ class RunReporter:
         self.directory.close()
 
     def on_step(self, done: StepDone, written: Written, *, wait: bool = False) -> None:
-        """Queue the report of a step, and update the states of jobs whose adapters were `written`; `wait` until it is reported."""
+        """Queue the report of a step, and update the states of jobs whose adapters were `written`.
+
+        With `wait` the step is reported before this returns.
+        """
         self.steps.on_step(done)
         if wait:
             self.flush()

@@ -126,4 +126,4 @@ def start_job(arena: Arena, adapter_row: int, job: TrainingJob, resume_point: Re
     elif job.config.init_adapter is not None:
         arena.load(adapter_row, read_adapter(job.config.init_adapter).weights)
     else:
-        arena.initialise(adapter_row, job.rows.seed)
+        arena.initialise(adapter_row, job.step_samples.seed)

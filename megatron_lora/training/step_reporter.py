@@ -36,14 +36,19 @@ class StepReporter:
     """Reports every job's steps in the order in which they are taken."""
 
     def __init__(self, jobs: Sequence[TrainingJob], report: Callable[[int, StepReport], None], first_steps: Sequence[int] = ()):
-        """Report each step by calling `report(job, step_report)`; jobs start at `first_steps`, by default at step 0."""
+        """Report each step by calling `report(job, step_report)`.
+
+        Jobs start at `first_steps`, by default at step 0.
+        """
         self.jobs = jobs
         self.report = report
         self.started: dict[tuple[int, int], float] = {}  # (job, step) -> time of its first forward
         self.pending: deque[_Pending] = deque()
         self.learning_rates = [learning_rate_at(job.optimizer()) for job in jobs]
         starts = zip(jobs, first_steps or [0] * len(jobs), strict=True)
-        self.visited = [sum(len(job.rows.steps[step]) for step in range(first)) for job, first in starts]  # samples of the steps so far
+        self.visited = [
+            sum(len(job.step_samples.steps[step]) for step in range(first)) for job, first in starts
+        ]  # samples of the steps so far
 
     def on_forward(self, microbatch: Microbatch) -> None:
         """Note the time at which steps begin: with the first microbatch that has a segment of theirs."""
@@ -78,7 +83,7 @@ class StepReporter:
     def _build(self, done: _Pending) -> StepReport:
         job = self.jobs[done.job]
         square_norm, loss = done.values.tolist()
-        lengths = [len(job.data.samples[index].tokens) for _, index in job.rows.steps[done.step]]
+        lengths = [len(job.data.samples[index].tokens) for _, index in job.step_samples.steps[done.step]]
         self.visited[done.job] += len(lengths)
         return StepReport(
             job=job.config.name,
@@ -89,7 +94,7 @@ class StepReporter:
             learning_rate=self.learning_rates[done.job](done.step),
             grad_norm=math.sqrt(square_norm) if square_norm >= 0 else math.nan,
             tokens=sum(lengths),
-            target_tokens=job.rows.num_targets(done.step),
+            target_tokens=job.step_samples.num_targets(done.step),
             samples=len(lengths),
             seconds=done.seconds,
             skipped=not math.isfinite(square_norm),

@@ -31,8 +31,9 @@ from megatron_lora.huggingface.architecture import Architecture, read_architectu
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.stage import build_stage
+from megatron_lora.output import standing
 from megatron_lora.output.run_directory import RunDirectory, job_states
-from megatron_lora.output.standing import ResumePoint, resume_points
+from megatron_lora.output.standing import ResumePoint
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import Position, initialize_parallel, pipelines, position_of, rank_timeout, stage_groups
@@ -53,7 +54,7 @@ from megatron_lora.training.warm_up import warm_up
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths
 
-LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's group: receiving threads wait while a window is trained
+LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
 
 
 def run(config: RunConfig, stop: StopRequest) -> int:
@@ -73,10 +74,10 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     remaining = _remaining_jobs(config, host_group)
     jobs = _read_jobs([job for job in config.jobs if job.name in remaining], model_dir, architecture.vocab_size, host_group)
     resume_points = [remaining[job.config.name] for job in jobs]
-    share_of_targets = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    config, cost = resolve_together(config, architecture, [job.rows.lengths() for job in jobs], share_of_targets, host_group)
+    share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs)
+    config, slot_cost = resolve_together(config, architecture, [job.step_samples.lengths() for job in jobs], share_of_targets, host_group)
     position = position_of(config.parallel)
-    feed = _start_planning(config, jobs, position, cost, [point.step for point in resume_points])
+    feed = _start_planning(config, jobs, position, slot_cost, [point.step for point in resume_points])
 
     stage = build_stage(
         architecture,
@@ -106,7 +107,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
                 _warn_of_unmoved(job, optimizer)
             if reporter is not None:  # a step that a checkpoint follows is reported before the checkpoint is written
                 reporter.on_step(done, collector.written, wait=saver.checkpoints(done))
-            saver.on_step(done)
+            saver.on_step(done)  # saves the adapter after the job's last step
 
         if on_gpu:
             warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.tensor if config.parallel.sequence else 1)
@@ -117,7 +118,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             config.parallel,
             connect(pipelines(config.parallel), layout, device),
             layout,
-            rows=[job.rows for job in jobs],
+            step_samples=[job.step_samples for job in jobs],
             optimizers=optimizers,
             on_step=on_step,
             on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
@@ -128,7 +129,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         feed.close()
         if reporter is not None:
             reporter.flush()
-        stopped = stop.stopped and saver.save_unfinished()
+        stopped = stop.stopped and saver.save_unfinished()  # False if the stop came when all jobs were finished
         collector.finish()
         if reporter is not None:
             reporter.finish(collector.written, stopped=stopped)
@@ -143,7 +144,7 @@ def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[st
 
     The first rank reads this from the output directory and sends it to the others.
     """
-    found: list = [resume_points(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
+    found: list = [standing.resume_points(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
     dist.broadcast_object_list(found, 0, group=host_group)
     return found[0]
 
@@ -161,7 +162,7 @@ def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, h
 
 
 def _start_planning(
-    config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost, first_steps: Sequence[int]
+    config: RunConfig, jobs: Sequence[TrainingJob], position: Position, slot_cost: SlotCost, first_steps: Sequence[int]
 ) -> PlanFeed:
     """Start to plan the jobs' steps from `first_steps` on, in the background, while the model is built."""
     parallel = config.parallel
@@ -170,11 +171,11 @@ def _start_planning(
         num_replicas=parallel.data,
         capacity=int(config.microbatch_tokens),
         delay=position.delay,
-        cost=cost,
+        cost=slot_cost,
     )
     replica = dist.get_rank() // parallel.tensor % parallel.data
     group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
-    return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
+    return PlanFeed([job.step_samples.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
 
 
 def _start_jobs(

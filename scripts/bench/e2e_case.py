@@ -66,7 +66,7 @@ class CaseRun:
             jobs = self._jobs(take(self.workload, self.case.jobs.count, 1))
             self.arena = make_arena(stage, self.base.parallel, [job.adapter() for job in jobs])
             for slot, job in enumerate(jobs):
-                self.arena.initialise(slot, job.rows.seed)
+                self.arena.initialise(slot, job.step_samples.seed)
 
     def close(self) -> None:
         """Let go of the case's adapters."""
@@ -149,7 +149,7 @@ class CaseRun:
 
     def _timed(self, slots: Sequence[Microbatch], lengths: Lengths) -> list[Measurement]:
         """Return the seconds of every stage's passes over slots, which make up the same lengths."""
-        parallel, rows = self.base.parallel, [job.rows for job in self._jobs(lengths)]
+        parallel, rows = self.base.parallel, [job.step_samples for job in self._jobs(lengths)]
         multiple = parallel.tensor if parallel.sequence else 1
         measured = measure_stage(
             self.base.stage,

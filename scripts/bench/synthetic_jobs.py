@@ -111,5 +111,7 @@ def make_jobs(lengths: Lengths, configs: Sequence[JobConfig], vocab_size: int, c
                 tokens = generator.integers(0, vocab_size, length, dtype=np.int32)
                 samples.append(Sample(len(samples), tokens, targets))
         data = JobData(tuple(samples), 0, 0)
-        jobs.append(TrainingJob(config=config, data=data, rows=JobSamples(seed=config.seed, samples=data.samples, steps=tuple(order))))
+        jobs.append(
+            TrainingJob(config=config, data=data, step_samples=JobSamples(seed=config.seed, samples=data.samples, steps=tuple(order)))
+        )
     return tuple(jobs)

@@ -112,7 +112,7 @@ def one_backward(directory, recompute, dtype, device) -> dict:
 
 
 def train(directory, recompute, dtype, device) -> list[float]:
-    """Train the whole stream; in its second half, a wait for the device is an error. Returns the steps' losses."""
+    """Train the complete stream; in its second half, a wait for the device is an error. Returns the steps' losses."""
     scene = Scene(directory, recompute, dtype, device)
     ended = endings(scene.stream)
     cut = len(scene.stream) // 2

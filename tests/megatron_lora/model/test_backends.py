@@ -1,4 +1,4 @@
-"""Who computes norms and attention: the rules, their one-line errors, and Transformer Engine's slots over a stand-in for it, on CPU."""
+"""The choice of backends and its one-line errors, and the modules of Transformer Engine over a stand-in for it, on CPU."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def model_dir(tmp_path_factory):
 
 
 def linear_step(directory, parallel, role, dropout):
-    """Run one linear of the first layer forward and backward; return whole Y, dX and factor gradients, by base module for Y."""
+    """Run one linear of the first layer forward and backward; return Y, dX and factor gradients of all ranks joined, Y by module."""
     architecture = read_architecture(directory)
     stage = build_stage(architecture, directory, parallel, dtype=torch.float32, device=torch.device("cpu"))
     linear = stage.linears[ROLES.index(role)]
@@ -52,7 +52,7 @@ def linear_step(directory, parallel, role, dropout):
 
 
 def _local_columns(dy, geometry, rank, ranks):
-    """Cut a dY with the modules' whole columns side by side down to this rank's columns of each."""
+    """Return this rank's columns of each module, from a dY with the modules' full columns side by side."""
     modules = dy.split([n * ranks for n in geometry.out_features], dim=1)
     return torch.cat([part[:, rank * n :][:, :n] for part, n in zip(modules, geometry.out_features, strict=True)], dim=1)
 

@@ -60,7 +60,7 @@ def bytes_of(tensors) -> int:
 
 
 def measure(directory, parallel, recompute, dtype, adapters) -> SimpleNamespace:
-    """Run one microbatch there and back on this rank, and say what it kept and took beside what the model says."""
+    """Run one microbatch forward and backward on this rank; return the memory it kept and took, and the model's predictions."""
     architecture, device = read_architecture(directory), torch.device("cpu")
     without = mock.patch.object(LayerMemory, "_partial", lambda *_: 0.0), mock.patch.object(triton_ops, "grad_a", lambda *_, **__: None)
     with dry_gpu(), without[0], without[1]:

@@ -73,8 +73,8 @@ def test_layers_move_to_the_last_stage_where_fewer_tokens_are_targets(configure,
     assert splits[0] == (9, 9, 8, 6) and splits[1][-1] == 7 and splits[2] == splits[3] == (8, 8, 8, 8)
     slowest = [max(stage.seconds(4096) for stage in cost_of(config, large, H100, 0.25).stages) for config in (quarter, every)]
     assert slowest[0] < slowest[1]
-    told = "parallel.layers_per_stage: null is [8, 8, 8, 8], as 25% of the tokens are targets"
-    assert describe(open_, quarter, 0.25)[0] == told
+    line = "parallel.layers_per_stage: null is [8, 8, 8, 8], as 25% of the tokens are targets"
+    assert describe(open_, quarter, 0.25)[0] == line
     assert planner_cost(quarter, large, H100, 0.25).fixed > planner_cost(quarter, large, H100).fixed  # a token costs less
 
 
@@ -210,8 +210,8 @@ def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure
         resolved, cost = resolve_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)
         split = f"parallel.layers_per_stage: null is {list(resolved.parallel.layers_per_stage)}, as 25% of the tokens are targets"
         lines = ["microbatch_tokens: auto is 256", split]
-        *told, memory = capsys.readouterr().out.splitlines()
-        assert told == [*lines, "recompute: auto is none"] and memory.startswith("predicted peak memory: ") and " MB | " in memory
+        *printed, memory = capsys.readouterr().out.splitlines()
+        assert printed == [*lines, "recompute: auto is none"] and memory.startswith("predicted peak memory: ") and " MB | " in memory
         every, some = (planner_cost(resolved, read_architecture(root / "model"), CPU, share) for share in (1.0, 0.25))
         assert load_config("run/config.yaml") == resolved and cost == some != every
         assert resolve_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)[0] == given

@@ -126,7 +126,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_three_in_a_row_end_the_jo
     assert step(4, 1.0) and int(optimizer.num_updates) == 1 and not optimizer.has_failed()
     for i in range(MAX_SKIPPED_IN_A_ROW):
         assert not step(5 + i, math.inf)
-    assert optimizer.has_failed() and not step(9, 1.0), "a job that failed goes on"
+    assert optimizer.has_failed() and not step(9, 1.0), "a job that failed continues"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -178,12 +178,12 @@ def test_initial_values_depend_on_seed_and_path_alone():
 @pytest.mark.parametrize("parallel", ["column", "row"])
 def test_shards_of_tensor_ranks_join_to_the_whole(parallel):
     modules, size = (("q_proj",), 8)
-    whole = make_arena([spec(3, "q_proj")], [Linear(modules, (2 * size,), parallel, 0, 2 * size)])
+    full = make_arena([spec(3, "q_proj")], [Linear(modules, (2 * size,), parallel, 0, 2 * size)])
     path = "model.layers.0.self_attn.q_proj"
     weights = {path: (torch.randn(3, 2 * size), torch.randn(2 * size, 3))}
-    whole.load(0, weights)
+    full.load(0, weights)
     factors, flats = [], []
-    reference = {f.kind: whole.view(f, whole.master) for f in whole.factors[0]}
+    reference = {f.kind: full.view(f, full.master) for f in full.factors[0]}
     for rank in range(2):
         shape = (
             {"in_features": 2 * size, "out_features": (size,)}

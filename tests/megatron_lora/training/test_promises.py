@@ -1,4 +1,4 @@
-"""Promises 1, 2 and 6 on whole runs: solo equivalence with dropout, isolation bit for bit, adapters that are the user's."""
+"""Promises 1, 2 and 6 on complete runs: solo equivalence with dropout, isolation bit for bit, adapters that are the user's."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
     spec = AdapterSpec(r=5, scale=12 / 5**0.5, dropout=0.0, target_modules=frozenset(mine["target_modules"]))
     arena = Arena(stage.linears, [spec], tensor_rank=0, tensor_ranks=1, dtype=torch.float32, device=cpu)
     arena.load(0, read_adapter(directory).weights)
-    sample = Sample(row=0, tokens=tokens.numpy(), targets=(tokens > 3).numpy())
+    sample = Sample(record=0, tokens=tokens.numpy(), targets=(tokens > 3).numpy())
     rows = JobSamples(seed=0, samples=[sample], steps=[[(0, 0)]])
     data = collate(Microbatch((Segment(0, 0, (0,), len(tokens)),)), [rows], multiple=1, device=cpu)
     ours = stage.logits(stage(data))

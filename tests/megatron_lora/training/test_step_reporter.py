@@ -34,7 +34,7 @@ def make_job(name: str, num_steps: int, **settings) -> TrainingJob:
     )
     samples = tuple(Sample(i, np.arange(i + 2, dtype=np.int32), np.arange(i + 2) > 0) for i in range(4))
     steps = OwnStepOnly(job_steps(4, 2, 1, num_steps, False, 0))
-    return TrainingJob(config=config, data=JobData(samples, 0, 0), rows=JobSamples(seed=0, samples=samples, steps=steps))
+    return TrainingJob(config=config, data=JobData(samples, 0, 0), step_samples=JobSamples(seed=0, samples=samples, steps=steps))
 
 
 def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> None:
