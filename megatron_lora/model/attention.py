@@ -29,6 +29,7 @@ from fused_ops.rope import rotate_qkv
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.model.backends import first_line
 
+Attend = Callable[[Tensor, Tensor, Tensor, Packing, float, int | None], Tensor]  # q, k, v, packing, scale, window
 _TRIED_LENGTHS = (70, 1, 130)  # of the samples that an attention is tried on
 
 
@@ -126,7 +127,7 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def fault_of(
-    attend: Callable[[Tensor, Tensor, Tensor, Packing, float, int | None], Tensor],
+    attend: Attend,
     heads: int,
     kv_heads: int,
     head_dim: int,
@@ -154,16 +155,20 @@ def fault_of(
     scale = head_dim**-0.5
     for window in sorted(set(windows), key=str):
         try:
-            ours = gradients(lambda *x, w=window: (attend(*x, packing, scale, w),), (q, k, v), (d_out,))
+            ours = _both_passes(attend, (q, k, v), d_out, packing, scale, window)
         except (RuntimeError, ValueError, AssertionError) as error:  # whatever the fault, torch's attention takes its place
             return first_line(error)
-        exact = gradients(
-            lambda *x, w=window: (per_sample_attention(*x, packing, scale, w),),
-            tuple(x.float() for x in (q, k, v)),
-            (d_out.float(),),
-        )
-        for name, got, truth in zip(("output", "dq", "dk", "dv"), (*ours[0], *ours[1]), (*exact[0], *exact[1]), strict=True):
+        exact = _both_passes(per_sample_attention, (q.float(), k.float(), v.float()), d_out.float(), packing, scale, window)
+        for name, got, truth in zip(("output", "dq", "dk", "dv"), ours, exact, strict=True):
             error = float((got.float() - truth).norm() / truth.norm())
             if not error < 0.03:  # NaN too
                 return f"its {name} is off by {error:.2g}"
     return ""
+
+
+def _both_passes(
+    attend: Attend, qkv: tuple[Tensor, ...], d_out: Tensor, packing: Packing, scale: float, window: int | None
+) -> tuple[Tensor, ...]:
+    """Return the output and the gradients of q, k and v."""
+    outputs, grads = gradients(lambda q, k, v: (attend(q, k, v, packing, scale, window),), qkv, (d_out,))
+    return *outputs, *grads

@@ -58,7 +58,7 @@ class SampleOffsets:
 
 
 class Plan(Protocol):
-    """Both directions of a shape's attention over at most so many samples and rows; outputs are new tensors."""
+    """Forward and backward of a shape's attention, for a limited number of samples and rows; outputs are new tensors."""
 
     num_samples: int
 
@@ -115,7 +115,7 @@ class PlannedAttention:
 
 
 def samples_of_plan(num_samples: int) -> int:
-    """Return how many samples the plan for so many is compiled for."""
+    """Return the number of samples that the plan for a microbatch of `num_samples` is compiled for."""
     return max(USUAL_SAMPLES[0], 1 << (num_samples - 1).bit_length())
 
 
