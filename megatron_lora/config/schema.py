@@ -284,7 +284,8 @@ class RunConfig:
         "auto",
         one_of("auto", "torch", "te"),
         "what computes norms and attention. `te`: [Transformer Engine](install.md#transformer-engine); `torch`: our norms and torch's "
-        "attention; `auto`: the same, with Transformer Engine's attention where torch is too old to have its own for packed samples",
+        "attention; `auto`: our norms and [cuDNN's attention](install.md#cudnns-attention) where it is installed and works, else torch's "
+        "(Transformer Engine's where torch is too old to have its own for packed samples)",
     )
     jobs: tuple[JobConfig, ...]
 

@@ -43,6 +43,7 @@ from megatron_lora.huggingface.weight_slices import Checkpoint, Part, RandomTens
 from megatron_lora.model import loss
 from megatron_lora.model.attention import MergedSelfAttention, PackedAttention, PackedRows
 from megatron_lora.model.backends import OURS, Backends
+from megatron_lora.model.cudnn_attention import cudnn_attention
 from megatron_lora.model.decoder import DecoderLayer
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.model.norm import RMSNorm
@@ -88,6 +89,13 @@ class Stage(torch.nn.Module):
         policies = recompute_of_layers(recompute, self.architecture.num_layers)
         for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
             block.recompute = policies[layer]
+
+    def set_attention(self, attention: str) -> None:
+        """Set who computes the attention of all layers: "cudnn" by plans that they share, else what stands in their slots."""
+        self.attention = attention
+        attend = cudnn_attention() if attention == "cudnn" else None
+        for block in self.model.decoder.layers:
+            block.self_attention.core_attention.attend = attend
 
     def forward(self, microbatch: StageInput, hidden: Tensor | None = None) -> Tensor:
         """Compute the stage's layers over one microbatch.
@@ -222,6 +230,7 @@ def build_stage(
             parameter.zero_()  # the rows that pad the vocabulary stay zero
     stage = Stage(model, architecture, layers, device)
     stage.set_recompute(recompute)
+    stage.set_attention(backends.attention)
     load(stage.parts(), Checkpoint(model_dir) if load_weights else RandomTensors(architecture, seed, dtype, device))
     if base_weights == "fp8":
         for linear in stage.linears:

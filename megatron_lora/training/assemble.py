@@ -10,9 +10,10 @@ import torch.distributed as dist
 from megatron_lora.config.schema import ParallelConfig, RunConfig
 from megatron_lora.data.collate import collate, num_rows
 from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.model import cudnn_attention, transformer_engine
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec
-from megatron_lora.model.backends import Backends, choose, fall_back_from_te, import_engine, this_machine
+from megatron_lora.model.backends import Backends, choose, fall_back, import_engine, this_machine
 from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import Links, MessageLayout
@@ -25,19 +26,21 @@ from scheduling.types import Microbatch
 def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Backends:
     """Return which libraries compute this rank's norms and attention (backends.py).
 
-    Transformer Engine's attention is tried on this device before it is used; the first rank prints the result.
+    cuDNN's or Transformer Engine's attention is tried on this device before it is used; the first rank prints the result.
     """
     machine = this_machine()
     backends = choose(config.backend, machine)
-    if "te" not in (backends.norms, backends.attention):
+    if backends.attention == "torch":
         return backends
-    from megatron_lora.model.transformer_engine import attention_fault
-
-    import_engine(config.backend)
     tensor = config.parallel.tensor
     heads, kv_heads = architecture.num_heads // tensor, architecture.num_kv_heads // tensor
-    fault = attention_fault(heads, kv_heads, architecture.head_dim, architecture.sliding_windows, dtype, device)
-    backends, line = fall_back_from_te(backends, machine, fault)
+    shape = (heads, kv_heads, architecture.head_dim, architecture.sliding_windows, dtype, device)
+    if backends.attention == "te":
+        import_engine(config.backend)
+        fault = transformer_engine.attention_fault(*shape)
+    else:
+        fault = cudnn_attention.attention_fault(*shape, num_rows=int(config.microbatch_tokens))
+    backends, line = fall_back(backends, machine, fault)
     if dist.get_rank() == 0:
         print(line, flush=True)
     return backends

@@ -19,7 +19,8 @@ from megatron_lora.data.collate import collate
 from megatron_lora.data.samples import Sample
 from megatron_lora.data.steps import JobSamples, job_steps
 from megatron_lora.huggingface.architecture import read_architecture
-from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.stage import build_stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import Links, MessageLayout

@@ -22,7 +22,8 @@ from fused_ops.hopper_grad_sb import hopper_grad_s_and_b
 from fused_ops.route import make_route
 from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
 from megatron_lora.huggingface.architecture import read_architecture
-from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from scheduling import memory

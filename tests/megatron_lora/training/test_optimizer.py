@@ -11,7 +11,8 @@ from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data.samples import JobData
 from megatron_lora.data.steps import JobSamples, job_steps
 from megatron_lora.huggingface.adapter_files import AdapterFile
-from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.output.checkpoint import write_checkpoint
 from megatron_lora.output.standing import CheckpointState, resume_point_of

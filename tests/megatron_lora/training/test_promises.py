@@ -119,7 +119,8 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
     from megatron_lora.data.steps import JobSamples, job_steps
     from megatron_lora.huggingface.adapter_files import read_adapter
     from megatron_lora.huggingface.architecture import read_architecture
-    from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+    from megatron_lora.model.adapter_arena import Arena
+    from megatron_lora.model.arena_region import AdapterSpec
     from megatron_lora.model.stage import build_stage
     from scheduling.types import Microbatch, Segment
 

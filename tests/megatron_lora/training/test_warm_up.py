@@ -11,7 +11,8 @@ from tiny import random_factor, save_model, stage_input, train_step
 from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
-from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.stage import build_stage
 from megatron_lora.training import warm_up
 
