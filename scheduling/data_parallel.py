@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduling.planner import plan_stream
 from scheduling.slot_cost import SlotCost
-from scheduling.types import Lengths, Microbatch, Segment, Stream
+from scheduling.types import Lengths, Microbatch, Segment
 
 BALANCE = 0.05  # a replica may be this much slower than the mean
 _NODES = 20_000  # of the exact search
@@ -122,22 +121,3 @@ def deal(lengths: Lengths, num_replicas: int, cost: SlotCost | None = None) -> D
         for job_splits, steps in zip(splits, lengths, strict=True)
     )
     return Dealt(lengths, splits, rounds)
-
-
-def plan_replicas(
-    lengths: Lengths,
-    num_replicas: int,
-    num_stages: int,
-    capacity: int,
-    delay: int = 1,
-    effort: int = 1,
-    cost: SlotCost | None = None,
-) -> tuple[Stream, ...]:
-    """Plan one stream per replica; all have the same slots, and each (job, step) begins and ends in the same slot everywhere.
-
-    Samples are indices within the global batch. Where only other replicas have samples of a job, a replica has an empty segment, so
-    that it takes the job's steps with the others.
-    """
-    dealt = deal(lengths, num_replicas, cost)
-    shared = plan_stream(dealt.rounds, num_stages, capacity, delay, effort, cost)
-    return tuple(tuple(dealt.part(microbatch, replica) for microbatch in shared) for replica in range(num_replicas))
