@@ -38,7 +38,7 @@ from megatron_lora.parallel.messages import SLOT, Links, Message, MessageLayout,
 from megatron_lora.parallel.process_groups import Position
 from scheduling.follow import Window
 from scheduling.pipeline import Ending, final_backwards, window_actions
-from scheduling.types import NOOP, Action, Microbatch, Op
+from scheduling.types import Action, Microbatch, Op
 
 
 class StageModel(Protocol):
@@ -141,9 +141,9 @@ class Executor:
         self.on_forward = on_forward
         self.timeline = timeline
         self.device = device
-        self.stream: list[Microbatch] = []  # all slots of the windows so far; those before `num_forgotten` are emptied
-        self.endings: list[tuple[Ending, ...]] = []  # [slot] -> the (job, step) pairs that end there
-        self.num_forgotten = 0
+        self.stream: dict[int, Microbatch] = {}  # slot -> its microbatch, of the slots that an action may still read
+        self.endings: dict[int, tuple[Ending, ...]] = {}  # slot -> the (job, step) pairs that end there, of the same slots
+        self.num_slots = 0  # of all windows so far
         self.next_slot = 0  # the next slot to run forward
         self.next_message: Message | None = None  # forward message of `next_slot`, once it was received
         self.verdicts: dict[int, Message] = {}  # first stage: slot where steps ended -> the gradient message with their sums
@@ -160,25 +160,24 @@ class Executor:
         position = self.position
         feed = iter(windows)
         while (window := self._next_window(feed)) is not None:
-            first = len(self.stream)
-            self.stream += window.stream
-            self.endings += window.ended
-            end = len(self.stream)
+            first, end = self.num_slots, self.num_slots + len(window.stream)
+            self.stream.update(enumerate(window.stream, first))
+            self.endings.update(enumerate(window.ended, first))
+            self.num_slots = end
             self._perform(window_actions(self.stream, self.endings, position.stage, position.num_stages, position.delay, first, end))
             self._forget(end - position.lag)
-        self._perform(final_backwards(len(self.stream), position.stage, position.num_stages))
+        self._perform(final_backwards(self.num_slots, position.stage, position.num_stages))
         self.links.drain()
         assert not self.in_flight and not bool(self.misplaced), "messages and slots went out of step"
 
     def _next_window(self, feed) -> Window | None:
-        with self.timeline.span("wait plan", len(self.stream)):
+        with self.timeline.span("wait plan", self.num_slots):
             return next(feed, None)
 
     def _forget(self, end: int) -> None:
-        """Empty the slots before `end`, which no later action reads, so that memory does not grow with the run."""
-        for slot in range(self.num_forgotten, end):
-            self.stream[slot], self.endings[slot] = NOOP, ()
-        self.num_forgotten = max(end, self.num_forgotten)
+        """Drop the slots before `end`, which no later action reads, so that memory does not grow with the run."""
+        for slot in [slot for slot in self.stream if slot < end]:
+            del self.stream[slot], self.endings[slot]
 
     def _perform(self, actions: Iterable[Action]) -> None:
         perform = {Op.FORWARD: self._forward, Op.BACKWARD: self._backward, Op.STEP: self._step}
@@ -194,7 +193,7 @@ class Executor:
             receiver.post(self.num_rows(self.stream[slot]))
         with self.timeline.span(name, slot):
             message = receiver.take(slot)
-        if receiver.ahead and slot + 1 < len(self.stream):
+        if receiver.ahead and slot + 1 < self.num_slots:
             receiver.post(self.num_rows(self.stream[slot + 1]))
         self.misplaced += message.header[SLOT] != slot
         return message
