@@ -23,6 +23,7 @@ setup(
         "triton; platform_system == 'Linux'",
     ],
     extras_require={
+        "cudnn": ["nvidia-cudnn-frontend>=1.32"],
         "dev": ["pytest", "hypothesis", "ruff", "pyright", "setuptools", "peft", "accelerate", "pyarrow"],
         "gguf": ["gguf", "accelerate"],
         "parquet": ["pyarrow"],

@@ -28,30 +28,6 @@ def make_chunks(ranges: Iterable[tuple[int, int, int]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
 
 
-def setting_row(
-    *, lr: float, beta1: float, beta2: float, epsilon: float, weight_decay: float, clip_scale: float, step: int, finite: bool = True
-) -> tuple[float, ...]:
-    """Return one job's row of `settings`; `step` counts applied steps from 1, this one included.
-
-    Everything that cancels (1 - beta, the bias corrections, 1 - lr * decay) is computed here, in float64.
-    """
-    if step < 1:
-        raise ValueError(f"step {step} of AdamW is not positive")
-    correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
-    return (
-        lr / correction1,
-        beta1,
-        beta2,
-        epsilon,
-        1.0 - lr * weight_decay,
-        clip_scale,
-        correction2**0.5,
-        float(finite),
-        1.0 - beta1,
-        1.0 - beta2,
-    )
-
-
 def adamw_(
     master: Tensor,
     grad: Tensor,

@@ -62,7 +62,7 @@ _ACC = product(HALF)
 
 # Larger weights are not launched early: it made 4096 x 28672 slower by 2.5%, left 14336 x 4096 and 8192 x 8192 as they were, and made
 # 5120 x 5120 and smaller ones faster by 2%. The weight's shape alone decides, so that nothing is compiled in the middle of a run.
-MOST_WEIGHTS_EARLY = 2**25
+MAX_EARLY_WEIGHTS = 2**25
 
 
 @gluon.jit
@@ -277,7 +277,7 @@ def hopper_gemm(
         return [*values, *[None] * (3 - len(values))]
 
     tiles = -(-num_rows // BM.value) * -(-num_cols // BN.value)
-    early = bool(route.segments) and num_cols * num_inner <= MOST_WEIGHTS_EARLY
+    early = bool(route.segments) and num_cols * num_inner <= MAX_EARLY_WEIGHTS
     _hopper_kernel[(min(num_processors(input_TI.device), tiles),)](
         describe(input_TI, WM.value, BK.value),
         describe(weight, BK.value, HALF.value) if backward else describe(weight, HALF.value, BK.value),

@@ -151,24 +151,28 @@ def down(x_TK: Tensor, group: LoraGroup, route: Route, config: DownConfig | None
     s_TR = torch.empty(x_TK.shape[0], group.width, dtype=x_TK.dtype, device=x_TK.device)
     wide = not group.has_dropout
     num_modules = 1 if wide else group.num_modules
-    most = group.width if wide else group.max_padded_rank
+    largest_rank = group.width if wide else group.max_padded_rank
     limit = 128 if num_modules == 1 else 64
-    _launch(x_TK, group.a_RK, s_TR, group, route, 4, 6, num_modules, most, limit, group.has_dropout, wide, group.first_feature, config)
+    _launch(
+        x_TK, group.a_RK, s_TR, group, route, 4, 6, num_modules, largest_rank, limit, group.has_dropout, wide, group.first_feature, config
+    )
     return s_TR
 
 
 def down_module(dy_TN: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, module: int, config: DownConfig | None = None) -> None:
     """Write dS = c' dY B of one module into its columns of ds_TR."""
     start, stop = group.columns[module]
-    row, column, most = 5 + 3 * module, 6 + 3 * module, group.max_padded_rank
-    _launch(dy_TN[:, start:stop], group.b_RN[module], ds_TR, group, route, row, column, 1, most, 128, False, False, 0, config)
+    row, column, largest_rank = 5 + 3 * module, 6 + 3 * module, group.max_padded_rank
+    _launch(dy_TN[:, start:stop], group.b_RN[module], ds_TR, group, route, row, column, 1, largest_rank, 128, False, False, 0, config)
 
 
-def _launch(value, lora, out, group, route, row_field, column_field, num_modules, most, limit, dropout, wide, first_feature, config):
+def _launch(
+    value, lora, out, group, route, row_field, column_field, num_modules, largest_rank, limit, dropout, wide, first_feature, config
+):
     num_rows, num_inner = value.shape
-    rank, tma = rank_class(most, limit), uses_tma(value, lora)
+    rank, tma = rank_class(largest_rank, limit), uses_tma(value, lora)
     config = config or down_config(num_rows, num_inner, rank, num_modules, dropout, value.element_size(), tma)
-    num_items, num_ranks = route.num_items(config.rows), triton.cdiv(most, rank)
+    num_items, num_ranks = route.num_items(config.rows), triton.cdiv(largest_rank, rank)
     if not num_items:
         return
     num_splits = splits(num_rows, num_inner, config, num_processors(value.device))

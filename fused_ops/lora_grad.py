@@ -199,9 +199,9 @@ def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx
     """
     wide = not group.has_dropout
     num_modules = 1 if wide else group.num_modules
-    most = group.width if wide else group.max_padded_rank
+    largest_rank = group.width if wide else group.max_padded_rank
     limit = 128 if num_modules == 1 else 32
-    columns = (4, 6, num_modules, most, limit, group.has_dropout, wide, group.first_feature)
+    columns = (4, 6, num_modules, largest_rank, limit, group.has_dropout, wide, group.first_feature)
     _sum_rows(x_TK, ds_TR, group.grad_a_RK, group, route, *columns, config, after_dx)
 
 
@@ -225,12 +225,14 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
 
 
 def _sum_rows(
-    value, s_TR, grad, group, route, row_field, column_field, num_modules, most, limit, dropout, wide, first_feature, config, ahead=False
+    value, s_TR, grad, group, route, row_field, column_field, num_modules, largest_rank, limit, dropout, wide, first_feature, config,
+    ahead=False,
 ):  # fmt: skip
-    rank, tma = rank_class(most, limit), uses_tma(value, s_TR)
+    rank, tma = rank_class(largest_rank, limit), uses_tma(value, s_TR)
     num_cols, width = value.shape[1], group.width
     config = config or rows_config(value.shape[0], num_cols, rank, num_modules, dropout, value.element_size(), tma)
-    num_blocks, num_items, num_ranks = triton.cdiv(num_cols, config.columns), route.num_items(config.item_rows), triton.cdiv(most, rank)
+    num_blocks, num_ranks = triton.cdiv(num_cols, config.columns), triton.cdiv(largest_rank, rank)
+    num_items = route.num_items(config.item_rows)
     if not num_items:
         return
     block_rank = max(rank, config.min_rank)

@@ -1,9 +1,9 @@
-"""`triton` and `triton.language` where Triton is installed; elsewhere stand-ins, so that the twins beside its kernels can be imported.
+"""`triton` and `triton.language` where Triton is installed; elsewhere stand-ins, so that modules with kernels can be imported.
 
     from fused_ops.optional_triton import tl, triton
 
-A stand-in is whatever a kernel's definition asks of it: any attribute, and a decorator. Launching such a kernel raises RuntimeError.
-No CPU run launches one, since `backend.backend_name` takes the references there.
+A stand-in has every attribute that a kernel's definition uses, and is a decorator. Launching such a kernel raises RuntimeError.
+No CPU run launches one, since `backend.backend_name` chooses the references there.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ try:
 except ImportError:
 
     class _Absent:
-        """Stands for Triton and all of its names: attributes and calls return it again, launching it as a kernel is an error."""
+        """In place of Triton and all of its names: attributes and calls return the object itself, launching it as a kernel is an error."""
 
         def __getattr__(self, name: str) -> Any:
             return self

@@ -22,6 +22,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "transformer-engine",
+    "nvidia-cudnn-frontend",
     "liger-kernel",
     "peft",
     "tensorboard",

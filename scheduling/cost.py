@@ -130,14 +130,6 @@ class CostModel:
         """Return seconds, forward plus backward on the slowest stage, per token-equivalent of a slot."""
         return max(sum(one.per_token + mean_rank * one.per_rank_token for one in (stage.forward, stage.backward)) for stage in self.stages)
 
-    def slot_seconds(
-        self, slots: Sequence[tuple[float, float, float]]
-    ) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
-        """Return forward and backward seconds [stage][slot] of (tokens, squares, rank_tokens) slots, as simulate() expects them."""
-        forward = tuple(tuple(stage.forward.seconds(*slot) for slot in slots) for stage in self.stages)
-        backward = tuple(tuple(stage.backward.seconds(*slot) for slot in slots) for stage in self.stages)
-        return forward, backward
-
     def to_json(self) -> list[dict]:
         """Return plain data for a JSON file."""
         return [asdict(stage) for stage in self.stages]

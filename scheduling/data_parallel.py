@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from scheduling.job_lengths import JobLengths, read_all, read_lengths
-from scheduling.planner import plan_stream
 from scheduling.slot_cost import SlotCost
-from scheduling.types import MAX_ENDINGS, Lengths, Microbatch, Segment, Stream
+from scheduling.types import Lengths, Microbatch, Segment
 
 BALANCE = 0.05  # a replica may be this much slower than the mean
 _NODES = 20_000  # of the exact search
@@ -148,23 +147,3 @@ def deal(lengths: Lengths, num_replicas: int, cost: SlotCost | None = None) -> D
     """Split every global batch over the replicas."""
     jobs = tuple(DealtJob.of(steps, num_replicas, cost) for steps in read_all(lengths))
     return Dealt(tuple(job.lengths for job in jobs), tuple(job.rounds for job in jobs), jobs)
-
-
-def plan_replicas(
-    lengths: Lengths,
-    num_replicas: int,
-    num_stages: int,
-    capacity: int,
-    delay: int = 1,
-    effort: int = 1,
-    cost: SlotCost | None = None,
-    max_endings: int = MAX_ENDINGS,
-) -> tuple[Stream, ...]:
-    """Plan one stream per replica; all have the same slots, and each (job, step) begins and ends in the same slot everywhere.
-
-    Samples are indices within the global batch. Where only other replicas have samples of a job, a replica has an empty segment, so
-    that it takes the job's steps with the others.
-    """
-    dealt = deal(lengths, num_replicas, cost)
-    shared = plan_stream(dealt.rounds, num_stages, capacity, delay, effort, cost, max_endings)
-    return tuple(tuple(dealt.part(microbatch, replica) for microbatch in shared) for replica in range(num_replicas))

@@ -104,7 +104,7 @@ class LayerMemory:
         dx = self.gathered + (self.hidden if self.sequence else 0.0)
         up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - freed
         freed += self.hidden * (1 + (not cheap and widths["up"] > 0))
-        expanded = 2 * self.query if self.grouped else 0.0
+        expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK, dV of all query heads by cuDNN; torch's take half
         attention = self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item + expanded - freed
         return max(down, swiglu, up, attention, 0.0) * tokens
 

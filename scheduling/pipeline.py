@@ -13,11 +13,14 @@ F(m + P + delay) carries it forward. No-op and evaluation slots keep their B, as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from scheduling.types import NOOP, Action, Microbatch, Op, PlanError, Stream
 
 Ending = tuple[int, int]  # (job, step)
+Value = TypeVar("Value")
+Slots = Sequence[Value] | Mapping[int, Value]  # by slot
 
 
 def endings(stream: Stream) -> tuple[tuple[Ending, ...], ...]:
@@ -59,10 +62,10 @@ def final_backwards(num_slots: int, stage: int, num_stages: int) -> tuple[Action
 
 
 def window_actions(
-    stream: Sequence[Microbatch], ended: Sequence[Sequence[Ending]], stage: int, num_stages: int, delay: int, first: int, end: int
+    stream: Slots[Microbatch], ended: Slots[Sequence[Ending]], stage: int, num_stages: int, delay: int, first: int, end: int
 ) -> tuple[Action, ...]:
-    """Return the actions that slots first .. end - 1 trigger on one stage; `stream` and `ended` (the steps that end in each slot) reach
-    slot end - 1.
+    """Return the actions that slots first .. end - 1 trigger on one stage, read from the microbatch of each slot and the steps that end
+    in it; of the slots before `first` the last num_stages + delay are read.
 
     Concatenated over consecutive windows, plus final_backwards, they are stage_actions of the complete stream.
     """

@@ -6,7 +6,7 @@ from scheduling.cost import Device, ModelShape
 from scheduling.slot_cost import TILE_ROWS
 
 TILE_COLUMNS = 256  # of the GEMMs
-_MOST_TILES = 256  # of rows: 32,768 tokens
+_MAX_TILES = 256  # of rows: 32,768 tokens
 
 
 def linear_tiles(shape: ModelShape, device: Device, tensor: int = 1) -> tuple[float, ...]:
@@ -29,4 +29,4 @@ def linear_tiles(shape: ModelShape, device: Device, tensor: int = 1) -> tuple[fl
         waves = ((inner, -(-row_tiles * -(-columns // TILE_COLUMNS) // device.processors)) for inner, columns in products)
         return sum(inner * count for inner, count in waves) * wave / weights
 
-    return tuple(map(tokens, range(_MOST_TILES + 1)))
+    return tuple(map(tokens, range(_MAX_TILES + 1)))

@@ -6,7 +6,7 @@ progress of every job, and a timeline in Chrome trace format (opens in Perfetto)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduling.pipeline import endings, stage_actions, with_drain
@@ -52,11 +52,6 @@ class Timeline:
     def bubble(self, stage: int) -> float:
         """Return the share of the makespan in which a stage waits."""
         return 1 - self.busy_s(stage) / self.makespan_s if self.makespan_s else 0.0
-
-    @property
-    def job_ends_s(self) -> dict[int, float]:
-        """Return when each job takes its last step."""
-        return {span.job: span.end_s for span in sorted(self.steps, key=lambda span: span.end_s)}
 
 
 def simulate(
@@ -156,37 +151,3 @@ def simulate_runs(
         joined += stream
         clock += timeline.makespan_s
     return tuple(joined), Timeline(num_stages, clock, tuple(events), tuple(steps))
-
-
-def chrome_trace(timeline: Timeline, stream: Stream, job_name: Callable[[int], str] = "job {}".format) -> dict:
-    """Return the timeline in Chrome trace format: one process per stage, one complete event per action, times in microseconds."""
-    ended = endings(stream)
-    trace: list[dict] = [
-        {"ph": "M", "name": "process_name", "pid": stage, "args": {"name": f"stage {stage}"}} for stage in range(timeline.num_stages)
-    ]
-    for event in timeline.events:
-        if event.op is Op.STEP:
-            name, details = f"step {job_name(event.index)}", {}
-        elif event.index >= len(stream) or stream[event.index].is_noop:
-            continue
-        else:
-            segments = stream[event.index].segments
-            name = f"{event.op.value}{event.index} " + " ".join(job_name(segment.job) for segment in segments)
-            details = {
-                "tokens": stream[event.index].num_tokens,
-                "segments": [f"{job_name(s.job)} step {s.step}: {s.num_tokens} tokens" for s in segments],
-                "last_of": [f"{job_name(job)} step {step}" for job, step in ended[event.index]],
-            }
-        trace.append(
-            {
-                "ph": "X",
-                "name": name,
-                "cat": event.op.name.lower(),
-                "pid": event.stage,
-                "tid": 0,
-                "ts": round(event.start_s * 1e6, 3),
-                "dur": round((event.end_s - event.start_s) * 1e6, 3),
-                "args": details,
-            }
-        )
-    return {"traceEvents": trace, "displayTimeUnit": "ms"}

@@ -23,7 +23,7 @@ setup_env() {
         return 2
     fi
     if [ -n "$CONSTRAINTS" ] && [ ! -f "$CONSTRAINTS" ]; then
-        echo "setup_env: CONSTRAINTS=$CONSTRAINTS is not a file; name a constraints file of pip, or leave it empty" >&2
+        echo "setup_env: CONSTRAINTS=$CONSTRAINTS is no file; name a constraints file of pip, or leave it empty" >&2
         return 2
     fi
     stamp=$(

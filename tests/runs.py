@@ -36,12 +36,12 @@ def train(config_path: Path, stop_after: int | None = None) -> int:
         checks = 0
 
         @property
-        def asked(self) -> bool:
+        def requested(self) -> bool:
             self.checks += 1
             return stop_after is not None and dist.get_rank() == dist.get_world_size() - 1 and self.checks > stop_after
 
-        @asked.setter
-        def asked(self, value: bool) -> None:
+        @requested.setter
+        def requested(self, value: bool) -> None:
             assert not value
 
     return run(load_config(config_path), StopAfter())

@@ -93,16 +93,14 @@ def backends() -> list[Finding]:
     import torch
 
     from megatron_lora.errors import UserError
-    from megatron_lora.model.backends import FP8_CAPABILITY, INSTALL_ENGINE, choose, this_machine
+    from megatron_lora.model.backends import ATTENTION, FP8_CAPABILITY, INSTALL_CUDNN, INSTALL_ENGINE, choose, this_machine
 
     here = this_machine()
     cuda, triton = here.capability is not None, version("triton")
     try:
         chosen = choose("auto", here).attention
-        found = (
-            "Transformer Engine" if chosen == "te" else "torch.nn.attention.varlen" if cuda else "scaled_dot_product_attention per sample"
-        )
-        attention = Finding("attention", found, "tried on the GPU when a run starts" if chosen == "te" else "")
+        found = f"{ATTENTION[chosen]}, of variable length" if cuda else "torch's, one call per sample"
+        attention = Finding("attention", found, "tried on the GPU when a run starts" if cuda and chosen != "torch" else "")
     except UserError as error:
         attention = Finding("attention", "none", str(error))
     lacks_fp8 = cuda and here.capability < FP8_CAPABILITY
@@ -119,8 +117,19 @@ def backends() -> list[Finding]:
             "refused" if lacks_fp8 else "8-bit tensor cores" if cuda else "plain torch, for trying out",
             "this GPU has no 8-bit tensor cores" if lacks_fp8 else "",
         ),
+        *_cudnn(here.cudnn, cuda, INSTALL_CUDNN),
         *_engine(here.engine, cuda, INSTALL_ENGINE),
     ]
+
+
+def _cudnn(found: str | None, cuda: bool, install: str) -> list[Finding]:
+    """Report what cuDNN's attention is used for here."""
+    if not cuda:
+        return []
+    if found is None:
+        cost = f"torch's attention takes its place, 3 to 8% less speed on an H200; {install}"
+        return [Finding("cuDNN's attention", "missing", cost)]
+    return [Finding("cuDNN's attention", f"nvidia-cudnn-frontend {found}", "for backend: auto, where it works when a run starts")]
 
 
 def _engine(found: str | None, cuda: bool, install: str) -> list[Finding]:

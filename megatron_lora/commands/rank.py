@@ -14,6 +14,7 @@ from typing import NoReturn
 from megatron_lora.commands.torchrun import die_with_parent, record_failure
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.errors import UserError
+from megatron_lora.output.job_states import exit_status
 from megatron_lora.output.run_directory import RunDirectory, job_states
 from megatron_lora.training.stop_request import StopRequest
 
@@ -55,9 +56,8 @@ def _run_first_rank(config: RunConfig, launched: bool, stop: StopRequest) -> int
         check_run(config)
         run_directory = RunDirectory.create(config, environment())
     with run_directory:
-        status = _run(config, stop)
-        if status == 0 and "failed" in job_states(run_directory.path).values():
-            status = 3  # a job failed in an earlier start of the run
+        _run(config, stop)
+        status = exit_status(job_states(run_directory.path).values())  # of all jobs, those of earlier starts too
         run_directory.finish(status)
     return status
 

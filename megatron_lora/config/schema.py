@@ -111,8 +111,35 @@ class ParallelConfig:
 
     @property
     def world_size(self) -> int:
-        """Ranks that the run needs."""
-        return self.pipeline * self.tensor * self.data
+        """Ranks that the run needs. Rank = t + tensor * (d + data * p) for tensor rank t, replica d and pipeline stage p."""
+        return self.pipeline * self.ranks_per_stage
+
+    @property
+    def ranks_per_stage(self) -> int:
+        """Ranks that hold parts or copies of one stage."""
+        return self.tensor * self.data
+
+    @property
+    def norm_delay(self) -> int:
+        """Slots that a stage's gradient norm takes: 1 where it is first summed over other ranks of the stage, else 0."""
+        return int(self.ranks_per_stage > 1)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the rows of a microbatch are padded to a multiple of: the tensor ranks under sequence parallelism, else 1."""
+        return self.tensor if self.sequence else 1
+
+    def stage_of(self, rank: int) -> int:
+        """Return the pipeline stage of a rank."""
+        return rank // self.ranks_per_stage
+
+    def replica_of(self, rank: int) -> int:
+        """Return the replica that a rank belongs to."""
+        return rank // self.tensor % self.data
+
+    def rank_at(self, stage: int, replica: int, tensor_rank: int) -> int:
+        """Return the rank of a place in the layout."""
+        return tensor_rank + self.tensor * (replica + self.data * stage)
 
 
 @accepts("a mapping of the keys below")
@@ -257,7 +284,8 @@ class RunConfig:
         "auto",
         one_of("auto", "torch", "te"),
         "what computes norms and attention. `te`: [Transformer Engine](install.md#transformer-engine); `torch`: our norms and torch's "
-        "attention; `auto`: the same, with Transformer Engine's attention where torch is too old to have its own for packed samples",
+        "attention; `auto`: our norms and [cuDNN's attention](install.md#cudnns-attention) where it is installed and works, else torch's "
+        "(Transformer Engine's where torch is too old to have its own for packed samples)",
     )
     jobs: tuple[JobConfig, ...]
 

@@ -8,7 +8,8 @@ step's microbatches is the step's loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,14 +28,27 @@ def num_rows(microbatch: Microbatch, multiple: int) -> int:
     return -(-microbatch.num_tokens // multiple) * multiple
 
 
-def collate(microbatch: Microbatch, jobs: Sequence[JobSamples], *, multiple: int, device: torch.device) -> StageInput:
-    """Return the tensors of a microbatch; its padding up to `multiple` rows is one sample without labels and without an adapter."""
-    tokens, labels, weights, keys, lengths, segments = [], [], [], [], [], []
+class ResidentJob(Protocol):
+    """What a microbatch takes from a job: its samples and its adapter row (training.jobs.Job)."""
+
+    @property
+    def step_samples(self) -> JobSamples: ...
+
+    @property
+    def adapter_row(self) -> int: ...
+
+
+def collate(microbatch: Microbatch, jobs: Mapping[int, ResidentJob], *, multiple: int, device: torch.device) -> StageInput:
+    """Return the tensors of a microbatch of `jobs` (by number).
+
+    Its padding up to `multiple` rows is one sample without labels and without an adapter.
+    """
+    tokens, labels, weights, keys, lengths, segments, numbers = [], [], [], [], [], [], []
     row = 0
     for segment in microbatch.segments:
         if not segment.samples:
             continue  # this replica has no sample of the job here
-        job = jobs[segment.job]
+        job, adapter_row = jobs[segment.job].step_samples, jobs[segment.job].adapter_row
         share = 1.0 / job.num_targets(segment.step)
         for k in segment.samples:
             epoch, index = job.steps[segment.step][k]
@@ -46,7 +60,8 @@ def collate(microbatch: Microbatch, jobs: Sequence[JobSamples], *, multiple: int
             weights.append(np.where(label != NO_LABEL, share, 0.0).astype(np.float32))
             keys.append(np.asarray(row_keys(job.seed, sample.record, epoch, len(sample.tokens))))
             lengths.append(len(sample.tokens))
-        segments.append((row, row + segment.num_tokens, segment.job))
+        segments.append((row, row + segment.num_tokens, adapter_row))
+        numbers.append(segment.job)
         row += segment.num_tokens
     num_padding = num_rows(microbatch, multiple) - row
     if num_padding:
@@ -70,4 +85,5 @@ def collate(microbatch: Microbatch, jobs: Sequence[JobSamples], *, multiple: int
         weights=to_device(np.concatenate(weights)),
         packing=Packing(cu_seqlens=to_device(edges), lengths=tuple(lengths), positions=to_device(positions), max_length=max(lengths)),
         route=make_route(row + num_padding, tuple(segments), to_device(np.concatenate(keys)), device),
+        jobs=tuple(numbers),
     )

@@ -37,7 +37,8 @@ class StageInput:
     """One microbatch for one stage: `tokens`, `labels` (-100: none) int64 [T], `weights` fp32 [T], packing and route.
 
     `targets` int64 lists the rows that have a label, in order, so that the loss computes no others;
-    None where they are not listed.
+    None where they are not listed. `jobs` are the numbers of the route's segments, whose own third
+    entry is the job's adapter row.
     """
 
     tokens: Tensor
@@ -46,3 +47,4 @@ class StageInput:
     packing: Packing
     route: Route | None
     targets: Tensor | None = None
+    jobs: tuple[int, ...] = ()

@@ -78,17 +78,6 @@ def load_jobs_data(
     return tuple(_load_job(job, reader, vocab_size, validation) for job in jobs)
 
 
-def load_job_data(
-    job: JobConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    cache_dir: str | Path | None,
-    vocab_size: int | None = None,
-    validation: bool = False,
-) -> JobData:
-    """Load the data of one job; see load_jobs_data."""
-    return load_jobs_data([job], tokenizer, cache_dir, vocab_size, validation)[0]
-
-
 class _Reader:
     """Gets tokenised datasets from memory, from the cache directory, or from their files."""
 

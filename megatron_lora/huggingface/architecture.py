@@ -18,8 +18,6 @@ from typing import Any
 from megatron_lora.errors import UserError
 
 MERGED_LINEARS = {"qkv": ("q_proj", "k_proj", "v_proj"), "proj": ("o_proj",), "fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",)}
-ADAPTABLE_MODULES = tuple(name for names in MERGED_LINEARS.values() for name in names)
-
 # What transformers uses for a key that config.json does not have.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None},

@@ -1,15 +1,16 @@
 """The arena: the memory of all adapters of a stage.
 
-It has five flat buffers of equal length: master weights, gradients and Adam's two moments in fp32, and a
-copy of the weights in the compute dtype (the master weights themselves if that is fp32). Each linear
-has one region, the same in every buffer: A [R, K], and for each of its modules B^T [R_m, N_m]. The A of
-all adapters are stacked along R, and each takes its rank rounded up to 16 rows; the extra rows stay zero.
+One flat fp32 buffer each for the masters, the gradients and Adam's two moments, and one flat buffer in the compute dtype (the masters
+themselves when that is fp32). Each patched linear owns one region of every buffer (arena_region.py), the ranks of its adapters rounded
+up to 16 rows and the surplus rows zero. Kernels see a region through the linear's `LoraGroup`; the optimizer, the checkpoint and the
+PEFT files see a job through its `Factor`s, which are contiguous slices of the flat buffers.
 
-Kernels see a region through the linear's `LoraGroup`. Optimizer, checkpoint and PEFT files see an adapter
-through its `Factor`s, one for each A and B, which are contiguous slices of the buffers.
+An adapter has an *adapter row*, its index in the tables of all linears. Rows and rank rows are taken by `add` and given back by
+`remove`, which leaves zeros behind:
 
-An *adapter row* is an adapter's number in the arena (its index in `factors` and in `AdapterTable`), not to
-be confused with the rank rows above. Today job j's adapter lies in adapter row j.
+    arena = Arena(stage.linears, [first, second], tensor_rank=0, tensor_ranks=1, dtype=dtype, device=device)     # rows 0 and 1
+    arena.remove(0)
+    row = arena.add(third)                # 0 again; NoRoom, and nothing taken, where a linear has too few rank rows free
 """
 
 from __future__ import annotations
@@ -17,45 +18,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fused_ops.adapters import AdapterTable, LoraGroup, padded_rank
-from megatron_lora.model.linears import LinearGeometry, MultiLoraLinear
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSpec:
-    """The settings of one adapter; `scale` is alpha / r (alpha / sqrt(r) for rsLoRA)."""
-
-    r: int
-    scale: float
-    dropout: float
-    target_modules: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Factor:
-    """One adapter's A [r, K] or B^T [r, N] of one module, as much as this rank has: `length` numbers from `start` in every buffer."""
-
-    path: str  # the module's Hugging Face path, "model.layers.0.self_attn.q_proj"
-    kind: str  # "A" or "B"
-    start: int
-    r: int
-    width: int  # columns on this rank
-    sharded: bool  # columns are sharded over the tensor ranks; otherwise every tensor rank has them all
-    first: int  # global index of this rank's first column
-
-    @property
-    def length(self) -> int:
-        """Numbers in the slice of a buffer."""
-        return self.r * self.width
+from fused_ops.adapters import AdapterTable
+from megatron_lora.model.arena_region import FREE, AdapterSpec, Factor, NoRoom, Place, Region
+from megatron_lora.model.linears import MultiLoraLinear
 
 
 class Arena:
-    """The adapters of all jobs for the linears of one stage. Making it sets each linear's `adapters`."""
+    """The adapters of all resident jobs for the linears of one stage; each change gives every linear new `adapters`."""
 
     def __init__(
         self,
@@ -66,27 +39,78 @@ class Arena:
         tensor_ranks: int,
         dtype: torch.dtype,
         device: torch.device,
+        room_for: Sequence[AdapterSpec] | None = None,
     ):
+        """Allocate room for the adapters of `room_for` at once (default: `adapters`), and add `adapters` as rows 0, 1, ..."""
         self.tensor_ranks = tensor_ranks
-        self.factors: tuple[list[Factor], ...] = tuple([] for _ in adapters)  # [adapter row]
-        regions = []
+        self.linears = linears
+        self.regions: list[Region] = []
         size = 0
         for linear in linears:
-            region = _Region(linear.geometry, adapters, size, tensor_rank)
-            size = region.end
-            regions.append(region)
-            for row, factors in enumerate(region.factors):
-                self.factors[row].extend(factors)
+            self.regions.append(Region(linear.geometry, adapters if room_for is None else room_for, size, tensor_rank))
+            size = self.regions[-1].end
         self.master = torch.zeros(size, dtype=torch.float32, device=device)
         self.grad = torch.zeros(size, dtype=torch.float32, device=device)
         self.exp_avg = torch.zeros(size, dtype=torch.float32, device=device)
         self.exp_avg_sq = torch.zeros(size, dtype=torch.float32, device=device)
         self.compute = self.master if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device)
-        table = AdapterTable(
-            ranks=tuple(a.r for a in adapters), scales=tuple(a.scale for a in adapters), dropouts=tuple(a.dropout for a in adapters)
+        self.specs: list[AdapterSpec] = []  # [adapter row]; FREE where it is free
+        self.places: list[list[Place | None]] = [[] for _ in linears]  # [linear][adapter row]
+        self.factors: list[list[Factor]] = []  # [adapter row]; empty where it is free
+        for spec in adapters:
+            self._take(spec)
+        self._publish_tables()
+
+    def add(self, spec: AdapterSpec) -> int:
+        """Take a row for an adapter, whose numbers are all zero; returns it. Raises NoRoom, and takes nothing, where one does not fit."""
+        row = self._take(spec)
+        self._publish_tables()
+        return row
+
+    def remove(self, row: int) -> None:
+        """Give an adapter's row and rank rows back, with zeros in every buffer. No microbatch of the job may be in flight."""
+        for region, places in zip(self.regions, self.places, strict=True):
+            place = places[row]
+            assert place is not None, f"adapter row {row} is free already"
+            for part in region.slices(place):
+                for buffer in (self.master, self.grad, self.exp_avg, self.exp_avg_sq, self.compute):
+                    buffer[part].zero_()
+            region.give_back(place)
+            places[row] = None
+        self.specs[row] = FREE
+        self.factors[row] = []
+        self._publish_tables()
+
+    def _take(self, spec: AdapterSpec) -> int:
+        taken: list[tuple[Region, Place]] = []
+        try:
+            for region in self.regions:
+                taken.append((region, region.take(spec)))
+        except NoRoom:
+            for region, place in taken:
+                region.give_back(place)
+            raise
+        row = next((row for row, taken_by in enumerate(self.specs) if taken_by is FREE), len(self.specs))
+        if row == len(self.specs):
+            self.specs.append(FREE)
+            self.factors.append([])
+            for places in self.places:
+                places.append(None)
+        self.specs[row] = spec
+        self.factors[row] = [factor for region, place in taken for factor in region.factors(spec, place)]
+        for places, (_, place) in zip(self.places, taken, strict=True):
+            places[row] = place
+        return row
+
+    def _publish_tables(self) -> None:
+        """Give every linear the tables of the adapters that are here now; microbatches in flight keep those that they began with."""
+        adapters = AdapterTable(
+            ranks=tuple(spec.r for spec in self.specs),
+            scales=tuple(spec.scale for spec in self.specs),
+            dropouts=tuple(spec.dropout for spec in self.specs),
         )
-        for linear, region in zip(linears, regions, strict=True):
-            linear.adapters = region.group(self.compute, self.grad, table)
+        for linear, region, places in zip(self.linears, self.regions, self.places, strict=True):
+            linear.adapters = region.group(self.compute, self.grad, places, adapters)
 
     def view(self, factor: Factor, buffer: Tensor) -> Tensor:
         """Return the factor's slice of a flat buffer as [r, width]."""
@@ -108,7 +132,10 @@ class Arena:
         self.publish(adapter_row)
 
     def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r]); each rank copies its shard."""
+        """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r]).
+
+        Each rank copies its shard.
+        """
         self.fill(adapter_row, weights, self.master)
         self.publish(adapter_row)
 
@@ -124,71 +151,6 @@ class Arena:
         if self.compute is not self.master:
             for factor in self.factors[adapter_row]:
                 self.view(factor, self.compute).copy_(self.view(factor, self.master))
-
-
-class _Region:
-    """Offsets of one linear's A and B^T in the flat buffers, for all adapters."""
-
-    def __init__(self, geometry: LinearGeometry, adapters: Sequence[AdapterSpec], start: int, tensor_rank: int):
-        self.geometry = geometry
-        num_modules = len(geometry.modules)
-        rows_a, rows_b = 0, [0] * num_modules
-        a_rows, b_rows = [], []
-        for adapter in adapters:
-            a_row, b_row = [-1] * num_modules, [-1] * num_modules
-            height = padded_rank(adapter.r)
-            for i_module, module in enumerate(geometry.modules):
-                if module in adapter.target_modules:
-                    a_row[i_module], b_row[i_module] = rows_a, rows_b[i_module]
-                    rows_a += height
-                    rows_b[i_module] += height
-            a_rows.append(tuple(a_row))
-            b_rows.append(tuple(b_row))
-        # [adapter row][module] -> first rank row of the adapter's A, and of its B^T; -1 where it does not target the module
-        self.a_rows, self.b_rows = tuple(a_rows), tuple(b_rows)
-        self.a_shape = (rows_a, geometry.in_features)
-        self.b_shapes = tuple(zip(rows_b, geometry.out_features, strict=True))
-        self.a_start = start
-        self.b_starts = []
-        end = start + math.prod(self.a_shape)
-        for shape in self.b_shapes:
-            self.b_starts.append(end)
-            end += math.prod(shape)
-        self.end = -(-end // 64) * 64  # every region starts on a multiple of 128 bytes
-        self.factors = [self._factors_of(row, adapter.r, tensor_rank) for row, adapter in enumerate(adapters)]
-
-    def _factors_of(self, adapter_row: int, r: int, tensor_rank: int) -> list[Factor]:
-        g = self.geometry
-        column = g.parallel == "column"
-        factors = []
-        for i_module, path in enumerate(g.paths):
-            a_row, b_row = self.a_rows[adapter_row][i_module], self.b_rows[adapter_row][i_module]
-            if a_row < 0:
-                continue
-            k, n = g.in_features, g.out_features[i_module]
-            a_start, b_start = self.a_start + a_row * k, self.b_starts[i_module] + b_row * n
-            first_k, first_n = (0, tensor_rank * n) if column else (g.first_feature, 0)
-            factors.append(Factor(path=path, kind="A", start=a_start, r=r, width=k, sharded=not column, first=first_k))
-            factors.append(Factor(path=path, kind="B", start=b_start, r=r, width=n, sharded=column, first=first_n))
-        return factors
-
-    def group(self, compute: Tensor, grad: Tensor, table: AdapterTable) -> LoraGroup:
-        """Return the linear's views of the compute and gradient buffers."""
-
-        def view(buffer: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
-            return buffer[start : start + math.prod(shape)].view(shape)
-
-        return LoraGroup(
-            a_RK=view(compute, self.a_start, self.a_shape),
-            b_RN=tuple(view(compute, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
-            grad_a_RK=view(grad, self.a_start, self.a_shape),
-            grad_b_RN=tuple(view(grad, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
-            columns=self.geometry.columns,
-            a_rows=self.a_rows,
-            b_rows=self.b_rows,
-            adapters=table,
-            first_feature=self.geometry.first_feature,
-        )
 
 
 def _kaiming_uniform(r: int, num_features: int, seed: int, path: str) -> Tensor:

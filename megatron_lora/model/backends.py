@@ -1,13 +1,14 @@
 """Chooses the libraries that compute norms and attention. Plain functions, which the checks, the trainer and `doctor` share.
 
-    backend: auto     our norms and torch's variable-length attention; Transformer Engine's attention on a GPU whose torch has none
-             torch    the same, but never Transformer Engine
+    backend: auto     our norms and, on a GPU, cuDNN's attention if nvidia-cudnn-frontend is installed and it works there, else torch's
+                      variable-length attention; Transformer Engine's attention if torch has none
+             torch    our norms and torch's attention
              te       Transformer Engine's norms, and its attention if it runs on this GPU, forward and backward
 
 Our norms are the default because they add the residual, and recompute their output in backward, in one
-kernel; Transformer Engine needs several. Linears are always ours. Versions do not tell whether
+kernel; Transformer Engine needs several. Linears are always ours. Versions do not tell whether cuDNN's or
 Transformer Engine's attention runs on a GPU, so it is tried once at start-up. If it fails, torch's takes
-its place, and a line says so (`fall_back_from_te`).
+its place, and a line says so (`fall_back`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from megatron_lora.errors import UserError
 
 FP8_CAPABILITY = (8, 9)
 INSTALL_ENGINE = "pip install --no-build-isolation -e '.[te]'"
+INSTALL_CUDNN = "pip install -e '.[cudnn]'"
+ATTENTION = {"torch": "torch's", "te": "Transformer Engine's", "cudnn": "cuDNN's"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +36,12 @@ class Machine:
     capability: tuple[int, int] | None
     varlen: bool = True  # torch has variable-length attention
     engine: str | None = None  # version of Transformer Engine
+    cudnn: str | None = None  # version of nvidia-cudnn-frontend
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Backends:
-    """The library that computes the norms between layers ("ours" or "te") and the attention ("torch" or "te")."""
+    """The library that computes the norms between layers ("ours" or "te") and the attention ("torch", "te" or "cudnn")."""
 
     norms: str = "ours"
     attention: str = "torch"
@@ -54,6 +58,7 @@ def this_machine() -> Machine:
         capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
         varlen=importlib.util.find_spec("torch.nn.attention.varlen") is not None,
         engine=version("transformer-engine"),
+        cudnn=version("nvidia-cudnn-frontend"),
     )
 
 
@@ -65,6 +70,8 @@ def choose(backend: str, machine: Machine) -> Backends:
         if machine.engine is None:
             raise UserError(f"backend: 'te' is Transformer Engine, which is not installed; {INSTALL_ENGINE}, or use auto")
         return Backends(norms="te", attention="te")
+    if machine.capability is not None and machine.cudnn is not None and backend == "auto":
+        return Backends(attention="cudnn")
     if machine.capability is None or machine.varlen:
         return OURS
     if backend == "torch" or machine.engine is None:
@@ -73,7 +80,10 @@ def choose(backend: str, machine: Machine) -> Backends:
 
 
 def check_backends(config: RunConfig, machine: Machine | None = None) -> None:
-    """Raise UserError if this machine lacks what `backend` or `base_weights` need; imports Transformer Engine if it is used."""
+    """Raise UserError if this machine lacks what `backend` or `base_weights` need.
+
+    Imports Transformer Engine if it is used.
+    """
     machine = machine or this_machine()
     if "te" in dataclasses.astuple(choose(config.backend, machine)):
         import_engine(config.backend)
@@ -122,14 +132,14 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def fall_back_from_te(backends: Backends, machine: Machine, fault: str) -> tuple[Backends, str]:
-    """Return the backends after Transformer Engine's attention was tried, and a line for the user; `fault` is empty if it worked.
+def fall_back(backends: Backends, machine: Machine, fault: str) -> tuple[Backends, str]:
+    """Return the backends after their attention was tried, and a line for the user; `fault` is empty if it worked.
 
     Raises UserError if torch has no attention to take its place.
     """
+    name = ATTENTION[backends.attention]
     if not fault:
-        return backends, "attention: Transformer Engine's, tried on this GPU"
+        return backends, f"attention: {name}, tried on this GPU"
     if not machine.varlen:
-        raise UserError(f"backend: Transformer Engine's attention fails on this GPU ({fault}); install torch 2.11 or newer")
-    remaining = dataclasses.replace(backends, attention="torch")
-    return remaining, f"attention: torch's, since Transformer Engine's fails on this GPU ({fault})"
+        raise UserError(f"backend: {name} attention fails on this GPU ({fault}); install torch 2.11 or newer")
+    return dataclasses.replace(backends, attention="torch"), f"attention: torch's, since {name} fails on this GPU ({fault})"

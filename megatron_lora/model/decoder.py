@@ -38,14 +38,7 @@ class DecoderLayer(TransformerLayer):
         """Return the layer's output [T_local, 1, H], and None for Megatron's cross-attention context."""
         if self.recompute != "full" or not torch.is_grad_enabled():
             return self._compute(hidden_states, packed_seq_params, self.recompute == "cheap"), None
-        binding = self.self_attention.linear_qkv.binding
-        microbatch = binding.microbatch
-
-        def run(hidden: Tensor) -> Tensor:
-            with binding.bound(microbatch):
-                return self._compute(hidden, packed_seq_params, False)
-
-        return _Rerun.apply(hidden_states, run), None
+        return _Rerun.apply(hidden_states, lambda hidden: self._compute(hidden, packed_seq_params, False)), None
 
     def _compute(self, hidden: Tensor, rows: PackedRows, cheap: bool) -> Tensor:
         """Run the layer; if `cheap`, the linears after norms and SwiGLU do not keep their inputs."""
@@ -53,9 +46,9 @@ class DecoderLayer(TransformerLayer):
         x, hidden = self.input_layernorm.add(hidden, refill=for_qkv)
         attended = self.self_attention(x, rows, for_qkv)
         x, hidden = self.pre_mlp_layernorm.add(attended, hidden, for_up)
-        gate_up, _ = self.mlp.linear_fc1(x, refill=for_up)
+        gate_up, _ = self.mlp.linear_fc1(x, rows.route, for_up)
         x = swiglu(gate_up, for_down)
-        out, _ = self.mlp.linear_fc2(x, refill=for_down)
+        out, _ = self.mlp.linear_fc2(x, rows.route, for_down)
         return hidden + out
 
 

@@ -10,7 +10,9 @@ accumulates dA and dB. The microbatch's route says which rows are whose. Collect
     | row              |                 | all-reduce         |                       |                    |                    |
     | row, sequence    |                 | reduce-scatter     | all-gather rows       |                    |                    |
 
-(dS is the gradient of S = X A^T: with rows sharded, dA needs dS of this rank's rows, summed over ranks.)
+dS is the gradient of S = X A^T: with rows sharded, dA needs dS of this rank's rows, summed over ranks.
+The gradient of an A or B that every tensor rank has in full is a partial sum on each of them; the
+optimizer sums it, once per step (optimizer.py).
 
 Words: a *module* is a projection that PEFT targets (q_proj); a *linear* is Megatron's layer, which
 merges one to three modules. A linear holds its modules' output columns side by side on every rank:
@@ -18,15 +20,13 @@ q | k | v of this rank's heads (not interleaved as in Megatron), gate | up of it
 keeps an A and a B of its own, so adapters are those of the unmerged model.
 
 How the linear gets what Megatron does not pass it. Its adapters are views of the arena's buffers, which
-the arena sets (`adapters`). The route comes from the stage's `Binding`, which holds the current
-microbatch for the duration of a forward. With a `Refill` (recompute: cheap) the linear does not keep X
+the arena sets (`adapters`). The route is an argument of its forward, passed down with the packed rows
+(attention.PackedRows). With a `Refill` (recompute: cheap) the linear does not keep X
 for backward: the norm or SwiGLU that made X computes it again in its own backward, then dA is computed.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -38,7 +38,7 @@ from fused_ops.adapters import LoraGroup
 from fused_ops.fp8 import Fp8Weight, quantise_weight
 from fused_ops.linear import Collectives, multi_lora_linear
 from fused_ops.refill import Refill
-from megatron_lora.data.microbatch import StageInput
+from fused_ops.route import Route
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import MERGED_LINEARS
 from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
@@ -46,7 +46,10 @@ from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGeometry:
-    """The shape of a linear on this rank, and of the modules that it merges. "Local" counts are this rank's shard."""
+    """The shape of a linear on this rank, and of the modules that it merges.
+
+    "Local" counts are this rank's shard.
+    """
 
     modules: tuple[str, ...]  # ("q_proj", "k_proj", "v_proj")
     paths: tuple[str, ...]  # ("model.layers.0.self_attn.q_proj", ...)
@@ -61,36 +64,20 @@ class LinearGeometry:
         return tuple(pairwise(accumulate(self.out_features, initial=0)))
 
 
-class Binding:
-    """The microbatch that a stage is computing. A stage has one Binding, which all its linears share; only `bound` sets it."""
-
-    __slots__ = ("microbatch",)
-
-    def __init__(self):
-        self.microbatch: StageInput | None = None
-
-    @contextlib.contextmanager
-    def bound(self, microbatch: StageInput | None) -> Iterator[None]:
-        """Give the stage's linears this microbatch, for the duration of one forward or of its recomputation."""
-        before, self.microbatch = self.microbatch, microbatch
-        try:
-            yield
-        finally:
-            self.microbatch = before
-
-
 class _MultiLora:
     """What the column- and the row-parallel layer share: geometry, adapters, and the forward over [T, 1, K]."""
 
     adapters: LoraGroup | None  # of all jobs; None: the base model alone
-    binding: Binding
     geometry: LinearGeometry
     weight_in_8_bits: Fp8Weight | None = None  # takes the place of `weight` after `quantise`
     operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
 
     def _setup(self, config, role: str, parallel: str, collectives: tuple[type[Collectives], type[Collectives]]) -> None:
-        """Freeze the parameters; `role` is Megatron's name ("qkv", "proj", "fc1", "fc2"), `collectives` those without and with sequence
-        parallelism."""
+        """Freeze the parameters and choose the collectives.
+
+        `role` is Megatron's name of the linear: "qkv", "proj", "fc1" or "fc2". `collectives` has the classes
+        without and with sequence parallelism.
+        """
         self.adapters = None
         self.role = role
         self.parallel = parallel
@@ -103,13 +90,12 @@ class _MultiLora:
         else:
             self.collectives = (sequence if config.sequence_parallel else plain)(self.tp_group)
 
-    def set_layer(self, layer: int, binding: Binding) -> None:
-        """Set the layer (its index in the complete model) that the linear belongs to, and the source of its microbatches."""
+    def set_layer(self, layer: int) -> None:
+        """Set the layer (its index in the complete model) that the linear belongs to."""
         architecture, ranks, rank = self.config.architecture, self.tp_group.size(), self.tp_group.rank()
         modules = MERGED_LINEARS[self.role]
         sizes = [architecture.module_sizes[module] for module in modules]
         column = self.parallel == "column"
-        self.binding = binding
         self.geometry = LinearGeometry(
             modules=modules,
             paths=tuple(architecture.module_path(layer, module) for module in modules),
@@ -121,18 +107,20 @@ class _MultiLora:
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 
     def quantise(self) -> None:
-        """Replace the frozen weight by one in 8 bits (fused_ops.fp8). Raises UserError where it is not finite."""
+        """Replace the frozen weight by one in 8 bits (fused_ops.fp8).
+
+        Raises UserError where it is not finite.
+        """
         try:
             self.weight_in_8_bits = quantise_weight(self.weight.detach())
         except ValueError as error:
             raise UserError(f"base_weights: 'fp8': {self.geometry.paths[0]}: {error}; use native, or fetch the model again") from None
         self.weight = None
 
-    def _apply_linear(self, x: Tensor, bias: Tensor | None, refill: Refill | None) -> Tensor:
-        microbatch = self.binding.microbatch
-        assert microbatch is not None, f"{self.geometry.paths[0]}: no microbatch is bound; call the stage, or enter Stage.bound"
+    def _apply_linear(self, x: Tensor, bias: Tensor | None, route: Route | None, refill: Refill | None) -> Tensor:
+        """Return Y [T or T_local, N] for Megatron's x [rows, batch of 1, K]."""
         weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits
-        return self.operator(x.squeeze(1), weight, bias, self.adapters, microbatch.route, self.collectives, refill=refill)
+        return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, refill=refill)
 
 
 class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
@@ -143,9 +131,9 @@ class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
         self._setup(config, tp_comm_buffer_name, "column", (ColumnCollectives, ColumnSequenceCollectives))
 
-    def forward(self, input_: Tensor, refill: Refill | None = None) -> tuple[Tensor, None]:
+    def forward(self, input_: Tensor, route: Route | None, refill: Refill | None = None) -> tuple[Tensor, None]:
         """Return Y with its bias added, and None: Megatron adds a bias returned here, and there is none to add."""
-        return self._apply_linear(input_, self.bias, refill).unsqueeze(1), None
+        return self._apply_linear(input_, self.bias, route, refill).unsqueeze(1), None
 
 
 class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
@@ -156,9 +144,9 @@ class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
         self._setup(config, tp_comm_buffer_name, "row", (RowCollectives, RowSequenceCollectives))
 
-    def forward(self, input_: Tensor, refill: Refill | None = None) -> tuple[Tensor, None]:
+    def forward(self, input_: Tensor, route: Route | None, refill: Refill | None = None) -> tuple[Tensor, None]:
         """Return Y with its bias added once, after the reduction, and None: Megatron has no bias to add."""
-        y = self._apply_linear(input_, None, refill)
+        y = self._apply_linear(input_, None, route, refill)
         return (y if self.bias is None else y + self.bias).unsqueeze(1), None
 
 

@@ -55,7 +55,10 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, targets: Tensor | 
 
 @torch.no_grad()
 def logits(hidden: Tensor, head: Head) -> Tensor:
-    """Return the full logits [T, vocabulary] on every rank, without a graph. For tests: training never computes them."""
+    """Return the full logits [T, vocabulary] on every rank, without a graph.
+
+    For tests: training never computes them.
+    """
     full = gather_rows(hidden, head.group) if head.sequence_parallel else hidden
     part = full @ head.weight_VH.t()
     if head.group.size() == 1:
@@ -108,7 +111,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunk(hidden: Tensor, labels: Tensor, head: Head, logits: Tensor, losses: Tensor, grad: Tensor | None) -> None:
-    """Write the losses [C] of a chunk and, unless `grad` is None, the gradient [C, H] for g = 1; `logits` [C, V_local] is scratch."""
+    """Write the losses [C] of a chunk and, unless `grad` is None, the gradient [C, H] for g = 1.
+
+    `logits` [C, V_local] is scratch.
+    """
     torch.mm(hidden, head.weight_VH.t(), out=logits)
     highest, total = softmax_sums(logits)
     column = labels - head.first_token

@@ -24,5 +24,8 @@ class RMSNorm(torch.nn.Module):
         return self.add(x)[0]
 
     def add(self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None) -> tuple[Tensor, Tensor]:
-        """Return the normalised sum x + residual, and the sum itself, the new residual. With `refill`, backward recomputes the former."""
+        """Return the normalised sum x + residual, and the sum itself, the new residual.
+
+        With `refill`, backward recomputes the former.
+        """
         return rms_norm(x, self.weight, self.eps, residual, refill)

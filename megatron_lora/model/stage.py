@@ -16,7 +16,6 @@ Megatron's in these points:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +43,9 @@ from megatron_lora.huggingface.weight_slices import Checkpoint, Part, RandomTens
 from megatron_lora.model import loss
 from megatron_lora.model.attention import MergedSelfAttention, PackedAttention, PackedRows
 from megatron_lora.model.backends import OURS, Backends
+from megatron_lora.model.cudnn_attention import cudnn_attention
 from megatron_lora.model.decoder import DecoderLayer
-from megatron_lora.model.linears import Binding, MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
+from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.parallel import compat
 from megatron_lora.parallel.partition import check_layout, layers_of_stages, recompute_of_layers
@@ -72,7 +72,6 @@ class Stage(torch.nn.Module):
         self.dtype = model.config.params_dtype
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.sequence_parallel = model.config.sequence_parallel
-        self.binding = Binding()
         self.linears: tuple[MultiLoraLinear, ...] = tuple(self._bind_linears())
         freqs, self.rotary_scale = frequencies(architecture.rope, architecture.head_dim)
         self.freqs = freqs.to(device)
@@ -82,7 +81,7 @@ class Stage(torch.nn.Module):
             assert block.layer_number == layer + 1
             attention, mlp = block.self_attention, block.mlp
             for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
-                linear.set_layer(layer, self.binding)
+                linear.set_layer(layer)
                 yield linear
 
     def set_recompute(self, recompute: str | tuple[str, ...]) -> None:
@@ -91,9 +90,12 @@ class Stage(torch.nn.Module):
         for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
             block.recompute = policies[layer]
 
-    def bound(self, microbatch: StageInput) -> AbstractContextManager[None]:
-        """Give the stage's linears this microbatch for the duration of one forward (linears.Binding)."""
-        return self.binding.bound(microbatch)
+    def set_attention(self, attention: str) -> None:
+        """Set who computes the attention of all layers: "cudnn" by plans that they share, else what stands in their slots."""
+        self.attention = attention
+        attend = cudnn_attention() if attention == "cudnn" else None
+        for block in self.model.decoder.layers:
+            block.self_attention.core_attention.attend = attend
 
     def forward(self, microbatch: StageInput, hidden: Tensor | None = None) -> Tensor:
         """Compute the stage's layers over one microbatch.
@@ -104,21 +106,20 @@ class Stage(torch.nn.Module):
         """
         packing = microbatch.packing
         rotary = rotary_table(packing.positions, self.freqs, self.rotary_scale, self.dtype)
-        with self.bound(microbatch):
-            if self.is_first:
-                assert hidden is None
-                embedded = self.model.embedding(input_ids=microbatch.tokens[None], position_ids=None)
-                embedded.requires_grad_(torch.is_grad_enabled())  # otherwise the first layer's adapters get no gradient
-            else:
-                embedded = None
-                self.model.set_input_tensor(hidden.unsqueeze(1))
-            out = self.model(
-                input_ids=None,
-                position_ids=None,
-                attention_mask=None,
-                decoder_input=embedded,
-                packed_seq_params=PackedRows(qkv_format="thd", packing=packing, rotary=rotary),
-            )
+        if self.is_first:
+            assert hidden is None
+            embedded = self.model.embedding(input_ids=microbatch.tokens[None], position_ids=None)
+            embedded.requires_grad_(torch.is_grad_enabled())  # otherwise the first layer's adapters get no gradient
+        else:
+            embedded = None
+            self.model.set_input_tensor(hidden.unsqueeze(1))
+        out = self.model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=embedded,
+            packed_seq_params=PackedRows(qkv_format="thd", packing=packing, rotary=rotary, route=microbatch.route),
+        )
         out = out.squeeze(0 if self.is_last else 1)  # GPTModel gives [1, T, H] from its output layer, [T, 1, H] before it
         return make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True)
 
@@ -229,6 +230,7 @@ def build_stage(
             parameter.zero_()  # the rows that pad the vocabulary stay zero
     stage = Stage(model, architecture, layers, device)
     stage.set_recompute(recompute)
+    stage.set_attention(backends.attention)
     load(stage.parts(), Checkpoint(model_dir) if load_weights else RandomTensors(architecture, seed, dtype, device))
     if base_weights == "fp8":
         for linear in stage.linears:

@@ -20,8 +20,9 @@ from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.files import write_atomically
+from megatron_lora.output.job_states import OVER
 from megatron_lora.output.metrics import metrics_file, read_metrics
-from megatron_lora.output.standing import ENDED_STATES, ResumePoint, resume_points
+from megatron_lora.output.standing import ResumePoint, resume_points
 
 RUN_KEYS_THAT_MAY_CHANGE = ("output_dir", "parallel", "microbatch_tokens", "recompute", "backend", "jobs")
 JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "save_steps")  # the records are compared by their digest
@@ -29,7 +30,7 @@ JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "save_steps")  # the records are compare
 
 def changed_key(before: RunConfig, now: RunConfig) -> str | None:
     """Say in one line which key keeps a config from resuming a run that began with another; None if it can resume it."""
-    for name, (old, new) in _differences(before, now, RUN_KEYS_THAT_MAY_CHANGE).items():
+    for name, (old, new) in _differences(before, with_precision_of(before, now), RUN_KEYS_THAT_MAY_CHANGE).items():
         return f"{name}: {show(new)} differs from {show(old)}"
     jobs = {job.name: job for job in now.jobs}
     for old_job in before.jobs:
@@ -38,6 +39,11 @@ def changed_key(before: RunConfig, now: RunConfig) -> str | None:
         for name, (old, new) in _differences(old_job, jobs[old_job.name], JOB_KEYS_THAT_MAY_CHANGE).items():
             return f"jobs.{old_job.name}.{name}: {show(new)} differs from {show(old)}"
     return None
+
+
+def with_precision_of(before: RunConfig, now: RunConfig) -> RunConfig:
+    """Return a config in which `precision: auto` is the precision that the run began with."""
+    return dataclasses.replace(now, precision=before.precision) if now.precision == "auto" else now
 
 
 def _differences(before: RunConfig | JobConfig, now: RunConfig | JobConfig, may_change: Sequence[str]) -> dict[str, tuple[object, object]]:
@@ -53,8 +59,8 @@ def check_resume(path: Path, states: dict[str, str], config: RunConfig) -> dict[
     `states`: the state of each of the run's jobs.
     """
     where = f"output_dir: {str(path)!r}"
-    if all(states.get(job.name) in ENDED_STATES for job in config.jobs):
-        counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in ENDED_STATES if state in states.values())
+    if all(states.get(job.name) in OVER for job in config.jobs):
+        counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in OVER if state in states.values())
         raise UserError(f"{where} holds a finished run (jobs: {counts}); choose another directory, or remove this one")
     try:
         before = load_config(path / "config.yaml")

@@ -25,13 +25,13 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_lora.config.schema import RunConfig, dump_config
+from megatron_lora.config.schema import RunConfig, dump_config, load_config
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import write_atomically
-from megatron_lora.output.resume import check_resume, rewind
+from megatron_lora.output.job_states import OVER, after
+from megatron_lora.output.resume import check_resume, rewind, with_precision_of
 from megatron_lora.output.standing import ResumePoint, resume_points
 
-JOB_STATES = ("queued", "running", "paused", "done", "failed")
 LOCK, STATUS = ".lock", "status.json"
 RUN_FILES = {LOCK, STATUS, "config.yaml", "env.json", "plan", "timeline.json", "jobs"}
 
@@ -85,6 +85,7 @@ class RunDirectory:
             # Checked again, because another run may have ended between `check` and the lock.
             remaining = check_resume(self.path, job_states(self.path), config)
             rewind(self.path, remaining)
+            config = with_precision_of(load_config(self.path / "config.yaml"), config)
             jobs |= {name: job for name, job in self.status()["jobs"].items() if name not in remaining}
         else:
             for entry in ("plan", "jobs", "timeline.json"):
@@ -118,10 +119,9 @@ class RunDirectory:
 
     def set_job(self, name: str, state: str, reason: str = "") -> None:
         """Record the state of one job; only one process of a run may call this."""
-        assert state in JOB_STATES, state
         status = self.status()
         assert name in status["jobs"], name
-        status["jobs"][name] = _job(state, reason)
+        status["jobs"][name] = _job(after(status["jobs"][name]["state"], state), reason)
         self._write_status(status)
 
     def write_config(self, config: RunConfig) -> None:
@@ -132,8 +132,8 @@ class RunDirectory:
         """Record how the run ended; jobs that had not ended become paused, and the same command resumes them."""
         status = self.status() | {"exit_status": exit_status, "reason": reason}
         for name, job in status["jobs"].items():
-            if job["state"] in ("queued", "running"):
-                status["jobs"][name] = _job("paused", reason or "the run ended first")
+            if job["state"] not in (*OVER, "paused"):
+                status["jobs"][name] = _job(after(job["state"], "paused"), reason or "the run ended first")
         try:
             self._write_status(status)
         except OSError:  # mostly a full disk: no space for a second file, so the first is overwritten

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
+from megatron_lora.output.job_states import OVER
 
 STATE_FILE = "state.json"
-ENDED_STATES = ("done", "failed")  # a job in one of these is never resumed
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,5 +73,5 @@ def how_to_recover(checkpoint: Path) -> str:
 
 def resume_points(config: RunConfig, states: dict[str, str]) -> dict[str, ResumePoint]:
     """Return the resume point of each job that is neither done nor failed; `states` has those of the jobs that the run knows."""
-    remaining = [job.name for job in config.jobs if states.get(job.name) not in ENDED_STATES]
+    remaining = [job.name for job in config.jobs if states.get(job.name) not in OVER]
     return {name: resume_point_of(Path(config.output_dir) / "jobs" / name) for name in remaining}

@@ -85,7 +85,10 @@ class Message:
 
 
 class Work(Protocol):
-    """A send in progress: `is_completed` once its buffer may be reused; `wait` makes the current stream (CPU: the host) wait for it."""
+    """A send in progress: `is_completed` once its buffer may be reused.
+
+    `wait` makes the current stream (CPU: the host) wait for it.
+    """
 
     def is_completed(self) -> bool: ...
 
@@ -107,7 +110,7 @@ class Link:
 
     @property
     def transport(self) -> str:
-        """The backend, "nccl" or "gloo"; only the link's two ranks may ask."""
+        """The backend that carries the messages: "nccl" or "gloo"."""
         return dist.get_backend(self.group)
 
     def send(self, tensor: Tensor) -> Work:
@@ -234,7 +237,7 @@ def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torc
 
 
 def _link(sender: int, receiver: int, device: torch.device) -> Link | None:
-    """Connect two ranks in one direction. Every rank calls this; those two get their ends, the others None."""
+    """Connect two ranks in one direction. Collective over all ranks; only these two get an end, the others None."""
     group = dist.new_group(sorted((sender, receiver)), timeout=rank_timeout())
     if dist.get_rank() not in (sender, receiver):
         return None

@@ -18,7 +18,10 @@ def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> tuple[range, 
 
 
 def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tuple[str, ...]:
-    """Return each layer's policy; one word applies to all layers. Raises UserError for a list whose length is not `num_layers`."""
+    """Return each layer's policy; one word applies to all layers.
+
+    Raises UserError for a list whose length is not `num_layers`.
+    """
     assert recompute != "auto", "auto is resolved before a model is built (resolve.py)"
     policies = (recompute,) * num_layers if isinstance(recompute, str) else recompute
     if len(policies) != num_layers:

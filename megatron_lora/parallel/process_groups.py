@@ -45,7 +45,7 @@ def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=rank_timeout(), **alone)
-    needed = parallel.pipeline * parallel.tensor * parallel.data
+    needed = parallel.world_size
     if dist.get_world_size() != needed:
         raise UserError(
             f"parallel: pipeline {parallel.pipeline} x tensor {parallel.tensor} x data {parallel.data} needs {needed} ranks, "
@@ -68,13 +68,16 @@ def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -
 
 def pipelines(parallel: ParallelConfig) -> list[list[int]]:
     """Return the global ranks of every pipeline of a run, each from the first stage to the last."""
-    t, d = parallel.tensor, parallel.data
-    return [[i_tensor + t * (i_data + d * stage) for stage in range(parallel.pipeline)] for i_data in range(d) for i_tensor in range(t)]
+    stages, places = range(parallel.pipeline), [(d, t) for d in range(parallel.data) for t in range(parallel.tensor)]
+    return [[parallel.rank_at(stage, replica, tensor_rank) for stage in stages] for replica, tensor_rank in places]
 
 
 def stage_groups(parallel: ParallelConfig) -> dict[str, dist.ProcessGroup | None]:
-    """Return the groups "tensor", "data" and "both" of the ranks that hold this rank's stage; None for a group of one rank."""
-    both = parallel.tensor * parallel.data > 1
+    """Return the groups "tensor", "data" and "both" of the ranks that hold this rank's stage.
+
+    A group of one rank is None.
+    """
+    both = parallel.ranks_per_stage > 1
     return {
         "tensor": parallel_state.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
         "data": parallel_state.get_data_parallel_group() if parallel.data > 1 else None,
@@ -90,9 +93,11 @@ def destroy_parallel() -> None:
 
 
 def position_of(parallel: ParallelConfig) -> Position:
-    """Return this rank's position; gradient norms take one more slot where several ranks hold a stage, and must sum them."""
-    delay = 1 if parallel.tensor * parallel.data > 1 else 0
-    return Position(stage=dist.get_rank() // (parallel.tensor * parallel.data), num_stages=parallel.pipeline, delay=delay)
+    """Return this rank's position.
+
+    Gradient norms take one more slot where several ranks hold a stage, and must sum them.
+    """
+    return Position(stage=parallel.stage_of(dist.get_rank()), num_stages=parallel.pipeline, delay=parallel.norm_delay)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

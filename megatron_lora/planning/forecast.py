@@ -45,8 +45,8 @@ class Workload:
             num_stages=parallel.pipeline,
             num_replicas=parallel.data,
             capacity=int(config.microbatch_tokens),
-            delay=int(parallel.tensor * parallel.data > 1),
-            row_multiple=parallel.tensor if parallel.sequence else 1,
+            delay=parallel.norm_delay,
+            row_multiple=parallel.row_multiple,
             cost=cost,
             weights=weights,
         )
@@ -127,7 +127,10 @@ class Forecast:
         return forecast(tuple(run for run in self.runs if {s.job for slot in run for s in slot.segments} == {job}), self.workload).figures
 
     def shares(self) -> list[float]:
-        """Return each job's share of the compute time; a slot's time is divided by its jobs' tokens. The shares sum to 1."""
+        """Return each job's share of the compute time; the shares sum to 1.
+
+        A slot's time is divided among its jobs by their tokens.
+        """
         work = [0.0] * len(self.workload.lengths)
         for slot in self.stream:
             seconds = sum(stage.seconds(*part) for part in self.workload.parts(slot) for stage in self.workload.cost.stages)
@@ -146,7 +149,10 @@ class Forecast:
 
 
 def forecast(runs: Runs, workload: Workload, hop_s: float = 0.0, step_s: float = 0.0) -> Forecast:
-    """Replay runs with the workload's cost model; `hop_s` (between stages) and `step_s` (optimizer step) are as in simulate()."""
+    """Replay runs with the workload's cost model.
+
+    `hop_s` (between stages) and `step_s` (optimizer step) are as in simulate().
+    """
     timed = []
     for run in runs:
         slots = [workload.parts(slot) for slot in run]

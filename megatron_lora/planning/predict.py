@@ -38,14 +38,20 @@ def shape_of(architecture: Architecture) -> ModelShape:
 
 
 def cost_of(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> CostModel:
-    """Return the time model of each stage on a device, from the table in scheduling.cost; layers_per_stage must be resolved."""
+    """Return the time model of each stage on a device, from the table in scheduling.cost.
+
+    layers_per_stage must be resolved.
+    """
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel)]
     share = head_share_of(config, architecture, device, target_share)
     return analytic_cost(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share)
 
 
 def planner_cost(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> SlotCost:
-    """Return the planner's cost model of a slot, for the reference device; layers_per_stage must be resolved."""
+    """Return the planner's cost model of a slot, for the reference device.
+
+    layers_per_stage must be resolved.
+    """
     mean_rank, reference = sum(job.r for job in config.jobs) / len(config.jobs), reference_of(device)
     model = cost_of(config, architecture, reference, target_share)
     most_layers = max(len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel))
@@ -67,12 +73,21 @@ def budget_or_usual(config: RunConfig) -> int:
 
 def _item_bytes(config: RunConfig, device: Device) -> int:
     """Return the bytes per number in the compute dtype."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.name != "cpu")
-    return 2 if bf16 else 4
+    return 2 if precision_of(config, device) == "bf16" else 4
+
+
+def precision_of(config: RunConfig, device: Device) -> str:
+    """Return the precision of a run on a device: `auto` is bf16 on a GPU, and fp32 on a CPU, which is slow in 16 bits."""
+    if config.precision != "auto":
+        return config.precision
+    return "fp32" if device.name == "cpu" else "bf16"
 
 
 def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> tuple[StageMemory, ...]:
-    """Return each stage's memory model, for one tensor rank; layers_per_stage and recompute must be resolved."""
+    """Return each stage's memory model, for one tensor rank.
+
+    layers_per_stage and recompute must be resolved.
+    """
     assert config.recompute != "auto", "recompute is not resolved"
     parallel, shape = config.parallel, shape_of(architecture)
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, parallel)]

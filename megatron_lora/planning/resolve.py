@@ -21,6 +21,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
+from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
@@ -32,6 +33,7 @@ from megatron_lora.planning.predict import (
     head_share_of,
     memory_of,
     planner_cost,
+    precision_of,
     predicted_peaks,
     shape_of,
 )
@@ -49,11 +51,12 @@ from scheduling.memory import (
 from scheduling.types import Lengths
 
 
-def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> RunConfig:
+def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> ResolvedConfig:
     """Return the config with every choice made, for samples of `lengths` [job][step][sample] in tokens; `device` is one rank's.
 
     Raises UserError where the longest sample does not fit in memory with `microbatch_tokens: auto`.
     """
+    config = dataclasses.replace(config, precision=precision_of(config, device))
     resolved = _with_layers(config, choose_layers(config, architecture, device, target_share))
     if config.microbatch_tokens == "auto":
         resolved = dataclasses.replace(resolved, microbatch_tokens=choose_budget(resolved, architecture, lengths, device, target_share))
@@ -61,7 +64,7 @@ def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, dev
         resolved = dataclasses.replace(resolved, recompute=choose_recompute(resolved, architecture, device))
         if config.parallel.layers_per_stage is None:
             resolved = even_out(resolved, architecture, device, lambda other: _slowest_stage_s(other, architecture, device, target_share))
-    return resolved
+    return ResolvedConfig.of(resolved)
 
 
 def choose_layers(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> tuple[int, ...]:
@@ -74,8 +77,10 @@ def choose_layers(config: RunConfig, architecture: Architecture, device: Device,
         return config.parallel.layers_per_stage
     recompute = "none" if config.recompute == "auto" else config.recompute
     share = head_share_of(config, architecture, device, target_share)
-    head = head_layers(shape_of(architecture), reference_of(device), budget_or_usual(config), config.parallel.tensor, recompute, share)
-    return split_layers(architecture.num_layers, config.parallel.pipeline, head)
+    head_in_layers = head_layers(
+        shape_of(architecture), reference_of(device), budget_or_usual(config), config.parallel.tensor, recompute, share
+    )
+    return split_layers(architecture.num_layers, config.parallel.pipeline, head_in_layers)
 
 
 def choose_budget(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> int:
@@ -97,7 +102,7 @@ def choose_budget(config: RunConfig, architecture: Architecture, lengths: Length
         return seconds / seconds_without
 
     try:
-        rounds = deal(lengths, config.parallel.data, cost).rounds  # what the replicas train at the same time, as one sample
+        rounds = deal(lengths, config.parallel.data, cost).rounds  # one sample per replica each, which train at the same time
         return choose_capacity(rounds, config.parallel.pipeline, fitting, cost, slowdown=slowdown if recompute_is_auto else None)
     except ValueError as error:
         remedy = "" if recompute_is_auto else "recompute: auto, "
@@ -183,7 +188,10 @@ def _policies_in_words(config: RunConfig) -> str:
 
 
 def memory_line(before: RunConfig, after: RunConfig, architecture: Architecture, device: Device) -> Sequence[str]:
-    """Return a line with each stage's predicted peak memory, and a warning where that is too much; no line unless `recompute: auto`."""
+    """Return a line with each stage's predicted peak memory, and a warning where that is too much.
+
+    No line unless `recompute: auto`.
+    """
     if before.recompute != "auto":
         return []
     peaks = predicted_peaks(after, architecture, device)

@@ -25,7 +25,7 @@ plan's order than anything that the neighbour may itself be waiting for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +38,7 @@ from megatron_lora.parallel.messages import SLOT, Links, Message, MessageLayout,
 from megatron_lora.parallel.process_groups import Position
 from scheduling.follow import Window
 from scheduling.pipeline import Ending, final_backwards, window_actions
-from scheduling.types import NOOP, Action, Microbatch, Op
+from scheduling.types import Action, Microbatch, Op
 
 
 class StageModel(Protocol):
@@ -57,6 +57,13 @@ class StageOptimizer(Protocol):
     def finish_reduction(self) -> tuple[Tensor, Tensor]: ...
 
     def step(self, step: int, square_norm: Tensor) -> None: ...
+
+
+class StageJob(Protocol):
+    """What the executor uses of a job (training.jobs.Job)."""
+
+    @property
+    def optimizer(self) -> StageOptimizer: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +118,7 @@ class Executor:
         *,
         load: Callable[[Microbatch], StageInput],
         num_rows: Callable[[Microbatch], int],
-        optimizers: Sequence[StageOptimizer],
+        jobs: Mapping[int, StageJob],
         on_step: Callable[[StepDone], None],
         on_forward: Callable[[Microbatch], None],
         timeline: Timeline,
@@ -120,8 +127,8 @@ class Executor:
         """Make the executor of the stage at `position`, which `links` connect to the stages beside it.
 
         `load(microbatch)` returns the microbatch's tensors. `num_rows(microbatch)` returns the rows of its
-        activations on this rank, 0 for a no-op. `optimizers[job]` takes the job's steps. `on_forward` is
-        called before each slot's forward and `on_step` after each step.
+        activations on this rank, 0 for a no-op. `jobs[number].optimizer` takes the job's steps. `on_forward`
+        is called before each slot's forward and `on_step` after each step.
         """
         self.model = model
         self.position = position
@@ -129,19 +136,20 @@ class Executor:
         self.layout = layout
         self.load = load
         self.num_rows = num_rows
-        self.optimizers = optimizers
+        self.jobs = jobs
         self.on_step = on_step
         self.on_forward = on_forward
         self.timeline = timeline
         self.device = device
-        self.stream: list[Microbatch] = []  # all slots of the windows so far; those before `num_forgotten` are emptied
-        self.endings: list[tuple[Ending, ...]] = []  # [slot] -> the (job, step) pairs that end there
-        self.num_forgotten = 0
+        self.stream: dict[int, Microbatch] = {}  # slot -> its microbatch, of the slots that an action may still read
+        self.endings: dict[int, tuple[Ending, ...]] = {}  # slot -> the (job, step) pairs that end there, of the same slots
+        self.num_slots = 0  # of all windows so far
         self.next_slot = 0  # the next slot to run forward
         self.next_message: Message | None = None  # forward message of `next_slot`, once it was received
         self.verdicts: dict[int, Message] = {}  # first stage: slot where steps ended -> the gradient message with their sums
         self.in_flight: dict[int, _InFlight] = {}  # by slot
-        self.losses = torch.zeros(len(optimizers), dtype=torch.float32, device=device)  # last stage: sum over each job's current step
+        self.losses: dict[int, Tensor] = {}  # last stage: job -> loss of its current step so far, fp32 []
+        self.no_loss = torch.zeros((), dtype=torch.float32, device=device)
         self.misplaced = torch.zeros((), dtype=torch.float32, device=device)  # messages whose header names another slot
 
     def run(self, windows: Iterable[Window]) -> None:
@@ -152,25 +160,24 @@ class Executor:
         position = self.position
         feed = iter(windows)
         while (window := self._next_window(feed)) is not None:
-            first = len(self.stream)
-            self.stream += window.stream
-            self.endings += window.ended
-            end = len(self.stream)
+            first, end = self.num_slots, self.num_slots + len(window.stream)
+            self.stream.update(enumerate(window.stream, first))
+            self.endings.update(enumerate(window.ended, first))
+            self.num_slots = end
             self._perform(window_actions(self.stream, self.endings, position.stage, position.num_stages, position.delay, first, end))
             self._forget(end - position.lag)
-        self._perform(final_backwards(len(self.stream), position.stage, position.num_stages))
+        self._perform(final_backwards(self.num_slots, position.stage, position.num_stages))
         self.links.drain()
         assert not self.in_flight and not bool(self.misplaced), "messages and slots went out of step"
 
     def _next_window(self, feed) -> Window | None:
-        with self.timeline.span("wait plan", len(self.stream)):
+        with self.timeline.span("wait plan", self.num_slots):
             return next(feed, None)
 
     def _forget(self, end: int) -> None:
-        """Empty the slots before `end`, which no later action reads, so that memory does not grow with the run."""
-        for slot in range(self.num_forgotten, end):
-            self.stream[slot], self.endings[slot] = NOOP, ()
-        self.num_forgotten = max(end, self.num_forgotten)
+        """Drop the slots before `end`, which no later action reads, so that memory does not grow with the run."""
+        for slot in [slot for slot in self.stream if slot < end]:
+            del self.stream[slot], self.endings[slot]
 
     def _perform(self, actions: Iterable[Action]) -> None:
         perform = {Op.FORWARD: self._forward, Op.BACKWARD: self._backward, Op.STEP: self._step}
@@ -178,12 +185,15 @@ class Executor:
             perform[action.op](action.index)
 
     def _take(self, receiver: Receiver, name: str, slot: int) -> Message:
-        """Receive a slot's message; then post the next slot's receive, if that slot is known and may be posted ahead."""
+        """Receive and return a slot's message.
+
+        Posts the next slot's receive, if that slot is known already and receives may be posted ahead.
+        """
         if not receiver.posted:
             receiver.post(self.num_rows(self.stream[slot]))
         with self.timeline.span(name, slot):
             message = receiver.take(slot)
-        if receiver.ahead and slot + 1 < len(self.stream):
+        if receiver.ahead and slot + 1 < self.num_slots:
             receiver.post(self.num_rows(self.stream[slot + 1]))
         self.misplaced += message.header[SLOT] != slot
         return message
@@ -225,8 +235,8 @@ class Executor:
     def _loss(self, output: Tensor, data: StageInput) -> Tensor:
         """Return the microbatch's loss, and add each segment's part to the loss of its job's current step."""
         weighted = self.model.losses(output, data.labels, data.targets) * data.weights
-        for first, end, job in data.route.segments:
-            self.losses[job] += weighted[first:end].detach().sum()
+        for job, (first, end, _) in zip(data.jobs, data.route.segments, strict=True):
+            self.losses[job] = self.losses.get(job, self.no_loss) + weighted[first:end].detach().sum()
         return weighted.sum()
 
     def _with_same_header(self, message: Message, num_rows: int) -> Message:
@@ -242,7 +252,7 @@ class Executor:
     def _backward(self, slot: int) -> None:
         message = self._gradient_message(slot)
         gradient = None
-        if slot in self.in_flight:
+        if slot in self.in_flight:  # not for a no-op
             in_flight = self.in_flight.pop(slot)
             in_flight.gradient = None if self.position.is_last else message.body
             # The graph refers to `in_flight` (_Outlet). Without a reference back it is freed at once, not by the garbage collector.
@@ -251,8 +261,7 @@ class Executor:
                 root.backward()
             gradient = None if in_flight.hidden is None else in_flight.hidden.grad
         for job, _ in self.endings[slot]:
-            self.optimizers[job].start_reduction(self.losses[job].clone())
-            self.losses[job].zero_()  # an assignment would wait for the device
+            self.jobs[job].optimizer.start_reduction(self.losses.pop(job, self.no_loss).clone())
         ended_at = slot - self.position.delay
         self._add_own_part(message, ended_at)
         if self.links.backward_out is None:
@@ -272,7 +281,7 @@ class Executor:
     def _add_own_part(self, message: Message, ended_at: int) -> None:
         """Add this stage's squared norms and losses of the steps that ended at slot `ended_at` (losses: 0 but on the last stage)."""
         for i, (job, _) in enumerate(self.endings[ended_at] if ended_at >= 0 else ()):
-            square_norm, loss = self.optimizers[job].finish_reduction()
+            square_norm, loss = self.jobs[job].optimizer.finish_reduction()
             message.square_norms[i] += square_norm
             message.losses[i] += loss
 
@@ -282,6 +291,6 @@ class Executor:
         i, step = next((i, step) for i, (ending_job, step) in enumerate(self.endings[ended_at]) if ending_job == job)
         square_norm = message.square_norms[i]
         with self.timeline.span("STEP", job):
-            self.optimizers[job].step(step, square_norm)
+            self.jobs[job].optimizer.step(step, square_norm)
         losses = self.verdicts[ended_at].losses if self.position.is_first else message.losses
         self.on_step(StepDone(job, step, square_norm.clone(), losses[i].clone()))

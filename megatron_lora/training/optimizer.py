@@ -102,7 +102,10 @@ class JobOptimizer:
                 self.sums.append((tensors, flat, work))
 
     def finish_reduction(self) -> tuple[Tensor, Tensor]:
-        """Wait for the all-reduces; return the stage's squared gradient norm (each parameter counts once) and the loss, fp32 []."""
+        """Wait for the all-reduces; return the stage's squared gradient norm and the loss, fp32 [].
+
+        Each parameter counts once in the norm, whether it is sharded or replicated.
+        """
         for tensors, flat, work in self.sums:
             work.wait()
             parts = flat.split([tensor.numel() for tensor in tensors])
@@ -153,7 +156,10 @@ class JobOptimizer:
         return bool(self.failed)
 
     def unmoved(self) -> list[str]:
-        """Return the paths of modules whose B had a zero gradient in all steps so far; waits for the device."""
+        """Return the paths of modules whose B had a zero gradient in all steps so far.
+
+        Waits for the device.
+        """
         factors = [f for f in self.factors if f.kind == "B"]
         moved = [self.arena.view(f, self.arena.exp_avg).any() for f in factors]
         return [f.path for f, has_moved in zip(factors, torch.stack(moved).tolist() if moved else (), strict=True) if not has_moved]

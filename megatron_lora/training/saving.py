@@ -7,7 +7,7 @@ that of the same step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lora.config.schema import JobConfig, RunConfig
@@ -17,10 +17,10 @@ from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, w
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.output.checkpoint import read_checkpoint, write_checkpoint
 from megatron_lora.output.metrics import metrics_file
-from megatron_lora.output.standing import CheckpointState, ResumePoint
+from megatron_lora.output.standing import CheckpointState
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import TrainingJob
-from megatron_lora.training.optimizer import JobOptimizer
+from megatron_lora.training.jobs import Job, Jobs
+from megatron_lora.training.optimizer import JobOptimizer, StageGroups
 from megatron_lora.training.snapshots import Snapshot, SnapshotCollector, Weights
 
 
@@ -29,16 +29,11 @@ class Saver:
 
     def __init__(
         self,
-        jobs: Sequence[TrainingJob],
-        optimizers: Sequence[JobOptimizer],
-        resume_points: Sequence[ResumePoint],
+        jobs: Jobs,
         collector: SnapshotCollector,
     ) -> None:
         self.jobs = jobs
-        self.optimizers = optimizers
         self.collector = collector
-        self.taken = [point.step for point in resume_points]  # [job] -> steps taken
-        self.saved = list(self.taken)  # [job] -> steps taken at its last snapshot
 
     def checkpoints(self, done: StepDone) -> bool:
         """Return whether a checkpoint follows this step: every `save_steps` steps of the job, but not after its last one."""
@@ -48,33 +43,29 @@ class Saver:
 
     def on_step(self, done: StepDone) -> None:
         """Count a step; save its job if the step was its last one or a checkpoint is due."""
-        self.taken[done.job] = done.step + 1
-        if self.checkpoints(done) or self.taken[done.job] == self.jobs[done.job].num_steps:
-            self._save(done.job)
+        job = self.jobs[done.job]
+        job.steps_taken = done.step + 1
+        if self.checkpoints(done) or job.steps_taken == job.num_steps:
+            self._save(job)
 
     def save_unfinished(self) -> bool:
         """Save every unfinished job that has taken steps since its last snapshot; return whether any job is unfinished.
 
         A job is unfinished when it has steps to take and has not failed. Waits for the device.
         """
-        unfinished = [
-            number
-            for number, (job, optimizer) in enumerate(zip(self.jobs, self.optimizers, strict=True))
-            if self.taken[number] < job.num_steps and not optimizer.has_failed()
-        ]
-        for number in unfinished:
-            if self.taken[number] > self.saved[number]:
-                self._save(number)
+        unfinished = [job for job in self.jobs.values() if job.steps_taken < job.num_steps and not job.optimizer.has_failed()]
+        for job in unfinished:
+            if job.steps_taken > job.steps_saved:
+                self._save(job)
                 self.collector.wait()  # so that only one job's state is in host memory at a time
         return bool(unfinished)
 
-    def _save(self, job: int) -> None:
-        step = self.taken[job]
-        self.collector.submit(job, step, self.optimizers[job], moments=step < self.jobs[job].num_steps)
-        self.saved[job] = step
+    def _save(self, job: Job) -> None:
+        self.collector.submit(job, moments=job.steps_taken < job.num_steps)
+        job.steps_saved = job.steps_taken
 
 
-def writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[Snapshot], None]:
+def writer(config: RunConfig, jobs: Jobs) -> Callable[[Snapshot], None]:
     """Return the function that writes a snapshot: first a checkpoint, if the job has steps remaining, then its PEFT directory."""
     digests: dict[int, str] = {}
 
@@ -111,19 +102,22 @@ def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
     )
 
 
-def start_job(arena: Arena, adapter_row: int, job: TrainingJob, resume_point: ResumePoint, optimizer: JobOptimizer) -> None:
-    """Load a job's weights into its row of the arena.
+def start_job(job: Job, arena: Arena, adapter_row: int, groups: StageGroups) -> None:
+    """Make a job resident: give it a row of the arena that holds its adapter, load its weights there, make its optimizer.
 
     They come from the job's checkpoint, with Adam's moments and step counts; without one from
     `init_adapter`; without that they are PEFT's initial values.
     """
-    if resume_point.checkpoint is not None and resume_point.state is not None:
-        weights, moments = read_checkpoint(resume_point.checkpoint)
+    job.adapter_row = adapter_row
+    job.resident_optimizer = JobOptimizer(arena, adapter_row, job.optimizer_settings(), groups)
+    point = job.resume_point
+    if point.checkpoint is not None and point.state is not None:
+        weights, moments = read_checkpoint(point.checkpoint)
         arena.load(adapter_row, weights)
         for moment, buffer in zip(moments, (arena.exp_avg, arena.exp_avg_sq), strict=True):
             arena.fill(adapter_row, moment, buffer)
-        optimizer.restore(resume_point.state.num_updates, resume_point.state.skipped_in_a_row)
+        job.optimizer.restore(point.state.num_updates, point.state.skipped_in_a_row)
     elif job.config.init_adapter is not None:
         arena.load(adapter_row, read_adapter(job.config.init_adapter).weights)
     else:
-        arena.initialise(adapter_row, job.rows.seed)
+        arena.initialise(adapter_row, job.step_samples.seed)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.model.adapter_arena import Arena, Factor
-from megatron_lora.training.optimizer import JobOptimizer
+from megatron_lora.training.jobs import Job
 
 Weights = dict[str, tuple[Tensor, Tensor]]  # path -> (A [r, K], B [N, r]), fp32, all shards joined
 
@@ -47,6 +47,7 @@ class _Part:
     """
 
     job: int
+    adapter_row: int
     step: int
     num_buffers: int
     values: Tensor
@@ -76,15 +77,17 @@ class SnapshotCollector:
         self.thread = threading.Thread(target=self._work, name="snapshot-collector", daemon=True)
         self.thread.start()
 
-    def submit(self, job: int, step: int, optimizer: JobOptimizer, *, moments: bool) -> None:
-        """Queue a snapshot of a job as it is now, with `step` steps taken, and return at once. A failed job is not written.
+    def submit(self, job: Job, *, moments: bool) -> None:
+        """Queue a snapshot of a job as it is now and return at once. A failed job is not written.
 
-        Job j's adapter lies in row j of the arena. Raises what an earlier collection has raised.
+        Raises what an earlier collection has raised.
         """
         self._raise_failure()
+        optimizer = job.optimizer
         buffers = (self.arena.master, *((self.arena.exp_avg, self.arena.exp_avg_sq) if moments else ()))
         numbers = torch.stack([optimizer.failed.double(), optimizer.num_updates, optimizer.skipped_in_a_row.double()]).float()
-        pieces = [*(self.arena.view(factor, buffer).reshape(-1) for buffer in buffers for factor in self.arena.factors[job]), numbers]
+        factors = self.arena.factors[job.adapter_row]
+        pieces = [*(self.arena.view(factor, buffer).reshape(-1) for buffer in buffers for factor in factors), numbers]
         lengths = [piece.numel() for piece in pieces]
         on_gpu = numbers.is_cuda
         values = torch.empty(sum(lengths), pin_memory=on_gpu)
@@ -94,7 +97,7 @@ class SnapshotCollector:
         if on_gpu:
             copied = torch.cuda.Event()
             copied.record()
-        self.waiting.put(_Part(job, step, len(buffers), values, copied))
+        self.waiting.put(_Part(job.number, job.adapter_row, job.steps_taken, len(buffers), values, copied))
 
     def wait(self) -> None:
         """Wait until all snapshots so far are sent (on the first rank: written) and their host memory is free."""
@@ -132,7 +135,7 @@ class SnapshotCollector:
         if self.rank != 0:
             dist.send(own, 0, group=self.group)
             return
-        factors = [ranks[part.job] for ranks in self.factors_of_rank]
+        factors = [ranks[part.adapter_row] for ranks in self.factors_of_rank]
         flats = [own.view(part.num_buffers, -1)]
         for rank in range(1, self.world_size):
             flat = torch.empty(part.num_buffers, sum(factor.length for factor in factors[rank]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from megatron_lora.output.metrics import StepReport
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import TrainingJob
-from megatron_lora.training.optimizer import learning_rate_at
+from megatron_lora.training.jobs import Jobs
 from scheduling.types import Microbatch
 
 
@@ -35,15 +34,12 @@ class _Pending:
 class StepReporter:
     """Reports every job's steps in the order in which they are taken."""
 
-    def __init__(self, jobs: Sequence[TrainingJob], report: Callable[[int, StepReport], None], first_steps: Sequence[int] = ()):
-        """Report each step by calling `report(job, step_report)`; jobs start at `first_steps`, by default at step 0."""
+    def __init__(self, jobs: Jobs, report: Callable[[int, StepReport], None]):
+        """Report each step by calling `report(job number, step_report)`."""
         self.jobs = jobs
         self.report = report
         self.started: dict[tuple[int, int], float] = {}  # (job, step) -> time of its first forward
         self.pending: deque[_Pending] = deque()
-        self.learning_rates = [learning_rate_at(job.optimizer()) for job in jobs]
-        starts = zip(jobs, first_steps or [0] * len(jobs), strict=True)
-        self.visited = [sum(len(job.rows.steps[step]) for step in range(first)) for job, first in starts]  # samples of the steps so far
 
     def on_forward(self, microbatch: Microbatch) -> None:
         """Note the time at which steps begin: with the first microbatch that has a segment of theirs."""
@@ -78,18 +74,18 @@ class StepReporter:
     def _build(self, done: _Pending) -> StepReport:
         job = self.jobs[done.job]
         square_norm, loss = done.values.tolist()
-        lengths = [len(job.data.samples[index].tokens) for _, index in job.rows.steps[done.step]]
-        self.visited[done.job] += len(lengths)
+        steps = job.step_samples.steps
+        lengths = [len(job.data.samples[index].tokens) for _, index in steps[done.step]]
         return StepReport(
-            job=job.config.name,
+            job=job.name,
             step=done.step + 1,
             total_steps=job.num_steps,
-            epoch=self.visited[done.job] / len(job.data.samples),
+            epoch=(steps.num_visits(done.step) + len(lengths)) / len(job.data.samples),
             loss=loss,
-            learning_rate=self.learning_rates[done.job](done.step),
+            learning_rate=job.learning_rate(done.step),
             grad_norm=math.sqrt(square_norm) if square_norm >= 0 else math.nan,
             tokens=sum(lengths),
-            target_tokens=job.rows.num_targets(done.step),
+            target_tokens=job.step_samples.num_targets(done.step),
             samples=len(lengths),
             seconds=done.seconds,
             skipped=not math.isfinite(square_norm),

@@ -43,7 +43,7 @@ class StopRequest:
             self._handle(signal.sigwaitinfo(LISTENED).si_pid)
 
     def _handle(self, sender: int) -> None:
-        """Note the request; or end, where there is nothing to save or the sender is torchrun (its death also signals)."""
+        """Note the request, or end if there is nothing to save or the sender is torchrun (its death also sends a signal)."""
         if sender == self._parent or not self.can_save:
             _end()
         self.requested = True

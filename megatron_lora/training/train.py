@@ -4,9 +4,10 @@ The data and the adapters' initial values depend on the config alone, so each ra
 The plan comes from the first rank, window after window. The first rank (global rank 0, which
 belongs to the first stage) also reports to the user and writes all files.
 
-The jobs that still have steps to take are numbered from 0 in the order of the config. `jobs`,
-`optimizers` and `resume_points` are lists in that order, and job j's adapter lies in row j of the
-arena. Ranks exchange three kinds of data, each kind over groups of its own: activations and
+`jobs` maps numbers to the jobs that still have steps to take (jobs.Job: config, data, resume point,
+adapter row, optimizer, state). They are numbered from 0 in the order of the config. Plans and
+messages name a job by its number; its adapter row, where its adapter lies in the arena, is another
+number. Ranks exchange three kinds of data, each kind over groups of its own: activations and
 gradients between stages (messages.py), sums over the ranks of one stage (StageGroups), and data of
 the host, over gloo: the plan (plan_feed.py), stop requests and the rest (`host_group`).
 """
@@ -16,23 +17,25 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_lora.config.schema import JobConfig, ParallelConfig, RunConfig
+from megatron_lora.config.resolved import ResolvedConfig
+from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.huggingface.architecture import Architecture, read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
-from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.stage import build_stage
+from megatron_lora.output import standing
+from megatron_lora.output.job_states import exit_status
 from megatron_lora.output.run_directory import RunDirectory, job_states
-from megatron_lora.output.standing import ResumePoint, resume_points
+from megatron_lora.output.standing import ResumePoint
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import Position, initialize_parallel, pipelines, position_of, rank_timeout, stage_groups
@@ -43,8 +46,8 @@ from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
 from megatron_lora.training.assemble import choose_backends, make_arena, make_executor
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import TrainingJob, read_jobs
-from megatron_lora.training.optimizer import JobOptimizer, StageGroups
+from megatron_lora.training.jobs import Job, read_jobs
+from megatron_lora.training.optimizer import StageGroups
 from megatron_lora.training.run_reporter import RunReporter
 from megatron_lora.training.saving import Saver, start_job, writer
 from megatron_lora.training.snapshots import SnapshotCollector
@@ -53,7 +56,9 @@ from megatron_lora.training.warm_up import warm_up
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths
 
-LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's group: receiving threads wait while a window is trained
+LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def run(config: RunConfig, stop: StopRequest) -> int:
@@ -66,59 +71,60 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
     host_group = dist.new_group(backend="gloo", timeout=rank_timeout())
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}[config.precision]
+    config = _recorded_config(config, host_group)
 
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
     remaining = _remaining_jobs(config, host_group)
-    jobs = _read_jobs([job for job in config.jobs if job.name in remaining], model_dir, architecture.vocab_size, host_group)
-    resume_points = [remaining[job.config.name] for job in jobs]
-    share_of_targets = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    config, cost = resolve_together(config, architecture, [job.rows.lengths() for job in jobs], share_of_targets, host_group)
+    jobs = _read_jobs([job for job in config.jobs if job.name in remaining], remaining, model_dir, architecture.vocab_size, host_group)
+    share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
+    lengths = [job.step_samples.lengths() for job in jobs.values()]
+    config, slot_cost = resolve_together(config, architecture, lengths, share_of_targets, host_group)
     position = position_of(config.parallel)
-    feed = _start_planning(config, jobs, position, cost, [point.step for point in resume_points])
+    feed = _start_planning(config, lengths, position, slot_cost, [job.resume_point.step for job in jobs.values()])
 
     stage = build_stage(
         architecture,
         model_dir,
         config.parallel,
-        dtype=dtype,
+        dtype=DTYPES[config.precision],
         device=device,
         load_weights=config.load_weights,
         seed=config.seed,
         recompute=config.recompute,
         base_weights=config.base_weights,
-        backends=choose_backends(config, architecture, dtype, device),
+        backends=choose_backends(config, architecture, DTYPES[config.precision], device),
     )
-    arena = make_arena(stage, config.parallel, [job.adapter() for job in jobs])
-    optimizers = _start_jobs(arena, jobs, resume_points, config.parallel)
+    arena = make_arena(stage, config.parallel, [job.adapter_spec() for job in jobs.values()])
+    groups = StageGroups(**stage_groups(config.parallel))
+    for row, job in enumerate(jobs.values()):
+        start_job(job, arena, row, groups)
 
-    with RunReporter(config, jobs, feed.remove, resume_points) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
+    with RunReporter(config, jobs, feed.remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
         collector = SnapshotCollector(arena, writer(config, jobs), host_group)
-        saver = Saver(jobs, optimizers, resume_points, collector)
-        unchecked = set(range(len(jobs)))  # jobs whose first update (learning rate above 0, finite norm) is still to come
+        saver = Saver(jobs, collector)
+        unchecked = set(jobs)  # numbers of the jobs whose first update (learning rate above 0, finite norm) is still to come
 
         def on_step(done: StepDone) -> None:
-            job, optimizer = jobs[done.job], optimizers[done.job]
+            job = jobs[done.job]
             # Reading the norm waits for the device, once per job.
-            if done.job in unchecked and optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
+            if done.job in unchecked and job.optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
                 unchecked.remove(done.job)
-                _warn_of_unmoved(job, optimizer)
+                _warn_of_unmoved(job)
             if reporter is not None:  # a step that a checkpoint follows is reported before the checkpoint is written
                 reporter.on_step(done, collector.written, wait=saver.checkpoints(done))
-            saver.on_step(done)
+            saver.on_step(done)  # saves the adapter after the job's last step
 
         if on_gpu:
-            warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.tensor if config.parallel.sequence else 1)
+            warm_up(stage, arena, config.microbatch_tokens, config.parallel.row_multiple)
         timeline = Timeline(device)
-        layout = MessageLayout(max_endings=feed.settings.max_endings, hidden_size=architecture.hidden_size, dtype=dtype)
+        layout = MessageLayout(max_endings=feed.settings.max_endings, hidden_size=architecture.hidden_size, dtype=stage.dtype)
         executor = make_executor(
             stage,
             config.parallel,
             connect(pipelines(config.parallel), layout, device),
             layout,
-            rows=[job.rows for job in jobs],
-            optimizers=optimizers,
+            jobs=jobs,
             on_step=on_step,
             on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
             timeline=timeline,
@@ -128,14 +134,23 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         feed.close()
         if reporter is not None:
             reporter.flush()
-        stopped = stop.stopped and saver.save_unfinished()
+        stopped = stop.stopped and saver.save_unfinished()  # False if the stop came when all jobs were finished
         collector.finish()
         if reporter is not None:
             reporter.finish(collector.written, stopped=stopped)
     _save_timeline(config, timeline, position, host_group)
-    if stopped:
-        return 75
-    return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
+    return exit_status(job.outcome() for job in jobs.values())
+
+
+def _recorded_config(config: RunConfig, host_group: dist.ProcessGroup) -> RunConfig:
+    """Return the config that was checked and written into the output directory, as the first rank reads it there.
+
+    Other ranks may lie on machines whose copy of the user's file is another.
+    """
+    recorded: list = [load_config(Path(config.output_dir) / "config.yaml")] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(recorded, 0, group=host_group)
+    assert recorded[0].parallel.world_size == config.parallel.world_size
+    return recorded[0]
 
 
 def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[str, ResumePoint]:
@@ -143,57 +158,47 @@ def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[st
 
     The first rank reads this from the output directory and sends it to the others.
     """
-    found: list = [resume_points(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
+    found: list = [standing.resume_points(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
     dist.broadcast_object_list(found, 0, group=host_group)
     return found[0]
 
 
-def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, host_group: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
+def _read_jobs(
+    configs: Sequence[JobConfig], points: Mapping[str, ResumePoint], model_dir: Path, vocab_size: int, host_group: dist.ProcessGroup
+) -> dict[int, Job]:
     """Read the jobs' data, the first rank before the others, which then find the tokens in the cache."""
     tokenizer = load_tokenizer(model_dir)
-    jobs = None
+    jobs = {}
     for first_rank_reads in (True, False):
         if (dist.get_rank() == 0) == first_rank_reads:
-            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size)
+            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size, points)
         dist.barrier(group=host_group)
-    assert jobs is not None
     return jobs
 
 
 def _start_planning(
-    config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost, first_steps: Sequence[int]
+    config: ResolvedConfig, lengths: Lengths, position: Position, slot_cost: SlotCost, first_steps: Sequence[int]
 ) -> PlanFeed:
     """Start to plan the jobs' steps from `first_steps` on, in the background, while the model is built."""
     parallel = config.parallel
     settings = PlanSettings(
         num_stages=parallel.pipeline,
         num_replicas=parallel.data,
-        capacity=int(config.microbatch_tokens),
+        capacity=config.microbatch_tokens,
         delay=position.delay,
-        cost=cost,
+        cost=slot_cost,
     )
-    replica = dist.get_rank() // parallel.tensor % parallel.data
+    replica = parallel.replica_of(dist.get_rank())
     group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
-    return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
+    return PlanFeed(lengths, settings, replica, Path(config.output_dir) / "plan", group, first_steps)
 
 
-def _start_jobs(
-    arena: Arena, jobs: Sequence[TrainingJob], resume_points: Sequence[ResumePoint], parallel: ParallelConfig
-) -> list[JobOptimizer]:
-    """Make the jobs' optimizers, and load each adapter and optimizer state from where its job resumes."""
-    groups = StageGroups(**stage_groups(parallel))
-    optimizers = [JobOptimizer(arena, row, job.optimizer(), groups) for row, job in enumerate(jobs)]
-    for row, (job, resume_point) in enumerate(zip(jobs, resume_points, strict=True)):
-        start_job(arena, row, job, resume_point, optimizers[row])
-    return optimizers
-
-
-def _warn_of_unmoved(job: TrainingJob, optimizer: JobOptimizer) -> None:
+def _warn_of_unmoved(job: Job) -> None:
     """Warn of modules whose B is still zero after the job's first update: no gradient reaches them."""
-    unmoved = optimizer.unmoved()
+    unmoved = job.optimizer.unmoved()
     if unmoved:
         names = f"{', '.join(unmoved[:3])}{f' and {len(unmoved) - 3} more' if len(unmoved) > 3 else ''}"
-        print(f"megatron-lora: warning: job {job.config.name}: B has not moved in its first step: {names}", file=sys.stderr)
+        print(f"megatron-lora: warning: job {job.name}: B has not moved in its first step: {names}", file=sys.stderr)
 
 
 def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, host_group: dist.ProcessGroup) -> None:
@@ -207,7 +212,7 @@ def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, ho
 
 def resolve_together(
     config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host_group: dist.ProcessGroup
-) -> tuple[RunConfig, SlotCost]:
+) -> tuple[ResolvedConfig, SlotCost]:
     """Return the resolved config and the planner's cost model; the first rank makes both for all ranks.
 
     It also prints and records what was chosen. Its own device's memory decides, also where other ranks

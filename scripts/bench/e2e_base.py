@@ -100,6 +100,11 @@ class Base:
         kind = (config.base_weights, config.backend)
         if self._kind == kind:
             return
+        backends = choose_backends(config, self.architecture, self.dtype, self.device)
+        if self._kind is not None and self._kind[0] == kind[0] and "te" not in (self._kind[1], config.backend):
+            self._kind = kind
+            self.stage.set_attention(backends.attention)  # all else is the same
+            return
         self.release()
         self._kind = kind
         start = time.perf_counter()
@@ -112,7 +117,7 @@ class Base:
             load_weights=self.model_dir is not None,
             seed=self.seed,
             base_weights=config.base_weights,
-            backends=choose_backends(config, self.architecture, self.dtype, self.device),
+            backends=backends,
         )
         self.wait()
         held = f", {torch.cuda.memory_allocated() / 1e9:.1f} GB" if self.cuda else ""

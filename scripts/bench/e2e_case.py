@@ -35,6 +35,7 @@ from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths, Microbatch, Stream
 
 WARM_SLOTS, PROFILED_SLOTS, PROBED_SLOTS = 8, 4, 8
+WARM_AGAIN = {"times": 1, "slots": 3}  # in later rounds of a launch
 CALIBRATIONS = 2  # the second over the microbatches that the first one's figures make
 PROBED_STEPS = 4  # of each job, from which the probed slots are taken
 SPARE = 1.1  # more steps than the warm-up's speed asks for
@@ -65,7 +66,7 @@ class CaseRun:
             jobs = self._jobs(take(self.workload, self.case.jobs.count, 1))
             self.arena = make_arena(stage, self.base.parallel, [job.adapter() for job in jobs])
             for slot, job in enumerate(jobs):
-                self.arena.initialise(slot, job.rows.seed)
+                self.arena.initialise(slot, job.step_samples.seed)
 
     def close(self) -> None:
         """Let go of the case's adapters."""
@@ -108,13 +109,13 @@ class CaseRun:
         execute(self.base, jobs, optimizers, self.case.policy, self.settings, self._real, profiled)
         return {"profile": self.base.gather(profiled.shares), "profile_kernels": self.base.gather(profiled.kernels)}
 
-    def warm_up(self) -> float:
-        """Run some slots twice at a learning rate of 0, which moves no weight; return the real tokens per second of the second time."""
-        lengths = self._some(WARM_SLOTS)
+    def warm_up(self, times: int = 2, slots: int = WARM_SLOTS) -> float:
+        """Run some slots a few times at a learning rate of 0, which moves no weight; return the real tokens per second of the last."""
+        lengths = self._some(slots)
         tokens = sum(map(sum, (steps[0] for steps in lengths)))
-        for turn in ("first", "second"):
+        for _ in range(times):
             outcome = self._run(lengths, learning_rate=0.0)
-            self.base.say(f"  warm-up, {turn} run: {tokens:,} tokens in {outcome.seconds:.1f} s")
+            self.base.say(f"  warm-up: {tokens:,} tokens in {outcome.seconds:.1f} s")
         self._clear()
         filling = self.settings.num_stages - 1 if self.case.policy != "flush" else 0  # which a long run does not repeat
         return tokens / outcome.seconds * (len(outcome.stream) + filling) / len(outcome.stream)
@@ -148,7 +149,7 @@ class CaseRun:
 
     def _timed(self, slots: Sequence[Microbatch], lengths: Lengths) -> list[Measurement]:
         """Return the seconds of every stage's passes over slots, which make up the same lengths."""
-        parallel, rows = self.base.parallel, [job.rows for job in self._jobs(lengths)]
+        parallel, rows = self.base.parallel, [job.step_samples for job in self._jobs(lengths)]
         multiple = parallel.tensor if parallel.sequence else 1
         measured = measure_stage(
             self.base.stage,

@@ -88,6 +88,7 @@ def parser() -> OneLineParser:
     launch.add_argument("--memory-gb", type=positive, help="what `auto` may count on; default: what is free")
     launch.add_argument("--lengths", type=Path, default=SUITE, help="file of workloads")
     launch.add_argument("--case", action="append", dest="cases", help="key=value words; may be given several times")
+    launch.add_argument("--rounds", type=whole, default=1, help="how often the cases take turns")
     launch.add_argument("--output", type=output_file, default=RESULTS / "end_to_end.jsonl")
     launch.add_argument("--losses", type=output_file, help="append every case's losses to this file")
     launch.add_argument("--timeline", type=folder, help="directory for a trace of every case, for Perfetto")
@@ -149,6 +150,7 @@ LAUNCH = (
     "timeline",
     "cost",
     "memory_gb",
+    "rounds",
     "save_cost",
     "hardware",
     "commit",

@@ -9,7 +9,7 @@ import re
 
 import torch
 from e2e_base import Base
-from e2e_case import CaseRun
+from e2e_case import WARM_AGAIN, CaseRun
 from e2e_figures import mfu
 from e2e_options import HF_PEFT, Case, layout_name, policies_in_runs, policies_in_words
 from layer_table import read_stages, table_name
@@ -19,10 +19,12 @@ from megatron_lora.config.schema import RunConfig
 from scheduling.types import Lengths
 
 
-def run_case(base: Base, options: argparse.Namespace, case: Case, config: RunConfig, workload: Lengths) -> None:
-    """Measure a case and append its line; on one rank a case that runs out of memory is a line that says so."""
+def run_case(base: Base, options: argparse.Namespace, case: Case, config: RunConfig, workload: Lengths, turn: int) -> None:
+    """Measure a case, for the `turn`-th time, and append its line; on one rank a case that runs out of memory is a line that says so."""
     try:
-        results = _hf_peft(base, case, options, workload) if case.policy == HF_PEFT else _trainer(base, case, options, config, workload)
+        results = (
+            _hf_peft(base, case, options, workload) if case.policy == HF_PEFT else _trainer(base, case, options, config, workload, turn)
+        )
     except torch.cuda.OutOfMemoryError as error:
         if base.world_size > 1:
             raise
@@ -30,7 +32,7 @@ def run_case(base: Base, options: argparse.Namespace, case: Case, config: RunCon
         torch.cuda.empty_cache()
     if base.rank > 0:
         return
-    append_line(options.output, line(options, case, config) | {"results": results})
+    append_line(options.output, line(options, case, config) | {"round": turn, "results": results})
     base.say(f"  {summary(results)}")
 
 
@@ -67,7 +69,7 @@ def line(options: argparse.Namespace, case: Case, config: RunConfig) -> dict:
     return {"case": case.name, **stamp(options.hardware, options.commit), "settings": settings}
 
 
-def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunConfig, workload: Lengths) -> dict:
+def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunConfig, workload: Lengths, turn: int) -> dict:
     layers = config.parallel.layers_per_stage or ()
     adapters = "unfused" if case.adapters == "unfused" else "fused"
     table = table_name(options.shape, case.base_weights, config.parallel.tensor, adapters)
@@ -75,7 +77,7 @@ def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunCon
     run = CaseRun(base, case, config, workload, cost)
     try:
         run.prepare()
-        speed = run.warm_up()
+        speed = run.warm_up() if turn == 1 else run.warm_up(**WARM_AGAIN)
         if case.calibrate:
             run.calibrate(broadly=options.save_cost is not None)
             if options.save_cost and base.rank == 0:
@@ -83,6 +85,7 @@ def _trainer(base: Base, case: Case, options: argparse.Namespace, config: RunCon
         trace = options.timeline and options.timeline / f"{re.sub('[^A-Za-z0-9.]+', '-', case.name)}.json"
         results, outcome = run.measure(run.timed_lengths(speed), trace)
         if base.rank == 0:
+            results["attention"] = base.stage.attention
             results["mfu"] = mfu(base.architecture, results["tokens_per_s"], options.peak_tflops * 1e12 * base.world_size)
             if options.losses is not None:
                 append_line(options.losses, {"case": case.name, "layout": layout_name(options), "losses": outcome.losses})

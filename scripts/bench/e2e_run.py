@@ -82,7 +82,7 @@ def execute(
 
     `settings.cost` weighs slots for our planner, `real` for the baselines.
     """
-    lengths = [job.rows.lengths() for job in jobs]
+    lengths = [job.step_samples.lengths() for job in jobs]
     done: list[StepDone] = []
     own: list[Microbatch] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ def execute(
             base.parallel,
             links,
             layout,
-            rows=[job.rows for job in jobs],
+            step_samples=[job.step_samples for job in jobs],
             optimizers=optimizers,
             on_step=done.append,
             on_forward=own.append,

@@ -3,10 +3,11 @@
     python scripts/bench/end_to_end.py --ranks 8,16,32,64 --dropouts 0,0,0.05,0.05 --case "" --case "adapters=none" --case "policy=flush"
     torchrun --nproc-per-node 2 scripts/bench/end_to_end.py --shape qwen2.5-32b --pipeline 2 --workload het-s2 --budget 4096 --calibrate
 
-One launch builds the base once and runs its cases one after another; each appends a JSON line to scripts/bench/results/end_to_end.jsonl
-as soon as it is done. Real tokens: padding is not counted; fill, drain and optimizer are. Warm-up is outside the timed region. MFU: 4
-FLOPs per token and parameter (all but the embedding), of the devices' dense peak. A bubble is the share of a run in which a stage
-does no work, by CUDA events; exposed communication the share in which it waits for a message that was already sent.
+One launch builds the base once and runs its cases one after another (--rounds: over and over); each appends a JSON line to
+scripts/bench/results/end_to_end.jsonl as soon as it is done. Real tokens: padding is not counted; fill, drain and optimizer are.
+Warm-up is outside the timed region. MFU: 4 FLOPs per token and parameter (all but the embedding), of the devices' dense peak. A bubble
+is the share of a run in which a stage does no work, by CUDA events; exposed communication the share in which it waits for a message
+that was already sent.
 """
 
 import os
@@ -59,9 +60,11 @@ def launch(options: Namespace, cases: list[Case], parallel: ParallelConfig) -> N
     base = Base(architecture, parallel, memory_gb=options.memory_gb)
     shares = [case.jobs.completion for case in cases]
     configs = base.resolve([case.config(options.shape, parallel) for case in cases], workloads, shares)
-    for number, (case, config, workload) in enumerate(zip(cases, configs, workloads, strict=True), 1):
-        base.say(f"case {number} of {len(cases)}: {case.name}")
-        run_case(base, options, case, config, workload)
+    each = list(enumerate(zip(cases, configs, workloads, strict=True), 1))
+    for turn in range(1, options.rounds + 1):
+        for number, (case, config, workload) in each:
+            base.say(f"case {number} of {len(cases)}{f', round {turn}' if options.rounds > 1 else ''}: {case.name}")
+            run_case(base, options, case, config, workload, turn)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ def build(shape: str, num_layers: int | None, device: torch.device, dtype: torch
 def global_batches(job: TrainingJob, batching: Batching, budget: int) -> Iterator[list[list[Sample]]]:
     """Give out the job's global batches, in microbatches, around and around."""
     while True:
-        for step in job.rows.steps:
-            yield batching([job.rows.samples[index] for _, index in step], budget)
+        for step in job.step_samples.steps:
+            yield batching([job.step_samples.samples[index] for _, index in step], budget)
 
 
 def timed_steps(trainer: PeftTrainer, batches: Iterator, seconds: float, steps: int | None) -> dict:

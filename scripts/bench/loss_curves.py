@@ -62,10 +62,10 @@ def ours(base: Base, config: RunConfig, jobs: Sequence[TrainingJob], adapters: s
     use_adapters(base.stage, adapters)
     arena = make_arena(base.stage, base.parallel, [job.adapter() for job in jobs])
     for slot, job in enumerate(jobs):
-        arena.initialise(slot, job.rows.seed)
+        arena.initialise(slot, job.step_samples.seed)
         if begun is not None:
             export(arena, slot, job, config, begun / job.config.name)
-    share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
+    share = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs)
     cost = planner_cost(config, base.architecture, base.model, share)
     settings = PlanSettings(num_stages=1, num_replicas=1, capacity=int(config.microbatch_tokens), delay=0, cost=cost)
     optimizers = [JobOptimizer(arena, slot, job.optimizer()) for slot, job in enumerate(jobs)]
@@ -93,8 +93,8 @@ def peft_losses(
     model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     trainer = PeftTrainer(model, job.config, device, job.num_steps, autocast=dtype == torch.bfloat16)
     order, losses = random.Random(seed), []
-    for step in job.rows.steps:
-        samples = [job.rows.samples[index] for _, index in step]
+    for step in job.step_samples.steps:
+        samples = [job.step_samples.samples[index] for _, index in step]
         if seed:
             order.shuffle(samples)
         losses.append(trainer.step([samples[first : first + batch] for first in range(0, len(samples), batch)]))
@@ -193,8 +193,8 @@ def run(options) -> dict:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     base = Base(architecture, config.parallel, model_dir=model_dir, dtype=dtype)
     jobs = read_jobs(config.jobs, load_tokenizer(model_dir), None, architecture.vocab_size)
-    share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    (config,) = base.resolve([config], [[job.rows.lengths() for job in jobs]], [share])
+    share = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs)
+    (config,) = base.resolve([config], [[job.step_samples.lengths() for job in jobs]], [share])
     names, curves = [job.config.name for job in jobs], {}
     with tempfile.TemporaryDirectory() as folder:
         for adapters in ("fused", "reference"):

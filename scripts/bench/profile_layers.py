@@ -81,9 +81,9 @@ def measure(options) -> dict:
     jobs = make_jobs(lengths, specs.configs(), architecture.vocab_size, specs.completion)
     arena = make_arena(base.stage, parallel, [job.adapter() for job in jobs])
     for slot, job in enumerate(jobs):
-        arena.initialise(slot, job.rows.seed)
+        arena.initialise(slot, job.step_samples.seed)
     slots = [slot for budget in options.budgets for slot in probe_slots(lengths, budget)]
-    load = partial(collate, jobs=[job.rows for job in jobs], multiple=1, device=base.device)
+    load = partial(collate, jobs=[job.step_samples for job in jobs], multiple=1, device=base.device)
     shape = shape_of(architecture)
     layers, heads, kept, listed = {}, [], {}, []
     for policy in options.policies:

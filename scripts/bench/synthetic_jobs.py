@@ -1,4 +1,4 @@
-"""Jobs of random tokens whose samples have the lengths of a named workload (lengths.json).
+"""Jobs of random tokens whose samples have the lengths of a named workload (lengths.json), or one length: 16x4096 is steps of 16 samples.
 
 Job i has the lengths of the workload's job i modulo its number of jobs, and every further round of jobs starts one step later; steps go
 around when more are asked for than the workload has. The last `completion` of each sample's tokens are its targets.
@@ -6,6 +6,7 @@ around when more are asked for than the workload has. The last `completion` of e
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,15 @@ class JobSpecs:
 
 
 def read_workload(path: Path, name: str) -> Lengths:
-    """Return the lengths [job][step][sample] of a named workload; UserError where there is none."""
+    """Return the lengths [job][step][sample] of a named workload, or of COUNTxLENGTH; UserError where there is none."""
+    if even := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
+        return [[[int(even[2])] * int(even[1])]]
     try:
         workloads = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--lengths: {path} cannot be read ({error}); name a JSON file of workloads") from None
     if name not in workloads:
-        raise UserError(f"--workload: {path.name} has no {name!r}; choose among {', '.join(workloads)}")
+        raise UserError(f"--workload: {path.name} has no {name!r}; choose among {', '.join(workloads)}, or COUNTxLENGTH")
     return workloads[name]["data"]
 
 
@@ -108,5 +111,7 @@ def make_jobs(lengths: Lengths, configs: Sequence[JobConfig], vocab_size: int, c
                 tokens = generator.integers(0, vocab_size, length, dtype=np.int32)
                 samples.append(Sample(len(samples), tokens, targets))
         data = JobData(tuple(samples), 0, 0)
-        jobs.append(TrainingJob(config=config, data=data, rows=JobSamples(seed=config.seed, samples=data.samples, steps=tuple(order))))
+        jobs.append(
+            TrainingJob(config=config, data=data, step_samples=JobSamples(seed=config.seed, samples=data.samples, steps=tuple(order)))
+        )
     return tuple(jobs)

@@ -24,6 +24,7 @@ from megatron_lora.commands import doctor, launch, rank, torchrun
 from megatron_lora.commands.rank import LAUNCHED
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError
+from megatron_lora.model import backends
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.planning.forecast import Workload, forecast
 from scheduling.cost import CostModel, PassCost, StageCost
@@ -411,6 +412,20 @@ def test_doctor_names_versions_and_backends(capsys):
 
     assert torch.__version__.split("+")[0] in found["torch"] and (torch.version.cuda or "CPU") in found["torch built for"]
     assert {"python", "megatron-core", "transport", "attention", "fused kernels", "precision auto", "NVIDIA apex"} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("cudnn", "attention", "tried", "says"),
+    [
+        ("1.32.0", "cuDNN's, of variable length", "tried on the GPU", "for backend: auto"),
+        (None, "torch's, of variable length", "", "less speed"),
+    ],
+)
+def test_doctor_says_whose_attention(cudnn, attention, tried, says, monkeypatch):
+    monkeypatch.setattr(backends, "this_machine", lambda: backends.Machine(capability=(9, 0), cudnn=cudnn))
+    found = {finding.subject: finding for finding in doctor.backends()}
+    assert found["attention"].found == attention and found["attention"].missing.startswith(tried)
+    assert says in found["cuDNN's attention"].missing
 
 
 def test_doctor_does_not_take_another_apex_for_nvidias(tmp_path, monkeypatch):

@@ -12,12 +12,17 @@ from transformers import PreTrainedTokenizerFast
 from megatron_lora.commands.preview import preview_records, show_preview
 from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data import row_files, samples
-from megatron_lora.data.samples import load_job_data, load_jobs_data
+from megatron_lora.data.samples import load_jobs_data
 from megatron_lora.data.steps import job_steps, target_share
 from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.errors import UserError
 
 PAIRS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "abcdef", "completion": "x"}, {"prompt": "a", "completion": "long answer"}]
+
+
+def load_job_data(job, tokenizer, cache_dir, **options):
+    """Load the data of one job."""
+    return load_jobs_data([job], tokenizer, cache_dir, **options)[0]
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def moved(microbatch: StageInput, device) -> StageInput:
 def put(linear, dtype, device) -> None:
     """Put a linear's adapters on the device."""
     group = linear.adapters
-    fields = {name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "slots", "first_feature")}
+    fields = {name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "adapters", "first_feature")}
     linear.adapters = LoraGroup(
         a_RK=group.a_RK.to(device, dtype),
         b_RN=tuple(b.to(device, dtype) for b in group.b_RN),
@@ -111,9 +111,8 @@ def each_linear(directory, base_weights, given, device) -> list[dict]:
     if given is None:
         forward_and_backward(stage, microbatch)
     else:
-        with stage.bound(microbatch):
-            for linear, theirs in zip(stage.linears, given, strict=True):
-                linear(theirs["x"].to(device).requires_grad_())[0].backward(theirs["dy"].to(device))
+        for linear, theirs in zip(stage.linears, given, strict=True):
+            linear(theirs["x"].to(device).requires_grad_(), microbatch.route)[0].backward(theirs["dy"].to(device))
     for linear, into in zip(stage.linears, seen, strict=True):
         into |= {f"gradient {number}": gradient for number, gradient in enumerate(gradients_of(linear))}
         if base_weights == "fp8":

@@ -24,7 +24,7 @@ def model_dir(tmp_path_factory):
 
 
 def linear_step(directory, parallel, role, dropout):
-    """Run one linear of the first layer forward and backward; return whole Y, dX and factor gradients, by base module for Y."""
+    """Run one linear of the first layer forward and backward; return Y, dX and factor gradients of all ranks joined, Y by module."""
     architecture = read_architecture(directory)
     stage = build_stage(architecture, directory, parallel, dtype=torch.float32, device=torch.device("cpu"))
     linear = stage.linears[ROLES.index(role)]
@@ -37,8 +37,7 @@ def linear_step(directory, parallel, role, dropout):
     dy = torch.randn(NUM_ROWS, sum(geometry.out_features) * (ranks if column else 1), generator=generator)
     rows = slice(rank * NUM_ROWS // ranks, (rank + 1) * NUM_ROWS // ranks) if stage.sequence_parallel else slice(None)
     x = (x[rows] if column else x[:, geometry.first_feature :][:, : geometry.in_features]).clone().requires_grad_()
-    with stage.bound(stage_input((NUM_ROWS,), 61, SEGMENTS)):
-        y, bias = linear(x.unsqueeze(1))
+    y, bias = linear(x.unsqueeze(1), stage_input((NUM_ROWS,), 61, SEGMENTS).route)
     assert bias is None
     y = y.squeeze(1)
     y.backward(_local_columns(dy, geometry, rank, ranks) if column else dy[rows])
@@ -52,7 +51,7 @@ def linear_step(directory, parallel, role, dropout):
 
 
 def _local_columns(dy, geometry, rank, ranks):
-    """Cut a dY with the modules' whole columns side by side down to this rank's columns of each."""
+    """Return this rank's columns of each module, from a dY with the modules' full columns side by side."""
     modules = dy.split([n * ranks for n in geometry.out_features], dim=1)
     return torch.cat([part[:, rank * n :][:, :n] for part, n in zip(modules, geometry.out_features, strict=True)], dim=1)
 

@@ -58,10 +58,11 @@ def make_executor(device, on_step):
             labels=None,
             targets=torch.arange(ROWS, device=device),
             weights=torch.ones(ROWS, device=device),
-            route=SimpleNamespace(segments=((0, ROWS, microbatch.segments[0].job),)),
+            route=SimpleNamespace(segments=((0, ROWS, 0),)),
+            jobs=(microbatch.segments[0].job,),
         ),
         num_rows=lambda microbatch: microbatch.num_tokens,
-        optimizers=[Optimizer(), Optimizer()],
+        jobs={number: SimpleNamespace(optimizer=Optimizer()) for number in range(2)},
         on_step=on_step,
         on_forward=lambda microbatch: None,
         timeline=Timeline(torch.device("cpu")),
@@ -86,7 +87,7 @@ def test_a_long_stream_is_not_piled_up():
     def windows():
         for window in range(num_windows):
             yield take_turns(window * slots, (window + 1) * slots)
-            held.append((sum(slot != NOOP for slot in executor.stream), sum(map(len, executor.endings)), len(executor.verdicts)))
+            held.append((len(executor.stream), sum(map(len, executor.endings.values())), len(executor.verdicts)))
         yield LAST
 
     executor.run(windows())

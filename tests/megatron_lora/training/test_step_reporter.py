@@ -9,18 +9,18 @@ import torch
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig, RunConfig
 from megatron_lora.data.samples import JobData, Sample
-from megatron_lora.data.steps import JobSamples, job_steps
+from megatron_lora.data.steps import JobSamples, Steps
 from megatron_lora.errors import UserError
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import MOST_VISITS, TrainingJob, _check_visits
+from megatron_lora.training.jobs import MOST_VISITS, Job, _check_visits
 from megatron_lora.training.run_reporter import RunReporter
 from megatron_lora.training.step_reporter import StepReporter
 from scheduling.types import Microbatch, Segment
 
 
-class OwnStepOnly(tuple):
+class OwnStepOnly(Steps):
     """Steps that are read one at a time: a report must not walk over all earlier steps."""
 
     def __getitem__(self, step):
@@ -28,13 +28,14 @@ class OwnStepOnly(tuple):
         return super().__getitem__(step)
 
 
-def make_job(name: str, num_steps: int, **settings) -> TrainingJob:
+def make_job(name: str, num_steps: int, number: int = 0, **settings) -> Job:
     config = JobConfig(
         name=name, seed=0, datasets=(DatasetConfig(path="a.jsonl", type="text"),), global_batch_size=2, max_steps=num_steps, **settings
     )
     samples = tuple(Sample(i, np.arange(i + 2, dtype=np.int32), np.arange(i + 2) > 0) for i in range(4))
-    steps = OwnStepOnly(job_steps(4, 2, 1, num_steps, False, 0))
-    return TrainingJob(config=config, data=JobData(samples, 0, 0), rows=JobSamples(seed=0, samples=samples, steps=steps))
+    steps = OwnStepOnly(4, 2, num_steps, False, 0)
+    step_samples = JobSamples(seed=0, samples=samples, steps=steps)
+    return Job(number=number, config=config, data=JobData(samples, 0, 0), step_samples=step_samples)
 
 
 def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> None:
@@ -45,12 +46,12 @@ def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> Non
 def reporter_of(tmp_path, jobs) -> tuple[RunDirectory, RunReporter, list[int]]:
     config = RunConfig(base_model="m", output_dir=str(tmp_path / "run"), jobs=tuple(job.config for job in jobs))
     directory, removed = RunDirectory.create(config), []
-    return directory, RunReporter(config, jobs, removed.append), removed
+    return directory, RunReporter(config, dict(enumerate(jobs)), removed.append), removed
 
 
 def test_epochs_tokens_and_norms_of_each_step():
     reports = []
-    reporter = StepReporter([make_job("a", 3), make_job("b", 2)], lambda job, report: reports.append((job, report)))
+    reporter = StepReporter({0: make_job("a", 3), 1: make_job("b", 2)}, lambda job, report: reports.append((job, report)))
     for job, step, square_norm in ((0, 0, 4.0), (1, 0, float("inf")), (0, 1, 9.0), (1, 1, 1.0), (0, 2, 16.0)):
         take(reporter, job, step, square_norm)
     reported = [(job, r.step, r.epoch, r.tokens, r.target_tokens, r.grad_norm, r.skipped) for job, r in reports]
