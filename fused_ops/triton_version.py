@@ -1,8 +1,9 @@
 """What each version of Triton is used for: the one place where its version decides between kernels. Does not import Triton.
 
     3.6         measured; the kernels are tuned for it (torch 2.10 and 2.11 pin it)
-    3.7 to 3.9  the kernels for Hopper compile as well, without spills or serialised products (torch 2.12 and 2.13 pin 3.7, torch 2.14
-                pins 3.8); only the GEMM in plain Triton needs another way, `adds_ranks_ahead`
+    3.7 to 3.9  the kernels for Hopper compile as well, without serialised products; 3.8 spills up to 76 bytes in hopper_grad_sb.py at
+                rank 32 (torch 2.12 and 2.13 pin 3.7, torch 2.14 pins 3.8). Not measured on a GPU. Only the GEMM in plain Triton needs
+                another way, `adds_ranks_ahead`
     others      Gluon is experimental and its names change: kernels in plain Triton take the place of those for Hopper
 
 tests/fused_ops/test_kernels_compile.py compiles them all with the Triton that is installed, and fails where that is none of these.
