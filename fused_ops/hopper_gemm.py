@@ -51,6 +51,7 @@ from fused_ops.hopper_lora import (
     owner_ranks,
     product,
 )  # fmt: skip
+from fused_ops.hopper_names import async_load, async_store
 from fused_ops.hopper_ring import ring_barriers
 from fused_ops.lora_gemm import lora_term
 from fused_ops.route import Route
@@ -93,11 +94,11 @@ def _loader(
             mbarrier.wait(empty_bars.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(full_bar, (BM + BN) * BK * 2)
             for group in gl.static_range(2):
-                tma.async_copy_global_to_shared(input_desc, [i_row + group * WM, i_k], full_bar, a_bufs.index(2 * stage + group))
+                async_load(input_desc, [i_row + group * WM, i_k], full_bar, a_bufs.index(2 * stage + group))
             for half in gl.static_range(2):
                 at_col = i_col + half * HALF
                 at = [i_k, at_col] if BACKWARD else [at_col, i_k]
-                tma.async_copy_global_to_shared(weight_desc, at, full_bar, b_bufs.index(2 * stage + half))
+                async_load(weight_desc, at, full_bar, b_bufs.index(2 * stage + half))
             step += 1
         if PDL:  # the kernel before computed S from the input, so the input and the frozen weight are older than it
             gdc_wait()
@@ -218,7 +219,7 @@ def _multiplier(
             tma.store_wait(1)  # all but the latest: what this buffer held is stored
             output_buf.store(b_part.to(gl.bfloat16))
             fence_async_shared()
-            tma.async_copy_shared_to_global(output_desc, [i_row + GROUP * WM, i_col + i_part * QUARTER], output_buf)
+            async_store(output_desc, [i_row + GROUP * WM, i_col + i_part * QUARTER], output_buf)
         i_row, i_col, owner = next_row, next_col, next_owner
     tma.store_wait(0)
 

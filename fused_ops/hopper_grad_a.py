@@ -15,13 +15,14 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.hopper_dropout import drop_rows, half_of, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import describe
+from fused_ops.hopper_names import async_load
 from fused_ops.hopper_ring import ring_barriers
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
@@ -46,9 +47,9 @@ def _loader(ring, descs, num_blocks, first, i_col, s_cols, BC: gl.constexpr, RAN
         full_bar = full_bars.index(stage)
         mbarrier.wait(empty_bars.index(stage), ((i // STAGES) & 1) ^ 1)
         mbarrier.expect(full_bar, (BC + MODULES * RANK) * BM * 2)
-        tma.async_copy_global_to_shared(x_desc, [i_row, i_col], full_bar, x_bufs.index(stage))
+        async_load(x_desc, [i_row, i_col], full_bar, x_bufs.index(stage))
         for m in gl.static_range(MODULES):
-            tma.async_copy_global_to_shared(s_desc, [i_row, s_cols[m]], full_bar, s_bufs.index(stage * MODULES + m))
+            async_load(s_desc, [i_row, s_cols[m]], full_bar, s_bufs.index(stage * MODULES + m))
 
 
 @gluon.jit

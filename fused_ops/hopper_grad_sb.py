@@ -22,12 +22,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.hopper_layouts import describe
+from fused_ops.hopper_names import async_load, thread_barrier
 from fused_ops.hopper_ring import ring_barriers
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
@@ -55,10 +56,10 @@ def _loader(ring, dy_desc, s_desc, extent, RANK: gl.constexpr, STAGES: gl.conste
             mbarrier.wait(empty_bars.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
             if tile == 0:  # a block's tiles are released together: when this stage is empty, so is its buffer of S
                 mbarrier.expect(full_bar, (BC + RANK) * BM * 2)
-                tma.async_copy_global_to_shared(s_desc, [i_row, s_col], full_bar, s_bufs.index(i % ((STAGES + 1) // 2)))
+                async_load(s_desc, [i_row, s_col], full_bar, s_bufs.index(i % ((STAGES + 1) // 2)))
             else:
                 mbarrier.expect(full_bar, BC * BM * 2)
-            tma.async_copy_global_to_shared(dy_desc, [i_row, i_col + tile * BC], full_bar, dy_bufs.index(step % STAGES))
+            async_load(dy_desc, [i_row, i_col + tile * BC], full_bar, dy_bufs.index(step % STAGES))
 
 
 @gluon.jit
@@ -71,7 +72,7 @@ def _load_b(b_bufs, b_ptr, i_col, num_cols, rank, RANKS: gl.constexpr, GROUP: gl
     b_bufs.index(2 * GROUP).store(b_b0)
     b_bufs.index(2 * GROUP + 1).store(b_b1)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit
@@ -107,7 +108,7 @@ def _add_rows(
             if GROUPS == 1 or tile == GROUP:
                 _keep_rows(dy_buf, end - i_row, BC)
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
         b_ds = warpgroup_mma(dy_buf, b_bufs.index(2 * GROUP + tile).permute((1, 0)), b_ds, is_async=True)
         if tile == GROUP:
             b_db0 = warpgroup_mma(dy_buf.permute((1, 0)), s_buf, b_db0, is_async=True)

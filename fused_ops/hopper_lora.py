@@ -10,11 +10,12 @@ shared memory, of inputs one for each warp group, and their barriers. What is lo
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from fused_ops.adapters import ADAPTER_FIELDS
 from fused_ops.hopper_dropout import KEEPS_NONE, add_kept, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import shared
+from fused_ops.hopper_names import as_block, async_load
 
 BM, BN, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(16)  # rows and columns of a tile, ranks of a step
 WM, WARPS = gl.constexpr(64), gl.constexpr(4)  # rows and warps of a warp group
@@ -72,11 +73,11 @@ def load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl
     mbarrier.wait(empty_bars.index(stage), ((step // STAGES) & 1) ^ 1)
     mbarrier.expect(full_bar, (BM + PARTS * COLUMNS) * RANK * 2)
     for group in gl.static_range(2):
-        s_buf = a_bufs.index(2 * stage + group)._reinterpret(gl.bfloat16, [WM, RANK], S)
-        tma.async_copy_global_to_shared(s_desc, [i_row + group * WM, s_col], full_bar, s_buf)
+        s_buf = as_block(a_bufs.index(2 * stage + group), WM, RANK, S)
+        async_load(s_desc, [i_row + group * WM, s_col], full_bar, s_buf)
     for part in gl.static_range(PARTS):
-        l_buf = b_bufs.index(2 * stage + part)._reinterpret(gl.bfloat16, [RANK, COLUMNS], LAYOUT)
-        tma.async_copy_global_to_shared(l_desc, [l_row, l_col + part * COLUMNS], full_bar, l_buf)
+        l_buf = as_block(b_bufs.index(2 * stage + part), RANK, COLUMNS, LAYOUT)
+        async_load(l_desc, [l_row, l_col + part * COLUMNS], full_bar, l_buf)
     return step + 1
 
 
@@ -87,9 +88,9 @@ def add_owner(ring, step, b_acc0, b_acc1, ranks, GROUP: gl.constexpr):
     for _ in range(0, ranks, RANK):
         stage = step % STAGES
         mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
-        b_s = a_bufs.index(2 * stage + GROUP)._reinterpret(gl.bfloat16, [WM, RANK], S)
-        b_acc0 = warpgroup_mma(b_s, b_bufs.index(2 * stage)._reinterpret(gl.bfloat16, [RANK, HALF], LORA), b_acc0, is_async=True)
-        b_acc1 = warpgroup_mma(b_s, b_bufs.index(2 * stage + 1)._reinterpret(gl.bfloat16, [RANK, HALF], LORA), b_acc1, is_async=True)
+        b_s = as_block(a_bufs.index(2 * stage + GROUP), WM, RANK, S)
+        b_acc0 = warpgroup_mma(b_s, as_block(b_bufs.index(2 * stage), RANK, HALF, LORA), b_acc0, is_async=True)
+        b_acc1 = warpgroup_mma(b_s, as_block(b_bufs.index(2 * stage + 1), RANK, HALF, LORA), b_acc1, is_async=True)
         b_acc0, b_acc1 = warpgroup_mma_wait(0, [b_acc0, b_acc1])
         mbarrier.arrive(empty_bars.index(stage), count=1)
         step += 1
@@ -104,8 +105,8 @@ def _product(ring, step, ranks, GROUP: gl.constexpr):
     for _ in range(0, ranks, RANK):
         stage = step % STAGES
         mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
-        b_s = a_bufs.index(2 * stage + GROUP)._reinterpret(gl.bfloat16, [WM, RANK], S)
-        b_product = warpgroup_mma(b_s, b_bufs.index(2 * stage)._reinterpret(gl.bfloat16, [RANK, QUARTER], LORA_PART), b_product)
+        b_s = as_block(a_bufs.index(2 * stage + GROUP), WM, RANK, S)
+        b_product = warpgroup_mma(b_s, as_block(b_bufs.index(2 * stage), RANK, QUARTER, LORA_PART), b_product)
         mbarrier.arrive(empty_bars.index(stage), count=1)
         step += 1
     return b_product, step

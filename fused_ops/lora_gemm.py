@@ -22,6 +22,7 @@ from fused_ops.gemm_config import GemmConfig, gemm_config
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, uses_tma
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
+from fused_ops.triton_version import adds_ranks_ahead
 
 _FIELDS = tl.constexpr(ADAPTER_FIELDS)
 RANK = 16  # ranks of one product of the LoRA term
@@ -293,8 +294,8 @@ def gemm(
         s_TR.stride(0) if lora else 0, group.first_feature if lora else 0,
         BM=config.rows, BN=config.columns, BK=config.inner, GROUP=config.group, PARTS=config.parts, NUM_STAGES=config.stages,
         NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=lora,
-        MODULES=term.num_modules, RANK=RANK, FIRST=ranks_ahead(term, tma), DROPOUT=term.dropout, WIDE=term.wide,
-        HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
+        MODULES=term.num_modules, RANK=RANK, FIRST=ranks_ahead(term, tma) if adds_ranks_ahead() else 0,
+        DROPOUT=term.dropout, WIDE=term.wide, HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
     )  # fmt: skip
     return out_TO
 

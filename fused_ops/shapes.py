@@ -4,6 +4,8 @@ from functools import lru_cache
 
 import torch
 
+from fused_ops.triton_version import compiles_gluon
+
 
 def rank_class(rank: int, limit: int = 256) -> int:
     """Return the compiled rank block for `rank`: the next of 16, 32, 64, 128, 256, at most `limit` (kernels loop beyond it)."""
@@ -24,7 +26,7 @@ def uses_tma(*tensors: torch.Tensor) -> bool:
 
 
 def suits_hopper(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Return whether the kernels of hopper_*.py can be used: bfloat16 rows that TMA can address, on a Hopper GPU."""
+    """Return whether hopper_*.py can serve: bfloat16 rows that TMA can address, a Hopper GPU, a Triton known to compile them."""
     on_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
     described = [tensor for tensor in (x, *others) if len(tensor)]
-    return on_hopper and x.dtype == torch.bfloat16 and len(x) > 0 and uses_tma(*described)
+    return on_hopper and compiles_gluon() and x.dtype == torch.bfloat16 and len(x) > 0 and uses_tma(*described)

@@ -1,5 +1,7 @@
 """The GPU's operators, under the names of fused_ops.reference, each by the kernel that fits: what `linear.py` calls on CUDA."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from fused_ops import lora_down, lora_grad
@@ -7,13 +9,16 @@ from fused_ops.adapters import LoraGroup
 from fused_ops.cache_keys import fix_cache_keys
 from fused_ops.fp8 import Fp8Weight, quantise_rows
 from fused_ops.fp8_gemm import fp8_gemm
-from fused_ops.hopper_down import hopper_down
-from fused_ops.hopper_gemm import hopper_gemm
-from fused_ops.hopper_grad_a import hopper_grad_a
-from fused_ops.hopper_grad_sb import MAX_HOPPER_RANK, hopper_grad_s_and_b
 from fused_ops.lora_gemm import gemm
 from fused_ops.route import Route
 from fused_ops.shapes import suits_hopper
+from fused_ops.triton_version import compiles_gluon
+
+if TYPE_CHECKING or compiles_gluon():  # else `suits_hopper` is never true, and a Triton that is not known may fail to import them
+    from fused_ops.hopper_down import hopper_down
+    from fused_ops.hopper_gemm import hopper_gemm
+    from fused_ops.hopper_grad_a import hopper_grad_a
+    from fused_ops.hopper_grad_sb import MAX_HOPPER_RANK, hopper_grad_s_and_b
 
 __all__ = ["down", "grad_a", "grad_s_and_b", "grad_x", "up"]
 
@@ -29,7 +34,7 @@ def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
 
 def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
     """Return dS [T, width] = c' dY B (unwritten where there is no adapter), and add dB = dY^T S into the group's gradients."""
-    if group.max_padded_rank <= MAX_HOPPER_RANK and suits_hopper(dy_TN, s_TR):
+    if suits_hopper(dy_TN, s_TR) and group.max_padded_rank <= MAX_HOPPER_RANK:
         return hopper_grad_s_and_b(dy_TN, s_TR, group, route)
     return lora_grad.grad_s_and_b(dy_TN, s_TR, group, route)
 

@@ -7,18 +7,17 @@ are wrong there). `compile_for_hopper` compiles a kernel for sm_90 and returns w
 from __future__ import annotations
 
 import contextlib
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import triton
 import triton.experimental.gluon  # noqa: F401  its import reads tl, so it comes before any replacement there
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -54,7 +53,8 @@ class Report:
     """What ptxas reports of a kernel."""
 
     registers: int
-    spilled_bytes: int
+    spilled_bytes: int  # stored; what is stored is loaded
+    serialised: tuple[str, ...]  # codes of what ptxas says when tensor-core instructions wait for each other
     ptx: str
 
 
@@ -73,22 +73,9 @@ def compile_for_hopper(
     }
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, multiples)
     ptx = triton.compile(source, target=HOPPER, options={"num_warps": num_warps}).asm["ptx"]
-    return _assemble(ptx)
-
-
-def _assemble(ptx: str) -> Report:
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    path = get_ptxas(HOPPER.arch).path
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(ptx)
-        command = [path, "-v", "--gpu-name=sm_90a", str(file), "-o", str(file.with_suffix(".cubin"))]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    serialised = re.findall(r".*C75(?:10|11|15).*", output)
-    assert not serialised, serialised
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", output))
-    return Report(registers=max(int(n) for n in re.findall(r"Used (\d+) registers", output)), spilled_bytes=spilled, ptx=ptx)
+    report = assemble(ptx)
+    assert not {*report.serialised} & {"C7510", "C7511", "C7515"}, report.serialised
+    return report
 
 
 def setting_row(
@@ -112,4 +99,19 @@ def setting_row(
         float(finite),
         1.0 - beta1,
         1.0 - beta2,
+    )
+
+
+def assemble(ptx: str) -> Report:
+    """Let Triton make the machine code of Hopper, with the ptxas and the options that it has for it, and read what ptxas reports."""
+    backend, said = make_backend(HOPPER), io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(ptx, {}, backend.parse_options({"enable_fp_fusion": True}), HOPPER.arch)
+    text = said.getvalue()
+    return Report(
+        registers=max(int(n) for n in re.findall(r"Used (\d+) registers", text)),
+        spilled_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", text)),
+        serialised=tuple(re.findall(r"C75\d\d", text)),
+        ptx=ptx,
     )

@@ -428,6 +428,12 @@ def test_doctor_says_whose_attention(cudnn, attention, tried, says, monkeypatch)
     assert says in found["cuDNN's attention"].missing
 
 
+def test_doctor_says_what_a_triton_that_is_not_known_costs_on_hopper():
+    assert not doctor.hopper_kernels((9, 0), (3, 6)) and not doctor.hopper_kernels((10, 0), (3, 10)) and not doctor.hopper_kernels(None)
+    for version in ((3, 5), (3, 10)):
+        assert "7% longer" in doctor.hopper_kernels((9, 0), version)
+
+
 def test_doctor_does_not_take_another_apex_for_nvidias(tmp_path, monkeypatch):
     (tmp_path / "pypi" / "apex").mkdir(parents=True)
     (tmp_path / "pypi" / "apex" / "__init__.py").write_text("import pyramid")  # importing it would fail
