@@ -43,7 +43,7 @@ def gemm_config(input_TI: Tensor, num_cols: int, backward: bool, tma: bool, widt
     if not tma or input_TI.dtype == torch.float32:
         return GemmConfig(columns=128, inner=32, stages=3)
     if input_TI.is_cuda:
-        key = choice_key(*input_TI.shape, num_cols, backward, width, dropout)
+        key = choice_key(input_TI.shape[0], input_TI.shape[1], num_cols, backward, width, dropout)
         found = _choices().get(torch.cuda.get_device_name(input_TI.device), {}).get(key)
         if found is not None:
             return GemmConfig(**found)
@@ -58,7 +58,7 @@ def fp8_config(values_TI: Tensor, num_cols: int, backward: bool, small: bool, wi
     if small:
         return GemmConfig(columns=128, inner=64, stages=3)
     if values_TI.is_cuda:
-        key = choice_key(*values_TI.shape, num_cols, backward, width, dropout) + ", fp8"
+        key = choice_key(values_TI.shape[0], values_TI.shape[1], num_cols, backward, width, dropout) + ", fp8"
         found = _choices().get(torch.cuda.get_device_name(values_TI.device), {}).get(key)
         if found is not None:
             return GemmConfig(**found)

@@ -6,26 +6,36 @@ A stand-in has every attribute that a kernel's definition uses, and is a decorat
 No CPU run launches one, since `backend.backend_name` chooses the references there.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
+if TYPE_CHECKING:
+    # To a type checker every name is Any: a kernel is written in Triton's language, which annotations of Python do not describe.
+    triton: Any
 
-    class _Absent:
-        """In place of Triton and all of its names: attributes and calls return the object itself, launching it as a kernel is an error."""
+    class _AnyName(type):
+        def __getattr__(cls, name: str) -> Any: ...
 
-        def __getattr__(self, name: str) -> Any:
-            return self
+    class tl(metaclass=_AnyName):  # a class, so that tl.constexpr can annotate
+        constexpr = Any
 
-        def __call__(self, *arguments: Any, **options: Any) -> Any:
-            return self
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
 
-        def __getitem__(self, grid: object) -> Any:
-            raise RuntimeError("Triton is not installed, and its kernels are what CUDA runs; pip install triton")
+        class _Absent:
+            """In place of Triton and its names: attributes and calls return the object itself, launching it as a kernel is an error."""
 
-    triton: Any = _Absent()
-    tl: Any = triton
+            def __getattr__(self, name: str) -> Any:
+                return self
+
+            def __call__(self, *arguments: Any, **options: Any) -> Any:
+                return self
+
+            def __getitem__(self, grid: object) -> Any:
+                raise RuntimeError("Triton is not installed, and its kernels are what CUDA runs; pip install triton")
+
+        triton = tl = _Absent()
 
 __all__ = ["tl", "triton"]

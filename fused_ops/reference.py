@@ -6,6 +6,8 @@ Y and dX are rounded once, after LoRA's term: added to rounded numbers, a term s
 `multi_lora_reference` writes the same mathematics as one differentiable expression: its autograd gradients test the backward formulas.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,7 +106,7 @@ def _frozen_grad(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight) -> Tensor:
     if weight_NK.dtype == dy_TN.dtype:
         return dy_TN @ weight_NK
     blocks = zip(dy_TN.split(_WIDENED, 1), weight_NK.split(_WIDENED), strict=True)
-    return sum(dy @ block.to(dy.dtype) for dy, block in blocks)
+    return cast(Tensor, sum(dy @ block.to(dy.dtype) for dy, block in blocks))  # not 0: there is a block
 
 
 def _dropped(values_TK: Tensor, group: LoraGroup, row_keys: Tensor, adapter: int, module: int) -> Tensor:

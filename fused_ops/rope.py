@@ -74,7 +74,8 @@ def _rope_kernel(
     if NORM:
         weight_ptr = tl.where(is_q, q_weight_ptr, k_weight_ptr) + o_half
         b_low_w, b_high_w = tl.load(weight_ptr, m_half, 0.0).to(tl.float32), tl.load(weight_ptr + HALF, m_half, 0.0).to(tl.float32)
-        b_rstd = 1.0 / tl.sqrt_rn((tl.sum(b_x_low * b_x_low, 1) + tl.sum(b_x_high * b_x_high, 1)) / (2 * HALF) + eps)
+        b_squares = tl.sum(b_x_low * b_x_low, 1) + tl.sum(b_x_high * b_x_high, 1)  # pyright: ignore[reportOperatorIssue]  NORM: bound
+        b_rstd = 1.0 / tl.sqrt_rn(b_squares / (2 * HALF) + eps)
         b_hat_low, b_hat_high = b_x_low * b_rstd[:, None], b_x_high * b_rstd[:, None]
         if not BACKWARD:
             b_low, b_high = tl.where(is_v, b_low, b_hat_low * b_low_w[None, :]), tl.where(is_v, b_high, b_hat_high * b_high_w[None, :])
@@ -138,9 +139,9 @@ class _RotateQkv(torch.autograd.Function):
 def forward(qkv: Tensor, table: Table, heads: int, kv_heads: int, norms: HeadNorms | None) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel forward."""
     shape = (qkv.shape[0], heads + 2 * kv_heads, qkv.shape[1] // (heads + 2 * kv_heads))
-    parts = tuple(qkv.new_empty(shape[0], n, shape[2]) for n in (heads, kv_heads, kv_heads))
-    _launch(qkv, parts, None, table, norms)
-    return parts
+    q, k, v = (qkv.new_empty(shape[0], n, shape[2]) for n in (heads, kv_heads, kv_heads))
+    _launch(qkv, (q, k, v), None, table, norms)
+    return q, k, v
 
 
 def backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, table: Table, norms: HeadNorms | None) -> Tensor:

@@ -12,6 +12,7 @@ are made on first use from host numbers alone, through pinned memory, so that no
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class Route:
         self.num_rows = num_rows
         self.segments = tuple(segment for segment in segments if segment[1] > segment[0])
         self.row_keys = row_keys
-        self._tables: dict[tuple, Tensor] = {}
+        self._tables: dict[tuple, Any] = {}  # tensors, and the routes of parts of the rows
 
     @property
     def device(self) -> torch.device:

@@ -77,6 +77,11 @@ def _gemm(
     route: Route | None,
     backward: bool,
 ) -> Tensor:
-    if group is not None and suits_hopper(input_TI, weight, s_TR, *((group.a_RK,) if backward else group.b_RN)):
+    if (
+        s_TR is not None
+        and group is not None
+        and route is not None  # None together
+        and suits_hopper(input_TI, weight, s_TR, *((group.a_RK,) if backward else group.b_RN))
+    ):
         return hopper_gemm(input_TI, weight, bias_O, s_TR, group, route, backward)
     return gemm(input_TI, weight, bias_O, s_TR, group, route, backward)

@@ -105,9 +105,11 @@ def best_stretch(backlog: Backlog, build: Build, effort: int = 1, horizon: int |
     fewest = backlog.fewest_slots()
     tight = sorted({round(fewest + share * (least - fewest)) for share in _TIGHT}) if fewest < least else []
     closer = [*(least * best_at * nearby for nearby in _NEARBY), *tight]
-    for num_slots in closer[:remaining_tries] if best is not None else ():
+    if best is None:
+        return None
+    for num_slots in closer[:remaining_tries]:
         candidate = _try(backlog, build, num_slots, horizon)
-        if candidate is not None and candidate.value < best.value:  # type: ignore[union-attr]
+        if candidate is not None and candidate.value < best.value:
             best = candidate
     return best
 

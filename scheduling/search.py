@@ -83,7 +83,7 @@ class _Search:
         self.slots = [[] for _ in backlog.recent] + [list(slot) for slot in layout]
         self.costs = costs_of(backlog, layout)
         self.tokens = [sum([backlog.tokens[item] for item in slot]) for slot in self.slots]
-        self.times = [sum([backlog.times[item] for item in slot]) for slot in self.slots]
+        self.times: list[float] = [sum([backlog.times[item] for item in slot]) for slot in self.slots]
         self.held = [Counter(backlog.group_of[item] for item in slot) for slot in self.slots]  # items of each group in a slot
         self.slot_of = {item: k for k, slot in enumerate(self.slots) for item in slot}
         num_groups = len(backlog.groups)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from scheduling.pipeline import endings, stage_actions, with_drain
 from scheduling.types import Microbatch, Op, Stream
@@ -97,7 +98,7 @@ def simulate(
 
 
 def _per_stage(times: Times | Sequence[float], num_stages: int) -> Times:
-    return times if len(times) and isinstance(times[0], Sequence) else [times] * num_stages  # type: ignore[return-value]
+    return cast(Times, times if len(times) and isinstance(times[0], Sequence) else [times] * num_stages)
 
 
 def _arrival(done: dict[tuple[Op, int, int], float], op: Op, stage: int, slot: int, num_stages: int, hop_s: float) -> float | None:

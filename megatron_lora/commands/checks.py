@@ -166,7 +166,7 @@ def check_lengths(job: JobConfig, data, microbatch_tokens: int | str, architectu
     where = f"jobs.{job.name}"
     longest = max(data.samples, key=lambda sample: len(sample.tokens))
     tokens = len(longest.tokens)
-    if microbatch_tokens != "auto" and tokens > microbatch_tokens:
+    if isinstance(microbatch_tokens, int) and tokens > microbatch_tokens:
         raise UserError(
             f"microbatch_tokens: {microbatch_tokens} is less than the {tokens} tokens of record {longest.record} of {where}; "
             f"set microbatch_tokens: {tokens} or more, or {where}.sequence_len: {microbatch_tokens}"

@@ -104,7 +104,7 @@ def backends() -> list[Finding]:
         attention = Finding("attention", found, "tried on the GPU when a run starts" if cuda and chosen != "torch" else "")
     except UserError as error:
         attention = Finding("attention", "none", str(error))
-    lacks_fp8 = cuda and here.capability < FP8_CAPABILITY
+    lacks_fp8 = here.capability is not None and here.capability < FP8_CAPABILITY
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     idle = "no GPU is visible, so it runs as a CPU build would" if torch.version.cuda and not cuda else ""
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megatron_lora.config.rules import suggest
 from megatron_lora.config.schema import JobConfig, load_config
@@ -60,6 +60,9 @@ def preview_records(job: JobConfig, tokenizer: PreTrainedTokenizerBase, num_reco
     from megatron_lora.data.row_formats import RecordEncoder
     from megatron_lora.data.tokenizer import require_chat_template
 
+    def text_of(tokens: list[int]) -> str:
+        return cast(str, tokenizer.decode(tokens))  # a list of texts is what lists of lists give
+
     encoder = RecordEncoder(tokenizer)
     preview: list[PreviewRecord] = []
     for dataset in job.datasets:
@@ -67,11 +70,8 @@ def preview_records(job: JobConfig, tokenizer: PreTrainedTokenizerBase, num_reco
         for where, record in itertools.islice(read_records(dataset.path), num_records - len(preview)):
             tokens, targets = encoder.encode(record, dataset.type, job.train_on_inputs, where)
             kept = list(zip(tokens[: job.sequence_len].tolist(), targets[: job.sequence_len].tolist(), strict=True))
-            spans = [
-                (target, tokenizer.decode([token for token, _ in span]))
-                for target, span in itertools.groupby(kept, key=lambda pair: pair[1])
-            ]
-            texts = [(token, tokenizer.decode([token]), target) for token, target in kept]
+            spans = [(target, text_of([token for token, _ in span])) for target, span in itertools.groupby(kept, key=lambda pair: pair[1])]
+            texts = [(token, text_of([token]), target) for token, target in kept]
             preview.append(
                 PreviewRecord(where=where, record=len(preview), spans=tuple(spans), token_texts=tuple(texts), num_tokens_uncut=len(tokens))
             )

@@ -17,7 +17,7 @@ from megatron_lora.config.schema import RunConfig
 class ResolvedConfig(RunConfig):
     """A RunConfig without `auto`: `recompute` is one policy, or one for each layer, and `layers_per_stage` is given."""
 
-    microbatch_tokens: int  # type: ignore[assignment]  # narrower than RunConfig's, which may be "auto"
+    microbatch_tokens: int  # pyright: ignore[reportGeneralTypeIssues]  narrower than RunConfig's, which may be "auto"
 
     def __post_init__(self):
         open_keys = [name for name in ("precision", "microbatch_tokens", "recompute") if getattr(self, name) == "auto"]

@@ -96,8 +96,14 @@ def number(what: str, low: float, high: float = math.inf, *, above: bool = False
 
     @accepts(f"a number {span}")
     def rule(path: str, value: object) -> float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or value < low or value > high or (above and value == low) or (below and value == high):
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+            or not low <= value <= high
+            or (above and value == low)
+            or (below and value == high)
+        ):
             quoted = "; it is text in quotes here" if isinstance(value, str) and _reads_as_number(value) else ""
             raise UserError(f"{path}: {show(value)} is not {what}; use a number {span}{quoted}")
         return float(value)

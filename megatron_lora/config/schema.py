@@ -176,7 +176,7 @@ class JobConfig:
     """One adapter: its data, its LoRA settings, its optimizer and schedule."""
 
     name: str = required(job_name, "names the job and its directory; unique, upper and lower case being the same")
-    seed: int | None = key(None, null_or(SEED), "decides data order, the first values of A, and dropout; null: the run's seed")
+    seed: int = key(None, null_or(SEED), "decides data order, the first values of A, and dropout; null: the run's seed")  # int once loaded
     datasets: tuple[DatasetConfig, ...] = required(list_of("{path, type}", dataset), "the job's data, in this order")
     val_datasets: tuple[DatasetConfig, ...] | None = key(
         None, later(null_or(list_of("{path, type}", dataset)), off=None), "validation data"

@@ -15,6 +15,7 @@ tokenizer after the content, if only white space stands between them.
 import datetime
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -34,8 +35,8 @@ STRFTIME_NOW = (
 
 def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """List the tokens that can end a turn: the added ones and eos, without a bos that is not also the eos."""
-    opening = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
-    return frozenset({*tokenizer.added_tokens_decoder, tokenizer.eos_token_id} - opening)
+    bos, eos = (cast(int, token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))  # None, if there is none, is no token
+    return frozenset({*tokenizer.added_tokens_decoder, eos} - ({bos} - {eos}))
 
 
 def encode_chat(
@@ -56,7 +57,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], wher
     if "strftime_now" in template:
         template = STRFTIME_NOW + template
     try:
-        return tokenizer.apply_chat_template([dict(message) for message in messages], chat_template=template, tokenize=False)
+        conversation = [dict(message) for message in messages]
+        return cast(str, tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False))
     except Exception as error:  # the template is the model's own program: whatever it raises, it refuses this record
         roles = ", ".join(message["role"] for message in messages[:6]) + (", ..." if len(messages) > 6 else "")
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

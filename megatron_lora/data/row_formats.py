@@ -165,7 +165,7 @@ def _refuse(fields: Mapping[str, object], names: tuple[str, ...], where: str) ->
 
 def _role(turn: Mapping[str, object], key: str, where: str) -> str:
     """Get who speaks, as the role that chat templates know."""
-    roles = SHAREGPT_ROLES if key == "from" else dict(zip(ROLES, ROLES, strict=True))
+    roles: Mapping[str, str] = SHAREGPT_ROLES if key == "from" else dict(zip(ROLES, ROLES, strict=True))
     speaker = _string(turn, key, where)
     if speaker not in roles:
         raise UserError(f"{where}: {key!r} is {speaker!r}; use one of {', '.join(roles)}")

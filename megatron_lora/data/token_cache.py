@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 FORMAT = 1
 
@@ -54,7 +55,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash a fast tokenizer: its vocabulary and rules, its special tokens, its chat template, and the packages that run it."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     packages = [version(package) for package in ("transformers", "tokenizers", "jinja2")]
-    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special, packages]
+    parts = [cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer.to_str(), tokenizer.chat_template, special, packages]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

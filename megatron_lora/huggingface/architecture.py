@@ -258,7 +258,7 @@ class _Reader:
         values = {"original_max_position_embeddings": self.get("max_position_embeddings"), **values}
         values.update({"original_max_position_embeddings": original_len} if original_len else {})
         needed = {key: self.number(values, key, f"{where}.") for key in ROPE_KEYS[kind]}
-        optional = {}
+        optional: dict[str, Any] = {}
         if kind == "yarn":
             keys = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
             optional = {key: self.number(values, key, f"{where}.") for key in keys if values.get(key)}

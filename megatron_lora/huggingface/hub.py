@@ -7,6 +7,7 @@ used.
 import os
 import re
 from pathlib import Path
+from typing import cast
 
 from megatron_lora.errors import UserError, one_line
 
@@ -33,13 +34,10 @@ def _fetch(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    http_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)  # of the HTTP library that the hub's client uses
     try:
         return Path(snapshot_download(hub_id, allow_patterns=FILES, ignore_patterns=["*/*"]))
-    except (
-        OSError,
-        ValueError,
-        *HfHubHTTPError.__bases__,
-    ) as error:  # HfHubHTTPError's bases are the errors of the HTTP library that the hub's client uses
+    except (OSError, ValueError, *http_errors) as error:
         raise UserError(
             f"base_model: {hub_id!r} is no directory here and could not be fetched from the hub ({one_line(error, 120)}); "
             "correct the path or id, or fetch the model where there is a network"

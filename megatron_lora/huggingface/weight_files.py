@@ -24,6 +24,7 @@ class Shapes(Protocol):
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all tensors, by name."""
+        ...
 
 
 def check_weights(model_dir: Path, architecture: Shapes) -> None:
@@ -96,5 +97,6 @@ def _is_entry(entry: object) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    return lists and all(type(size) is int and size >= 0 for size in [*shape, *offsets])
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(size) is int and size >= 0 for size in [*shape, *offsets])

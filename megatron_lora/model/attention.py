@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ from fused_ops.rope import rotate_qkv
 from fused_ops.route import Route
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.model.backends import first_line
+from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
+from megatron_lora.model.norm import RMSNorm
 
 Attend = Callable[[Tensor, Tensor, Tensor, Packing, float, int | None], Tensor]  # q, k, v, packing, scale, window
 _TRIED_LENGTHS = (70, 1, 130)  # of the samples that an attention is tried on
@@ -42,7 +44,7 @@ class PackedRows(PackedSeqParams):
     would be another one in backward. `offsets` is computed from the packing by the first layer's attention, for all layers.
     """
 
-    packing: Packing | None = None
+    packing: Packing = field(kw_only=True)
     rotary: tuple[Tensor, Tensor] | None = None
     route: Route | None = None  # None: the base model alone
     offsets: Any = None
@@ -50,6 +52,12 @@ class PackedRows(PackedSeqParams):
 
 class MergedSelfAttention(SelfAttention):
     """Megatron's self-attention over a `linear_qkv` whose columns are q | k | v of this rank's heads."""
+
+    linear_qkv: MultiLoraColumnParallelLinear
+    linear_proj: MultiLoraRowParallelLinear
+    q_layernorm: RMSNorm  # where the config has qk_layernorm
+    k_layernorm: RMSNorm
+    core_attention: PackedAttention  # or Transformer Engine's
 
     def forward(self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None) -> Tensor:
         """Return [T_local, 1, H] for normed hidden states [T_local, 1, H].
@@ -61,6 +69,7 @@ class MergedSelfAttention(SelfAttention):
         if self.config.qk_layernorm:
             norms = self.q_layernorm.weight, self.k_layernorm.weight, self.q_layernorm.eps
         heads, kv_heads = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+        assert packed_seq_params.rotary is not None
         query, key, value = rotate_qkv(qkv.squeeze(1), packed_seq_params.rotary, heads, kv_heads, norms)
         attended = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
         out, _ = self.linear_proj(attended.unsqueeze(1), packed_seq_params.route)
@@ -96,7 +105,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 
     options = {"enable_gqa": True, "num_splits": 1}  # one split: a sample's bits do not depend on its neighbours' lengths
     known = inspect.signature(varlen_attn).parameters
-    return varlen_attn(
+    out = varlen_attn(
         query,
         key,
         value,
@@ -108,6 +117,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
         window_size=(-1 if window is None else window - 1, 0),
         **{name: option for name, option in options.items() if name in known},
     )
+    return cast(Tensor, out)  # a tuple only where more is asked for
 
 
 def per_sample_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:

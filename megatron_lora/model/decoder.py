@@ -19,6 +19,7 @@ linears' backward, which every policy runs once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -26,11 +27,26 @@ from torch import Tensor
 
 from fused_ops.refill import Refill
 from fused_ops.swiglu import swiglu
-from megatron_lora.model.attention import PackedRows
+from megatron_lora.model.attention import MergedSelfAttention, PackedRows
+from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
+from megatron_lora.model.norm import RMSNorm
+from megatron_lora.model.transformer_engine import EngineNorm
+
+
+class Mlp(Protocol):
+    """The linears of Megatron's MLP, as our specs build it."""
+
+    linear_fc1: MultiLoraColumnParallelLinear
+    linear_fc2: MultiLoraRowParallelLinear
 
 
 class DecoderLayer(TransformerLayer):
     """Megatron's layer, built by Megatron; the stage sets `recompute`."""
+
+    input_layernorm: RMSNorm | EngineNorm
+    self_attention: MergedSelfAttention
+    pre_mlp_layernorm: RMSNorm | EngineNorm
+    mlp: Mlp
 
     recompute = "none"
 

@@ -27,10 +27,13 @@ for backward: the norm or SwiGLU that made X computes it again in its own backwa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
@@ -42,6 +45,8 @@ from fused_ops.route import Route
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import MERGED_LINEARS
 from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
+
+CollectivesOver = Callable[[dist.ProcessGroup], Collectives]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +69,20 @@ class LinearGeometry:
         return tuple(pairwise(accumulate(self.out_features, initial=0)))
 
 
-class _MultiLora:
+class MultiLoraLinear:
     """What the column- and the row-parallel layer share: geometry, adapters, and the forward over [T, 1, K]."""
 
+    config: Any  # a StageConfig
+    tp_group: dist.ProcessGroup
+    weight: torch.nn.Parameter  # None after `quantise`
+    bias: torch.nn.Parameter | None
+    collectives: Collectives
     adapters: LoraGroup | None  # of all jobs; None: the base model alone
     geometry: LinearGeometry
     weight_in_8_bits: Fp8Weight | None = None  # takes the place of `weight` after `quantise`
     operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
 
-    def _setup(self, config, role: str, parallel: str, collectives: tuple[type[Collectives], type[Collectives]]) -> None:
+    def _setup(self, config, role: str, parallel: str, collectives: tuple[CollectivesOver, CollectivesOver]) -> None:
         """Freeze the parameters and choose the collectives.
 
         `role` is Megatron's name of the linear: "qkv", "proj", "fc1" or "fc2". `collectives` has the classes
@@ -115,7 +125,7 @@ class _MultiLora:
             self.weight_in_8_bits = quantise_weight(self.weight.detach())
         except ValueError as error:
             raise UserError(f"base_weights: 'fp8': {self.geometry.paths[0]}: {error}; use native, or fetch the model again") from None
-        self.weight = None
+        self.weight = None  # pyright: ignore[reportAttributeAccessIssue]  None is how torch drops a parameter
 
     def _apply_linear(self, x: Tensor, bias: Tensor | None, route: Route | None, refill: Refill | None) -> Tensor:
         """Return Y [T or T_local, N] for Megatron's x [rows, batch of 1, K]."""
@@ -123,7 +133,7 @@ class _MultiLora:
         return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, refill=refill)
 
 
-class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
+class MultiLoraColumnParallelLinear(ColumnParallelLinear, MultiLoraLinear):
     """linear_qkv and linear_fc1: output features sharded. [T_local, 1, K] -> ([T, 1, N_local], None)."""
 
     def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
@@ -136,7 +146,7 @@ class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
         return self._apply_linear(input_, self.bias, route, refill).unsqueeze(1), None
 
 
-class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
+class MultiLoraRowParallelLinear(RowParallelLinear, MultiLoraLinear):
     """linear_proj and linear_fc2: input features sharded. [T, 1, K_local] -> ([T_local, 1, N], None)."""
 
     def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
@@ -148,9 +158,6 @@ class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
         """Return Y with its bias added once, after the reduction, and None: Megatron has no bias to add."""
         y = self._apply_linear(input_, None, route, refill)
         return (y if self.bias is None else y + self.bias).unsqueeze(1), None
-
-
-MultiLoraLinear = MultiLoraColumnParallelLinear | MultiLoraRowParallelLinear
 
 
 def freeze(module: torch.nn.Module) -> None:

@@ -86,7 +86,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         logits = full.new_empty(min(height, len(wanted)), head.weight_VH.shape[0])
         for start in range(0, len(wanted), height):
             rows = slice(start, min(start + height, len(wanted)))
-            chunk = full[rows] if targets is None else full.index_select(0, chosen[rows])
+            chunk = full[rows] if chosen is None else full.index_select(0, chosen[rows])
             _chunk(chunk, wanted[rows], head, logits[: len(chunk)], losses[rows], None if grad is None else grad[rows])
         del full, logits
         if targets is not None:

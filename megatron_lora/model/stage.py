@@ -15,9 +15,10 @@ Megatron's in these points:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,10 @@ from megatron_lora.model.cudnn_attention import cudnn_attention
 from megatron_lora.model.decoder import DecoderLayer
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.model.norm import RMSNorm
+from megatron_lora.model.transformer_engine import EngineAttention, EngineNorm
 from megatron_lora.parallel import compat
 from megatron_lora.parallel.partition import check_layout, layers_of_stages, recompute_of_layers
+from megatron_lora.parallel.process_groups import tensor_group
 
 
 @dataclass
@@ -70,14 +73,19 @@ class Stage(torch.nn.Module):
         self.is_first = model.pre_process
         self.is_last = model.post_process
         self.dtype = model.config.params_dtype
-        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.tensor_group = tensor_group()
         self.sequence_parallel = model.config.sequence_parallel
         self.linears: tuple[MultiLoraLinear, ...] = tuple(self._bind_linears())
         freqs, self.rotary_scale = frequencies(architecture.rope, architecture.head_dim)
         self.freqs = freqs.to(device)
 
+    @property
+    def blocks(self) -> Sequence[DecoderLayer]:
+        """The stage's layers as modules."""
+        return cast(Sequence[DecoderLayer], self.model.decoder.layers)
+
     def _bind_linears(self) -> Iterator[MultiLoraLinear]:
-        for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
+        for layer, block in zip(self.layers, self.blocks, strict=True):
             assert block.layer_number == layer + 1
             attention, mlp = block.self_attention, block.mlp
             for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
@@ -87,14 +95,14 @@ class Stage(torch.nn.Module):
     def set_recompute(self, recompute: str | tuple[str, ...]) -> None:
         """Set the recomputation policy of all layers, or of each layer of the model."""
         policies = recompute_of_layers(recompute, self.architecture.num_layers)
-        for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
+        for layer, block in zip(self.layers, self.blocks, strict=True):
             block.recompute = policies[layer]
 
     def set_attention(self, attention: str) -> None:
         """Set who computes the attention of all layers: "cudnn" by plans that they share, else what stands in their slots."""
         self.attention = attention
         attend = cudnn_attention() if attention == "cudnn" else None
-        for block in self.model.decoder.layers:
+        for block in self.blocks:
             block.self_attention.core_attention.attend = attend
 
     def forward(self, microbatch: StageInput, hidden: Tensor | None = None) -> Tensor:
@@ -111,6 +119,7 @@ class Stage(torch.nn.Module):
             embedded = self.model.embedding(input_ids=microbatch.tokens[None], position_ids=None)
             embedded.requires_grad_(torch.is_grad_enabled())  # otherwise the first layer's adapters get no gradient
         else:
+            assert hidden is not None
             embedded = None
             self.model.set_input_tensor(hidden.unsqueeze(1))
         out = self.model(
@@ -126,7 +135,7 @@ class Stage(torch.nn.Module):
     @property
     def head(self) -> loss.Head:
         """The output matrix on the last stage, without the rows that pad the vocabulary."""
-        weight = self.model.output_layer.weight
+        weight = head_weight(self.model)
         first = self.tensor_group.rank() * weight.shape[0]
         return loss.Head(
             weight_VH=weight[: max(0, self.architecture.vocab_size - first)],
@@ -152,7 +161,7 @@ class Stage(torch.nn.Module):
         everything = slice(None)
         if self.is_first:
             yield self._vocabulary_part(self.model.embedding.word_embeddings.weight, "model.embed_tokens.weight")
-        for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
+        for layer, block in zip(self.layers, self.blocks, strict=True):
             prefix = f"model.layers.{layer}"
             norms = [(block.input_layernorm, "input_layernorm"), (block.pre_mlp_layernorm, "post_attention_layernorm")]
             if self.architecture.qk_norm:
@@ -163,15 +172,22 @@ class Stage(torch.nn.Module):
         for linear in self.linears:
             yield from _linear_parts(linear)
         if self.is_last:
-            yield Part(target=self.model.decoder.final_layernorm.weight, name="model.norm.weight", index=(everything,))
+            yield Part(target=cast(RMSNorm, self.model.decoder.final_layernorm).weight, name="model.norm.weight", index=(everything,))
             if not (self.architecture.tied_head and self.is_first):
                 name = "model.embed_tokens.weight" if self.architecture.tied_head else "lm_head.weight"
-                yield self._vocabulary_part(self.model.output_layer.weight, name)
+                yield self._vocabulary_part(head_weight(self.model), name)
 
     def _vocabulary_part(self, weight: Tensor, name: str) -> Part:
         first = self.tensor_group.rank() * weight.shape[0]
         rows = min(weight.shape[0], self.architecture.vocab_size - first)
         return Part(target=weight[:rows], name=name, index=(slice(first, first + rows), slice(None)))
+
+
+def head_weight(model: GPTModel) -> torch.nn.Parameter:
+    """Return the weight of the last stage's output layer."""
+    weight = model.output_layer.weight
+    assert weight is not None
+    return weight
 
 
 class PassThrough(torch.nn.Module):
@@ -223,7 +239,7 @@ def build_stage(
         )
     if model.post_process:
         shared = architecture.tied_head and model.pre_process
-        model.output_layer = PassThrough(model.embedding.word_embeddings.weight if shared else model.output_layer.weight)
+        model.add_module("output_layer", PassThrough(model.embedding.word_embeddings.weight if shared else head_weight(model)))
     freeze(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -231,7 +247,11 @@ def build_stage(
     stage = Stage(model, architecture, layers, device)
     stage.set_recompute(recompute)
     stage.set_attention(backends.attention)
-    load(stage.parts(), Checkpoint(model_dir) if load_weights else RandomTensors(architecture, seed, dtype, device))
+    if load_weights:
+        assert model_dir is not None
+        load(stage.parts(), Checkpoint(model_dir))
+    else:
+        load(stage.parts(), RandomTensors(architecture, seed, dtype, device))
     if base_weights == "fp8":
         for linear in stage.linears:
             linear.quantise()
@@ -285,21 +305,21 @@ class _SpecProvider(LocalSpecProvider):
         return MultiLoraRowParallelLinear
 
 
-def _block_spec(config: StageConfig, num_layers: int, backends: Backends) -> TransformerBlockSubmodules:
-    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    norm, core_attention = RMSNorm, PackedAttention
-    if "te" in (backends.norms, backends.attention):
-        from megatron_lora.model.transformer_engine import EngineAttention, EngineNorm
+def _block_spec(config: StageConfig, num_layers: int, backends: Backends) -> Any:
+    """Return Megatron's TransformerBlockSubmodules.
 
-        norm = EngineNorm if backends.norms == "te" else RMSNorm
-        core_attention = EngineAttention if backends.attention == "te" else PackedAttention
+    Any, here and below: Megatron's annotations name other arguments than it passes to the modules of a spec.
+    """
+    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    norm = EngineNorm if backends.norms == "te" else RMSNorm
+    core_attention = EngineAttention if backends.attention == "te" else PackedAttention
     attention = ModuleSpec(
         module=MergedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=MultiLoraColumnParallelLinear,
-            core_attention=core_attention,
-            linear_proj=MultiLoraRowParallelLinear,
+            linear_qkv=cast(Any, MultiLoraColumnParallelLinear),
+            core_attention=cast(Any, core_attention),
+            linear_proj=cast(Any, MultiLoraRowParallelLinear),
             q_layernorm=head_norm,
             k_layernorm=head_norm,
         ),
@@ -313,7 +333,7 @@ def _block_spec(config: StageConfig, num_layers: int, backends: Backends) -> Tra
             mlp=get_mlp_module_spec_for_backend(_SpecProvider()),
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=cast(Any, norm))
 
 
 def _linear_parts(linear: MultiLoraLinear) -> Iterator[Part]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -65,7 +65,7 @@ class Progress:
 def make_display(stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Observer:
     """Return a live table for a terminal, and plain lines for any other stream."""
     safe = SafeStream(sys.stdout if stream is None else stream)
-    console = Console(file=safe)
+    console = Console(file=cast(TextIO, safe))
     return LiveTable(console, clock) if safe.isatty() and not console.is_dumb_terminal else PlainLines(safe, clock)
 
 

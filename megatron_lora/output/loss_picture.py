@@ -5,6 +5,7 @@ plot_losses({"summarise": "runs/a/jobs/summarise/metrics.jsonl"}, "runs/a/losses
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,7 +21,7 @@ def plot_losses(files: Mapping[str, str | Path], output: str | Path) -> None:
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    colors = colormaps["tab10" if len(files) <= 10 else "tab20"].colors
+    colors = cast(Any, colormaps["tab10" if len(files) <= 10 else "tab20"]).colors  # both are listed colours
     for index, (name, path) in enumerate(files.items()):
         points = [(step["step"], step["loss"]) for step in read_metrics(path) if step.get("loss") is not None]
         steps, losses = [step for step, _ in points], [loss for _, loss in points]

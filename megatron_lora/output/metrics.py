@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_lora.errors import UserError
 
@@ -36,7 +36,7 @@ class StepReport:
     seconds: float  # from the step's first forward to its update
     skipped: bool
 
-    def logged(self) -> dict[str, object]:
+    def logged(self) -> dict[str, Any]:
         """Return what metrics.jsonl says of the step; a number that is not finite becomes None."""
         fields = dataclasses.asdict(self)
         del fields["job"], fields["total_steps"]
@@ -98,7 +98,7 @@ def metrics_file(output_dir: str | Path, job: str) -> Path:
     return Path(output_dir) / "jobs" / job / METRICS_FILE
 
 
-def read_metrics(path: str | Path) -> list[dict[str, object]]:
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Return the steps in a metrics file, without a last line that was cut off; UserError for any other broken line."""
     path = Path(path)
     if not path.is_file():

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,11 +26,11 @@ class Timeline:
 
     def __init__(self, device: torch.device, max_spans: int = MAX_SPANS):
         self.cuda = device.type == "cuda"
-        self.spans: deque[tuple[str, int, object, object]] = deque(maxlen=max_spans)
+        self.spans: deque[tuple[str, int, Any, Any]] = deque(maxlen=max_spans)
         self.origin_s = time.time()  # ranks of one host share this clock
         self.origin = self._now()
 
-    def _now(self) -> object:
+    def _now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -55,10 +56,10 @@ class Timeline:
             events.append({"name": f"{name} {index}", "cat": name, "ph": "X", "ts": now_us, "dur": duration, "pid": stage, "tid": rank})
         return events
 
-    def _microseconds(self, start: object, end: object) -> float:
+    def _microseconds(self, start: Any, end: Any) -> float:
         if self.cuda:
-            return start.elapsed_time(end) * 1e3  # type: ignore[attr-defined]
-        return (end - start) * 1e6  # type: ignore[operator]
+            return start.elapsed_time(end) * 1e3
+        return (end - start) * 1e6
 
 
 def write_timeline(path: Path, events_of_ranks: list[list[dict]]) -> None:

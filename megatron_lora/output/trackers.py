@@ -54,7 +54,7 @@ class WandbMetrics(Observer):
 
     def __init__(self, output_dir: str | Path, project: str):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  an extra
         except ImportError:
             raise UserError(f"MEGATRON_LORA_WANDB: {project!r} needs the package wandb; pip install wandb, or unset it") from None
         self._wandb = wandb

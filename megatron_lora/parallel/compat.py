@@ -55,8 +55,13 @@ def attention_variables_kept() -> Iterator[None]:
 
 def patch_for_cpu() -> Undo:
     """Apply all patches that a run on the CPU needs; return the function that undoes them."""
-    undo = [patch_current_device(), patch_rng_fork()]
-    return lambda: [restore() for restore in undo] and None
+    patches = [patch_current_device(), patch_rng_fork()]
+
+    def undo() -> None:
+        for restore in patches:
+            restore()
+
+    return undo
 
 
 def patch_current_device() -> Undo:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lora.parallel.process_groups import rank_timeout
+from megatron_lora.parallel.process_groups import new_group
 
 SLOT, FIRST_VERDICT = 0, 1
 
@@ -238,7 +238,7 @@ def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torc
 
 def _link(sender: int, receiver: int, device: torch.device) -> Link | None:
     """Connect two ranks in one direction. Collective over all ranks; only these two get an end, the others None."""
-    group = dist.new_group(sorted((sender, receiver)), timeout=rank_timeout())
+    group = new_group(sorted((sender, receiver)))
     if dist.get_rank() not in (sender, receiver):
         return None
     _open(group, sender, receiver, device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,10 @@ def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -
     else:
         patch_for_cpu()
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone = {}
+        if "RANK" not in os.environ:
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  torch documents it, and its stubs do not export it
+            alone = {"store": store, "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=rank_timeout(), **alone)
     needed = parallel.world_size
     if dist.get_world_size() != needed:
@@ -59,11 +63,24 @@ def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             create_gloo_process_groups=False,
-            distributed_timeout_minutes=rank_timeout() / timedelta(minutes=1),
+            distributed_timeout_minutes=cast(int, rank_timeout() / timedelta(minutes=1)),  # it takes fractions, too
         )
     if backend == "nccl":
         megatron_random.model_parallel_cuda_manual_seed(seed)
     return device
+
+
+def new_group(ranks: list[int] | None = None, backend: str | None = None, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Make a process group of these global ranks (None: all), which wait for each other for `timeout` (None: `rank_timeout`).
+
+    Collective: every rank calls it. What it returns to the ranks outside the group is of no use.
+    """
+    return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=timeout or rank_timeout(), backend=backend))
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Return the group of this rank's tensor ranks."""
+    return cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())  # an int only outside of every group
 
 
 def pipelines(parallel: ParallelConfig) -> list[list[int]]:
@@ -78,11 +95,12 @@ def stage_groups(parallel: ParallelConfig) -> dict[str, dist.ProcessGroup | None
     A group of one rank is None.
     """
     both = parallel.ranks_per_stage > 1
-    return {
-        "tensor": parallel_state.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
+    groups = {
+        "tensor": tensor_group() if parallel.tensor > 1 else None,
         "data": parallel_state.get_data_parallel_group() if parallel.data > 1 else None,
         "both": parallel_state.get_tensor_and_data_parallel_group() if both else None,
     }
+    return cast(dict[str, dist.ProcessGroup | None], groups)
 
 
 def destroy_parallel() -> None:

@@ -235,6 +235,7 @@ class Executor:
     def _loss(self, output: Tensor, data: StageInput) -> Tensor:
         """Return the microbatch's loss, and add each segment's part to the loss of its job's current step."""
         weighted = self.model.losses(output, data.labels, data.targets) * data.weights
+        assert data.route is not None
         for job, (first, end, _) in zip(data.jobs, data.route.segments, strict=True):
             self.losses[job] = self.losses.get(job, self.no_loss) + weighted[first:end].detach().sum()
         return weighted.sum()
@@ -257,6 +258,7 @@ class Executor:
             in_flight.gradient = None if self.position.is_last else message.body
             # The graph refers to `in_flight` (_Outlet). Without a reference back it is freed at once, not by the garbage collector.
             root, in_flight.root = in_flight.root, None
+            assert root is not None
             with self.timeline.span("B", slot):
                 root.backward()
             gradient = None if in_flight.hidden is None else in_flight.hidden.grad

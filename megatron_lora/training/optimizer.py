@@ -109,7 +109,8 @@ class JobOptimizer:
         for tensors, flat, work in self.sums:
             work.wait()
             parts = flat.split([tensor.numel() for tensor in tensors])
-            torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+            views = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+            torch._foreach_copy_(tensors, views)  # pyright: ignore[reportPrivateImportUsage]  torch has no public name for it
         self.sums = []
         device = self.arena.grad.device
         total = _square_sum(self.sharded, device) + _square_sum(self.replicated, device) / self.arena.tensor_ranks
@@ -168,4 +169,5 @@ class JobOptimizer:
 def _square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device=device)
-    return torch.stack(torch._foreach_norm(tensors)).square().sum()
+    norms = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]  torch has no public name for it
+    return torch.stack(norms).square().sum()

@@ -38,7 +38,7 @@ from megatron_lora.output.run_directory import RunDirectory, job_states
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
-from megatron_lora.parallel.process_groups import Position, initialize_parallel, pipelines, position_of, rank_timeout, stage_groups
+from megatron_lora.parallel.process_groups import Position, initialize_parallel, new_group, pipelines, position_of, stage_groups
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost
@@ -70,7 +70,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     """
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
-    host_group = dist.new_group(backend="gloo", timeout=rank_timeout())
+    host_group = new_group(backend="gloo")
     config = _recorded_config(config, host_group)
 
     model_dir = resolve_base_model(config.base_model)
@@ -129,7 +129,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
             timeline=timeline,
         )
-        stop_group = dist.new_group(backend="gloo", timeout=rank_timeout())
+        stop_group = new_group(backend="gloo")
         executor.run(until_stopped(feed, stop, stop_group, position.num_stages, position.lag))
         feed.close()
         if reporter is not None:
@@ -189,7 +189,7 @@ def _start_planning(
         cost=slot_cost,
     )
     replica = parallel.replica_of(dist.get_rank())
-    group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
+    group = new_group(backend="gloo", timeout=LONGEST_WINDOW)
     return PlanFeed(lengths, settings, replica, Path(config.output_dir) / "plan", group, first_steps)
 
 
