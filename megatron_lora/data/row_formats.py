@@ -1,4 +1,4 @@
-"""One row of a dataset to tokens and targets, for each of the five formats.
+"""One row of a dataset to tokens and targets, for each of the formats that hold text (lengths are in length_rows.py).
 
     text               {text}                          tokenizer(text) with its special tokens, eos appended if absent
     prompt_completion  {prompt, completion}            tokenizer(prompt) with special tokens + tokenizer(completion) without + eos

@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
+from megatron_lora.data.length_rows import LengthEncoder
 from megatron_lora.data.row_files import read_rows
 from megatron_lora.data.row_formats import RowEncoder
 from megatron_lora.data.token_cache import Dataset, dataset_key, fetch, fingerprint, store
@@ -63,22 +64,23 @@ class JobData:
 
 def load_jobs_data(
     jobs: Sequence[JobConfig],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     cache_dir: str | Path | None,
     vocab_size: int | None = None,
     validation: bool = False,
 ) -> tuple[JobData, ...]:
     """Load the data of each job, or its validation data; files that several jobs use alike are read once.
 
-    `cache_dir` None keeps nothing on disk. `vocab_size`, when given, is the base model's: a token beyond it is a UserError.
+    `tokenizer` may be None where all datasets are lengths. `cache_dir` None keeps nothing on disk. `vocab_size`, when given, is the base
+    model's: a token beyond it is a UserError; lengths need it.
     """
-    reader = _Reader(tokenizer, cache_dir)
+    reader = _Reader(tokenizer, cache_dir, vocab_size)
     return tuple(_load_job(job, reader, vocab_size, validation) for job in jobs)
 
 
 def load_job_data(
     job: JobConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     cache_dir: str | Path | None,
     vocab_size: int | None = None,
     validation: bool = False,
@@ -90,19 +92,25 @@ def load_job_data(
 class _Reader:
     """Gets tokenised datasets from memory, from the cache directory, or from their files."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path | None):
-        self._tokenizer, self._cache_dir = tokenizer, cache_dir
-        self._encoder, self._print = RowEncoder(tokenizer), fingerprint(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, cache_dir: str | Path | None, vocab_size: int | None):
+        self._tokenizer, self._cache_dir, self._vocab_size = tokenizer, cache_dir, vocab_size
+        self._encoder = None if tokenizer is None else RowEncoder(tokenizer)
+        self._print = "" if tokenizer is None else fingerprint(tokenizer)
         self._read: dict[tuple[str, str, bool, int], Dataset] = {}
 
     def read(self, job: JobConfig, dataset: DatasetConfig) -> Dataset:
-        require_chat_template(job.name, dataset, self._tokenizer)
         what = (dataset.path, dataset.type, job.train_on_inputs, job.sequence_len)
-        if what not in self._read:
+        if what not in self._read and dataset.type == "lengths":
+            assert self._vocab_size is not None, "lengths become tokens of some vocabulary"
+            self._read[what] = tokenise(dataset.path, dataset.type, LengthEncoder(self._vocab_size), job.train_on_inputs, job.sequence_len)
+        elif what not in self._read:
+            assert self._tokenizer is not None, f"no tokenizer was loaded for {dataset.path}"
+            require_chat_template(job.name, dataset, self._tokenizer)
             self._read[what] = self._fetch(*what)
         return self._read[what]
 
     def _fetch(self, path: str, format: str, train_on_inputs: bool, sequence_len: int) -> Dataset:
+        assert self._encoder is not None
         if self._cache_dir is None or not Path(path).is_file():
             return tokenise(path, format, self._encoder, train_on_inputs, sequence_len)
         key = dataset_key(path, self._print, format, train_on_inputs, sequence_len)
@@ -119,7 +127,7 @@ class _Reader:
         return dataset
 
 
-def tokenise(path: str | Path, format: str, encoder: RowEncoder, train_on_inputs: bool, sequence_len: int) -> Dataset:
+def tokenise(path: str | Path, format: str, encoder: RowEncoder | LengthEncoder, train_on_inputs: bool, sequence_len: int) -> Dataset:
     """Encode, cut and count the rows of one file."""
     kept: list[tuple[int, np.ndarray, np.ndarray]] = []
     num_rows = num_truncated = num_dropped = 0

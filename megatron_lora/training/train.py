@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_lora.config.schema import JobConfig, ParallelConfig, RunConfig
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
-from megatron_lora.data.tokenizer import load_tokenizer
+from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.huggingface.architecture import Architecture, read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.model.adapter_arena import Arena
@@ -138,7 +138,7 @@ def _left(config: RunConfig, host: dist.ProcessGroup) -> dict[str, Standing]:
 
 def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, host: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
     """Read the jobs' data, the first rank before the others, so that they find it in the cache."""
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = tokenizer_for(configs, model_dir)
     jobs = None
     for turn in (True, False):
         if (dist.get_rank() == 0) == turn:
