@@ -1,6 +1,6 @@
 """How a GEMM is cut into tiles: a pure function of shapes, from measurements kept in gemm_choices.json.
 
-The file maps device name -> key -> the fields that differ from GemmConfig's defaults; `scripts/bench/tune_gemm.py` writes it, once per
+The file maps device name -> key -> the fields that differ from GemmConfig's defaults; `megatron-lora tune` writes it, once per
 kind of GPU. Nothing is measured while training, so that a resumed run takes the same kernels and gives the same bits; rows come in
 buckets (powers of two), so that the choice does not hang on a microbatch's fill. Shapes that nobody measured take the defaults below.
 """
