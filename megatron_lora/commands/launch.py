@@ -47,9 +47,9 @@ def train(config_path: str, overrides: list[str]) -> int:
     check_run(config, ranks_here, owner=nodes.index == 0)
     command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides]
     if nodes.index > 0:
-        return _reported(_start(command, ranks_here, lock=None))
+        return reported(start_ranks(command, ranks_here, lock=None))
     with RunDirectory.create(config, environment()) as run:
-        ending = _start(command, ranks_here, run.lock)
+        ending = start_ranks(command, ranks_here, run.lock)
         recorded = run.status()["exit_status"]
         if recorded is not None:
             return recorded
@@ -59,12 +59,12 @@ def train(config_path: str, overrides: list[str]) -> int:
             ending = _Ending(status=status, reason=_stop_reason(ending.signals[0], begun))
         if ending.status == 2 and not has_trained(run.path):
             run.discard()
-            return _reported(ending)
+            return reported(ending)
         try:
             run.finish(ending.status, ending.reason or "the run ended without saying how")
         except OSError as error:
             print(f"megatron-lora: {run.path / 'status.json'} could not be brought up to date ({error.strerror})", file=sys.stderr)
-        return _reported(ending)
+        return reported(ending)
 
 
 def _stop_reason(number: int, begun: bool) -> str:
@@ -123,14 +123,14 @@ class _Ending:
     signals: tuple[int, ...] = ()
 
 
-def _reported(ending: _Ending) -> int:
+def reported(ending: _Ending) -> int:
     """Print why a run ended, once; return its status."""
     if ending.reason:
         print(f"{ending.traceback}megatron-lora: {ending.reason}", file=sys.stderr)
     return ending.status
 
 
-def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
+def start_ranks(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
     """Run the agent to its end with signals passed on; return what its report says. It inherits the lock, and keeps it if we die."""
     received: list[tuple[int, float]] = []  # signals, and when they came
     with tempfile.TemporaryDirectory(prefix="megatron-lora-") as folder:

@@ -1,4 +1,4 @@
-"""One rank of a run: what `train` does under torchrun.
+"""One rank of a run: what `train` and `calibrate` do under torchrun.
 
 Started by launch.py, everything has been checked and the output directory made; under a bare torchrun rank 0 does both before it
 joins the others. A run's exit status goes into status.json and the rank ends 0, since torchrun passes no statuses on; under a bare
@@ -7,6 +7,8 @@ torchrun rank 0 also ends with it. An exception is recorded for torchrun, and th
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_lora.commands.torchrun import die_with_parent, record_failure
@@ -28,17 +30,41 @@ def main(config_path: str, overrides: list[str]) -> int:
     rank, launched, stop = int(os.environ["RANK"]), LAUNCHED in os.environ, StopRequest()
     if launched:
         stop.listen()
+
+    def work() -> int:
+        config = load_config(config_path, overrides)
+        return _first_rank(config, launched, stop) if rank == 0 else _run(config, stop)
+
+    status = _ended_in_words(work)
+    return 0 if launched or rank > 0 else status
+
+
+def calibrate(config_path: str, overrides: list[str], output: str | None) -> int:
+    """Calibrate as one rank; returns 0, or leaves the process when it fails."""
+
+    def work() -> int:
+        config = load_config(config_path, overrides)
+        _check_world_size(config)
+        from megatron_lora.training import calibrate
+
+        calibrate.run(config, None if output is None else Path(output))
+        return 0
+
+    return _ended_in_words(work)
+
+
+def _ended_in_words(work: Callable[[], int]) -> int:
+    """Return what a rank's work returns; a failure is recorded for torchrun, told where nobody else tells it, and ends the process."""
+    if LAUNCHED in os.environ:
         die_with_parent()
     try:
-        config = load_config(config_path, overrides)
-        status = _first_rank(config, launched, stop) if rank == 0 else _run(config, stop)
+        return work()
     except UserError as error:
-        if rank == 0 and not launched:
+        if os.environ["RANK"] == "0" and LAUNCHED not in os.environ:
             print(f"megatron-lora: {error}", file=sys.stderr)
         _leave(error, 2)
     except BaseException as error:
         _leave(error, 1)
-    return 0 if launched or rank > 0 else status
 
 
 def _first_rank(config: RunConfig, launched: bool, stop: StopRequest) -> int:

@@ -3,6 +3,7 @@
     .lock         held by every live process of the run (flock, so it goes with the process, however that ends)
     config.yaml   the resolved config          env.json   versions, commit, machine
     status.json   state of every job and, once the run has ended, its exit status; always a complete file
+    cost.json     what the run was predicted to cost       calibration.json   the machine's cost table that it goes by, if there is one
     plan/         the windows that were planned                jobs/<name>/   what a job writes
 
 Invariant: a directory belongs to one run. `check` refuses, without touching it, one that another process uses, that holds a run which is
@@ -31,7 +32,7 @@ from megatron_lora.output.standing import Standing, standings
 
 JOB_STATES = ("queued", "running", "paused", "done", "failed")
 LOCK, STATUS = ".lock", "status.json"
-OURS = {LOCK, STATUS, "config.yaml", "env.json", "plan", "timeline.json", "jobs"}
+OURS = {LOCK, STATUS, "config.yaml", "env.json", "calibration.json", "cost.json", "plan", "timeline.json", "jobs"}
 
 
 class RunDirectory:
@@ -82,7 +83,7 @@ class RunDirectory:
             rewind(self.path, left)
             jobs |= {name: job for name, job in self.status()["jobs"].items() if name not in left}
         else:
-            for entry in ("plan", "jobs", "timeline.json"):
+            for entry in ("calibration.json", "cost.json", "plan", "jobs", "timeline.json"):
                 _remove(self.path / entry)
         self._write_status({"exit_status": None, "reason": "", "jobs": jobs})
         write_atomically(self.path / "config.yaml", dump_config(config))
@@ -119,9 +120,10 @@ class RunDirectory:
         status["jobs"][name] = _job(state, reason)
         self._write_status(status)
 
-    def resolve(self, config: RunConfig) -> None:
-        """Record the config with the choices made that it left open."""
+    def resolve(self, config: RunConfig, cost: dict) -> None:
+        """Record the config with the choices made that it left open, and what its stages are predicted to cost."""
         write_atomically(self.path / "config.yaml", dump_config(config))
+        write_atomically(self.path / "cost.json", json.dumps(cost, indent=1) + "\n")
 
     def finish(self, exit_status: int, reason: str = "") -> None:
         """Record how the run ended; jobs that had not ended are paused: the same command takes them up again."""

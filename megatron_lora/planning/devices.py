@@ -1,7 +1,7 @@
 """The device that a run, or a prediction, is for: throughput from scheduling.cost's table, memory from the machine where it is there.
 
 `this_device` asks the machine; `named_device` takes a name from the table; `reference_of` gives the device whose figures the planner
-uses, one for all GPUs, so that a plan does not depend on which GPU makes it.
+uses: its own where they were measured (calibration.py), else one's for all GPUs, so that a plan does not depend on which GPU makes it.
 """
 
 import dataclasses
@@ -21,7 +21,9 @@ def named_device(option: str, name: str) -> Device:
 
 
 def reference_of(device: Device) -> Device:
-    """Return the device whose figures decide plans and splits: the CPU's for a CPU, one GPU's for all GPUs."""
+    """Return the device whose figures decide plans and splits: its own where they were measured, else a CPU's or one GPU's."""
+    if device.measured is not None:
+        return device
     return DEVICES["cpu" if device.name == "cpu" else "h100"]
 
 
@@ -34,9 +36,13 @@ def this_gpu() -> Device | None:
 
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    like = next((DEVICES[known] for known in DEVICES if known != "cpu" and known in name.lower()), DEVICES["h100"])
-    return dataclasses.replace(like, name=name, memory_bytes=float(torch.cuda.mem_get_info()[0]))
+    return device_like(torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[0]))
+
+
+def device_like(name: str, memory_bytes: float) -> Device:
+    """Return a device by its full name with the throughput of the table's device whose name is in it, a GPU's where none is."""
+    like = next((DEVICES[known] for known in DEVICES if known in name.lower()), DEVICES["h100"])
+    return dataclasses.replace(like, name=name, memory_bytes=memory_bytes)
 
 
 def this_device(ranks_here: int) -> Device:

@@ -8,7 +8,7 @@ from megatron_lora.config.schema import RunConfig
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import layers_of_stages
 from megatron_lora.planning.devices import reference_of
-from scheduling.cost import CostModel, Device, ModelShape, analytic_cost, head_share
+from scheduling.cost import CostModel, Device, ModelShape, head_share, stage_costs
 from scheduling.layer_memory import Adapter
 from scheduling.memory import (
     StageMemory,
@@ -35,10 +35,20 @@ def shape_of(architecture: Architecture) -> ModelShape:
 
 
 def cost_of(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> CostModel:
-    """Return the seconds of each stage on a device, by its table figures; the config's layers are resolved."""
+    """Return the seconds of each stage on a device, as measured there or by its table figures; the config's layers are resolved."""
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel)]
     share = _head_share(config, architecture, device, target_share)
-    return analytic_cost(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share)
+    return stage_costs(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share)
+
+
+def message_and_step_seconds(config: RunConfig, architecture: Architecture, device: Device) -> tuple[float, float]:
+    """Return the seconds of a full microbatch's message between stages and of an optimizer step, where they were measured; else zeros."""
+    if device.measured is None:
+        return 0.0, 0.0
+    parallel, hop = config.parallel, device.measured.hop
+    rows = _tokens(config) / (parallel.tensor if parallel.sequence else 1)
+    hop_s = hop.seconds(rows * architecture.hidden_size * item_bytes(config, device)) if hop and parallel.pipeline > 1 else 0.0
+    return hop_s, device.measured.step_s
 
 
 def planner_cost(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> SlotCost:
@@ -53,7 +63,7 @@ def planner_cost(config: RunConfig, architecture: Architecture, device: Device, 
 
 def _head_share(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> float:
     """Return the rows of the head per token of a full microbatch."""
-    chunk_rows = loss_chunk_rows(-(-architecture.vocab_size // config.parallel.tensor), _item(config, device))
+    chunk_rows = loss_chunk_rows(-(-architecture.vocab_size // config.parallel.tensor), item_bytes(config, device))
     return head_share(target_share, _tokens(config), chunk_rows)
 
 
@@ -62,7 +72,7 @@ def _tokens(config: RunConfig) -> int:
     return USUAL_TOKENS if config.microbatch_tokens == "auto" else int(config.microbatch_tokens)
 
 
-def _item(config: RunConfig, device: Device) -> int:
+def item_bytes(config: RunConfig, device: Device) -> int:
     """Return the bytes of a number of the compute dtype."""
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.name != "cpu")
     return 2 if bf16 else 4
@@ -73,7 +83,7 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
     assert config.recompute != "auto", "recompute is not resolved"
     parallel, shape = config.parallel, shape_of(architecture)
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, parallel)]
-    item = _item(config, device)
+    item = item_bytes(config, device)
     stages = [
         stage_memory(
             shape,

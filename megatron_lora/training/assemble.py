@@ -39,6 +39,12 @@ def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.
     return backends
 
 
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """Return the number format that a config's ranks compute in on this machine."""
+    auto = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": auto}[config.precision]
+
+
 def make_arena(stage: Stage, parallel: ParallelConfig, adapters: Sequence[AdapterSpec]) -> Arena:
     """Give the stage's linears their adapters, one slot per job, all zero."""
     return Arena(

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData, load_jobs_data
 from megatron_lora.data.steps import JobRows, job_steps
+from megatron_lora.data.token_cache import cache_dir
+from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.errors import UserError
 from megatron_lora.model.adapter_arena import AdapterSpec
 from megatron_lora.training.optimizer import OptimizerSettings
@@ -58,6 +62,18 @@ def read_jobs(configs: Sequence[JobConfig], tokenizer, cache_dir: Path | None, v
         steps = job_steps(len(data.samples), c.global_batch_size, c.num_epochs, c.max_steps, c.shuffle, c.seed)
         jobs.append(TrainingJob(config=c, data=data, rows=JobRows(seed=c.seed, samples=data.samples, steps=steps)))
     return tuple(jobs)
+
+
+def read_jobs_in_turn(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, host: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
+    """Read the jobs' data on every rank, the first before the others, so that they find it in the cache; `host` is a group of all."""
+    tokenizer = tokenizer_for(configs, model_dir)
+    jobs = None
+    for turn in (True, False):
+        if (dist.get_rank() == 0) == turn:
+            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size)
+        dist.barrier(group=host)
+    assert jobs is not None
+    return jobs
 
 
 def _check_visits(job: JobConfig, num_samples: int) -> None:

@@ -16,27 +16,27 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_lora.config.schema import JobConfig, ParallelConfig, RunConfig
+from megatron_lora.config.schema import ParallelConfig, RunConfig
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
-from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.huggingface.architecture import Architecture, read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.stage import build_stage
-from megatron_lora.output.run_directory import RunDirectory, job_states
+from megatron_lora.output.run_directory import RunDirectory, has_trained, job_states
 from megatron_lora.output.standing import Standing, standings
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import Position, initialize_parallel, pipelines, position_of, rank_timeout, stage_groups
+from megatron_lora.planning.calibration import calibrated, keep_calibration, predicted_cost
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost
 from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
-from megatron_lora.training.assemble import choose_backends, make_arena, make_executor
+from megatron_lora.training.assemble import choose_backends, compute_dtype, make_arena, make_executor
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import TrainingJob, read_jobs
+from megatron_lora.training.jobs import TrainingJob, read_jobs_in_turn
 from megatron_lora.training.optimizer import JobOptimizer, StageGroups
 from megatron_lora.training.run_reporter import RunReporter
 from megatron_lora.training.saving import Saver, begin_job, writer
@@ -58,15 +58,17 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
     host = dist.new_group(backend="gloo", timeout=rank_timeout())
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}[config.precision]
+    dtype = compute_dtype(config)
 
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
     left = _left(config, host)
-    jobs = _read_jobs([job for job in config.jobs if job.name in left], model_dir, architecture.vocab_size, host)
+    jobs = read_jobs_in_turn([job for job in config.jobs if job.name in left], model_dir, architecture.vocab_size, host)
     begins = [left[job.config.name] for job in jobs]
     share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    config, cost = resolve_together(config, architecture, [job.rows.lengths() for job in jobs], share, host)
+    config, cost = resolve_together(
+        config, architecture, [job.rows.lengths() for job in jobs], share, host, [job.config.name for job in jobs]
+    )
     position = position_of(config.parallel)
     feed = _plan(config, jobs, position, cost, [begin.step for begin in begins])
 
@@ -136,18 +138,6 @@ def _left(config: RunConfig, host: dist.ProcessGroup) -> dict[str, Standing]:
     return found[0]
 
 
-def _read_jobs(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, host: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
-    """Read the jobs' data, the first rank before the others, so that they find it in the cache."""
-    tokenizer = tokenizer_for(configs, model_dir)
-    jobs = None
-    for turn in (True, False):
-        if (dist.get_rank() == 0) == turn:
-            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size)
-        dist.barrier(group=host)
-    assert jobs is not None
-    return jobs
-
-
 def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost, first_steps: Sequence[int]) -> PlanFeed:
     """Start to plan what is left of the jobs; the first windows are ready when the model is."""
     parallel = config.parallel
@@ -190,20 +180,25 @@ def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, ho
 
 
 def resolve_together(
-    config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host
+    config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host, names: Sequence[str]
 ) -> tuple[RunConfig, SlotCost]:
     """Settle a run's config, and the planner's weights, on the first rank for all of them; it tells and records what was chosen.
 
-    `host` is a gloo group of all ranks. Other ranks of a run may have other memory: the first rank's decides.
+    `host` is a gloo group of all ranks; `names` are those of the jobs that are left, whose `lengths` these are. Other ranks of a run may
+    have other memory: the first rank's decides.
     """
     import torch.distributed as dist
 
     chosen: list = [None, None]
     if dist.get_rank() == 0:
-        device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
+        device, path = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size))), Path(config.output_dir)
+        table = keep_calibration(path, has_trained(path), cache_dir(), config, architecture, device)
+        device = calibrated(device, table)
         resolved = resolve(config, architecture, lengths, device, target_share)
         with RunDirectory.join(config) as directory:
-            directory.resolve(resolved)
+            directory.resolve(resolved, predicted_cost(resolved, architecture, device, target_share, table, names))
+        if table is not None:
+            print(f"costs are by {table.describe()}", flush=True)
         for line in [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]:
             print(line, flush=True)
         chosen = [resolved, planner_cost(resolved, architecture, device, target_share)]
