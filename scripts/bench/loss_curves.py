@@ -173,8 +173,8 @@ def run(options) -> dict:
     names, curves = [job.name for job in given.jobs], {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        begin(model_dir, given.jobs, folder)
         config = alone(given, options.steps, options.dtype, folder)
+        begin(model_dir, config.jobs, folder)
         bases = {"fused": config, "reference": config}
         bases |= {"fused, fp8 base": dataclasses.replace(config, base_weights="fp8")} if options.fp8 else {}
         for kind, base in bases.items():
