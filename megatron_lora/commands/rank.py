@@ -45,9 +45,12 @@ def calibrate(config_path: str, overrides: list[str], output: str | None) -> int
     def work() -> int:
         config = load_config(config_path, overrides)
         _check_world_size(config)
+        import torch.distributed as dist
+
         from megatron_lora.training import calibrate
 
         calibrate.run(config, None if output is None else Path(output))
+        dist.destroy_process_group()
         return 0
 
     return _ended_in_words(work)

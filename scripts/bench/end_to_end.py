@@ -18,7 +18,7 @@ import re
 import statistics
 import sys
 from argparse import Namespace
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_lora.environment import allocator_settings
@@ -137,11 +137,11 @@ def measure(options: Namespace, case: Case, config: RunConfig) -> dict | None:
 
         found = measure_peft(options, case, config)
         return found | {"mfu": flops_per_token(architecture) * found["tokens_per_s"] / peak_flops}
-    gauges = Gauges()
-    run = trained(config, policy=case.policy, adapters=case.adapters, around=gauges.during(), calibrated=case.calibrate)
+    gauges: dict = {}
+    run = trained(config, policy=case.policy, adapters=case.adapters, around=during(gauges), calibrated=case.calibrate)
     peaks: list = [None] * config.parallel.world_size
     dist.all_gather_object(peaks, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
-    found = None if run is None else figures(run, architecture, case.adapters, peaks, peak_flops) | {"gauges": gauges.found}
+    found = None if run is None else figures(run, architecture, case.adapters, peaks, peak_flops) | {"gauges": gauges}
     if case.profile:
         workload = take(read_workload(options.lengths, case.workload), case.jobs.count)
         few = config_of(options, case, head(workload, PROFILED_TOKENS), 1, "-profile")
@@ -154,22 +154,17 @@ def measure(options: Namespace, case: Case, config: RunConfig) -> dict | None:
     return found
 
 
-class Gauges:
-    """Clock and power of the GPUs while the executor runs, and peak memory from there on."""
-
-    def __init__(self):
-        self.found: dict[str, list[float]] = {}
-
-    @contextmanager
-    def during(self):
-        """Gauge what runs inside."""
-        with ExitStack() as stack:
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            self.found = stack.enter_context(gauged(torch.cuda.is_available() and dist.get_rank() == 0))
-            yield
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+@contextmanager
+def during(found: dict):
+    """Put clock and power of the GPUs while something runs into a dict, and count peak memory from there on."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with gauged(cuda and dist.get_rank() == 0) as gauges:
+        yield
+        if cuda:
+            torch.cuda.synchronize()
+    found |= gauges
 
 
 def flops_per_token(architecture: Architecture) -> int:

@@ -10,9 +10,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from scripts.bench.stamp import RESULTS  # noqa: E402
 from scripts.one_line import OneLineParser, json_lines  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 COPY_TB_S = {"H100": 3.0, "H200": 4.3}  # measured device-to-device copies, bytes read and written
 PASSES = {"piece S": "in", "piece dS dB": "out", "piece dA": "in"}  # which activation each pass must read once
 

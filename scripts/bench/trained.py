@@ -6,6 +6,7 @@ A policy other than ours plans the whole run as streams with a flush between; he
 drain the pipeline, so that every policy goes through the same executor, messages and optimizers.
 """
 
+import gc
 import itertools
 import json
 import shutil
@@ -51,6 +52,8 @@ def trained(
     with substituted(policy, adapters, around or nullcontext()):
         if calibrated:
             calibrate.run(config, None)
+            gc.collect()  # what it held would count as taken when the run looks for free memory
+            torch.cuda.empty_cache()
         with RunDirectory.create(config, environment()) if first else nullcontext() as directory:
             status = train.run(config, StopRequest())
             if directory is not None:
