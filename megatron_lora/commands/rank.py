@@ -41,6 +41,8 @@ def main(config_path: str, overrides: list[str]) -> int:
 
 def calibrate(config_path: str, overrides: list[str], output: str | None) -> int:
     """Calibrate as one rank; returns 0, or leaves the process when it fails."""
+    if LAUNCHED in os.environ:
+        StopRequest().listen()  # there is nothing to save: whoever asks ends the rank
 
     def work() -> int:
         config = load_config(config_path, overrides)

@@ -3,14 +3,19 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
 import oracle
 import pytest
-import runs
+from waiting import wait_for
 
+import runs
 from megatron_lora.__main__ import main
+from megatron_lora.commands import launch
 from megatron_lora.config.schema import load_config
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.planning.calibration import RUN_FILE, calibrated, find_calibration, read_calibration
@@ -143,3 +148,21 @@ def test_the_command_starts_its_ranks(config, tmp_path, monkeypatch, capfd):
     assert main(["calibrate", str(config), "--output", str(tmp_path / "table.json")]) == 0
     told = capfd.readouterr().out
     assert "a message between stages: " in told and f"{tmp_path / 'table.json'}: written after" in told
+
+
+def test_a_signal_ends_it_with_its_ranks(config, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    command = [sys.executable, "-m", "megatron_lora", "calibrate", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        ranks: list[int] = []
+
+        def started() -> bool:
+            ranks[:] = [rank for agent in launch._children(process.pid) for rank in launch._children(agent)]
+            return len(ranks) == 2
+
+        wait_for(started)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in told
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
