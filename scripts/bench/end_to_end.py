@@ -71,6 +71,8 @@ def launch(options: Namespace, cases: list[Case]) -> None:
     for case, workload in zip(cases, workloads, strict=True):
         check(options, case, workload)
     os.environ["MEGATRON_LORA_CACHE"] = str(options.runs / "cache")  # calibrations of these runs alone
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before anything asks for its memory
     for number, (case, workload) in enumerate(zip(cases, workloads, strict=True), 1):
         if os.environ.get("RANK", "0") == "0":
             print(f"case {number} of {len(cases)}: {case.name}", flush=True)
