@@ -23,7 +23,8 @@ setup(
         "triton; platform_system == 'Linux'",
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis", "ruff", "peft", "accelerate", "pyarrow"],
+        "cudnn": ["nvidia-cudnn-frontend>=1.32"],
+        "dev": ["pytest", "hypothesis", "ruff", "pyright", "setuptools", "peft", "accelerate", "pyarrow"],
         "gguf": ["gguf", "accelerate"],
         "parquet": ["pyarrow"],
         "te": ["transformer-engine[core-cu13,pytorch]>=2.14"],  # with torch for CUDA 12: transformer-engine[core-cu12,pytorch]

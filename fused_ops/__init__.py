@@ -1,1 +1,1 @@
-"""Fused multi-LoRA operators: Triton kernels and the plain torch references that define them. Imports torch and triton only."""
+"""Fused multi-LoRA operators: Triton kernels and the plain torch references that define them. Imports torch, triton and numpy only."""

@@ -4,17 +4,17 @@
     p = p (1 - lr * decay) - lr / (1 - b1^n) * m / (sqrt(v) / sqrt(1 - b2^n) + eps)          n = the job's count of applied steps
 
 `chunks` lists (first element, number of elements, row of `settings`) of at most CHUNK elements; `settings` has one row of ten
-floats per job (see `setting_row`). A row whose apply flag is zero is skipped: its elements are left as they are, bit for bit.
-Master weights, gradients and both moments are float32; the compute copy is rewritten from the new master, and the gradient of
-every listed element is set to zero, also of skipped jobs (a skipped step still ends).
+floats per job (see `setting_row`). A row whose apply flag is zero is skipped: its elements keep their bits.
+Master weights, gradients and both moments are float32. The compute copy is rewritten from the new master. The gradient of every
+listed element is set to zero, also where the job is skipped (a skipped step still ends).
 """
 
 from collections.abc import Iterable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from fused_ops.optional_triton import tl, triton
 
 CHUNK = 4096
 _WIDTH = 10
@@ -26,30 +26,6 @@ def make_chunks(ranges: Iterable[tuple[int, int, int]]) -> Tensor:
     for first, length, job in ranges:
         rows += [(first + i, min(CHUNK, length - i), job) for i in range(0, length, CHUNK)]
     return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-
-
-def setting_row(
-    *, lr: float, beta1: float, beta2: float, epsilon: float, weight_decay: float, clip_scale: float, step: int, finite: bool = True
-) -> tuple[float, ...]:
-    """Return one job's row of `settings`; `step` counts applied steps from 1, this one included.
-
-    Everything that cancels (1 - beta, the bias corrections, 1 - lr * decay) is made here in float64.
-    """
-    if step < 1:
-        raise ValueError(f"step {step} of AdamW is not positive")
-    correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
-    return (
-        lr / correction1,
-        beta1,
-        beta2,
-        epsilon,
-        1.0 - lr * weight_decay,
-        clip_scale,
-        correction2**0.5,
-        float(finite),
-        1.0 - beta1,
-        1.0 - beta2,
-    )
 
 
 def adamw_(
@@ -78,13 +54,13 @@ def adamw_reference_(
 ) -> None:
     """Apply the step chunk by chunk in plain torch: the twin of the kernel, and the CPU path."""
     for first, length, job in chunks.tolist():
-        step_size, beta1, beta2, epsilon, keep, clip, root2, apply, rest1, rest2 = settings[job].tolist()
+        step_size, beta1, beta2, epsilon, decay, clip, correction2_root, apply, one_minus_beta1, one_minus_beta2 = settings[job].tolist()
         at = slice(first, first + length)
         if apply:
             g = grad[at] * clip
-            exp_avg[at].mul_(beta1).add_(g, alpha=rest1)
-            exp_avg_sq[at].mul_(beta2).addcmul_(g, g, value=rest2)
-            master[at].mul_(keep).addcdiv_(exp_avg[at], (exp_avg_sq[at].sqrt() / root2).add_(epsilon), value=-step_size)
+            exp_avg[at].mul_(beta1).add_(g, alpha=one_minus_beta1)
+            exp_avg_sq[at].mul_(beta2).addcmul_(g, g, value=one_minus_beta2)
+            master[at].mul_(decay).addcdiv_(exp_avg[at], (exp_avg_sq[at].sqrt() / correction2_root).add_(epsilon), value=-step_size)
             compute[at].copy_(master[at])
         grad[at] = 0.0
 
@@ -95,17 +71,17 @@ def _adamw_kernel(master_ptr, grad_ptr, avg_ptr, sq_ptr, compute_ptr, chunks_ptr
     first, length = tl.load(chunks_ptr + i_chunk * 3), tl.load(chunks_ptr + i_chunk * 3 + 1)
     row_ptr = settings_ptr + tl.load(chunks_ptr + i_chunk * 3 + 2) * 10
     step_size, beta1, beta2, epsilon = tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
-    keep, clip, root2, apply = tl.load(row_ptr + 4), tl.load(row_ptr + 5), tl.load(row_ptr + 6), tl.load(row_ptr + 7)
-    rest1, rest2 = tl.load(row_ptr + 8), tl.load(row_ptr + 9)
+    decay, clip, correction2_root, apply = tl.load(row_ptr + 4), tl.load(row_ptr + 5), tl.load(row_ptr + 6), tl.load(row_ptr + 7)
+    one_minus_beta1, one_minus_beta2 = tl.load(row_ptr + 8), tl.load(row_ptr + 9)
     for start in range(0, length, BLOCK):
         o = start + tl.arange(0, BLOCK)
         m_in = o < length
         o = first + o
         if apply != 0.0:
             g = tl.load(grad_ptr + o, m_in, 0.0) * clip
-            avg = tl.load(avg_ptr + o, m_in, 0.0) * beta1 + g * rest1
-            sq = tl.load(sq_ptr + o, m_in, 0.0) * beta2 + g * g * rest2
-            p = tl.load(master_ptr + o, m_in, 0.0) * keep - step_size * (avg / (tl.sqrt(sq) / root2 + epsilon))
+            avg = tl.load(avg_ptr + o, m_in, 0.0) * beta1 + g * one_minus_beta1
+            sq = tl.load(sq_ptr + o, m_in, 0.0) * beta2 + g * g * one_minus_beta2
+            p = tl.load(master_ptr + o, m_in, 0.0) * decay - step_size * (avg / (tl.sqrt(sq) / correction2_root + epsilon))
             tl.store(avg_ptr + o, avg, m_in)
             tl.store(sq_ptr + o, sq, m_in)
             tl.store(master_ptr + o, p, m_in)

@@ -1,10 +1,10 @@
-"""Adapters as the operators see them: a table of slots, and one group of arena views per patched linear.
+"""Adapters as the operators see them: a table of their settings, and one group of arena views per patched linear.
 
-Layout (rank-major): `a_RK` stacks the A of every (slot, targeted module), slot-major and then by module; `b_RN[m]` stacks B
-transposed of every slot that targets module m. Each takes its rank rounded up to 16 rows, the extra rows zero, so that one
-stride and integer row offsets address them all. A slot's S [T, r] holds its modules side by side in the order of its A rows.
+Layout (rank-major): `a_RK` stacks the A of every adapter and targeted module, adapter by adapter and then module by module;
+`b_RN[m]` stacks B transposed of every adapter that targets module m. Each has its rank rounded up to 16 rows, the extra rows zero,
+so that one stride and integer row offsets address them all. An adapter's S [T, r] holds its modules in the order of its A rows.
 
-Scales are folded into S and dS as they are made: with c' = c / (1 - p), S = c' (M * X) A^T and dS = c' dY B, so that
+S and dS carry the scales: with c' = c / (1 - p), S = c' (M * X) A^T and dS = c' dY B, so that
 Y += S B^T, dB = dY^T S, dA = dS^T (M * X) and dX += M * (dS A) need no further factor.
 """
 
@@ -19,7 +19,7 @@ from fused_ops.route import upload
 
 RANK_ALIGN = 16
 MAX_RANK = 256
-SLOT_FIELDS = 16
+ADAPTER_FIELDS = 16
 
 
 def padded_rank(r: int) -> int:
@@ -29,7 +29,7 @@ def padded_rank(r: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTable:
-    """Rank, scale (alpha / r) and dropout of each resident job, by slot. Raises ValueError on values outside their range."""
+    """Rank, scale (alpha / r) and dropout of each resident adapter. Raises ValueError on values outside their range."""
 
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
@@ -38,22 +38,22 @@ class AdapterTable:
     def __post_init__(self):
         if not len(self.ranks) == len(self.scales) == len(self.dropouts):
             raise ValueError(f"{len(self.ranks)} ranks, {len(self.scales)} scales and {len(self.dropouts)} dropouts differ in number")
-        for slot, r in enumerate(self.ranks):
+        for adapter, r in enumerate(self.ranks):
             if not 1 <= r <= MAX_RANK:
-                raise ValueError(f"slot {slot}: rank {r} is not in 1..{MAX_RANK}")
-            threshold(self.dropouts[slot])
+                raise ValueError(f"adapter {adapter}: rank {r} is not in 1..{MAX_RANK}")
+            threshold(self.dropouts[adapter])
 
     def __len__(self) -> int:
         return len(self.ranks)
 
     @cached_property
     def thresholds(self) -> tuple[int, ...]:
-        """Return each slot's dropout level of 1024 (see fused_ops.dropout)."""
+        """Return each adapter's dropout level of 1024 (see fused_ops.dropout)."""
         return tuple(threshold(p) for p in self.dropouts)
 
     @cached_property
     def effective_scales(self) -> tuple[float, ...]:
-        """Return c / (1 - p) of each slot, with the quantised p: the one factor that S and dS carry."""
+        """Return c / (1 - p) of each adapter, with the quantised p: the one factor that S and dS carry."""
         return tuple(c / (1.0 - quantised_p(p)) for c, p in zip(self.scales, self.dropouts, strict=True))
 
 
@@ -62,7 +62,7 @@ class LoraGroup:
     """The adapters of one linear: arena views (see the header) plus geometry. Raises ValueError where they do not fit together.
 
     a_RK [R, K] and b_RN[m] [R_m, N_m] in the compute dtype, contiguous; grad_* of the same shapes in float32: backward adds into them.
-    columns[m] = (start, stop): module m writes Y[:, start:stop]. a_rows, b_rows: [slot][module] -> first row, -1 = not targeted.
+    columns[m] = (start, stop): module m writes Y[:, start:stop]. a_rows, b_rows: [adapter][module] -> first row, -1 = not targeted.
     first_feature is the global index of the input's local column 0 (row-parallel shards), for dropout.
     """
 
@@ -73,7 +73,7 @@ class LoraGroup:
     columns: tuple[tuple[int, int], ...]
     a_rows: tuple[tuple[int, ...], ...]
     b_rows: tuple[tuple[int, ...], ...]
-    slots: AdapterTable
+    adapters: AdapterTable
     first_feature: int = 0
 
     def __post_init__(self):
@@ -87,46 +87,46 @@ class LoraGroup:
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
-        """Return the columns of S that each slot uses: its padded rank times its targeted modules."""
-        return tuple(padded_rank(r) * sum(row >= 0 for row in rows) for r, rows in zip(self.slots.ranks, self.a_rows, strict=True))
+        """Return the columns of S that each adapter uses: its padded rank times its targeted modules."""
+        return tuple(padded_rank(r) * sum(row >= 0 for row in rows) for r, rows in zip(self.adapters.ranks, self.a_rows, strict=True))
 
     @cached_property
     def width(self) -> int:
-        """Return the columns of S: the widest slot's."""
+        """Return the columns of S: the widest adapter's."""
         return max(self.widths, default=0)
 
     @cached_property
     def max_padded_rank(self) -> int:
-        """Return the largest padded rank among slots that target anything here."""
-        return max((padded_rank(r) for r, width in zip(self.slots.ranks, self.widths, strict=True) if width), default=0)
+        """Return the largest padded rank among adapters that target a module of this linear."""
+        return max((padded_rank(r) for r, width in zip(self.adapters.ranks, self.widths, strict=True) if width), default=0)
 
     @cached_property
     def has_dropout(self) -> bool:
-        """Return whether any slot drops anything."""
-        return any(self.slots.thresholds)
+        """Return whether any adapter has dropout."""
+        return any(self.adapters.thresholds)
 
-    def s_column(self, slot: int, module: int) -> int:
-        """Return the first column of S of a slot's module, -1 when the slot does not target it."""
-        if self.a_rows[slot][module] < 0:
+    def s_column(self, adapter: int, module: int) -> int:
+        """Return the first column of S of an adapter's module, -1 when the adapter does not target it."""
+        if self.a_rows[adapter][module] < 0:
             return -1
-        return sum(row >= 0 for row in self.a_rows[slot][:module]) * padded_rank(self.slots.ranks[slot])
+        return sum(row >= 0 for row in self.a_rows[adapter][:module]) * padded_rank(self.adapters.ranks[adapter])
 
     @cached_property
-    def slot_table(self) -> Tensor:
-        """Return int32 [slots, 16] on the device: padded rank, threshold, width, first A row; A row, B row, S column per module."""
+    def adapter_table(self) -> Tensor:
+        """Return int32 [adapters, 16] on the device: padded rank, threshold, width, first A row; A row, B row, S column per module."""
         rows = []
-        for slot, r in enumerate(self.slots.ranks):
-            first = min((row for row in self.a_rows[slot] if row >= 0), default=-1)
-            row = [padded_rank(r), self.slots.thresholds[slot], self.widths[slot], first]
+        for adapter, r in enumerate(self.adapters.ranks):
+            first = min((row for row in self.a_rows[adapter] if row >= 0), default=-1)
+            row = [padded_rank(r), self.adapters.thresholds[adapter], self.widths[adapter], first]
             for module in range(self.num_modules):
-                row += [self.a_rows[slot][module], self.b_rows[slot][module], self.s_column(slot, module)]
-            rows.append(row + [-1] * (SLOT_FIELDS - len(row)))
-        return upload(torch.tensor(rows, dtype=torch.int32).view(-1, SLOT_FIELDS), self.a_RK.device)
+                row += [self.a_rows[adapter][module], self.b_rows[adapter][module], self.s_column(adapter, module)]
+            rows.append(row + [-1] * (ADAPTER_FIELDS - len(row)))
+        return upload(torch.tensor(rows, dtype=torch.int32).view(-1, ADAPTER_FIELDS), self.a_RK.device)
 
     @cached_property
     def scale_table(self) -> Tensor:
-        """Return float32 [slots] on the arena's device: the factor that S and dS carry."""
-        return upload(torch.tensor(self.slots.effective_scales, dtype=torch.float32), self.a_RK.device)
+        """Return float32 [adapters] on the arena's device: the factor that S and dS carry."""
+        return upload(torch.tensor(self.adapters.effective_scales, dtype=torch.float32), self.a_RK.device)
 
 
 def _check_tensors(group: LoraGroup) -> None:
@@ -150,18 +150,18 @@ def _check_tensors(group: LoraGroup) -> None:
 
 
 def _check_rows(group: LoraGroup) -> None:
-    num_slots, num_modules = len(group.slots), len(group.columns)
-    if len(group.a_rows) != num_slots or len(group.b_rows) != num_slots:
-        raise ValueError(f"{len(group.a_rows)} a_rows and {len(group.b_rows)} b_rows for {num_slots} slots")
-    for slot, (a_rows, b_rows) in enumerate(zip(group.a_rows, group.b_rows, strict=True)):
+    num_adapters, num_modules = len(group.adapters), len(group.columns)
+    if len(group.a_rows) != num_adapters or len(group.b_rows) != num_adapters:
+        raise ValueError(f"{len(group.a_rows)} a_rows and {len(group.b_rows)} b_rows for {num_adapters} adapters")
+    for adapter, (a_rows, b_rows) in enumerate(zip(group.a_rows, group.b_rows, strict=True)):
         if len(a_rows) != num_modules or [a < 0 for a in a_rows] != [b < 0 for b in b_rows]:
-            raise ValueError(f"slot {slot}: a_rows {a_rows} and b_rows {b_rows} do not name the same of {num_modules} modules")
-        rank, expected = padded_rank(group.slots.ranks[slot]), None
+            raise ValueError(f"adapter {adapter}: a_rows {a_rows} and b_rows {b_rows} do not name the same of {num_modules} modules")
+        rank, expected = padded_rank(group.adapters.ranks[adapter]), None
         for m, (a, b) in enumerate(zip(a_rows, b_rows, strict=True)):
             if a < 0:
                 continue
             if a % RANK_ALIGN or b % RANK_ALIGN or a + rank > group.a_RK.shape[0] or b + rank > group.b_RN[m].shape[0]:
-                raise ValueError(f"slot {slot} module {m}: rows {a}, {b} of rank {rank} are unaligned or leave the arena")
+                raise ValueError(f"adapter {adapter} module {m}: rows {a}, {b} of rank {rank} are unaligned or leave the arena")
             if expected is not None and a != expected:
-                raise ValueError(f"slot {slot}: a_rows {a_rows} are not side by side")
+                raise ValueError(f"adapter {adapter}: a_rows {a_rows} are not side by side")
             expected = a + rank

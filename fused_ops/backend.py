@@ -1,4 +1,4 @@
-"""Which twin of an operator runs: the Triton kernels on CUDA, plain torch elsewhere. The one place where that is decided."""
+"""Which twin of an operator runs: the Triton kernels on CUDA, plain torch elsewhere. Nothing else decides it."""
 
 import torch
 
@@ -12,13 +12,13 @@ def backend_name(device: torch.device, backend: str | None = None) -> str:
 
 
 def gradients(function, inputs: tuple[torch.Tensor, ...], upstream: tuple[torch.Tensor | None, ...]):
-    """Return (outputs, gradients in `inputs`) of a plain-torch twin, run anew and differentiated: how references go backward.
+    """Return (outputs, gradients of `inputs`) of a plain-torch twin, recomputed and differentiated: the backward of references.
 
-    `upstream` has the gradient of each output, None where nobody asked.
+    `upstream` has the gradient of each output, None where it has none.
     """
     leaves = tuple(x.detach().requires_grad_() for x in inputs)
     with torch.enable_grad():
         outputs = function(*leaves)
-    asked = [(y, dy) for y, dy in zip(outputs, upstream, strict=True) if dy is not None]
-    grads = torch.autograd.grad([y for y, _ in asked], leaves, [dy for _, dy in asked])
+    used = [(y, dy) for y, dy in zip(outputs, upstream, strict=True) if dy is not None]
+    grads = torch.autograd.grad([y for y, _ in used], leaves, [dy for _, dy in used])
     return tuple(y.detach() for y in outputs), grads

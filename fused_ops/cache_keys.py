@@ -1,8 +1,8 @@
-"""Keys of Triton's disk cache that do not depend on the kernel that a process happens to launch first.
+"""Keys of Triton's disk cache that do not depend on which kernel a process launches first.
 
-A kernel's key holds the global constants of the functions that it calls. Triton 3.6 takes them from a function before it looks through its
-source, and so misses those of every function that no other kernel has called yet: the same kernel has other keys in other processes, and is
-compiled again. Hence the keys of all functions are made in one order, before anything is launched.
+A kernel's key holds the global constants of the functions that it calls. Triton 3.6 collects them from a function before it reads that
+function's source, and so misses those of every function that no other kernel has called yet. The same kernel then has different keys in
+different processes and is compiled more than once. Hence all keys are computed in one order before the first launch.
 """
 
 import sys
@@ -11,9 +11,9 @@ from triton.runtime.jit import JITFunction
 
 
 def fix_cache_keys() -> None:
-    """Make the keys of all Triton functions in this package's modules that are imported by now."""
+    """Compute the keys of all Triton functions in this package's imported modules."""
     modules = sorted(name for name in sys.modules if name.startswith("fused_ops."))
     for name in modules:
         for _, function in sorted(vars(sys.modules[name]).items()):
             if isinstance(function, JITFunction):  # not under the interpreter
-                function.cache_key  # noqa: B018  made on first use, and kept
+                function.cache_key  # noqa: B018  computed on first use, and cached

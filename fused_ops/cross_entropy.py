@@ -1,22 +1,21 @@
-"""Softmax cross-entropy over a chunk of logits z [C, V]: the sums that its losses need, then its gradient in the logits' place.
+"""Softmax cross-entropy over a chunk of logits z [C, V]: the sums that its losses need, then its gradient, written over the logits.
 
     softmax_sums            highest_t = max_v z_tv          total_t = sum_v exp(z_tv - highest_t)
     softmax_residual_       z_tv <- exp(z_tv - highest_t) / total_t - [v = label_t]          0 in a row without a label
     scatter_scaled          out[row_i] = g[row_i] grad_i, 0 in all other rows
 
-The loss is log total_t - (z_t,label - highest_t). V may be one rank's range of a vocabulary that starts at `first_token`: the caller then
-reduces highest and total over all ranks before it asks for the residual. Rows are independent: a NaN in one stays there.
+The loss is log total_t - (z_t,label - highest_t). V may be one rank's range of a vocabulary, starting at `first_token`: the caller then
+reduces highest and total over all ranks before it computes the residual. Rows are independent: a NaN in one does not reach another.
 
-Memory speed is the aim. Numbers moved per row: V for the sums, 2V for the residual. Arithmetic in float32, one rounding at the end; no
-logit is kept in float32. A row's sums are made of those of its blocks of BLOCK columns.
+The kernels are bound by memory. Numbers moved per row: V for the sums, 2V for the residual. Arithmetic in float32, one rounding at the end;
+no logit is kept in float32. A row's sums are combined from those of its blocks of BLOCK columns.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fused_ops.backend import backend_name
+from fused_ops.optional_triton import tl, triton
 
 BLOCK = 4096
 WARPS = 8
@@ -40,7 +39,7 @@ def softmax_residual_reference_(logits: Tensor, labels: Tensor, first_token: int
 
 
 def scatter_scaled_reference(grad: Tensor, scales: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the scaled rows in their places, [T, H] in the dtype of `grad`."""
+    """Return the scaled rows at their positions, [T, H] in the dtype of `grad`."""
     scale = scales if rows is None else scales.index_select(0, rows)
     scaled = (grad * scale[:, None]).masked_fill_((scale == 0)[:, None], 0.0).to(grad.dtype)
     return scaled if rows is None else grad.new_zeros(len(scales), grad.shape[1]).index_copy_(0, rows, scaled)
@@ -52,7 +51,7 @@ def _softmax_sums_kernel(logits_ptr, highest_ptr, total_ptr, num_cols, num_block
     o_col = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     b_z = tl.load(logits_ptr + i_row * num_cols + o_col, o_col < num_cols, float("-inf")).to(tl.float32)  # [BLOCK]
     highest = tl.max(b_z, 0)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)  # a block may hold nothing but -inf
+    shift = tl.where(highest == float("-inf"), 0.0, highest)  # a block may hold -inf alone
     tl.store(highest_ptr + tl.program_id(0), highest)
     tl.store(total_ptr + tl.program_id(0), tl.sum(tl.exp(b_z - shift), 0))
 
@@ -121,7 +120,7 @@ def softmax_residual_(
 
 
 def scatter_scaled(grad: Tensor, scales: Tensor, rows: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """Return [T, H]: row rows[i] is grad[i] times scales[rows[i]], others are 0; a row scaled by 0 is 0 whatever it holds (0 * NaN is NaN).
+    """Return [T, H]: row rows[i] is grad[i] times scales[rows[i]], others are 0; a row scaled by 0 is 0 even if it holds NaN.
 
     `grad` [N, H], `scales` fp32 [T], `rows` int64 [N] without repetition, None for all (N = T). ValueError unless contiguous.
     """

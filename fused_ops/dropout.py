@@ -8,13 +8,12 @@
     keep(t, k, m) = field >= round(1024 p)
     kept values are scaled by 1 / (1 - round(1024 p) / 1024)
 
-Two neighbouring features and all modules of a merged linear share x, and the two features one h: as 16-bit halves of one register they
-are masked and compared together. A half of at most 14 bits is a finite float16, and float16 compares as its bits do, so that two
-comparisons are one instruction, whose result masks two bfloat16 values at once (triton_dropout.py): some 8 instructions for two values,
-4 more for each further module. The keys are well mixed on the host, so the hash needs no more. The low bits of a product know nothing
-of the high bits of x; the rotated x brings them there. A mask depends on its job's seed, the sample, the epoch, the position and the
-feature; not on neighbours, microbatches, ranks or recomputation. `row_keys` makes the keys of a sample; `keep_mask` is the twin of the
-kernels.
+Two neighbouring features and all modules of a merged linear share x, and the two features one h: as 16-bit halves of one register they are
+masked and compared together. A half of at most 14 bits is a finite float16, and float16 compares as its bits do, so that two comparisons
+are one instruction, whose result masks two bfloat16 values at once (triton_dropout.py): some 8 instructions for two values, 4 more for each
+further module. The keys are well mixed on the host, so the hash needs no further rounds. The low bits of a product do not depend on the
+high bits of x; adding the rotated x mends that. A mask depends on its job's seed, the sample, the epoch, the position and the feature; not
+on neighbours, microbatches, ranks or recomputation. `row_keys` computes the keys of a sample; `keep_mask` is the twin of the kernels.
 """
 
 import numpy as np
@@ -41,7 +40,7 @@ def threshold(p: float) -> int:
 
 
 def quantised_p(p: float) -> float:
-    """Return the drop probability that is really applied: the nearest multiple of 1/1024 (at most 1023/1024)."""
+    """Return the drop probability that is applied: the nearest multiple of 1/1024 (at most 1023/1024)."""
     return threshold(p) / LEVELS
 
 

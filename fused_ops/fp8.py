@@ -2,24 +2,23 @@
 
     scale_r = the smallest power of two with max_c |x_rc| / scale_r <= 448        values_rc = round(x_rc / scale_r)
 
-A power of two changes no digit: every number keeps its 4 significant bits (at most 1/16 off) whatever row it stands in, unless it is
-2^14 times smaller than the largest of its row. So the two copies of a frozen weight, one with a scale per output and one with a scale
-per input, are the same matrix, and a shard of a tensor-parallel matrix is rounded as the whole is. Two copies, since Hopper multiplies
-8-bit operands only where both lie along the reduced dimension: X W^T reads W by rows, dY W by columns. Together they take as many bytes
-as the weight in 16 bits: 8 bits save time, not memory.
+A power of two changes no digit: every number keeps its 4 significant bits (at most 1/16 off) in any row, unless it is 2^14 times smaller
+than the largest of its row. So the two copies of a frozen weight, one with a scale per output and one with a scale per input, are the same
+matrix, and a shard of a tensor-parallel matrix is rounded as the complete matrix is. There are two copies because Hopper multiplies 8-bit
+operands only where both are contiguous along the reduced dimension: X W^T reads W by rows, dY W by columns. Together they take as many
+bytes as the weight in 16 bits: 8 bits save time, not memory.
 
-Activations are rounded row by row, a token at a time: one token's numbers never touch another's. Gradients too take e4m3: with a scale
-per row, e5m2's range would buy nothing for its lost digit. A row that is not finite gets the scale NaN and comes out of a product as NaN.
+Activations are rounded row by row, a token at a time: one token never affects another. Gradients are e4m3 too: with a scale per row, e5m2's
+range would gain nothing for its lost digit. A row that is not finite gets the scale NaN, and its product is NaN.
 """
 
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fused_ops.backend import backend_name
+from fused_ops.optional_triton import tl, triton
 
 DTYPE = torch.float8_e4m3fn
 _MAX_COLUMNS = 32768  # that a program keeps in registers; longer rows are read twice
@@ -66,7 +65,7 @@ def quantise_weight(weight_NK: Tensor, backend: str | None = None) -> Fp8Weight:
 def quantise_rows(x_RC: Tensor, backend: str | None = None) -> Fp8Matrix:
     """Round a matrix row by row. x_RC [R, C] in 16 or 32 bits (else ValueError)."""
     if x_RC.dim() != 2 or x_RC.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"{x_RC.dtype} {list(x_RC.shape)} is no matrix in 16 or 32 bits")
+        raise ValueError(f"{x_RC.dtype} {list(x_RC.shape)} is not a matrix in 16 or 32 bits")
     return (_launch if backend_name(x_RC.device, backend) == "triton" else quantise_rows_reference)(x_RC.contiguous())
 
 
@@ -99,12 +98,12 @@ def _rounded(b_x, inverse, FP8: tl.constexpr):
 
 
 @triton.jit
-def _quantise_kernel(x_ptr, values_ptr, scales_ptr, num_cols, COLS: tl.constexpr, WHOLE: tl.constexpr):
+def _quantise_kernel(x_ptr, values_ptr, scales_ptr, num_cols, COLS: tl.constexpr, ONE_BLOCK: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
     x_ptr += i_row * num_cols
     values_ptr += i_row * num_cols
     o_col = tl.arange(0, COLS)
-    if WHOLE:
+    if ONE_BLOCK:
         b_x = tl.load(x_ptr + o_col, o_col < num_cols, 0.0)
         largest = tl.max(_bits(b_x), 0)
     else:
@@ -119,7 +118,7 @@ def _quantise_kernel(x_ptr, values_ptr, scales_ptr, num_cols, COLS: tl.constexpr
     scale = tl.where(finite, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
     inverse = tl.where(finite, ((254 - exponent) << 23).to(tl.float32, bitcast=True), float("nan"))
     tl.store(scales_ptr + i_row, scale)
-    if WHOLE:
+    if ONE_BLOCK:
         tl.store(values_ptr + o_col, _rounded(b_x, inverse, values_ptr.dtype.element_ty), o_col < num_cols)
     else:
         for first in range(0, num_cols, COLS):
@@ -133,8 +132,8 @@ def _launch(x_RC: Tensor) -> Fp8Matrix:
     values = torch.empty(num_rows, num_cols, dtype=DTYPE, device=x_RC.device)
     scales = torch.empty(num_rows, dtype=torch.float32, device=x_RC.device)
     if num_rows:
-        whole = num_cols <= _MAX_COLUMNS
-        cols = triton.next_power_of_2(max(num_cols, 16)) if whole else 8192
+        one_block = num_cols <= _MAX_COLUMNS
+        cols = triton.next_power_of_2(max(num_cols, 16)) if one_block else 8192
         warps = min(16, max(1, cols // 512))
-        _quantise_kernel[(num_rows,)](x_RC, values, scales, num_cols, COLS=cols, WHOLE=whole, num_warps=warps)
+        _quantise_kernel[(num_rows,)](x_RC, values, scales, num_cols, COLS=cols, ONE_BLOCK=one_block, num_warps=warps)
     return Fp8Matrix(values=values, scales=scales)

@@ -1,9 +1,9 @@
 """The frozen GEMM over 8-bit operands with the LoRA term in its epilogue: Y = X W^T (+ bias) + S B^T, dX = dY W + M * (dS A).
 
 X or dY arrives rounded by rows, W in the copy whose rows are outputs (fp8.py), so both directions read both operands along the reduced
-dimension, which is what Hopper's 8-bit tensor cores ask for. The accumulator is multiplied by the two scales after the K loop; the LoRA
-term, in 16 bits, is added as in lora_gemm.py, whose pieces do it. Sums are the tensor core's own, of about 14 bits of fraction: finer
-than the operands' 4, and no second accumulator has to share the registers.
+dimension, as Hopper's 8-bit tensor cores require. The accumulator is multiplied by the two scales after the K loop; the LoRA
+term, in 16 bits, is added by the functions of lora_gemm.py. Sums are the tensor core's own, with about 14 bits of fraction: finer than
+the operands' 4, and no second accumulator takes registers.
 
 Names: input [T, I] times weight [O, I] gives output [T, O].
 """
@@ -25,13 +25,13 @@ from fused_ops.shapes import num_processors, uses_tma
 @triton.jit(do_not_specialize=["num_rows", "s_stride", "first_feature"])
 def _fp8_gemm_kernel(
     input, weight, output, row_scales_ptr, column_scales_ptr, bias_ptr, s, lora0, lora1, lora2, s_ptr, lora_ptr, offset1, offset2,
-    l_strides, starts, stops, tiles_ptr, segments_ptr, slots_ptr, keys_ptr, num_rows, num_cols, num_inner, i_stride, w_stride, o_stride,
+    l_strides, starts, stops, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr, num_rows, num_cols, num_inner, i_stride, w_stride, o_stride,
     s_stride, first_feature,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, NUM_STAGES: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr,
     RANK: tl.constexpr, FIRST: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    adapters = (lora0, lora1, lora2)
+    factors = (lora0, lora1, lora2)
     num_m, num_n = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN)
     stride = num_m * num_n if NUM_PROGRAMS == 0 else NUM_PROGRAMS
     for i_tile in tl.range(tl.program_id(0), num_m * num_n, stride, num_stages=1, flatten=FLATTEN):
@@ -54,13 +54,13 @@ def _fp8_gemm_kernel(
                 b_w = tl.load(w_at, (o_c < num_cols)[:, None] & (o_k < num_inner)[None, :], 0.0)
             b_acc = tl.dot(b_in, b_w.T, b_acc)
 
-        # First of all, so that the wait for the accumulator is not inside a branch (which would serialise the whole K loop).
+        # First, so that the wait for the accumulator is not inside a branch (which would serialise the K loop).
         parts = _split(b_acc, PARTS)
         b_row_scales = tl.load(row_scales_ptr + o_row, o_row < num_rows, 0.0)
         done = 0
         if FIRST > 0:
             b_s, b_l, owned = _load_owner(
-                o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, slots_ptr, i_m,
+                o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, adapters_ptr, i_m,
                 s_ptr, s_stride, lora_ptr, offset1, offset2, starts, stops, BACKWARD, MODULES, FIRST, WIDE,
             )  # fmt: skip
             l_parts, done = _split(b_l, PARTS), owned * FIRST
@@ -74,7 +74,7 @@ def _fp8_gemm_kernel(
             if LORA:
                 b_part = _add_lora(
                     b_part, i_m * BM, i_col, o_row, o_col, num_cols, tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1), done,
-                    s, s_stride, adapters, l_strides, starts, stops, segments_ptr, slots_ptr, keys_ptr, first_feature,
+                    s, s_stride, factors, l_strides, starts, stops, segments_ptr, adapters_ptr, keys_ptr, first_feature,
                     BACKWARD, MODULES, RANK, DROPOUT, WIDE, TMA,
                 )  # fmt: skip
             _store(output, bias_ptr, b_part, i_m * BM, i_col, o_row, o_col, num_rows, num_cols, o_stride, HAS_BIAS, TMA)
@@ -101,7 +101,7 @@ def fp8_gemm(
     if num_rows == 0:
         return out_TO
     term, lora = lora_term(group, backward), group is not None
-    tma = uses_tma(values, weight, out_TO, *(t for t in term.adapters if len(t)))
+    tma = uses_tma(values, weight, out_TO, *(t for t in term.factors if len(t)))
     if config is None:
         small = not tma or dtype == torch.float32
         config = fp8_config(values, num_cols, backward, small, term.width, term.dropout, group.num_modules if lora else 0)

@@ -1,9 +1,9 @@
-"""S = c' (M * X) A^T with dropout, as lora_down.py, on Hopper: masks are made in the registers that the tensor cores read.
+"""S = c' (M * X) A^T with dropout, as lora_down.py, on Hopper: masks are computed in the registers that the tensor cores read.
 
-A program owns up to BM rows of one segment (`Route.items`), RANK ranks of each module, and a share of the inner dimension. TMA keeps a
-ring of blocks of X and A ahead of it; a warp takes X from there as the operand of its products, 16 rows, hashes each value once, and
-masks a copy for each module: no masked copy goes through memory. Rows of X do not mix, so that neighbours' rows may be loaded; they are
-not written. Shares of the inner dimension are float32 partial sums, which a second kernel adds in ascending order.
+A program owns up to BM rows of one segment (`Route.items`), RANK ranks of each module, and a share of the inner dimension. One warp
+fills a ring of blocks of X and A by TMA. The others read X from there as the operand of their products, 16 rows a warp, hash each value
+once, and mask a copy for each module in registers: no masked copy goes through memory. Rows of X do not mix, so that neighbours' rows may
+be loaded; they are not written. Shares of the inner dimension are float32 partial sums, which a second kernel adds in ascending order.
 """
 
 import torch
@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.hopper_dropout import drop_features, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import describe
@@ -25,8 +25,8 @@ from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
 
 BM, BK, WARPS = gl.constexpr(64), gl.constexpr(64), gl.constexpr(4)
-_FIELDS = gl.constexpr(SLOT_FIELDS)
-_FIELDS_TL = tl.constexpr(SLOT_FIELDS)
+_FIELDS = gl.constexpr(ADAPTER_FIELDS)
+_FIELDS_TL = tl.constexpr(ADAPTER_FIELDS)
 _ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, 8]))
 _X, _A = (gl.constexpr(gl.DotOperandLayout(operand, _ACC.value, k_width=2)) for operand in (0, 1))
 _ROWS, _FEATURES = gl.constexpr(gl.SliceLayout(1, _X.value)), gl.constexpr(gl.SliceLayout(0, _X.value))
@@ -50,12 +50,12 @@ def _loader(ring, descs, num_blocks, first, begin, a_rows, RANK: gl.constexpr, M
 
 @gluon.jit
 def _multiplier(
-    ring, out_ptr, partial_ptr, slot_ptr, scale_ptr, keys_ptr, num_rows, out_stride, first_feature, num_blocks, first, end, begin, i_rank,
-    RANK: gl.constexpr, MODULES: gl.constexpr, STAGES: gl.constexpr,
+    ring, out_ptr, partial_ptr, adapter_ptr, scale_ptr, keys_ptr, num_rows, out_stride, first_feature, num_blocks, first, end, begin,
+    i_rank, RANK: gl.constexpr, MODULES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Multiply every block, and write what belongs to the item and the slot."""
+    """Multiply every block, and write what belongs to the item and the adapter."""
     x_bufs, a_bufs, full_bars, empty_bars = ring
-    rank, level, scale = gl.load(slot_ptr), level_of(gl.load(slot_ptr + 1)), gl.load(scale_ptr)
+    rank, level, scale = gl.load(adapter_ptr), level_of(gl.load(adapter_ptr + 1)), gl.load(scale_ptr)
     o_row = first + gl.arange(0, BM, _ROWS)
     b_keys = gl.expand_dims(gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True), 1)
     b_acc0 = gl.zeros([BM, RANK], gl.float32, _ACC)
@@ -77,7 +77,7 @@ def _multiplier(
         mbarrier.arrive(empty_bars.index(stage), count=1)
     accs = (b_acc0, b_acc1, b_acc2)
     for m in gl.static_range(MODULES):
-        column = gl.load(slot_ptr + 6 + 3 * m)
+        column = gl.load(adapter_ptr + 6 + 3 * m)
         ranks = gl.where(column >= 0, rank, 0)
         _put(out_ptr, partial_ptr, num_rows, out_stride, first, end, column, ranks, i_rank, scale, accs[m], RANK)
 
@@ -96,7 +96,7 @@ def _put(out_ptr, partial_ptr, num_rows, out_stride, first, end, column, rank, i
 
 @gluon.jit(do_not_specialize=["num_rows", "share_blocks", "out_stride", "first_feature"])
 def _hopper_down_kernel(
-    x_desc, a_desc, out_ptr, partial_ptr, items_ptr, slots_ptr, scales_ptr, keys_ptr,
+    x_desc, a_desc, out_ptr, partial_ptr, items_ptr, adapters_ptr, scales_ptr, keys_ptr,
     num_rows, num_inner, share_blocks, out_stride, first_feature,
     RANK: gl.constexpr, MODULES: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -109,24 +109,24 @@ def _hopper_down_kernel(
         gdc_launch_dependents()
 
     item_ptr = items_ptr + gl.program_id(0) * 6
-    first, end, slot = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
-    slot_ptr = slots_ptr + slot * _FIELDS
+    first, end, adapter = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
+    adapter_ptr = adapters_ptr + adapter * _FIELDS
     i_rank = gl.program_id(2) * RANK
-    a_rows = (max(gl.load(slot_ptr + 4), 0) + i_rank,)
+    a_rows = (max(gl.load(adapter_ptr + 4), 0) + i_rank,)
     if MODULES > 1:
-        a_rows += (max(gl.load(slot_ptr + 7), 0) + i_rank,)
+        a_rows += (max(gl.load(adapter_ptr + 7), 0) + i_rank,)
     if MODULES > 2:
-        a_rows += (max(gl.load(slot_ptr + 10), 0) + i_rank,)
+        a_rows += (max(gl.load(adapter_ptr + 10), 0) + i_rank,)
     begin = gl.program_id(1) * share_blocks
     num_blocks = min(share_blocks, gl.cdiv(num_inner, BK) - begin)
-    num_blocks = gl.where(i_rank < gl.load(slot_ptr), num_blocks, 0)
+    num_blocks = gl.where(i_rank < gl.load(adapter_ptr), num_blocks, 0)
     gl.warp_specialize(
         [
             (
                 _multiplier,
                 (
-                    ring, out_ptr, partial_ptr, slot_ptr, scales_ptr + slot, keys_ptr, num_rows, out_stride, first_feature, num_blocks,
-                    first, end, begin, i_rank, RANK, MODULES, STAGES,
+                    ring, out_ptr, partial_ptr, adapter_ptr, scales_ptr + adapter, keys_ptr, num_rows, out_stride, first_feature,
+                    num_blocks, first, end, begin, i_rank, RANK, MODULES, STAGES,
                 ),
             ),
             (_loader, (ring, (x_desc, a_desc), num_blocks, first, begin, a_rows, RANK, MODULES, STAGES)),
@@ -138,7 +138,7 @@ def _hopper_down_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_shares", "stride"])
 def _add_shares_kernel(
-    out_ptr, partial_ptr, items_ptr, slots_ptr, scales_ptr, num_rows, num_shares, stride,
+    out_ptr, partial_ptr, items_ptr, adapters_ptr, scales_ptr, num_rows, num_shares, stride,
     BM: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """S = c' times the sum of the shares, in ascending order."""
@@ -146,15 +146,15 @@ def _add_shares_kernel(
         gdc_wait()
         gdc_launch_dependents()
     item_ptr = items_ptr + tl.program_id(0) * 6
-    first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
     o_col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     o_row = first + tl.arange(0, BM)
     at = o_row.to(tl.int64)[:, None] * stride + o_col[None, :]
-    m_in = (o_row < end)[:, None] & (o_col < tl.load(slots_ptr + slot * _FIELDS_TL + 2))[None, :]
+    m_in = (o_row < end)[:, None] & (o_col < tl.load(adapters_ptr + adapter * _FIELDS_TL + 2))[None, :]
     b_sum = tl.zeros([BM, COLUMNS], tl.float32)
     for i in tl.range(num_shares, num_stages=1):
         b_sum += tl.load(partial_ptr + i * num_rows.to(tl.int64) * stride + at, m_in, 0.0)
-    tl.store(out_ptr + at, (b_sum * tl.load(scales_ptr + slot)).to(out_ptr.dtype.element_ty), m_in)
+    tl.store(out_ptr + at, (b_sum * tl.load(scales_ptr + adapter)).to(out_ptr.dtype.element_ty), m_in)
 
 
 def hopper_down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
@@ -175,14 +175,14 @@ def hopper_down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
     stage_bytes = (BM.value + modules * rank) * BK.value * 2
     _hopper_down_kernel[(num_items, num_shares, num_ranks)](
         describe(x_TK, BM.value, BK.value), describe(group.a_RK, rank, BK.value),
-        s_TR, partial, route.items(BM.value), group.slot_table, group.scale_table, route.row_keys,
+        s_TR, partial, route.items(BM.value), group.adapter_table, group.scale_table, route.row_keys,
         num_rows, num_inner, share_blocks, s_TR.stride(0), group.first_feature,
         RANK=rank, MODULES=modules, STAGES=8 if 8 * stage_bytes <= 112 << 10 else 4, num_warps=WARPS.value, maxnreg=128,
         **pdl(x_TK),
     )  # fmt: skip
     if num_shares > 1:
         _add_shares_kernel[(num_items, triton.cdiv(group.width, 16))](
-            s_TR, partial, route.items(BM.value), group.slot_table, group.scale_table, num_rows, num_shares, s_TR.stride(0),
+            s_TR, partial, route.items(BM.value), group.adapter_table, group.scale_table, num_rows, num_shares, s_TR.stride(0),
             BM=BM.value, COLUMNS=16, num_warps=4, **pdl(x_TK),
         )  # fmt: skip
     return s_TR

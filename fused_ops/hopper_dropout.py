@@ -5,8 +5,8 @@
     add_kept          float32, an even feature and the next one, in two registers
 
 The halves of a hash, cut to 14 bits, are compared with the level as two float16 (see dropout.py for why that is exact); the result is a
-bit mask, which turns what is dropped into zero, NaN too. Triton packs neighbouring registers of a layout; that those are the neighbours
-meant here is a matter of the kernel's layouts, and of the tests on a GPU.
+bit mask, which turns dropped values into zero, NaN too. Triton packs neighbouring registers of a layout. Whether those hold the two values
+meant here depends on the kernel's layouts; the tests on a GPU check it.
 """
 
 from triton.experimental import gluon
@@ -35,7 +35,7 @@ def mix(b_keys, b_pairs):
 
 @gluon.jit
 def level_of(threshold):
-    """Return what both halves of a hash must reach to be kept, of a threshold of 1024 (int32)."""
+    """Return the level that both halves of a hash must reach to be kept, from a threshold of 1024 (int32)."""
     return (threshold.to(gl.uint32) << 4) * 0x10001
 
 
@@ -62,7 +62,7 @@ def drop_features(b_v, b_x, level, MODULE: gl.constexpr):
 
 @gluon.jit
 def drop_rows(b_v, b_x, level, halves, MODULE: gl.constexpr):
-    """Return b_v (bfloat16) with what module MODULE drops set to zero; b_x and level uint32, halves as `half_of` says."""
+    """Return b_v (bfloat16) with what module MODULE drops set to zero; b_x and level uint32, halves from `half_of`."""
     asm: gl.constexpr = """{
         .reg .b32 g, h, r;
         shf.l.wrap.b32 r, $2, $2, 16;

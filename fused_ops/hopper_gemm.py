@@ -1,19 +1,20 @@
 """The frozen GEMM with LoRA, as lora_gemm.py, written for Hopper's warp groups: Y = X W^T (+ bias) + S B^T, dX = dY W + M * (dS A).
 
-Programs stay, one a multiprocessor, and take every so many tiles of [BM, BN]. One warp loads: it goes through a tile's steps in order and
-fills a ring of STAGES buffers in shared memory by TMA, tiles ahead of the two warp groups that multiply, each half of a tile's rows. The
-two wait for the ring alone, not for each other: while one masks and stores its half, the other keeps the tensor cores busy. LoRA has no
-epilogue of its own; its products are further steps of the same ring, 16 ranks each, after those of the frozen weight:
+Programs are persistent, one for each multiprocessor. Each takes every n-th tile of [BM, BN], for n programs. One warp loads: it goes
+through a tile's steps in order and fills a ring of STAGES buffers in shared memory by TMA, up to tiles ahead of the two warp groups that
+multiply, each half of a tile's rows. The two wait for the ring alone, not for each other: while one masks and stores its half, the other
+keeps the tensor cores busy. LoRA has no epilogue; its products are further steps of the same ring, 16 ranks each, after those of the
+frozen weight:
 
     a tile of one adapter, no dropout     the ranks are steps like any other: acc += S L
-    other tiles, and dropout              a quarter of the columns at a time: for each segment and module, the product S L is made
-                                          apart, masked by rows and dropout, and added
+    other tiles, and dropout              a quarter of the columns at a time: for each segment and module, the product S L is
+                                          computed, masked by rows and dropout, and added
 
 Names: input [T, I] times weight gives output [T, O]; L is B transposed (forward: of each module, in its own columns) or A (backward).
-Row tiles inside one segment carry their slot in `Route.owned_tiles`, so that the multiplying warps follow no chain of loads: what the
+`Route.owned_tiles` has the adapter of every row tile inside one segment, so that the multiplying warps need no chain of loads: what the
 next tile needs is fetched while the present one is computed. ptxas serialises the products (C7515) if anything but a product or zero
-defines an accumulator before the loop: hence LoRA comes last. It also means that the loading warp may fill the ring while the kernel that
-makes S still runs (early_launch.py).
+defines an accumulator before the loop: hence LoRA comes last. The loading warp may then also fill the ring while the kernel that computes
+S still runs (early_launch.py).
 """
 
 import torch
@@ -40,6 +41,7 @@ from fused_ops.hopper_lora import (
     STAGES,
     WARPS,
     WM,
+    adapter_level,
     add_dropped,
     add_masked,
     add_owner,
@@ -48,7 +50,6 @@ from fused_ops.hopper_lora import (
     module_in_tile,
     owner_ranks,
     product,
-    slot_level,
 )  # fmt: skip
 from fused_ops.hopper_ring import ring_barriers
 from fused_ops.lora_gemm import lora_term
@@ -59,13 +60,13 @@ BK, TOGETHER = gl.constexpr(64), gl.constexpr(8)  # inner block; row tiles that 
 _INPUT, _FORWARD_WEIGHT, _BACKWARD_WEIGHT, _OUTPUT = shared(WM, BK), shared(HALF, BK), shared(BK, HALF), shared(WM, QUARTER)
 _ACC = product(HALF)
 
-# A product of more weights takes part in no early launch: of 4096 x 28672 a linear lost 2.5% by it, of 14336 x 4096 and 8192 x 8192
-# nothing was won; of 5120 x 5120 and fewer, 2%. By the weight's shape alone, so that nothing is compiled in the middle of a run.
-MOST_WEIGHTS_EARLY = 2**25
+# Larger weights are not launched early: it made 4096 x 28672 slower by 2.5%, left 14336 x 4096 and 8192 x 8192 as they were, and made
+# 5120 x 5120 and smaller ones faster by 2%. The weight's shape alone decides, so that nothing is compiled in the middle of a run.
+MAX_EARLY_WEIGHTS = 2**25
 
 
 @gluon.jit
-def _place(i_tile, num_rows, num_cols):
+def _tile_origin(i_tile, num_rows, num_cols):
     """Return the first row and column of a tile."""
     num_m, num_n = gl.cdiv(num_rows, BM), gl.cdiv(num_cols, BN)
     first = (i_tile // (TOGETHER * num_n)) * TOGETHER
@@ -81,11 +82,11 @@ def _loader(
     """Load every step of every tile of this program."""
     input_desc, weight_desc, s_desc, l_descs, l_part_descs = descs
     a_bufs, b_bufs, full_bars, empty_bars = ring
-    tiles_ptr, segments_ptr, slots_ptr = tables
+    tiles_ptr, segments_ptr, adapters_ptr = tables
     num_rows, num_cols, num_inner = sizes
     step = 0
     for i_tile in range(gl.program_id(0), gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)):
-        i_row, i_col = _place(i_tile, num_rows, num_cols)
+        i_row, i_col = _tile_origin(i_tile, num_rows, num_cols)
         for i_k in range(0, num_inner, BK):
             stage = step % STAGES
             full_bar = full_bars.index(stage)
@@ -98,23 +99,23 @@ def _loader(
                 at = [i_k, at_col] if BACKWARD else [at_col, i_k]
                 tma.async_copy_global_to_shared(weight_desc, at, full_bar, b_bufs.index(2 * stage + half))
             step += 1
-        if PDL:  # S was made from the input by a kernel: the input and the frozen weight are older than the kernel before
+        if PDL:  # the kernel before computed S from the input, so the input and the frozen weight are older than it
             gdc_wait()
         tile_ptr = tiles_ptr + i_row // BM * 4
         i_low, i_high, owner = gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2)
         if (owner >= 0) & (not DROPOUT):
             for m in gl.static_range(1 if WIDE else MODULES):
                 l_desc = l_descs[0 if BACKWARD else m]
-                ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+                ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
                 for i_rank in range(0, ranks, RANK):
                     step = load_ranks(ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_col, 2, HALF, LORA)
         else:
             for part in range(4):
                 for i_segment in range(i_low, i_high):
-                    slot = gl.load(segments_ptr + i_segment * 4 + 2)
+                    adapter = gl.load(segments_ptr + i_segment * 4 + 2)
                     for m in gl.static_range(1 if WIDE else MODULES):
                         l_desc = l_part_descs[0 if BACKWARD else m]
-                        ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+                        ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
                         l_col += part * QUARTER
                         for i_rank in range(0, ranks, RANK):
                             step = load_ranks(
@@ -146,7 +147,7 @@ def _frozen_product(ring, step, num_inner, BACKWARD: gl.constexpr, GROUP: gl.con
 
 @gluon.jit
 def _quarters(b_acc):
-    """Return the left and the right half of an accumulator, [WM, QUARTER] each; every thread holds some of both."""
+    """Return the left and the right half of an accumulator, [WM, QUARTER] each; every thread holds a part of both."""
     left, right = gl.split(gl.permute(gl.reshape(b_acc, [WM, 2, QUARTER]), [0, 2, 1]))
     return gl.convert_layout(left, PART, assert_trivial=True), gl.convert_layout(right, PART, assert_trivial=True)
 
@@ -161,22 +162,22 @@ def _multiplier(
         gdc_wait()
         gdc_launch_dependents()
     output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature = common
-    tiles_ptr, segments_ptr, slots_ptr = tables
+    tiles_ptr, segments_ptr, adapters_ptr = tables
     num_rows, num_cols, num_inner = sizes
     num_tiles, stride = gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)
     step = 0
-    i_row, i_col = _place(gl.program_id(0), num_rows, num_cols)
+    i_row, i_col = _tile_origin(gl.program_id(0), num_rows, num_cols)
     owner = gl.load(tiles_ptr + i_row // BM * 4 + 2)
     for i_tile in range(gl.program_id(0), num_tiles, stride):
-        # Asked for before the products and read after them. Triton 3.6 carries from tile to tile only what is read outside branches.
+        # Loaded before the products and used after them. Triton 3.6 carries from tile to tile only what is read outside branches.
         i_low, i_high = gl.load(tiles_ptr + i_row // BM * 4), gl.load(tiles_ptr + i_row // BM * 4 + 1)
-        of_modules = owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
-        level = slot_level(slots_ptr, max(owner, 0))
-        next_row, next_col = _place(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
+        module_ranks = owner_ranks(adapters_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
+        level = adapter_level(adapters_ptr, max(owner, 0))
+        next_row, next_col = _tile_origin(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
         next_owner = gl.load(tiles_ptr + next_row // BM * 4 + 2)
         b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD, GROUP)
         if (owner >= 0) & (not DROPOUT):
-            b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, of_modules[0] + of_modules[1] + of_modules[2], GROUP)
+            b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, module_ranks[0] + module_ranks[1] + module_ranks[2], GROUP)
         b_part0, b_part1 = _quarters(b_acc0)
         b_part2, b_part3 = _quarters(b_acc1)
         parts = (b_part0, b_part1, b_part2, b_part3)
@@ -210,7 +211,7 @@ def _multiplier(
                     GROUP,
                 )
             elif DROPOUT:
-                b_part, step = add_dropped(ring, step, b_part, b_hash, of_modules, level, MODULES, GROUP)
+                b_part, step = add_dropped(ring, step, b_part, b_hash, module_ranks, level, MODULES, GROUP)
             if HAS_BIAS:
                 b_part += gl.expand_dims(gl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(gl.float32), 0)
             output_buf = output_bufs.index(2 * GROUP + i_part % 2)
@@ -225,7 +226,7 @@ def _multiplier(
 @gluon.jit(do_not_specialize=["num_rows", "first_feature"])
 def _hopper_kernel(
     input_desc, weight_desc, output_desc, s_desc, l_desc0, l_desc1, l_desc2, l_part0, l_part1, l_part2,
-    bias_ptr, tiles_ptr, segments_ptr, slots_ptr, keys_ptr, num_rows, num_cols, num_inner, first_feature, starts, stops,
+    bias_ptr, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr, num_rows, num_cols, num_inner, first_feature, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
@@ -236,7 +237,7 @@ def _hopper_kernel(
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, HALF, BK], _FORWARD_WEIGHT)
     output_bufs = gl.allocate_shared_memory(gl.bfloat16, [4, WM, QUARTER], _OUTPUT)
     full_bars, empty_bars = ring_barriers(STAGES, 2)
-    ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, slots_ptr)
+    ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, adapters_ptr)
     sizes = (num_rows, num_cols, num_inner)
     descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2))
     common = (output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature)
@@ -262,28 +263,28 @@ def hopper_gemm(
 ) -> Tensor:
     """Return what lora_gemm.gemm returns, for tensors that `suits_hopper`.
 
-    The input must be older than S: blocks of it are loaded while the kernel that makes S still runs.
+    The input must be older than S: blocks of it are loaded while the kernel that computes S still runs.
     """
     num_rows, num_inner = input_TI.shape
     num_cols = weight.shape[1 if backward else 0]
     out_TO = torch.empty(num_rows, num_cols, dtype=input_TI.dtype, device=input_TI.device)
     term = lora_term(group, backward)
-    some = max(term.adapters, key=len)  # stands in for a module that nobody targets: nothing is without rows
-    adapters = [tensor if len(tensor) else some for tensor in term.adapters]
+    longest = max(term.factors, key=len)  # replaces a module that no adapter targets: a descriptor needs rows
+    factors = [tensor if len(tensor) else longest for tensor in term.factors]
     starts, stops = zip(*group.columns, strict=True)
 
-    def three(values):  # descriptors cannot travel in a tuple argument
+    def three(values):  # descriptors cannot be passed in a tuple
         return [*values, *[None] * (3 - len(values))]
 
     tiles = -(-num_rows // BM.value) * -(-num_cols // BN.value)
-    early = bool(route.segments) and num_cols * num_inner <= MOST_WEIGHTS_EARLY
+    early = bool(route.segments) and num_cols * num_inner <= MAX_EARLY_WEIGHTS
     _hopper_kernel[(min(num_processors(input_TI.device), tiles),)](
         describe(input_TI, WM.value, BK.value),
         describe(weight, BK.value, HALF.value) if backward else describe(weight, HALF.value, BK.value),
         describe(out_TO, WM.value, QUARTER.value), describe(s_TR, WM.value, RANK.value),
-        *three([describe(tensor, RANK.value, HALF.value) for tensor in adapters]),
-        *three([describe(tensor, RANK.value, QUARTER.value) for tensor in adapters]),
-        bias_O, route.owned_tiles(BM.value), route.segment_table, group.slot_table, route.row_keys,
+        *three([describe(tensor, RANK.value, HALF.value) for tensor in factors]),
+        *three([describe(tensor, RANK.value, QUARTER.value) for tensor in factors]),
+        bias_O, route.owned_tiles(BM.value), route.segment_table, group.adapter_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
         num_warps=WARPS.value, maxnreg=168, **pdl(input_TI, early),

@@ -1,11 +1,11 @@
-"""dA = dS^T (M * X) with dropout, as lora_grad.py, on Hopper: masks are made in the registers that the tensor cores read.
+"""dA = dS^T (M * X) with dropout, as lora_grad.py, on Hopper: masks are computed in the registers that the tensor cores read.
 
 A program owns one item (some rows of one segment, `Route.items`), a block of columns and RANK columns of S for each module, and keeps its
-sums in registers, as dA^T = (M * X)^T dS. TMA keeps a ring of blocks of X and dS ahead of it; a warp takes X transposed from there, so that
-a register holds one feature of two rows, hashes both, and masks a copy for each module. The item's last rows, if they fill no block, are
-masked in both operands, since 0 * NaN is NaN. A segment of one item is added to the gradient arena at once; else each item writes its
+sums in registers, as dA^T = (M * X)^T dS. One warp fills a ring of blocks of X and dS by TMA. The others read X transposed from there, so
+that a register holds one feature of two rows, hash both, and mask a copy for each module. The item's last rows, if they fill no block, are
+masked in both operands, since 0 * NaN is NaN. A segment of one item is added to the gradient arena directly; else each item writes its
 partial sum in float32, and a second kernel adds them in ascending order.
-AHEAD: sums are made while dX's last tiles are (early_launch.py).
+With AHEAD the sums are computed beside dX's last tiles (early_launch.py).
 """
 
 import torch
@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.hopper_dropout import drop_rows, half_of, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import describe
@@ -28,7 +28,7 @@ from fused_ops.shapes import num_processors, rank_class
 from fused_ops.skinny_config import item_rows
 
 BM, WARPS, STAGES = gl.constexpr(32), gl.constexpr(4), gl.constexpr(8)
-_FIELDS, _FIELDS_TL = gl.constexpr(SLOT_FIELDS), tl.constexpr(SLOT_FIELDS)
+_FIELDS, _FIELDS_TL = gl.constexpr(ADAPTER_FIELDS), tl.constexpr(ADAPTER_FIELDS)
 _ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, 8]))
 _X, _S = (gl.constexpr(gl.DotOperandLayout(operand, _ACC.value, k_width=2)) for operand in (0, 1))
 _X_ROWS, _S_ROWS = gl.constexpr(gl.SliceLayout(0, _X.value)), gl.constexpr(gl.SliceLayout(1, _S.value))
@@ -109,11 +109,11 @@ def _put(
 
 @gluon.jit
 def _multiplier(
-    ring, grad_ptr, partial_ptr, item_ptr, slot_ptr, keys_ptr, num_rows, num_cols, width, first_feature, first, end, i_col, i_rank,
+    ring, grad_ptr, partial_ptr, item_ptr, adapter_ptr, keys_ptr, num_rows, num_cols, width, first_feature, first, end, i_col, i_rank,
     BC: gl.constexpr, RANK: gl.constexpr, MODULES: gl.constexpr, PDL: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Multiply every block, and add or write the sums."""
-    rank, level = gl.load(slot_ptr), level_of(gl.load(slot_ptr + 1))
+    rank, level = gl.load(adapter_ptr), level_of(gl.load(adapter_ptr + 1))
     o_feature = gl.arange(0, BC, _FEATURES)
     b_pairs = gl.expand_dims(pair_keys(first_feature + i_col + o_feature), 1)
     halves = gl.expand_dims(half_of(o_feature), 1)
@@ -146,13 +146,13 @@ def _multiplier(
         )
     alone = gl.load(item_ptr + 5) - gl.load(item_ptr + 4) == 1
     if PDL and AHEAD:
-        # Nobody else uses the gradients, so that a segment's only item is added now; the last program waits for all.
+        # No other kernel uses the gradients, so that a segment's only item is added now; the last program waits for all.
         is_last = (gl.program_id(0) == gl.num_programs(0) - 1) & (gl.program_id(1) == gl.num_programs(1) - 1)
         if (not alone) | is_last:
             gdc_wait()
     accs = (b_acc0, b_acc1, b_acc2)
     for m in gl.static_range(MODULES):
-        a_row, s_col = gl.load(slot_ptr + 4 + 3 * m), gl.load(slot_ptr + 6 + 3 * m)
+        a_row, s_col = gl.load(adapter_ptr + 4 + 3 * m), gl.load(adapter_ptr + 6 + 3 * m)
         ranks = gl.where((s_col >= 0) & (first < end), rank, 0)
         _put(
             grad_ptr, partial_ptr, gl.program_id(1), alone, width, a_row, s_col, ranks, i_rank, i_col, num_cols, accs[m], BC, RANK
@@ -161,7 +161,7 @@ def _multiplier(
 
 @gluon.jit(do_not_specialize=["num_rows", "width", "first_feature"])
 def _hopper_rows_kernel(
-    x_desc, s_desc, grad_ptr, partial_ptr, items_ptr, slots_ptr, keys_ptr, num_rows, num_cols, width, first_feature,
+    x_desc, s_desc, grad_ptr, partial_ptr, items_ptr, adapters_ptr, keys_ptr, num_rows, num_cols, width, first_feature,
     BC: gl.constexpr, RANK: gl.constexpr, MODULES: gl.constexpr, PDL: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BC], x_desc.layout)
@@ -173,21 +173,21 @@ def _hopper_rows_kernel(
         gdc_launch_dependents()
 
     item_ptr = items_ptr + gl.program_id(1) * 6
-    first, end, slot = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
-    slot_ptr = slots_ptr + slot * _FIELDS
+    first, end, adapter = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
+    adapter_ptr = adapters_ptr + adapter * _FIELDS
     i_col, i_rank = gl.program_id(0) * BC, gl.program_id(2) * RANK
-    end = gl.where(i_rank < gl.load(slot_ptr), end, first)
-    s_cols = (max(gl.load(slot_ptr + 6), 0) + i_rank,)
+    end = gl.where(i_rank < gl.load(adapter_ptr), end, first)
+    s_cols = (max(gl.load(adapter_ptr + 6), 0) + i_rank,)
     if MODULES > 1:
-        s_cols += (max(gl.load(slot_ptr + 9), 0) + i_rank,)
+        s_cols += (max(gl.load(adapter_ptr + 9), 0) + i_rank,)
     if MODULES > 2:
-        s_cols += (max(gl.load(slot_ptr + 12), 0) + i_rank,)
+        s_cols += (max(gl.load(adapter_ptr + 12), 0) + i_rank,)
     gl.warp_specialize(
         [
             (
                 _multiplier,
                 (
-                    ring, grad_ptr, partial_ptr, item_ptr, slot_ptr, keys_ptr, num_rows, num_cols, width, first_feature,
+                    ring, grad_ptr, partial_ptr, item_ptr, adapter_ptr, keys_ptr, num_rows, num_cols, width, first_feature,
                     first, end, i_col, i_rank, BC, RANK, MODULES, PDL, AHEAD,
                 ),
             ),
@@ -200,23 +200,23 @@ def _hopper_rows_kernel(
 
 @triton.jit(do_not_specialize=["width"])
 def _add_items_kernel(
-    grad_ptr, partial_ptr, items_ptr, slots_ptr, num_cols, width, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr
+    grad_ptr, partial_ptr, items_ptr, adapters_ptr, num_cols, width, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """grad [first A row + c, column] += the sum over a segment's items of partial [item, c, column], in ascending order; c: of S."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     item_ptr = items_ptr + tl.program_id(1) * 6
-    slot_ptr = slots_ptr + tl.load(item_ptr + 2) * _FIELDS_TL
+    adapter_ptr = adapters_ptr + tl.load(item_ptr + 2) * _FIELDS_TL
     i_low, i_high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
     if (tl.program_id(1) == i_low) & (i_high - i_low > 1):
         o_r, o_col = tl.program_id(2) * RANKS + tl.arange(0, RANKS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        m_in = (o_r < tl.load(slot_ptr + 2))[:, None] & (o_col < num_cols)[None, :]
+        m_in = (o_r < tl.load(adapter_ptr + 2))[:, None] & (o_col < num_cols)[None, :]
         at = o_r.to(tl.int64)[:, None] * num_cols + o_col[None, :]
         b_sum = tl.zeros([RANKS, COLUMNS], tl.float32)
         for i_item in tl.range(i_low, i_high, num_stages=1):
             b_sum += tl.load(partial_ptr + i_item * width.to(tl.int64) * num_cols + at, m_in, 0.0)
-        grad_at = grad_ptr + tl.load(slot_ptr + 3).to(tl.int64) * num_cols + at
+        grad_at = grad_ptr + tl.load(adapter_ptr + 3).to(tl.int64) * num_cols + at
         tl.store(grad_at, tl.load(grad_at, m_in, 0.0) + b_sum, m_in)
 
 
@@ -235,10 +235,11 @@ def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, a
     partial = torch.empty(num_items if several else 0, width, num_cols, dtype=torch.float32, device=x_TK.device)
     _hopper_rows_kernel[(num_blocks, num_items, num_ranks)](
         describe(x_TK, BM.value, columns), describe(ds_TR, BM.value, rank),
-        group.grad_a_RK, partial, route.items(rows), group.slot_table, route.row_keys, num_rows, num_cols, width, group.first_feature,
+        group.grad_a_RK, partial, route.items(rows), group.adapter_table, route.row_keys, num_rows, num_cols, width, group.first_feature,
         BC=columns, RANK=rank, MODULES=modules, num_warps=WARPS.value, maxnreg=128, **pdl(x_TK), AHEAD=after_dx,
     )  # fmt: skip
     if several:
         _add_items_kernel[(triton.cdiv(num_cols, 256), num_items, triton.cdiv(width, 16))](
-            group.grad_a_RK, partial, route.items(rows), group.slot_table, num_cols, width, COLUMNS=256, RANKS=16, num_warps=4, **pdl(x_TK)
+            group.grad_a_RK, partial, route.items(rows), group.adapter_table, num_cols, width,
+            COLUMNS=256, RANKS=16, num_warps=4, **pdl(x_TK),
         )  # fmt: skip

@@ -1,16 +1,16 @@
 """dS = c' dY B and dB = dY^T S from one read of dY, as lora_grad_sb.py, on Hopper, for ranks up to 64.
 
 A program owns one item (some rows of one segment, `Route.items`) and two blocks of 256 columns of one module, and holds their B in shared
-memory. One warp keeps a ring of tiles of dY [64, 256] ahead of the multiplying warp groups, with the rows' S beside the first tile of a
-row block. Both products of a tile are made straight from there:
+memory. One warp fills a ring of tiles of dY [64, 256] by TMA, with the rows' S beside the first tile of a row block. The other warp groups
+compute both products of a tile from there:
 
-    ds [64, ranks]    = sum over both tiles of dY B^T    this program's share of dS, written in float32, the slot's own ranks alone
+    ds [64, ranks]    = sum over both tiles of dY B^T    this program's share of dS, written in float32, the adapter's own ranks alone
     db [256, ranks]  += dY^T S                           of each tile, in registers until the item ends
 
 Up to rank 32 one warp group does all. Rank 64 takes two: each keeps db of its own tile, and half the ranks of ds, so that a share
 still covers 512 columns. The last rows of an item, if they fill no block, are masked in shared memory in both operands of dB, since
-0 * NaN is NaN. Columns beyond the module's meet zeros of B; ranks beyond the slot's are computed and not written. A segment of one item
-is added to the gradient arena at once; else each item writes its partial sum. A second kernel adds the shares of dS and the partial
+0 * NaN is NaN. Columns beyond the module's meet zeros of B; ranks beyond the adapter's are computed and not written. A segment of one item
+is added to the gradient arena directly; else each item writes its partial sum. A second kernel adds the shares of dS and the partial
 sums of dB, each in ascending order.
 """
 
@@ -25,7 +25,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.hopper_layouts import describe
 from fused_ops.hopper_ring import ring_barriers
@@ -37,23 +37,23 @@ MAX_HOPPER_RANK = 64
 BM, BC, WARPS = gl.constexpr(64), gl.constexpr(256), gl.constexpr(4)  # rows and columns of a tile of dY, warps of a group
 TILES = {16: 6, 32: 5, 64: 4}  # of the ring, by ranks: what 227 KB of shared memory hold beside B
 SUM_ROWS, SUM_COLUMNS, SUM_RANKS = 32, 128, 16  # of a program of the second kernel: rows of dS; columns and ranks of dB
-_FIELDS, _FIELDS_TL = gl.constexpr(SLOT_FIELDS), tl.constexpr(SLOT_FIELDS)
+_FIELDS, _FIELDS_TL = gl.constexpr(ADAPTER_FIELDS), tl.constexpr(ADAPTER_FIELDS)
 _BLOCK = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS.value, 1], [1, 0]))  # of B and dY between registers and shared memory
 _BLOCK_ROWS, _BLOCK_COLUMNS = gl.constexpr(gl.SliceLayout(1, _BLOCK.value)), gl.constexpr(gl.SliceLayout(0, _BLOCK.value))
 
 
 @gluon.jit
-def _loader(ring, dy_desc, s_desc, place, RANK: gl.constexpr, STAGES: gl.constexpr):
+def _loader(ring, dy_desc, s_desc, extent, RANK: gl.constexpr, STAGES: gl.constexpr):
     """Load both tiles of every block of rows, and S with the first."""
     dy_bufs, s_bufs, full_bars, empty_bars = ring
-    num_blocks, first, i_col, s_col = place
+    num_blocks, first, i_col, s_col = extent
     for i in range(num_blocks):
         i_row = first + i * BM
         for tile in gl.static_range(2):
             step = 2 * i + tile
             full_bar = full_bars.index(step % STAGES)
             mbarrier.wait(empty_bars.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
-            if tile == 0:  # a block's tiles are let go together: whoever finds this stage empty finds its buffer of S empty too
+            if tile == 0:  # a block's tiles are released together: when this stage is empty, so is its buffer of S
                 mbarrier.expect(full_bar, (BC + RANK) * BM * 2)
                 tma.async_copy_global_to_shared(s_desc, [i_row, s_col], full_bar, s_bufs.index(i % ((STAGES + 1) // 2)))
             else:
@@ -63,7 +63,7 @@ def _loader(ring, dy_desc, s_desc, place, RANK: gl.constexpr, STAGES: gl.constex
 
 @gluon.jit
 def _load_b(b_bufs, b_ptr, i_col, num_cols, rank, RANKS: gl.constexpr, GROUP: gl.constexpr):
-    """Copy this group's ranks of B, of both tiles' columns, to shared memory; zeros beyond the slot's ranks and the module's columns."""
+    """Copy this group's ranks of B, of both tiles' columns, to shared memory; zeros beyond the adapter's ranks and the module's columns."""
     o_r, o_col = GROUP * RANKS + gl.arange(0, RANKS, _BLOCK_ROWS), i_col + gl.arange(0, BC, _BLOCK_COLUMNS)
     m_r, at = gl.expand_dims(o_r < rank, 1), gl.expand_dims(o_r.to(gl.int64), 1) * num_cols + gl.expand_dims(o_col, 0)
     b_b0 = gl.load(b_ptr + at, m_r & gl.expand_dims(o_col < num_cols, 0), 0.0)
@@ -101,7 +101,7 @@ def _add_rows(
         step = 2 * i + tile
         dy_buf = dy_bufs.index(step % STAGES)
         mbarrier.wait(full_bars.index(step % STAGES), (step // STAGES) & 1)
-        if MASKED:  # nobody loads into these buffers again: it is the last block
+        if MASKED:  # it is the last block: nothing more is loaded into these buffers
             if tile == 0:
                 _keep_rows(s_buf, end - i_row, RANK)
             if GROUPS == 1 or tile == GROUP:
@@ -187,7 +187,7 @@ def _of_module(values, i_module, MODULES: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_rows"])
 def _hopper_grad_sb_kernel(
-    dy_desc, s_desc, b_ptrs, grad_ptrs, share_ptr, partial_ptr, items_ptr, slots_ptr, starts, sizes, ends, num_rows,
+    dy_desc, s_desc, b_ptrs, grad_ptrs, share_ptr, partial_ptr, items_ptr, adapters_ptr, starts, sizes, ends, num_rows,
     MODULES: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     dy_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BC], dy_desc.layout)
@@ -202,17 +202,17 @@ def _hopper_grad_sb_kernel(
 
     i_block, i_item = gl.program_id(0), gl.program_id(1)
     item_ptr = items_ptr + i_item * 6
-    first, end, slot = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
+    first, end, adapter = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
     alone = gl.load(item_ptr + 5) - gl.load(item_ptr + 4) == 1
-    # Which module these columns belong to, and where it lies: module m has the blocks from ends[m - 1] to ends[m].
+    # Which module these columns belong to: module m has the blocks from ends[m - 1] to ends[m].
     i_module, i_first = 0, 0
     for m in gl.static_range(1, MODULES):
         i_module, i_first = gl.where(i_block >= ends[m - 1], m, i_module), gl.where(i_block >= ends[m - 1], ends[m - 1], i_first)
     i_col, num_cols = (i_block - i_first) * (2 * BC), _of_module(sizes, i_module, MODULES)
-    slot_ptr = slots_ptr + slot * _FIELDS
-    rank = gl.multiple_of(gl.load(slot_ptr), 16)
-    b_row, s_col = gl.load(slot_ptr + 5 + 3 * i_module), gl.load(slot_ptr + 6 + 3 * i_module)
-    # A slot that does not target the module has no rows here and writes nothing.
+    adapter_ptr = adapters_ptr + adapter * _FIELDS
+    rank = gl.multiple_of(gl.load(adapter_ptr), 16)
+    b_row, s_col = gl.load(adapter_ptr + 5 + 3 * i_module), gl.load(adapter_ptr + 6 + 3 * i_module)
+    # An adapter that does not target the module has no rows here and writes nothing.
     rank, end = gl.where(b_row >= 0, rank, 0), gl.where(b_row >= 0, end, first)
     b_offset = b_row.to(gl.int64) * num_cols
     b_ptr, grad_ptr = _of_module(b_ptrs, i_module, MODULES) + b_offset, _of_module(grad_ptrs, i_module, MODULES) + b_offset
@@ -221,12 +221,12 @@ def _hopper_grad_sb_kernel(
     share_ptr += i_block * num_rows.to(gl.int64) * RANK
     common = (ring, b_bufs, b_ptr, grad_ptr, share_ptr, partial_ptr, alone, partial_stride, first, end, rank, i_col, num_cols)
     i_dy = _of_module(starts, i_module, MODULES) + i_col
-    place = (gl.cdiv(end - first, BM), first, i_dy, s_col)
+    extent = (gl.cdiv(end - first, BM), first, i_dy, s_col)
     if GROUPS == 1:
         gl.warp_specialize(
             [
                 (_multiplier, (common, RANK, STAGES, GROUPS, 0)),
-                (_loader, (ring, dy_desc, s_desc, place, RANK, STAGES)),
+                (_loader, (ring, dy_desc, s_desc, extent, RANK, STAGES)),
             ],
             [1],
             [24],
@@ -236,7 +236,7 @@ def _hopper_grad_sb_kernel(
             [
                 (_multiplier, (common, RANK, STAGES, GROUPS, 0)),
                 (_multiplier, (common, RANK, STAGES, GROUPS, 1)),
-                (_loader, (ring, dy_desc, s_desc, place, RANK, STAGES)),
+                (_loader, (ring, dy_desc, s_desc, extent, RANK, STAGES)),
             ],
             [WARPS, 1],
             [240, 24],
@@ -245,7 +245,7 @@ def _hopper_grad_sb_kernel(
 
 @triton.jit
 def _sum(ptr, step, low, high, m_in, b_sum, AT_ONCE: tl.constexpr):
-    """Return b_sum plus the blocks low to high at ptr, a step apart, in ascending order; so many are on their way at once."""
+    """Return b_sum plus the blocks low to high at ptr, a step apart, in ascending order; AT_ONCE loads at a time."""
     for i in tl.range(low, high, AT_ONCE, num_stages=1):
         blocks = ()
         for j in tl.static_range(AT_ONCE):
@@ -258,13 +258,13 @@ def _sum(ptr, step, low, high, m_in, b_sum, AT_ONCE: tl.constexpr):
 
 @triton.jit
 def _sum_shares(
-    i, ds_ptr, share_ptr, items_ptr, slots_ptr, scales_ptr, ends, num_rows, width,
+    i, ds_ptr, share_ptr, items_ptr, adapters_ptr, scales_ptr, ends, num_rows, width,
     BM: tl.constexpr, RANK: tl.constexpr, MODULES: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """dS [rows, S column + r] = c' times the sum of the shares of one module's blocks of columns."""
     item_ptr, i_module = items_ptr + i // MODULES * 6, i % MODULES
-    first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
-    rank, s_col = tl.load(slots_ptr + slot * _FIELDS_TL), tl.load(slots_ptr + slot * _FIELDS_TL + 6 + 3 * i_module)
+    first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    rank, s_col = tl.load(adapters_ptr + adapter * _FIELDS_TL), tl.load(adapters_ptr + adapter * _FIELDS_TL + 6 + 3 * i_module)
     low, high = 0, ends[0]
     for m in tl.static_range(1, MODULES):
         low, high = tl.where(i_module == m, ends[m - 1], low), tl.where(i_module == m, ends[m], high)
@@ -274,12 +274,12 @@ def _sum_shares(
         share_at = share_ptr + o_row.to(tl.int64)[:, None] * RANK + o_r[None, :]
         b_ds = _sum(share_at, num_rows.to(tl.int64) * RANK, low, high, m_in, tl.zeros([BM, RANK], tl.float32), AT_ONCE)
         ds_at = ds_ptr + o_row.to(tl.int64)[:, None] * tl.multiple_of(width, 16) + (tl.multiple_of(s_col, 16) + o_r)[None, :]
-        tl.store(ds_at, (b_ds * tl.load(scales_ptr + slot)).to(ds_ptr.dtype.element_ty), m_in)
+        tl.store(ds_at, (b_ds * tl.load(scales_ptr + adapter)).to(ds_ptr.dtype.element_ty), m_in)
 
 
 @triton.jit
 def _add_partials(
-    i, grad_ptrs, partial_ptr, items_ptr, slots_ptr, sizes, ends,
+    i, grad_ptrs, partial_ptr, items_ptr, adapters_ptr, sizes, ends,
     COLUMNS: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, MODULES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad [B row + r, column] += the sum over a segment's several items of partial [item, r, column of all modules' blocks]."""
@@ -287,14 +287,14 @@ def _add_partials(
     num_chunks = stride // COLUMNS * (RANK // RANKS)
     i_item, i_chunk = i // num_chunks, i % num_chunks
     item_ptr = items_ptr + i_item * 6
-    slot_ptr = slots_ptr + tl.load(item_ptr + 2) * _FIELDS_TL
+    adapter_ptr = adapters_ptr + tl.load(item_ptr + 2) * _FIELDS_TL
     low, high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
     o_partial, i_rank = i_chunk // (RANK // RANKS) * COLUMNS, i_chunk % (RANK // RANKS) * RANKS
-    grad_ptr, b_row, i_col, num_cols = grad_ptrs[0], tl.load(slot_ptr + 5), o_partial, sizes[0]
+    grad_ptr, b_row, i_col, num_cols = grad_ptrs[0], tl.load(adapter_ptr + 5), o_partial, sizes[0]
     for m in tl.static_range(1, MODULES):
         if o_partial >= ends[m - 1] * BLOCK:
-            grad_ptr, b_row, i_col, num_cols = grad_ptrs[m], tl.load(slot_ptr + 5 + 3 * m), o_partial - ends[m - 1] * BLOCK, sizes[m]
-    if (i_item == low) & (high - low > 1) & (b_row >= 0) & (i_rank < tl.load(slot_ptr)):
+            grad_ptr, b_row, i_col, num_cols = grad_ptrs[m], tl.load(adapter_ptr + 5 + 3 * m), o_partial - ends[m - 1] * BLOCK, sizes[m]
+    if (i_item == low) & (high - low > 1) & (b_row >= 0) & (i_rank < tl.load(adapter_ptr)):
         o_r, o_col = i_rank + tl.arange(0, RANKS).to(tl.int64)[:, None], tl.arange(0, COLUMNS)[None, :]
         m_in = tl.broadcast_to(i_col + o_col < num_cols, [RANKS, COLUMNS])
         grad_at = grad_ptr + b_row.to(tl.int64) * num_cols + o_r * num_cols + i_col + o_col
@@ -306,7 +306,7 @@ def _add_partials(
 
 @triton.jit(do_not_specialize=["num_sums", "num_rows", "width"])
 def _finish_kernel(
-    ds_ptr, grad_ptrs, share_ptr, partial_ptr, sum_items_ptr, items_ptr, slots_ptr, scales_ptr, sizes, ends, num_sums, num_rows, width,
+    ds_ptr, grad_ptrs, share_ptr, partial_ptr, sum_items_ptr, items_ptr, adapters_ptr, scales_ptr, sizes, ends, num_sums, num_rows, width,
     BM: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, MODULES: tl.constexpr, BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -317,10 +317,10 @@ def _finish_kernel(
     i = tl.program_id(0)
     if i < num_sums:
         _sum_shares(
-            i, ds_ptr, share_ptr, sum_items_ptr, slots_ptr, scales_ptr, ends, num_rows, width, BM, RANK, MODULES, AT_ONCE
+            i, ds_ptr, share_ptr, sum_items_ptr, adapters_ptr, scales_ptr, ends, num_rows, width, BM, RANK, MODULES, AT_ONCE
         )  # fmt: skip
     else:
-        _add_partials(i - num_sums, grad_ptrs, partial_ptr, items_ptr, slots_ptr, sizes, ends, COLUMNS, RANKS, RANK, MODULES, BLOCK)
+        _add_partials(i - num_sums, grad_ptrs, partial_ptr, items_ptr, adapters_ptr, sizes, ends, COLUMNS, RANKS, RANK, MODULES, BLOCK)
 
 
 def hopper_grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
@@ -340,14 +340,14 @@ def hopper_grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Ro
     groups = 2 if rank == 64 else 1
     _hopper_grad_sb_kernel[(ends[-1], num_items)](
         describe(dy_TN, BM.value, BC.value), describe(s_TR, BM.value, rank), group.b_RN, group.grad_b_RN, share, partial,
-        route.items(rows), group.slot_table, starts, sizes, ends, num_rows,
+        route.items(rows), group.adapter_table, starts, sizes, ends, num_rows,
         MODULES=modules, RANK=rank, STAGES=TILES[rank], GROUPS=groups, num_warps=WARPS.value, maxnreg=168 if groups == 2 else 128,
         **pdl(dy_TN),
     )  # fmt: skip
     num_sums = route.num_items(SUM_ROWS) * modules
     num_chunks = several * (ends[-1] * block // SUM_COLUMNS) * (rank // SUM_RANKS)
     _finish_kernel[(num_sums + num_chunks,)](
-        ds_TR, group.grad_b_RN, share, partial, route.items(SUM_ROWS), route.items(rows), group.slot_table, group.scale_table,
+        ds_TR, group.grad_b_RN, share, partial, route.items(SUM_ROWS), route.items(rows), group.adapter_table, group.scale_table,
         sizes, ends, num_sums, num_rows, group.width,
         BM=SUM_ROWS, COLUMNS=SUM_COLUMNS, RANKS=SUM_RANKS, RANK=rank, MODULES=modules, BLOCK=block, AT_ONCE=8 if rank == 16 else 4,
         num_warps=4, **pdl(dy_TN),

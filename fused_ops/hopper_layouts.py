@@ -1,4 +1,4 @@
-"""Blocks of a bfloat16 matrix on Hopper: how one lies in shared memory, and how TMA finds it in a tensor."""
+"""Blocks of a bfloat16 matrix on Hopper: their layout in shared memory, and the descriptor by which TMA copies them."""
 
 from functools import lru_cache
 

@@ -1,18 +1,18 @@
-"""What LoRA adds to the pipeline of hopper_gemm.py: 16 ranks a step, loaded by its one loading warp, multiplied by each warp group.
+"""What LoRA adds to the pipeline of hopper_gemm.py: 16 ranks a step, loaded by the loading warp, multiplied by each warp group.
 
     add_owner      a tile of one adapter without dropout: the ranks are steps like any other, acc += S L
-    add_dropped    a tile of one adapter with dropout: the product of a quarter of the columns is made apart, masked, and added
-    add_masked     a tile of several adapters: so for each segment, masked by its rows too
+    add_dropped    a tile of one adapter with dropout: the product of a quarter of the columns is computed, masked, and added
+    add_masked     a tile of several adapters: the same for each segment, masked by its rows too
 
-A step is 16 ranks of S [BM, 16] and of L [16, columns] in one stage of the ring, which is `(inputs, weights, full, empty)`: buffers in
-shared memory, inputs one for each warp group, and the barriers that say what they are. What is loaded beyond a module's columns is zero.
+A step is 16 ranks of S [BM, 16] and of L [16, columns] in one stage of the ring. The ring is `(inputs, weights, full, empty)`: buffers in
+shared memory, of inputs one for each warp group, and their barriers. What is loaded beyond a module's columns is zero.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from fused_ops.adapters import SLOT_FIELDS
+from fused_ops.adapters import ADAPTER_FIELDS
 from fused_ops.hopper_dropout import KEEPS_NONE, add_kept, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import shared
 
@@ -20,11 +20,11 @@ BM, BN, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(16)  # rows an
 WM, WARPS = gl.constexpr(64), gl.constexpr(4)  # rows and warps of a warp group
 HALF, QUARTER = gl.constexpr(128), gl.constexpr(64)  # columns of one accumulator, and of a masked product
 STAGES = gl.constexpr(4)  # buffers of the ring
-_FIELDS = gl.constexpr(SLOT_FIELDS)
+_FIELDS = gl.constexpr(ADAPTER_FIELDS)
 
 
 def product(columns: gl.constexpr) -> gl.constexpr:
-    """Return the layout of a warp group's product of so many columns."""
+    """Return the layout of a warp group's product of the given number of columns."""
     return gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, columns.value, 16]))
 
 
@@ -34,14 +34,14 @@ ROWS, COLUMNS = gl.constexpr(gl.SliceLayout(1, PART.value)), gl.constexpr(gl.Sli
 
 
 @gluon.jit
-def module_in_tile(slots_ptr, slot, i_col, start, stop, i_module: gl.constexpr, BACKWARD: gl.constexpr, WIDE: gl.constexpr):
-    """Return (ranks, first row of L, first column of S, column of L) of a slot's module in the tile at i_col; 0 ranks if it has none."""
-    slot_ptr = slots_ptr + slot * _FIELDS
+def module_in_tile(adapters_ptr, adapter, i_col, start, stop, i_module: gl.constexpr, BACKWARD: gl.constexpr, WIDE: gl.constexpr):
+    """Return (ranks, first row of L, first column of S, column of L) of an adapter's module in the tile at i_col; ranks 0: none."""
+    adapter_ptr = adapters_ptr + adapter * _FIELDS
     if WIDE:
-        ranks, l_row, s_col = gl.load(slot_ptr + 2), gl.load(slot_ptr + 3), 0
+        ranks, l_row, s_col = gl.load(adapter_ptr + 2), gl.load(adapter_ptr + 3), 0
     else:
-        ranks, s_col = gl.load(slot_ptr), gl.load(slot_ptr + 6 + 3 * i_module)
-        l_row = gl.load(slot_ptr + (4 if BACKWARD else 5) + 3 * i_module)
+        ranks, s_col = gl.load(adapter_ptr), gl.load(adapter_ptr + 6 + 3 * i_module)
+        l_row = gl.load(adapter_ptr + (4 if BACKWARD else 5) + 3 * i_module)
     if BACKWARD:
         l_col = i_col
     else:
@@ -51,15 +51,15 @@ def module_in_tile(slots_ptr, slot, i_col, start, stop, i_module: gl.constexpr, 
 
 
 @gluon.jit
-def owner_ranks(slots_ptr, owner, i_col, starts, stops, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr):
+def owner_ranks(adapters_ptr, owner, i_col, starts, stops, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr):
     """Return how many ranks each module of the owner of the tile at i_col adds to it, as three numbers."""
-    slot = max(owner, 0)
-    ranks0, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[0], stops[0], 0, BACKWARD, WIDE)
+    adapter = max(owner, 0)
+    ranks0, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[0], stops[0], 0, BACKWARD, WIDE)
     ranks1, ranks2 = ranks0 * 0, ranks0 * 0
     if MODULES > 1:
-        ranks1, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[1], stops[1], 1, BACKWARD, WIDE)
+        ranks1, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[1], stops[1], 1, BACKWARD, WIDE)
     if MODULES > 2:
-        ranks2, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[2], stops[2], 2, BACKWARD, WIDE)
+        ranks2, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[2], stops[2], 2, BACKWARD, WIDE)
     return ranks0, ranks1, ranks2
 
 
@@ -82,7 +82,7 @@ def load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl
 
 @gluon.jit
 def add_owner(ring, step, b_acc0, b_acc1, ranks, GROUP: gl.constexpr):
-    """Return both halves of the accumulator plus S L of the one slot that owns the tile."""
+    """Return both halves of the accumulator plus S L of the one adapter that owns the tile."""
     a_bufs, b_bufs, full_bars, empty_bars = ring
     for _ in range(0, ranks, RANK):
         stage = step % STAGES
@@ -119,14 +119,14 @@ def mask_hash(b_keys, first_feature):
 
 
 @gluon.jit
-def slot_level(slots_ptr, slot):
-    """Return what the hashes of a slot must reach to be kept."""
-    return level_of(gl.load(slots_ptr + slot * _FIELDS + 1))
+def adapter_level(adapters_ptr, adapter):
+    """Return the level that an adapter's hashes must reach to be kept."""
+    return level_of(gl.load(adapters_ptr + adapter * _FIELDS + 1))
 
 
 @gluon.jit
 def add_dropped(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr, GROUP: gl.constexpr):
-    """Return a quarter of the accumulator plus the products of the one slot that owns the tile, each masked by its dropout."""
+    """Return a quarter of the accumulator plus the products of the one adapter that owns the tile, each masked by its dropout."""
     for m in gl.static_range(MODULES):
         b_product, step = _product(ring, step, ranks[m], GROUP)
         b_acc = add_kept(b_acc, b_product, b_hash, level, m)
@@ -139,16 +139,16 @@ def add_masked(
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Return a quarter of the accumulator plus the products of all segments, each masked by its rows and its dropout."""
-    tiles_ptr, segments_ptr, slots_ptr = tables
+    tiles_ptr, segments_ptr, adapters_ptr = tables
     for i_segment in range(i_low, i_high):
         segment_ptr = segments_ptr + i_segment * 4
         m_keep = gl.expand_dims((o_row >= gl.load(segment_ptr)) & (o_row < gl.load(segment_ptr + 1)), 1)
-        slot = gl.load(segment_ptr + 2)
+        adapter = gl.load(segment_ptr + 2)
         for m in gl.static_range(1 if WIDE else MODULES):
-            ranks, l_row, s_col, l_col = module_in_tile(slots_ptr, slot, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+            ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
             b_product, step = _product(ring, step, ranks, GROUP)
             if DROPOUT:
-                b_acc = add_kept(b_acc, b_product, b_hash, gl.where(m_keep, slot_level(slots_ptr, slot), KEEPS_NONE), m)
+                b_acc = add_kept(b_acc, b_product, b_hash, gl.where(m_keep, adapter_level(adapters_ptr, adapter), KEEPS_NONE), m)
             else:
                 b_acc += gl.where(m_keep, b_product, 0.0)
     return b_acc, step

@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 @gluon.jit
 def ring_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
-    """Return two barriers for each stage: full, of its bytes that TMA brings; empty, of the READERS that have let go of it."""
+    """Return two barriers for each stage: full counts the bytes that TMA brings, empty the READERS that have released it."""
     full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):

@@ -1,10 +1,10 @@
-"""One frozen linear with the LoRA adapters of many jobs: the autograd.Function that strings the operators together.
+"""One frozen linear with the LoRA adapters of many jobs: the autograd.Function that connects the operators.
 
     forward    S = c' (M * X) A^T                Y  = X W^T (+ bias) + S B^T
     backward   dS = c' dY B     dB += dY^T S     dX = dY W + M * (dS A)      dA += dS^T (M * X)
 
-X is saved by `save_for_backward` and shares its producer's storage, or its producer makes it again in backward (refill.py); S, the
-weight, the group and the route stay on the context as attributes, because another job's optimizer step between forward and backward
+X is saved by `save_for_backward` and shares its producer's storage, or its producer recomputes it in backward (refill.py). S, the
+weight, the group and the route are attributes of the context, because another job's optimizer step between forward and backward
 changes the arena in place. Adapter gradients are added to the group's float32 views, not returned. The output requires a gradient only
 if X does: a trainer makes the embedding's output require one. Tensor and sequence parallelism enter through `Collectives` alone;
 everything between them is linear in partial sums, so no operator here communicates.
@@ -45,7 +45,7 @@ class Collectives:
         return dx
 
     def reduce_ds(self, ds: Tensor) -> Tensor:
-        """Return what dA needs of the partial dS [T, width]: the rows of `local_rows`, summed over ranks when X is a shard of rows."""
+        """Return the dS of dA, from the partial dS [T, width]: the rows of `local_rows`, summed over ranks when X is a shard of rows."""
         return ds
 
     def local_rows(self, num_rows: int) -> tuple[int, int]:
@@ -78,7 +78,7 @@ def multi_lora_linear(
     """Return Y [T, N] = X W^T (+ bias) + each row's adapter; without group or route, the frozen linear alone.
 
     x_TK [T_local, K], weight_NK [N, K] (frozen; an Fp8Weight: both products over 8-bit operands), bias_N [N] or None. With `refill`,
-    which X's producer holds too, X is not kept. Raises ValueError where shapes or dtypes do not fit.
+    shared with X's producer, X is not kept. Raises ValueError where shapes or dtypes do not fit.
     """
     if group is None or route is None or not route.segments or group.width == 0:
         group = route = None
@@ -126,7 +126,7 @@ _thread = threading.local()
 
 
 def _bind_thread(tensor: Tensor) -> None:
-    """Give this thread a CUDA context, which the driver wants for TMA descriptors: autograd's thread has none before its first launch.
+    """Give this thread a CUDA context, which TMA descriptors need: autograd's thread has none before its first launch.
 
     A context is current in a thread or not, hence the one thread-local of this package.
     """

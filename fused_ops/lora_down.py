@@ -1,11 +1,11 @@
 """The skinny products that make S and dS: out [T, r] = c' (M * V) L^T, one read of V.
 
 S takes V = X and L = A; dS takes V = the module's columns of dY and L = B (high ranks only, see lora_grad.py). A program owns up
-to BM rows of one segment (`Route.items`) and RANK rows of L. Rows of V do not mix, nor do rows of L: through TMA whatever lies in a
-block is loaded and multiplied, neighbours' rows included, and only what belongs to the item and the slot is written. Where few rows
-leave multiprocessors idle, the inner dimension is cut among several programs; the last one to arrive adds their float32 partial sums
-in ascending order, whoever it is. Without dropout the modules of a slot are one (WIDE): their rows of A, and their columns of S, lie
-side by side; with dropout each module masks its own copy of the tile, from one hash.
+to BM rows of one segment (`Route.items`) and RANK rows of L. Rows of V do not mix, nor do rows of L: TMA loads complete blocks,
+neighbours' rows included, and only what belongs to the item and the adapter is written. Where few rows would leave multiprocessors
+idle, the inner dimension is cut among several programs; the last one to arrive adds all float32 partial sums in ascending order.
+Without dropout the modules of an adapter count as one (WIDE): their rows of A, and their columns of S, are adjacent. With dropout each
+module masks its own copy of the tile, from one hash.
 """
 
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class, uses_tma
 from fused_ops.skinny_config import DownConfig, down_config, splits
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
 
-_FIELDS = tl.constexpr(SLOT_FIELDS)
+_FIELDS = tl.constexpr(ADAPTER_FIELDS)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _add_splits(out_ptr, partial_ptr, first, m_row, num_rows, stride, column, o_
 
 @triton.jit
 def _lora_rows(lora, lora_stride, row, o_r, rank, i_rank, i_k, num_inner, BK: tl.constexpr, TMA: tl.constexpr):
-    """Return L^T [BK, RANK]: rows row + o_r of L. Those beyond the rank are zero, or through TMA whatever is there."""
+    """Return L^T [BK, RANK]: rows row + o_r of L. Those beyond the rank are zero, or with TMA what the tensor holds there."""
     if TMA:
         return lora.load([max(row, 0) + i_rank, i_k]).T
     else:
@@ -71,7 +71,7 @@ def arrive_last(counter_ptr, num_programs):
 
 @triton.jit(do_not_specialize=["first_feature", "num_rows", "split_blocks", "out_stride"])
 def _down_kernel(
-    value, lora, out_ptr, partial_ptr, counters_ptr, items_ptr, slots_ptr, scales_ptr, keys_ptr,
+    value, lora, out_ptr, partial_ptr, counters_ptr, items_ptr, adapters_ptr, scales_ptr, keys_ptr,
     num_rows, num_inner, split_blocks, value_stride, lora_stride, out_stride, first_feature,
     ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr,
     MODULES: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, NUM_STAGES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
@@ -80,29 +80,29 @@ def _down_kernel(
         gdc_wait()
         gdc_launch_dependents()
     item_ptr = items_ptr + tl.program_id(0) * 6
-    first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
     first_row = first.to(tl.int64)
-    slot_ptr = slots_ptr + slot * _FIELDS
-    rank, column0, row0 = tl.load(slot_ptr + (2 if WIDE else 0)), 0, tl.load(slot_ptr + (3 if WIDE else ROW_FIELD))
+    adapter_ptr = adapters_ptr + adapter * _FIELDS
+    rank, column0, row0 = tl.load(adapter_ptr + (2 if WIDE else 0)), 0, tl.load(adapter_ptr + (3 if WIDE else ROW_FIELD))
     if not WIDE:
-        column0 = tl.load(slot_ptr + COLUMN_FIELD)
+        column0 = tl.load(adapter_ptr + COLUMN_FIELD)
     column1, column2, row1, row2 = column0, column0, row0, row0
     if MODULES > 1:
-        row1, column1 = tl.load(slot_ptr + ROW_FIELD + 3), tl.load(slot_ptr + COLUMN_FIELD + 3)
+        row1, column1 = tl.load(adapter_ptr + ROW_FIELD + 3), tl.load(adapter_ptr + COLUMN_FIELD + 3)
     if MODULES > 2:
-        row2, column2 = tl.load(slot_ptr + ROW_FIELD + 6), tl.load(slot_ptr + COLUMN_FIELD + 6)
+        row2, column2 = tl.load(adapter_ptr + ROW_FIELD + 6), tl.load(adapter_ptr + COLUMN_FIELD + 6)
     rank0, rank1, rank2 = tl.where(row0 >= 0, rank, 0), tl.where(row1 >= 0, rank, 0), tl.where(row2 >= 0, rank, 0)
     i_rank = tl.program_id(2) * RANK
     o_r = i_rank + tl.arange(0, RANK)
     first_block = tl.program_id(1) * split_blocks
     end_block = min(first_block + split_blocks, tl.cdiv(num_inner, BK))
     end_block = tl.where(i_rank < rank, end_block, first_block)
-    scale = tl.load(scales_ptr + slot)
+    scale = tl.load(scales_ptr + adapter)
     o_row = first + tl.arange(0, BM)
     m_row = o_row < end
     if DROPOUT:
         b_keys = tl.load(keys_ptr + o_row, m_row, 0).to(tl.uint32, bitcast=True)
-        threshold = tl.load(slot_ptr + 1).to(tl.uint32)
+        threshold = tl.load(adapter_ptr + 1).to(tl.uint32)
     b_acc0 = tl.zeros([BM, RANK], tl.float32)
     if MODULES > 1:
         b_acc1 = tl.zeros([BM, RANK], tl.float32)
@@ -151,24 +151,28 @@ def down(x_TK: Tensor, group: LoraGroup, route: Route, config: DownConfig | None
     s_TR = torch.empty(x_TK.shape[0], group.width, dtype=x_TK.dtype, device=x_TK.device)
     wide = not group.has_dropout
     num_modules = 1 if wide else group.num_modules
-    most = group.width if wide else group.max_padded_rank
+    largest_rank = group.width if wide else group.max_padded_rank
     limit = 128 if num_modules == 1 else 64
-    _launch(x_TK, group.a_RK, s_TR, group, route, 4, 6, num_modules, most, limit, group.has_dropout, wide, group.first_feature, config)
+    _launch(
+        x_TK, group.a_RK, s_TR, group, route, 4, 6, num_modules, largest_rank, limit, group.has_dropout, wide, group.first_feature, config
+    )
     return s_TR
 
 
 def down_module(dy_TN: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, module: int, config: DownConfig | None = None) -> None:
     """Write dS = c' dY B of one module into its columns of ds_TR."""
     start, stop = group.columns[module]
-    row, column, most = 5 + 3 * module, 6 + 3 * module, group.max_padded_rank
-    _launch(dy_TN[:, start:stop], group.b_RN[module], ds_TR, group, route, row, column, 1, most, 128, False, False, 0, config)
+    row, column, largest_rank = 5 + 3 * module, 6 + 3 * module, group.max_padded_rank
+    _launch(dy_TN[:, start:stop], group.b_RN[module], ds_TR, group, route, row, column, 1, largest_rank, 128, False, False, 0, config)
 
 
-def _launch(value, lora, out, group, route, row_field, column_field, num_modules, most, limit, dropout, wide, first_feature, config):
+def _launch(
+    value, lora, out, group, route, row_field, column_field, num_modules, largest_rank, limit, dropout, wide, first_feature, config
+):
     num_rows, num_inner = value.shape
-    rank, tma = rank_class(most, limit), uses_tma(value, lora)
+    rank, tma = rank_class(largest_rank, limit), uses_tma(value, lora)
     config = config or down_config(num_rows, num_inner, rank, num_modules, dropout, value.element_size(), tma)
-    num_items, num_ranks = route.num_items(config.rows), triton.cdiv(most, rank)
+    num_items, num_ranks = route.num_items(config.rows), triton.cdiv(largest_rank, rank)
     if not num_items:
         return
     num_splits = splits(num_rows, num_inner, config, num_processors(value.device))
@@ -180,7 +184,7 @@ def _launch(value, lora, out, group, route, row_field, column_field, num_modules
         boxes = ([config.rows, config.inner], [rank, config.inner])
         tensors = tuple(TensorDescriptor.from_tensor(t, box) for t, box in zip(tensors, boxes, strict=True))
     _down_kernel[(num_items, num_splits, num_ranks)](
-        *tensors, out, partial, route.counters(num_items * num_ranks), route.items(config.rows), group.slot_table,
+        *tensors, out, partial, route.counters(num_items * num_ranks), route.items(config.rows), group.adapter_table,
         group.scale_table, route.row_keys,
         num_rows, num_inner, split_blocks, value.stride(0), lora.stride(0), out.stride(0), first_feature,
         ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=config.rows, BK=config.inner, RANK=rank,

@@ -1,12 +1,12 @@
 """The frozen GEMM with the LoRA term in its epilogue: Y = X W^T (+ bias) + S B^T, and dX = dY W + M * (dS A).
 
-One kernel body serves both. Output tiles lie on the plain row grid; after the K loop a tile goes through the segments that meet it
+One kernel body serves both. Output tiles form the plain row grid. After the K loop a tile goes through the segments that meet it
 (`Route.tiles`) and adds dot(S [rows, r], L [r, columns]), where L is B (forward: each module its own columns) or A (backward: all
-columns). The *product* is masked by row, column and dropout, so that a neighbour's NaN stays where it is. The accumulator is
-worked on in two or four column parts, which bounds the registers that the product needs.
+columns). The *product* is masked by row, column and dropout, so that a neighbour's NaN does not spread. The accumulator is
+processed in two or four column parts, which bounds the registers that the product needs.
 
 Names: input [T, I] times weight gives output [T, O]; weight is [O, I] forward and [I, O] backward. Without dropout, dX treats the
-modules of a slot as one: their rows of A, and their columns of dS, lie side by side (WIDE).
+modules of an adapter as one: their rows of A, and their columns of dS, are adjacent (WIDE).
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
 from fused_ops.gemm_config import GemmConfig, gemm_config
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, uses_tma
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
 
-_FIELDS = tl.constexpr(SLOT_FIELDS)
+_FIELDS = tl.constexpr(ADAPTER_FIELDS)
 RANK = 16  # ranks of one product of the LoRA term
 
 
 @triton.jit
 def _add_lora(
-    b_acc, i_row, i_col, o_row, o_col, num_cols, i_low, i_high, done, s, s_stride, adapters, l_strides, starts, stops,
-    segments_ptr, slots_ptr, keys_ptr, first_feature,
+    b_acc, i_row, i_col, o_row, o_col, num_cols, i_low, i_high, done, s, s_stride, factors, l_strides, starts, stops,
+    segments_ptr, adapters_ptr, keys_ptr, first_feature,
     BACKWARD: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Return b_acc [BM, BP] plus the LoRA products of its rows and columns, segment by segment, module by module."""
@@ -39,22 +39,22 @@ def _add_lora(
     i_segment = i_low
     while i_segment < i_high:  # `while`, since only the K loop may be a nested `for` of the flattened tile loop
         first, end = tl.load(segments_ptr + i_segment * 4), tl.load(segments_ptr + i_segment * 4 + 1)
-        slot_ptr = slots_ptr + tl.load(segments_ptr + i_segment * 4 + 2) * _FIELDS
+        adapter_ptr = adapters_ptr + tl.load(segments_ptr + i_segment * 4 + 2) * _FIELDS
         m_row = (o_row >= first) & (o_row < end)
         if DROPOUT:
             b_keys = tl.load(keys_ptr + o_row, m_row, 0).to(tl.uint32, bitcast=True)
-            b_threshold = tl.where(m_row, tl.load(slot_ptr + 1), 1024).to(tl.uint32)  # 1024: no element of the row is kept
+            b_threshold = tl.where(m_row, tl.load(adapter_ptr + 1), 1024).to(tl.uint32)  # 1024: no element of the row is kept
         for i_module in tl.static_range(1 if WIDE else MODULES):
             if WIDE:
-                rank, l_row, s_col = tl.load(slot_ptr + 2), tl.load(slot_ptr + 3), 0
+                rank, l_row, s_col = tl.load(adapter_ptr + 2), tl.load(adapter_ptr + 3), 0
             else:
-                rank, s_col = tl.load(slot_ptr), tl.load(slot_ptr + 6 + 3 * i_module)
-                l_row = tl.load(slot_ptr + (4 if BACKWARD else 5) + 3 * i_module)
+                rank, s_col = tl.load(adapter_ptr), tl.load(adapter_ptr + 6 + 3 * i_module)
+                l_row = tl.load(adapter_ptr + (4 if BACKWARD else 5) + 3 * i_module)
             start, stop = (0, num_cols) if BACKWARD else (starts[i_module], stops[i_module])
-            lora = adapters[0 if BACKWARD else i_module]
+            lora = factors[0 if BACKWARD else i_module]
             if (l_row >= 0) & (done < rank) & (i_col + o_col.shape[0] > start) & (i_col < stop):
                 b_product = tl.zeros([o_row.shape[0], o_col.shape[0]], tl.float32)
-                o_rank = done  # ranks that were added already
+                o_rank = done  # ranks that are added already
                 while o_rank < rank:
                     if TMA:
                         b_s = s.load([i_row, s_col + o_rank])
@@ -80,7 +80,7 @@ def _add_lora(
 
 @triton.jit
 def _load_owner(
-    o_row, o_col, i_row, i_col, num_rows, num_cols, tiles_ptr, segments_ptr, slots_ptr, i_m, s_ptr, s_stride,
+    o_row, o_col, i_row, i_col, num_rows, num_cols, tiles_ptr, segments_ptr, adapters_ptr, i_m, s_ptr, s_stride,
     lora_ptr, offset1, offset2, starts, stops,
     BACKWARD: tl.constexpr, MODULES: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -91,8 +91,8 @@ def _load_owner(
     i_low, i_high = tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1)
     segment_ptr = segments_ptr + i_low * 4
     m_one = i_low + 1 == i_high
-    first, end, slot = tl.load(segment_ptr, m_one, 0), tl.load(segment_ptr + 1, m_one, 0), tl.load(segment_ptr + 2, m_one, 0)
-    slot_ptr = slots_ptr + slot * _FIELDS
+    first, end, adapter = tl.load(segment_ptr, m_one, 0), tl.load(segment_ptr + 1, m_one, 0), tl.load(segment_ptr + 2, m_one, 0)
+    adapter_ptr = adapters_ptr + adapter * _FIELDS
     start, stop, offset, i_module = 0, num_cols, offset1 * 0, 0
     if (not BACKWARD) and MODULES > 1:
         for i in tl.static_range(1, MODULES):
@@ -104,10 +104,10 @@ def _load_owner(
         for i in tl.static_range(1, MODULES):
             start, stop = tl.where(i_module == i, starts[i], start), tl.where(i_module == i, stops[i], stop)
     if WIDE:
-        rank, l_row, s_col = tl.load(slot_ptr + 2), tl.load(slot_ptr + 3), 0
+        rank, l_row, s_col = tl.load(adapter_ptr + 2), tl.load(adapter_ptr + 3), 0
     else:
-        rank, s_col = tl.load(slot_ptr), tl.multiple_of(tl.load(slot_ptr + 6 + 3 * i_module), 16)
-        l_row = tl.load(slot_ptr + (4 if BACKWARD else 5) + 3 * i_module)
+        rank, s_col = tl.load(adapter_ptr), tl.multiple_of(tl.load(adapter_ptr + 6 + 3 * i_module), 16)
+        l_row = tl.load(adapter_ptr + (4 if BACKWARD else 5) + 3 * i_module)
     owned = m_one & (first <= i_row) & (end >= min(i_row + o_row.shape[0], num_rows)) & (l_row >= 0)
     owned = owned & (i_col >= start) & (min(i_col + o_col.shape[0], num_cols) <= stop)
     o_r = tl.arange(0, RANK)
@@ -154,13 +154,13 @@ def _split(b_acc, PARTS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows", "s_stride", "first_feature"])
 def _gemm_kernel(
     input, weight, output, bias_ptr, s, lora0, lora1, lora2, s_ptr, lora_ptr, offset1, offset2, l_strides, starts, stops,
-    tiles_ptr, segments_ptr, slots_ptr, keys_ptr, num_rows, num_cols, num_inner, i_stride, w_stride, o_stride, s_stride, first_feature,
+    tiles_ptr, segments_ptr, adapters_ptr, keys_ptr, num_rows, num_cols, num_inner, i_stride, w_stride, o_stride, s_stride, first_feature,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, NUM_STAGES: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr,
     RANK: tl.constexpr, FIRST: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    adapters = (lora0, lora1, lora2)
+    factors = (lora0, lora1, lora2)
     num_m, num_n = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN)
     # One program per tile when NUM_PROGRAMS is 0, else each program takes every NUM_PROGRAMS-th tile.
     stride = num_m * num_n if NUM_PROGRAMS == 0 else NUM_PROGRAMS
@@ -189,12 +189,12 @@ def _gemm_kernel(
                 b_w = tl.load(w_at, (o_k < num_inner)[:, None] & (o_c < num_cols)[None, :], 0.0)
             b_acc = tl.dot(b_in, b_w, b_acc, input_precision="ieee")
 
-        # First of all, so that the wait for the accumulator is not inside a branch (which would serialise the whole K loop).
+        # First, so that the wait for the accumulator is not inside a branch (which would serialise the K loop).
         parts = _split(b_acc, PARTS)
         done = 0
         if FIRST > 0:
             b_s, b_l, owned = _load_owner(
-                o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, slots_ptr, i_m,
+                o_row, i_n * BN + tl.arange(0, BN), i_m * BM, i_n * BN, num_rows, num_cols, tiles_ptr, segments_ptr, adapters_ptr, i_m,
                 s_ptr, s_stride, lora_ptr, offset1, offset2, starts, stops, BACKWARD, MODULES, FIRST, WIDE,
             )  # fmt: skip
             l_parts, done = _split(b_l, PARTS), owned * FIRST
@@ -207,7 +207,7 @@ def _gemm_kernel(
             if LORA:
                 b_part = _add_lora(
                     b_part, i_m * BM, i_col, o_row, o_col, num_cols, tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1), done,
-                    s, s_stride, adapters, l_strides, starts, stops, segments_ptr, slots_ptr, keys_ptr, first_feature,
+                    s, s_stride, factors, l_strides, starts, stops, segments_ptr, adapters_ptr, keys_ptr, first_feature,
                     BACKWARD, MODULES, RANK, DROPOUT, WIDE, TMA,
                 )  # fmt: skip
             _store(output, bias_ptr, b_part, i_m * BM, i_col, o_row, o_col, num_rows, num_cols, o_stride, HAS_BIAS, TMA)
@@ -215,9 +215,9 @@ def _gemm_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraTerm:
-    """What a GEMM adds: `adapters` (forward: the B of each module, backward: A), as how many modules, up to how many ranks (0: nothing)."""
+    """What a GEMM adds: `factors` (forward: B of each module, backward: A), the number of modules, and the largest rank (0: nothing)."""
 
-    adapters: tuple[Tensor, ...] = ()
+    factors: tuple[Tensor, ...] = ()
     num_modules: int = 1
     width: int = 0
     dropout: bool = False
@@ -225,23 +225,23 @@ class LoraTerm:
 
     def operands(self, s_TR: Tensor | None, rows: int, columns: int, tma: bool) -> list:
         """Return S and three L as a kernel takes them: descriptors of [rows, 16] and [16, columns], or the tensors themselves."""
-        adapters = list(self.adapters)
-        if tma and adapters:
-            some = max(adapters, key=len)  # stands in for a module that nobody targets: nothing is without rows
+        factors = list(self.factors)
+        if tma and factors:
+            longest = max(factors, key=len)  # replaces a module that no adapter targets: a descriptor needs rows
             s_TR = TensorDescriptor.from_tensor(s_TR, [rows, RANK])
-            adapters = [TensorDescriptor.from_tensor(t if len(t) else some, [RANK, columns]) for t in adapters]
-        return [s_TR, *adapters, *[None] * (3 - len(adapters))]  # descriptors cannot travel in a tuple argument
+            factors = [TensorDescriptor.from_tensor(t if len(t) else longest, [RANK, columns]) for t in factors]
+        return [s_TR, *factors, *[None] * (3 - len(factors))]  # descriptors cannot be passed in a tuple
 
     def tables(self, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None, rows: int) -> list:
         """Return a kernel's arguments from s_ptr to keys_ptr: addresses, the modules' columns, and the tables of the route."""
         if group is None:
             return [None, None, 0, 0, (), (), (), None, None, None, None]
-        first = self.adapters[0]
-        offsets = [(t.data_ptr() - first.data_ptr()) // t.element_size() for t in self.adapters[1:]]
-        strides, columns = tuple(t.stride(0) for t in self.adapters), zip(*group.columns, strict=True)
+        first = self.factors[0]
+        offsets = [(t.data_ptr() - first.data_ptr()) // t.element_size() for t in self.factors[1:]]
+        strides, columns = tuple(t.stride(0) for t in self.factors), zip(*group.columns, strict=True)
         return [
             s_TR, first, *[*offsets, 0, 0][:2], strides, *columns,
-            route.tiles(rows), route.segment_table, group.slot_table, route.row_keys,
+            route.tiles(rows), route.segment_table, group.adapter_table, route.row_keys,
         ]  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def lora_term(group: LoraGroup | None, backward: bool) -> LoraTerm:
     dropout = backward and group.has_dropout
     wide = backward and not dropout
     return LoraTerm(
-        adapters=(group.a_RK,) if backward else tuple(group.b_RN),
+        factors=(group.a_RK,) if backward else tuple(group.b_RN),
         num_modules=1 if wide else group.num_modules,
         width=group.width if wide else group.max_padded_rank,
         dropout=dropout,
@@ -277,14 +277,14 @@ def gemm(
     if num_rows == 0:
         return out_TO
     term, lora = lora_term(group, backward), group is not None
-    tma = uses_tma(input_TI, weight, out_TO, *(t for t in term.adapters if len(t)))
+    tma = uses_tma(input_TI, weight, out_TO, *(t for t in term.factors if len(t)))
     if config is None:
         config = gemm_config(input_TI, num_cols, backward, tma, term.width, term.dropout, group.num_modules if lora else 0)
     tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
     part, matrices = config.columns // config.parts, (input_TI, weight, out_TO)
     if tma:
-        of_weight = (config.inner, config.columns) if backward else (config.columns, config.inner)
-        boxes = (config.rows, config.inner), of_weight, (config.rows, part)
+        weight_box = (config.inner, config.columns) if backward else (config.columns, config.inner)
+        boxes = (config.rows, config.inner), weight_box, (config.rows, part)
         matrices = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(matrices, boxes, strict=True))
     programs = min(num_processors(input_TI.device), tiles) if config.persistent else tiles
     _gemm_kernel[(programs,)](
@@ -301,4 +301,4 @@ def gemm(
 
 def ranks_ahead(term: LoraTerm, tma: bool) -> int:
     """Return how many ranks of a tile with one adapter are added in one product; more leave too few registers, and ptxas serialises."""
-    return RANK if term.adapters and tma and not term.dropout else 0
+    return RANK if term.factors and tma and not term.dropout else 0

@@ -1,10 +1,10 @@
 """Sums over rows: dA = dS^T (M * X), and dB = dY^T S of ranks too high for one read of dY. Deterministic, no atomics.
 
 A program owns one item (some rows of one segment, `Route.items`), a block of columns and RANK columns of S, and keeps its sum in
-registers. Full blocks of rows come through TMA; the item's last rows, and all where TMA will not do, are masked in *both* operands,
-since 0 * NaN is NaN. Columns of S beyond the slot's own do not mix with them and are not written. A segment of one item is added to
-the gradient arena at once; else each item writes its partial sum in float32, and the last program of a sum to arrive adds the partials
-in ascending order, whoever it is.
+registers. Full blocks of rows come through TMA. The item's last rows, and all rows where TMA cannot be used, are masked in *both*
+operands, since 0 * NaN is NaN. Columns of S beyond the adapter's own do not mix with them and are not written. A segment of one item is
+added to the gradient arena directly; else each item writes its partial sum in float32, and the last program of a sum to arrive adds all
+of them in ascending order.
 
     grad_a          X once, all modules (without dropout as one, WIDE); AHEAD: beside dX's last tiles (early_launch.py)
     grad_s_and_b    dY once for ranks up to 32 (lora_grad_sb.py); above that dS by `lora_down.down_module`, dB by the kernel of dA
@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.lora_down import arrive_last, down_module
 from fused_ops.lora_grad_sb import MAX_FUSED_RANK, grad_s_and_b_fused
@@ -27,7 +27,7 @@ from fused_ops.shapes import rank_class, uses_tma
 from fused_ops.skinny_config import RowsConfig, rows_config
 from fused_ops.triton_dropout import column_keys, hash_bits, keep
 
-_FIELDS = tl.constexpr(SLOT_FIELDS)
+_FIELDS = tl.constexpr(ADAPTER_FIELDS)
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _product(b_v, b_s, b_acc, BY_COLUMN: tl.constexpr):
 
 @triton.jit
 def _s_rows(s, s_stride, i_row, o_row, m_row, column, o_r, rank, TMA: tl.constexpr, MASKED: tl.constexpr):
-    """Return S [BM, RANK] of rows o_row; columns beyond the rank are zero, or through TMA whatever is there."""
+    """Return S [BM, RANK] of rows o_row; columns beyond the rank are zero, or with TMA what the tensor holds there."""
     if TMA:
         b_s = s.load([i_row, column])
         if MASKED:
@@ -116,7 +116,7 @@ def _add_items(grad_ptr, partial_ptr, i_low, i_high, width, row, column, rank, n
 
 @triton.jit(do_not_specialize=["first_feature", "width", "s_stride"])
 def _rows_kernel(
-    value, s, grad_ptr, partial_ptr, counters_ptr, items_ptr, slots_ptr, keys_ptr,
+    value, s, grad_ptr, partial_ptr, counters_ptr, items_ptr, adapters_ptr, keys_ptr,
     num_cols, value_stride, s_stride, width, first_feature,
     ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr,
     MODULES: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, BY_COLUMN: tl.constexpr, NUM_STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -127,26 +127,26 @@ def _rows_kernel(
         gdc_launch_dependents()
     i_item = tl.program_id(1)
     item_ptr = items_ptr + i_item * 6
-    first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
-    slot_ptr = slots_ptr + slot * _FIELDS
-    rank, column0 = tl.load(slot_ptr + (2 if WIDE else 0)), 0
+    first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    adapter_ptr = adapters_ptr + adapter * _FIELDS
+    rank, column0 = tl.load(adapter_ptr + (2 if WIDE else 0)), 0
     if not WIDE:
-        column0 = tl.load(slot_ptr + COLUMN_FIELD)
+        column0 = tl.load(adapter_ptr + COLUMN_FIELD)
     column1, column2 = column0, column0
     if MODULES > 1:
-        column1 = tl.load(slot_ptr + COLUMN_FIELD + 3)
+        column1 = tl.load(adapter_ptr + COLUMN_FIELD + 3)
     if MODULES > 2:
-        column2 = tl.load(slot_ptr + COLUMN_FIELD + 6)
+        column2 = tl.load(adapter_ptr + COLUMN_FIELD + 6)
     i_rank = tl.program_id(2) * RANK
     o_r = i_rank + tl.arange(0, BLOCK_RANK)
-    # What this program writes: the slot's ranks, RANK of them at most.
+    # What this program writes: the adapter's ranks, RANK of them at most.
     stop = min(rank, i_rank + RANK)
     rank0, rank1, rank2 = tl.where(column0 >= 0, stop, 0), tl.where(column1 >= 0, stop, 0), tl.where(column2 >= 0, stop, 0)
     i_col = tl.program_id(0) * BC
     o_col = i_col + tl.arange(0, BC)
-    threshold = tl.load(slot_ptr + 1).to(tl.uint32)
+    threshold = tl.load(adapter_ptr + 1).to(tl.uint32)
     end = tl.where(i_rank < rank, end, first)
-    # Whole blocks of rows need no mask. What a rank block holds beyond `stop` is not written, so S needs masks in rows alone.
+    # Full blocks of rows need no mask. What a rank block holds beyond `stop` is not written, so S needs masks in rows alone.
     full = first
     if TMA:
         full = first + (end - first) // BM * BM
@@ -167,18 +167,18 @@ def _rows_kernel(
 
     i_low, i_high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
     if PDL and AHEAD:
-        # Nobody else uses the gradients, so that a segment's only item is added now; the last program waits for all.
+        # No other kernel uses the gradients, so that a segment's only item is added now; the last program waits for all.
         is_last = (tl.program_id(0) == tl.num_programs(0) - 1) & (i_item == tl.num_programs(1) - 1)
         if (i_high - i_low > 1) | is_last:
             gdc_wait()
-    a_row0 = tl.load(slot_ptr + (3 if WIDE else ROW_FIELD))
+    a_row0 = tl.load(adapter_ptr + (3 if WIDE else ROW_FIELD))
     _put(grad_ptr, partial_ptr, i_item, i_low, i_high, width, a_row0, column0, rank0, num_cols, o_r, o_col, b_acc0, BY_COLUMN)
     a_row1, a_row2 = a_row0, a_row0
     if MODULES > 1:
-        a_row1 = tl.load(slot_ptr + ROW_FIELD + 3)
+        a_row1 = tl.load(adapter_ptr + ROW_FIELD + 3)
         _put(grad_ptr, partial_ptr, i_item, i_low, i_high, width, a_row1, column1, rank1, num_cols, o_r, o_col, b_acc1, BY_COLUMN)
     if MODULES > 2:
-        a_row2 = tl.load(slot_ptr + ROW_FIELD + 6)
+        a_row2 = tl.load(adapter_ptr + ROW_FIELD + 6)
         _put(grad_ptr, partial_ptr, i_item, i_low, i_high, width, a_row2, column2, rank2, num_cols, o_r, o_col, b_acc2, BY_COLUMN)
     if i_high - i_low > 1:
         i_sum = (tl.program_id(2) * tl.num_programs(1) + tl.load(item_ptr + 3)) * tl.num_programs(0) + tl.program_id(0)
@@ -194,14 +194,14 @@ def _rows_kernel(
 def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False, config: RowsConfig | None = None) -> None:
     """Add dA = dS^T (M * X) into the group's gradients, all jobs and modules, reading X once.
 
-    With `after_dx` it runs beside the last tiles of dX, which was launched after X and dS were made; nothing that lets others start
-    early was launched in between.
+    With `after_dx` it runs beside the last tiles of dX. The caller launched dX after X and dS, and in between nothing that lets others
+    start early.
     """
     wide = not group.has_dropout
     num_modules = 1 if wide else group.num_modules
-    most = group.width if wide else group.max_padded_rank
+    largest_rank = group.width if wide else group.max_padded_rank
     limit = 128 if num_modules == 1 else 32
-    columns = (4, 6, num_modules, most, limit, group.has_dropout, wide, group.first_feature)
+    columns = (4, 6, num_modules, largest_rank, limit, group.has_dropout, wide, group.first_feature)
     _sum_rows(x_TK, ds_TR, group.grad_a_RK, group, route, *columns, config, after_dx)
 
 
@@ -225,12 +225,14 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
 
 
 def _sum_rows(
-    value, s_TR, grad, group, route, row_field, column_field, num_modules, most, limit, dropout, wide, first_feature, config, ahead=False
+    value, s_TR, grad, group, route, row_field, column_field, num_modules, largest_rank, limit, dropout, wide, first_feature, config,
+    ahead=False,
 ):  # fmt: skip
-    rank, tma = rank_class(most, limit), uses_tma(value, s_TR)
+    rank, tma = rank_class(largest_rank, limit), uses_tma(value, s_TR)
     num_cols, width = value.shape[1], group.width
     config = config or rows_config(value.shape[0], num_cols, rank, num_modules, dropout, value.element_size(), tma)
-    num_blocks, num_items, num_ranks = triton.cdiv(num_cols, config.columns), route.num_items(config.item_rows), triton.cdiv(most, rank)
+    num_blocks, num_ranks = triton.cdiv(num_cols, config.columns), triton.cdiv(largest_rank, rank)
+    num_items = route.num_items(config.item_rows)
     if not num_items:
         return
     block_rank = max(rank, config.min_rank)
@@ -241,7 +243,7 @@ def _sum_rows(
         tensors = tuple(TensorDescriptor.from_tensor(t, box) for t, box in zip(tensors, boxes, strict=True))
     _rows_kernel[(num_blocks, num_items, num_ranks)](
         *tensors, grad, partial, route.counters(num_blocks * num_items * num_ranks), route.items(config.item_rows),
-        group.slot_table, route.row_keys, num_cols, value.stride(0), s_TR.stride(0), width, first_feature,
+        group.adapter_table, route.row_keys, num_cols, value.stride(0), s_TR.stride(0), width, first_feature,
         ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=config.rows, BC=config.columns, RANK=rank, BLOCK_RANK=block_rank,
         MODULES=num_modules, DROPOUT=dropout, WIDE=wide, BY_COLUMN=config.by_column, NUM_STAGES=config.stages, TMA=tma,
         num_warps=config.warps, **pdl(value), AHEAD=ahead and tma,

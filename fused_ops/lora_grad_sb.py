@@ -2,8 +2,8 @@
 
 A program owns one item (some rows of one segment) and COLUMNS columns of one module. It holds its block of B, loads each tile of dY
 once, writes the tile's share of dS [rows, r] to a float32 workspace and keeps dB [COLUMNS, r] in registers. Full blocks of rows come
-through TMA; the item's last rows, and all where TMA will not do, are masked in both operands of dB. Columns beyond the module's meet
-zeros of B. A segment of one item is added to the gradient arena at once; else the last program over a segment's items adds their
+through TMA. The item's last rows, and all rows where TMA cannot be used, are masked in both operands of dB. Columns beyond the module's
+meet zeros of B. A segment of one item is added to the gradient arena directly; else the last program over a segment's items adds their
 partial sums in ascending order. A second kernel, spread over all rows, adds the shares of dS. B and dB of the modules are addressed by
 offsets from the first one's.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_ops.adapters import SLOT_FIELDS, LoraGroup
+from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
 from fused_ops.early_launch import pdl
 from fused_ops.lora_down import arrive_last
 from fused_ops.route import Route
@@ -23,7 +23,7 @@ from fused_ops.shapes import num_processors, rank_class, uses_tma
 from fused_ops.skinny_config import SharesConfig, item_rows, shares_config
 
 MAX_FUSED_RANK = 32
-_FIELDS = tl.constexpr(SLOT_FIELDS)
+_FIELDS = tl.constexpr(ADAPTER_FIELDS)
 
 
 @triton.jit
@@ -53,16 +53,16 @@ def _add_rows(
 
 @triton.jit(do_not_specialize=["num_rows", "width"])
 def _grad_sb_kernel(
-    dy, s, b_ptr, grad_ptr, share_s_ptr, share_b_ptr, counters_ptr, items_ptr, slots_ptr,
+    dy, s, b_ptr, grad_ptr, share_s_ptr, share_b_ptr, counters_ptr, items_ptr, adapters_ptr,
     b_offset1, b_offset2, grad_offset1, grad_offset2, start0, start1, start2, cols0, cols1, cols2, blocks0, blocks1,
     num_rows, dy_stride, width,
     MODULES: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, NUM_STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     i_block, i_item = tl.program_id(0), tl.program_id(1)
     item_ptr = items_ptr + i_item * 6
-    first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
-    slot_ptr = slots_ptr + slot * _FIELDS
-    # Which module these columns belong to, and where it lies.
+    first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    adapter_ptr = adapters_ptr + adapter * _FIELDS
+    # Which module these columns belong to, its first column and its offsets.
     i_module, i_first, start, num_cols = 0, 0, start0, cols0
     b_offset, grad_offset = b_offset1 * 0, grad_offset1 * 0
     if MODULES > 1:
@@ -75,8 +75,8 @@ def _grad_sb_kernel(
         i_module, i_first = tl.where(third, 2, i_module), tl.where(third, blocks0 + blocks1, i_first)
         start, num_cols = tl.where(third, start2, start), tl.where(third, cols2, num_cols)
         b_offset, grad_offset = tl.where(third, b_offset2, b_offset), tl.where(third, grad_offset2, grad_offset)
-    rank, b_row, s_col = tl.load(slot_ptr), tl.load(slot_ptr + 5 + 3 * i_module), tl.load(slot_ptr + 6 + 3 * i_module)
-    # A slot that does not target the module has no rows here and writes nothing.
+    rank, b_row, s_col = tl.load(adapter_ptr), tl.load(adapter_ptr + 5 + 3 * i_module), tl.load(adapter_ptr + 6 + 3 * i_module)
+    # An adapter that does not target the module has no rows here and writes nothing.
     rank = tl.where(b_row >= 0, rank, 0)
     end = tl.where(b_row >= 0, end, first)
     o_r = tl.arange(0, RANK)
@@ -120,18 +120,18 @@ def _grad_sb_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "width", "blocks0", "blocks1", "blocks2"])
 def _sum_shares_kernel(
-    ds_ptr, share_s_ptr, items_ptr, slots_ptr, scales_ptr, blocks0, blocks1, blocks2, num_rows, width,
+    ds_ptr, share_s_ptr, items_ptr, adapters_ptr, scales_ptr, blocks0, blocks1, blocks2, num_rows, width,
     BM: tl.constexpr, RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dS [rows, S column + r] = c' times the sum of the shares of one module's column blocks, in ascending order, four at a time."""
     item_ptr, i_module = items_ptr + tl.program_id(0) * 6, tl.program_id(1)
-    first, end, slot = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
-    rank, s_col = tl.load(slots_ptr + slot * _FIELDS), tl.load(slots_ptr + slot * _FIELDS + 6 + 3 * i_module)
+    first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    rank, s_col = tl.load(adapters_ptr + adapter * _FIELDS), tl.load(adapters_ptr + adapter * _FIELDS + 6 + 3 * i_module)
     i_first = tl.where(i_module > 0, blocks0, 0) + tl.where(i_module > 1, blocks1, 0)
     i_end = i_first + tl.where(i_module == 0, blocks0, tl.where(i_module == 1, blocks1, blocks2))
     o_row, o_r = first + tl.arange(0, BM), tl.arange(0, RANK)
     m_in = (o_row < end)[:, None] & (o_r < rank)[None, :]
-    scale = tl.load(scales_ptr + slot)
+    scale = tl.load(scales_ptr + adapter)
     if PDL:  # tables do not change; the shares are complete after this
         gdc_wait()
         gdc_launch_dependents()
@@ -175,14 +175,14 @@ def grad_s_and_b_fused(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Rou
 
     _grad_sb_kernel[(sum(blocks), num_items)](
         *tensors, group.b_RN[0], group.grad_b_RN[0], share_s, share_b,
-        route.counters(len(route.segments) * sum(blocks)), route.items(rows), group.slot_table,
+        route.counters(len(route.segments) * sum(blocks)), route.items(rows), group.adapter_table,
         *offsets(group.b_RN), *offsets(group.grad_b_RN), *three([start for start, _ in group.columns]), *three(sizes), *three(blocks)[:2],
         num_rows, dy_TN.stride(0), group.width,
         MODULES=group.num_modules, BM=config.rows, COLUMNS=config.columns, RANK=rank, NUM_STAGES=config.stages, TMA=tma,
         num_warps=config.warps,
     )  # fmt: skip
     _sum_shares_kernel[(route.num_items(config.sum_rows), group.num_modules)](
-        ds_TR, share_s, route.items(config.sum_rows), group.slot_table, group.scale_table, *three(blocks), num_rows, group.width,
+        ds_TR, share_s, route.items(config.sum_rows), group.adapter_table, group.scale_table, *three(blocks), num_rows, group.width,
         BM=config.sum_rows, RANK=rank, num_warps=config.sum_warps, **pdl(dy_TN),
     )  # fmt: skip
     return ds_TR

@@ -1,8 +1,8 @@
 """The slow, obvious twin of every kernel, in plain torch: what CPU runs use and what the kernels are tested against.
 
 Each function takes one segment at a time and touches that segment's rows alone, so a job's numbers (NaN included) never depend on
-its neighbours. LoRA arithmetic is float32 whatever the compute dtype; S and dS are kept in the compute dtype, as the kernels keep them.
-Y and dX are rounded once, after LoRA's share: added to what is already rounded, a share smaller than half a step would always be lost.
+its neighbours. LoRA arithmetic is float32 in every compute dtype; S and dS are kept in the compute dtype, as the kernels keep them.
+Y and dX are rounded once, after LoRA's term: added to rounded numbers, a term smaller than half a step would always be lost.
 `multi_lora_reference` writes the same mathematics as one differentiable expression: its autograd gradients test the backward formulas.
 """
 
@@ -15,15 +15,15 @@ from fused_ops.dropout import keep_mask
 from fused_ops.fp8 import Fp8Weight, multiply_reference
 from fused_ops.route import Route
 
-_WIDENED = 1024  # rows of a 16-bit weight that are made float32 at a time
+_WIDENED = 1024  # rows of a 16-bit weight that are converted to float32 at a time
 
 
 def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
     """Return S [T, width] in x's dtype: c / (1 - p) (M * X) A^T of each row's job; zero where there is none."""
     s_TR = x_TK.new_zeros(x_TK.shape[0], group.width)
-    for rows, slot, module, columns, a_rows, _ in _parts(group, route):
-        xd = _dropped(x_TK[rows].float(), group, route.row_keys[rows], slot, module)
-        s_TR[rows, columns] = (xd @ group.a_RK[a_rows].float().T * group.slots.effective_scales[slot]).to(x_TK.dtype)
+    for rows, adapter, module, columns, a_rows, _ in _parts(group, route):
+        xd = _dropped(x_TK[rows].float(), group, route.row_keys[rows], adapter, module)
+        s_TR[rows, columns] = (xd @ group.a_RK[a_rows].float().T * group.adapters.effective_scales[adapter]).to(x_TK.dtype)
     return s_TR
 
 
@@ -48,10 +48,10 @@ def up(
 def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
     """Return dS [T, width] = c / (1 - p) dY B in dY's dtype, and add dB = dY^T S into the group's gradients."""
     ds_TR = torch.zeros_like(s_TR)
-    for rows, slot, module, columns, _, b_rows in _parts(group, route):
+    for rows, adapter, module, columns, _, b_rows in _parts(group, route):
         start, stop = group.columns[module]
         dy = dy_TN[rows, start:stop].float()
-        ds_TR[rows, columns] = (dy @ group.b_RN[module][b_rows].float().T * group.slots.effective_scales[slot]).to(ds_TR.dtype)
+        ds_TR[rows, columns] = (dy @ group.b_RN[module][b_rows].float().T * group.adapters.effective_scales[adapter]).to(ds_TR.dtype)
         group.grad_b_RN[module][b_rows] += s_TR[rows, columns].float().T @ dy
     return ds_TR
 
@@ -61,25 +61,25 @@ def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, g
     if ds_TR is None or group is None or route is None:
         return _frozen_grad(dy_TN, weight_NK)
     dx_TK = _frozen_grad(dy_TN.float(), weight_NK)
-    for rows, slot, module, columns, a_rows, _ in _parts(group, route):
+    for rows, adapter, module, columns, a_rows, _ in _parts(group, route):
         product = ds_TR[rows, columns].float() @ group.a_RK[a_rows].float()
-        dx_TK[rows] += _dropped(product, group, route.row_keys[rows], slot, module)
+        dx_TK[rows] += _dropped(product, group, route.row_keys[rows], adapter, module)
     return dx_TK.to(dy_TN.dtype)
 
 
 def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False) -> None:
-    """Add dA = dS^T (M * X) into the group's gradients, at once, whatever `after_dx` says."""
-    for rows, slot, module, columns, a_rows, _ in _parts(group, route):
-        xd = _dropped(x_TK[rows].float(), group, route.row_keys[rows], slot, module)
+    """Add dA = dS^T (M * X) into the group's gradients; `after_dx` makes no difference here."""
+    for rows, adapter, module, columns, a_rows, _ in _parts(group, route):
+        xd = _dropped(x_TK[rows].float(), group, route.row_keys[rows], adapter, module)
         group.grad_a_RK[a_rows] += ds_TR[rows, columns].float().T @ xd
 
 
 def multi_lora_reference(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, group: LoraGroup, route: Route) -> Tensor:
     """Return Y as one expression that autograd differentiates in X, A and B: y = x W^T + c B (A (M * x) / (1 - p)), in x's dtype."""
     y_TN = F.linear(x_TK, weight_NK, bias_N)
-    for rows, slot, module, _, a_rows, b_rows in _parts(group, route):
+    for rows, adapter, module, _, a_rows, b_rows in _parts(group, route):
         start, stop = group.columns[module]
-        xd = _dropped(x_TK[rows], group, route.row_keys[rows], slot, module) * group.slots.effective_scales[slot]
+        xd = _dropped(x_TK[rows], group, route.row_keys[rows], adapter, module) * group.adapters.effective_scales[adapter]
         part = (xd @ group.a_RK[a_rows].T) @ group.b_RN[module][b_rows]
         y_TN = y_TN + F.pad(part, (start, y_TN.shape[1] - stop, rows.start, y_TN.shape[0] - rows.stop))
     return y_TN
@@ -107,18 +107,18 @@ def _frozen_grad(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight) -> Tensor:
     return sum(dy @ block.to(dy.dtype) for dy, block in blocks)
 
 
-def _dropped(values_TK: Tensor, group: LoraGroup, row_keys: Tensor, slot: int, module: int) -> Tensor:
-    p = group.slots.dropouts[slot]
+def _dropped(values_TK: Tensor, group: LoraGroup, row_keys: Tensor, adapter: int, module: int) -> Tensor:
+    p = group.adapters.dropouts[adapter]
     if p == 0.0:
         return values_TK
     return torch.where(keep_mask(row_keys, group.first_feature, values_TK.shape[1], module, p), values_TK, 0.0)
 
 
 def _parts(group: LoraGroup, route: Route):
-    """Yield (rows, slot, module, columns of S, rows of A, rows of B) of every targeted module of every segment."""
-    for first, end, slot in route.segments:
-        rank = padded_rank(group.slots.ranks[slot])
+    """Yield (rows, adapter, module, columns of S, rows of A, rows of B) of every targeted module of every segment."""
+    for first, end, adapter in route.segments:
+        rank = padded_rank(group.adapters.ranks[adapter])
         for module in range(group.num_modules):
-            a, b, column = group.a_rows[slot][module], group.b_rows[slot][module], group.s_column(slot, module)
+            a, b, column = group.a_rows[adapter][module], group.b_rows[adapter][module], group.s_column(adapter, module)
             if a >= 0:
-                yield slice(first, end), slot, module, slice(column, column + rank), slice(a, a + rank), slice(b, b + rank)
+                yield slice(first, end), adapter, module, slice(column, column + rank), slice(a, a + rank), slice(b, b + rank)

@@ -1,22 +1,21 @@
 """RMSNorm with the residual around it: one pass forward, one pass backward.
 
     forward     t = x (+ residual)      rstd = 1 / sqrt(mean(t^2) + eps)      y = t rstd w
-    backward    g = dy w                dt = rstd (g - t rstd mean(g t rstd)) (+ dt')      (y again where a Refill asks)
+    backward    g = dy w                dt = rstd (g - t rstd mean(g t rstd)) (+ dt')      (y recomputed where a Refill wants it)
 
-`rms_norm` returns y and t: what goes on along the residual stream takes t, so that its gradient dt' comes back here and is added in the
-same pass instead of in one of its own. With a residual, x and residual have the same gradient dt. The weight w is frozen: no dw.
+`rms_norm` returns y and t. The residual stream continues with t, so that the gradient dt' of t comes back here and is added in the same
+pass instead of in one of its own. With a residual, x and residual have the same gradient dt. The weight w is frozen: no dw.
 
 Numbers moved per row of H: forward 2H, with residual 4H; backward 3H, with dt' 4H, with y one H more. Statistics and arithmetic in
-float32; t is rounded to its dtype before it is normalised, since that is what backward will read. Keeps t (alive anyway) and rstd.
+float32; t is rounded to its dtype before it is normalised, since backward reads the rounded t. Keeps t (alive anyway) and rstd.
 """
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fused_ops.backend import backend_name, gradients
+from fused_ops.optional_triton import tl, triton
 from fused_ops.refill import Refill, wanted
 
 MAX_COLUMNS = 32768
@@ -75,7 +74,7 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (y, t): t = x (+ residual) and its RMSNorm over the last dimension; weight [H] is frozen.
 
-    x, residual [..., H] contiguous, of one shape and dtype; H at most 32768 (else ValueError). With `refill` y is made again in backward
+    x, residual [..., H] contiguous, of one shape and dtype; H at most 32768 (else ValueError). With `refill` y is recomputed in backward
     for the linear that holds the same Refill.
     """
     if x.shape[-1:] != weight.shape or x.shape[-1] > MAX_COLUMNS or not x.is_contiguous():
@@ -101,14 +100,14 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dtotal):
         total, rstd = ctx.saved_tensors
-        again = wanted(ctx.refill)
-        assert dy is not None, "y went nowhere"
+        refilling = wanted(ctx.refill)
+        assert dy is not None, "y was not used"
         if ctx.backend == "triton":
             dtotal = None if dtotal is None else dtotal.contiguous()
-            dx, y = backward(dy.contiguous(), dtotal, total, ctx.weight, rstd, again)
+            dx, y = backward(dy.contiguous(), dtotal, total, ctx.weight, rstd, refilling)
         else:
             (y, _), (dx,) = gradients(lambda t: rms_norm_reference(t, ctx.weight, ctx.eps), (total,), (dy, dtotal))
-        if again:
+        if refilling:
             ctx.refill.finish(y)
         return dx, dx if ctx.has_residual else None, None, None, None, None
 
@@ -127,16 +126,16 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     return y, total, rstd
 
 
-def backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, again: bool) -> tuple[Tensor, Tensor | None]:
-    """Launch the backward kernel; return dt and, with `again`, y."""
+def backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, refill: bool) -> tuple[Tensor, Tensor | None]:
+    """Launch the backward kernel; return dt and, with `refill`, y."""
     num_cols = total.shape[-1]
     num_rows = total.numel() // num_cols
-    dx, y = torch.empty_like(total), torch.empty_like(total) if again else None
+    dx, y = torch.empty_like(total), torch.empty_like(total) if refill else None
     if num_rows:
         rows, cols, warps = _tile(num_cols)
         _backward_kernel[(triton.cdiv(num_rows, rows),)](
             dy, dtotal, total, weight, rstd, dx, y, num_rows, num_cols,
-            ADD=dtotal is not None, REFILL=again, ROWS=rows, COLS=cols, num_warps=warps,
+            ADD=dtotal is not None, REFILL=refill, ROWS=rows, COLS=cols, num_warps=warps,
         )  # fmt: skip
     return dx, y
 

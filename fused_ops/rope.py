@@ -1,9 +1,9 @@
 """Rotary embedding of a merged q | k | v buffer (and RMSNorm of q and k heads where the model has it): one pass each way.
 
-Feature pair (i, i + d/2) of a head is turned by its row's angle (halves layout):
+Feature pair (i, i + d/2) of a head is rotated by its row's angle (halves layout):
     forward     y_i = x_i cos - x_{i+d/2} sin      y_{i+d/2} = x_{i+d/2} cos + x_i sin
-    backward    the same turn by the negative angle
-With head norms, x is first x rstd w over the head's d features (w of q or of k), and backward goes on through that norm.
+    backward    the same rotation by the negative angle
+With head norms, x is first x rstd w over the head's d features (w of q or of k), and backward continues through that norm.
 
 qkv [T, (heads + 2 kv heads) d] is read where the GEMM wrote it; q [T, heads, d], k and v [T, kv heads, d] come out contiguous, as
 attention wants them; v is copied. Backward writes one [T, (heads + 2 kv heads) d] gradient, as the GEMM wants it. Numbers moved per row:
@@ -13,18 +13,17 @@ microbatch and serve all layers. Arithmetic in float32, one rounding at the end.
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fused_ops.backend import backend_name, gradients
+from fused_ops.optional_triton import tl, triton
 
 Table = tuple[Tensor, Tensor]  # cos and sin, [T, d/2]
 HeadNorms = tuple[Tensor, Tensor, float]  # weights of q and of k [d], eps
 
 
 def rotate(x: Tensor, table: Table) -> Tensor:
-    """Turn x [T, heads, d] by the table, in x's dtype."""
+    """Rotate x [T, heads, d] by the table, in x's dtype."""
     cos, sin = (part[:, None] for part in table)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -47,7 +46,7 @@ def _rope_kernel(
 ):  # fmt: skip
     """Forward: qkv to q, k, v. BACKWARD: gradients in q, k, v (and qkv, with NORM) to dqkv.
 
-    A program does HEADS heads of one of q, k and v, which lie side by side there in the order (row, head).
+    A program handles HEADS heads of one of q, k and v, which are contiguous there in the order (row, head).
     """
     q_blocks, kv_blocks = tl.cdiv(num_rows * Q_HEADS, HEADS), tl.cdiv(num_rows * KV_HEADS, HEADS)
     i_block = tl.program_id(0)
@@ -97,7 +96,7 @@ def _rope_kernel(
 def rotate_qkv(
     qkv: Tensor, table: Table, heads: int, kv_heads: int, norms: HeadNorms | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q [T, heads, d], k and v [T, kv heads, d]: q and k (normed by head and) turned, v as it is.
+    """Return q [T, heads, d], k and v [T, kv heads, d]: q and k (normed by head and) rotated, v unchanged.
 
     qkv [T, (heads + 2 kv heads) d] and cos, sin [T, d/2] contiguous; norms = (weight of q [d], weight of k [d], eps), frozen.
     Raises ValueError where shapes do not fit.
@@ -129,8 +128,8 @@ class _RotateQkv(torch.autograd.Function):
         if ctx.backend == "triton":
             dqkv = backward(dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv, ctx.table, ctx.norms)
         elif ctx.norms is None:
-            back = (ctx.table[0], -ctx.table[1])
-            dqkv = torch.cat((rotate(dq, back), rotate(dk, back), dv), dim=1).flatten(1)
+            inverse = (ctx.table[0], -ctx.table[1])
+            dqkv = torch.cat((rotate(dq, inverse), rotate(dk, inverse), dv), dim=1).flatten(1)
         else:
             _, (dqkv,) = gradients(lambda x: rotate_qkv_reference(x, ctx.table, ctx.heads, ctx.kv_heads, ctx.norms), (qkv,), (dq, dk, dv))
         return dqkv, None, None, None, None, None
@@ -165,5 +164,5 @@ def _launch(qkv: Tensor | None, parts: tuple[Tensor, ...], dqkv: Tensor | None, 
 
 
 def heads_per_program(head_dim: int) -> int:
-    """Return how many heads a program does: about 2048 numbers."""
+    """Return how many heads a program handles: about 2048 numbers."""
     return max(1, 2048 // triton.next_power_of_2(head_dim))

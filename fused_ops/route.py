@@ -1,12 +1,12 @@
-"""The route of a microbatch: which rows belong to which adapter slot, and the small tables that kernels read.
+"""The route of a microbatch: which rows belong to which adapter, and the small tables that kernels read.
 
-Invariants: segments are ascending, disjoint, inside [0, num_rows), and name each slot at most once; they begin and end anywhere
+Invariants: segments are ascending, disjoint, inside [0, num_rows), and name each adapter at most once; they begin and end anywhere
 (no padding); a row in no segment is base-only. One route serves all layers of a stage, forward and backward. Its device tables
 are made on first use from host numbers alone, through pinned memory, so that nothing waits for the device:
 
     tiles(block)       [ceil(T / block), 2]   first and end index into `segment_table` of the segments that meet a tile of the row grid
-    owned_tiles(block) [ceil(T / block), 4]   the same, then the slot that all rows of the tile belong to (-1: there is none), and 0
-    items(block)       [n, 6]                 (first row, end row, slot, segment, first item, end item) of blocks that start at segment
+    owned_tiles(block) [ceil(T / block), 4]   the same, then the adapter of all rows of the tile (-1: there is none), and 0
+    items(block)       [n, 6]                 (first row, end row, adapter, segment, first item, end item) of blocks that start at segment
                                               starts: rows of one job each; the last two delimit the items of the same segment
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Route:
-    """Rows to slots for one microbatch. Build with `make_route`; immutable but for the caches of its tables."""
+    """Rows to adapters for one microbatch. Build with `make_route`; immutable but for the caches of its tables."""
 
     def __init__(self, num_rows: int, segments: tuple[tuple[int, int, int], ...], row_keys: Tensor):
         _check(num_rows, segments, row_keys)
@@ -35,23 +35,23 @@ class Route:
 
     @cached_property
     def segment_table(self) -> Tensor:
-        """Return int32 [num_segments, 4]: first row, end row, slot, 0."""
-        return self._upload([(first, end, slot, 0) for first, end, slot in self.segments], 4)
+        """Return int32 [num_segments, 4]: first row, end row, adapter, 0."""
+        return self._upload([(first, end, adapter, 0) for first, end, adapter in self.segments], 4)
 
     def tiles(self, block: int) -> Tensor:
         """Return int32 [ceil(T / block), 2]: which segments meet each tile of `block` rows."""
         return self._cached(("tiles", block), lambda: self._upload(_tiles(self.num_rows, self.segments, block), 2))
 
     def owned_tiles(self, block: int) -> Tensor:
-        """Return int32 [ceil(T / block), 4]: as `tiles`, then the slot that all rows of the tile belong to (-1: there is none), and 0."""
+        """Return int32 [ceil(T / block), 4]: as `tiles`, then the adapter of all rows of the tile (-1: there is none), and 0."""
         return self._cached(("owned", block), lambda: self._upload(_owned_tiles(self.num_rows, self.segments, block), 4))
 
     def items(self, block: int) -> Tensor:
-        """Return int32 [n, 6]: (first row, end row, slot, segment, first item, end item) of at most `block` rows each."""
+        """Return int32 [n, 6]: (first row, end row, adapter, segment, first item, end item) of at most `block` rows each."""
         return self._cached(("items", block), lambda: self._upload(_items(self.segments, block), 6))
 
     def counters(self, size: int) -> Tensor:
-        """Return at least `size` int32 zeros; kernels count arrivals in them and put them back to zero."""
+        """Return at least `size` int32 zeros; kernels count arrivals in them and reset them to zero."""
         size = 1 << (size - 1).bit_length()
         return self._cached(("counters", size), lambda: torch.zeros(size, dtype=torch.int32, device=self.device))
 
@@ -60,13 +60,13 @@ class Route:
         return sum(-(-(end - first) // block) for first, end, _ in self.segments)
 
     def rows(self, first: int, end: int) -> "Route":
-        """Return the route of rows [first, end) alone, renumbered from 0; the same object when that is all of them."""
+        """Return the route of rows [first, end) alone, renumbered from 0; the same object when those are all rows."""
         if (first, end) == (0, self.num_rows):
             return self
         return self._cached(("rows", first, end), lambda: self._cut(first, end))
 
     def _cut(self, first: int, end: int) -> "Route":
-        clipped = ((max(a, first) - first, min(b, end) - first, slot) for a, b, slot in self.segments)
+        clipped = ((max(a, first) - first, min(b, end) - first, adapter) for a, b, adapter in self.segments)
         return Route(end - first, tuple(s for s in clipped if s[0] < s[1]), self.row_keys[first:end])
 
     def _cached(self, key: tuple, make):
@@ -79,16 +79,16 @@ class Route:
 
 
 def make_route(num_rows: int, segments: Sequence[tuple[int, int, int]], row_keys: Tensor | np.ndarray, device) -> Route:
-    """Build a route: `segments` are (first row, end row, slot), `row_keys` int32 [num_rows]. No host-device synchronisation.
+    """Build a route: `segments` are (first row, end row, adapter), `row_keys` int32 [num_rows]. No host-device synchronisation.
 
-    Raises ValueError when segments overlap, leave the rows, are out of order or repeat a slot.
+    Raises ValueError when segments overlap, leave the rows, are out of order or repeat an adapter.
     """
     keys = torch.from_numpy(np.ascontiguousarray(row_keys)) if isinstance(row_keys, np.ndarray) else row_keys
     return Route(num_rows, tuple((int(a), int(b), int(c)) for a, b, c in segments), upload(keys, torch.device(device)))
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copy a small host tensor to `device` without waiting for it; return tensors that are there already as they are."""
+    """Copy a small host tensor to `device` without waiting for it; return tensors that are on it already unchanged."""
     if host.device == device or device.type != "cuda" or host.is_cuda:
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
@@ -97,13 +97,13 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 def _check(num_rows: int, segments, row_keys: Tensor) -> None:
     if row_keys.dtype != torch.int32 or tuple(row_keys.shape) != (num_rows,):
         raise ValueError(f"row_keys must be int32 [{num_rows}], not {row_keys.dtype} {list(row_keys.shape)}")
-    previous_end, slots = 0, set()
-    for first, end, slot in segments:
+    previous_end, adapters = 0, set()
+    for first, end, adapter in segments:
         if not previous_end <= first <= end <= num_rows:
-            raise ValueError(f"segment ({first}, {end}, {slot}) is out of order, overlaps, or leaves the {num_rows} rows")
-        if slot < 0 or slot in slots:
-            raise ValueError(f"segment ({first}, {end}, {slot}): slot {slot} is negative or appears twice in one route")
-        slots.add(slot)
+            raise ValueError(f"segment ({first}, {end}, {adapter}) is out of order, overlaps, or leaves the {num_rows} rows")
+        if adapter < 0 or adapter in adapters:
+            raise ValueError(f"segment ({first}, {end}, {adapter}): adapter {adapter} is negative or appears twice in one route")
+        adapters.add(adapter)
         previous_end = end
 
 
@@ -129,8 +129,8 @@ def _owned_tiles(num_rows: int, segments, block: int) -> list[tuple[int, ...]]:
 
 def _items(segments, block: int) -> list[tuple[int, ...]]:
     items = []
-    for index, (first, end, slot) in enumerate(segments):
+    for index, (first, end, adapter) in enumerate(segments):
         low = len(items)
         high = low - (first - end) // block
-        items += [(row, min(row + block, end), slot, index, low, high) for row in range(first, end, block)]
+        items += [(row, min(row + block, end), adapter, index, low, high) for row in range(first, end, block)]
     return items

@@ -1,4 +1,4 @@
-"""What kernels ask of shapes and devices: rank classes, multiprocessors, whether TMA will do."""
+"""Shapes and devices as kernels see them: rank classes, multiprocessors, whether TMA can be used."""
 
 from functools import lru_cache
 
@@ -12,7 +12,7 @@ def rank_class(rank: int, limit: int = 256) -> int:
 
 @lru_cache
 def num_processors(device: torch.device) -> int:
-    """Return the device's multiprocessor count (132 where there is no GPU to ask: compile checks and the interpreter)."""
+    """Return the device's multiprocessor count (132 where there is no GPU: compile checks and the interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -24,7 +24,7 @@ def uses_tma(*tensors: torch.Tensor) -> bool:
 
 
 def suits_hopper(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Return whether the kernels of hopper_*.py can serve: bfloat16 rows that TMA can address, on a Hopper GPU."""
+    """Return whether the kernels of hopper_*.py can be used: bfloat16 rows that TMA can address, on a Hopper GPU."""
     on_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
     described = [tensor for tensor in (x, *others) if len(tensor)]
     return on_hopper and x.dtype == torch.bfloat16 and len(x) > 0 and uses_tma(*described)

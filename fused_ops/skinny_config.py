@@ -1,7 +1,7 @@
 """How the kernels that read X or dY once are cut: pure functions of shapes.
 
-They are bound by memory, so what counts is the bytes in flight: few programs, each with a deep pipeline of TMA loads, and as few
-partial sums as that allows. Without TMA the pipeline is shallower and several programs share a multiprocessor.
+They are bound by memory, so the bytes in flight decide: few programs, each with a deep pipeline of TMA loads, and as few partial
+sums as that allows. Without TMA the pipeline is shallower and several programs share a multiprocessor.
 """
 
 from dataclasses import dataclass
@@ -82,11 +82,11 @@ def shares_config(num_cols: int, rank: int, item_size: int, tma: bool) -> Shares
     return SharesConfig(columns=512 if rank <= 16 else 256)
 
 
-@lru_cache(maxsize=256)  # every linear asks, for the same few microbatches
+@lru_cache(maxsize=256)  # every linear calls it, for the same few microbatches
 def item_rows(segments: tuple[tuple[int, int, int], ...], num_blocks: int, programs: int) -> int:
-    """Return the fewest rows of an item for which at most so many programs are needed, one for each item and block of columns.
+    """Return the fewest rows of an item for which at most `programs` are needed, one for each item and block of columns.
 
-    More programs than run at once wait for a second turn, and add partial sums; fewer leave multiprocessors idle.
+    More programs than run at once need a second wave, and more partial sums; fewer leave multiprocessors idle.
     """
     lengths = [end - first for first, end, _ in segments]
     fits = (rows for rows in range(256, 2048, 64) if sum(-(-length // rows) for length in lengths) * num_blocks <= programs)
@@ -94,6 +94,6 @@ def item_rows(segments: tuple[tuple[int, int, int], ...], num_blocks: int, progr
 
 
 def splits(num_rows: int, num_inner: int, config: DownConfig, processors: int) -> int:
-    """Return among how many programs the inner dimension of S is cut."""
+    """Return the number of programs among which the inner dimension of S is cut."""
     wanted = int(config.per_processor * processors) // triton.cdiv(max(num_rows, 1), config.rows)
     return max(1, min(wanted, num_inner // 512))

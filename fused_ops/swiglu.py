@@ -1,19 +1,18 @@
 """SwiGLU over gate and up side by side: y = silu(gate) * up, with [gate | up] one buffer [T, 2F].
 
     forward     y = g s u                                      s = 1 / (1 + exp(-g))
-    backward    dg = dy u s (1 + g (1 - s))     du = dy g s    (y again for the linear that read it, where a Refill asks)
+    backward    dg = dy u s (1 + g (1 - s))     du = dy g s    (y recomputed for the linear that read it, where a Refill wants it)
 
-Memory speed is the aim. Numbers moved per row: forward 3F; backward 5F, or 6F with y. Arithmetic in float32, one rounding at the end.
-Keeps its input alone.
+The kernels are bound by memory. Numbers moved per row: forward 3F; backward 5F, or 6F with y. Arithmetic in float32, one rounding at the
+end. Keeps its input alone.
 """
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fused_ops.backend import backend_name, gradients
+from fused_ops.optional_triton import tl, triton
 from fused_ops.refill import Refill, wanted
 
 BLOCK = 2048
@@ -58,7 +57,7 @@ def _backward_kernel(dy_ptr, x_ptr, dx_ptr, y_ptr, num_cols, num_blocks, REFILL:
 def swiglu(gate_up: Tensor, refill: Refill | None = None, backend: str | None = None) -> Tensor:
     """Return silu(gate) * up, [..., F] from [..., gate | up] (contiguous, last dimension 2F; else ValueError).
 
-    With `refill` the output is made again in backward for the linear that holds the same Refill.
+    With `refill` the output is recomputed in backward for the linear that holds the same Refill.
     """
     if gate_up.shape[-1] % 2 or not gate_up.is_contiguous():
         raise ValueError(f"gate | up {list(gate_up.shape)} with strides {gate_up.stride()} must be contiguous, of even width")
@@ -75,12 +74,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
-        again = wanted(ctx.refill)
+        refilling = wanted(ctx.refill)
         if ctx.backend == "triton":
-            d_gate_up, y = backward(dy.contiguous(), gate_up, again)
+            d_gate_up, y = backward(dy.contiguous(), gate_up, refilling)
         else:
             (y,), (d_gate_up,) = gradients(lambda x: (swiglu_reference(x),), (gate_up,), (dy,))
-        if again:
+        if refilling:
             ctx.refill.finish(y)
         return d_gate_up, None, None
 
@@ -94,11 +93,11 @@ def forward(gate_up: Tensor) -> Tensor:
     return y
 
 
-def backward(dy: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor, Tensor | None]:
-    """Launch the backward kernel; return d[gate | up] and, with `again`, y."""
-    d_gate_up, y = torch.empty_like(gate_up), torch.empty_like(dy) if again else None
+def backward(dy: Tensor, gate_up: Tensor, refill: bool) -> tuple[Tensor, Tensor | None]:
+    """Launch the backward kernel; return d[gate | up] and, with `refill`, y."""
+    d_gate_up, y = torch.empty_like(gate_up), torch.empty_like(dy) if refill else None
     num_blocks = triton.cdiv(dy.shape[-1], BLOCK)
     if dy.numel():
         grid = (dy.numel() // dy.shape[-1] * num_blocks,)
-        _backward_kernel[grid](dy, gate_up, d_gate_up, y, dy.shape[-1], num_blocks, REFILL=again, BLOCK=BLOCK, num_warps=4)
+        _backward_kernel[grid](dy, gate_up, d_gate_up, y, dy.shape[-1], num_blocks, REFILL=refill, BLOCK=BLOCK, num_warps=4)
     return d_gate_up, y

@@ -17,7 +17,7 @@ _MODULES = tl.constexpr(tuple(value & 0xFFFFFFFF for value in MODULE_MULTIPLY))
 def column_keys(o_col, first=0):
     """Return what the hash needs of global features first + o_col, `first` even: (key of the pair, whether odd), the shape of o_col.
 
-    Where `first` holds all that is not known when compiling, neighbours are seen to share their key, and their hash is computed once.
+    Where `first` alone is unknown at compile time, the compiler sees that neighbours share their key, and computes their hash once.
     """
     return ((first >> 1) + (o_col >> 1)).to(tl.uint32) * _FEATURE, (o_col & 1) == 1
 

@@ -1,4 +1,4 @@
-"""The GPU's operators, under the names of fused_ops.reference, each by the kernel that suits: what `linear.py` calls on CUDA."""
+"""The GPU's operators, under the names of fused_ops.reference, each by the kernel that fits: what `linear.py` calls on CUDA."""
 
 from torch import Tensor
 

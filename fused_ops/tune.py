@@ -110,7 +110,7 @@ def _adapters(num_in: int, columns: tuple[int, ...], dropout: float):
         columns=tuple(zip(starts[:-1], starts[1:], strict=True)),
         a_rows=tuple(tuple((job * len(columns) + module) * RANK for module in range(len(columns))) for job in range(NUM_JOBS)),
         b_rows=tuple((job * RANK,) * len(columns) for job in range(NUM_JOBS)),
-        slots=AdapterTable(ranks=(RANK,) * NUM_JOBS, scales=(2.0,) * NUM_JOBS, dropouts=(dropout,) * NUM_JOBS),
+        adapters=AdapterTable(ranks=(RANK,) * NUM_JOBS, scales=(2.0,) * NUM_JOBS, dropouts=(dropout,) * NUM_JOBS),
         first_feature=0,
     )
     share = NUM_ROWS // NUM_JOBS

@@ -3,9 +3,9 @@
 import logging
 import warnings
 
-# megatron-core warns at import of each optional package it does not find; `megatron-lora doctor` says what is missing and what it costs.
+# megatron-core warns at import of each optional package that is missing; `megatron-lora doctor` says which, and what that costs.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-# So does torch of a CUDA toolkit on a machine without a GPU, when megatron-core imports its extension builder.
+# torch warns of a missing CUDA toolkit, on machines without a GPU, when megatron-core imports its extension builder.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"

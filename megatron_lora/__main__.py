@@ -1,8 +1,9 @@
-"""The command line: parse, call, exit status. `megatron-lora`, or `python -m megatron_lora`.
+"""The command line: `megatron-lora`, or `python -m megatron_lora`. It parses the arguments and calls a command.
 
-Exit status of train: 0 all jobs done; 1 a crash; 2 wrong input; 3 some jobs failed, the others are done; 75 stopped and saved, run again to
-continue; 128 + a signal's number.
-The other commands end 0, or 2 for wrong input. Commands are imported when they are called, so that help and config errors are quick.
+Exit status of train: 0 all jobs done; 1 a crash; 2 wrong input; 3 some jobs failed, the others are
+done; 75 stopped and saved, run again to resume; 128 + a signal's number. The other commands exit
+with 0, or 2 for wrong input. A command's modules are imported when it is called, so that help and
+config errors are quick.
 """
 
 import argparse
@@ -17,9 +18,9 @@ EXAMPLES = {
     "train": """examples:
   megatron-lora train configs/quickstart.yaml
   megatron-lora train configs/quickstart.yaml output_dir=runs/second defaults.learning_rate=1e-4
-  torchrun --nproc-per-node 8 -m megatron_lora train CONFIG     the same by hand
+  torchrun --nproc-per-node 8 -m megatron_lora train CONFIG     the same, with torchrun started by hand
 
-Run again with the same output_dir, it goes on where it was stopped or has crashed.
+Run it again with the same output_dir to resume a run that was stopped or has crashed.
 
 exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 75 stopped and saved, 128 + a signal's number""",
     "plan": """examples:
@@ -33,7 +34,7 @@ exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 75 s
   megatron-lora calibrate configs/one_gpu_8b.yaml --output h200.json
   megatron-lora plan configs/one_gpu_8b.yaml --cost h200.json
 
-Run it while nothing else runs here; plan and train go by its table from then on. A table that was written with --output
+Run it while nothing else runs here; plan and train use its table from then on. A table that was written with --output
 shows plan another machine's costs.""",
     "report": """examples:
   megatron-lora report runs/quickstart-1
@@ -50,10 +51,10 @@ shows plan another machine's costs.""",
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, as all of ours are."""
+    """An argument parser whose errors are one line, like all errors of this program."""
 
     def error(self, message: str):
-        """Print the message with where to find help, and end with status 2."""
+        """Print the message and how to get help, and exit with status 2."""
         self.exit(2, f"megatron-lora: {message}; see {self.prog} --help\n")
 
 
@@ -80,17 +81,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     train = add("train", "train the jobs of a config; starts torchrun itself, with the ranks the config needs")
     plan = add("plan", "show how the jobs would share the pipeline: slots, fill, bubble, seconds, memory; needs no GPU and trains nothing")
-    calibrate = add("calibrate", "time the ranks of a config on this machine, for plan and train to go by in place of a table's figures")
+    calibrate = add("calibrate", "time the ranks of a config on this machine, for plan and train to use in place of a table's figures")
     report = add("report", "show where the time of a run went, beside what was predicted; reads the run's directory alone")
     tune = add("tune", "measure how to cut matrix products on this GPU; runs that start later take the fastest")
     preview = add("preview", "show the tokens of a few samples of a job, with those that the loss counts marked")
-    add("doctor", "show versions, devices, the backends that will be used, what is missing and what that costs")
+    add("doctor", "show versions, devices, the backends that a run will use, what is missing and what that costs")
     for command in (train, plan, calibrate, preview):
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
         command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
     plan.add_argument("--plot", metavar="FILE", help="also draw the plan, stage by stage, into a new .png, .svg or .pdf")
     plan.add_argument("--policy", metavar="NAME", help="ours (default), or for comparison flush, round-robin, grouped, greedy")
-    plan.add_argument("--device", metavar="NAME", help="predict for h100, h200, a100 or cpu (default: the GPU that is here, else h100)")
+    plan.add_argument("--device", metavar="NAME", help="predict for h100, h200, a100 or cpu (default: this machine's GPU, else h100)")
     plan.add_argument("--cost", metavar="FILE", help="take seconds from a table that calibrate has written (default: this machine's own)")
     calibrate.add_argument("--output", metavar="FILE", help="write the table here (default: below the cache directory, where it is found)")
     report.add_argument("run", metavar="RUN", help="the output directory of a run")
@@ -107,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         from megatron_lora.commands import rank
         from megatron_lora.environment import allocator_settings
 
-        os.environ.update(allocator_settings(os.environ))  # before anything starts CUDA; ranks inherit it
+        os.environ.update(allocator_settings(os.environ))  # before CUDA starts; the ranks inherit it
 
         if rank.under_torchrun():
             return rank.main(arguments.config, arguments.overrides)
@@ -117,9 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "plan":
         from megatron_lora.commands import plan
 
-        a = arguments
-        options = plan.Options(policy=a.policy, plot=a.plot, device=a.device, cost=a.cost)
-        return plan.main(a.config, a.overrides, options)
+        options = plan.Options(policy=arguments.policy, plot=arguments.plot, device=arguments.device, cost=arguments.cost)
+        return plan.main(arguments.config, arguments.overrides, options)
     if arguments.command == "calibrate":
         from megatron_lora.commands import calibrate
         from megatron_lora.environment import allocator_settings

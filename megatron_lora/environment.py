@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, machine. It becomes env.json, and doctor prints the same.
+"""What a run ran on: versions, commit, machine. A run writes it to env.json, and doctor prints it.
 
 {"python": "3.11.7", "packages": {"torch": "2.13.0+cpu", ...}, "commit": "1c77690...", "devices": [...], ...}
 """
@@ -22,6 +22,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "transformer-engine",
+    "nvidia-cudnn-frontend",
     "liger-kernel",
     "peft",
     "tensorboard",
@@ -48,7 +49,7 @@ def environment() -> dict:
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, without importing it; None when it is not installed."""
+    """Return the installed version of a package, without importing it; None when it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -56,7 +57,7 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit this package runs from, with "+changes" when tracked files differ from it; None outside a checkout."""
+    """Return the commit that this package runs from, plus "+changes" when tracked files differ from it; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -69,21 +70,22 @@ def commit() -> str | None:
 
 
 def devices() -> list[str]:
-    """Names of the visible CUDA devices; imports torch."""
+    """Return the names of the visible CUDA devices; imports torch."""
     import torch
 
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 
 
 def num_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def allocator_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what to add to the environment before torch starts CUDA; nothing where torch's allocator has settings already.
+    """Return what to add to the environment before torch starts CUDA; nothing if torch's allocator has settings already.
 
-    Segments of fixed size leave gaps that no later microbatch fits into: 8 of 80 GB, where a stage uses all that the memory model allows.
+    Segments of fixed size leave gaps into which no later microbatch fits: 8 of 80 GB, on a stage
+    that uses all of its memory budget.
     """
     return {} if environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} else dict(ALLOCATOR)
 

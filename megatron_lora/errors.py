@@ -1,12 +1,12 @@
-"""What a user can get wrong.
+"""The error for what a user can get wrong.
 
-One class: its message is one line that names the key, the value and what would be right. The command line prints that line
-and ends with status 2; nothing else in the project catches it.
+Its message is one line that names the key, the value and the remedy. The command line prints that
+line and exits with status 2.
 """
 
 
 class UserError(ValueError):
-    """Wrong input: a config key, a file, a model, a machine that does not fit. The message is one line with the remedy."""
+    """Wrong input: a config key, a file, a model or a machine that does not fit. The message is one line and ends with the remedy."""
 
 
 def one_line(message: object, limit: int = 240) -> str:

@@ -1,4 +1,4 @@
-"""Files that a reader, or a crash, sees whole: the old content or the new, never a part."""
+"""Files that are always complete: a reader, also after a crash, sees the old content or the new."""
 
 import os
 from pathlib import Path
@@ -6,19 +6,19 @@ from pathlib import Path
 
 def write_atomically(path: Path, text: str) -> None:
     """Write or replace a text file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the entries of a directory, written to the disk."""
+    """Write a file, or the entries of a directory, from the system's cache to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

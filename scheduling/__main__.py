@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     plan.add_argument("-o", "--output", required=True, help="the plan file to write")
     plan.add_argument("--only", help="plan this workload alone")
     plan.add_argument("--effort", type=int, default=1, help="multiply the work of the local search (counted in proposals)")
-    plan.add_argument("--window", type=int, metavar="SLOTS", help="plan in rolling windows of so many slots, as a run does")
+    plan.add_argument("--window", type=int, metavar="SLOTS", help="plan in rolling windows of this number of slots, as a run does")
     args = parser.parse_args(argv)
     try:
         with open(args.workload) as file:

@@ -1,9 +1,9 @@
-"""What is left to plan, in flat lists: the form in which packing and search work.
+"""The samples that remain to be planned, in flat lists: the form in which packing and search work.
 
-An *item* is one sample still to be placed; a *group* is what is left of one step of one job; a *layout* is a list of slots, each a
+An *item* is one remaining sample; a *group* is the remaining samples of one step of one job; a *layout* is a list of slots, each a
 list of items. A layout is correct when consecutive groups of a job are at least `gap` slots apart (last item of one to first of the
-next), no first group starts before the job's `ready` slot, and no slot is over the budget. Jobs are taken in an order that their
-content alone decides, so that plans do not depend on how jobs are numbered.
+next), no first group starts before the job's `ready` slot, and no slot is over the budget. Jobs are sorted by their
+content alone, so that plans do not depend on how jobs are numbered.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Layout = list[list[int]]  # [slot] -> items
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where one job stands at a window border: the samples `taken` of step `step`, and the first slot from the border on for the rest."""
+    """One job at a window border: the samples `taken` of step `step`, and the first slot after the border for its remaining samples."""
 
     step: int = 0
     taken: tuple[int, ...] = ()
@@ -30,7 +30,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Backlog:
-    """Items, groups and jobs left to plan, with the constants of the problem; not changed once built."""
+    """Items, groups and jobs that remain to be planned, with the constants of the problem; not changed once built."""
 
     num_stages: int
     gap: int
@@ -50,21 +50,21 @@ class Backlog:
 
     @property
     def fixed(self) -> float:
-        """What every slot takes, however full it is."""
+        """Time of every slot in addition to its samples' time."""
         return self.cost.fixed
 
     @property
     def total_time(self) -> float:
-        """Time of all that is left, listed or later, without the slots' fixed part."""
+        """Time of all remaining samples, listed or later, without the slots' fixed part."""
         return sum(self.times) + sum(self.later_time)
 
     def least_slots(self) -> int:
-        """Slots that the work and the longest chain of steps need at the very least (roughly, when some steps are not listed)."""
+        """Fewest slots that the work and the longest chain of steps need (an estimate, when some steps are not listed)."""
         return max(-(-int(self.total_time) // self.capacity), self._chain_slots())
 
     def fewest_slots(self) -> int:
-        """Slots that the budget, which counts tokens and not time, allows at the very fewest; no more than least_slots()."""
-        tokens = self.total_time * sum(self.tokens) / max(1.0, sum(self.times))  # of later steps: as many per unit of time as listed
+        """Fewest slots that the budget allows, which counts tokens and not time; at most least_slots()."""
+        tokens = self.total_time * sum(self.tokens) / max(1.0, sum(self.times))  # later steps: as many per unit of time as the listed ones
         return max(-(-int(tokens) // self.capacity), self._chain_slots())
 
     def _chain_slots(self) -> int:
@@ -102,22 +102,22 @@ def open_backlog(
     recent: tuple[float, ...] = (),
     horizon: int | None = None,
 ) -> Backlog:
-    """Flatten what is left; with a horizon, list only the steps of each job that are likely to start within that many slots."""
+    """Flatten the remaining samples; with a horizon, list only the steps of each job that are likely to start within `horizon` slots."""
     gap = num_stages + delay
-    standing = [*progress, *[Progress()] * (len(lengths) - len(progress))]
-    order = sorted(range(len(lengths)), key=lambda job: (-len(lengths[job]), lengths[job], standing[job].step, standing[job].taken))
+    progress = [*progress, *[Progress()] * (len(lengths) - len(progress))]
+    order = sorted(range(len(lengths)), key=lambda job: (-len(lengths[job]), lengths[job], progress[job].step, progress[job].taken))
     backlog = Backlog(num_stages, gap, capacity, cost, [], [], [], [], [], [], [], [], [], [], recent)
     fair_time = float("inf") if horizon is None else 8 * horizon * capacity / max(1, len(lengths))
     for job in order:
-        _append_job(backlog, job, lengths[job], standing[job], cost, horizon, fair_time)
+        _append_job(backlog, job, lengths[job], progress[job], cost, horizon, fair_time)
     return backlog
 
 
 def _append_job(
-    backlog: Backlog, job: int, steps: Sequence[Sequence[int]], stand: Progress, cost: SlotCost, horizon: int | None, fair_time: float
+    backlog: Backlog, job: int, steps: Sequence[Sequence[int]], progress: Progress, cost: SlotCost, horizon: int | None, fair_time: float
 ) -> None:
-    """Append one job's groups: what is left of its current step, then whole steps, up to the horizon or many times its fair share."""
-    first_group, slot, used, taken, step = len(backlog.groups), float(stand.ready), 0.0, set(stand.taken), stand.step
+    """Append one job's groups: the rest of its current step, then complete steps, up to the horizon or many times its fair share."""
+    first_group, slot, used, taken, step = len(backlog.groups), float(progress.ready), 0.0, set(progress.taken), progress.step
     while step < len(steps) and (horizon is None or (slot < horizon and used < fair_time)):
         batch = steps[step]
         members = [sample for sample in range(len(batch)) if sample not in taken]
@@ -133,8 +133,8 @@ def _append_job(
         used += time
         taken, step = set(), step + 1
     backlog.jobs.append(range(first_group, len(backlog.groups)))
-    backlog.ready.append(stand.ready)
-    backlog.started.append(bool(stand.taken))
+    backlog.ready.append(progress.ready)
+    backlog.started.append(bool(progress.taken))
     backlog.later_time.append(sum([in_grains(sum(batch) + cost.per_square * sum(map(mul, batch, batch))) for batch in steps[step:]]))
     backlog.later_steps.append(len(steps) - step)
 
@@ -143,12 +143,12 @@ def to_stream(backlog: Backlog, layout: Layout) -> Stream:
     """Turn a layout into a stream: segments by job, samples ascending."""
     stream = []
     for slot in layout:
-        held: dict[tuple[int, int], list[int]] = {}
+        by_step: dict[tuple[int, int], list[int]] = {}
         for item in sorted(slot, key=lambda item: backlog.keys[item]):
-            held.setdefault(backlog.keys[item][:2], []).append(item)
+            by_step.setdefault(backlog.keys[item][:2], []).append(item)
         segments = [
             Segment(job, step, tuple(backlog.keys[item][2] for item in items), sum(backlog.tokens[item] for item in items))
-            for (job, step), items in held.items()
+            for (job, step), items in by_step.items()
         ]
         stream.append(Microbatch(tuple(segments)))
     return tuple(stream)

@@ -4,15 +4,15 @@ A stage with L layers runs a pass over T tokens with squared lengths Q = sum(len
 
     seconds = per_token * T + per_square * Q + per_rank_token * R + fixed
 
-The base is frozen, so a backward makes dX but no dW: as much linear work as a forward (plus one more forward with recompute), 2.5 times
-its attention work; LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head is 4 H V per row
-in the last stage's forward, which makes logits and their gradient while they are there; its backward only scales that gradient. Its rows
-are the targets alone, in chunks of one height: `head_share` of the tokens, 1 where every token is a target.
+The base is frozen, so a backward computes dX but no dW: as much linear work as a forward (plus one more forward with recompute) and 2.5
+times its attention work. LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head costs 4 H V
+per row in the last stage's forward, which computes logits and at once their gradient; its backward only scales that gradient. Its rows are
+the targets alone, in chunks of one height: `head_share` of the tokens, 1 where every token is a target.
 
-`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each: "full" is one more forward in the backward, "cheap" writes
+`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each. "full" is one more forward in the backward; "cheap" writes
 norm and SwiGLU outputs once more, about _CHEAP of a forward.
 
-Where a device carries MeasuredCosts, a stage is the sum of its measured layers and head instead, and no formula is asked.
+Where a device carries MeasuredCosts, a stage is the sum of its measured layers and head instead of the formulas.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Device:
     flops_per_s: float
     memory_bytes: float
     layer_launch_s: float = 1.5e-4
-    segment_s: float = 1.3e-4  # a layer's pass takes so much longer for every further job in its microbatch: layers of 32B on an H100
-    processors: int = 132  # that compute tiles of a GEMM at a time; 0: no tiles
-    measured: MeasuredCosts | None = None  # in place of the formulas
+    segment_s: float = 1.3e-4  # added to a layer's pass by every further job in its microbatch: layers of 32B on an H100
+    processors: int = 132  # tiles of a GEMM that it computes at a time; 0: no tiles
+    measured: MeasuredCosts | None = None  # used in place of the formulas
 
 
 # Reached, not peak, figures: about 65% of dense bf16 peak; a CPU core runs float32.
@@ -105,7 +105,7 @@ class StageCost:
     backward: PassCost
 
     def seconds(self, tokens: float, squares: float = 0.0, rank_tokens: float = 0.0) -> float:
-        """Return the time of a microbatch there and back."""
+        """Return the time of a microbatch, forward and backward."""
         return self.forward.seconds(tokens, squares, rank_tokens) + self.backward.seconds(tokens, squares, rank_tokens)
 
 
@@ -142,7 +142,7 @@ class CostModel:
     stages: tuple[StageCost, ...]
 
     def slot_cost(self, mean_rank: float = 0.0, per_segment: float = 0.0, tiles: tuple[float, ...] = ()) -> SlotCost:
-        """Return the slowest stage's cost in token-equivalents, as the planner takes it, with two terms that this model does not have."""
+        """Return the slowest stage's cost in token-equivalents, as the planner uses it, with two terms that this model does not have."""
         slowest = max(self.stages, key=lambda stage: stage.seconds(_USUAL_TOKENS, 0.0, mean_rank * _USUAL_TOKENS))
         passes = (slowest.forward, slowest.backward)
         fixed = sum(one.fixed for one in passes)
@@ -154,14 +154,6 @@ class CostModel:
     def token_seconds(self, mean_rank: float = 0.0) -> float:
         """Return seconds, forward plus backward on the slowest stage, per token-equivalent of a slot."""
         return max(sum(one.per_token + mean_rank * one.per_rank_token for one in (stage.forward, stage.backward)) for stage in self.stages)
-
-    def slot_seconds(
-        self, slots: Sequence[tuple[float, float, float]]
-    ) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
-        """Return forward and backward seconds [stage][slot] of (tokens, squares, rank_tokens) slots, as simulate() takes them."""
-        forward = tuple(tuple(stage.forward.seconds(*slot) for slot in slots) for stage in self.stages)
-        backward = tuple(tuple(stage.backward.seconds(*slot) for slot in slots) for stage in self.stages)
-        return forward, backward
 
     def to_json(self) -> list[dict]:
         """Return plain data for a JSON file."""
@@ -197,12 +189,12 @@ def analytic_cost(
         lora = 2 * shape.lora_width * num_layers / rate
         head = 4 * shape.head_params * head_share / rate if index == len(layers) - 1 else 0.0
         launches = device.layer_launch_s * num_layers
-        again = (policies.count("full") + _CHEAP * policies.count("cheap")) / max(1, num_layers)  # of a forward
+        recomputed = (policies.count("full") + _CHEAP * policies.count("cheap")) / max(1, num_layers)  # of a forward
         forward = PassCost(per_token=linear + head, per_square=attention, per_rank_token=lora, fixed=launches)
         backward = PassCost(
-            per_token=linear * (1 + again),
-            per_square=attention * (2.5 + again),
-            per_rank_token=lora * (2 + again),
+            per_token=linear * (1 + recomputed),
+            per_square=attention * (2.5 + recomputed),
+            per_rank_token=lora * (2 + recomputed),
             fixed=launches * (1 + policies.count("full") / max(1, num_layers)),
         )
         stages.append(StageCost(forward, backward))
@@ -256,11 +248,11 @@ class Measurement:
 
 
 def refine(model: CostModel, measurements: Sequence[Measurement]) -> CostModel:
-    """Refit each measured pass of each stage to its timings; a coefficient that they cannot tell apart keeps its ratio to the model's.
+    """Refit each measured pass of each stage to its timings; coefficients that the timings cannot separate keep their ratio.
 
-    Least squares of errors relative to the model's times (not to the measured: that would lean to the quick ones) over scale factors of the
-    model's four terms, pulled weakly to their common scale, kept >= 0. A pass that took 5 times what others of its kind took in the model's
-    measure is left out: it compiled a kernel, or the machine was busy.
+    Least squares over scale factors of the model's four terms, kept >= 0 and pulled weakly to their common scale. Errors are relative to
+    the model's times (relative to the measured ones they would favour quick passes). A pass that took 5 times as long as others, relative
+    to the model, is ignored: it compiled a kernel, or the machine was busy.
     """
     stages = []
     for index, stage in enumerate(model.stages):
@@ -272,7 +264,7 @@ def refine(model: CostModel, measurements: Sequence[Measurement]) -> CostModel:
     return CostModel(tuple(stages))
 
 
-_PULL = 1e-3  # weight of staying near the common scale, against one measurement
+_PULL = 1e-3  # weight of the pull to the common scale, relative to one measurement
 _SLOW = 5.0
 
 
@@ -321,16 +313,16 @@ def split_layers(num_layers: int, num_stages: int, head_layers: float = 0.0, emb
 def head_layers(
     shape: ModelShape, device: Device, tokens: int, tensor: int = 1, recompute: str | Sequence[str] = "none", head_share: float = 1.0
 ) -> float:
-    """Return what the head costs over a microbatch of so many tokens, forward and backward, in layers (their mean)."""
+    """Return the cost of the head over a microbatch of `tokens`, forward and backward, in layers (their mean)."""
     body, head = stage_costs(shape, device, (shape.num_layers, 0), tensor, recompute, head_share).stages
     return shape.num_layers * head.seconds(tokens) / body.seconds(tokens)
 
 
 def head_share(target_share: float, tokens: int, chunk_rows: int) -> float:
-    """Return the rows that the head multiplies per token of a microbatch, of whose tokens `target_share` are targets.
+    """Return the rows that the head multiplies per token of a microbatch; `target_share` of the tokens are targets.
 
-    The loss takes its rows in chunks of one height, at most `chunk_rows`, and fills the last one up: by half a chunk on average, and no
-    microbatch has less than one. No more than all tokens are counted, so that 1 stays 1.
+    The loss splits its rows into chunks of one height, at most `chunk_rows`, and pads the last one: by half a chunk on average, and every
+    microbatch has at least one. At most all tokens are counted, so that 1 gives 1.
     """
     height = min(chunk_rows, tokens)
     return min(tokens, max(height, target_share * tokens + height / 2)) / tokens

@@ -1,7 +1,7 @@
 """Several replicas of a pipeline share every global batch: all reach a job's step at the same slot, with about the same work.
 
-A step's samples, longest first, are dealt in *rounds* of one sample per replica; within a round, the replica that lags most takes the
-longest. Where that leaves the slowest replica more than 5% above the mean, a bounded exact search looks for a better partition. The
+A step's samples, longest first, are dealt in *rounds* of one sample per replica; within a round, the replica with the least work so far
+gets the longest. If the slowest replica is then more than 5% above the mean, a bounded exact search looks for a better partition. The
 rounds are then planned as if each were one sample as long as its longest: a round's samples share a slot on all replicas, so every
 step ends in the same slot everywhere.
 """
@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduling.planner import plan_stream
 from scheduling.slot_cost import SlotCost
-from scheduling.types import Lengths, Microbatch, Segment, Stream
+from scheduling.types import Lengths, Microbatch, Segment
 
 BALANCE = 0.05  # a replica may be this much slower than the mean
 _NODES = 20_000  # of the exact search
@@ -23,7 +22,7 @@ _NODES = 20_000  # of the exact search
 class BatchSplit:
     """One global batch over the replicas: [replica][round] -> sample, or None; `excess` is slowest / mean - 1.
 
-    `proven` says that no partition has an excess within BALANCE, where this one has not.
+    `proven`: this split's excess is over BALANCE, and no partition has one within it.
     """
 
     rounds: tuple[tuple[int | None, ...], ...]
@@ -58,11 +57,11 @@ def _excess(loads: Sequence[float]) -> float:
 
 
 def _search(times: Sequence[float], order: Sequence[int], num_replicas: int) -> tuple[list[list[int]] | None, bool]:
-    """Look, depth first, for a partition within BALANCE; returns it or None, and whether None is proven."""
+    """Search, depth first, for a partition within BALANCE; return it or None, and whether None is proven."""
     ceiling = sum(times) / num_replicas * (1 + BALANCE)
     loads, parts, nodes = [0.0] * num_replicas, [[] for _ in range(num_replicas)], 0
 
-    def place(position: int) -> bool:
+    def assign(position: int) -> bool:
         nonlocal nodes
         if position == len(order):
             return True
@@ -75,19 +74,19 @@ def _search(times: Sequence[float], order: Sequence[int], num_replicas: int) -> 
             tried.add(load)
             loads[replica] += times[order[position]]
             parts[replica].append(order[position])
-            if place(position + 1):
+            if assign(position + 1):
                 return True
             parts[replica].pop()
             loads[replica] = load
         return False
 
-    if place(0):
+    if assign(0):
         return parts, False
     return None, nodes <= _NODES
 
 
 def _align(parts: Sequence[Sequence[int]]) -> list[list[int | None]]:
-    """Make rounds of partitions whose samples are longest first."""
+    """Turn partitions, whose samples are longest first, into rounds."""
     depth = max(map(len, parts))
     return [[*part, *[None] * (depth - len(part))] for part in parts]
 
@@ -101,7 +100,7 @@ class Dealt:
     rounds: tuple[tuple[tuple[int, ...], ...], ...]
 
     def part(self, microbatch: Microbatch, replica: int) -> Microbatch:
-        """Turn a slot of rounds into one replica's slot of samples; a job's segment stays where the replica has no sample of it."""
+        """Turn a slot of rounds into one replica's slot of samples; a job has an empty segment where the replica has no sample of it."""
         segments = []
         for segment in microbatch.segments:
             dealt = self.splits[segment.job][segment.step].rounds[replica]
@@ -122,22 +121,3 @@ def deal(lengths: Lengths, num_replicas: int, cost: SlotCost | None = None) -> D
         for job_splits, steps in zip(splits, lengths, strict=True)
     )
     return Dealt(lengths, splits, rounds)
-
-
-def plan_replicas(
-    lengths: Lengths,
-    num_replicas: int,
-    num_stages: int,
-    capacity: int,
-    delay: int = 1,
-    effort: int = 1,
-    cost: SlotCost | None = None,
-) -> tuple[Stream, ...]:
-    """Plan one stream per replica; all have the same slots, and each (job, step) begins and ends in the same slot everywhere.
-
-    Samples are indices within the whole global batch. A replica without samples where others have some of a job holds a segment
-    without samples there, so that it takes the job's steps with the others.
-    """
-    dealt = deal(lengths, num_replicas, cost)
-    shared = plan_stream(dealt.rounds, num_stages, capacity, delay, effort, cost)
-    return tuple(tuple(dealt.part(microbatch, replica) for microbatch in shared) for replica in range(num_replicas))

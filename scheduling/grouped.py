@@ -1,11 +1,11 @@
 """LoRAFusion's published schedule, from its description: paired jobs, packed global batches, no-ops where gaps are short.
 
 Jobs are sorted by mean sample length; the longest is paired with the shortest as long as the other jobs together supply at least
-P - 1 microbatches per step (a step's microbatches being estimated as ceil(mean tokens of a step / capacity)), otherwise it stays
+P - 1 microbatches per step (the estimate for a step is ceil(mean tokens of a step / capacity)); otherwise it remains
 single. Per step and group: fewest bins, the last as small as it can be; then, for each step, for each group, bins by falling load.
-The last bins of neighbouring groups are merged, at the place of the earlier one, where they fit and gaps stay long enough; no-ops go
-before a group whose gap is too short. Instead of an integer program, bins are filled one by one with the fullest exact subset,
-which leaves the last one smallest in nearly all cases; jobs that have run out of steps drop out of their group.
+The last bins of neighbouring groups are merged, at the earlier one's position, where they fit and gaps remain long enough; no-ops are
+put before a group whose gap is too short. Instead of an integer program, bins are filled one by one with the fullest exact subset,
+which makes the last one smallest in nearly all cases; a job without further steps drops out of its group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scheduling.subset_sum import SubsetSums
 
 
 def grouped_layout(backlog: Backlog, bin_tokens: int) -> Layout:
-    """Lay a whole backlog out with bins of at most `bin_tokens` tokens (at least the longest sample)."""
+    """Lay out a complete backlog with bins of at most `bin_tokens` tokens (at least the longest sample)."""
     pairs = _pair_jobs(backlog, bin_tokens)
     blocks = []  # (jobs with a step here, bins by falling load), in execution order
     for step in range(max(len(span) for span in backlog.jobs)):
@@ -24,7 +24,7 @@ def grouped_layout(backlog: Backlog, bin_tokens: int) -> Layout:
             items = [item for job in jobs for item in backlog.groups[backlog.jobs[job][step]]]
             if items:
                 blocks.append((jobs, sorted(_pack(backlog, items, bin_tokens), key=lambda held: -_load(backlog, held))))
-    return _place(backlog, blocks, bin_tokens)
+    return _join_blocks(backlog, blocks, bin_tokens)
 
 
 def _load(backlog: Backlog, items: list[int]) -> int:
@@ -53,7 +53,7 @@ def _pair_jobs(backlog: Backlog, bin_tokens: int) -> list[list[int]]:
 
 
 def _pack(backlog: Backlog, items: list[int], bin_tokens: int) -> Layout:
-    """Fill bin after bin with the fullest subset of what is left that holds the longest sample."""
+    """Fill bin after bin with the fullest subset of the remaining samples that holds the longest one."""
     rest, bins = sorted(items, key=lambda item: (-backlog.tokens[item], item)), []
     while rest:
         first, others = rest[0], rest[1:]
@@ -66,12 +66,12 @@ def _pack(backlog: Backlog, items: list[int], bin_tokens: int) -> Layout:
     return bins
 
 
-def _place(backlog: Backlog, blocks: list[tuple[list[int], Layout]], bin_tokens: int) -> Layout:
-    """Put the blocks one after another: the next block's last bin joins this one's where it fits in time, no-ops make short gaps long."""
+def _join_blocks(backlog: Backlog, blocks: list[tuple[list[int], Layout]], bin_tokens: int) -> Layout:
+    """Put the blocks one after another: the next block's last bin is merged into this one's where it fits, no-ops extend short gaps."""
     layout: Layout = []
     free_at = [0] * len(backlog.jobs)  # first slot where a job's next step may start
     for position, (jobs, bins) in enumerate(blocks):
-        if not bins:  # its only bin has joined the block before
+        if not bins:  # its only bin was merged into the block before
             continue
         layout += [[] for _ in range(max(free_at[job] for job in jobs) - len(layout))]
         layout += [list(held) for held in bins]

@@ -1,16 +1,16 @@
-"""What one decoder layer keeps between its forward and its backward, and what it needs besides at its worst moments.
+"""What one decoder layer keeps between its forward and its backward, and what it needs beyond that at its peaks.
 
 Bytes on one tensor rank, per token of the microbatch (T of them), as the trainer's layer (GEMMs with LoRA, flash attention, fused norms,
 rotation and SwiGLU) allocates them:
 
     kept     none    input, first norm's x, q, k, v, attention's output, sum and x of the second norm, gate | up, swiglu; S of each linear
-             cheap   without the two x and swiglu, which backward makes again
+             cheap   without the two x and swiglu, which backward recomputes
              full    the input alone
-    forward  what is alive beyond that when the layer's output has been made
-    backward the worst of: down's gradients, SwiGLU's, gate | up's, attention's; less what has been let go by then
+    forward  what is alive beyond that when the layer's output is complete
+    backward the maximum over down's gradients, SwiGLU's, gate | up's, attention's, less what is freed by then
 
-A linear that no adapter targets keeps nothing. S and the norms' statistics live as long as the microbatch. With head norms q | k | v is
-kept as the GEMM wrote it too. Sequence parallelism shards the rows of what tensor parallelism leaves whole, and gathers them for a GEMM.
+A linear that no adapter targets keeps nothing. S and the norms' statistics are kept as long as the microbatch. With head norms the GEMM's
+q | k | v is kept too. Sequence parallelism shards the rows of what tensor parallelism does not shard, and gathers them for a GEMM.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dataclasses import dataclass
 POLICIES = ("none", "cheap", "full")
 MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 MODULES = tuple(module for modules in MERGED.values() for module in modules)
-_RANK_ALIGN = 16  # adapters take their rank in rows, rounded up
+_RANK_ALIGN = 16  # an adapter has its rank in rows, rounded up to this
 _ITEM_ROWS = 2048  # of one job, over which a program sums dA
-_FEWEST_ROWS = 256  # of one job, over which a program sums dB at the least
-_PROGRAMS = 132  # that rows are cut for, so that each has something to sum
+_FEWEST_ROWS = 256  # of one job, over which a program sums dB at least
+_PROGRAMS = 132  # rows are cut so that each program has something to sum
 _SHARE_COLUMNS = 512  # of dY, over which a program sums dS
-# Up to it dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64. On GPUs other than Hopper it is
-# 32, and this counts too much.
+# Up to this rank dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64. On other GPUs than
+# Hopper the limit is 32, and the estimate is too high.
 _MAX_FUSED_RANK = 64
 
 
@@ -40,16 +40,16 @@ class Adapter:
 
     @property
     def rows(self) -> int:
-        """Rows that each of its factors takes."""
+        """Rows of each of its factors."""
         return -(-self.rank // _RANK_ALIGN) * _RANK_ALIGN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerMemory:
-    """The sizes of a layer, in bytes per token: `hidden` of this rank's rows, `whole` of all rows of a hidden state, and so on."""
+    """The sizes of a layer, in bytes per token: `hidden` of this rank's rows, `gathered` of all rows of a hidden state, and so on."""
 
     hidden: float
-    whole: float
+    gathered: float
     query: float
     key_value: float
     ffn: float
@@ -75,37 +75,37 @@ class LayerMemory:
 
     @property
     def inputs(self) -> float:
-        """Bytes per token of the linears' inputs that are kept for dA and could be made again."""
+        """Bytes per token of the linears' inputs that are kept for dA and could be recomputed."""
         return self.hidden * ((self.widths["qkv"] > 0) + (self.widths["up"] > 0)) + self.ffn * (self.widths["down"] > 0)
 
     def forward(self, policy: str) -> float:
-        """Bytes per token beyond `kept` when the output is there: attention's and the MLP's result, and the output itself."""
-        output = max(3 * self.hidden, 2 * self.hidden + self.whole * self.sequence)
+        """Bytes per token beyond `kept` when the output is complete: attention's and the MLP's result, and the output itself."""
+        output = max(3 * self.hidden, 2 * self.hidden + self.gathered * self.sequence)
         swiglu = self.ffn * (policy != "none" or not self.widths["down"])
         if policy != "full":
             return output + swiglu
         qkv = self.query + 2 * self.key_value
-        attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + self.whole
+        attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + self.gathered
         return max(attention, self.hidden + output + 3 * self.ffn)  # also the second norm's sum, and gate | up
 
     def backward(self, policy: str, tokens: int) -> float:
-        """Bytes beyond `kept`, for so many tokens, at the worst moment of the backward."""
-        if policy == "full":  # it runs as a layer that keeps all, but for its input
-            again = self.kept("none") - self.hidden
-            return (again + self.hidden) * tokens + max(self.forward("none") * tokens, self.backward("none", tokens))
+        """Bytes beyond `kept`, for `tokens` tokens, at the peak of the backward."""
+        if policy == "full":  # it runs as a layer that keeps everything except its input
+            recomputed = self.kept("none") - self.hidden
+            return (recomputed + self.hidden) * tokens + max(self.forward("none") * tokens, self.backward("none", tokens))
         cheap, widths = policy == "cheap", self.widths
         swiglu_kept = 0.0 if cheap or not widths["down"] else self.ffn
-        dy = self.hidden + (self.whole if self.sequence else 0.0)
+        dy = self.hidden + (self.gathered if self.sequence else 0.0)
         down = dy + widths["down"] + max(self._shares("down", tokens), self.ffn) + self._partial("down", self.ffn, tokens)
         swiglu = self.hidden + 3 * self.ffn - swiglu_kept
         if cheap and widths["down"]:
             swiglu += self.ffn + widths["down"] + self._partial("down", self.ffn, tokens)
-        gone = 2 * self.ffn + swiglu_kept
-        dx = self.whole + (self.hidden if self.sequence else 0.0)
-        up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - gone
-        gone += self.hidden * (1 + (not cheap and widths["up"] > 0))
-        expanded = 2 * self.query if self.grouped else 0.0
-        attention = self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item + expanded - gone
+        freed = 2 * self.ffn + swiglu_kept
+        dx = self.gathered + (self.hidden if self.sequence else 0.0)
+        up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - freed
+        freed += self.hidden * (1 + (not cheap and widths["up"] > 0))
+        expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK, dV of all query heads by cuDNN; torch's take half
+        attention = self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item + expanded - freed
         return max(down, swiglu, up, attention, 0.0) * tokens
 
     def _shares(self, linear: str, tokens: int) -> float:
@@ -118,7 +118,7 @@ class LayerMemory:
         return 4 * blocks * rank * (1 + items * _SHARE_COLUMNS / tokens)
 
     def _partial(self, linear: str, num_bytes: float, tokens: int) -> float:
-        """Bytes per token of dA's partial sums over an input of so many bytes: a float32 matrix per item, some rows of one job."""
+        """Bytes per token of dA's partial sums over an input of `num_bytes`: a float32 matrix per item (some rows of one job)."""
         items = tokens / _ITEM_ROWS + self.num_jobs
         return 4 * items * self.widths[linear] / self.item * num_bytes / self.item / tokens
 
@@ -143,7 +143,7 @@ def layer_memory(
 
     return LayerMemory(
         hidden=hidden_size * item / local,
-        whole=hidden_size * item,
+        gathered=hidden_size * item,
         query=query * item,
         key_value=key_value * item,
         ffn=ffn * item,

@@ -1,14 +1,14 @@
-"""How much memory a stage needs at its worst moment, and what follows from it: recomputation policies and the token budget.
+"""How much memory a stage needs at its peak, and what follows from it: recomputation policies and the token budget.
 
-    bytes = weights + adapters + runtime + kept per token in flight * tokens in flight + workspace of the microbatch at work
+    bytes = weights + adapters + runtime + kept per token in flight * tokens in flight + workspace of the running microbatch
 
 Stage s of P holds at most P - s microbatches, so tokens in flight are bounded by any P - s consecutive slots of the stream. The workspace
-is found by walking once forward and once back through the stage's layers (layer_memory.py), with everything alive that the executor holds:
-messages, the loss's chunk of logits, what upper layers have let go. The loss's gradient counts as if every token were a target: a
-microbatch may be full of one job's, whatever the share of all. An adapter weight costs 16 bytes (master, gradient,
-Adam's moments) and its copy in the compute dtype, where that is another.
+is found by going once forward and once backward through the stage's layers (layer_memory.py), with everything that the executor holds:
+messages, the loss's chunk of logits, less what upper layers have freed. The loss's gradient is counted as if every token were a target,
+since one microbatch may be full of targets whatever their share is. An adapter weight costs 16 bytes (master, gradient, Adam's moments)
+and its copy in the compute dtype, if that is not float32.
 
-Prediction and `torch.cuda.max_memory_allocated` speak of the same bytes. What CUDA, NCCL and fragmentation take on top is RESERVED.
+Prediction and `torch.cuda.max_memory_allocated` count the same bytes. RESERVED is for what CUDA, NCCL and fragmentation add.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 
-RESERVED = 0.05  # share of what is free at the start that NCCL and fragmentation take: 4 of an H100's 84 GB, of which 3 were seen
-LOSS_CHUNK_BYTES = 300 * 10**6  # of the logits that exist at a time
+RESERVED = 0.05  # share of the memory that is free at the start, for NCCL and fragmentation: 4 of an H100's 84 GB; 3 were measured
+LOSS_CHUNK_BYTES = 300 * 10**6  # of the logits that are alive at a time
 _LOSS_ROWS = 256  # chunks are multiples of it, so that they fill the tiles of a GEMM
-_WORTH = 0.002  # a larger budget must gain this much efficiency
+_WORTH = 0.002  # efficiency that a larger budget must gain
 _STATE_BYTES = 16  # of an adapter weight: master, gradient and Adam's two moments
 _CUBLAS_BYTES = 2 * 32 * 2**20  # workspaces of the forward's and the backward's thread
 _INPUT_BYTES = 32  # of a token: tokens, labels, positions, weight and dropout key
@@ -33,16 +33,16 @@ _INPUT_BYTES = 32  # of a token: tokens, labels, positions, weight and dropout k
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """Bytes of one stage on one tensor rank; `policies` of its layers from the first on."""
+    """Bytes of one stage on one tensor rank; `policies` are those of its layers, in order."""
 
     weights: float
     adapters: float
     runtime: float
     layer: LayerMemory
     policies: tuple[str, ...]
-    base: float  # per token in flight, beside the layers: rotary table, tokens; on the last stage the loss's gradient too
-    num_messages: int  # hidden states sent, and the gradient that came, while the stage computes
-    head_rows: int  # of the vocabulary on this rank; 0 where the loss is not
+    base: float  # per token in flight, outside the layers: rotary table, tokens; on the last stage the loss's gradient too
+    num_messages: int  # hidden states being sent, and the received gradient, while the stage computes
+    head_rows: int  # of the vocabulary on this rank; 0 on stages without the loss
 
     @property
     def per_token_in_flight(self) -> float:
@@ -50,32 +50,32 @@ class StageMemory:
         return self.base + sum(map(self.layer.kept, self.policies))
 
     def total(self, tokens_in_flight: float, largest_slot: int) -> float:
-        """Return the bytes with so many tokens in flight and a largest microbatch of so many tokens."""
+        """Return the bytes with this number of tokens in flight and in the largest microbatch."""
         fixed = self.weights + self.adapters + self.runtime
         return fixed + self.per_token_in_flight * tokens_in_flight + self.workspace(largest_slot)
 
     def workspace(self, tokens: int) -> float:
-        """Return what the microbatch at work, of so many tokens, needs beyond what it keeps when its forward is done."""
+        """Return the bytes that a running microbatch of `tokens` needs beyond what it keeps after its forward."""
         if not tokens:
             return 0.0
         kept = self.per_token_in_flight * tokens
         return max(*self._forward(tokens), *self._backward(tokens)) - kept + self.num_messages * self.layer.hidden * tokens
 
     def _forward(self, tokens: int) -> list[float]:
-        """What one microbatch has alive at the top of each run of equal layers, and at the loss."""
+        """Bytes of one microbatch at the top of each run of equal layers, and at the loss."""
         per_token, moments = self.base - self._tail, []
         for policy, run in groupby(self.policies):
             per_token += self.layer.kept(policy) * sum(1 for _ in run)
             moments.append((per_token + self.layer.forward(policy)) * tokens)
         if self.head_rows:
             layer = self.layer
-            held = 2 * layer.hidden + layer.statistics + layer.whole * (1 + layer.sequence)  # sum, x, gathered x, gradient
+            held = 2 * layer.hidden + layer.statistics + layer.gathered * (1 + layer.sequence)  # sum, x, gathered x, gradient
             num_logits = min(tokens, loss_chunk_rows(self.head_rows, layer.item)) * self.head_rows
             moments.append((per_token + held) * tokens + num_logits * layer.item)
         return moments
 
     def _backward(self, tokens: int) -> list[float]:
-        """What it has alive while the loss, and the top layer of each run, go back; S of the layers above stays."""
+        """Its bytes during the backward of the loss and of the top layer of each run; S of the layers above is still kept."""
         layer, moments = self.layer, [self.per_token_in_flight * tokens]
         if self.head_rows:
             moments[0] += layer.hidden * tokens  # the gradient times its weights
@@ -89,13 +89,13 @@ class StageMemory:
 
     @property
     def _tail(self) -> float:
-        """What the last stage keeps behind its layers: the final norm's input, and the gradient that the loss has made."""
+        """What the last stage keeps after its layers: the final norm's input, and the gradient that the loss computed."""
         return (2 * self.layer.hidden + self.layer.statistics) * (self.head_rows > 0)
 
 
 def loss_chunk_rows(head_rows: int, item: int) -> int:
-    """Return how many rows the loss takes at a time, with so many tokens of the vocabulary on this rank and so many bytes per logit."""
-    if item > 2:  # float32 is for CPUs, which need no large products to be busy
+    """Return the rows of a chunk of the loss; `head_rows` tokens of the vocabulary are on this rank, `item` is the bytes of a logit."""
+    if item > 2:  # float32 means a CPU, which needs no large products to be busy
         return max(1, min(128, LOSS_CHUNK_BYTES // (head_rows * item)))
     return max(1, LOSS_CHUNK_BYTES // (head_rows * item * _LOSS_ROWS)) * _LOSS_ROWS
 
@@ -131,7 +131,7 @@ def stage_memory(
     linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor
     norms = (2 * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * item
     per_job = [_adapter_weights(shape, adapter, tensor) * num_layers for adapter in adapters]
-    summed = 4 * max(per_job, default=0) if tensor * replicas > 1 else 0  # one job's gradients on their way to other ranks
+    summed = 4 * max(per_job, default=0) if tensor * replicas > 1 else 0  # one job's gradients while ranks sum them
     memory = StageMemory(
         weights=(linears + norms) * num_layers + shape.hidden_size * item * (head_rows * (first + last) + last),
         adapters=sum(per_job) * (_STATE_BYTES + (item if item < 4 else 0)) + summed,
@@ -161,7 +161,7 @@ def tokens_in_flight(stream: Stream, stage: int, num_stages: int) -> int:
 
 
 def usable_bytes(device: Device) -> float:
-    """Return what a stage may take of a device."""
+    """Return the bytes of a device that a stage may use."""
     return device.memory_bytes * (1 - RESERVED)
 
 
@@ -180,9 +180,9 @@ def fitting_tokens(stages: Sequence[StageMemory], device: Device) -> int:
 
 
 def cheapest_policies(num_layers: int, fits: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...] | None:
-    """Return the policies of a stage's layers that fit and cost least time: first as few `full` as can be, then as few `cheap`.
+    """Return the fastest policies of a stage's layers that fit: first as few `full` as possible, then as few `cheap`.
 
-    `full` layers come first and `none` last: backward reaches the first layers when it has let go of the others. None where nothing fits.
+    `full` layers come first and `none` last: backward reaches the first layers when it has freed the others. None where nothing fits.
     """
 
     def policies(num_full: int, num_cheap: int) -> tuple[str, ...]:
@@ -190,13 +190,13 @@ def cheapest_policies(num_layers: int, fits: Callable[[tuple[str, ...]], bool]) 
 
     if not fits(policies(num_layers, 0)):
         return None
-    spared = _last(lambda spared: fits(policies(num_layers - spared, spared)), num_layers)
-    whole = _last(lambda whole: fits(policies(num_layers - spared, spared - whole)), spared)
-    return policies(num_layers - spared, spared - whole)
+    num_not_full = _last(lambda num_not_full: fits(policies(num_layers - num_not_full, num_not_full)), num_layers)
+    num_none = _last(lambda num_none: fits(policies(num_layers - num_not_full, num_not_full - num_none)), num_not_full)
+    return policies(num_layers - num_not_full, num_not_full - num_none)
 
 
 def _last(holds: Callable[[int], bool], high: int) -> int:
-    """Return the largest number up to `high` for which something holds that holds for 0 and, once it fails, fails for all above."""
+    """Return the largest number up to `high` for which `holds`; it holds for 0 and, once it fails, fails for all above."""
     low = 0
     while low < high:
         middle = (low + high + 1) // 2
@@ -212,10 +212,10 @@ def choose_capacity(
     multiple: int = 256,
     slowdown: Callable[[int], float] | None = None,
 ) -> int:
-    """Choose microbatch_tokens: as large as memory allows, no larger than pays, a multiple of `multiple` where that fits.
+    """Choose microbatch_tokens: as large as memory allows and as pays off, a multiple of `multiple` where that fits.
 
-    Larger budgets stop paying where the even-slot estimate is flat, or where `slowdown(budget)`, what recomputation for its sake costs as
-    a factor of time, grows faster. Raises ValueError when the longest sample does not fit.
+    Larger budgets stop paying off where the even-slot estimate is flat, or where `slowdown(budget)` grows faster: the factor of time
+    that the recomputation for such a budget costs. Raises ValueError when the longest sample does not fit.
     """
     longest = max((tokens for steps in lengths for batch in steps for tokens in batch), default=1)
     if longest > fitting:

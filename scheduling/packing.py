@@ -1,13 +1,13 @@
-"""Ways to lay a backlog out, each for a wanted number of slots; the planner tries several numbers and keeps the best.
+"""Ways to lay out a backlog, each for a wanted number of slots; the planner tries several numbers and keeps the best.
 
-* `fill` goes slot by slot: ready jobs in order (started steps first, then the longest remaining critical path), whole remainders
+* `fill` goes slot by slot: ready jobs in order (started steps first, then the longest remaining critical path), complete remainders
   while they fit, then the subset of the next jobs' samples that meets the slot's target time exactly. Best where the budget binds.
 * `spread` goes step by step: every step gets an equal, staggered share of the slots, and its samples, longest first, go to the
-  emptiest slot of that share. Best where jobs are so few that gaps bind: smaller, even slots take the place of no-ops.
-* `first_fit` is the plain greedy: what the two must beat.
+  emptiest slot of that share. Best where few jobs make gaps bind: smaller, even slots replace no-ops.
+* `first_fit` is the plain greedy that the two must beat.
 
 Targets ramp from one half to one over the first and last P - 1 slots: in a pipeline that fills or drains, a slow ramp is almost
-free, while the fill itself then costs half as much (the linear program over slot times says the same).
+free, and the fill then costs half as much (the linear program over slot times has the same solution).
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ def ramp(num_slots: int, num_stages: int, starts_empty: bool) -> list[float]:
 
 
 class _Job:
-    """A job while slots are being filled: its current group, what is left of it, and how long the rest must take."""
+    """A job while slots are being filled: its current group, the group's remaining items, and the critical path from there."""
 
     __slots__ = ("group", "end", "rest", "started", "free_at", "paths", "first")
 
     def __init__(self, backlog: Backlog, index: int, slot_time: float):
         span = backlog.jobs[index]
-        self.group = self.first = span.start
+        self.group = span.start
+        self.first = span.start
         self.end = span.stop
         self.rest = list(backlog.groups[span.start]) if span else []
-        self.started, self.free_at = backlog.started[index], backlog.ready[index]
+        self.started = backlog.started[index]
+        self.free_at = backlog.ready[index]
         path = backlog.later_time[index] / slot_time + backlog.later_steps[index] * (backlog.gap - 1)
         self.paths = []  # critical path, in slots, from each group on
         for group in reversed(span):
@@ -51,7 +53,7 @@ class _Job:
         self.paths.reverse()
 
     def take(self, backlog: Backlog, items: set[int], slot: int) -> None:
-        """Remove placed items; move to the next group when none is left."""
+        """Remove placed items; move to the next group when none remains."""
         self.rest = [item for item in self.rest if item not in items]
         self.started = True
         if not self.rest:
@@ -61,19 +63,19 @@ class _Job:
 
 
 def fill(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout:
-    """Lay out slot by slot towards `num_slots` even ones; stops at the horizon, goes on past `num_slots` when gaps force it to."""
+    """Lay out slot by slot towards `num_slots` even ones; stops at the horizon, continues beyond `num_slots` when gaps force it to."""
     slot_time = max(1.0, backlog.total_time / num_slots)
     jobs = [_Job(backlog, index, slot_time) for index in range(len(backlog.jobs))]
     shares = ramp(num_slots, backlog.num_stages, not backlog.recent)
-    time_left, shares_left = backlog.total_time, math.fsum(shares)
+    remaining_time, remaining_shares = backlog.total_time, math.fsum(shares)
     layout: Layout = []
     open_jobs = [index for index, job in enumerate(jobs) if job.rest]
     while open_jobs and (horizon is None or len(layout) < horizon):
         slot = len(layout)
         target = slot_time
         if slot < num_slots:
-            target = (time_left + backlog.fixed * (num_slots - slot)) * shares[slot] / max(shares_left, 0.5) - backlog.fixed
-            shares_left -= shares[slot]
+            target = (remaining_time + backlog.fixed * (num_slots - slot)) * shares[slot] / max(remaining_shares, 0.5) - backlog.fixed
+            remaining_shares -= shares[slot]
         ready = [index for index in open_jobs if jobs[index].free_at <= slot]
         ready.sort(key=lambda index: (not jobs[index].started, -jobs[index].paths[jobs[index].group - jobs[index].first], index))
         chosen = _fill_slot(backlog, [jobs[index] for index in ready], max(1.0, target))
@@ -81,32 +83,32 @@ def fill(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout
         for index in ready:
             if not placed.isdisjoint(jobs[index].rest):
                 jobs[index].take(backlog, placed, slot)
-        time_left -= sum([backlog.times[item] for item in chosen])
+        remaining_time -= sum([backlog.times[item] for item in chosen])
         layout.append(chosen)
         open_jobs = [index for index in open_jobs if jobs[index].rest]
     return layout
 
 
 def _fill_slot(backlog: Backlog, ready: list[_Job], target: float) -> list[int]:
-    """Choose the items of one slot: whole remainders in order while they fit, then the best subset of the jobs that follow."""
+    """Choose the items of one slot: complete remainders in order while they fit, then the best subset of the jobs that follow."""
     times, tokens = backlog.times, backlog.tokens
     chosen: list[int] = []
-    room, token_room, num_whole = target, backlog.capacity, 0
+    room, token_room, num_complete = target, backlog.capacity, 0
     for job in ready:
         needed, needed_tokens = sum([times[item] for item in job.rest]), sum([tokens[item] for item in job.rest])
         if needed > room or needed_tokens > token_room:
             break
         chosen += job.rest
-        room, token_room, num_whole = room - needed, token_room - needed_tokens, num_whole + 1
-    if num_whole < len(ready) and room > _CLOSE * target:
-        chosen += _fit(backlog, ready[num_whole:], room, token_room, target)
+        room, token_room, num_complete = room - needed, token_room - needed_tokens, num_complete + 1
+    if num_complete < len(ready) and room > _CLOSE * target:
+        chosen += _fit(backlog, ready[num_complete:], room, token_room, target)
     if not chosen and ready:  # even the shortest sample is over the target
         chosen = [ready[0].rest[-1]]
     return chosen
 
 
 def _fit(backlog: Backlog, ready: list[_Job], room: float, token_room: int, target: float) -> list[int]:
-    """Return the subset of the ready jobs' items whose time is nearest to `room`, drawing on as few jobs as that takes."""
+    """Return the subset of the ready jobs' items whose time is nearest to `room`, from as few jobs as possible."""
     times, tokens, unit = backlog.times, backlog.tokens, target / _RESOLUTION
     goal, slack = int(room / unit), int(2 * _CLOSE * _RESOLUTION)
     sums, pool = SubsetSums(goal + slack), []
@@ -130,7 +132,7 @@ def _fit(backlog: Backlog, ready: list[_Job], room: float, token_room: int, targ
 
 
 def _fit_tokens(backlog: Backlog, ready: list[_Job], token_room: int) -> list[int]:
-    """Where the token budget binds before the time does: the fullest subset, drawing on as few jobs as that takes."""
+    """Where the token budget binds before the time does: the fullest subset, from as few jobs as possible."""
     sums, pool = SubsetSums(token_room), []
     for job in ready:
         pool += job.rest

@@ -6,18 +6,21 @@ On stage s of P, with w = P - s - 1 warm-up forwards, slot i triggers, in this o
     F(i)       (EVAL(i) for an evaluation slot)
     B(i - w)   when that slot exists; after the last slot the remaining w backwards follow
 
-so that STEP stands directly before the same forward on every stage. Stage 0 finishes B(m) just before F(m + P): a gap of P slots
-between the last microbatch of a step and the first of the next gives the verdict (which rides forward with F(m + P + delay)) to every
-stage before it is needed. No-op and evaluation slots keep their B, as a message without computation: messages stay one per slot.
+so that STEP comes directly before the same forward on every stage. Stage 0 finishes B(m) just before F(m + P). With a gap of P + delay
+slots between the last microbatch of a step and the first of the next, every stage has the verdict before it needs it: the message of
+F(m + P + delay) carries it forward. No-op and evaluation slots keep their B, as a message without computation: one message per slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from scheduling.types import NOOP, Action, Microbatch, Op, PlanError, Stream
 
 Ending = tuple[int, int]  # (job, step)
+Value = TypeVar("Value")
+Slots = Sequence[Value] | Mapping[int, Value]  # by slot
 
 
 def endings(stream: Stream) -> tuple[tuple[Ending, ...], ...]:
@@ -41,7 +44,7 @@ def with_drain(stream: Stream, num_stages: int, delay: int = 0) -> Stream:
 
 
 def stage_actions(stream: Stream, stage: int, num_stages: int, delay: int = 0) -> tuple[Action, ...]:
-    """Return everything that one stage executes for the whole of a drained stream, in order.
+    """Return everything that one stage executes for a complete drained stream, in order.
 
     Raises PlanError when the stream ends before the last steps can be taken (see with_drain).
     """
@@ -53,18 +56,18 @@ def stage_actions(stream: Stream, stage: int, num_stages: int, delay: int = 0) -
 
 
 def final_backwards(num_slots: int, stage: int, num_stages: int) -> tuple[Action, ...]:
-    """Return the backwards that are left on one stage after the last forward of a stream."""
+    """Return the backwards that remain on one stage after the last forward of a stream."""
     warmup = min(num_stages - stage - 1, num_slots)
     return tuple(Action(Op.BACKWARD, slot) for slot in range(num_slots - warmup, num_slots))
 
 
 def window_actions(
-    stream: Sequence[Microbatch], ended: Sequence[Sequence[Ending]], stage: int, num_stages: int, delay: int, first: int, end: int
+    stream: Slots[Microbatch], ended: Slots[Sequence[Ending]], stage: int, num_stages: int, delay: int, first: int, end: int
 ) -> tuple[Action, ...]:
-    """Return the actions that slots first .. end - 1 trigger on one stage; `stream` and `ended` (the steps that end in each slot) reach
-    slot end - 1.
+    """Return the actions that slots first .. end - 1 trigger on one stage, read from the microbatch of each slot and the steps that end
+    in it; of the slots before `first` the last num_stages + delay are read.
 
-    Concatenated over consecutive windows, plus final_backwards, they are stage_actions of the whole.
+    Concatenated over consecutive windows, plus final_backwards, they are stage_actions of the complete stream.
     """
     warmup, gap = num_stages - stage - 1, num_stages + delay
     actions: list[Action] = []

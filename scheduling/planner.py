@@ -1,7 +1,7 @@
 """From sample lengths to a stream: try two constructions at several numbers of slots, then improve the best ones by local search.
 
-What decides between candidates is the predicted makespan of the slot times under 1F1B, fill and drain included. Effort is counted in
-proposals of the search, not in seconds, and nothing depends on job numbers or hash seeds: the same workload gives the same plan.
+The candidate with the shortest predicted makespan under 1F1B wins, fill and drain included. Effort is counted in proposals of the search,
+not in seconds, and nothing depends on job numbers or hash seeds: the same workload gives the same plan.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from scheduling.slot_cost import SlotCost
 from scheduling.timing import makespan
 from scheduling.types import Lengths, Stream
 
-# Numbers of slots that are tried, as multiples of the fewest that the work fills.
+# Numbers of slots to try, as multiples of the fewest that hold the work.
 _STRETCHES = (1.01, 1.02, 1.03, 1.045, 1.06, 1.08, 1.11, 1.15, 1.2, 1.25, 1.3, 1.36, 1.43, 1.5, 1.6, 1.7, 1.85, 2.0)
 _NEARBY = (0.995, 1.005, 1.013)
-_TIGHT = (0.0, 0.3, 0.6, 0.9)  # of the way from the fewest slots that the budget allows to the fewest that the work would fill
+_TIGHT = (0.0, 0.3, 0.6, 0.9)  # of the way from the fewest slots that the budget allows to the fewest that hold the work
 _PATIENCE = 5  # candidates in a row without a better one
 _PACKING_WORK = 40_000  # items that a construction may handle in all its tries, per unit of effort
 _MANY_ITEMS = 4_000  # beyond these `fill` alone is tried
 _SPREAD_WORK = 400_000  # items x slots / groups that `spread` may handle: its work is items x slots of a step
 _SEARCH_WORK = 6_000_000  # proposals x (stages + 4)^2 per unit of effort: about 0.2 s
-_SEARCH_PER_ITEM = 300  # at most so many proposals per sample and unit of effort
+_SEARCH_PER_ITEM = 300  # most proposals per sample and unit of effort
 
 
 Build = Callable[[Backlog, int, int | None], Layout | None]
@@ -40,7 +40,7 @@ class Candidate:
 
 
 def plan_stream(lengths: Lengths, num_stages: int, capacity: int, delay: int = 0, effort: int = 1, cost: SlotCost | None = None) -> Stream:
-    """Plan a whole workload as one stream, without drain slots (see pipeline.with_drain).
+    """Plan a complete workload as one stream, without drain slots (see pipeline.with_drain).
 
     Steps of a job are at least num_stages + delay slots apart; `effort` multiplies the work of the search (1: a few tenths of a
     second for hundreds of slots). Raises PlanError where no plan exists.
@@ -76,20 +76,20 @@ def _rate(backlog: Backlog, layout: Layout) -> Candidate:
 
 
 def best_stretch(backlog: Backlog, build: Build, effort: int = 1, horizon: int | None = None) -> Candidate | None:
-    """Return the best layout of one construction over growing numbers of slots, and then closer around the best of these and below them.
+    """Return the best layout of one construction over growing numbers of slots, then over numbers near the best of these and below them.
 
-    Long samples take more time than tokens: where the budget allows fewer slots than the work would fill, these are tried as well.
+    Long samples take more time than tokens: if the budget allows fewer slots than hold the work, these numbers are tried as well.
     Stops when larger numbers no longer help, or when the work allowed by `effort` is spent; None where the construction finds nothing.
     """
     least = backlog.least_slots()
     if build is spread and len(backlog.tokens) * least > _SPREAD_WORK * len(backlog.groups):
         return None
     best, best_at, misses = None, 1.0, 0
-    tries_left = max(1, effort * _PACKING_WORK // len(backlog.tokens))
+    remaining_tries = max(1, effort * _PACKING_WORK // len(backlog.tokens))
     for stretch in _STRETCHES:
-        if tries_left == 0 or misses == _PATIENCE:
+        if remaining_tries == 0 or misses == _PATIENCE:
             break
-        tries_left -= 1
+        remaining_tries -= 1
         candidate = _try(backlog, build, least * stretch, horizon)
         if candidate is not None:
             misses += 1
@@ -98,7 +98,7 @@ def best_stretch(backlog: Backlog, build: Build, effort: int = 1, horizon: int |
     fewest = backlog.fewest_slots()
     tight = sorted({round(fewest + share * (least - fewest)) for share in _TIGHT}) if fewest < least else []
     closer = [*(least * best_at * nearby for nearby in _NEARBY), *tight]
-    for num_slots in closer[:tries_left] if best is not None else ():
+    for num_slots in closer[:remaining_tries] if best is not None else ():
         candidate = _try(backlog, build, num_slots, horizon)
         if candidate is not None and candidate.value < best.value:  # type: ignore[union-attr]
             best = candidate

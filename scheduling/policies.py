@@ -6,7 +6,7 @@ ideal time of the tokens / the summed makespans.
 * `flush`: jobs one after another, each global batch one run, balanced over its best number of microbatches (Megatron-LM).
 * `round_robin`: one job per microbatch, jobs take turns, at most one step of a job in flight (mLoRA).
 * `grouped`: jobs paired long with short, each pair's global batches packed together, no-ops where gaps are short (LoRAFusion).
-* `greedy`: slot after slot up to one target size, started steps first: what the planner must never be slower than.
+* `greedy`: slot after slot up to one target size, started steps first; the planner must never be slower.
 * `ours`: scheduling.planner.
 """
 
@@ -39,7 +39,7 @@ def runs_efficiency(runs: Runs, lengths: Lengths, num_stages: int, cost: SlotCos
 
 
 def flush(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> Runs:
-    """Run every step of every job by itself, at the number of microbatches that makes it shortest."""
+    """Run every step of every job alone, with the number of microbatches that makes it shortest."""
     check_workload(lengths, capacity)
     backlog = open_backlog(lengths, num_stages, capacity, 0, cost)
     runs = []
@@ -51,7 +51,7 @@ def flush(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> R
 
 
 def round_robin(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> Runs:
-    """Let jobs take turns with microbatches of their own, at the microbatch size that suits the workload best."""
+    """Let jobs take turns with microbatches of their own, at the microbatch size that is best for the workload."""
     check_workload(lengths, capacity)
     backlog = open_backlog(lengths, num_stages, capacity, 0, cost)
     streams = (to_stream(backlog, _turns(backlog, capacity * share)) for share in _SHARES)
@@ -59,7 +59,7 @@ def round_robin(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost
 
 
 def grouped(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> Runs:
-    """Pair jobs and pack each pair's global batches, at the bin size that suits the workload best."""
+    """Pair jobs and pack each pair's global batches, at the bin size that is best for the workload."""
     check_workload(lengths, capacity)
     backlog = open_backlog(lengths, num_stages, capacity, 0, cost)
     longest = max(backlog.tokens)

@@ -1,4 +1,4 @@
-"""The staircase of a GPU's linear layers: how long they take for so many tiles of rows (SlotCost.tiles)."""
+"""The staircase of a GPU's linear layers: their time as a function of the number of row tiles (SlotCost.tiles)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from scheduling.cost import Device, ModelShape
 from scheduling.slot_cost import TILE_ROWS
 
 TILE_COLUMNS = 256  # of the GEMMs
-_MOST_TILES = 256  # of rows: 32,768 tokens
+_MAX_TILES = 256  # of rows: 32,768 tokens
 
 
 def linear_tiles(shape: ModelShape, device: Device, tensor: int = 1) -> tuple[float, ...]:
-    """Return SlotCost.tiles: the time of a layer's linears there and back by row tiles, in tokens that fill every wave of tiles.
+    """Return SlotCost.tiles: the time of a layer's linears, forward and backward, by row tiles, in tokens that fill every wave of tiles.
 
-    Of a GEMM's tiles the device computes `processors` at a time, the last ones as long as all others: 4,096 rows of 5,120 columns are 640
-    tiles, five waves of 132 as 3,329 rows are. Empty where the device has no tiles.
+    The device computes `processors` tiles of a GEMM at a time, and an incomplete last wave takes as long as a full one: 4,096 rows of 5,120
+    columns are 640 tiles, five waves of 132, as many as 3,329 rows need. Empty where the device has no tiles.
     """
     if not device.processors:
         return ()
@@ -29,4 +29,4 @@ def linear_tiles(shape: ModelShape, device: Device, tensor: int = 1) -> tuple[fl
         waves = ((inner, -(-row_tiles * -(-columns // TILE_COLUMNS) // device.processors)) for inner, columns in products)
         return sum(inner * count for inner, count in waves) * wave / weights
 
-    return tuple(map(tokens, range(_MOST_TILES + 1)))
+    return tuple(map(tokens, range(_MAX_TILES + 1)))

@@ -1,9 +1,9 @@
 """Local search on a layout: annealing by sweeps that move or swap samples between nearby slots and time each change exactly.
 
-A sweep walks the slots from left to right with the head of the recursion of timing.py at its side; for each slot p it proposes a few
-changes between p and a slot up to 2 P to its right, times them in the rounds that they touch (head, changed rounds, tail), and accepts
-by Metropolis' rule. Changes to the right of p leave the head valid, those to the left of a round leave its tail valid, so nothing is
-recomputed but a few tails after an accepted change. Work is counted in proposals, never in seconds, and random numbers come from a
+A sweep visits the slots from left to right with the head of the recursion of timing.py; for each slot p it proposes a few
+changes between p and a slot up to 2 P to its right, times them in the rounds that they change (head, changed rounds, tail), and accepts
+by Metropolis' rule. Changes to the right of p leave the head valid, those to the left of a round leave its tail valid, so only a few
+tails are recomputed after an accepted change. Work is counted in proposals, never in seconds, and random numbers come from a
 fixed seed: the same input gives the same plan everywhere.
 """
 
@@ -21,9 +21,9 @@ _PROPOSALS_PER_SLOT = 10
 
 
 def anneal(backlog: Backlog, layout: Layout, proposals: int, heat: float = 0.2, seed: int = 0) -> Layout:
-    """Return the best layout that about this many proposals find, never a slower one than the given.
+    """Return the best layout found in about `proposals` proposals, never a slower one than the given.
 
-    Where the pipeline fills or drains, P - 1 no-op slots are laid before or behind, for changes to make ramps of; those left are dropped.
+    Where the pipeline fills or drains, P - 1 no-op slots are added, so that changes can form ramps; unused ones are dropped.
     The first temperature is `heat` times the time per slot that the pipeline loses to unevenness, fill and drain.
     """
     longer = _with_ends(backlog, layout)
@@ -74,21 +74,24 @@ def _needs(backlog: Backlog, job: int, k: int, first: list[int], last: list[int]
 
 
 class _Search:
-    """A layout under change: what slots hold, how long they take, where each group begins and ends; slots count from the recent ones on."""
+    """A layout under change: the items and times of slots, the first and last slot of each group; slot numbers include the recent slots."""
 
     def __init__(self, backlog: Backlog, layout: Layout):
-        self.backlog, self.clock = backlog, Clock(backlog.num_stages)
+        self.backlog = backlog
+        self.clock = Clock(backlog.num_stages)
         self.offset = len(backlog.recent)
         self.slots = [[] for _ in backlog.recent] + [list(slot) for slot in layout]
         self.costs = costs_of(backlog, layout)
         self.tokens = [sum([backlog.tokens[item] for item in slot]) for slot in self.slots]
         self.times = [sum([backlog.times[item] for item in slot]) for slot in self.slots]
         self.held = [Counter(backlog.group_of[item] for item in slot) for slot in self.slots]  # items of each group in a slot
-        self.at = {item: k for k, slot in enumerate(self.slots) for item in slot}
+        self.slot_of = {item: k for k, slot in enumerate(self.slots) for item in slot}
         num_groups = len(backlog.groups)
-        self.members = [[item for item in group if item in self.at] for group in backlog.groups]
-        self.earliest, self.latest = [0] * num_groups, [len(self.slots) - 1] * num_groups  # slots that a group's items may use
-        self.before, self.after = [-1] * num_groups, [-1] * num_groups
+        self.members = [[item for item in group if item in self.slot_of] for group in backlog.groups]
+        self.earliest = [0] * num_groups  # first slot that a group's items may use
+        self.latest = [len(self.slots) - 1] * num_groups  # last one
+        self.before = [-1] * num_groups
+        self.after = [-1] * num_groups
         for span, ready in zip(backlog.jobs, backlog.ready, strict=True):
             for group in span:
                 self.before[group] = group - 1 if group > span.start else -1
@@ -101,8 +104,8 @@ class _Search:
         return self.slots[self.offset :]
 
     def _bound(self, group: int) -> None:
-        """After a change in a group's extent: renew the slots that the groups before and after it may use."""
-        slots = [self.at[item] for item in self.members[group]]
+        """Update the slots that the groups before and after a group may use, after a change in its first or last slot."""
+        slots = [self.slot_of[item] for item in self.members[group]]
         if not slots:
             return
         if self.before[group] >= 0:
@@ -133,41 +136,41 @@ class _Search:
                 if value <= now or (temperature > 0 and draw() < math.exp((now - value) / temperature)):
                     now = value
                     self._apply(p, q, change[0], change[1])
-                    clock.retreat(tails, costs, end, min(end, p + clock.num_stages))  # those before are not asked for again
+                    clock.retreat(tails, costs, end, min(end, p + clock.num_stages))  # earlier ones are not needed any more
                 else:
                     costs[p], costs[q] = kept
             head = clock.advance(head, costs, p, p + 1)
 
     def _propose(self, p: int, q: int, draw_p: float, draw_q: float) -> tuple[int, int, float, float] | None:
-        """Draw an item of slot p, one of slot q (-1: none) to trade places; None unless every rule allows it, else with the new costs."""
-        backlog, here, there = self.backlog, self.slots[p], self.slots[q]
-        index, other = int(draw_p * (len(here) + 1)), int(draw_q * (len(there) + 1))
-        right = here[index] if index < len(here) else -1
-        left = there[other] if other < len(there) else -1
-        time, tokens, right_group, left_group = 0.0, 0, -1, -1
-        if right >= 0:
-            right_group = backlog.group_of[right]
-            if q > self.latest[right_group]:
+        """Draw an item of slot p and one of slot q (-1: none) to swap; return them and the new costs, None unless every rule allows it."""
+        backlog, items_p, items_q = self.backlog, self.slots[p], self.slots[q]
+        index_p, index_q = int(draw_p * (len(items_p) + 1)), int(draw_q * (len(items_q) + 1))
+        item_p = items_p[index_p] if index_p < len(items_p) else -1
+        item_q = items_q[index_q] if index_q < len(items_q) else -1
+        time, tokens, group_p, group_q = 0.0, 0, -1, -1
+        if item_p >= 0:
+            group_p = backlog.group_of[item_p]
+            if q > self.latest[group_p]:
                 return None
-            time, tokens = backlog.times[right], backlog.tokens[right]
-        if left >= 0:
-            left_group = backlog.group_of[left]
-            if p < self.earliest[left_group]:
+            time, tokens = backlog.times[item_p], backlog.tokens[item_p]
+        if item_q >= 0:
+            group_q = backlog.group_of[item_q]
+            if p < self.earliest[group_q]:
                 return None
-            time, tokens = time - backlog.times[left], tokens - backlog.tokens[left]
-        elif right < 0:
+            time, tokens = time - backlog.times[item_q], tokens - backlog.tokens[item_q]
+        elif item_p < 0:
             return None
         tokens_p, tokens_q = self.tokens[p] - tokens, self.tokens[q] + tokens
         if tokens_q > backlog.capacity or tokens_p > backlog.capacity:
             return None
         overhead = backlog.cost.overhead
-        cost_p = self.times[p] - time + overhead(tokens_p, _segments(self.held[p], right_group, left_group)) if tokens_p else 0.0
-        cost_q = self.times[q] + time + overhead(tokens_q, _segments(self.held[q], left_group, right_group)) if tokens_q else 0.0
-        return right, left, cost_p, cost_q
+        cost_p = self.times[p] - time + overhead(tokens_p, _segments(self.held[p], group_p, group_q)) if tokens_p else 0.0
+        cost_q = self.times[q] + time + overhead(tokens_q, _segments(self.held[q], group_q, group_p)) if tokens_q else 0.0
+        return item_p, item_q, cost_p, cost_q
 
-    def _apply(self, p: int, q: int, right: int, left: int) -> None:
-        """Carry out an accepted change: item `right` goes from p to q, item `left` from q to p."""
-        for item, source, target in ((right, p, q), (left, q, p)):
+    def _apply(self, p: int, q: int, item_p: int, item_q: int) -> None:
+        """Carry out an accepted change: `item_p` goes from p to q, `item_q` from q to p."""
+        for item, source, target in ((item_p, p, q), (item_q, q, p)):
             if item >= 0:
                 self.slots[source].remove(item)
                 self.slots[target].append(item)
@@ -175,7 +178,7 @@ class _Search:
                 self.tokens[target] += self.backlog.tokens[item]
                 self.times[source] -= self.backlog.times[item]
                 self.times[target] += self.backlog.times[item]
-                self.at[item] = target
+                self.slot_of[item] = target
                 group = self.backlog.group_of[item]
                 self.held[source][group] -= 1
                 if not self.held[source][group]:
@@ -184,8 +187,8 @@ class _Search:
                 self._bound(group)
 
 
-def _segments(held: Counter[int], leaves: int, comes: int) -> int:
-    """Return how many groups a slot holds once an item of one group has left it and one of another has come (-1: none)."""
-    if leaves == comes:
+def _segments(held: Counter[int], removed: int, added: int) -> int:
+    """Return how many groups a slot holds after an item of one group is removed and one of another added (-1: none)."""
+    if removed == added:
         return len(held)
-    return len(held) - (leaves >= 0 and held[leaves] == 1) + (comes >= 0 and comes not in held)
+    return len(held) - (removed >= 0 and held[removed] == 1) + (added >= 0 and added not in held)

@@ -1,9 +1,9 @@
-"""Plan windows for another process, so that planning takes nothing from its threads: one JSON line in, one out.
+"""Plan windows for another process, so that planning takes no time from its threads: one JSON line in, one out.
 
     python -m scheduling.serve
     in    {"lengths": [job][step][sample], "num_stages", "capacity", "delay", "num_slots", "cost": {SlotCost's fields}}
-          {"leave": [job, ...]}            one per window: jobs whose steps end after the one that they have begun
-    out   {"last", "left", "microbatches"}  the window in the contract's format; `left`: [job, window from which on it is left out]
+          {"leave": [job, ...]}            one per window: jobs to cut after the step that they have begun
+    out   {"last", "left", "microbatches"}  the window in the contract's format; `left`: [job, first window without it]
 
 The answers depend on the lines read and on nothing else. Ends after the last window.
 """
@@ -26,15 +26,15 @@ def serve(requests: Iterable[str]) -> Iterator[str]:
     settings = json.loads(next(lines))
     lengths, weights = settings.pop("lengths"), settings.pop("cost")
     cost = SlotCost(**weights | {"tiles": tuple(weights.get("tiles", ()))})
-    carry, left = Carry(), {}
+    carry, departed = Carry(), {}
     for number, line in enumerate(lines):
         for job in json.loads(line)["leave"]:
-            stand = carry.progress[job]
-            del lengths[job][stand.step + bool(stand.taken) :]
-            left[job] = number
+            progress = carry.progress[job]
+            del lengths[job][progress.step + bool(progress.taken) :]
+            departed[job] = number
         stream, carry = plan_window(lengths, carry=carry, cost=cost, **settings)
         last = carry.is_done(lengths)
-        yield json.dumps({"last": last, "left": sorted(left.items()), "microbatches": stream_to_json(stream, lengths)})
+        yield json.dumps({"last": last, "left": sorted(departed.items()), "microbatches": stream_to_json(stream, lengths)})
         if last:
             return
 
@@ -45,7 +45,7 @@ def main() -> None:
         for answer in serve(sys.stdin):
             print(answer, flush=True)
     except (BrokenPipeError, KeyboardInterrupt):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more as it leaves
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report the broken pipe again at exit
 
 
 if __name__ == "__main__":

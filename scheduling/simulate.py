@@ -1,4 +1,4 @@
-"""Replay 1F1B in time: when each stage does what, with a cost per stage and slot and a time per hop between stages.
+"""Replay 1F1B in time: the start and end of every action, from a cost per stage and slot and a time per hop between stages.
 
 This is the slow, obvious twin of timing.py (which knows equal stages and no hops) and the source of predictions: makespan, bubbles,
 progress of every job, and a timeline in Chrome trace format (opens in Perfetto).
@@ -6,7 +6,7 @@ progress of every job, and a timeline in Chrome trace format (opens in Perfetto)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduling.pipeline import endings, stage_actions, with_drain
@@ -50,13 +50,8 @@ class Timeline:
         return sum(event.end_s - event.start_s for event in self.events if event.stage == stage)
 
     def bubble(self, stage: int) -> float:
-        """Return the share of the makespan that a stage waits."""
+        """Return the share of the makespan in which a stage waits."""
         return 1 - self.busy_s(stage) / self.makespan_s if self.makespan_s else 0.0
-
-    @property
-    def job_ends_s(self) -> dict[int, float]:
-        """Return when each job takes its last step."""
-        return {span.job: span.end_s for span in sorted(self.steps, key=lambda span: span.end_s)}
 
 
 def simulate(
@@ -106,7 +101,7 @@ def _per_stage(times: Times | Sequence[float], num_stages: int) -> Times:
 
 
 def _arrival(done: dict[tuple[Op, int, int], float], op: Op, stage: int, slot: int, num_stages: int, hop_s: float) -> float | None:
-    """Return when the input of an action is there, None while it is unknown."""
+    """Return when the input of an action arrives, None while that is unknown."""
     if op is Op.BACKWARD:
         key, hop = ((op, stage + 1, slot), hop_s) if stage + 1 < num_stages else ((Op.FORWARD, stage, slot), 0.0)
     elif stage:
@@ -140,7 +135,7 @@ def simulate_runs(
 ) -> tuple[Stream, Timeline]:
     """Run streams one after another with a flush between; returns them as one stream and timeline.
 
-    Each run is (stream, forward) or (stream, forward, backward), times, delay, hop and step as simulate() takes them.
+    Each run is (stream, forward) or (stream, forward, backward), times, delay, hop and step as for simulate().
     """
     joined: list[Microbatch] = []
     events: list[Event] = []
@@ -156,37 +151,3 @@ def simulate_runs(
         joined += stream
         clock += timeline.makespan_s
     return tuple(joined), Timeline(num_stages, clock, tuple(events), tuple(steps))
-
-
-def chrome_trace(timeline: Timeline, stream: Stream, job_name: Callable[[int], str] = "job {}".format) -> dict:
-    """Return the timeline in Chrome trace format: one process per stage, one complete event per action, times in microseconds."""
-    ended = endings(stream)
-    trace: list[dict] = [
-        {"ph": "M", "name": "process_name", "pid": stage, "args": {"name": f"stage {stage}"}} for stage in range(timeline.num_stages)
-    ]
-    for event in timeline.events:
-        if event.op is Op.STEP:
-            name, details = f"step {job_name(event.index)}", {}
-        elif event.index >= len(stream) or stream[event.index].is_noop:
-            continue
-        else:
-            segments = stream[event.index].segments
-            name = f"{event.op.value}{event.index} " + " ".join(job_name(segment.job) for segment in segments)
-            details = {
-                "tokens": stream[event.index].num_tokens,
-                "segments": [f"{job_name(s.job)} step {s.step}: {s.num_tokens} tokens" for s in segments],
-                "last_of": [f"{job_name(job)} step {step}" for job, step in ended[event.index]],
-            }
-        trace.append(
-            {
-                "ph": "X",
-                "name": name,
-                "cat": event.op.name.lower(),
-                "pid": event.stage,
-                "tid": 0,
-                "ts": round(event.start_s * 1e6, 3),
-                "dur": round((event.end_s - event.start_s) * 1e6, 3),
-                "args": details,
-            }
-        )
-    return {"traceEvents": trace, "displayTimeUnit": "ms"}

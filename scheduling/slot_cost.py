@@ -2,12 +2,13 @@
 
     time(slot) = linear(tokens) + per_square * sum(length^2) + fixed + per_segment * (segments - 1)        (0 for a no-op)
 
-forward and backward alike: linear layers, attention over packed samples, launches, and what every further job costs. A GPU computes a
+for forward and backward each: linear layers, attention over packed samples, launches, and the cost of every further job. A GPU computes a
 linear layer in tiles of 128 rows, a wave of them at a time, so that its time is a staircase: `tiles[n]` is linear(tokens) for n tiles, in
-the tokens that would take as long without waste. Without `tiles` it is the tokens. `cost.py` fits the constants to a model and device.
+the tokens that would take as long without waste. Without `tiles`, linear(tokens) is the tokens. `cost.py` fits the constants to a model and
+device.
 
-Times are whole multiples of 1/1024 of a token, so that their sums are exact: one plan from one workload, whatever order a Python adds in
-(3.12 compensates for rounding, 3.11 does not).
+Times are integer multiples of 1/1024 of a token, so that their sums are exact: one workload gives one plan in every Python (3.12's sum()
+compensates for rounding, 3.11's does not).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _GRAINS = 1024  # in a token
 
 
 def in_grains(time: float) -> float:
-    """Return a time as a whole multiple of 1/1024."""
+    """Round a time to a multiple of 1/1024."""
     return round(time * _GRAINS) / _GRAINS
 
 
@@ -37,11 +38,11 @@ class SlotCost:
     tiles: tuple[float, ...] = ()
 
     def sample(self, tokens: int) -> float:
-        """Return the time of one sample in token-equivalents, without what its slot wastes."""
+        """Return the time of one sample in token-equivalents, without its slot's waste."""
         return in_grains(tokens + self.per_square * tokens * tokens)
 
     def overhead(self, tokens: int, segments: int) -> float:
-        """Return what a slot of so many tokens, of so many jobs, takes beyond its samples; past the table it wastes what its end wastes."""
+        """Return the time of a slot beyond its samples' (0 without tokens); past the end of `tiles` its waste is that of the last entry."""
         if not tokens:
             return 0.0
         waste, last = 0.0, len(self.tiles) - 1
@@ -51,7 +52,7 @@ class SlotCost:
         return in_grains(self.fixed + self.per_segment * (segments - 1) + waste)
 
     def slot(self, sample_tokens: Sequence[int], segments: int = 1) -> float:
-        """Return the time of a slot that packs samples of these lengths, of so many jobs."""
+        """Return the time of a slot that packs samples of these lengths into `segments` segments."""
         return sum(map(self.sample, sample_tokens)) + self.overhead(sum(sample_tokens), segments)
 
 
@@ -91,7 +92,7 @@ def even_slot_estimate(lengths: Lengths, num_stages: int, capacity: int, cost: S
 
 
 def estimate_of(work: float, tokens: int, num_stages: int, capacity: int, cost: SlotCost) -> float:
-    """Return the even-slot estimate of a workload of so many tokens whose samples take `work`."""
+    """Return the even-slot estimate of a workload of `tokens` tokens whose samples take the time `work`."""
     least = -(-tokens // capacity)
     if not least:
         return 1.0

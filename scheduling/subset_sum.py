@@ -1,6 +1,6 @@
-"""Exact subset sums with one big integer: bit v of `reach` says that some subset sums to v.
+"""Exact subset sums with one big integer: bit v of `reach` is set if some subset sums to v.
 
-Adding a value is `reach |= reach << value`; the reach before each value, kept, gives the subset back. A pool of 40 samples at a
+Adding a value is `reach |= reach << value`; from the reach before each value the subset is recovered. A pool of 40 samples at a
 resolution of 1/512 of a slot takes microseconds.
 """
 
@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 
 class SubsetSums:
-    """All sums, up to `limit`, of subsets of a growing list of positive whole numbers."""
+    """All sums, up to `limit`, of subsets of a growing list of positive integers."""
 
     __slots__ = ("_mask", "_reaches", "_values")
 
     def __init__(self, limit: int):
-        self._mask, self._reaches, self._values = (1 << (limit + 1)) - 1, [1], []
+        self._mask = (1 << (limit + 1)) - 1
+        self._reaches = [1]
+        self._values = []
 
     def extend(self, values: Sequence[int]) -> None:
         """Add values to the list."""
@@ -35,7 +37,7 @@ class SubsetSums:
         return target + (higher & -higher).bit_length() if higher else None
 
     def pick(self, total: int) -> list[int]:
-        """Return the indices of a subset with exactly this sum, which must be one, in ascending order; early values are preferred."""
+        """Return the indices of a subset with exactly this (reachable) sum, in ascending order; early values are preferred."""
         chosen = []
         for index in range(len(self._values) - 1, -1, -1):
             if not self._reaches[index] >> total & 1:

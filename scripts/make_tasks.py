@@ -1,14 +1,14 @@
 """Builds the quickstart's four datasets from the Python standard library's own source.
 
 Every machine with Python has some hundred documented modules and some thousand documented functions. They are read as text
-(nothing is imported), put into an order that depends on their content alone, and turned into four tasks of different lengths:
+(nothing is imported), sorted by a hash of their content, and turned into four tasks of different lengths:
 
     names       one line of documentation -> the function's name       prompt_completion    ~20 tokens a sample
     signatures  a description -> the `def` line                        alpaca               ~80
     docstrings  a function's source -> its documentation's first line  messages            ~160
     summaries   a module's outline -> the module's first line          messages            ~330
 
-One further row of each task goes to held_out.json, {task: row}: no job trains on it, and show_answers.py asks it.
+One further row of each task goes to held_out.json, {task: row}: no job trains on it, and show_answers.py uses it as a question.
 
     python scripts/make_tasks.py data/quickstart
 """
@@ -84,7 +84,7 @@ def outline_of(tree: ast.Module) -> tuple[str, ...]:
 
 
 def read_library(directory: Path) -> tuple[list[Function], list[Module]]:
-    """Parse every module below `directory`; return its functions and modules, each in an order set by their content."""
+    """Parse every module below `directory`; return its functions and modules, each sorted by a hash of their content."""
     functions: dict[str, Function] = {}
     modules: dict[str, Module] = {}
     for file in sorted(directory.rglob("*.py")):
@@ -94,7 +94,7 @@ def read_library(directory: Path) -> tuple[list[Function], list[Module]]:
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
-            continue  # some libraries ship sample files that are meant not to parse
+            continue  # some libraries have sample files that do not parse on purpose
         for function in functions_of(tree):
             functions.setdefault(function.summary, function)
         name = ".".join(parts).removesuffix(".__init__")

@@ -1,4 +1,4 @@
-"""Draws the loss curves of a run's jobs and says how far each loss fell.
+"""Draws the loss curves of a run's jobs and prints how far each loss fell.
 
     python scripts/plot_losses.py runs/quickstart-1
 
@@ -29,8 +29,9 @@ def main() -> None:
     for name, file in files.items():
         rows = [row for row in read_metrics(file) if row.get("loss") is not None]
         if rows:
-            few = max(1, len(rows) // 4)
-            print(f"{name:16} loss {mean_loss(rows[:few]):.3f} in its first {few} steps, {mean_loss(rows[-few:]):.3f} in its last {few}")
+            quarter = max(1, len(rows) // 4)
+            first, last = mean_loss(rows[:quarter]), mean_loss(rows[-quarter:])
+            print(f"{name:16} loss {first:.3f} in its first {quarter} steps, {last:.3f} in its last {quarter}")
     plot_losses(files, run / "losses.png")
     print(f"Loss curves: {run / 'losses.png'}")
 

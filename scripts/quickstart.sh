@@ -5,7 +5,7 @@
 #     bash scripts/quickstart.sh [key=value ...]         overrides go to `megatron-lora train`, for example seed=1
 #
 # Settings, from the environment: those of scripts/setup_env.sh, among them PYTHON=python3. Takes less than 10 minutes on two
-# CPU cores the first time; set-up, model and data are reused when it is run again. Every run gets a new numbered directory.
+# CPU cores the first time; set-up, model and data are reused by later runs. Every run gets a new numbered directory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
@@ -25,4 +25,4 @@ echo "Training into $run ..."
 megatron-lora train configs/quickstart.yaml output_dir="$run" "$@"
 python scripts/plot_losses.py "$run"
 python scripts/show_answers.py "$run" "$data/held_out.json"
-echo "Done. Adapters: $run/jobs/*/  loss curves: $run/losses.png  everything else: README.md, 'What a run writes'"
+echo "Done. Adapters: $run/jobs/*/  loss curves: $run/losses.png  everything else: docs/running.md"

@@ -1,9 +1,9 @@
-"""Runs a small case of every kernel under compute-sanitizer, after it has caught an out-of-bounds write that is planted here.
+"""Runs a small case of every kernel under compute-sanitizer, after a planted out-of-bounds write was caught.
 
     python scripts/sanitize.py [--tool memcheck] [--only linear ...] [--jobs 6]    needs CUDA, its compute-sanitizer, and pytest
 
-torch's caching allocator is off, so that every tensor ends where its allocation ends. Ends with 0 if all cases are clean, with 1 if one is
-not or if the planted write goes unseen, with 2 if it cannot run here.
+torch's caching allocator is off, so that every tensor ends where its allocation ends. The exit status is 0 if all cases are clean, 1 if one
+is not or if the planted write is not caught, 2 without a GPU or the tools.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def plant() -> None:
     def write_behind(x_ptr, size):
         tl.store(x_ptr + size, 1.0)
 
-    x = torch.zeros(1001, device="cuda")  # an odd size: what follows its last byte belongs to no other allocation
+    x = torch.zeros(1001, device="cuda")  # an odd size: no other allocation follows its last byte directly
     write_behind[(1,)](x, x.numel())
     torch.cuda.synchronize()
 
@@ -46,8 +46,8 @@ def watched(tool: str, command: list[str]) -> int:
     """Run a Python command under the sanitizer, then show its output; return its exit status, CAUGHT where an error was found."""
     sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(CAUGHT), "--target-processes", "all"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    whole = [*sanitizer, sys.executable, *command]
-    done = subprocess.run(whole, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    sanitized = [*sanitizer, sys.executable, *command]
+    done = subprocess.run(sanitized, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(f"$ {' '.join(command)}\n{done.stdout}", flush=True)
     return done.returncode
 
@@ -69,7 +69,7 @@ def main() -> int:
         print("sanitize.py: needs a CUDA GPU, and compute-sanitizer on the path (it comes with the CUDA toolkit)", file=sys.stderr)
         return 2
     if options.tool == "memcheck" and watched(options.tool, [str(Path(__file__).resolve()), "--plant"]) != CAUGHT:
-        print("sanitize.py: the planted out-of-bounds write was not caught, so nothing below would be", file=sys.stderr)
+        print("sanitize.py: the planted out-of-bounds write was not caught, so the cases would prove nothing", file=sys.stderr)
         return 1
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
         ends = pool.map(lambda name: watched(options.tool, ["-m", "pytest", "-q", *CASES[name]]), options.only)

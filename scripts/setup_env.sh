@@ -3,12 +3,12 @@
 #     source scripts/setup_env.sh
 #
 # Settings, from the environment:
-#   PYTHON=python3     the interpreter the environment is made with: 3.11 or newer (tested: 3.11 and 3.12)
-#   VENV=.venv         where it lives; a directory that this script did not make is refused
+#   PYTHON=python3     the interpreter of the environment: 3.11 or newer (tested: 3.11 and 3.12)
+#   VENV=.venv         its directory; one that this script did not make is refused
 #   CONSTRAINTS=scripts/constraints.txt    the versions pip may choose; empty: whatever setup.py allows
 #
 # A stamp inside the environment records what it was built from (setup.py, the constraints, the interpreter). While that is
-# unchanged, running this again costs a fraction of a second; when it has changed, the environment is made anew.
+# unchanged, this script takes a fraction of a second; when it has changed, the environment is made anew.
 
 PYTHON=${PYTHON:-python3}
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -35,7 +35,7 @@ PY
     ) || return
     if [ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$stamp" ]; then
         if [ -d "$VENV" ] && [ ! -f "$VENV/.made-by-megatron-lora" ]; then
-            echo "setup_env: $VENV exists and was not made by this script; remove it or name another place, for example VENV=.venv-2" >&2
+            echo "setup_env: $VENV exists and was not made by this script; remove it or name another directory, for example VENV=.venv-2" >&2
             return 2
         fi
         rm -rf "$VENV"

@@ -25,10 +25,11 @@ def one_process():
     """Join a world of one gloo rank, in this process, for the session."""
     import torch
 
+    from megatron_lora.config.schema import ParallelConfig
     from megatron_lora.parallel.process_groups import destroy_parallel, initialize_parallel
 
     torch.set_num_threads(1)
-    initialize_parallel(SimpleNamespace(pipeline=1, tensor=1, data=1), "gloo")
+    initialize_parallel(ParallelConfig(), "gloo")
     yield
     destroy_parallel()
 
@@ -36,10 +37,12 @@ def one_process():
 @pytest.fixture(scope="session")
 def pool():
     """Return a function layout -> object with `.run(fn, *args)`; the ranks live as long as the session."""
+    from megatron_lora.config.schema import ParallelConfig
+
     ranks = rank_pool.RankPool()
 
     def choose(pp: int = 1, tp: int = 1, dp: int = 1, sequence: bool = False):
-        layout = SimpleNamespace(pipeline=pp, tensor=tp, data=dp, sequence=sequence)
+        layout = ParallelConfig(pipeline=pp, tensor=tp, data=dp, sequence=sequence)
         return SimpleNamespace(run=partial(ranks.run, layout), parallel=layout)
 
     yield choose

@@ -47,9 +47,9 @@ class Allocations(TorchDispatchMode):
         self.known.add(key)
         self.current += size
         self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._freed, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.current -= size
 
@@ -83,7 +83,7 @@ def _nothing(*args, **kwargs):
 
 @contextlib.contextmanager
 def dry_gpu():
-    """Take the GPU's way through all operators, on CPU tensors that nobody writes."""
+    """Run the GPU's path of all operators, on CPU tensors that are never written."""
     triton = [
         mock.patch.object(module, "backend_name", lambda device, backend=None: "triton")
         for module in (cross_entropy, linear, rms_norm, rope, swiglu)
@@ -95,7 +95,7 @@ def dry_gpu():
             mock.patch.object(attention, "can_varlen", lambda query: True),
             mock.patch.object(attention, "varlen_attention", _varlen_attention),
             *(mock.patch.object(compat, name, _nothing) for name in ("all_gather_single", "reduce_scatter_single")),
-            mock.patch.object(torch.distributed, "all_reduce", _nothing),  # gloo's thread would hold tensors a while longer
+            mock.patch.object(torch.distributed, "all_reduce", _nothing),  # gloo's thread would keep tensors alive longer
         ):
             stack.enter_context(patch)
         yield

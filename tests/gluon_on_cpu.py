@@ -1,7 +1,7 @@
 """Gluon kernels on a CPU: blocks are numpy arrays, partitions of warps are threads, TMA copies boxes, and barriers count.
 
     with gluon_on_cpu():
-        from fused_ops.hopper_gemm import hopper_gemm          # imported anew; float32 CPU tensors in place of bfloat16
+        from fused_ops.hopper_gemm import hopper_gemm          # a fresh import; float32 CPU tensors in place of bfloat16
 
 What is checked is what a kernel's logic gets wrong: which box goes into which buffer, who waits for whom (a deadlock ends after PATIENCE_S,
 a box of another size than its barrier expects is one), boundaries, masks. Layouts, swizzles and instructions are not: those need a GPU.
@@ -70,12 +70,12 @@ for _name in ["add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshif
 
 
 def raw(value):
-    """Return what numpy takes of a value; a plain int takes the type of what it meets."""
+    """Return a value as numpy needs it; a plain int gets the type of the other operand."""
     return value.array if isinstance(value, Value) else int(value) if type(value) is ConstInt else value
 
 
 class Pointer:
-    """Where elements lie in a tensor's storage."""
+    """Addresses of elements in a tensor's storage."""
 
     def __init__(self, data: np.ndarray, offset=0):
         self.data, self.offset = data, offset
@@ -98,7 +98,7 @@ class Layout:
 
 
 class Descriptor:
-    """A tensor as TMA addresses it, and the box that a copy takes."""
+    """A tensor as TMA addresses it, and the box of a copy."""
 
     layout = Layout()
 
@@ -117,7 +117,7 @@ class Descriptor:
 
 
 class Buffer:
-    """A block of shared memory; several views may lie on the same numbers."""
+    """A block of shared memory; several views may share the same numbers."""
 
     def __init__(self, flat: np.ndarray, shape, transposed=False):
         self.flat, self.shape, self.transposed = flat, tuple(int(n) for n in shape), transposed
@@ -157,7 +157,7 @@ class Part(Buffer):
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all have arrived and all expected bytes are there."""
+    """An mbarrier: a phase ends when all threads and all expected bytes have arrived."""
 
     def __init__(self, condition):
         self.condition, self.count, self.pending, self.bytes, self.phase = condition, 0, 0, 0, 0
@@ -169,7 +169,7 @@ class Barrier:
 
 
 class Launch:
-    """What the program that runs now knows of its launch."""
+    """The launch of the running program."""
 
     grid = program = (1, 1, 1)
     condition = threading.Condition()
@@ -177,7 +177,7 @@ class Launch:
 
 
 class Kernel:
-    """A jit function: called by kernels as it is, launched as kernel[grid](...) one program after another."""
+    """A jit function: called by kernels directly, launched as kernel[grid](...) one program after another."""
 
     def __init__(self, fn):
         self.fn = fn
@@ -198,7 +198,7 @@ class Kernel:
 
 
 def argument(value):
-    """Return what a kernel sees of a launch argument."""
+    """Return a launch argument as a kernel sees it."""
     if isinstance(value, torch.Tensor):
         return Pointer(value.numpy().reshape(-1) if value.is_contiguous() else np.lib.stride_tricks.as_strided(value.numpy()))
     if isinstance(value, tuple | list):
@@ -391,7 +391,7 @@ def _jit(fn=None, **options):
 
 @contextlib.contextmanager
 def gluon_on_cpu() -> Iterator[None]:
-    """Let modules of fused_ops that are imported inside run their Gluon kernels here; those imported before stay as they are."""
+    """Let modules of fused_ops that are imported inside run their Gluon kernels here; those imported before are unchanged."""
     barrier = types.SimpleNamespace(init=_init, expect=_expect, arrive=_arrive, wait=_wait, MBarrierLayout=Layout)
     copies = {"async_copy_global_to_shared": _to_shared, "async_copy_shared_to_global": _to_global, "store_wait": lambda n: None}
     hopper = types.SimpleNamespace(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-import triton.experimental.gluon  # noqa: F401  it looks at tl when it is first imported: before anything is replaced there
+import triton.experimental.gluon  # noqa: F401  its import reads tl, so it comes before any replacement there
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -29,7 +29,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 def interpreted(*modules) -> Iterator[None]:
     """Replace every kernel in the modules, and every function that kernels call, by its interpreted twin.
 
-    The interpreter leaves some of its own replacements in triton.language behind; they are taken back at the end, so that kernels can
+    The interpreter does not undo some of its own replacements in triton.language; they are undone here at the end, so that kernels can
     still be compiled in this process.
     """
     owners = (*modules, tl, tl.core, tl.standard, tl.math, tl.tensor, tl.dtype)
@@ -43,7 +43,7 @@ def interpreted(*modules) -> Iterator[None]:
     finally:
         for owner, names in zip(owners, before, strict=True):
             for name, value in dict(vars(owner)).items():
-                if name not in names and isinstance(owner, type):  # what it adds to a module's globals, it needs again
+                if name not in names and isinstance(owner, type):  # what it adds to a module's globals is needed later
                     delattr(owner, name)
                 elif name in names and value is not names[name]:
                     setattr(owner, name, names[name])
@@ -51,7 +51,7 @@ def interpreted(*modules) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What ptxas said of a kernel."""
+    """What ptxas reports of a kernel."""
 
     registers: int
     spilled_bytes: int
@@ -84,8 +84,32 @@ def _assemble(ptx: str) -> Report:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
         command = [path, "-v", "--gpu-name=sm_90a", str(file), "-o", str(file.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    serialised = re.findall(r".*C75(?:10|11|15).*", said)
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    serialised = re.findall(r".*C75(?:10|11|15).*", output)
     assert not serialised, serialised
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
-    return Report(registers=max(int(n) for n in re.findall(r"Used (\d+) registers", said)), spilled_bytes=spilled, ptx=ptx)
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", output))
+    return Report(registers=max(int(n) for n in re.findall(r"Used (\d+) registers", output)), spilled_bytes=spilled, ptx=ptx)
+
+
+def setting_row(
+    *, lr: float, beta1: float, beta2: float, epsilon: float, weight_decay: float, clip_scale: float, step: int, finite: bool = True
+) -> tuple[float, ...]:
+    """Return one job's row of `settings`; `step` counts applied steps from 1, this one included.
+
+    Everything that cancels (1 - beta, the bias corrections, 1 - lr * decay) is computed here, in float64.
+    """
+    if step < 1:
+        raise ValueError(f"step {step} of AdamW is not positive")
+    correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
+    return (
+        lr / correction1,
+        beta1,
+        beta2,
+        epsilon,
+        1.0 - lr * weight_decay,
+        clip_scale,
+        correction2**0.5,
+        float(finite),
+        1.0 - beta1,
+        1.0 - beta2,
+    )

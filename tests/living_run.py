@@ -1,9 +1,9 @@
 """A real `megatron-lora train` of thousands of steps, to be ended half-way: a rank is killed, stopped, or made to fail.
 
 run = LivingRun(folder, config, environment)        # started, in a process group of its own
-run.train()                                         # it has taken some steps
+run.train()                                         # returns when it has taken some steps
 os.kill(run.rank(0), signal.SIGKILL)
-status, error = run.end(20)                         # and none of its processes is left
+status, error = run.end(20)                         # returns when none of its processes runs
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ if os.environ.get("RANK") == "1":
 """
 KILLED = "megatron-lora: rank {} was ended by SIGKILL, which mostly means that the machine ran out of memory\n"
 FAILED = "megatron-lora: rank 1: RuntimeError: matrix is torn\n"
-STOOD_STILL = "megatron-lora: rank {} stood still: rank "
+HUNG = "megatron-lora: rank {} hung: rank "
 
 
 class LivingRun:
-    """A run in `folder`, which holds its config, output directory and standard error; `ranks` are its processes."""
+    """A run in `folder`, which holds its config, output directory and standard error."""
 
     def __init__(self, folder: Path, config: dict, environment: dict[str, str], *, failing: bool = False):
         """Start it; with `failing` rank 1 raises in the backward of slot 7."""
-        self.folder, self.output = folder, folder / "run"
+        self.folder = folder
+        self.output = folder / "run"
         self.first_job = config["jobs"][0]["name"]
         (folder / "config.yaml").write_text(json.dumps(config | {"output_dir": str(self.output)}))
         if failing:
@@ -56,7 +57,7 @@ class LivingRun:
         )
 
     def processes(self) -> dict[int, dict[str, str]]:
-        """Return all that this run has started and that still runs: process id -> its environment."""
+        """Return the processes of this run that are alive: process id -> environment, and under "" the command line."""
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -72,19 +73,19 @@ class LivingRun:
         """Return a rank's process id."""
         processes = self.processes().items()
         found = next((pid for pid, env in processes if env.get("RANK") == str(number) and "serve" not in env[""]), None)
-        assert found is not None, f"rank {number} is gone already"
+        assert found is not None, f"rank {number} has ended already"
         return found
 
-    def train(self, seconds: float = 120, rows: int = 3) -> None:
-        """Wait until its first job has told of so many steps."""
+    def train(self, seconds: float = 120, num_steps: int = 3) -> None:
+        """Wait until its first job has logged `num_steps` steps."""
         metrics = self.output / "jobs" / self.first_job / "metrics.jsonl"
         end = time.monotonic() + seconds
-        while not metrics.exists() or metrics.read_text().count("\n") < rows:
+        while not metrics.exists() or metrics.read_text().count("\n") < num_steps:
             assert self.process.poll() is None and time.monotonic() < end, self.error()
             time.sleep(0.05)
 
     def end(self, seconds: float) -> tuple[int, str]:
-        """Wait for all of it to end; return status and standard error."""
+        """Wait for all of its processes to end; return exit status and standard error."""
         status = self.process.wait(timeout=seconds)
         end = time.monotonic() + 5
         while self.processes():
@@ -97,7 +98,7 @@ class LivingRun:
         return (self.folder / "err").read_text()
 
     def close(self) -> None:
-        """End what is left of it."""
+        """Kill the processes that are still alive."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):  # it may have ended since
                 os.kill(pid, signal.SIGKILL)

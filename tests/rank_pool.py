@@ -4,7 +4,7 @@
 processes are started once, each forked from one server that has imported torch and megatron-core, and are kept over the session; a
 change of layout only leaves the old process groups and joins new ones. `fn` is a module-level function of a test file (or of the
 package); arguments and results are pickled. When a rank raises, its traceback is raised here and all workers are replaced. The backend is
-gloo unless the layout names another (`backend="nccl"`).
+gloo, or NCCL for a pool of `gpus`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import wait
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
+
+from megatron_lora.config.schema import ParallelConfig
 
 PRELOAD = ["torch", "megatron.core.models.gpt", "rank_pool"]
 
@@ -52,9 +53,9 @@ class RankPool:
             self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         return self.store.port
 
-    def run(self, layout: SimpleNamespace, fn, *args, timeout_s: float = 400.0) -> list:
+    def run(self, layout: ParallelConfig, fn, *args, timeout_s: float = 400.0) -> list:
         """Call `fn(*args)` on each rank of `layout`; return the results in rank order. Raises RankError."""
-        num_ranks = layout.pipeline * layout.tensor * layout.data
+        num_ranks = layout.world_size
         if layout != self.layout:
             if self.layout is not None:
                 self._call(_leave, (), timeout_s)
@@ -62,7 +63,7 @@ class RankPool:
                 self.workers.append(self._start())
             self.layout = layout
             self.num_layouts += 1
-            self._call(_join, (layout, self._store_port(), f"layout {self.num_layouts}"), timeout_s)
+            self._call(_join, (layout, "nccl" if self.gpus else "gloo", self._store_port(), f"layout {self.num_layouts}"), timeout_s)
         return self._call(fn, args, timeout_s)
 
     def close(self) -> None:
@@ -83,7 +84,7 @@ class RankPool:
 
     def _call(self, fn, args, timeout_s: float) -> list:
         layout = self.layout
-        pipes = [pipe for _, pipe in self.workers[: layout.pipeline * layout.tensor * layout.data]]
+        pipes = [pipe for _, pipe in self.workers[: layout.world_size]]
         module = sys.modules[fn.__module__]
         for rank, pipe in enumerate(pipes):
             pipe.send((rank, module.__name__, module.__file__, pickle.dumps((fn, args))))
@@ -111,15 +112,15 @@ def _receive(pipe):
         return None, "the process ended"
 
 
-def _join(layout, port: int, name: str) -> None:
+def _join(layout, backend: str, port: int, name: str) -> None:
     import torch.distributed as dist
 
     from megatron_lora.parallel.process_groups import initialize_parallel
 
-    rank, backend = int(os.environ["RANK_POOL_RANK"]), getattr(layout, "backend", "gloo")
+    rank = int(os.environ["RANK_POOL_RANK"])
     os.environ["LOCAL_RANK"] = str(rank)
     store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=layout.pipeline * layout.tensor * layout.data)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=layout.world_size)
     initialize_parallel(layout, backend)
 
 

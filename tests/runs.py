@@ -22,9 +22,9 @@ def write_config(path: Path, model: Path, output_dir: Path, jobs: list[dict], pa
 
 
 def train(config_path: Path, stop_after: int | None = None) -> int:
-    """Run a config on this rank; top level, so that pool ranks can be told to call it.
+    """Run a config on this rank; top level, so that pool ranks can import it.
 
-    The last rank is asked to stop when it has been looked at `stop_after` times.
+    The last rank is asked to stop once it has checked `stop_after` times whether it is.
     """
     import torch.distributed as dist
 
@@ -32,23 +32,23 @@ def train(config_path: Path, stop_after: int | None = None) -> int:
     from megatron_lora.training.stop_request import StopRequest
     from megatron_lora.training.train import run
 
-    class Asked(StopRequest):
-        looks = 0
+    class StopAfter(StopRequest):
+        checks = 0
 
         @property
-        def asked(self) -> bool:
-            self.looks += 1
-            return stop_after is not None and dist.get_rank() == dist.get_world_size() - 1 and self.looks > stop_after
+        def requested(self) -> bool:
+            self.checks += 1
+            return stop_after is not None and dist.get_rank() == dist.get_world_size() - 1 and self.checks > stop_after
 
-        @asked.setter
-        def asked(self, value: bool) -> None:
+        @requested.setter
+        def requested(self, value: bool) -> None:
             assert not value
 
-    return run(load_config(config_path), Asked())
+    return run(load_config(config_path), StopAfter())
 
 
 def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None) -> int:
-    """Run a config on pool ranks as the launcher would: check, make the directory, record the end. Returns what all ranks agree on."""
+    """Run a config on pool ranks as the launcher would: check, make the directory, record the end. Returns the ranks' one exit status."""
     from megatron_lora.commands.checks import check_run
     from megatron_lora.config.schema import load_config
     from megatron_lora.output.run_directory import RunDirectory
@@ -64,5 +64,5 @@ def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None
 
 def losses_of(output_dir: Path, name: str) -> list[float]:
     """Return the logged loss of every step of a job."""
-    rows = [json.loads(line) for line in (output_dir / "jobs" / name / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    steps = [json.loads(line) for line in (output_dir / "jobs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [step["loss"] for step in steps if "loss" in step]

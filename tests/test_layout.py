@@ -16,6 +16,7 @@ PACKAGES = ("megatron_lora", "fused_ops", "scheduling")
 TOP_LEVEL = {
     *PACKAGES,
     "configs",
+    "docs",
     "scripts",
     "tests",
     "setup.py",

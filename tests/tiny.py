@@ -2,7 +2,7 @@
 
 `save_model` writes a random transformers model of one of `KINDS`; `stage_input` packs samples; `attach_adapters` gives every linear of a
 stage a LoraGroup cut out of factors that depend on the module's path alone; `train_step` runs one forward and backward through the
-pipeline with blocking sends, freeing what was sent; `whole_gradients` puts the factors' gradients together again from all ranks.
+pipeline with blocking sends, freeing what was sent; `joined_gradients` joins the factors' gradients of all tensor ranks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def save_model(directory: Path, kind: str, max_shard_size: str = "5GB"):
 
 
 def stage_input(lengths, vocab_size: int, segments=(), seed: int = 0) -> StageInput:
-    """Return a microbatch of random tokens and labels (every fifth label none); `segments` are (first row, end row, slot)."""
+    """Return a microbatch of random tokens and labels (every fifth label none); `segments` are (first row, end row, job)."""
     generator = torch.Generator().manual_seed(seed)
     num_rows = sum(lengths)
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
@@ -72,31 +72,31 @@ def stage_input(lengths, vocab_size: int, segments=(), seed: int = 0) -> StageIn
     )
 
 
-def random_factor(path: str, what: str, slot: int, *shape: int) -> torch.Tensor:
-    """Return one job's A [r, K] or B transposed [r, N] of a module, whole."""
-    key = hashlib.sha256(f"{path} {what} {slot}".encode()).digest()
+def random_factor(path: str, what: str, job: int, *shape: int) -> torch.Tensor:
+    """Return one job's A [r, K] or B transposed [r, N] of a module, for all tensor ranks together."""
+    key = hashlib.sha256(f"{path} {what} {job}".encode()).digest()
     return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(key[:4], "little"))) * 0.2
 
 
 def attach_adapters(linears, tensor_ranks: int, dropout: float = 0.0, ranks=(4, 17), skip=((1, "k_proj"), (0, "up_proj"))) -> None:
-    """Give every linear the adapters of `len(ranks)` jobs; `skip` names (slot, module) that are not targeted."""
-    slots = AdapterTable(ranks=tuple(ranks), scales=tuple(0.5 + slot for slot in range(len(ranks))), dropouts=(dropout,) * len(ranks))
+    """Give every linear the adapters of `len(ranks)` jobs; `skip` names (job, module) that are not targeted."""
+    table = AdapterTable(ranks=tuple(ranks), scales=tuple(0.5 + job for job in range(len(ranks))), dropouts=(dropout,) * len(ranks))
     for linear in linears:
         geometry = linear.geometry
         column = geometry.parallel == "column"
         a_blocks, b_blocks = [], [[] for _ in geometry.modules]
         a_rows, b_rows = [], []
-        for slot, r in enumerate(ranks):
+        for job, r in enumerate(ranks):
             height = -(-r // 16) * 16
             a_row, b_row = [], []
             for m, (module, path) in enumerate(zip(geometry.modules, geometry.paths, strict=True)):
-                if (slot, module) in skip:
+                if (job, module) in skip:
                     a_row.append(-1)
                     b_row.append(-1)
                     continue
                 k, n = geometry.in_features, geometry.out_features[m]
-                a = random_factor(path, "A", slot, r, k if column else k * tensor_ranks)
-                b = random_factor(path, "B", slot, r, n * tensor_ranks if column else n)
+                a = random_factor(path, "A", job, r, k if column else k * tensor_ranks)
+                b = random_factor(path, "B", job, r, n * tensor_ranks if column else n)
                 first = linear.tp_group.rank() * n
                 a = a[:, geometry.first_feature :][:, :k]
                 b = b[:, first : first + n] if column else b
@@ -107,7 +107,7 @@ def attach_adapters(linears, tensor_ranks: int, dropout: float = 0.0, ranks=(4, 
             a_rows.append(tuple(a_row))
             b_rows.append(tuple(b_row))
         a_RK, b_RN = torch.cat(a_blocks), tuple(torch.cat(blocks) for blocks in b_blocks)
-        linear.group = LoraGroup(
+        linear.adapters = LoraGroup(
             a_RK=a_RK,
             b_RN=b_RN,
             grad_a_RK=torch.zeros_like(a_RK),
@@ -115,26 +115,26 @@ def attach_adapters(linears, tensor_ranks: int, dropout: float = 0.0, ranks=(4, 
             columns=geometry.columns,
             a_rows=tuple(a_rows),
             b_rows=tuple(b_rows),
-            slots=slots,
+            adapters=table,
             first_feature=geometry.first_feature,
         )
 
 
-def whole_gradients(linears) -> dict[str, torch.Tensor]:
-    """Return "path kind slot" -> gradient of each factor, put together over the tensor ranks: parts side by side, replicas summed."""
+def joined_gradients(linears) -> dict[str, torch.Tensor]:
+    """Return "path kind job" -> gradient of each factor, of all tensor ranks: shards side by side, replicated factors summed."""
     grads = {}
     for linear in linears:
-        geometry, group = linear.geometry, linear.group
-        for slot, r in enumerate(group.slots.ranks):
+        geometry, group = linear.geometry, linear.adapters
+        for job, r in enumerate(group.adapters.ranks):
             for m, path in enumerate(geometry.paths):
-                if group.a_rows[slot][m] < 0:
+                if group.a_rows[job][m] < 0:
                     continue
-                a_row, b_row = group.a_rows[slot][m], group.b_rows[slot][m]
+                a_row, b_row = group.a_rows[job][m], group.b_rows[job][m]
                 a, b = group.grad_a_RK[a_row : a_row + r].contiguous(), group.grad_b_RN[m][b_row : b_row + r].contiguous()
                 for what, grad, sharded in (("A", a, geometry.parallel == "row"), ("B", b, geometry.parallel == "column")):
                     parts = [torch.empty_like(grad) for _ in range(linear.tp_group.size())]
                     dist.all_gather(parts, grad, group=linear.tp_group)
-                    grads[f"{path} {what} {slot}"] = torch.cat(parts, dim=1) if sharded else torch.stack(parts).sum(0)
+                    grads[f"{path} {what} {job}"] = torch.cat(parts, dim=1) if sharded else torch.stack(parts).sum(0)
     return grads
 
 
@@ -161,4 +161,4 @@ def train_step(stage, microbatch: StageInput, parallel) -> dict:
         custom_backward(out, grad)
     if received is not None:
         dist.send(received.grad, rank - stride)
-    return answer | {"gradients": whole_gradients(stage.linears) if stage.linears[0].group else {}}
+    return answer | {"gradients": joined_gradients(stage.linears) if stage.linears[0].adapters else {}}

@@ -1,7 +1,8 @@
 """Everything that can be known to be wrong before a weight is loaded or a file is written.
 
-Config against the output directory, the files, the model, the machine and the data, cheapest first; each check raises one
-UserError that names the key, the value and the remedy. What passes here should start: the ranks check nothing again.
+The config is checked against the output directory, the files, the model, the machine and the data,
+cheapest first. Each check raises a UserError of one line that names the key, the value and the
+remedy. The ranks do not check again.
 
     model_dir, architecture, data = check_run(config, ranks_here=2, owner=True)
 """
@@ -20,16 +21,16 @@ from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.huggingface.weight_files import check_weights
 from megatron_lora.model.backends import check_backends
 from megatron_lora.output.run_directory import RunDirectory
-from megatron_lora.output.standing import Standing
+from megatron_lora.output.standing import ResumePoint
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
 
 MAX_NAME_BYTES = 255  # of a file's name, on every common file system
-RANKS_PER_CORE = 4  # more gloo ranks than this on one core only wait for each other
+RANKS_PER_CORE = 4  # with more gloo ranks than this on a core, they mostly wait for each other
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What the checks read on their way: the model's directory and facts, and each job's samples, in the order of the jobs."""
+    """What the checks have read: the model's directory and architecture, and the data of each job, in the order of the jobs."""
 
     model_dir: Path
     architecture: Architecture
@@ -37,22 +38,22 @@ class Inputs:
 
 
 def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = True) -> Inputs:
-    """Check that a run can start on this machine with `ranks_here` ranks (default: all); the owner needs the output directory too."""
-    left = {}
+    """Check that a run can start here with `ranks_here` ranks (default: all); `owner`: check the output directory too."""
+    points = {}
     if owner:
-        left = RunDirectory.check(config)
-        config = dataclasses.replace(config, jobs=tuple(job for job in config.jobs if job.name in left))
+        points = RunDirectory.check(config)
+        config = dataclasses.replace(config, jobs=tuple(job for job in config.jobs if job.name in points))
     check_files(config)
     check_backends(config)
     check_devices(config.parallel.world_size if ranks_here is None else ranks_here)
     inputs = read_inputs(config)
     for job, job_data in zip(config.jobs, inputs.data, strict=True):
-        check_checkpoint(job, job_data, left.get(job.name, Standing()))
+        check_checkpoint(job, job_data, points.get(job.name, ResumePoint()))
     return inputs
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Read and check model, adapters and data; what `plan` needs, which has neither ranks nor an output directory."""
+    """Read and check model, adapters and data: all that `plan` needs, which has no ranks and no output directory."""
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
@@ -70,13 +71,13 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def check_files(config: RunConfig) -> None:
-    """Check that every dataset and adapter that the config names is there."""
+    """Check that every dataset and adapter that the config names exists and can be read."""
     for job in config.jobs:
         for position, dataset in enumerate(job.datasets):
             where = f"jobs.{job.name}.datasets.{position}.path"
             path = Path(dataset.path)
             if len(path.name.encode()) > MAX_NAME_BYTES:
-                raise UserError(f"{where}: {show(dataset.path)}: no file has so long a name; correct the path")
+                raise UserError(f"{where}: {show(dataset.path)}: is too long a name for a file; correct the path")
             if not path.is_file():
                 what = "is a directory; name one file in it" if path.is_dir() else f"no such file in {os.getcwd()}; correct the path"
                 raise UserError(f"{where}: {dataset.path!r}: {what}")
@@ -85,13 +86,13 @@ def check_files(config: RunConfig) -> None:
         if job.init_adapter is None:
             continue
         if len(Path(job.init_adapter).name.encode()) > MAX_NAME_BYTES:
-            raise UserError(f"jobs.{job.name}.init_adapter: {show(job.init_adapter)}: no directory has so long a name; correct the path")
+            raise UserError(f"jobs.{job.name}.init_adapter: {show(job.init_adapter)}: is too long a name for a directory; correct the path")
         if not Path(job.init_adapter).is_dir():
             raise UserError(f"jobs.{job.name}.init_adapter: {job.init_adapter!r}: no such directory; name a PEFT directory, or null")
 
 
 def check_devices(ranks_here: int) -> None:
-    """Check that this machine has a GPU for each rank, or where it has none, cores for them; imports torch."""
+    """Check that this machine has a GPU for each rank or, if it has no GPU, enough cores; imports torch."""
     import torch
 
     if torch.cuda.is_available():
@@ -109,7 +110,7 @@ def check_devices(ranks_here: int) -> None:
 
 
 def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
-    """Check that the adapter a job continues from is of its rank, scale and modules, and of this base model; imports torch."""
+    """Check that a job's `init_adapter` has its rank, scale and modules, and fits this base model; imports torch."""
     if job.init_adapter is None:
         return
     from megatron_lora.huggingface.adapter_files import check_adapter, read_adapter
@@ -136,7 +137,7 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
 
 
 def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
-    """Tokenise every job's datasets, or take them from the cache."""
+    """Tokenise every job's datasets, or read them from the cache."""
     from megatron_lora.data.samples import load_jobs_data
     from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.data.tokenizer import tokenizer_for
@@ -144,34 +145,34 @@ def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
     return load_jobs_data(config.jobs, tokenizer_for(config.jobs, model_dir), cache_dir(), vocab_size)
 
 
-def check_checkpoint(job: JobConfig, job_data, standing: Standing) -> None:
-    """Check that a job's checkpoint is whole, and of the samples and steps that the job has."""
+def check_checkpoint(job: JobConfig, job_data, point: ResumePoint) -> None:
+    """Check that a job's checkpoint is complete, and was made with the job's samples and number of steps."""
     from megatron_lora.data.samples import digest_of
     from megatron_lora.output.checkpoint import check_tensors
 
-    if standing.checkpoint is None or standing.state is None:
+    if point.checkpoint is None or point.state is None:
         return
-    check_tensors(standing.checkpoint)
+    check_tensors(point.checkpoint)
     num_steps = count_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps)
-    if (standing.state.samples, standing.state.num_steps) != (digest_of(job_data.samples), num_steps):
+    if (point.state.samples, point.state.num_steps) != (digest_of(job_data.samples), num_steps):
         raise UserError(
-            f"jobs.{job.name}.datasets: have other rows, or the tokenizer makes other tokens of them, than when {standing.checkpoint} "
+            f"jobs.{job.name}.datasets: have other records, or the tokenizer makes other tokens of them, than when {point.checkpoint} "
             "was written; restore them, or choose another output_dir"
         )
 
 
 def check_lengths(job: JobConfig, data, microbatch_tokens: int | str, architecture: Architecture) -> None:
-    """Check that each sample fits into a microbatch and the model: within the budget and the positions."""
+    """Check that no sample has more tokens than a microbatch or than the model has positions."""
     where = f"jobs.{job.name}"
     longest = max(data.samples, key=lambda sample: len(sample.tokens))
     tokens = len(longest.tokens)
     if microbatch_tokens != "auto" and tokens > microbatch_tokens:
         raise UserError(
-            f"microbatch_tokens: {microbatch_tokens} is less than the {tokens} tokens of row {longest.row} of {where}; "
+            f"microbatch_tokens: {microbatch_tokens} is less than the {tokens} tokens of record {longest.record} of {where}; "
             f"set microbatch_tokens: {tokens} or more, or {where}.sequence_len: {microbatch_tokens}"
         )
     if tokens > architecture.max_positions:
         raise UserError(
-            f"{where}.sequence_len: {job.sequence_len} lets row {longest.row} have {tokens} tokens, and the model has "
+            f"{where}.sequence_len: {job.sequence_len} lets record {longest.record} have {tokens} tokens, and the model has "
             f"{architecture.max_positions} positions; set it to at most {architecture.max_positions}"
         )

@@ -1,7 +1,8 @@
-"""What `megatron-lora doctor` says: versions, devices, the backends that a run will use here, what is missing and what that costs.
+"""What `megatron-lora doctor` prints: versions, devices, the backends that a run will use here, what is missing and what that costs.
 
-A finding is (subject, what there is, what is missing and its cost). Packages are looked up, not imported, except torch: a broken
-optional package must not break the doctor. NVIDIA apex is known by what it contains, since PyPI's package of that name is another project.
+Packages are looked up and, except for torch, not imported, because a broken optional package must
+not break the doctor. NVIDIA apex is recognised by what it contains, because PyPI's package of that
+name is another project.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ OPTIONAL = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report; `missing` is empty where all is well."""
+    """A line of the report: a subject, what was found, and what is missing and what that costs (empty if nothing is)."""
 
     subject: str
     found: str
@@ -50,7 +51,7 @@ def main() -> int:
 
 
 def packages() -> list[Finding]:
-    """Versions of what is installed and the cost of what is not."""
+    """Report the versions of installed packages, and what those that are missing cost."""
     findings = [Finding("python", sys.version.split()[0]), Finding("commit", commit() or "not a git checkout")]
     for name in PACKAGES:
         found, cost = version(name), REQUIRED.get(name) or OPTIONAL.get(name)
@@ -62,49 +63,47 @@ def packages() -> list[Finding]:
 
 
 def out_of_range(name: str, found: str) -> str:
-    """Say so when a version is one that this project is not made for."""
+    """Return a note for a version that is not supported, else an empty string."""
     numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:3] if part.isdigit())
     fits = {"torch": numbers >= (2, 8), "megatron-core": (0, 16, 1) <= numbers < (0, 20)}.get(name, True)
     return "" if fits else f"not a supported version; use {RANGES[name]}"
 
 
 def machine() -> list[Finding]:
-    """CPU cores and GPUs."""
+    """Report CPU cores and GPUs."""
     if version("torch") is None:
         return [Finding("devices", f"{num_cores()} CPU cores")]
     gpus = devices()
-    threads = os.environ.get("OMP_NUM_THREADS", "shared out over the ranks")
+    threads = os.environ.get("OMP_NUM_THREADS", "the cores are divided among the ranks")
     return [
         Finding("CPU", f"{num_cores()} cores, OMP_NUM_THREADS {threads}"),
         *(Finding(f"GPU {index}", name) for index, name in enumerate(gpus)),
         *(
             []
             if gpus
-            else [Finding("GPU", "none visible", "runs on CPU over gloo, in fp32: right for trying out, too slow for real models")]
+            else [Finding("GPU", "none visible", "runs on CPU over gloo, in fp32: good for trying things out, too slow for real models")]
         ),
     ]
 
 
 def backends() -> list[Finding]:
-    """What a run will use on this machine."""
+    """Report what a run will use on this machine."""
     if version("torch") is None:
         return []
     import torch
 
     from megatron_lora.errors import UserError
-    from megatron_lora.model.backends import FP8_CAPABILITY, INSTALL_ENGINE, choose, this_machine
+    from megatron_lora.model.backends import ATTENTION, FP8_CAPABILITY, INSTALL_CUDNN, INSTALL_ENGINE, choose, this_machine
 
     here = this_machine()
     cuda, triton = here.capability is not None, version("triton")
     try:
         chosen = choose("auto", here).attention
-        found = (
-            "Transformer Engine" if chosen == "te" else "torch.nn.attention.varlen" if cuda else "scaled_dot_product_attention per sample"
-        )
-        attention = Finding("attention", found, "tried on the GPU when a run starts" if chosen == "te" else "")
+        found = f"{ATTENTION[chosen]}, of variable length" if cuda else "torch's, one call per sample"
+        attention = Finding("attention", found, "tried on the GPU when a run starts" if cuda and chosen != "torch" else "")
     except UserError as error:
         attention = Finding("attention", "none", str(error))
-    narrow = cuda and here.capability < FP8_CAPABILITY
+    lacks_fp8 = cuda and here.capability < FP8_CAPABILITY
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     idle = "no GPU is visible, so it runs as a CPU build would" if torch.version.cuda and not cuda else ""
     return [
@@ -115,15 +114,26 @@ def backends() -> list[Finding]:
         Finding("fused kernels", "Triton" if cuda and triton else "plain torch"),
         Finding(
             "base_weights fp8",
-            "refused" if narrow else "8-bit tensor cores" if cuda else "plain torch, for trying out",
-            "this GPU has no 8-bit tensor cores" if narrow else "",
+            "refused" if lacks_fp8 else "8-bit tensor cores" if cuda else "plain torch, for trying out",
+            "this GPU has no 8-bit tensor cores" if lacks_fp8 else "",
         ),
+        *_cudnn(here.cudnn, cuda, INSTALL_CUDNN),
         *_engine(here.engine, cuda, INSTALL_ENGINE),
     ]
 
 
+def _cudnn(found: str | None, cuda: bool, install: str) -> list[Finding]:
+    """Report what cuDNN's attention is used for here."""
+    if not cuda:
+        return []
+    if found is None:
+        cost = f"torch's attention takes its place, 3 to 8% less speed on an H200; {install}"
+        return [Finding("cuDNN's attention", "missing", cost)]
+    return [Finding("cuDNN's attention", f"nvidia-cudnn-frontend {found}", "for backend: auto, where it works when a run starts")]
+
+
 def _engine(found: str | None, cuda: bool, install: str) -> list[Finding]:
-    """Say what Transformer Engine is good for here."""
+    """Report what Transformer Engine is used for here."""
     if not cuda:
         return []
     if found is None:
@@ -132,7 +142,7 @@ def _engine(found: str | None, cuda: bool, install: str) -> list[Finding]:
 
 
 def apex() -> list[Finding]:
-    """Tell NVIDIA's apex from the other project of that name, without importing either."""
+    """Report whether NVIDIA's apex is installed, and not the other project of that name; neither is imported."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return [Finding("NVIDIA apex", "missing", "nothing: it is used only through megatron-core. `pip install apex` is another project")]

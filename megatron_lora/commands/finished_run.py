@@ -149,14 +149,16 @@ class FinishedRun:
 
     def predicted(self) -> Timeline:
         """Return the run as it was predicted when it began."""
-        multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
+        multiple = self.config.parallel.row_multiple
         ranks = {job.name: job.r for job in self.config.jobs}
         features = []
         for entries in self.slots:
             tokens = sum(entry[3] for entry in entries)
             ranked = sum(entry[3] * ranks[self.cost["jobs"][entry[0]]] for entry in entries)
             features.append((-(-tokens // multiple) * multiple, sum(entry[3] ** 2 for entry in entries), ranked))
-        forward, backward = CostModel.from_json(self.cost["stages"]).slot_seconds(features)
+        stages = CostModel.from_json(self.cost["stages"]).stages
+        forward = [[stage.forward.seconds(*slot) for slot in features] for stage in stages]
+        backward = [[stage.backward.seconds(*slot) for slot in features] for stage in stages]
         return self._simulated(forward, backward, self.cost["hop_s"], self.cost["step_s"])
 
     def replayed(self) -> Timeline:
@@ -165,7 +167,7 @@ class FinishedRun:
         return self._simulated(self.passes("F"), self.passes("B"), 0.0, statistics.fmean(taken) if taken else 0.0)
 
     def _simulated(self, forward: Sequence, backward: Sequence, hop_s: float, step_s: float) -> Timeline:
-        delay = int(self.config.parallel.tensor * self.config.parallel.data > 1)
+        delay = self.config.parallel.norm_delay
         return simulate(self.stream, self.num_stages, forward, backward, hop_s=hop_s, step_s=step_s, delay=delay)
 
     def real(self) -> Timeline:

@@ -1,10 +1,11 @@
-"""The process a user starts: check everything, start torchrun with the ranks that the config needs, end with the run's status.
+"""The process that a user starts: check everything, start torchrun with the ranks that the config needs, exit with the run's status.
 
-    check config, files, model, data, machine -> make the output directory -> agent (torchrun) -> ranks (rank.py) -> train.run
+    check config, files, model, data, machine -> make the output directory -> torchrun (torchrun.py) -> ranks (rank.py) -> train.run
 
-Nothing is written before every check has passed. The ranks live in a session of their own, so that Ctrl-C reaches this process
-alone; it passes SIGTERM, SIGUSR1 and Ctrl-C on to the ranks as SIGTERM, which stop and save; the second time torchrun ends them. On several
-SLURM nodes (`srun` with one task per node) each node runs this; the first node owns the output directory.
+Nothing is written before every check has passed. The ranks have a session of their own, so that
+Ctrl-C reaches this process alone. It forwards SIGTERM, SIGUSR1 and Ctrl-C to the ranks as SIGTERM,
+and they stop and save; at a second signal torchrun ends them. On several SLURM nodes (`srun` with
+one task per node) each node runs this, and the first node owns the output directory.
 """
 
 import dataclasses
@@ -25,13 +26,13 @@ from megatron_lora.environment import environment, num_cores
 from megatron_lora.errors import UserError
 from megatron_lora.output.run_directory import RunDirectory, has_trained, job_states
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAME_S = 3.0  # signals this soon after another are of the same request: SLURM tells the batch script and the step
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_REQUEST_S = 3.0  # signals this close together are one request: SLURM signals both the batch script and the step
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Nodes:
-    """The machines of a run, and which one this is."""
+    """The machines of a run, and the index of this one."""
 
     count: int = 1
     index: int = 0
@@ -40,40 +41,40 @@ class Nodes:
 
 
 def train(config_path: str, overrides: list[str]) -> int:
-    """Run a config to its end; returns 0, 3 or 75 as the run recorded it, 2 for wrong input found by a rank, 1 for a crash."""
+    """Run a config to its end; returns the recorded 0, 3 or 75, 2 for wrong input that a rank found, 1 for a crash."""
     config = load_config(config_path, overrides)
     nodes = find_nodes(os.environ)
     ranks_here = split_ranks(config, nodes)
     check_run(config, ranks_here, owner=nodes.index == 0)
     command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides]
     if nodes.index > 0:
-        return reported(start_ranks(command, ranks_here, lock=None))
+        return report_ending(start_ranks(command, ranks_here, lock=None))
     with RunDirectory.create(config, environment()) as run:
         ending = start_ranks(command, ranks_here, run.lock)
         recorded = run.status()["exit_status"]
         if recorded is not None:
             return recorded
-        begun = "running" in job_states(run.path).values()
-        if ending.signals and not begun and ending.status != 2:  # ranks that are asked before they train end each in its own way
+        has_started = "running" in job_states(run.path).values()
+        if ending.signals and not has_started and ending.status != 2:  # a rank that is asked to stop before it trains ends in its own way
             status = 75 if len(ending.signals) == 1 else 128 + ending.signals[0]
-            ending = _Ending(status=status, reason=_stop_reason(ending.signals[0], begun))
+            ending = _Ending(status=status, reason=_stop_reason(ending.signals[0], has_started))
         if ending.status == 2 and not has_trained(run.path):
             run.discard()
-            return reported(ending)
+            return report_ending(ending)
         try:
-            run.finish(ending.status, ending.reason or "the run ended without saying how")
+            run.finish(ending.status, ending.reason or "the run ended without a report")
         except OSError as error:
-            print(f"megatron-lora: {run.path / 'status.json'} could not be brought up to date ({error.strerror})", file=sys.stderr)
-        return reported(ending)
+            print(f"megatron-lora: {run.path / 'status.json'} could not be written ({error.strerror})", file=sys.stderr)
+        return report_ending(ending)
 
 
-def _stop_reason(number: int, begun: bool) -> str:
-    """Say what a signal came to that ended a run."""
-    return f"stopped by {signal.Signals(number).name} before {'its state was saved' if begun else 'it took a step'}"
+def _stop_reason(number: int, has_started: bool) -> str:
+    """Say that a signal ended the run, and at which point."""
+    return f"stopped by {signal.Signals(number).name} before {'its state was saved' if has_started else 'it took a step'}"
 
 
 def find_nodes(environ: Mapping[str, str]) -> Nodes:
-    """Read the machines from SLURM's step (one task per node) and MASTER_ADDR, MASTER_PORT; one machine without SLURM."""
+    """Read the machines from the variables of SLURM's step (one task per node), MASTER_ADDR and MASTER_PORT; one without SLURM."""
     count = int(environ.get("SLURM_STEP_NUM_NODES", "1"))
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", count))
     if tasks != count:
@@ -82,14 +83,14 @@ def find_nodes(environ: Mapping[str, str]) -> Nodes:
         return Nodes()
     if not environ.get("MASTER_ADDR"):
         raise UserError(
-            f"MASTER_ADDR: is not set, and {count} nodes need a place to meet; export the first node's host name as MASTER_ADDR"
+            f"MASTER_ADDR: is not set, and {count} nodes need a common address; export the first node's host name as MASTER_ADDR"
         )
     port = environ.get("MASTER_PORT") or str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 10000)
     return Nodes(count=count, index=int(environ["SLURM_NODEID"]), address=environ["MASTER_ADDR"], port=port)
 
 
 def split_ranks(config: RunConfig, nodes: Nodes) -> int:
-    """Ranks per node; UserError when the nodes cannot have the same number."""
+    """Return the number of ranks per node; UserError when the ranks do not divide evenly."""
     ranks = config.parallel.world_size
     if ranks % nodes.count:
         raise UserError(f"parallel: {ranks} ranks do not divide over {nodes.count} nodes; use a number of nodes that divides {ranks}")
@@ -97,25 +98,28 @@ def split_ranks(config: RunConfig, nodes: Nodes) -> int:
 
 
 def torchrun_arguments(ranks_here: int, nodes: Nodes) -> list[str]:
-    """How torchrun starts this node's ranks: alone on a free port, or at the first node's address."""
+    """Return torchrun's arguments for this node: a free port for one node, the first node's address for several."""
     if nodes.count == 1:
         return ["--standalone", "--nproc-per-node", str(ranks_here)]
-    meeting = ["--master-addr", nodes.address, "--master-port", nodes.port]
-    return ["--nnodes", str(nodes.count), "--node-rank", str(nodes.index), "--nproc-per-node", str(ranks_here), *meeting]
+    rendezvous = ["--master-addr", nodes.address, "--master-port", nodes.port]
+    return ["--nnodes", str(nodes.count), "--node-rank", str(nodes.index), "--nproc-per-node", str(ranks_here), *rendezvous]
 
 
 def rank_environment(environ: Mapping[str, str], ranks_here: int) -> dict[str, str]:
-    """The environment of the ranks: this process's, with the machine's cores shared out unless OMP_NUM_THREADS says otherwise."""
+    """Return the environment of the ranks: this process's, with OMP_NUM_THREADS set to each rank's share of the cores if it is unset."""
     threads = str(max(1, min(16, num_cores() // ranks_here)))
-    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch warns of links that connect at their first message, which ours are meant to do
-    fetched = {"HF_HUB_OFFLINE": "1"}  # the checks have fetched the model
-    usual = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    return usual | quiet | dict(environ) | fetched | {LAUNCHED: "1"}
+    defaults = {
+        "OMP_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns of process groups that connect at their first message, as ours do on purpose
+    }
+    offline = {"HF_HUB_OFFLINE": "1"}  # the checks have fetched the model
+    return defaults | dict(environ) | offline | {LAUNCHED: "1"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Ending:
-    """How torchrun ended: 0, 1 (crash), 2 (a user's mistake) or 128 + signal, and why; and the signals that were passed on."""
+    """How torchrun ended: status 0, 1 (a crash), 2 (wrong input) or 128 + signal, the reason, and the signals that were forwarded."""
 
     status: int
     reason: str = ""
@@ -123,20 +127,20 @@ class _Ending:
     signals: tuple[int, ...] = ()
 
 
-def reported(ending: _Ending) -> int:
-    """Print why a run ended, once; return its status."""
+def report_ending(ending: _Ending) -> int:
+    """Print why a run ended, if there is a reason; return its status."""
     if ending.reason:
         print(f"{ending.traceback}megatron-lora: {ending.reason}", file=sys.stderr)
     return ending.status
 
 
 def start_ranks(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
-    """Run the agent to its end with signals passed on; return what its report says. It inherits the lock, and keeps it if we die."""
-    received: list[tuple[int, float]] = []  # signals, and when they came
+    """Run torchrun to its end and forward signals to it; return what its report says. It inherits the lock, also if this process dies."""
+    received: list[tuple[int, float]] = []  # signals, with the times of their arrival
     with tempfile.TemporaryDirectory(prefix="megatron-lora-") as folder:
         report_file = Path(folder) / "report.json"
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until both processes can tell what a signal is to do
-        agent = subprocess.Popen(
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)  # until both processes have their handlers
+        torchrun = subprocess.Popen(
             [sys.executable, "-m", "megatron_lora.commands.torchrun", str(report_file), *command],
             env=rank_environment(os.environ, ranks_here),
             pass_fds=() if lock is None else (lock,),
@@ -144,24 +148,24 @@ def start_ranks(command: list[str], ranks_here: int, lock: int | None) -> _Endin
         )
 
         def forward(number: int, frame: object) -> None:
-            if received and time.monotonic() < received[-1][1] + SAME_S:
+            if received and time.monotonic() < received[-1][1] + SAME_REQUEST_S:
                 return
-            ranks = [] if received else _children(agent.pid)
+            ranks = [] if received else _children(torchrun.pid)
             received.append((number, time.monotonic()))
             for process in ranks:
                 _send(process, signal.SIGTERM)
             if not ranks:
-                _send(agent.pid, signal.SIGINT)
+                _send(torchrun.pid, signal.SIGINT)
 
-        before = {number: signal.signal(number, forward) for number in FORWARDED}
+        handlers = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
-            status = agent.wait()
+            status = torchrun.wait()
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
-            if agent.poll() is None:
-                _send(agent.pid, signal.SIGINT)
+            if torchrun.poll() is None:
+                _send(torchrun.pid, signal.SIGINT)
         report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.exists() else None
     signals = tuple(number for number, _ in received)
     if report is not None and report["kind"] != "signal":
@@ -180,7 +184,7 @@ def _children(parent: int) -> list[int]:
         try:
             fields = entry.read_text().rpartition(")")[2].split()  # after "pid (name)": state, parent, ...
         except OSError:
-            continue  # it has ended meanwhile
+            continue  # it has ended since
         if int(fields[1]) == parent:
             found.append(int(entry.parent.name))
     return found

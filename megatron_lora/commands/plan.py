@@ -1,8 +1,10 @@
-"""What `megatron-lora plan` says: how the jobs of a config would share the pipeline, before anything is trained.
+"""What `megatron-lora plan` prints: how the jobs of a config would share the pipeline, before anything is trained.
 
-A job's line is the job by itself, as it is trained without us: a flush after each of its steps, over its best number of microbatches.
-"one by one" are these one after another, "together" is one run of all jobs under the chosen policy. A job's gain is its time by itself
-over its share of the time together, by its share of the work; the gain in all is one by one over together.
+A job's line is the job alone, as other trainers run it: a flush after each of its steps, over its
+best number of microbatches. The line "one by one" is all of these one after another. The line
+"together" is one run of all jobs under the chosen policy. A job has a share of that run's time, by
+its share of the work; its gain is its time alone divided by that. The last line's gain is the time
+one by one divided by the time together.
 """
 
 import dataclasses
@@ -27,12 +29,12 @@ from scheduling.memory import RESERVED
 from scheduling.policies import POLICIES, Runs
 from scheduling.windows import plan_windows
 
-WORTH = 0.02  # a gain below this is called nothing
+MIN_GAIN = 0.02  # a smaller gain is reported as none
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command line says besides the config; None is the default of each."""
+    """The options of the command line besides the config; None is the default of each."""
 
     policy: str | None = None
     plot: str | None = None
@@ -91,7 +93,7 @@ def choose_device(
 
 
 def steps_of_jobs(config: RunConfig, data: Sequence) -> list[Steps]:
-    """Which samples every job's steps take."""
+    """Return which samples the steps of each job take."""
     return [
         job_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps, job.shuffle, job.seed)
         for job, job_data in zip(config.jobs, data, strict=True)
@@ -99,7 +101,7 @@ def steps_of_jobs(config: RunConfig, data: Sequence) -> list[Steps]:
 
 
 def lengths_of_jobs(data: Sequence, steps: Sequence[Steps]) -> list[list[list[int]]]:
-    """Tokens of every sample of every step: [job][step][sample]."""
+    """Return the tokens of each sample of each step: [job][step][sample]."""
     return [
         [[lengths[index] for _, index in step] for step in of_job]
         for of_job, lengths in zip(steps, (job_data.lengths for job_data in data), strict=True)
@@ -107,14 +109,14 @@ def lengths_of_jobs(data: Sequence, steps: Sequence[Steps]) -> list[list[list[in
 
 
 def share_of_targets(data: Sequence, steps: Sequence[Steps]) -> float:
-    """Share of these tokens that are targets."""
+    """Return the share of the tokens that are targets."""
     from megatron_lora.data.steps import target_share
 
     return target_share((job_data.samples, of_job) for job_data, of_job in zip(data, steps, strict=True))
 
 
 def runs_of(policy: str, workload: Workload) -> Runs:
-    """Plan the workload by a policy: ours as training does, in rolling windows by its weights; others at their best for the real cost."""
+    """Plan the workload by a policy: `ours` as training does, in rolling windows with the planner's weights; others with the real cost."""
     stages, capacity = workload.num_stages, workload.capacity
     if policy != "ours":
         real = workload.cost.slot_cost(sum(workload.ranks) / len(workload.ranks))
@@ -124,17 +126,17 @@ def runs_of(policy: str, workload: Workload) -> Runs:
 
 
 def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, together: Forecast) -> list[str]:
-    """One line per job by itself, one for all of them one by one, one for the run of all."""
+    """Return a line for each job alone, one for all jobs one by one, and one for all jobs together."""
     names = [*(job.name for job in config.jobs), "one by one", f"together, {policy}"]
     width = max(map(len, names))
     columns = ("steps", "tokens", "slots", "fill", "uneven", "padding", "no-ops", "bubble", "seconds", "tokens/s", "gain")
     widths = (6, 11, 7, 6, 7, 8, 7, 7, 9, 10, 6)
     lines = [" ".join([" " * width, *(f"{column:>{w}}" for column, w in zip(columns, widths, strict=True))])]
 
-    def row(name: str, steps: int, f: Figures, gained: float | None) -> str:
+    def row(name: str, steps: int, f: Figures, gain: float | None) -> str:
         cells = (
             *(f"{steps}", f"{f.tokens:,}", f"{f.slots}", f"{f.fill:.0%}", f"{f.uneven:.0%}", f"{f.padding:.1%}", f"{f.noops}"),
-            *(f"{f.bubble:.1%}", amount(f.seconds), amount(f.tokens / f.seconds), "" if gained is None else f"{gained:.2f}x"),
+            *(f"{f.bubble:.1%}", amount(f.seconds), amount(f.tokens / f.seconds), "" if gain is None else f"{gain:.2f}x"),
         )
         return " ".join([f"{name:{width}}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))])
 
@@ -148,16 +150,16 @@ def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, to
 
 
 def gains_of(solo: Forecast, together: Forecast) -> list[float]:
-    """Each job's time by itself / its share of the time together."""
+    """Return each job's time alone divided by its share of the time together."""
     shares = together.shares()
     return [solo.of_job(job).seconds / (shares[job] * together.figures.seconds) for job in range(len(shares))]
 
 
 def stage_table(config: RunConfig, architecture: Architecture, device: Device, workload: Workload, together: Forecast) -> list[str]:
-    """One line per stage: its layers, how long it is idle, and its memory; a warning where that does not fit."""
+    """Return a line for each stage, with its layers, idle share and memory, and a warning if the memory does not suffice."""
     columns = ("stage", "layers", "bubble", "weights", "adapters", "activations", "memory")
     lines = ["".join(f"{column:>{len(column) + 4}}" for column in columns)[4:]]
-    over = []
+    too_large = []
     layers = layers_of_stages(architecture.num_layers, config.parallel)
     for stage, memory in enumerate(memory_of(config, architecture, device)):
         in_flight, largest = together.tokens_in_flight(stage), together.largest_slot
@@ -169,11 +171,11 @@ def stage_table(config: RunConfig, architecture: Architecture, device: Device, w
         )
         lines.append("".join(f"{cell:>{len(column) + 4}}" for cell, column in zip(cells, columns, strict=True))[4:])
         if total > device.memory_bytes * (1 - RESERVED):
-            over.append(f"stage {stage} needs {size(total)}")
-    if over:
+            too_large.append(f"stage {stage} needs {size(total)}")
+    if too_large:
         lines.append(
-            f"Too much for {size(device.memory_bytes)} on {device.name}: {', '.join(over)}; lower microbatch_tokens, set recompute, or use "
-            "more stages or tensor ranks."
+            f"Too much for {size(device.memory_bytes)} on {device.name}: {', '.join(too_large)}; lower microbatch_tokens, set recompute, "
+            "or use more stages or tensor ranks."
         )
     return lines
 
@@ -190,22 +192,22 @@ def basis(device: Device, known: bool, costs: Calibration | None, target_share: 
 
 
 def advice(config: RunConfig, policy: str, solo: Forecast, together: Forecast) -> list[str]:
-    """Say in words whether co-training pays, and for whom not."""
+    """Say in words whether co-training pays, and for which jobs it does not."""
     stages, gain = config.parallel.pipeline, solo.figures.seconds / together.figures.seconds
     where = {1: "One GPU" if config.parallel.world_size == 1 else "One stage"}.get(stages, f"{stages} stages")
-    if gain < 1 + WORTH:
+    if gain < 1 + MIN_GAIN:
         if len(config.jobs) == 1:
-            reason = ", and one job, which has nobody to share with"
+            reason = ", and one job, which has no other to share with"
         else:
             reason = ", and each job fills its microbatches" if stages == 1 else ", and each job keeps them busy"
         return [f"{where}{reason if policy == 'ours' else ''}: expect {gain:.1f}x."]
     lines = [f"{where}, {config.microbatch_tokens} tokens per microbatch: expect {gain:.2f}x over the jobs one by one."]
     if len(config.jobs) > 1:
-        idle = [job.name for job, gained in zip(config.jobs, gains_of(solo, together), strict=True) if gained < 1 + WORTH]
+        idle = [job.name for job, job_gain in zip(config.jobs, gains_of(solo, together), strict=True) if job_gain < 1 + MIN_GAIN]
         lines += [f"Does not gain by being co-trained: {', '.join(idle)}."] if idle else []
     return lines
 
 
 def amount(value: float) -> str:
-    """Three digits at least."""
+    """Write a number with at least three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

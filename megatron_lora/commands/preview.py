@@ -1,4 +1,4 @@
-"""What `megatron-lora preview` says: a few rows of a job as the trainer will see them, the targets of its loss set apart."""
+"""What `megatron-lora preview` prints: a few records of a job as the trainer sees them, with the targets of the loss marked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GREEN, PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 
 def main(config_path: str, overrides: list[str], job_name: str, num_samples: int) -> int:
-    """Print the first rows of a job, targets in green on a terminal and between « and » elsewhere; returns 0."""
+    """Print the first records of a job, targets in green on a terminal and between « and » elsewhere; returns 0."""
     if num_samples < 1:
         raise UserError(f"--samples: {num_samples} is too few; use a whole number of at least 1")
     config = load_config(config_path, overrides)
@@ -33,20 +33,20 @@ def main(config_path: str, overrides: list[str], job_name: str, num_samples: int
     for dataset in jobs[job_name].datasets:
         if dataset.type == "lengths":
             raise UserError(f"--job: {job_name!r} trains on random tokens of the lengths in {dataset.path!r}, which are no text to show")
-    for row in preview_rows(jobs[job_name], load_tokenizer(resolve_base_model(config.base_model)), num_samples):
-        print(show_preview(row, color=sys.stdout.isatty()))
+    for record in preview_records(jobs[job_name], load_tokenizer(resolve_base_model(config.base_model)), num_samples):
+        print(show_preview(record, color=sys.stdout.isatty()))
     return 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PreviewRow:
-    """A row as trained, in runs of (is target, text). `num_tokens` counts what is kept of `num_tokens_written`."""
+class PreviewRecord:
+    """A record as trained, in spans of (is target, text). `num_tokens` of its `num_tokens_uncut` tokens are kept."""
 
     where: str
-    row: int
-    runs: tuple[tuple[bool, str], ...]
+    record: int
+    spans: tuple[tuple[bool, str], ...]
     token_texts: tuple[tuple[int, str, bool], ...]  # (token, its text, is target)
-    num_tokens_written: int
+    num_tokens_uncut: int
 
     @property
     def num_tokens(self) -> int:
@@ -57,36 +57,37 @@ class PreviewRow:
         return sum(target for _, _, target in self.token_texts)
 
 
-def preview_rows(job: JobConfig, tokenizer: PreTrainedTokenizerBase, num_rows: int = 3) -> tuple[PreviewRow, ...]:
-    """Encode the first rows of a job's datasets exactly as training does; UserError as in loading."""
-    from megatron_lora.data.row_files import read_rows
-    from megatron_lora.data.row_formats import RowEncoder
+def preview_records(job: JobConfig, tokenizer: PreTrainedTokenizerBase, num_records: int = 3) -> tuple[PreviewRecord, ...]:
+    """Encode the first records of a job's datasets exactly as training does, with the same errors."""
+    from megatron_lora.data.row_files import read_records
+    from megatron_lora.data.row_formats import RecordEncoder
     from megatron_lora.data.tokenizer import require_chat_template
 
-    encoder = RowEncoder(tokenizer)
-    preview: list[PreviewRow] = []
+    encoder = RecordEncoder(tokenizer)
+    preview: list[PreviewRecord] = []
     for dataset in job.datasets:
         require_chat_template(job.name, dataset, tokenizer)
-        for where, row in itertools.islice(read_rows(dataset.path), num_rows - len(preview)):
-            tokens, targets = encoder.encode(row, dataset.type, job.train_on_inputs, where)
+        for where, record in itertools.islice(read_records(dataset.path), num_records - len(preview)):
+            tokens, targets = encoder.encode(record, dataset.type, job.train_on_inputs, where)
             kept = list(zip(tokens[: job.sequence_len].tolist(), targets[: job.sequence_len].tolist(), strict=True))
-            runs = [
-                (target, tokenizer.decode([token for token, _ in run])) for target, run in itertools.groupby(kept, key=lambda pair: pair[1])
+            spans = [
+                (target, tokenizer.decode([token for token, _ in span]))
+                for target, span in itertools.groupby(kept, key=lambda pair: pair[1])
             ]
             texts = [(token, tokenizer.decode([token]), target) for token, target in kept]
             preview.append(
-                PreviewRow(where=where, row=len(preview), runs=tuple(runs), token_texts=tuple(texts), num_tokens_written=len(tokens))
+                PreviewRecord(where=where, record=len(preview), spans=tuple(spans), token_texts=tuple(texts), num_tokens_uncut=len(tokens))
             )
-        if len(preview) == num_rows:
+        if len(preview) == num_records:
             break
     return tuple(preview)
 
 
-def show_preview(row: PreviewRow, color: bool) -> str:
-    """Lay out a row: a heading, then its text with targets in green, or between « and » without colour."""
+def show_preview(record: PreviewRecord, color: bool) -> str:
+    """Lay out a record: a heading, then its text with targets in green, or between « and » without colour."""
     opening, closing = (GREEN, PLAIN) if color else ("«", "»")
-    cut = f", cut from {row.num_tokens_written}" if row.num_tokens < row.num_tokens_written else ""
-    dropped = "; dropped, for the cut leaves no target" if not row.num_targets else ""
-    heading = f"{row.where} (row {row.row}): {row.num_tokens} tokens{cut}, {row.num_targets} targets{dropped}"
-    text = "".join(f"{opening}{text}{closing}" if target else text for target, text in row.runs)
+    cut = f", cut from {record.num_tokens_uncut}" if record.num_tokens < record.num_tokens_uncut else ""
+    dropped = "; dropped, because the cut leaves no target" if not record.num_targets else ""
+    heading = f"{record.where} (record {record.record}): {record.num_tokens} tokens{cut}, {record.num_targets} targets{dropped}"
+    text = "".join(f"{opening}{text}{closing}" if target else text for target, text in record.spans)
     return f"{heading}\n{text}\n"

@@ -1,8 +1,10 @@
 """One rank of a run: what `train` and `calibrate` do under torchrun.
 
-Started by launch.py, everything has been checked and the output directory made; under a bare torchrun rank 0 does both before it
-joins the others. A run's exit status goes into status.json and the rank ends 0, since torchrun passes no statuses on; under a bare
-torchrun rank 0 also ends with it. An exception is recorded for torchrun, and the rank leaves at once, without waiting for peers.
+launch.py has checked everything and made the output directory before it starts a rank. Under a bare
+torchrun, rank 0 does both before it joins the others. The run's exit status is written to
+status.json, and a rank exits with 0, because torchrun does not pass on other statuses; only rank 0
+under a bare torchrun exits with the run's status. A rank that raises records the exception for
+torchrun and exits at once, without waiting for the other ranks.
 """
 
 import os
@@ -14,6 +16,7 @@ from typing import NoReturn
 from megatron_lora.commands.torchrun import die_with_parent, record_failure
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.errors import UserError
+from megatron_lora.output.job_states import exit_status
 from megatron_lora.output.run_directory import RunDirectory, job_states
 from megatron_lora.training.stop_request import StopRequest
 
@@ -26,23 +29,19 @@ def under_torchrun() -> bool:
 
 
 def main(config_path: str, overrides: list[str]) -> int:
-    """Train as one rank; returns the exit status, or leaves the process when it fails."""
+    """Train as one rank; returns the exit status, or ends the process on an exception."""
     rank, launched, stop = int(os.environ["RANK"]), LAUNCHED in os.environ, StopRequest()
-    if launched:
-        stop.listen()
 
     def work() -> int:
         config = load_config(config_path, overrides)
-        return _first_rank(config, launched, stop) if rank == 0 else _run(config, stop)
+        return _run_first_rank(config, launched, stop) if rank == 0 else _run(config, stop)
 
-    status = _ended_in_words(work)
+    status = _as_rank(work, stop)
     return 0 if launched or rank > 0 else status
 
 
 def calibrate(config_path: str, overrides: list[str], output: str | None) -> int:
-    """Calibrate as one rank; returns 0, or leaves the process when it fails."""
-    if LAUNCHED in os.environ:
-        StopRequest().listen()  # there is nothing to save: whoever asks ends the rank
+    """Calibrate as one rank; returns 0, or ends the process on an exception."""
 
     def work() -> int:
         config = load_config(config_path, overrides)
@@ -55,25 +54,27 @@ def calibrate(config_path: str, overrides: list[str], output: str | None) -> int
         dist.destroy_process_group()
         return 0
 
-    return _ended_in_words(work)
+    return _as_rank(work, StopRequest())  # there is nothing to save: whoever asks ends the rank
 
 
-def _ended_in_words(work: Callable[[], int]) -> int:
-    """Return what a rank's work returns; a failure is recorded for torchrun, told where nobody else tells it, and ends the process."""
-    if LAUNCHED in os.environ:
+def _as_rank(work: Callable[[], int], stop: StopRequest) -> int:
+    """Return what a rank's work returns; an exception is recorded for torchrun, printed if nobody else does, and ends the process."""
+    launched = LAUNCHED in os.environ
+    if launched:
+        stop.listen()
         die_with_parent()
     try:
         return work()
     except UserError as error:
-        if os.environ["RANK"] == "0" and LAUNCHED not in os.environ:
+        if os.environ["RANK"] == "0" and not launched:
             print(f"megatron-lora: {error}", file=sys.stderr)
-        _leave(error, 2)
+        _exit_now(error, 2)
     except BaseException as error:
-        _leave(error, 1)
+        _exit_now(error, 1)
 
 
-def _first_rank(config: RunConfig, launched: bool, stop: StopRequest) -> int:
-    """Train as rank 0, which holds the output directory and records how the run ended."""
+def _run_first_rank(config: RunConfig, launched: bool, stop: StopRequest) -> int:
+    """Train as rank 0, which locks the output directory and records how the run ended."""
     if launched:
         run_directory = RunDirectory.join(config)
     else:
@@ -84,15 +85,14 @@ def _first_rank(config: RunConfig, launched: bool, stop: StopRequest) -> int:
         check_run(config)
         run_directory = RunDirectory.create(config, environment())
     with run_directory:
-        status = _run(config, stop)
-        if status == 0 and "failed" in job_states(run_directory.path).values():
-            status = 3  # in an earlier start of the run
+        _run(config, stop)
+        status = exit_status(job_states(run_directory.path).values())  # of all jobs, those of earlier starts too
         run_directory.finish(status)
     return status
 
 
 def _run(config: RunConfig, stop: StopRequest) -> int:
-    """Check the number of ranks and hand over to train.py."""
+    """Check the number of ranks and call train.py."""
     _check_world_size(config)
     import torch.distributed as dist
 
@@ -105,7 +105,7 @@ def _run(config: RunConfig, stop: StopRequest) -> int:
 
 
 def _check_world_size(config: RunConfig) -> None:
-    """Refuse any number of ranks but the one that the config asks for."""
+    """Raise UserError unless torchrun started as many ranks as the config needs."""
     needed, started = config.parallel.world_size, int(os.environ["WORLD_SIZE"])
     if started != needed:
         parallel = config.parallel
@@ -115,8 +115,8 @@ def _check_world_size(config: RunConfig) -> None:
         )
 
 
-def _leave(error: BaseException, status: int) -> NoReturn:
-    """Record the exception and end this process now: peers that wait for it would hang its clean-up."""
+def _exit_now(error: BaseException, status: int) -> NoReturn:
+    """Record the exception and end this process without clean-up, which would wait for the other ranks."""
     record_failure(error)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -24,7 +24,7 @@ def report(run: FinishedRun) -> list[str]:
     """Return the report, line by line."""
     busy = [slot for slot in run.slots if slot]
     parallel, budget = run.config.parallel, int(run.config.microbatch_tokens)
-    multiple = parallel.tensor if parallel.sequence else 1
+    multiple = parallel.row_multiple
     rows = sum(-(-sum(entry[3] for entry in slot) // multiple) * multiple for slot in busy) * parallel.data
     lines = [
         f"{run.path}: {len(run.cost['jobs'])} jobs, {len(run.steps)} steps, {run.tokens:,} tokens in {run.makespan_s:.2f} s: "

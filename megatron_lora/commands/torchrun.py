@@ -1,14 +1,16 @@
-"""torchrun, with its failures told once and in our words.
+"""torchrun, with its failures reported once, in one line.
 
     python -m megatron_lora.commands.torchrun REPORT.json <arguments of torchrun>
 
-This is torch.distributed.run in a process of its own; what it adds is the ending. Of all ranks that failed, the one that explains
-the others is found (a user's mistake before a fatal signal before an exception, then the earliest) and written to REPORT.json:
-{"kind": "user" | "signal" | "crash", "rank", "line", "traceback"}. Workers tell their exception by `record_failure`, in the file
-that torchrun names in their environment, so a bare torchrun shows it too. Ends 0, or 1 with a report.
+This is torch.distributed.run in a process of its own, and it adds a report of how the run ended. A
+worker writes its exception to the file that torchrun names in its environment (`record_failure`); a
+bare torchrun shows it too. Of all ranks that failed, the report names the one that caused the
+others to fail: a user's mistake comes before a fatal signal, a signal before an exception, and of
+several the earliest is chosen. REPORT.json is {"kind": "user" | "signal" | "crash", "rank", "line",
+"traceback"}. The exit status is 0, or 1 with a report.
 
-SIGTERM and SIGUSR1, which SLURM sends to every process, are for the ranks, which stop and save (stop_request.py); SIGINT ends this
-process, and with it the ranks.
+SLURM sends SIGTERM and SIGUSR1 to every process. This one blocks them, and the ranks stop and save
+(stop_request.py). SIGINT ends this process, and with it the ranks.
 """
 
 import ctypes
@@ -22,7 +24,7 @@ import traceback
 
 from megatron_lora.errors import UserError
 
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's name for the file a worker leaves its exception in
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's variable: the file into which a worker writes its exception
 PR_SET_PDEATHSIG = 1
 HINTS = {
     "SIGKILL": ", which mostly means that the machine ran out of memory",
@@ -31,39 +33,39 @@ HINTS = {
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Ask the kernel for a signal when the parent process ends, so that no rank outlives its run. Linux only; elsewhere nothing."""
+    """Have the kernel send a signal when the parent process ends, so that no rank outlives its run. Does nothing except on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def record_failure(error: BaseException) -> None:
-    """Leave an exception of this worker where torchrun, and `main` below, look for it; without torchrun do nothing."""
+    """Write an exception of this worker to the file where torchrun and `main` look for it; without torchrun do nothing."""
     if ERROR_FILE not in os.environ:
         return
-    mistake = isinstance(error, UserError)
-    text = str(error) if mistake else "".join(traceback.format_exception(error))
-    line = str(error) if mistake else traceback.format_exception_only(error)[-1].strip()
-    failure = {"message": text, "timestamp": int(time.time()), "line": line, "user": mistake, "time": time.time()}
+    is_user_error = isinstance(error, UserError)
+    text = str(error) if is_user_error else "".join(traceback.format_exception(error))
+    line = str(error) if is_user_error else traceback.format_exception_only(error)[-1].strip()
+    failure = {"message": text, "timestamp": int(time.time()), "line": line, "user": is_user_error, "time": time.time()}
     with open(os.environ[ERROR_FILE], "w", encoding="utf-8") as file:
         json.dump(failure, file)
 
 
 def explain(failures: dict) -> dict:
-    """Pick the failure that explains the others; `failures` maps ranks to torch.distributed.elastic's ProcessFailure."""
+    """Return a report of the failure that caused the others; `failures`: rank -> torch.distributed.elastic's ProcessFailure."""
 
-    def weight(rank: int) -> tuple:
+    def priority(rank: int) -> tuple:
         data = failures[rank].error_file_data
-        ended_by = -failures[rank].exitcode
-        closed = ended_by == signal.SIGTERM  # mostly by torchrun, because another rank had failed
-        return (not data.get("user", False), closed, ended_by <= 0, data.get("time", failures[rank].timestamp), rank)
+        number = -failures[rank].exitcode
+        terminated = number == signal.SIGTERM  # mostly by torchrun, because another rank has failed
+        return (not data.get("user", False), terminated, number <= 0, data.get("time", failures[rank].timestamp), rank)
 
-    waited = [rank for rank in failures if _waited_in_vain(failures[rank])]
-    silent = [rank for rank in failures if failures[rank].exitcode == -signal.SIGKILL]
-    if waited and silent:  # torchrun kills a rank that does not end when another has failed
-        names = ", ".join(f"rank {rank}" for rank in sorted(silent))
-        line = f"{names} stood still: rank {min(waited)} waited for it in vain, and it did not end when it was asked to"
-        return {"kind": "signal", "rank": min(silent), "line": line, "traceback": ""}
-    rank = min(failures, key=weight)
+    timed_out = [rank for rank in failures if _timed_out_waiting(failures[rank])]
+    killed = [rank for rank in failures if failures[rank].exitcode == -signal.SIGKILL]
+    if timed_out and killed:  # torchrun kills a rank that does not end when another has failed
+        names = ", ".join(f"rank {rank}" for rank in sorted(killed))
+        line = f"{names} hung: rank {min(timed_out)} timed out waiting for it, and it did not end on SIGTERM"
+        return {"kind": "signal", "rank": min(killed), "line": line, "traceback": ""}
+    rank = min(failures, key=priority)
     failure, data = failures[rank], failures[rank].error_file_data
     if data.get("user"):
         return {"kind": "user", "rank": rank, "line": data["line"], "traceback": ""}
@@ -74,22 +76,22 @@ def explain(failures: dict) -> dict:
     return {"kind": "crash", "rank": rank, "line": f"rank {rank}: {line}", "traceback": data.get("message", "") if "line" in data else ""}
 
 
-def _waited_in_vain(failure) -> bool:
-    """Whether a rank gave up waiting for another: gloo raises and says so, NCCL's watchdog aborts the process."""
+def _timed_out_waiting(failure) -> bool:
+    """Whether a rank timed out waiting for another: gloo raises an exception that says so, NCCL's watchdog aborts the process."""
     return failure.exitcode == -signal.SIGABRT or "timed out" in failure.error_file_data.get("line", "").lower()
 
 
 def main(argv: list[str]) -> int:
     """Run torchrun with argv[1:]; when ranks fail, write the report to argv[0] and return 1."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # until torchrun listens, there are no ranks yet
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the launcher has blocked until now
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # torchrun sets its own handler before it starts ranks
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher has blocked it
     die_with_parent(signal.SIGINT)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.disable(logging.CRITICAL)  # its log says again what the report says
+    logging.disable(logging.CRITICAL)  # its log repeats what the report says
     try:
         run.main(argv[1:])
     except ChildFailedError as error:

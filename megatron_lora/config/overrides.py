@@ -1,4 +1,8 @@
-"""`key.path=value` on the command line: sets one value in a config's tree before it is checked; jobs are named by index or by name."""
+"""`key.path=value` on the command line: sets one value in a config's tree, before the config is checked.
+
+tree = read_yaml("configs/quickstart.yaml")
+apply_override(tree, "jobs.summarise.r=32")
+"""
 
 from megatron_lora.config.yaml_file import parse_yaml
 from megatron_lora.errors import UserError, one_line
@@ -26,7 +30,7 @@ def apply_override(tree: object, override: str) -> None:
 
 
 def _split_path(tree: dict, path: str) -> list[str]:
-    """Split `jobs.a.b.r` at dots, a job name with dots in it kept whole."""
+    """Split `jobs.a.b.r` at dots, but not at those of a job's name."""
     head, _, rest = path.partition(".")
     jobs = tree.get("jobs")
     if head == "jobs" and rest and isinstance(jobs, list):
@@ -37,9 +41,9 @@ def _split_path(tree: dict, path: str) -> list[str]:
     return path.split(".")
 
 
-def _index(parent: object, key: str, override: str, above: list[str]) -> str | int:
-    """Say how `parent` is indexed by `key`: a key of a mapping, or the position of a list item given by number or by name."""
-    where = ".".join(above)
+def _index(parent: object, key: str, override: str, path: list[str]) -> str | int:
+    """Return how to index `parent`: the key of a mapping, or the position of a list's entry, which `key` gives by number or name."""
+    where = ".".join(path)
     if isinstance(parent, dict):
         return key
     if not isinstance(parent, list):

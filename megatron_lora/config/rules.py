@@ -1,20 +1,22 @@
 """What one value of a config may be: rules from (key path, value) to the checked value.
 
-A rule returns the value to store or raises UserError with one line: the key, the value, what would be right. Types are strict:
-`true` is not a number, `16.0` is not a whole number, `"1e-4"` in quotes is text. Rules are made by the functions below and stand
-beside the fields that they guard, in schema.py's dataclasses:
+A rule returns the value to store or raises UserError with one line: the key, the value, what would be right. It also says in words
+what it accepts, for docs/config.md. Types are strict: `true` is not a number, `16.0` is not a whole number, `"1e-4"` in quotes is
+text. Rules are made by the functions below and stand beside the fields that they guard, in schema.py's dataclasses:
 
-    r: int = key(16, whole_number("a LoRA rank", 1, 256))
+    r: int = key(16, whole_number("a LoRA rank", 1, 256), "rank of A and B")
 """
 
+import dataclasses
 import difflib
 import math
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from megatron_lora.errors import UserError
 
-Rule = Callable[[str, object], object]
+Check = Callable[[str, object], Any]
 
 OTHER_WORDS = {  # what other trainers call a key of ours
     "adam_eps": "adam_epsilon",
@@ -44,8 +46,30 @@ OTHER_WORDS = {  # what other trainers call a key of ours
 }
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rule:
+    """A check of one value, and what it accepts in words."""
+
+    accepts: str
+    check: Check
+
+    def __call__(self, path: str, value: object) -> Any:
+        """Return the value to store; UserError in one line that names `path` where the value is not accepted."""
+        return self.check(path, value)
+
+
+def accepts(words: str) -> Callable[[Check], Rule]:
+    """Make the decorated check a rule that accepts `words`."""
+    return lambda check: Rule(words, check)
+
+
+def code(word: str) -> str:
+    """Write a word as it stands in Markdown where it is to be typed."""
+    return f"`{word}`"
+
+
 def show(value: object) -> str:
-    """Write a value as it would stand in YAML, on one line of at most 60 characters."""
+    """Write a value as in YAML, on one line of at most 60 characters."""
     text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -54,6 +78,7 @@ def whole_number(what: str, low: int, high: int | None = None) -> Rule:
     """Accept an int from `low` to `high`; `what` says what the number is, as in "a LoRA rank"."""
     span = f"from {low} to {high}" if high is not None else f"of at least {low}"
 
+    @accepts(f"a whole number {span}")
     def rule(path: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
             raise UserError(f"{path}: {show(value)} is not {what}; use a whole number {span}")
@@ -69,6 +94,7 @@ def number(what: str, low: float, high: float = math.inf, *, above: bool = False
     else:
         span = f"{'above' if above else 'from'} {low:g} {'and below' if below else 'to'} {high:g}"
 
+    @accepts(f"a number {span}")
     def rule(path: str, value: object) -> float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not fits or value < low or value > high or (above and value == low) or (below and value == high):
@@ -82,6 +108,7 @@ def number(what: str, low: float, high: float = math.inf, *, above: bool = False
 def truth() -> Rule:
     """Accept true or false."""
 
+    @accepts("true or false")
     def rule(path: str, value: object) -> bool:
         if not isinstance(value, bool):
             raise UserError(f"{path}: {show(value)} is neither true nor false; use one of the two, without quotes")
@@ -93,6 +120,7 @@ def truth() -> Rule:
 def text(what: str) -> Rule:
     """Accept non-empty text."""
 
+    @accepts(what)
     def rule(path: str, value: object) -> str:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             quote = ", in quotes" if isinstance(value, (int, float)) else ""
@@ -107,12 +135,13 @@ def text(what: str) -> Rule:
 def path_of(what: str) -> Rule:
     """Accept the path of something; a leading ~ becomes the user's home directory."""
     words = text(what)
-    return lambda path, value: os.path.expanduser(words(path, value))
+    return Rule(what, lambda path, value: os.path.expanduser(words(path, value)))
 
 
 def one_of(*choices: str) -> Rule:
     """Accept one of a few words, with a suggestion when another is close."""
 
+    @accepts(" or ".join(map(code, choices)) if len(choices) < 3 else f"one of {', '.join(map(code, choices))}")
     def rule(path: str, value: object) -> str:
         if not isinstance(value, str) or value not in choices:
             raise UserError(f"{path}: {show(value)} is unknown{suggest(value, choices)}; use {' or '.join(choices)}")
@@ -124,6 +153,7 @@ def one_of(*choices: str) -> Rule:
 def list_of(what: str, item: Rule, *, empty: bool = False) -> Rule:
     """Accept a list whose entries obey `item`; the result is a tuple."""
 
+    @accepts(f"a list of {what}")
     def rule(path: str, value: object) -> tuple:
         if not isinstance(value, list) or (not value and not empty):
             raise UserError(f"{path}: {show(value)} is not a list of {what}; write [{what}, ...] with at least one entry")
@@ -133,14 +163,15 @@ def list_of(what: str, item: Rule, *, empty: bool = False) -> Rule:
 
 
 def subset_of(what: str, choices: tuple[str, ...]) -> Rule:
-    """Accept a non-empty list of distinct words out of `choices`; the result stands in the order of `choices`."""
+    """Accept a non-empty list of distinct words out of `choices`; the result is in the order of `choices`."""
     words = list_of(what, one_of(*choices))
 
+    @accepts(f"a list of any of {', '.join(map(code, choices))}")
     def rule(path: str, value: object) -> tuple[str, ...]:
         chosen = words(path, value)
         for word in chosen:
             if chosen.count(word) > 1:
-                raise UserError(f"{path}: {word!r} stands in the list twice; remove one of the two")
+                raise UserError(f"{path}: {word!r} is in the list twice; remove one of the two")
         return tuple(word for word in choices if word in chosen)
 
     return rule
@@ -148,12 +179,13 @@ def subset_of(what: str, choices: tuple[str, ...]) -> Rule:
 
 def null_or(rule: Rule) -> Rule:
     """Accept null, or what `rule` accepts."""
-    return lambda path, value: None if value is None else rule(path, value)
+    return Rule(f"{rule.accepts}, or null", lambda path, value: None if value is None else rule(path, value))
 
 
 def later(rule: Rule, *, off: object) -> Rule:
     """Guard a key whose feature is not there yet: its value must obey `rule`, and only `off` is accepted."""
 
+    @accepts(f"only {show(off)}: **not supported yet**")
     def guarded(path: str, value: object) -> object:
         checked = rule(path, value)
         if checked != off:

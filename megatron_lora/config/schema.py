@@ -1,6 +1,7 @@
 """The config of a run: its keys, defaults and rules, and how a YAML file becomes one.
 
-Each key stands once, as a field of a frozen dataclass beside the rule that guards it. `load_config` reads strict YAML, applies
+Each key stands once, as a field of a frozen dataclass, with its default, the rule that guards it, its meaning and its unit;
+docs/config.md's tables are made of these (scripts/make_config_doc.py). `load_config` reads strict YAML, applies
 the command line's overrides, gives every job the `defaults`, and checks all of it; what comes out is complete and consistent in
 itself. Whether it fits the files, the model and the machine is checks.py's question.
 
@@ -13,11 +14,14 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.rules import (
     OTHER_WORDS,
     Rule,
+    accepts,
+    code,
     later,
     list_of,
     null_or,
@@ -41,16 +45,17 @@ JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SEED = whole_number("a seed", 0, 2**32 - 1)
 
 
-def key(default: object, rule: Rule):
+def key(default: object, rule: Rule, meaning: str, unit: str = "") -> Any:
     """Declare a key that has a default."""
-    return dataclasses.field(default=default, metadata={"rule": rule})
+    return dataclasses.field(default=default, metadata={"rule": rule, "meaning": meaning, "unit": unit})
 
 
-def required(rule: Rule):
+def required(rule: Rule, meaning: str, unit: str = "") -> Any:
     """Declare a key that every config must set."""
-    return dataclasses.field(metadata={"rule": rule})
+    return dataclasses.field(metadata={"rule": rule, "meaning": meaning, "unit": unit})
 
 
+@accepts("1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or digit")
 def job_name(path: str, value: object) -> str:
     """Accept a name that is safe as a folder name on any system."""
     if not isinstance(value, str) or not JOB_NAME.fullmatch(value):
@@ -60,19 +65,22 @@ def job_name(path: str, value: object) -> str:
     return value
 
 
+@accepts(f"the path of a file that ends in {', '.join(DATASET_FILES)}")
 def dataset_file(path: str, value: object) -> str:
-    """Accept the path of a file of rows."""
+    """Accept the path of a file of records."""
     name = path_of("the path of a dataset")(path, value)
     if not name.endswith(DATASET_FILES):
         raise UserError(f"{path}: {show(value)} is no kind of file that is read; use one that ends in {', '.join(DATASET_FILES)}")
     return name
 
 
+@accepts("a whole number of at least 1, or `auto`")
 def budget(path: str, value: object) -> int | str:
     """Accept the token budget of a microbatch, or auto."""
-    return value if value == "auto" else whole_number("a number of tokens, or auto", 1)(path, value)
+    return "auto" if value == "auto" else whole_number("a number of tokens, or auto", 1)(path, value)
 
 
+@accepts(f"`auto`, {', '.join(map(code, RECOMPUTE))}, or a list of the last {len(RECOMPUTE)}, one for each layer")
 def recompute(path: str, value: object) -> str | tuple[str, ...]:
     """Accept auto, a recomputation policy for all layers, or a list of one for each layer of the model."""
     if isinstance(value, list):
@@ -82,95 +90,59 @@ def recompute(path: str, value: object) -> str | tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How a run is spread over ranks; `layers_per_stage` None is resolved so that stages take equally long (resolve.py)."""
+    """How a run is spread over ranks."""
 
-    pipeline: int = key(1, whole_number("a number of pipeline stages", 1))
-    tensor: int = key(1, whole_number("a number of tensor-parallel ranks", 1))
-    data: int = key(1, whole_number("a number of replicas", 1))
-    sequence: bool = key(False, truth())
-    layers_per_stage: tuple[int, ...] | None = key(None, null_or(list_of("layer counts", whole_number("a number of layers", 1))))
+    pipeline: int = key(1, whole_number("a number of pipeline stages", 1), "stages that the layers are cut into", "stages")
+    tensor: int = key(
+        1,
+        whole_number("a number of tensor-parallel ranks", 1),
+        "ranks that share each layer; it must divide the model's query heads, key/value heads and feed-forward features",
+        "ranks",
+    )
+    data: int = key(1, whole_number("a number of replicas", 1), "replicas of the whole pipeline, which share each batch", "replicas")
+    sequence: bool = key(False, truth(), "true: the tensor ranks also share the activations between layers; needs `tensor` above 1")
+    layers_per_stage: tuple[int, ...] | None = key(
+        None,
+        null_or(list_of("layer counts", whole_number("a number of layers", 1))),
+        "layers of each stage, one number a stage; null: chosen so that all stages take equally long. The head counts there as "
+        "the layers that it costs for the tokens that are targets",
+        "layers",
+    )
 
     @property
     def world_size(self) -> int:
-        """Ranks that the run needs."""
-        return self.pipeline * self.tensor * self.data
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DatasetConfig:
-    """One file of rows and the format of its rows."""
-
-    path: str = required(dataset_file)
-    type: str = required(one_of(*DATASET_TYPES))
-
-
-def dataset(path: str, value: object) -> DatasetConfig:
-    """Accept a mapping of DatasetConfig's keys."""
-    return _build(DatasetConfig, path, value)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class JobConfig:
-    """One adapter: its data, its LoRA settings, its optimizer and schedule."""
-
-    name: str = required(job_name)
-    seed: int | None = key(None, null_or(SEED))
-    datasets: tuple[DatasetConfig, ...] = required(list_of("{path, type}", dataset))
-    val_datasets: tuple[DatasetConfig, ...] | None = key(None, later(null_or(list_of("{path, type}", dataset)), off=None))
-    train_on_inputs: bool = key(False, truth())
-    sequence_len: int = key(2048, whole_number("a sequence length in tokens", 2))
-    shuffle: bool = key(True, truth())
-    r: int = key(16, whole_number("a LoRA rank", 1, 256))
-    lora_alpha: float = key(32.0, number("a LoRA alpha", 0, above=True))
-    lora_dropout: float = key(0.0, number("a dropout probability", 0, 1, below=True))
-    use_rslora: bool = key(False, truth())
-    target_modules: tuple[str, ...] = key(TARGET_MODULES, subset_of("module names", TARGET_MODULES))
-    init_adapter: str | None = key(None, null_or(path_of("a PEFT directory")))
-    learning_rate: float = key(2.0e-4, number("a learning rate", 0, 1))
-    lr_scheduler: str = key("cosine", one_of("constant", "linear", "cosine"))
-    warmup_ratio: float = key(0.03, number("a share of the steps", 0, 1))
-    weight_decay: float = key(0.0, number("a weight decay", 0))
-    adam_beta1: float = key(0.9, number("a decay rate of Adam", 0, 1, below=True))
-    adam_beta2: float = key(0.999, number("a decay rate of Adam", 0, 1, below=True))
-    adam_epsilon: float = key(1.0e-8, number("Adam's epsilon", 0, above=True))
-    max_grad_norm: float | None = key(1.0, null_or(number("a gradient norm", 0, above=True)))
-    global_batch_size: int = key(8, whole_number("a number of samples per step", 1))
-    num_epochs: int = key(1, whole_number("a number of epochs", 1))
-    max_steps: int | None = key(None, null_or(whole_number("a number of steps", 1)))
-    save_steps: int = key(0, whole_number("a number of steps", 0))
-    eval_steps: int = key(0, later(whole_number("a number of steps", 0), off=0))
-    early_stopping_patience: int | None = key(None, later(null_or(whole_number("a number of evaluations", 1)), off=None))
+        """Ranks that the run needs. Rank = t + tensor * (d + data * p) for tensor rank t, replica d and pipeline stage p."""
+        return self.pipeline * self.ranks_per_stage
 
     @property
-    def scale(self) -> float:
-        """What the adapter's output is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def ranks_per_stage(self) -> int:
+        """Ranks that hold parts or copies of one stage."""
+        return self.tensor * self.data
+
+    @property
+    def norm_delay(self) -> int:
+        """Slots that a stage's gradient norm takes: 1 where it is first summed over other ranks of the stage, else 0."""
+        return int(self.ranks_per_stage > 1)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the rows of a microbatch are padded to a multiple of: the tensor ranks under sequence parallelism, else 1."""
+        return self.tensor if self.sequence else 1
+
+    def stage_of(self, rank: int) -> int:
+        """Return the pipeline stage of a rank."""
+        return rank // self.ranks_per_stage
+
+    def replica_of(self, rank: int) -> int:
+        """Return the replica that a rank belongs to."""
+        return rank // self.tensor % self.data
+
+    def rank_at(self, stage: int, replica: int, tensor_rank: int) -> int:
+        """Return the rank of a place in the layout."""
+        return tensor_rank + self.tensor * (replica + self.data * stage)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """A whole run. `precision` auto is bf16 on CUDA and fp32 on CPU; `microbatch_tokens` auto is resolved by what fits and pays.
-
-    `recompute` trades time for memory without changing a bit: none keeps all that backward reads, cheap makes norm and SwiGLU outputs
-    again (a third less memory), full keeps each layer's input alone and runs the layer again; auto is for each layer what fits.
-
-    `base_weights` fp8 multiplies in 8 bits with the frozen linears (fused_ops.fp8): faster on GPUs that can, no smaller, and not the same
-    numbers; native is in `precision`. `backend` says who computes norms and attention (backends.py).
-    """
-
-    base_model: str = required(path_of("a model directory or hub id"))
-    output_dir: str = required(path_of("the path of a directory"))
-    precision: str = key("auto", one_of("auto", "bf16", "fp32"))
-    seed: int = key(0, SEED)
-    parallel: ParallelConfig = key(ParallelConfig(), lambda path, value: parallel(path, value))
-    microbatch_tokens: int | str = key(4096, budget)
-    recompute: str | tuple[str, ...] = key("auto", recompute)
-    load_weights: bool = key(True, truth())
-    base_weights: str = key("native", one_of("native", "fp8"))
-    backend: str = key("auto", one_of("auto", "torch", "te"))
-    jobs: tuple[JobConfig, ...]
-
-
+@accepts("a mapping of the keys below")
 def parallel(path: str, value: object) -> ParallelConfig:
     """Accept a mapping of ParallelConfig's keys that agree with each other."""
     config = _build(ParallelConfig, path, {} if value is None else value)
@@ -183,6 +155,139 @@ def parallel(path: str, value: object) -> ParallelConfig:
             f"give {config.pipeline} layer counts, or null for stages that take equally long"
         )
     return config
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetConfig:
+    """One file of records and their format."""
+
+    path: str = required(dataset_file, "file of records, from the directory in which the command runs")
+    type: str = required(one_of(*DATASET_TYPES), "format of its records: [data.md](data.md)")
+
+
+@accepts("a mapping of `path` and `type`")
+def dataset(path: str, value: object) -> DatasetConfig:
+    """Accept a mapping of DatasetConfig's keys."""
+    return _build(DatasetConfig, path, value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """One adapter: its data, its LoRA settings, its optimizer and schedule."""
+
+    name: str = required(job_name, "names the job and its directory; unique, upper and lower case being the same")
+    seed: int | None = key(None, null_or(SEED), "decides data order, the first values of A, and dropout; null: the run's seed")
+    datasets: tuple[DatasetConfig, ...] = required(list_of("{path, type}", dataset), "the job's data, in this order")
+    val_datasets: tuple[DatasetConfig, ...] | None = key(
+        None, later(null_or(list_of("{path, type}", dataset)), off=None), "validation data"
+    )
+    train_on_inputs: bool = key(
+        False, truth(), "false: the loss counts completions and assistant turns alone; true: every token but the first of a sample"
+    )
+    sequence_len: int = key(
+        2048, whole_number("a sequence length in tokens", 2), "longer samples are cut at the right, and counted", "tokens"
+    )
+    shuffle: bool = key(True, truth(), "true: each epoch visits the samples in an order of its own; false: in file order")
+    r: int = key(16, whole_number("a LoRA rank", 1, 256), "rank of A and B")
+    lora_alpha: float = key(32.0, number("a LoRA alpha", 0, above=True), "the adapter's output is multiplied by `lora_alpha / r`")
+    lora_dropout: float = key(
+        0.0, number("a dropout probability", 0, 1, below=True), "share of the adapter's input features that are dropped"
+    )
+    use_rslora: bool = key(False, truth(), "true: the adapter's output is multiplied by `lora_alpha / sqrt(r)`")
+    target_modules: tuple[str, ...] = key(
+        TARGET_MODULES, subset_of("module names", TARGET_MODULES), "linears of each layer that get an adapter"
+    )
+    init_adapter: str | None = key(
+        None,
+        null_or(path_of("a PEFT directory")),
+        "adapter that the job starts from, of the same `r`, `lora_alpha`, `use_rslora` and `target_modules`; null: PEFT's start, "
+        "A random and B zero",
+    )
+    learning_rate: float = key(2.0e-4, number("a learning rate", 0, 1), "learning rate after the warm-up")
+    lr_scheduler: str = key(
+        "cosine", one_of("constant", "linear", "cosine"), "what follows the warm-up: the formulas of `transformers.get_scheduler`"
+    )
+    warmup_ratio: float = key(
+        0.03,
+        number("a share of the steps", 0, 1),
+        "share of the steps, rounded up, in which the learning rate rises; the first of them has 0",
+    )
+    weight_decay: float = key(0.0, number("a weight decay", 0), "decoupled, on all weights of the adapter, as in torch's AdamW")
+    adam_beta1: float = key(0.9, number("a decay rate of Adam", 0, 1, below=True), "as in torch's AdamW")
+    adam_beta2: float = key(0.999, number("a decay rate of Adam", 0, 1, below=True), "as in torch's AdamW")
+    adam_epsilon: float = key(1.0e-8, number("Adam's epsilon", 0, above=True), "as in torch's AdamW")
+    max_grad_norm: float | None = key(
+        1.0,
+        null_or(number("a gradient norm", 0, above=True)),
+        "a larger gradient is scaled down to this norm, taken over the whole adapter; null: never",
+    )
+    global_batch_size: int = key(
+        8,
+        whole_number("a number of samples per step", 1),
+        "samples of an optimizer step; the last one of an epoch may have fewer",
+        "samples",
+    )
+    num_epochs: int = key(1, whole_number("a number of epochs", 1), "how often each sample is used", "epochs")
+    max_steps: int | None = key(
+        None, null_or(whole_number("a number of steps", 1)), "when set, overrides `num_epochs`: it cuts or repeats epochs", "steps"
+    )
+    save_steps: int = key(
+        0, whole_number("a number of steps", 0), "steps between two checkpoints; 0: only where the run is stopped", "steps"
+    )
+    eval_steps: int = key(0, later(whole_number("a number of steps", 0), off=0), "steps between two evaluations", "steps")
+    early_stopping_patience: int | None = key(
+        None,
+        later(null_or(whole_number("a number of evaluations", 1)), off=None),
+        "evaluations in a row without improvement that end the job",
+        "evaluations",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's output is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    base_model: str = required(
+        path_of("a model directory or hub id"), "Hugging Face directory with `config.json`, tokenizer and safetensors, or a hub id"
+    )
+    output_dir: str = required(path_of("the path of a directory"), "new, empty, or that of a run to resume")
+    precision: str = key("auto", one_of("auto", "bf16", "fp32"), "`auto`: bf16 on CUDA, fp32 on CPU")
+    seed: int = key(0, SEED, "the seed of every job that has none of its own")
+    parallel: ParallelConfig = key(ParallelConfig(), parallel, "how the run is spread over ranks; default: one rank")
+    microbatch_tokens: int | str = key(
+        4096,
+        budget,
+        "what a microbatch may hold, at least the longest sample; `auto`: as many as memory allows and no more than pay, and the "
+        "run's `config.yaml` has the number",
+        "tokens",
+    )
+    recompute: str | tuple[str, ...] = key(
+        "auto",
+        recompute,
+        "what backward computes again in place of keeping it: `none`; `cheap`: the outputs of norms and SwiGLU, a third less "
+        "activation memory; `full`: each layer, least memory; `auto`: for each layer what fits and costs least time by the memory "
+        "model. Results are the same",
+    )
+    load_weights: bool = key(True, truth(), "false: random weights, for benchmarks")
+    base_weights: str = key(
+        "native",
+        one_of("native", "fp8"),
+        "`native`: in `precision`; `fp8`: the frozen linears multiply in 8 bits, LoRA stays in 16. It needs a GPU of compute "
+        "capability 8.9 or later, takes as much memory as bf16, and rounds weights, activations and gradients to 4 significant bits",
+    )
+    backend: str = key(
+        "auto",
+        one_of("auto", "torch", "te"),
+        "what computes norms and attention. `te`: [Transformer Engine](install.md#transformer-engine); `torch`: our norms and torch's "
+        "attention; `auto`: our norms and [cuDNN's attention](install.md#cudnns-attention) where it is installed and works, else torch's "
+        "(Transformer Engine's where torch is too old to have its own for packed samples)",
+    )
+    jobs: tuple[JobConfig, ...]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -259,7 +364,7 @@ def _check_keys(kind: type, path: str, tree: dict, extra: tuple[str, ...] = ()) 
             continue
         hint, meant = suggest(name, known), OTHER_WORDS.get(name.lower(), name)
         homes = {RunConfig: "the top level", ParallelConfig: "parallel", JobConfig: "defaults or a job", DatasetConfig: "a dataset"}
-        home = next((place for other, place in homes.items() if other is not kind and meant in _names(other)), None)
+        home = next((section for other, section in homes.items() if other is not kind and meant in _names(other)), None)
         if home and (meant == name or not hint):
             hint = f" here; {'it' if meant == name else meant} is a key of {home}"
         listed = "" if hint else f"; the keys are {', '.join(sorted(known))}"

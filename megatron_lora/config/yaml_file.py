@@ -1,11 +1,11 @@
-"""YAML files and `key.path=value` overrides as plain Python data, with nothing guessed.
+"""YAML files as plain Python data, with nothing guessed.
 
-Scalars follow the core schema of YAML 1.2: `1e-4` is a float, `no`, `1:30` and `2_000` are strings, `010` is ten. A key that
-stands twice in a mapping is an error that names its line. Anchors and aliases work; every use is a copy of its own, so that an
-override of one never changes another. There is no merge key: `defaults:` is what it would be used for.
+Scalars follow the core schema of YAML 1.2: `1e-4` is a float, `no`, `1:30` and `2_000` are strings,
+`010` is ten. A key that is given twice in a mapping is an error that names its line. Anchors and
+aliases work; every use is a copy of its own, so that an override of one never changes another.
+There is no merge key; `defaults:` has its purpose.
 
     tree = read_yaml("configs/quickstart.yaml")
-    apply_override(tree, "jobs.summarise.r=32")
 """
 
 import itertools
@@ -28,7 +28,7 @@ SCALARS = {
 }
 
 
-MAX_NODES = 1_000_000  # values in one document, aliases written out
+MAX_NODES = 1_000_000  # values in one document, with aliases written in full
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -43,7 +43,7 @@ class StrictDumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {None: list(SCALARS.items())}
 
     def ignore_aliases(self, data) -> bool:
-        """Write every value out: a reader of a config should not have to resolve `*id001`."""
+        """Write every value in full: a reader of a config should not have to look up `*id001`."""
         return True
 
 
@@ -63,14 +63,14 @@ def read_yaml(path: str | Path) -> object:
 
 
 def parse_yaml(text: str, source: str) -> object:
-    """Parse one YAML document; `source` is what errors call it."""
+    """Parse one YAML document; errors begin with `source`."""
     try:
         loader = StrictLoader(text)
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        said = one_line(", ".join(filter(None, (error.context, error.problem))))
-        raise UserError(f"{source}:{mark.line + 1 if mark else 1}: not valid YAML: {said}") from None
+        problem = one_line(", ".join(filter(None, (error.context, error.problem))))
+        raise UserError(f"{source}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
     except yaml.reader.ReaderError as error:
         raise UserError(f"{source}: not valid YAML: the character {error.character!r} is not allowed") from None
     except RecursionError:
@@ -83,28 +83,28 @@ def dump_yaml(tree: object) -> str:
     return yaml.dump(tree, Dumper=StrictDumper, sort_keys=False, width=140, allow_unicode=True)
 
 
-def _construct(node: yaml.Node, source: str, above: tuple[int, ...], counter: Iterator[int]) -> object:
-    """Turn a node into data, a fresh copy for each alias; `above` holds the ids of the nodes around it, `counter` counts nodes."""
+def _construct(node: yaml.Node, source: str, parents: tuple[int, ...], counter: Iterator[int]) -> object:
+    """Turn a node into data, a new copy for each alias; `parents` holds the ids of the nodes around it, `counter` counts nodes."""
     where = f"{source}:{node.start_mark.line + 1}"
     if next(counter) > MAX_NODES:
-        raise UserError(f"{where}: the aliases write out to more than {MAX_NODES:,} values; write out what is meant")
-    if id(node) in above:
-        raise UserError(f"{where}: an alias that contains itself; write the value out")
+        raise UserError(f"{where}: the aliases make more than {MAX_NODES:,} values; write the values in full")
+    if id(node) in parents:
+        raise UserError(f"{where}: an alias that contains itself; write the value in full")
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node, where)
-    above = (*above, id(node))
+    parents = (*parents, id(node))
     if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
         raise UserError(f"{where}: the tag {node.tag} is not supported; write plain YAML without tags")
     if isinstance(node, yaml.SequenceNode):
-        return [_construct(item, source, above, counter) for item in node.value]
+        return [_construct(item, source, parents, counter) for item in node.value]
     mapping = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"{source}:{line}: a key must be plain text")
         if key_node.value in mapping:
-            raise UserError(f"{source}:{line}: the key {key_node.value!r} stands twice in one mapping; remove one of the two")
-        mapping[key_node.value] = _construct(value_node, source, above, counter)
+            raise UserError(f"{source}:{line}: the key {key_node.value!r} is given twice in one mapping; remove one of the two")
+        mapping[key_node.value] = _construct(value_node, source, parents, counter)
     return mapping
 
 

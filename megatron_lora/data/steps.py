@@ -1,41 +1,105 @@
 """The order in which a job consumes its samples: a pure function of seed, epoch and number of samples.
 
-Epoch e visits the samples in ascending order of hash(seed, e, index), so a sample's place depends on nothing that a run can change
-(neighbours, ranks, list position, a library's random stream). An epoch's last global batch is smaller where the batch size does
-not divide the number of samples, and no global batch crosses an epoch's border.
+Epoch e visits the samples in ascending order of hash(seed, e, index), so a sample's position
+depends on nothing else: not on other jobs, ranks, the job's position in the config or a library's
+random stream. An epoch's last global batch is smaller where the batch size does not divide the
+number of samples, and no global batch holds samples of two epochs.
 
-    job_steps(num_samples=5, global_batch_size=2, num_epochs=1, max_steps=None, shuffle=False, seed=0)
-        == (((0, 0), (0, 1)), ((0, 2), (0, 3)), ((0, 4),))
+    steps = job_steps(num_samples=5, global_batch_size=2, num_epochs=1, max_steps=None, shuffle=False, seed=0)
+    len(steps) == 3 and steps[2] == ((0, 4),)          # (epoch, index into the job's samples)
+
+Steps are computed when they are asked for, so that they take no memory, however many epochs a job has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 if TYPE_CHECKING:  # the checks count steps before they load a tokenizer's library
     from megatron_lora.data.samples import Sample
 
-Steps = tuple[tuple[tuple[int, int], ...], ...]
+Step = tuple[tuple[int, int], ...]  # a global batch: (epoch, index into the job's samples) of each of its samples
+
+
+class Steps(Sequence[Step]):
+    """A job's steps, computed when they are asked for; equal to any sequence of the same steps."""
+
+    __hash__ = None  # type: ignore[assignment]  # equal to tuples, which have another hash
+
+    def __init__(self, num_samples: int, global_batch_size: int, num_steps: int, shuffle: bool, seed: int):
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.num_steps = num_steps
+        self.shuffle = shuffle
+        self.seed = seed
+        self._orders: dict[int, np.ndarray] = {}  # of the last two epochs that were asked for
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of a complete epoch."""
+        return -(-self.num_samples // self.global_batch_size)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    @overload
+    def __getitem__(self, step: int) -> Step: ...
+
+    @overload
+    def __getitem__(self, step: slice) -> tuple[Step, ...]: ...
+
+    def __getitem__(self, step: int | slice) -> Step | tuple[Step, ...]:
+        if isinstance(step, slice):
+            return tuple(self[i] for i in range(*step.indices(self.num_steps)))
+        epoch, indices = self.batch(step)
+        return tuple((epoch, index) for index in indices.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def batch(self, step: int) -> tuple[int, np.ndarray]:
+        """Return a step's epoch, and the indices of its samples, int64. Raises IndexError beyond the last step."""
+        if not -self.num_steps <= step < self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        epoch, position = divmod(step % self.num_steps, self.per_epoch)
+        start = position * self.global_batch_size
+        return epoch, self._order(epoch)[start : start + self.global_batch_size]
+
+    def num_visits(self, end: int | None = None) -> int:
+        """Return how many samples the steps before `end` take; None: all steps."""
+        epochs, position = divmod(self.num_steps if end is None else end, self.per_epoch)
+        return epochs * self.num_samples + position * self.global_batch_size
+
+    def visits(self) -> np.ndarray:
+        """Return how often each sample is taken, int64 [num_samples]."""
+        epochs, position = divmod(self.num_steps, self.per_epoch)
+        counts = np.full(self.num_samples, epochs, dtype=np.int64)
+        if position:
+            counts[self._order(epochs)[: position * self.global_batch_size]] += 1
+        return counts
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_samples)
+        if epoch not in self._orders:
+            if len(self._orders) > 1:  # the step that is reported and the one that is collated may lie in two epochs
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = epoch_order(self.num_samples, epoch, self.seed)
+        return self._orders[epoch]
 
 
 def job_steps(num_samples: int, global_batch_size: int, num_epochs: int, max_steps: int | None, shuffle: bool, seed: int) -> Steps:
-    """List a job's steps; each is its global batch as (epoch, index into the job's samples) pairs.
+    """Return a job's steps. `max_steps` overrides `num_epochs`: it cuts the last epoch or adds epochs.
 
-    `max_steps` overrides `num_epochs`: it cuts the last epoch or adds epochs. `shuffle` False keeps the samples' own order.
+    `shuffle` False keeps the samples' own order.
     """
     assert num_samples > 0 and global_batch_size > 0 and num_epochs > 0, (num_samples, global_batch_size, num_epochs)
     num_steps = count_steps(num_samples, global_batch_size, num_epochs, max_steps)
-    steps_per_epoch = -(-num_samples // global_batch_size)
-    steps: list[tuple[tuple[int, int], ...]] = []
-    for epoch in range(-(-num_steps // steps_per_epoch)):
-        order = epoch_order(num_samples, epoch, seed).tolist() if shuffle else range(num_samples)
-        visits = [(epoch, index) for index in order]
-        steps += [tuple(visits[start : start + global_batch_size]) for start in range(0, num_samples, global_batch_size)]
-    return tuple(steps[:num_steps])
+    return Steps(num_samples, global_batch_size, num_steps, shuffle, seed)
 
 
 def count_steps(num_samples: int, global_batch_size: int, num_epochs: int, max_steps: int | None) -> int:
@@ -58,16 +122,17 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobRows:
-    """A job's samples in the order of its steps."""
+class JobSamples:
+    """A job's samples, and which of them each step takes."""
 
     seed: int
     samples: Sequence[Sample]
-    steps: Sequence[Sequence[tuple[int, int]]]  # [step][k] = (epoch, index into samples)
+    steps: Steps
 
     def lengths(self) -> list[list[int]]:
-        """Tokens of each sample, [step][k]: what the planner sees."""
-        return [[len(self.samples[index].tokens) for _, index in step] for step in self.steps]
+        """Tokens of each sample, [step][k], for the planner."""
+        tokens = np.array([len(sample.tokens) for sample in self.samples])
+        return [tokens[self.steps.batch(step)[1]].tolist() for step in range(len(self.steps))]
 
     def num_targets(self, step: int) -> int:
         """Target tokens of a step's global batch."""
@@ -75,13 +140,13 @@ class JobRows:
 
 
 def target_share(jobs: Iterable[tuple[Sequence[Sample], Steps]]) -> float:
-    """Return which share of the tokens that a run trains on are targets, the only rows that the head computes.
+    """Return the share of a run's tokens that are targets, the only rows that the head computes.
 
-    Of each job its samples and steps; a sample counts as often as the steps visit it.
+    `jobs`: the samples and steps of each job; a sample counts as often as the steps visit it.
     """
     num_targets = num_tokens = 0
     for samples, steps in jobs:
-        visits = np.bincount([index for step in steps for _, index in step], minlength=len(samples))
+        visits = steps.visits()
         num_targets += int(visits @ [np.count_nonzero(sample.targets) for sample in samples])
         num_tokens += int(visits @ [len(sample) for sample in samples])
     return num_targets / num_tokens

@@ -1,8 +1,9 @@
-"""Tokenised datasets on disk: each distinct one is made once and read back by every job, rank and later run.
+"""Tokenised datasets on disk: each distinct one is made once, and every job, rank and later run reads it back.
 
-A dataset's name is the hash of all that decides its tokens: the file's bytes, the format, the tokenizer with its chat template,
-`train_on_inputs`, `sequence_len`, and the versions that tokenise. It is written aside and renamed, so that ranks may race, and carries
-a checksum: an entry that does not match it is no entry.
+A dataset's file is named by the hash of all that decides its tokens: the bytes of the dataset file,
+the format, the tokenizer with its chat template, `train_on_inputs`, `sequence_len`, and the
+versions of the packages that tokenise. It is written under a temporary name and renamed, so several
+ranks may write it at once. It holds a checksum; a file that does not match it is not used.
 """
 
 import dataclasses
@@ -24,28 +25,28 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A tokenised file: kept sample i is tokens[offsets[i]:offsets[i + 1]] and was row rows[i] of the file's `num_rows`."""
+    """A tokenised file: sample i is tokens[offsets[i]:offsets[i + 1]], made of record records[i] of the file's `num_records`."""
 
     tokens: np.ndarray  # [sum of lengths] int32
     targets: np.ndarray  # [sum of lengths] bool
     offsets: np.ndarray  # [samples + 1] int64
-    rows: np.ndarray  # [samples] int64
-    num_rows: int
+    records: np.ndarray  # [samples] int64
+    num_records: int
     num_truncated: int
     num_dropped: int
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield (row, tokens, targets) of every sample."""
-        for index, row in enumerate(self.rows.tolist()):
+        """Yield (record number, tokens, targets) of every sample."""
+        for index, number in enumerate(self.records.tolist()):
             span = slice(*self.offsets[index : index + 2])
-            yield row, self.tokens[span], self.targets[span]
+            yield number, self.tokens[span], self.targets[span]
 
 
-def dataset_key(path: str | Path, tokenizer_print: str, format: str, train_on_inputs: bool, sequence_len: int) -> str:
+def dataset_key(path: str | Path, tokenizer_fingerprint: str, format: str, train_on_inputs: bool, sequence_len: int) -> str:
     """Hash everything that decides a dataset's tokens."""
     with open(path, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = [FORMAT, content, Path(path).suffix, tokenizer_print, format, train_on_inputs, sequence_len]
+    parts = [FORMAT, content, Path(path).suffix, tokenizer_fingerprint, format, train_on_inputs, sequence_len]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -58,17 +59,17 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def store(directory: str | Path, key: str, dataset: Dataset) -> None:
-    """Write a dataset, whole or not at all."""
+    """Write a dataset, completely or not at all."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(dataset)
-    handle, aside = tempfile.mkstemp(prefix=".dataset-", dir=directory)
+    handle, temporary = tempfile.mkstemp(prefix=".dataset-", dir=directory)
     os.close(handle)
     try:
-        save_file(tensors, aside, metadata={"sha256": _checksum(tensors)})
-        os.replace(aside, _file(directory, key))
+        save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
+        os.replace(temporary, _file(directory, key))
     finally:
-        Path(aside).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def fetch(directory: str | Path, key: str) -> Dataset | None:
@@ -84,13 +85,13 @@ def fetch(directory: str | Path, key: str) -> Dataset | None:
         return None
     if stored != _checksum(tensors):
         return None
-    num_rows, num_truncated, num_dropped = tensors["counts"].tolist()
+    num_records, num_truncated, num_dropped = tensors["counts"].tolist()
     return Dataset(
         tokens=tensors["tokens"],
         targets=tensors["targets"].astype(bool),
         offsets=tensors["offsets"],
-        rows=tensors["rows"],
-        num_rows=num_rows,
+        records=tensors["rows"],
+        num_records=num_records,
         num_truncated=num_truncated,
         num_dropped=num_dropped,
     )
@@ -101,12 +102,12 @@ def _file(directory: str | Path, key: str) -> Path:
 
 
 def _tensors(dataset: Dataset) -> dict[str, np.ndarray]:
-    counts = [dataset.num_rows, dataset.num_truncated, dataset.num_dropped]
+    counts = [dataset.num_records, dataset.num_truncated, dataset.num_dropped]
     return {
         "tokens": dataset.tokens,
         "targets": dataset.targets.astype(np.uint8),
         "offsets": dataset.offsets,
-        "rows": dataset.rows,
+        "rows": dataset.records,
         "counts": np.array(counts, dtype=np.int64),
     }
 
@@ -121,6 +122,6 @@ def _checksum(tensors: dict[str, np.ndarray]) -> str:
 
 def cache_dir() -> Path:
     """Where tokenised datasets are kept: MEGATRON_LORA_CACHE, or the user's cache directory."""
-    chosen = os.environ.get("MEGATRON_LORA_CACHE")
-    general = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(general) / "megatron-lora"
+    own = os.environ.get("MEGATRON_LORA_CACHE")
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(shared) / "megatron-lora"

@@ -1,6 +1,6 @@
-"""The tokenizer of a base model: loaded from its directory, and refused where it cannot serve.
+"""The tokenizer of a base model, loaded from its directory; one that cannot be used is refused.
 
-Samples need its character offsets, so only fast tokenizers are taken:
+Targets are found by character offsets, which only fast tokenizers give:
 
     tokenizer = load_tokenizer("models/SmolLM2-135M-Instruct")
     tokenizer = tokenizer_for(config.jobs, model_dir)       # None where no dataset needs one
@@ -25,19 +25,19 @@ def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
     file = directory / "tokenizer.json"
     if file.is_file():
         try:
-            whole = isinstance(json.loads(file.read_bytes()), dict)
+            is_object = isinstance(json.loads(file.read_bytes()), dict)
         except ValueError:
-            whole = False
-        if not whole:
+            is_object = False
+        if not is_object:
             raise UserError(f"base_model: {file} is damaged; copy it again from where the model came from")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # transformers reads the model's files with hardly a check of its own: whatever it raises is about them
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"base_model: the tokenizer in {directory} cannot be loaded ({said}); add the model's tokenizer.json") from None
+    except Exception as error:  # transformers hardly checks the files that it reads: whatever it raises is about them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"base_model: the tokenizer in {directory} cannot be loaded ({reason}); add the model's tokenizer.json") from None
     if not tokenizer.is_fast:
         raise UserError(f"base_model: the tokenizer in {directory} gives no character offsets; add the model's tokenizer.json")
-    tokenizer.model_max_length = 2**60  # rows are cut by sequence_len, here, so a warning about it would only mislead
+    tokenizer.model_max_length = 2**60  # records are cut at sequence_len, so a warning about this length would mislead
     return tokenizer
 
 
@@ -48,7 +48,7 @@ def tokenizer_for(jobs: Iterable[JobConfig], base_model: str | Path) -> PreTrain
 
 
 def require_chat_template(job: str, dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse conversations for a tokenizer that has no chat template, or several and none of them the default."""
+    """Raise UserError for conversations when the tokenizer has no chat template, or several of which none is the default."""
     if dataset.type not in CHAT_TYPES:
         return
     try:

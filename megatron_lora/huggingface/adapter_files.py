@@ -1,10 +1,11 @@
-"""PEFT directories, in and out: adapter_config.json, adapter_model.safetensors and a model card.
+"""PEFT directories, read and written: adapter_config.json, adapter_model.safetensors and a model card.
 
-An adapter adds (lora_alpha / r) * B A to a frozen linear, with A [r, K] and B [N, r], or lora_alpha / sqrt(r) with rsLoRA. In
-memory a pair is keyed by the linear's path in the Hugging Face model, `model.layers.0.self_attn.q_proj`; in the file it is
-`base_model.model.<path>.lora_A.weight` and `.lora_B.weight`. Each file is written aside, synced and renamed, so that a reader
-never meets half of one. What is read is plain LoRA or refused by the name of what is different: an ignored feature would be a
-silently wrong model.
+An adapter adds (lora_alpha / r) * B A to a frozen linear, with A [r, K] and B [N, r], or lora_alpha
+/ sqrt(r) with rsLoRA. In memory a pair is keyed by the linear's path in the Hugging Face model,
+`model.layers.0.self_attn.q_proj`; in the file it is `base_model.model.<path>.lora_A.weight` and
+`.lora_B.weight`. Each file is written to a temporary directory, synced and renamed, so that a
+reader never sees a part of one. The reader accepts plain LoRA and refuses every other feature by
+its name, because a model without that feature would silently be wrong.
 """
 
 import dataclasses
@@ -30,8 +31,8 @@ CARD_FILE = "README.md"
 PREFIX = "base_model.model."
 LAYER = re.compile(r"layers\.(\d+)\.")
 
-# peft 0.21's other fields, at the values that mean plain LoRA; the reader refuses any other value, and any unknown field that is set.
-PLAIN = MappingProxyType(
+# peft 0.21's other fields, with the values that mean plain LoRA. The reader refuses other values, and unknown fields that are set.
+PLAIN_LORA = MappingProxyType(
     {
         "alora_invocation_tokens": None,
         "alpha_pattern": {},
@@ -61,7 +62,7 @@ PLAIN = MappingProxyType(
         "velora_config": None,
     }
 )
-# Fields that say nothing about what the adapter computes.
+# Fields that do not change what the adapter computes.
 DESCRIPTIVE = MappingProxyType(
     {
         "auto_mapping": None,
@@ -73,8 +74,8 @@ DESCRIPTIVE = MappingProxyType(
         "revision": None,
     }
 )
-# Ways to initialise that leave the base weights alone. The others (pissa, olora, corda, loftq, lora_ga) belong to a changed base.
-HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+# Initialisations that do not change the base weights. The others (pissa, olora, corda, loftq, lora_ga) do.
+INITS_OF_UNCHANGED_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ class AdapterFile:
 
 
 def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str) -> None:
-    """Write or replace the three PEFT files in `directory`, which is made if absent; other files there stay.
+    """Write or replace the three PEFT files in `directory`, which is created if absent; other files there stay.
 
     `base_model` is what the readers of the directory load as its base: a hub id or a path.
     """
@@ -102,17 +103,17 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str) 
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a_RK.detach().clone(memory_format=torch.contiguous_format).cpu()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b_NR.detach().clone(memory_format=torch.contiguous_format).cpu()
     config = json.dumps(_config(adapter, base_model), indent=2, sort_keys=True)
-    aside = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))
+    temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))
     try:
-        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
-        (aside / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        (aside / CARD_FILE).write_text(_card(adapter, base_model), encoding="utf-8")
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        (temporary / CARD_FILE).write_text(_model_card(adapter, base_model), encoding="utf-8")
         for name in (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE):
-            sync(aside / name)
-            os.chmod(aside / name, 0o644)
-            os.replace(aside / name, directory / name)
+            sync(temporary / name)
+            os.chmod(temporary / name, 0o644)
+            os.replace(temporary / name, directory / name)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_adapter(directory: str | Path) -> AdapterFile:
@@ -136,7 +137,7 @@ def read_adapter(directory: str | Path) -> AdapterFile:
 
 
 def check_adapter(where: str, adapter: AdapterFile, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse an adapter that is not for this base model: `shapes` maps the path of every linear it must adapt to that linear's (N, K)."""
+    """Raise UserError for an adapter of another base model; `shapes`: the path of each linear that it must adapt -> its (N, K)."""
     for path, (rows, columns) in shapes.items():
         if path not in adapter.weights:
             raise UserError(f"{where}: has no A and B for {path}; use an adapter of this base model with the job's target_modules")
@@ -152,10 +153,10 @@ def check_adapter(where: str, adapter: AdapterFile, shapes: Mapping[str, tuple[i
 
 
 def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
-    """Fill in adapter_config.json as peft writes it; whole numbers stay whole, which some readers insist on."""
+    """Return adapter_config.json as peft writes it; an integral alpha is written as an int, which some readers require."""
     alpha = adapter.lora_alpha
     return {
-        **PLAIN,
+        **PLAIN_LORA,
         **DESCRIPTIVE,
         "base_model_name_or_path": base_model,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -168,8 +169,8 @@ def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
     }
 
 
-def _card(adapter: AdapterFile, base_model: str) -> str:
-    """Write the model card: the front matter that hubs read, what the adapter is, and how to load it."""
+def _model_card(adapter: AdapterFile, base_model: str) -> str:
+    """Return the model card: the front matter that hubs read, what the adapter is, and how to load it."""
     num_parameters = sum(a_RK.numel() + b_NR.numel() for a_RK, b_NR in adapter.weights.values())
     base = json.dumps(base_model)
     return f"""---
@@ -198,7 +199,7 @@ model = PeftModel.from_pretrained(base, "path/of/this/directory")
 
 
 def _read_config(directory: Path) -> dict:
-    """Read adapter_config.json and refuse whatever is not plain LoRA."""
+    """Read adapter_config.json; UserError for anything but plain LoRA."""
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"{directory}: has no {CONFIG_FILE}, so it is no PEFT directory; give the directory that holds that file")
@@ -209,7 +210,7 @@ def _read_config(directory: Path) -> dict:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else config
         raise UserError(f"{file}: peft_type: {json.dumps(kind)} cannot be trained here; use a LORA adapter")
-    _check_plain(file, config)
+    _check_plain_lora(file, config)
     if not isinstance(config.get("r"), int) or isinstance(config["r"], bool) or config["r"] < 1:
         raise UserError(f"{file}: r: {json.dumps(config.get('r'))} is not a LoRA rank; use a whole number from 1")
     alpha = config.get("lora_alpha")
@@ -224,24 +225,24 @@ def _read_config(directory: Path) -> dict:
     return config
 
 
-def _check_plain(file: Path, config: Mapping[str, object]) -> None:
-    """Refuse every field that changes what the adapter computes, known today or not."""
+def _check_plain_lora(file: Path, config: Mapping[str, object]) -> None:
+    """Raise UserError for each field, known or unknown, that would change what the adapter computes."""
     known = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
     if config.get("task_type") not in ("CAUSAL_LM", None):
         raise UserError(f"{file}: task_type: {json.dumps(config['task_type'])} is not supported; use a CAUSAL_LM adapter")
     init = config.get("init_lora_weights", True)
-    if init not in HARMLESS_INITS:
+    if init not in INITS_OF_UNCHANGED_BASE:
         raise UserError(
             f"{file}: init_lora_weights: {json.dumps(init)} means a changed base model; convert the adapter to plain LoRA with peft first"
         )
     for key, value in config.items():
-        if key in known or key in DESCRIPTIVE or not value or value == PLAIN.get(key):
+        if key in known or key in DESCRIPTIVE or not value or value == PLAIN_LORA.get(key):
             continue
         raise UserError(f"{file}: {key}: {json.dumps(value)} is not supported; use a plain LoRA adapter, without {key}")
 
 
 def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Read the safetensors file, never a pickle."""
+    """Read the safetensors file; a pickle is never loaded."""
     file = directory / WEIGHTS_FILE
     if not file.is_file():
         pickled = " (adapter_model.bin is a pickle, which is never loaded)" if (directory / "adapter_model.bin").is_file() else ""
@@ -254,32 +255,32 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 def _pair(file: Path, tensors: Mapping[str, torch.Tensor], r: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Match every A with its B and check their ranks."""
-    halves: dict[str, dict[str, torch.Tensor]] = {}
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if match is None:
             raise UserError(f"{file}: holds {key}, which is no A or B of a linear; use a plain LoRA adapter")
-        halves.setdefault(match[1], {})[match[2]] = tensor
-    if not halves:
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    if not pairs:
         raise UserError(f"{file}: holds no tensors; save the adapter again")
     weights = {}
-    for path, half in halves.items():
+    for path, pair in pairs.items():
         for name, rank_axis in (("A", 0), ("B", 1)):
             key = f"{PREFIX}{path}.lora_{name}.weight"
-            if name not in half:
+            if name not in pair:
                 raise UserError(f"{file}: {key} is missing; save the adapter again")
-            shape = tuple(half[name].shape)
+            shape = tuple(pair[name].shape)
             if len(shape) != 2 or shape[rank_axis] != r:
                 expected = f"[{r}, in]" if name == "A" else f"[out, {r}]"
                 raise UserError(f"{file}: {key} has shape {list(shape)} where r = {r} needs {expected}; save the adapter again")
-            if not half[name].is_floating_point():
-                raise UserError(f"{file}: {key} is {half[name].dtype}; save the adapter in a floating-point type")
-        weights[path] = (half["A"], half["B"])
+            if not pair[name].is_floating_point():
+                raise UserError(f"{file}: {key} is {pair[name].dtype}; save the adapter in a floating-point type")
+        weights[path] = (pair["A"], pair["B"])
     return weights
 
 
 def _check_targets(file: Path, weights: Iterable[str], found: set[str], targets: set[str]) -> None:
-    """Require that every target module is there, in the same layers, and nothing else."""
+    """Raise UserError unless exactly the target modules have weights, all in the same layers."""
     names = {target.rpartition(".")[2] for target in targets}
     if found != names:
         module = sorted(found ^ names)[0]
@@ -291,7 +292,7 @@ def _check_targets(file: Path, weights: Iterable[str], found: set[str], targets:
         if match is None:
             raise UserError(f"{file}: {path} is not in a transformer layer; use an adapter of the layers' linears alone")
         layers[path.rpartition(".")[2]].add(match[1])
-    everywhere = set().union(*layers.values())
+    all_layers = set().union(*layers.values())
     for name, present in layers.items():
-        if present != everywhere:
-            raise UserError(f"{file}: {name} has no weights in layer {min(everywhere - present, key=int)}; save the adapter again")
+        if present != all_layers:
+            raise UserError(f"{file}: {name} has no weights in layer {min(all_layers - present, key=int)}; save the adapter again")

@@ -1,9 +1,10 @@
-"""What a base model is: the facts of its config.json, honoured or refused by name. No tensors, no torch.
+"""What a base model is, as its config.json says. No tensors, no torch.
 
-`read_architecture(model_dir)` turns a Hugging Face `config.json` of a Llama, Mistral, Qwen2 or Qwen3 into an `Architecture`. A key
-that is absent means what it means to transformers (`DEFAULTS`); a value that this trainer does not reproduce is a UserError, because
-a model built without it would be wrong in silence. `tensor_shapes` says which tensors the checkpoint must hold, `module_sizes` which
-linear layers an adapter can be put on, `layers_of_stages` and `check_layout` how the model is cut over ranks.
+`read_architecture(model_dir)` turns a Hugging Face `config.json` of a Llama, Mistral, Qwen2 or
+Qwen3 into an `Architecture`. A missing key has the default that transformers gives it (`DEFAULTS`).
+A value that this trainer does not support is a UserError, because a model built without it would
+silently be wrong. `tensor_shapes` says which tensors the checkpoint must hold, and `module_sizes`
+which linear layers can have an adapter.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ from typing import Any
 from megatron_lora.errors import UserError
 
 MERGED_LINEARS = {"qkv": ("q_proj", "k_proj", "v_proj"), "proj": ("o_proj",), "fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",)}
-ADAPTABLE_MODULES = tuple(name for names in MERGED_LINEARS.values() for name in names)
-
-# What transformers takes for a key that config.json does not have.
+# What transformers uses for a key that config.json does not have.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -32,9 +31,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
-LARGEST_COUNT = 2**31 - 1  # of anything in config.json
+LARGEST_COUNT = 2**31 - 1  # the largest value of any count in config.json
 MOST_LAYERS = 10_000
-ROPE_KEYS = {  # the numbers each kind of rotary embedding needs
+ROPE_KEYS = {  # the numbers that each kind of rotary embedding needs
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -62,7 +61,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The facts that build the model. `sliding_windows` has one entry per layer: visible tokens, itself included, or None."""
+    """What it takes to build the model. `sliding_windows`: for each layer the number of visible tokens, itself included, or None."""
 
     model_type: str
     hidden_size: int
@@ -84,7 +83,7 @@ class Architecture:
 
     @property
     def module_sizes(self) -> dict[str, tuple[int, int]]:
-        """The adaptable modules of each layer with their (in, out) features."""
+        """The modules of each layer that can have an adapter, with their (in, out) features."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "q_proj": (self.hidden_size, queries),
@@ -97,16 +96,16 @@ class Architecture:
         }
 
     def module_path(self, layer: int, module: str) -> str:
-        """Return the Hugging Face path of an adaptable module, for example "model.layers.0.self_attn.q_proj"."""
+        """Return the Hugging Face path of a module, for example "model.layers.0.self_attn.q_proj"."""
         block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
         return f"model.layers.{layer}.{block}.{module}"
 
     def has_bias(self, module: str) -> bool:
-        """Tell whether the base linear `module` has a bias."""
+        """Return whether the base linear `module` has a bias."""
         return {"q_proj": self.qkv_bias, "k_proj": self.qkv_bias, "v_proj": self.qkv_bias, "o_proj": self.o_bias}.get(module, self.mlp_bias)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """All tensors that the checkpoint must hold, by Hugging Face name."""
+        """Return the shapes of all tensors that the checkpoint must hold, by Hugging Face name."""
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
             "model.norm.weight": (self.hidden_size,),
@@ -126,7 +125,7 @@ class Architecture:
 
 
 def read_architecture(model_dir: str | Path) -> Architecture:
-    """Read `config.json` of a Hugging Face model directory. Raises UserError for whatever would not be reproduced."""
+    """Read `config.json` of a Hugging Face model directory; UserError for what this trainer does not support."""
     path = Path(model_dir) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -142,18 +141,19 @@ def read_architecture(model_dir: str | Path) -> Architecture:
 
 
 class _Reader:
-    """One config.json, with typed access whose errors name the file, the key and the value."""
+    """One config.json, with typed access; errors name the file, the key and the value."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]):
-        self.path, self.values = path, values
+        self.path = path
+        self.values = values
         kind = values.get("model_type")
         if not isinstance(kind, str) or kind not in DEFAULTS:
             raise self.error("model_type", kind, f"supported are {', '.join(DEFAULTS)}")
         self.model_type: str = kind
         self.defaults = DEFAULTS[kind]
 
-    def error(self, key: str, value: object, remedy: str) -> UserError:
-        return UserError(f"base_model: {self.path}: {key} is {value!r}; {remedy}")
+    def error(self, key: str, value: object, hint: str) -> UserError:
+        return UserError(f"base_model: {self.path}: {key} is {value!r}; {hint}")
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, self.defaults.get(key, default))
@@ -243,7 +243,7 @@ class _Reader:
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def rope(self) -> Rope:
-        """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
+        """Read `rope_parameters` (since transformers 5) or `rope_theta` and `rope_scaling` (before)."""
         where = "rope_scaling" if self.get("rope_scaling") else "rope_parameters"
         values = {} if self.get(where) is None else self.get(where)
         if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
@@ -254,9 +254,9 @@ class _Reader:
             raise self.error(f"{where}.rope_type", kind, f"supported are {', '.join(ROPE_KEYS)}")
         if values.get("partial_rotary_factor", 1.0) != 1.0:
             raise self.error(f"{where}.partial_rotary_factor", values["partial_rotary_factor"], "only 1.0 is supported")
-        trained = self.get("original_max_position_embeddings")  # beside the set, it overrules the set, as in transformers
+        original_len = self.get("original_max_position_embeddings")  # at the top level it overrides the nested one, as in transformers
         values = {"original_max_position_embeddings": self.get("max_position_embeddings"), **values}
-        values.update({"original_max_position_embeddings": trained} if trained else {})
+        values.update({"original_max_position_embeddings": original_len} if original_len else {})
         needed = {key: self.number(values, key, f"{where}.") for key in ROPE_KEYS[kind]}
         optional = {}
         if kind == "yarn":

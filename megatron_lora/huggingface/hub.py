@@ -1,6 +1,7 @@
-"""From `base_model` in a config to a directory on this machine: itself, or a snapshot of a Hugging Face hub repository.
+"""From `base_model` in a config to a directory on this machine: that directory, or a snapshot of a Hugging Face hub repository.
 
-Only configs, tokenizer files and safetensors are fetched; without a network the hub's cache is used.
+Only configs, tokenizer files and safetensors are fetched; without a network the hub's cache is
+used.
 """
 
 import os
@@ -14,7 +15,7 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
 
 def resolve_base_model(base_model: str) -> Path:
-    """Return the model's directory, fetching it when `base_model` is a hub id; UserError when there is neither."""
+    """Return the model's directory, fetched if `base_model` is a hub id; UserError when it is neither a directory nor found on the hub."""
     path = Path(base_model)
     if path.is_dir():
         return path
@@ -28,7 +29,7 @@ def resolve_base_model(base_model: str) -> Path:
 
 
 def _fetch(hub_id: str) -> Path:
-    """Return the snapshot of a hub repository, from the network, or without one from the hub's cache."""
+    """Return the snapshot of a hub repository, from the network or else from the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -38,7 +39,7 @@ def _fetch(hub_id: str) -> Path:
         OSError,
         ValueError,
         *HfHubHTTPError.__bases__,
-    ) as error:  # the bases: the errors of the HTTP library that the hub's client uses
+    ) as error:  # HfHubHTTPError's bases are the errors of the HTTP library that the hub's client uses
         raise UserError(
             f"base_model: {hub_id!r} is no directory here and could not be fetched from the hub ({one_line(error, 120)}); "
             "correct the path or id, or fetch the model where there is a network"

@@ -1,10 +1,13 @@
 """Rotary position embedding with packed positions.
 
-Feature pair (i, i + d/2) of a head of d features is turned by the angle position * frequency_i, in the halves layout of Llama:
+Feature pair (i, i + d/2) of a head of d features is rotated by the angle position * frequency_i, in
+Llama's layout of two halves:
     y_i = x_i cos - x_{i+d/2} sin        y_{i+d/2} = x_{i+d/2} cos + x_i sin        frequency_i = theta^(-2i/d)
-Longer contexts stretch the frequencies: "linear" divides all by the factor, "llama3" only those whose wavelength exceeds what was seen
-in pre-training, "yarn" (Peng et al., 2023) those that turn less than a number of times over it, and it scales cos and sin.
-The table [T, d/2] is made once per microbatch from its positions and shared by all layers of the stage; fused_ops.rope turns by it.
+For longer contexts the frequencies are lowered. "linear" divides all of them by the factor.
+"llama3" divides those whose wavelength is longer than the context of pre-training. "yarn" (Peng et
+al., 2023) divides those that rotate less than a number of times over that context, and also scales
+cos and sin. The table [T, d/2] is made once per microbatch from its positions, and all layers of
+the stage share it; fused_ops.rope applies it.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from megatron_lora.huggingface.architecture import Rope
 def frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
     """Return the angle per position of each feature pair, fp32 [head_dim / 2], and the scale of cos and sin."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    turns = rope.theta**exponents  # reciprocal frequencies
+    periods = rope.theta**exponents  # 1 / frequencies
     if rope.kind == "linear":
-        return (1.0 / turns) / rope.factor, 1.0
+        return (1.0 / periods) / rope.factor, 1.0
     if rope.kind == "llama3":
-        return _llama3(rope, 1.0 / turns), 1.0
+        return _llama3(rope, 1.0 / periods), 1.0
     if rope.kind == "yarn":
-        return _yarn(rope, turns, head_dim), _yarn_scale(rope)
-    return 1.0 / turns, 1.0
+        return _yarn(rope, periods, head_dim), _yarn_scale(rope)
+    return 1.0 / periods, 1.0
 
 
 def _llama3(rope: Rope, base: Tensor) -> Tensor:
@@ -39,31 +42,31 @@ def _llama3(rope: Rope, base: Tensor) -> Tensor:
     return torch.where((wavelengths <= longest) & (wavelengths >= shortest), blended, stretched)
 
 
-def _yarn(rope: Rope, turns: Tensor, head_dim: int) -> Tensor:
-    def pair_turning(rotations: float) -> float:
-        """The (fractional) feature pair that turns `rotations` times over the original context."""
+def _yarn(rope: Rope, periods: Tensor, head_dim: int) -> Tensor:
+    def pair_with(rotations: float) -> float:
+        """Return the (fractional) feature pair that rotates `rotations` times over the original context."""
         return head_dim * math.log(rope.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
+    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
-        high += 0.001  # a step instead of a division by zero
-    slow = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    kept = 1 - slow
-    return (1.0 / (rope.factor * turns)) * (1 - kept) + (1.0 / turns) * kept
+        high += 0.001  # avoids a division by zero
+    scaled = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    unscaled = 1 - scaled
+    return (1.0 / (rope.factor * periods)) * (1 - unscaled) + (1.0 / periods) * unscaled
 
 
 def _yarn_scale(rope: Rope) -> float:
-    def grown(mscale: float) -> float:
+    def scale_of(mscale: float) -> float:
         return 0.1 * mscale * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
 
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return grown(rope.mscale) / grown(rope.mscale_all_dim)
-    return grown(1.0)
+        return scale_of(rope.mscale) / scale_of(rope.mscale_all_dim)
+    return scale_of(1.0)
 
 
 def rotary_table(positions: Tensor, freqs: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

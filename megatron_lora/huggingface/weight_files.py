@@ -1,7 +1,8 @@
-"""Are a model's weights all there and whole? Answered from the headers of its safetensors files, without reading a tensor.
+"""Checks that a model's weights are present and complete, from the headers of its safetensors files; no tensor is read.
 
-A safetensors file is 8 bytes (the header's length n, little-endian), n bytes of JSON (name -> dtype, shape, data_offsets), data.
-A file cut short by a broken download, a missing shard or a tensor of another model is found here in milliseconds.
+A safetensors file is 8 bytes (the header's length n, little-endian), n bytes of JSON (name ->
+dtype, shape, data_offsets), data. This finds a file cut short by a broken download, a missing shard
+and a tensor of another model, in milliseconds.
 """
 
 import json
@@ -13,22 +14,23 @@ from typing import Protocol
 
 from megatron_lora.errors import UserError
 
-DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of a number
+DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes per number
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REFETCH = "fetch the model again"
 
 
 class Shapes(Protocol):
-    """The part of Architecture that says which tensors there must be."""
+    """The part of Architecture that the checks need."""
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """All tensors by name."""
+        """Return the shapes of all tensors, by name."""
 
 
 def check_weights(model_dir: Path, architecture: Shapes) -> None:
-    """Raise UserError where a safetensors file is damaged, or lacks, misshapes or adds a tensor of the architecture.
+    """Raise UserError if a safetensors file is damaged, or if a tensor is missing, has another shape, or is not in the architecture.
 
-    A stored rotary table and a copy of a tied head say nothing new; any other addition would be left out of the model in silence.
+    A rotary table and a copy of a tied head may be stored too. Any other tensor would silently be
+    left out of the model.
     """
     found: dict[str, dict] = {}
     for file in weight_files(model_dir):
@@ -51,7 +53,7 @@ def check_weights(model_dir: Path, architecture: Shapes) -> None:
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a model directory: the one, or those of the index."""
+    """Return the safetensors files of a model directory: the only one, or those of the index."""
     index = model_dir / INDEX
     if index.is_file():
         try:
@@ -90,7 +92,7 @@ def read_header(path: Path) -> Mapping[str, dict]:
 
 
 def _is_entry(entry: object) -> bool:
-    """Whether a header's entry is of the form that the format prescribes."""
+    """Whether a header's entry has the form that the format prescribes."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")

@@ -1,8 +1,9 @@
-"""The base model's weights, streamed: a rank reads only the slices that it owns, never a whole model.
+"""The base model's weights, streamed: a rank reads only the slices that it owns.
 
-`Checkpoint.read` returns one slice of one tensor of the safetensors files (weight_files.py has checked them before launch);
-`RandomTensors.read` the same slice of a random tensor that depends on the seed and the tensor's name alone, so that any layout of ranks
-gets the same model. `load` fills parts of parameters from either.
+`Checkpoint.read` returns one slice of one tensor of the safetensors files, which weight_files.py
+has checked before the launch. `RandomTensors.read` returns the slice of a random tensor. It depends
+on the seed and the tensor's name alone, so that every layout of ranks gets the same model. `load`
+fills parts of parameters from either.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A part of a parameter and where it comes from: `target` is a view that takes `index` of the tensor `name`."""
+    """A part of a parameter and its source: the view `target` gets the slice `index` of the tensor `name`."""
 
     target: Tensor
     name: str
@@ -34,7 +35,7 @@ class Part:
 
 
 class Source(Protocol):
-    """Where slices of tensors come from."""
+    """A source of slices of tensors."""
 
     def read(self, name: str, index: Index) -> Tensor: ...
 
@@ -47,7 +48,7 @@ def load(parts: Iterable[Part], source: Source) -> None:
 
 
 class Checkpoint:
-    """The safetensors files of a model directory, each opened when it is first needed. `bytes_read` counts what was read of the tensors."""
+    """The safetensors files of a model directory, each opened at its first use. `bytes_read` counts the bytes read of tensors."""
 
     def __init__(self, model_dir: str | Path):
         self.files = {name: path for path in weight_files(Path(model_dir)) for name in read_header(path)}
@@ -73,10 +74,13 @@ class RandomTensors:
     """Random weights for runs without a checkpoint: norms 1, biases 0, matrices normal with standard deviation 0.02."""
 
     def __init__(self, architecture: Architecture, seed: int, dtype: torch.dtype, device: torch.device):
-        self.shapes, self.seed, self.dtype, self.device = architecture.tensor_shapes(), seed, dtype, device
+        self.shapes = architecture.tensor_shapes()
+        self.seed = seed
+        self.dtype = dtype
+        self.device = device
 
     def read(self, name: str, index: Index) -> Tensor:
-        """Return one slice of the tensor, drawn whole from a stream of its own."""
+        """Return one slice of the tensor, which is drawn completely, from a generator of its own."""
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.full(shape, float(name.endswith("weight")), dtype=self.dtype, device=self.device)[index]

@@ -1,9 +1,16 @@
-"""Where all adapters of a stage live.
+"""The arena: the memory of all adapters of a stage.
 
 One flat fp32 buffer each for the masters, the gradients and Adam's two moments, and one flat buffer in the compute dtype (the masters
-themselves when that is fp32). Each patched linear owns one region of every buffer: A [R, K], then per module B^T [R_m, N_m], with the
-rows of a job rounded up to 16 and the surplus rows zero. Kernels see a region through the linear's `LoraGroup`; the optimizer, the
-checkpoint and the PEFT files see a job through its `Factor`s, which are contiguous slices of the flat buffers.
+themselves when that is fp32). Each patched linear owns one region of every buffer (arena_region.py), the ranks of its adapters rounded
+up to 16 rows and the surplus rows zero. Kernels see a region through the linear's `LoraGroup`; the optimizer, the checkpoint and the
+PEFT files see a job through its `Factor`s, which are contiguous slices of the flat buffers.
+
+An adapter has an *adapter row*, its index in the tables of all linears. Rows and rank rows are taken by `add` and given back by
+`remove`, which leaves zeros behind:
+
+    arena = Arena(stage.linears, [first, second], tensor_rank=0, tensor_ranks=1, dtype=dtype, device=device)     # rows 0 and 1
+    arena.remove(0)
+    row = arena.add(third)                # 0 again; NoRoom, and nothing taken, where a linear has too few rank rows free
 """
 
 from __future__ import annotations
@@ -11,45 +18,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fused_ops.adapters import AdapterTable, LoraGroup, padded_rank
-from megatron_lora.model.linears import LinearGeometry, MultiLoraLinear
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSpec:
-    """What the arena needs to know of one job: rank, targets and the two numbers that kernels apply."""
-
-    r: int
-    scale: float
-    dropout: float
-    target_modules: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Factor:
-    """One job's A [r, K] or B^T [r, N] of one module on this rank: `length` numbers from `start` on in every flat buffer."""
-
-    path: str  # the module's Hugging Face path, "model.layers.0.self_attn.q_proj"
-    kind: str  # "A" or "B"
-    start: int
-    r: int
-    width: int  # columns on this rank
-    sharded: bool  # over tensor ranks along `width`; otherwise replicated on them
-    first: int  # global index of this rank's first column
-
-    @property
-    def length(self) -> int:
-        """Numbers in the slice."""
-        return self.r * self.width
+from fused_ops.adapters import AdapterTable
+from megatron_lora.model.arena_region import FREE, AdapterSpec, Factor, NoRoom, Place, Region
+from megatron_lora.model.linears import MultiLoraLinear
 
 
 class Arena:
-    """The adapters of all jobs for the linears of one stage; building it gives each linear its `group`."""
+    """The adapters of all resident jobs for the linears of one stage; each change gives every linear new `adapters`."""
 
     def __init__(
         self,
@@ -60,128 +39,118 @@ class Arena:
         tensor_ranks: int,
         dtype: torch.dtype,
         device: torch.device,
+        room_for: Sequence[AdapterSpec] | None = None,
     ):
+        """Allocate room for the adapters of `room_for` at once (default: `adapters`), and add `adapters` as rows 0, 1, ..."""
         self.tensor_ranks = tensor_ranks
-        self.factors: tuple[list[Factor], ...] = tuple([] for _ in adapters)
-        regions = []
+        self.linears = linears
+        self.regions: list[Region] = []
         size = 0
         for linear in linears:
-            region = _Region(linear.geometry, adapters, size, tensor_rank)
-            size = region.end
-            regions.append(region)
-            for slot, factors in enumerate(region.factors):
-                self.factors[slot].extend(factors)
+            self.regions.append(Region(linear.geometry, adapters if room_for is None else room_for, size, tensor_rank))
+            size = self.regions[-1].end
         self.master = torch.zeros(size, dtype=torch.float32, device=device)
         self.grad = torch.zeros(size, dtype=torch.float32, device=device)
         self.exp_avg = torch.zeros(size, dtype=torch.float32, device=device)
         self.exp_avg_sq = torch.zeros(size, dtype=torch.float32, device=device)
         self.compute = self.master if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device)
-        slots = AdapterTable(
-            ranks=tuple(a.r for a in adapters), scales=tuple(a.scale for a in adapters), dropouts=tuple(a.dropout for a in adapters)
+        self.specs: list[AdapterSpec] = []  # [adapter row]; FREE where it is free
+        self.places: list[list[Place | None]] = [[] for _ in linears]  # [linear][adapter row]
+        self.factors: list[list[Factor]] = []  # [adapter row]; empty where it is free
+        for spec in adapters:
+            self._take(spec)
+        self._publish_tables()
+
+    def add(self, spec: AdapterSpec) -> int:
+        """Take a row for an adapter, whose numbers are all zero; returns it. Raises NoRoom, and takes nothing, where one does not fit."""
+        row = self._take(spec)
+        self._publish_tables()
+        return row
+
+    def remove(self, row: int) -> None:
+        """Give an adapter's row and rank rows back, with zeros in every buffer. No microbatch of the job may be in flight."""
+        for region, places in zip(self.regions, self.places, strict=True):
+            place = places[row]
+            assert place is not None, f"adapter row {row} is free already"
+            for part in region.slices(place):
+                for buffer in (self.master, self.grad, self.exp_avg, self.exp_avg_sq, self.compute):
+                    buffer[part].zero_()
+            region.give_back(place)
+            places[row] = None
+        self.specs[row] = FREE
+        self.factors[row] = []
+        self._publish_tables()
+
+    def _take(self, spec: AdapterSpec) -> int:
+        taken: list[tuple[Region, Place]] = []
+        try:
+            for region in self.regions:
+                taken.append((region, region.take(spec)))
+        except NoRoom:
+            for region, place in taken:
+                region.give_back(place)
+            raise
+        row = next((row for row, taken_by in enumerate(self.specs) if taken_by is FREE), len(self.specs))
+        if row == len(self.specs):
+            self.specs.append(FREE)
+            self.factors.append([])
+            for places in self.places:
+                places.append(None)
+        self.specs[row] = spec
+        self.factors[row] = [factor for region, place in taken for factor in region.factors(spec, place)]
+        for places, (_, place) in zip(self.places, taken, strict=True):
+            places[row] = place
+        return row
+
+    def _publish_tables(self) -> None:
+        """Give every linear the tables of the adapters that are here now; microbatches in flight keep those that they began with."""
+        adapters = AdapterTable(
+            ranks=tuple(spec.r for spec in self.specs),
+            scales=tuple(spec.scale for spec in self.specs),
+            dropouts=tuple(spec.dropout for spec in self.specs),
         )
-        for linear, region in zip(linears, regions, strict=True):
-            linear.group = region.group(self.compute, self.grad, slots)
+        for linear, region, places in zip(self.linears, self.regions, self.places, strict=True):
+            linear.adapters = region.group(self.compute, self.grad, places, adapters)
 
     def view(self, factor: Factor, buffer: Tensor) -> Tensor:
         """Return the factor's slice of a flat buffer as [r, width]."""
         return buffer[factor.start : factor.start + factor.length].view(factor.r, factor.width)
 
-    def initialise(self, slot: int, seed: int) -> None:
-        """Give a job PEFT's initial values: A kaiming-uniform with a = sqrt(5), B zero.
+    def initialise(self, adapter_row: int, seed: int) -> None:
+        """Set an adapter to PEFT's initial values: A kaiming-uniform with a = sqrt(5), B zero.
 
-        Each A is drawn from a stream of its own, keyed by the seed and the module's path, for the whole of K, so that the values depend
-        neither on the layout nor on neighbours.
+        Each A is drawn with a generator of its own, seeded by `seed` and the module's path, and for all K
+        columns. The values therefore depend neither on the parallel layout nor on other jobs.
         """
-        for factor in self.factors[slot]:
+        for factor in self.factors[adapter_row]:
             if factor.kind == "A":
-                total = factor.width * (self.tensor_ranks if factor.sharded else 1)
-                whole = _kaiming_uniform(factor.r, total, seed, factor.path)
-                self.view(factor, self.master).copy_(whole[:, factor.first : factor.first + factor.width])
+                num_columns = factor.width * (self.tensor_ranks if factor.sharded else 1)
+                full = _kaiming_uniform(factor.r, num_columns, seed, factor.path)
+                self.view(factor, self.master).copy_(full[:, factor.first : factor.first + factor.width])
             else:
                 self.view(factor, self.master).zero_()
-        self.publish(slot)
+        self.publish(adapter_row)
 
-    def load(self, slot: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Start a job from PEFT tensors: path -> (A [r, K], B [N, r]), whole; each rank takes its part."""
-        self.fill(slot, weights, self.master)
-        self.publish(slot)
+    def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r]).
 
-    def fill(self, slot: int, whole: Mapping[str, tuple[Tensor, Tensor]], buffer: Tensor) -> None:
-        """Copy this rank's part of a job's tensors, shaped as PEFT's and whole, into a flat buffer."""
-        for factor in self.factors[slot]:
-            a_rk, b_nr = whole[factor.path]
+        Each rank copies its shard.
+        """
+        self.fill(adapter_row, weights, self.master)
+        self.publish(adapter_row)
+
+    def fill(self, adapter_row: int, tensors: Mapping[str, tuple[Tensor, Tensor]], buffer: Tensor) -> None:
+        """Copy this rank's shards of full tensors, path -> (A [r, K], B [N, r]), into a flat buffer."""
+        for factor in self.factors[adapter_row]:
+            a_rk, b_nr = tensors[factor.path]
             columns = a_rk if factor.kind == "A" else b_nr.t()
             self.view(factor, buffer).copy_(columns[:, factor.first : factor.first + factor.width])
 
-    def publish(self, slot: int) -> None:
-        """Copy a job's masters into the compute buffer."""
+    def publish(self, adapter_row: int) -> None:
+        """Copy an adapter's master weights into the compute buffer, rounding them to its dtype."""
         if self.compute is not self.master:
-            for factor in self.factors[slot]:
+            for factor in self.factors[adapter_row]:
                 self.view(factor, self.compute).copy_(self.view(factor, self.master))
-
-
-class _Region:
-    """Offsets of one linear's A and B^T in the flat buffers, for all jobs."""
-
-    def __init__(self, geometry: LinearGeometry, adapters: Sequence[AdapterSpec], start: int, tensor_rank: int):
-        self.geometry = geometry
-        num_modules = len(geometry.modules)
-        rows_a, rows_b = 0, [0] * num_modules
-        a_rows, b_rows = [], []
-        for adapter in adapters:
-            a_row, b_row = [-1] * num_modules, [-1] * num_modules
-            height = padded_rank(adapter.r)
-            for i_module, module in enumerate(geometry.modules):
-                if module in adapter.target_modules:
-                    a_row[i_module], b_row[i_module] = rows_a, rows_b[i_module]
-                    rows_a += height
-                    rows_b[i_module] += height
-            a_rows.append(tuple(a_row))
-            b_rows.append(tuple(b_row))
-        self.a_rows, self.b_rows = tuple(a_rows), tuple(b_rows)
-        self.a_shape = (rows_a, geometry.in_features)
-        self.b_shapes = tuple(zip(rows_b, geometry.out_features, strict=True))
-        self.a_start = start
-        self.b_starts = []
-        end = start + math.prod(self.a_shape)
-        for shape in self.b_shapes:
-            self.b_starts.append(end)
-            end += math.prod(shape)
-        self.end = -(-end // 64) * 64  # every region starts on a multiple of 128 bytes
-        self.factors = [self._job_factors(slot, adapter.r, tensor_rank) for slot, adapter in enumerate(adapters)]
-
-    def _job_factors(self, slot: int, r: int, tensor_rank: int) -> list[Factor]:
-        g = self.geometry
-        column = g.parallel == "column"
-        factors = []
-        for i_module, path in enumerate(g.paths):
-            a_row, b_row = self.a_rows[slot][i_module], self.b_rows[slot][i_module]
-            if a_row < 0:
-                continue
-            k, n = g.in_features, g.out_features[i_module]
-            a_start, b_start = self.a_start + a_row * k, self.b_starts[i_module] + b_row * n
-            first_k, first_n = (0, tensor_rank * n) if column else (g.first_feature, 0)
-            factors.append(Factor(path=path, kind="A", start=a_start, r=r, width=k, sharded=not column, first=first_k))
-            factors.append(Factor(path=path, kind="B", start=b_start, r=r, width=n, sharded=column, first=first_n))
-        return factors
-
-    def group(self, compute: Tensor, grad: Tensor, slots: AdapterTable) -> LoraGroup:
-        """Return the linear's views on the flat buffers."""
-
-        def cut(buffer: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
-            return buffer[start : start + math.prod(shape)].view(shape)
-
-        return LoraGroup(
-            a_RK=cut(compute, self.a_start, self.a_shape),
-            b_RN=tuple(cut(compute, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
-            grad_a_RK=cut(grad, self.a_start, self.a_shape),
-            grad_b_RN=tuple(cut(grad, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
-            columns=self.geometry.columns,
-            a_rows=self.a_rows,
-            b_rows=self.b_rows,
-            slots=slots,
-            first_feature=self.geometry.first_feature,
-        )
 
 
 def _kaiming_uniform(r: int, num_features: int, seed: int, path: str) -> Tensor:

@@ -1,12 +1,14 @@
-"""What computes a run on a machine: the rules, as functions of plain facts, for the checks, the trainer and `doctor`.
+"""Chooses the libraries that compute norms and attention. Plain functions, which the checks, the trainer and `doctor` share.
 
-    backend: auto     our kernels and torch's variable-length attention; Transformer Engine's attention where a GPU's torch has none
-             torch    the same, and never Transformer Engine
-             te       Transformer Engine's norms, and its attention where its cuDNN runs it on this GPU, forward and backward
+    backend: auto     our norms and, on a GPU, cuDNN's attention if nvidia-cudnn-frontend is installed and it works there, else torch's
+                      variable-length attention; Transformer Engine's attention if torch has none
+             torch    our norms and torch's attention
+             te       Transformer Engine's norms, and its attention if it runs on this GPU, forward and backward
 
-Ours come first: they add the residual inside the norm and make a norm's output again inside its backward, which Transformer Engine's
-do in passes of their own. Linears are ours whatever stands here. Whether Transformer Engine's attention works is not known from
-versions: it is tried once, at start-up, on the device (`fall_back_from_te`), and what fails is said and replaced.
+Our norms are the default because they add the residual, and recompute their output in backward, in one
+kernel; Transformer Engine needs several. Linears are always ours. Versions do not tell whether cuDNN's or
+Transformer Engine's attention runs on a GPU, so it is tried once at start-up. If it fails, torch's takes
+its place, and a line says so (`fall_back`).
 """
 
 from __future__ import annotations
@@ -23,20 +25,23 @@ from megatron_lora.errors import UserError
 
 FP8_CAPABILITY = (8, 9)
 INSTALL_ENGINE = "pip install --no-build-isolation -e '.[te]'"
+INSTALL_CUDNN = "pip install -e '.[cudnn]'"
+ATTENTION = {"torch": "torch's", "te": "Transformer Engine's", "cudnn": "cuDNN's"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """The facts that rules look at: the GPU's compute capability (None: no GPU), and what is installed."""
+    """What the choice depends on: the GPU's compute capability (None: no GPU), and what is installed."""
 
     capability: tuple[int, int] | None
     varlen: bool = True  # torch has variable-length attention
     engine: str | None = None  # version of Transformer Engine
+    cudnn: str | None = None  # version of nvidia-cudnn-frontend
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Backends:
-    """Who makes the norms between layers ("ours" or "te") and the attention ("torch" or "te")."""
+    """The library that computes the norms between layers ("ours" or "te") and the attention ("torch", "te" or "cudnn")."""
 
     norms: str = "ours"
     attention: str = "torch"
@@ -46,24 +51,27 @@ OURS = Backends()
 
 
 def this_machine() -> Machine:
-    """Look at this machine; imports torch, not Transformer Engine."""
+    """Return the facts of this machine; imports torch, not Transformer Engine."""
     import torch
 
     return Machine(
         capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
         varlen=importlib.util.find_spec("torch.nn.attention.varlen") is not None,
         engine=version("transformer-engine"),
+        cudnn=version("nvidia-cudnn-frontend"),
     )
 
 
 def choose(backend: str, machine: Machine) -> Backends:
-    """Return what a run with `backend` uses on a machine. Raises UserError where that is not there."""
+    """Return what a run with `backend` uses on a machine. Raises UserError if the machine lacks it."""
     if backend == "te":
         if machine.capability is None:
             raise UserError("backend: 'te' is Transformer Engine, which needs a CUDA GPU, and none is visible; use auto")
         if machine.engine is None:
             raise UserError(f"backend: 'te' is Transformer Engine, which is not installed; {INSTALL_ENGINE}, or use auto")
         return Backends(norms="te", attention="te")
+    if machine.capability is not None and machine.cudnn is not None and backend == "auto":
+        return Backends(attention="cudnn")
     if machine.capability is None or machine.varlen:
         return OURS
     if backend == "torch" or machine.engine is None:
@@ -72,7 +80,10 @@ def choose(backend: str, machine: Machine) -> Backends:
 
 
 def check_backends(config: RunConfig, machine: Machine | None = None) -> None:
-    """Check that this machine has what `backend` and `base_weights` ask for; imports Transformer Engine where it is to be used."""
+    """Raise UserError if this machine lacks what `backend` or `base_weights` need.
+
+    Imports Transformer Engine if it is used.
+    """
     machine = machine or this_machine()
     if "te" in dataclasses.astuple(choose(config.backend, machine)):
         import_engine(config.backend)
@@ -84,11 +95,11 @@ def check_backends(config: RunConfig, machine: Machine | None = None) -> None:
 
 
 def import_engine(backend: str) -> ModuleType:
-    """Return transformer_engine.pytorch, its plain-torch attention, which holds T x T scores, ruled out.
+    """Return transformer_engine.pytorch, with its plain-torch attention disabled, which would hold T x T scores.
 
-    Raises UserError in one line where it does not load: its parts fit one torch and one CUDA alone.
+    Raises UserError if it does not load: a build of it fits one version of torch and of CUDA alone.
     """
-    import torch  # noqa: F401  brings the libraries that Transformer Engine looks for
+    import torch  # noqa: F401  loads the libraries that Transformer Engine links to
 
     os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
     try:
@@ -101,7 +112,7 @@ def import_engine(backend: str) -> ModuleType:
 
 
 def _check_harmless(found: str) -> None:
-    """Check that megatron-core can be imported beside Transformer Engine: it does without one that raises ImportError, and no other."""
+    """Raise UserError if an unused Transformer Engine breaks the import of megatron-core, which ignores its ImportErrors alone."""
     import torch  # noqa: F401
 
     try:
@@ -121,14 +132,14 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def fall_back_from_te(backends: Backends, machine: Machine, fault: str) -> tuple[Backends, str]:
-    """Return what is left after Transformer Engine's attention was tried, and a line for the user; `fault` is empty where it worked.
+def fall_back(backends: Backends, machine: Machine, fault: str) -> tuple[Backends, str]:
+    """Return the backends after their attention was tried, and a line for the user; `fault` is empty if it worked.
 
-    Raises UserError where nothing takes its place.
+    Raises UserError if torch has no attention to take its place.
     """
+    name = ATTENTION[backends.attention]
     if not fault:
-        return backends, "attention: Transformer Engine's, tried on this GPU"
+        return backends, f"attention: {name}, tried on this GPU"
     if not machine.varlen:
-        raise UserError(f"backend: Transformer Engine's attention fails on this GPU ({fault}); install torch 2.11 or newer")
-    left = dataclasses.replace(backends, attention="torch")
-    return left, f"attention: torch's, since Transformer Engine's fails on this GPU ({fault})"
+        raise UserError(f"backend: {name} attention fails on this GPU ({fault}); install torch 2.11 or newer")
+    return dataclasses.replace(backends, attention="torch"), f"attention: torch's, since {name} fails on this GPU ({fault})"

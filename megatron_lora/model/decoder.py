@@ -1,16 +1,19 @@
-"""One decoder layer: Megatron's layer with a forward of its own, which fuses what lies between the GEMMs and knows what backward needs.
+"""One decoder layer: Megatron's layer with another forward, which fuses the operations between the GEMMs and can recompute.
 
     x, h = norm(h)          h = h + W_o attention(rope(W_qkv x))
-    x, h = norm(h)          h = h + W_down swiglu(W_gate_up x)         the first sum happens inside the second norm's pass
+    x, h = norm(h)          h = h + W_down swiglu(W_gate_up x)         the second norm's kernel also adds the first sum
 
-What a layer keeps for backward is its `recompute` policy, per T rows (H hidden, F feed-forward, d qkv = width of q, k and v):
+Its `recompute` policy decides what it keeps for backward, in numbers per row (H hidden size, F
+feed-forward size, Q width of q, k and v together):
 
-    none    every linear's input: about 4 H + d qkv + 3 F
-    cheap   the GEMMs' outputs: about 2 H + d qkv + 2 F; norm and SwiGLU outputs are made again while backward reads the same rows
-    full    the layer's input alone, H; backward runs the layer again, with its microbatch bound again
+    none    every linear's input: about 4 H + Q + 3 F
+    cheap   the GEMMs' outputs: about 2 H + Q + 2 F. Backward of a norm or SwiGLU computes its output again
+            in the same pass, and gives it to the linear that needs it (fused_ops.refill)
+    full    the layer's input alone: H. Backward runs the layer's forward again
 
-All policies give the same bits: what is made again is made by the same kernels from the same numbers, and dropout masks are functions of
-counters. Adapter gradients are written by the linears' backwards, which under every policy run once.
+All policies give the same bits: the same kernels recompute from the same numbers, and dropout masks
+depend on counters alone, not on a random generator's state. Adapter gradients are accumulated in the
+linears' backward, which every policy runs once.
 """
 
 from __future__ import annotations
@@ -27,39 +30,33 @@ from megatron_lora.model.attention import PackedRows
 
 
 class DecoderLayer(TransformerLayer):
-    """Built as Megatron builds its layer; `recompute` is set by the stage."""
+    """Megatron's layer, built by Megatron; the stage sets `recompute`."""
 
     recompute = "none"
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedRows, **_) -> tuple[Tensor, None]:
-        """Return the layer's output [T_local, 1, H], and None in the place of a cross-attention context."""
+        """Return the layer's output [T_local, 1, H], and None for Megatron's cross-attention context."""
         if self.recompute != "full" or not torch.is_grad_enabled():
             return self._compute(hidden_states, packed_seq_params, self.recompute == "cheap"), None
-        binding = self.self_attention.linear_qkv.binding
-        microbatch = binding.microbatch
-
-        def run(hidden: Tensor) -> Tensor:
-            with binding.bound(microbatch):
-                return self._compute(hidden, packed_seq_params, False)
-
-        return _Rerun.apply(hidden_states, run), None
+        return _Rerun.apply(hidden_states, lambda hidden: self._compute(hidden, packed_seq_params, False)), None
 
     def _compute(self, hidden: Tensor, rows: PackedRows, cheap: bool) -> Tensor:
-        """Run the layer; when `cheap`, the linears behind norms and SwiGLU keep no input."""
+        """Run the layer; if `cheap`, the linears after norms and SwiGLU do not keep their inputs."""
         for_qkv, for_up, for_down = (Refill() if cheap else None for _ in range(3))
         x, hidden = self.input_layernorm.add(hidden, refill=for_qkv)
         attended = self.self_attention(x, rows, for_qkv)
         x, hidden = self.pre_mlp_layernorm.add(attended, hidden, for_up)
-        gate_up, _ = self.mlp.linear_fc1(x, refill=for_up)
+        gate_up, _ = self.mlp.linear_fc1(x, rows.route, for_up)
         x = swiglu(gate_up, for_down)
-        out, _ = self.mlp.linear_fc2(x, refill=for_down)
+        out, _ = self.mlp.linear_fc2(x, rows.route, for_down)
         return hidden + out
 
 
 class _Rerun(torch.autograd.Function):
-    """Run a function of one tensor and keep only the tensor; backward runs it again and goes back through it.
+    """Run a function of one tensor and keep only the tensor; backward runs the function again, then its backward.
 
-    The tensor must require a gradient, or backward would never come here: the stage makes the embedding's output require one.
+    The tensor must require a gradient, otherwise autograd does not call this backward. The stage makes the
+    embedding's output require one.
     """
 
     @staticmethod

@@ -1,7 +1,8 @@
-"""The multi-LoRA column- and row-parallel linears, and the table of collectives around them.
+"""Megatron's column- and row-parallel linears with a frozen weight and the LoRA adapters of many jobs.
 
-Both are megatron-core's own layers with a frozen weight and another forward: `fused_ops.linear.multi_lora_linear` with the collectives
-that the kind of parallelism asks for. T rows, t tensor ranks; "shard" is this rank's T / t rows under sequence parallelism.
+Both are megatron-core's own layers with another forward: `fused_ops.linear.multi_lora_linear` computes
+Y = X W^T + bias and adds to each segment's rows the LoRA term of its job's adapter; its backward
+accumulates dA and dB. The microbatch's route says which rows are whose. Collectives around it:
 
     |                  | before the GEMM | after it (Y)       | backward, before (dY) | after it (dX)      | dS for dA          |
     | column           |                 |                    |                       | all-reduce         |                    |
@@ -9,15 +10,23 @@ that the kind of parallelism asks for. T rows, t tensor ranks; "shard" is this r
     | row              |                 | all-reduce         |                       |                    |                    |
     | row, sequence    |                 | reduce-scatter     | all-gather rows       |                    |                    |
 
-A merged linear holds its modules' output columns side by side on every rank: q | k | v of this rank's heads, gate | up of its features.
-The microbatch's route comes through the stage's `Binding`, which is set for the length of one forward (`Binding.bound`). With a `Refill`
-a linear does not keep its input: the norm or SwiGLU that made it makes it again in backward. `quantise` puts the frozen weight in 8 bits.
+dS is the gradient of S = X A^T: with rows sharded, dA needs dS of this rank's rows, summed over ranks.
+The gradient of an A or B that every tensor rank has in full is a partial sum on each of them; the
+optimizer sums it, once per step (optimizer.py).
+
+Words: a *module* is a projection that PEFT targets (q_proj); a *linear* is Megatron's layer, which
+merges one to three modules. A linear holds its modules' output columns side by side on every rank:
+q | k | v of this rank's heads (not interleaved as in Megatron), gate | up of its features. Every module
+keeps an A and a B of its own, so adapters are those of the unmerged model.
+
+How the linear gets what Megatron does not pass it. Its adapters are views of the arena's buffers, which
+the arena sets (`adapters`). The route is an argument of its forward, passed down with the packed rows
+(attention.PackedRows). With a `Refill` (recompute: cheap) the linear does not keep X
+for backward: the norm or SwiGLU that made X computes it again in its own backward, then dA is computed.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -29,7 +38,7 @@ from fused_ops.adapters import LoraGroup
 from fused_ops.fp8 import Fp8Weight, quantise_weight
 from fused_ops.linear import Collectives, multi_lora_linear
 from fused_ops.refill import Refill
-from megatron_lora.data.microbatch import StageInput
+from fused_ops.route import Route
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import MERGED_LINEARS
 from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
@@ -37,7 +46,10 @@ from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGeometry:
-    """What adapters need to know of a merged linear on this rank: per module its Hugging Face path and local output features."""
+    """The shape of a linear on this rank, and of the modules that it merges.
+
+    "Local" counts are this rank's shard.
+    """
 
     modules: tuple[str, ...]  # ("q_proj", "k_proj", "v_proj")
     paths: tuple[str, ...]  # ("model.layers.0.self_attn.q_proj", ...)
@@ -52,49 +64,38 @@ class LinearGeometry:
         return tuple(pairwise(accumulate(self.out_features, initial=0)))
 
 
-class Binding:
-    """The microbatch that a stage is computing now; one per stage, shared by its linears, set by `bound` alone."""
-
-    __slots__ = ("microbatch",)
-
-    def __init__(self):
-        self.microbatch: StageInput | None = None
-
-    @contextlib.contextmanager
-    def bound(self, microbatch: StageInput | None) -> Iterator[None]:
-        """Bind a microbatch to the stage's linears for the length of one forward, or of its recomputation."""
-        before, self.microbatch = self.microbatch, microbatch
-        try:
-            yield
-        finally:
-            self.microbatch = before
-
-
 class _MultiLora:
-    """What the two layers share: geometry, the adapters' views (set by the arena), and the forward over [T, 1, K]."""
+    """What the column- and the row-parallel layer share: geometry, adapters, and the forward over [T, 1, K]."""
 
-    group: LoraGroup | None
-    binding: Binding
+    adapters: LoraGroup | None  # of all jobs; None: the base model alone
     geometry: LinearGeometry
-    weight_in_8_bits: Fp8Weight | None = None
-    operator = staticmethod(multi_lora_linear)  # computes Y; a benchmark gives a linear another one with the same arguments
+    weight_in_8_bits: Fp8Weight | None = None  # takes the place of `weight` after `quantise`
+    operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
 
     def _setup(self, config, role: str, parallel: str, collectives: tuple[type[Collectives], type[Collectives]]) -> None:
-        self.group, self.role, self.parallel = None, role, parallel
+        """Freeze the parameters and choose the collectives.
+
+        `role` is Megatron's name of the linear: "qkv", "proj", "fc1" or "fc2". `collectives` has the classes
+        without and with sequence parallelism.
+        """
+        self.adapters = None
+        self.role = role
+        self.parallel = parallel
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         plain, sequence = collectives
-        alone = self.tp_group.size() == 1
-        self.collectives = Collectives() if alone else (sequence if config.sequence_parallel else plain)(self.tp_group)
+        if self.tp_group.size() == 1:
+            self.collectives = Collectives()  # does nothing
+        else:
+            self.collectives = (sequence if config.sequence_parallel else plain)(self.tp_group)
 
-    def place(self, layer: int, binding: Binding) -> None:
-        """Tell the linear which layer (from 0, of the whole model) it belongs to and where its microbatch comes from."""
+    def set_layer(self, layer: int) -> None:
+        """Set the layer (its index in the complete model) that the linear belongs to."""
         architecture, ranks, rank = self.config.architecture, self.tp_group.size(), self.tp_group.rank()
         modules = MERGED_LINEARS[self.role]
         sizes = [architecture.module_sizes[module] for module in modules]
         column = self.parallel == "column"
-        self.binding = binding
         self.geometry = LinearGeometry(
             modules=modules,
             paths=tuple(architecture.module_path(layer, module) for module in modules),
@@ -106,18 +107,20 @@ class _MultiLora:
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 
     def quantise(self) -> None:
-        """Keep the frozen weight in 8 bits from now on (fused_ops.fp8). Raises UserError where it is not finite."""
+        """Replace the frozen weight by one in 8 bits (fused_ops.fp8).
+
+        Raises UserError where it is not finite.
+        """
         try:
             self.weight_in_8_bits = quantise_weight(self.weight.detach())
         except ValueError as error:
             raise UserError(f"base_weights: 'fp8': {self.geometry.paths[0]}: {error}; use native, or fetch the model again") from None
         self.weight = None
 
-    def _apply_linear(self, x: Tensor, bias: Tensor | None, refill: Refill | None) -> Tensor:
-        microbatch = self.binding.microbatch
-        assert microbatch is not None, f"{self.geometry.paths[0]}: no microbatch is bound; call the stage, or enter Stage.bound"
+    def _apply_linear(self, x: Tensor, bias: Tensor | None, route: Route | None, refill: Refill | None) -> Tensor:
+        """Return Y [T or T_local, N] for Megatron's x [rows, batch of 1, K]."""
         weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits
-        return self.operator(x.squeeze(1), weight, bias, self.group, microbatch.route, self.collectives, refill=refill)
+        return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, refill=refill)
 
 
 class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
@@ -128,9 +131,9 @@ class MultiLoraColumnParallelLinear(ColumnParallelLinear, _MultiLora):
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
         self._setup(config, tp_comm_buffer_name, "column", (ColumnCollectives, ColumnSequenceCollectives))
 
-    def forward(self, input_: Tensor, refill: Refill | None = None) -> tuple[Tensor, None]:
-        """Return Y with its bias added, and None in the place of a bias to add later."""
-        return self._apply_linear(input_, self.bias, refill).unsqueeze(1), None
+    def forward(self, input_: Tensor, route: Route | None, refill: Refill | None = None) -> tuple[Tensor, None]:
+        """Return Y with its bias added, and None: Megatron adds a bias returned here, and there is none to add."""
+        return self._apply_linear(input_, self.bias, route, refill).unsqueeze(1), None
 
 
 class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
@@ -141,9 +144,9 @@ class MultiLoraRowParallelLinear(RowParallelLinear, _MultiLora):
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
         self._setup(config, tp_comm_buffer_name, "row", (RowCollectives, RowSequenceCollectives))
 
-    def forward(self, input_: Tensor, refill: Refill | None = None) -> tuple[Tensor, None]:
-        """Return Y with its bias added once, after the reduction, and None in the place of a bias to add later."""
-        y = self._apply_linear(input_, None, refill)
+    def forward(self, input_: Tensor, route: Route | None, refill: Refill | None = None) -> tuple[Tensor, None]:
+        """Return Y with its bias added once, after the reduction, and None: Megatron has no bias to add."""
+        y = self._apply_linear(input_, None, route, refill)
         return (y if self.bias is None else y + self.bias).unsqueeze(1), None
 
 
@@ -151,6 +154,6 @@ MultiLoraLinear = MultiLoraColumnParallelLinear | MultiLoraRowParallelLinear
 
 
 def freeze(module: torch.nn.Module) -> None:
-    """Stop gradients to all parameters of a module."""
+    """Set requires_grad to False for all parameters of a module."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)

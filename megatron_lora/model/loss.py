@@ -1,16 +1,19 @@
-"""Cross-entropy over a frozen head, in chunks of rows, so that the full logits never exist.
+"""Cross-entropy over a frozen head, in chunks of rows, so that the full logits are never in memory.
 
     loss_t = log sum_v exp(h_t . w_v) - h_t . w_label        dh_t = g_t * (softmax(h_t W^T) - onehot(label)) W
 
-The gradient with g = 1 is made while a chunk's logits are there (the head is frozen: only dh is wanted), and backward scales its rows by
-the upstream gradient g, which is where a row's weight enters: two GEMMs in all, and nothing is kept but the gradient's rows.
-Rows are independent: a NaN in one stays there. A label of -100 gives loss 0 and gradient 0. Where the host says which rows are targets,
-the head is computed for those alone; in completion-only training most rows are not. A GEMM's bits may depend on how many rows it has:
-chunks of targets are therefore filled up to one height, so that no row's bits depend on how many of its neighbours are targets.
+The head is frozen, so only dh is needed. Forward computes dh for g = 1 while it has a chunk's logits;
+backward multiplies each row by its upstream gradient g, which contains the row's loss weight. That takes
+two GEMMs in all, and only dh is kept. Rows are independent: a NaN in one row does not reach others. A
+label of -100 gives loss 0 and gradient 0.
 
-Under tensor parallelism each rank holds a range of the vocabulary; maxima, sums and target logits are reduced per chunk, the gradient
-once. Under sequence parallelism `hidden` is a shard of rows: it is gathered first and its gradient is reduce-scattered, while losses are
-of all rows.
+If the host lists the rows that are targets, the head is computed for these alone; in completion-only
+training most rows are not. A GEMM's bits may depend on its number of rows, so chunks of targets are padded
+to one height: then a row's bits do not depend on how many other rows are targets.
+
+Under tensor parallelism each rank holds a range of the vocabulary. Maxima, sums and target logits are
+reduced per chunk, the gradient once. Under sequence parallelism `hidden` is a shard of rows: it is
+gathered first and its gradient is reduce-scattered; the losses are those of all rows.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from scheduling.memory import loss_chunk_rows
 class Head:
     """The output matrix of this rank: rows [first_token, first_token + len(weight_VH)) of the vocabulary, without padding rows.
 
-    `widest` is the largest len(weight_VH) of any tensor rank, so that all ranks cut the same chunks.
+    `widest` is the largest len(weight_VH) of any tensor rank; chunk heights follow from it, so that all ranks use the same.
     """
 
     weight_VH: Tensor
@@ -44,7 +47,7 @@ class Head:
 def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, targets: Tensor | None = None, chunk_rows: int | None = None) -> Tensor:
     """Return each row's loss, fp32 [T], differentiable in `hidden` [T_local, H]; `labels` int64 [T], -100 for none.
 
-    `targets` int64 lists the rows to look at, each once, the same on all tensor ranks: all rows with a label are among them. None: all.
+    `targets` int64 lists the rows to compute, each once, the same on all tensor ranks; every row with a label must be listed. None: all.
     """
     rows = chunk_rows or loss_chunk_rows(head.widest, hidden.element_size())
     return _ChunkedCrossEntropy.apply(hidden, labels, targets, head, rows, hidden.requires_grad and torch.is_grad_enabled())
@@ -52,7 +55,10 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, targets: Tensor | 
 
 @torch.no_grad()
 def logits(hidden: Tensor, head: Head) -> Tensor:
-    """Return the full logits [T, vocabulary], whole on every rank, without a graph. For tests: training never makes them."""
+    """Return the full logits [T, vocabulary] on every rank, without a graph.
+
+    For tests: training never computes them.
+    """
     full = gather_rows(hidden, head.group) if head.sequence_parallel else hidden
     part = full @ head.weight_VH.t()
     if head.group.size() == 1:
@@ -62,7 +68,7 @@ def logits(hidden: Tensor, head: Head) -> Tensor:
     widest = max(int(width) for width in widths)
     parts = [part.new_empty(part.shape[0], widest) for _ in widths]
     dist.all_gather(parts, pad(part, (0, widest - part.shape[1])).contiguous(), group=head.group)
-    return torch.cat([whole[:, : int(width)] for whole, width in zip(parts, widths, strict=True)], dim=1)
+    return torch.cat([padded[:, : int(width)] for padded, width in zip(parts, widths, strict=True)], dim=1)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -105,7 +111,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunk(hidden: Tensor, labels: Tensor, head: Head, logits: Tensor, losses: Tensor, grad: Tensor | None) -> None:
-    """Write the losses [C] of some rows and, where it is wanted, their gradient [C, H] for g = 1; `logits` [C, V_local] is scratch."""
+    """Write the losses [C] of a chunk and, unless `grad` is None, the gradient [C, H] for g = 1.
+
+    `logits` [C, V_local] is scratch.
+    """
     torch.mm(hidden, head.weight_VH.t(), out=logits)
     highest, total = softmax_sums(logits)
     column = labels - head.first_token

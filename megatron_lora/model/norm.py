@@ -1,6 +1,6 @@
-"""RMS normalisation for Megatron's norm slots: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (fused_ops.rms_norm).
+"""RMS normalisation in place of Megatron's norms: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (fused_ops.rms_norm).
 
-Works on shards of rows as on all of them; the weight is frozen, so sequence parallelism needs no gradient reduction.
+Every row is normalised alone, and the weight is frozen, so sequence parallelism needs no communication.
 """
 
 import torch
@@ -11,7 +11,7 @@ from fused_ops.rms_norm import rms_norm
 
 
 class RMSNorm(torch.nn.Module):
-    """One frozen weight [hidden_size]; built as Megatron builds norms."""
+    """A norm with a frozen weight [hidden_size]; its arguments are those of Megatron's norms."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
@@ -24,5 +24,8 @@ class RMSNorm(torch.nn.Module):
         return self.add(x)[0]
 
     def add(self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None) -> tuple[Tensor, Tensor]:
-        """Return the normalised x (+ residual), and the sum itself, which goes on along the residual stream."""
+        """Return the normalised sum x + residual, and the sum itself, the new residual.
+
+        With `refill`, backward recomputes the former.
+        """
         return rms_norm(x, self.weight, self.eps, residual, refill)

@@ -1,9 +1,12 @@
-"""One pipeline stage of a frozen base model: megatron-core's GPTModel with our parts in its slots.
+"""One pipeline stage of a frozen base model: megatron-core's GPTModel, with our linears, norms and attention in its ModuleSpec.
 
-`build_stage` turns an `Architecture` into the part of the GPTModel that this rank owns, through ModuleSpec: our linears, norms and core
-attention. Positions come in through the core attention ('none' for Megatron); the output layer passes hidden states through, because the
-loss reads the head in chunks; a tied matrix is held by the first and by the last stage (once, where they are one), since neither copy is
-trained. No parameter requires a gradient: adapters live in the arena, outside the module tree.
+`build_stage` builds this rank's part of the GPTModel that an `Architecture` describes. It differs from
+Megatron's in these points:
+
+    positions      Megatron gets position_embedding_type "none"; our attention applies the rotary embedding
+    output layer   returns hidden states, because the loss computes logits in chunks (loss.py)
+    tied head      first and last stage each hold a copy (one stage: one copy); neither is trained
+    gradients      no parameter requires one: adapters lie in the arena, outside the module tree
 
     stage = build_stage(read_architecture(directory), directory, parallel, dtype=torch.bfloat16, device=device)
     hidden = stage(microbatch, received)            # received: None on the first stage
@@ -13,7 +16,6 @@ trained. No parameter requires a gradient: adapters live in the arena, outside t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +43,9 @@ from megatron_lora.huggingface.weight_slices import Checkpoint, Part, RandomTens
 from megatron_lora.model import loss
 from megatron_lora.model.attention import MergedSelfAttention, PackedAttention, PackedRows
 from megatron_lora.model.backends import OURS, Backends
+from megatron_lora.model.cudnn_attention import cudnn_attention
 from megatron_lora.model.decoder import DecoderLayer
-from megatron_lora.model.linears import Binding, MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
+from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.parallel import compat
 from megatron_lora.parallel.partition import check_layout, layers_of_stages, recompute_of_layers
@@ -50,32 +53,35 @@ from megatron_lora.parallel.partition import check_layout, layers_of_stages, rec
 
 @dataclass
 class StageConfig(TransformerConfig):
-    """Megatron's configuration, which every slot receives, with the facts of the base model beside it."""
+    """Megatron's configuration, which every module receives, with the base model's architecture added."""
 
     architecture: Architecture | None = None
 
 
 class Stage(torch.nn.Module):
-    """This rank's part of the model. `linears` are its patched linears in layer order; `layers` the global indices of its layers."""
+    """This rank's part of the model: `layers` are the global indices of its layers, `linears` its linears in layer order."""
 
     def __init__(self, model: GPTModel, architecture: Architecture, layers: range, device: torch.device):
         super().__init__()
-        self.model, self.architecture, self.layers, self.device = model, architecture, layers, device
-        self.is_first, self.is_last = model.pre_process, model.post_process
+        self.model = model
+        self.architecture = architecture
+        self.layers = layers
+        self.device = device
+        self.is_first = model.pre_process
+        self.is_last = model.post_process
         self.dtype = model.config.params_dtype
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.sequence_parallel = model.config.sequence_parallel
-        self.binding = Binding()
-        self.linears: tuple[MultiLoraLinear, ...] = tuple(self._place_linears())
+        self.linears: tuple[MultiLoraLinear, ...] = tuple(self._bind_linears())
         freqs, self.rotary_scale = frequencies(architecture.rope, architecture.head_dim)
         self.freqs = freqs.to(device)
 
-    def _place_linears(self) -> Iterator[MultiLoraLinear]:
+    def _bind_linears(self) -> Iterator[MultiLoraLinear]:
         for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
             assert block.layer_number == layer + 1
             attention, mlp = block.self_attention, block.mlp
             for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
-                linear.place(layer, self.binding)
+                linear.set_layer(layer)
                 yield linear
 
     def set_recompute(self, recompute: str | tuple[str, ...]) -> None:
@@ -84,40 +90,42 @@ class Stage(torch.nn.Module):
         for layer, block in zip(self.layers, self.model.decoder.layers, strict=True):
             block.recompute = policies[layer]
 
-    def bound(self, microbatch: StageInput) -> AbstractContextManager[None]:
-        """Bind a microbatch to the stage's linears for the length of one forward (or of its recomputation)."""
-        return self.binding.bound(microbatch)
+    def set_attention(self, attention: str) -> None:
+        """Set who computes the attention of all layers: "cudnn" by plans that they share, else what stands in their slots."""
+        self.attention = attention
+        attend = cudnn_attention() if attention == "cudnn" else None
+        for block in self.model.decoder.layers:
+            block.self_attention.core_attention.attend = attend
 
     def forward(self, microbatch: StageInput, hidden: Tensor | None = None) -> Tensor:
         """Compute the stage's layers over one microbatch.
 
-        `hidden` [T_local, H] comes from the stage before, None on the first stage, which embeds the tokens. Returns [T_local, H] (after the
-        final norm on the last stage), never a view, so that an executor may free it once it is sent. T_local is T, or T / tensor under
-        sequence parallelism.
+        `hidden` [T_local, H] is the output of the previous stage; None on the first stage, which embeds the
+        tokens. Returns [T_local, H], on the last stage after the final norm. The result is never a view, so
+        that its memory can be freed once it is sent. T_local is T, or T / tensor under sequence parallelism.
         """
         packing = microbatch.packing
         rotary = rotary_table(packing.positions, self.freqs, self.rotary_scale, self.dtype)
-        with self.bound(microbatch):
-            if self.is_first:
-                assert hidden is None
-                embedded = self.model.embedding(input_ids=microbatch.tokens[None], position_ids=None)
-                embedded.requires_grad_(torch.is_grad_enabled())  # or no gradient would reach the adapters of the first layer
-            else:
-                embedded = None
-                self.model.set_input_tensor(hidden.unsqueeze(1))
-            out = self.model(
-                input_ids=None,
-                position_ids=None,
-                attention_mask=None,
-                decoder_input=embedded,
-                packed_seq_params=PackedRows(qkv_format="thd", packing=packing, rotary=rotary),
-            )
+        if self.is_first:
+            assert hidden is None
+            embedded = self.model.embedding(input_ids=microbatch.tokens[None], position_ids=None)
+            embedded.requires_grad_(torch.is_grad_enabled())  # otherwise the first layer's adapters get no gradient
+        else:
+            embedded = None
+            self.model.set_input_tensor(hidden.unsqueeze(1))
+        out = self.model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=embedded,
+            packed_seq_params=PackedRows(qkv_format="thd", packing=packing, rotary=rotary, route=microbatch.route),
+        )
         out = out.squeeze(0 if self.is_last else 1)  # GPTModel gives [1, T, H] from its output layer, [T, 1, H] before it
         return make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True)
 
     @property
     def head(self) -> loss.Head:
-        """The output matrix of the last stage without its padding rows."""
+        """The output matrix on the last stage, without the rows that pad the vocabulary."""
         weight = self.model.output_layer.weight
         first = self.tensor_group.rank() * weight.shape[0]
         return loss.Head(
@@ -131,7 +139,7 @@ class Stage(torch.nn.Module):
     def losses(self, hidden: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return each row's cross-entropy, fp32 [T] (label -100: 0), differentiable in `hidden` [T_local, H]. Last stage only.
 
-        `targets` lists the rows that have a label, the only ones whose logits are computed; None: all rows are looked at.
+        `targets` lists the rows that have a label: logits are computed for these alone. None: for all rows.
         """
         return loss.cross_entropy(hidden, labels, self.head, targets)
 
@@ -140,7 +148,7 @@ class Stage(torch.nn.Module):
         return loss.logits(hidden, self.head)
 
     def parts(self) -> Iterator[Part]:
-        """Yield every part of this rank's parameters with the tensor and slice of the checkpoint that fills it."""
+        """Yield each part of this rank's parameters, with the name and slice of the checkpoint tensor that it is loaded from."""
         everything = slice(None)
         if self.is_first:
             yield self._vocabulary_part(self.model.embedding.word_embeddings.weight, "model.embed_tokens.weight")
@@ -167,7 +175,7 @@ class Stage(torch.nn.Module):
 
 
 class PassThrough(torch.nn.Module):
-    """GPTModel's output layer, giving hidden states instead of logits; it keeps the head's weight for the loss."""
+    """GPTModel's output layer, which returns the hidden states; it holds the head's weight for the loss."""
 
     def __init__(self, weight: torch.nn.Parameter):
         super().__init__()
@@ -191,11 +199,12 @@ def build_stage(
     base_weights: str = "native",
     backends: Backends = OURS,
 ) -> Stage:
-    """Build this rank's stage and fill it: from the safetensors of `model_dir`, or at random from `seed` when `load_weights` is false.
+    """Build this rank's stage and load its weights: from `model_dir`'s safetensors, or random ones if not `load_weights`.
 
-    `recompute` is the policy of all layers, or of each layer of the model (decoder.py); `base_weights` "fp8" puts the linears' weights in
-    8 bits, one linear after another; `backends` says whose norms and attention stand in the slots (backends.py). `parallel_state` must be
-    initialised (process_groups.initialize_parallel). Raises UserError where model, files and layout do not fit.
+    `recompute` is the policy of all layers, or of each layer of the complete model (decoder.py).
+    `base_weights` "fp8" quantises the linears' weights, one linear after another. `backends` chooses the
+    norms and the attention (backends.py). Megatron's `parallel_state` must be initialised
+    (process_groups.initialize_parallel). Raises UserError where model, files and layout do not fit together.
     """
     check_layout(architecture, parallel)
     compat.quieten_gpt_model()
@@ -218,9 +227,10 @@ def build_stage(
     freeze(model)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.zero_()  # padding rows of the vocabulary stay so
+            parameter.zero_()  # the rows that pad the vocabulary stay zero
     stage = Stage(model, architecture, layers, device)
     stage.set_recompute(recompute)
+    stage.set_attention(backends.attention)
     load(stage.parts(), Checkpoint(model_dir) if load_weights else RandomTensors(architecture, seed, dtype, device))
     if base_weights == "fp8":
         for linear in stage.linears:
@@ -247,7 +257,7 @@ def _stage_config(architecture: Architecture, parallel: ParallelConfig, dtype: t
         qk_layernorm=architecture.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,  # our linears take their bias from the architecture and add it themselves
+        add_bias_linear=False,  # our linears decide by the architecture, and add their bias themselves
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -266,7 +276,7 @@ def _stage_config(architecture: Architecture, parallel: ParallelConfig, dtype: t
 
 
 class _SpecProvider(LocalSpecProvider):
-    """Megatron's table of modules for its specs, with our linears."""
+    """The modules that Megatron's specs use, with our linears in place of Megatron's."""
 
     def column_parallel_linear(self) -> type:
         return MultiLoraColumnParallelLinear
@@ -307,7 +317,7 @@ def _block_spec(config: StageConfig, num_layers: int, backends: Backends) -> Tra
 
 
 def _linear_parts(linear: MultiLoraLinear) -> Iterator[Part]:
-    """Yield the parts of a merged linear: module after module, this rank's rows (column-parallel) or columns (row-parallel)."""
+    """Yield the parts of a linear, one per module and parameter: this rank's rows (column-parallel) or columns (row-parallel)."""
     geometry, rank, everything = linear.geometry, linear.tp_group.rank(), slice(None)
     for path, (start, stop) in zip(geometry.paths, geometry.columns, strict=True):
         if geometry.parallel == "column":

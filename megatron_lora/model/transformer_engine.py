@@ -1,9 +1,10 @@
-"""Transformer Engine's RMSNorm and attention in Megatron's slots, with the calls of ours (norm.py, attention.py).
+"""Transformer Engine's RMSNorm and attention, with the interfaces of ours (norm.py, attention.py).
 
-`EngineNorm` adds the residual in a pass of its own; with a Refill its backward runs the norm again, gives the output to the linear that
-waits for it, and goes back through that run. `EngineAttention` takes packed samples ("thd"), causal, with sliding windows.
-Transformer Engine, which `backends.import_engine` has loaded by then, picks among its own kernels.
-`attention_fault` tries the attention forward and backward on a device: which of its cuDNN's engines run is not told by versions.
+`EngineNorm` adds the residual in a separate kernel. With a Refill its backward runs the norm again, gives
+the output to the linear that waits for it, and then runs that norm's backward. `EngineAttention` takes
+packed samples ("thd"), causal, with sliding windows. Transformer Engine chooses among its own kernels;
+`backends.import_engine` has loaded it before. `attention_fault` tries the attention forward and backward
+on a device, because versions do not tell which of cuDNN's attention kernels run there.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch import Tensor
 from fused_ops.backend import gradients
 from fused_ops.refill import Refill, wanted
 from megatron_lora.data.microbatch import Packing
-from megatron_lora.model.attention import PackedRows, per_sample_attention
-from megatron_lora.model.backends import first_line
-
-_LENGTHS = (70, 1, 130)  # of the samples that the attention is tried on
+from megatron_lora.model.attention import PackedRows, fault_of
 
 
 class EngineNorm(torch.nn.Module):
-    """One frozen weight [hidden_size] in Transformer Engine's RMSNorm; built as Megatron builds norms."""
+    """Transformer Engine's RMSNorm with a frozen weight [hidden_size].
+
+    Its arguments are those of Megatron's norms.
+    """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
@@ -42,13 +43,16 @@ class EngineNorm(torch.nn.Module):
         return self.norm(x)
 
     def add(self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None) -> tuple[Tensor, Tensor]:
-        """Return the normalised x (+ residual), and the sum itself, which goes on along the residual stream."""
+        """Return the normalised sum x + residual, and the sum itself, the new residual.
+
+        With `refill`, backward recomputes the former.
+        """
         total = x if residual is None else x + residual
-        return (self.norm(total) if refill is None else _NormAgain.apply(total, self.norm, refill)), total
+        return (self.norm(total) if refill is None else _RecomputedNorm.apply(total, self.norm, refill)), total
 
 
-class _NormAgain(torch.autograd.Function):
-    """A norm that keeps its input alone and in backward gives its output to a Refill."""
+class _RecomputedNorm(torch.autograd.Function):
+    """A norm that keeps only its input; its backward recomputes the output and gives it to a Refill."""
 
     @staticmethod
     def forward(ctx, x, norm, refill):
@@ -76,7 +80,7 @@ class EngineAttention(torch.nn.Module):
         self.attention = make_attention(heads, kv_heads, config.kv_channels, scale)
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
-        """Return [T, heads * d]. The other arguments of Megatron's protocol say nothing here: the packing is the mask."""
+        """Return [T, heads * d]. Megatron's other arguments are not used: the packing defines the mask."""
         return attend(self.attention, query, key, value, packed_seq_params.packing, self.window)
 
 
@@ -110,37 +114,10 @@ def attend(attention: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor
 def attention_fault(
     heads: int, kv_heads: int, head_dim: int, windows: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
 ) -> str:
-    """Try Transformer Engine's attention on a device, forward and backward; return what is wrong with it in a line, or nothing.
+    """Try Transformer Engine's attention on a device; return its fault in one line, or "" if it works."""
 
-    `windows` has the sliding window of every layer (None: all is seen); each kind is tried, and compared with one call per sample.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "it takes 16 bits alone"
-    generator = torch.Generator(device=device).manual_seed(0)
-    ends = torch.tensor([0, *_LENGTHS]).cumsum(0).to(torch.int32)
-    packing = Packing(
-        cu_seqlens=ends.to(device),
-        lengths=_LENGTHS,
-        positions=torch.cat([torch.arange(length) for length in _LENGTHS]).to(device),
-        max_length=max(_LENGTHS),
-    )
-    shapes = [(sum(_LENGTHS), n, head_dim) for n in (heads, kv_heads, kv_heads)]
-    q, k, v, d_out = (torch.randn(shape, generator=generator, device=device).to(dtype) for shape in [*shapes, shapes[0]])
-    d_out = d_out.flatten(1)
-    scale = head_dim**-0.5
-    for window in sorted(set(windows), key=str):
-        try:
-            attention = make_attention(heads, kv_heads, head_dim, scale)
-            ours = gradients(lambda *x, a=attention, w=window: (attend(a, *x, packing, w),), (q, k, v), (d_out,))
-        except (RuntimeError, ValueError, AssertionError) as error:  # whatever it is, torch's attention takes its place
-            return first_line(error)
-        exact = gradients(
-            lambda *x, w=window: (per_sample_attention(*x, packing, scale, w).flatten(1),),
-            tuple(x.float() for x in (q, k, v)),
-            (d_out.float(),),
-        )
-        for name, got, truth in zip(("output", "dq", "dk", "dv"), (*ours[0], *ours[1]), (*exact[0], *exact[1]), strict=True):
-            error = float((got.float() - truth).norm() / truth.norm())
-            if not error < 0.03:  # NaN too
-                return f"its {name} is off by {error:.2g}"
-    return ""
+    def tried(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
+        attention = make_attention(heads, kv_heads, head_dim, scale)
+        return attend(attention, query, key, value, packing, window).view_as(query)
+
+    return fault_of(tried, heads, kv_heads, head_dim, windows, dtype, device)

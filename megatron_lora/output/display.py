@@ -1,7 +1,8 @@
 """What people see of a run: a live table of its jobs on a terminal, plain lines elsewhere.
 
-Rates are measured over a job's last steps on the wall clock, because co-trained jobs share the machine: a job's share is its part
-of all tokens per second. A terminal that goes away ends the display, not the run.
+Rates are measured over a job's last steps on the wall clock, because co-trained jobs share the
+machine. A job's share is its part of all tokens per second. When the terminal is closed, the
+display ends and the run continues.
 """
 
 import io
@@ -26,11 +27,13 @@ STYLES = {"running": "green", "failed": "bold red", "paused": "yellow", "queued"
 
 
 class Progress:
-    """How far one job is and how fast it goes."""
+    """How far one job is and how fast it trains."""
 
     def __init__(self, job: JobSummary, now: float):
-        self.name, self.total_steps = job.name, job.total_steps
-        self.state, self.reason = "queued", ""
+        self.name = job.name
+        self.total_steps = job.total_steps
+        self.state = "queued"
+        self.reason = ""
         self.last: StepReport | None = None
         self._recent = deque([(now, 0)], maxlen=RECENT_STEPS + 1)  # (when, tokens of the step that ended then)
 
@@ -47,55 +50,56 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of wall-clock time over the last steps; 0 when none is known or the job has no step left to run."""
+        """Tokens per second of wall-clock time over the last steps; 0 when unknown or when no steps remain."""
         seconds = self._recent[-1][0] - self._recent[0][0]
         return sum(tokens for _, tokens in list(self._recent)[1:]) / seconds if self._is_running and seconds > 0 else 0.0
 
     @property
-    def seconds_left(self) -> float | None:
-        """Time to the last step at the pace of the last steps; None when unknown."""
+    def seconds_remaining(self) -> float | None:
+        """Time to the job's end at the rate of its last steps; None when unknown."""
         if not self._is_running or self.last is None:
             return None
         return (self.total_steps - self.last.step) * (self._recent[-1][0] - self._recent[0][0]) / (len(self._recent) - 1)
 
 
 def make_display(stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Observer:
-    """Choose the display that fits where the run's output goes."""
-    outlet = Outlet(sys.stdout if stream is None else stream)
-    console = Console(file=outlet)
-    return LiveTable(console, clock) if outlet.isatty() and not console.is_dumb_terminal else PlainLines(outlet, clock)
+    """Return a live table for a terminal, and plain lines for any other stream."""
+    safe = SafeStream(sys.stdout if stream is None else stream)
+    console = Console(file=safe)
+    return LiveTable(console, clock) if safe.isatty() and not console.is_dumb_terminal else PlainLines(safe, clock)
 
 
-class Outlet(io.TextIOBase):
-    """A text stream that never fails: characters it cannot show become '?', and without a reader it swallows what is written.
+class SafeStream(io.TextIOBase):
+    """A text stream that never fails: a character that it cannot encode becomes '?', and once its reader is gone it discards all text.
 
-    rich, left alone, ends the process when a pipe breaks, and with it the run.
+    On a broken pipe, rich would otherwise end the process, and with it the run.
     """
 
     def __init__(self, stream: TextIO):
         self._stream: TextIO | None = stream
-        self._is_terminal, self._encoding = stream.isatty(), stream.encoding or "utf-8"
+        self._is_terminal = stream.isatty()
+        self._encoding = stream.encoding or "utf-8"
 
     @property
     def encoding(self) -> str:
-        """The stream's, by which rich chooses its lines and boxes."""
+        """The stream's encoding, by which rich chooses the characters of its boxes."""
         return self._encoding
 
     def isatty(self) -> bool:
-        """Whether this is a terminal, or was one."""
+        """Whether the stream is a terminal, or was one before it was closed."""
         return self._is_terminal
 
     def write(self, text: str) -> int:
-        """Write, or lose the reader."""
+        """Write, or stop writing for good if the reader is gone."""
         shown = text.encode(self._encoding, "replace").decode(self._encoding)
-        self._do(lambda stream: stream.write(shown))
+        self._attempt(lambda stream: stream.write(shown))
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or lose the reader."""
-        self._do(lambda stream: stream.flush())
+        """Flush, or stop writing for good if the reader is gone."""
+        self._attempt(lambda stream: stream.flush())
 
-    def _do(self, action: Callable[[TextIO], object]) -> None:
+    def _attempt(self, action: Callable[[TextIO], object]) -> None:
         if self._stream is not None:
             try:
                 action(self._stream)
@@ -104,10 +108,12 @@ class Outlet(io.TextIOBase):
 
 
 class LiveTable(Observer):
-    """Redraws a table of the jobs in place, a few times a second, on the caller's thread."""
+    """A table of the jobs, redrawn in place a few times a second, on the caller's thread."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
-        self._console, self._clock, self._drawn = console, clock, float("-inf")
+        self._console = console
+        self._clock = clock
+        self._drawn_at = float("-inf")
         self._jobs: dict[str, Progress] = {}
         self._live: Live | None = None
 
@@ -116,13 +122,13 @@ class LiveTable(Observer):
         self._jobs = {job.name: Progress(job, now) for job in jobs}
         self._live = Live(self._table(), console=self._console, auto_refresh=False)
         self._live.start()
-        self._console.show_cursor(True)  # a run that is killed must not leave the terminal without one
+        self._console.show_cursor(True)  # a killed run must not leave the terminal without a cursor
 
     def on_step(self, report: StepReport) -> None:
         now = self._clock()
         self._jobs[report.job].add(report, now)
-        if now - self._drawn >= REFRESH_S:
-            self._drawn = now
+        if now - self._drawn_at >= REFRESH_S:
+            self._drawn_at = now
             self._refresh()
 
     def on_status(self, job: str, state: str, reason: str) -> None:
@@ -141,33 +147,35 @@ class LiveTable(Observer):
             self._live.refresh()
 
     def _table(self) -> Table:
-        room = max(1, self._console.height - 6)
-        jobs = sorted(self._jobs.values(), key=lambda job: STATES.index(job.state)) if len(self._jobs) > room else self._jobs.values()
-        return jobs_table(list(jobs), room)
+        max_shown = max(1, self._console.height - 6)
+        jobs = list(self._jobs.values())
+        if len(jobs) > max_shown:
+            jobs.sort(key=lambda job: STATES.index(job.state))
+        return jobs_table(jobs, max_shown)
 
 
-def jobs_table(jobs: Sequence[Progress], room: int) -> Table:
-    """Lay out the first `room` jobs and count the others."""
+def jobs_table(jobs: Sequence[Progress], max_shown: int) -> Table:
+    """Lay out the first `max_shown` jobs, with a last line that counts the others by state."""
     table = Table(title=None, expand=False)
     table.add_column("job", overflow="fold")
     for heading in ("step", "loss", "lr", "grad norm", "tokens/s", "share", "ETA"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state")
     total = sum(job.tokens_per_second for job in jobs)
-    for job in jobs[:room]:
+    for job in jobs[:max_shown]:
         state = Text(f"{job.state}: {job.reason}" if job.reason else job.state, style=STYLES[job.state])
         table.add_row(Text(job.name), *cells(job, total), state)
-    if hidden := jobs[room:]:
+    if hidden := jobs[max_shown:]:
         counts = Counter(job.state for job in hidden)
         table.add_row(Text(f"and {len(hidden)} more"), *[""] * 7, Text(", ".join(f"{n} {state}" for state, n in counts.items())))
     return table
 
 
 def cells(job: Progress, total_tokens_per_second: float) -> list[str]:
-    """Write a job's step, loss, learning rate, gradient norm, tokens/s, share and time left."""
+    """Write a job's step, loss, learning rate, gradient norm, tokens/s, share and remaining time."""
     if job.last is None:
         return [f"0/{job.total_steps}", *[""] * 6]
-    rate, left = job.tokens_per_second, job.seconds_left
+    rate, remaining = job.tokens_per_second, job.seconds_remaining
     return [
         f"{job.last.step}/{job.total_steps}",
         f"{job.last.loss:.4f}",
@@ -175,15 +183,16 @@ def cells(job: Progress, total_tokens_per_second: float) -> list[str]:
         f"{job.last.grad_norm:.3g}" + (" skipped" if job.last.skipped else ""),
         f"{rate:,.0f}" if rate else "",
         f"{rate / total_tokens_per_second:.0%}" if rate else "",
-        duration(left) if left is not None else "",
+        duration(remaining) if remaining is not None else "",
     ]
 
 
 class PlainLines(Observer):
-    """Prints a line for a job's first and last step, for one step now and then, and for each that is skipped, and for its end."""
+    """Prints a line for a job's first, last and skipped steps, for one step per interval, and for its end."""
 
-    def __init__(self, outlet: Outlet, clock: Callable[[], float] = time.monotonic):
-        self._outlet, self._clock = outlet, clock
+    def __init__(self, stream: SafeStream, clock: Callable[[], float] = time.monotonic):
+        self._stream = stream
+        self._clock = clock
         self._jobs: dict[str, Progress] = {}
         self._shown_at: dict[str, float] = {}
         self._interval_s = LINE_INTERVAL_S
@@ -199,28 +208,28 @@ class PlainLines(Observer):
         due = now - self._shown_at.get(job.name, float("-inf")) >= self._interval_s
         if due or report.step == report.total_steps or report.skipped:
             self._shown_at[job.name] = now
-            print(line(job, sum(other.tokens_per_second for other in self._jobs.values())), file=self._outlet, flush=True)
+            print(line(job, sum(other.tokens_per_second for other in self._jobs.values())), file=self._stream, flush=True)
 
     def on_status(self, job: str, state: str, reason: str) -> None:
         self._jobs[job].state, self._jobs[job].reason = state, reason
         if state not in ("queued", "running"):
-            print(f"{job}: {state}{f': {reason}' if reason else ''}", file=self._outlet, flush=True)
+            print(f"{job}: {state}{f': {reason}' if reason else ''}", file=self._stream, flush=True)
 
 
 def line(job: Progress, total_tokens_per_second: float) -> str:
     """Write a job's progress as one line."""
-    step, loss, learning_rate, grad_norm, rate, share, left = cells(job, total_tokens_per_second)
+    step, loss, learning_rate, grad_norm, rate, share, remaining = cells(job, total_tokens_per_second)
     parts = [f"{job.name}: step {step}", f"loss {loss}", f"lr {learning_rate}", f"grad norm {grad_norm}"]
     parts += [f"{rate} tokens/s ({share})"] if rate else []
-    parts += [f"ETA {left}"] if left else []
+    parts += [f"ETA {remaining}"] if remaining else []
     return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:
-    """Write a time in the two units that matter."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    """Write a time in its two largest units."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    return f"{total // 3600}h{total % 3600 // 60:02d}m"

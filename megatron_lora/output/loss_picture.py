@@ -1,4 +1,4 @@
-"""Loss curves as a picture, from the metrics.jsonl files of a run's jobs.
+"""A picture of loss curves, from the metrics.jsonl files of a run's jobs.
 
 plot_losses({"summarise": "runs/a/jobs/summarise/metrics.jsonl"}, "runs/a/losses.png")
 """
@@ -16,13 +16,13 @@ SMOOTHING = 0.8  # weight of the past in the bold curve
 
 
 def plot_losses(files: Mapping[str, str | Path], output: str | Path) -> None:
-    """Draw the loss of each job over its steps: every step thin, their running mean bold; UserError when a file cannot be read."""
+    """Draw the loss of each job over its steps, with its running mean in bold; UserError when a file cannot be read."""
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     colors = colormaps["tab10" if len(files) <= 10 else "tab20"].colors
     for index, (name, path) in enumerate(files.items()):
-        points = [(row["step"], row["loss"]) for row in read_metrics(path) if row.get("loss") is not None]
+        points = [(step["step"], step["loss"]) for step in read_metrics(path) if step.get("loss") is not None]
         steps, losses = [step for step, _ in points], [loss for _, loss in points]
         color = colors[index % len(colors)]
         axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
@@ -37,7 +37,7 @@ def plot_losses(files: Mapping[str, str | Path], output: str | Path) -> None:
 
 
 def smooth(losses: list[float]) -> list[float]:
-    """Average exponentially, with the start's missing past corrected for: the first value is the first loss."""
+    """Return the exponential moving average, corrected for its start: the first value is the first loss."""
     mean = weight = 0.0
     smoothed = []
     for loss in losses:

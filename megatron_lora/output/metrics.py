@@ -1,8 +1,9 @@
-"""What a run reports: a StepReport per optimizer step of each job, handed to observers, never computed for them.
+"""What a run reports: a StepReport per optimizer step of each job, passed to observers.
 
-An observer is told what happens and changes nothing. The one that is always there writes `jobs/<name>/metrics.jsonl`, an object per
-step, flushed line by line; a number that is not finite is null. Others show progress (display.py) and feed trackers (trackers.py);
-observers.py starts those that a run has.
+An observer gets the reports and changes nothing; no number is computed only for it. One observer is
+always there: it writes `jobs/<name>/metrics.jsonl`, one object per step, flushed line by line, in
+which a number that is not finite is null. Others show progress (display.py) and feed trackers
+(trackers.py); observers.py starts those that a run has.
 """
 
 import dataclasses
@@ -35,8 +36,8 @@ class StepReport:
     seconds: float  # from the step's first forward to its update
     skipped: bool
 
-    def row(self) -> dict[str, object]:
-        """Give the step as its line in metrics.jsonl."""
+    def logged(self) -> dict[str, object]:
+        """Return what metrics.jsonl says of the step; a number that is not finite becomes None."""
         fields = dataclasses.asdict(self)
         del fields["job"], fields["total_steps"]
         return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
@@ -44,27 +45,27 @@ class StepReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobSummary:
-    """What observers know of a job beforehand."""
+    """What observers know of a job before its first step."""
 
     name: str
     total_steps: int
-    first_step: int = 0  # steps taken before this start
+    first_step: int = 0  # steps that earlier starts of the run have taken
 
 
 class Observer:
-    """Is told what happens in a run; each method does nothing unless a subclass says otherwise."""
+    """Gets the events of a run. Each method does nothing unless a subclass overrides it."""
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
-        """Learn of the run's jobs, before anything else."""
+        """Get the run's jobs, before any other event."""
 
     def on_step(self, report: StepReport) -> None:
-        """Learn of a step; a job's steps come in order."""
+        """Get the report of a step; a job's steps come in order."""
 
     def on_status(self, job: str, state: str, reason: str) -> None:
-        """Learn of a job's new state: queued, running, paused, done or failed."""
+        """Get a job's new state: queued, running, paused, done or failed."""
 
     def close(self) -> None:
-        """Finish what was begun."""
+        """Close files and connections; no event follows."""
 
 
 class JsonlMetrics(Observer):
@@ -78,12 +79,12 @@ class JsonlMetrics(Observer):
         for job in jobs:
             path = metrics_file(self._output_dir, job.name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_half_line(path)
+            _drop_partial_line(path)
             self._files[job.name] = path.open("a", encoding="utf-8")
 
     def on_step(self, report: StepReport) -> None:
         file = self._files[report.job]
-        file.write(json.dumps(report.row(), allow_nan=False) + "\n")
+        file.write(json.dumps(report.logged(), allow_nan=False) + "\n")
         file.flush()
 
     def close(self) -> None:
@@ -98,24 +99,24 @@ def metrics_file(output_dir: str | Path, job: str) -> Path:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, object]]:
-    """Read a metrics file back; a last line that was cut off is left out, any other broken line is a UserError."""
+    """Return the steps in a metrics file, without a last line that was cut off; UserError for any other broken line."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: does not exist; give the metrics.jsonl of a job that has run")
-    rows = []
+    steps = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:
-            rows.append(json.loads(line))
+            steps.append(json.loads(line))
         except ValueError as error:
             raise UserError(f"{path}:{number}: is not valid JSON ({error}); restore the file") from None
-    return rows
+    return steps
 
 
-def _drop_half_line(path: Path) -> None:
-    """Cut off what a killed run left of its last line, so that the next line is one of its own."""
+def _drop_partial_line(path: Path) -> None:
+    """Remove the last line if a killed run did not complete it, so that the next line begins on its own."""
     if path.is_file():
-        whole = path.read_bytes()
-        if not whole.endswith(b"\n"):
-            os.truncate(path, whole.rfind(b"\n") + 1)
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)

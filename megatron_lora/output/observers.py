@@ -1,6 +1,6 @@
-"""The observers of a run: files, TensorBoard, the display, and Weights & Biases when asked for.
+"""The observers of a run: files, TensorBoard, the display, and Weights & Biases when a project is set.
 
-observers = make_observers(output_dir, jobs)    # on the rank that reports; call close() on each at the end, whatever happened
+observers = make_observers(output_dir, jobs)    # on the rank that reports; call close() on each at the end, also after an error
 for observer in observers: observer.on_step(report)
 """
 
@@ -17,7 +17,7 @@ WANDB_PROJECT = "MEGATRON_LORA_WANDB"  # environment variable: the Weights & Bia
 
 
 def make_observers(output_dir: str | Path, jobs: Sequence[JobSummary], environment: Mapping[str, str] = os.environ) -> tuple[Observer, ...]:
-    """Start the observers of a run: files, TensorBoard, the display, and Weights & Biases where the environment names a project."""
+    """Start the observers of a run; Weights & Biases is one of them if the environment names a project."""
     observers: list[Observer] = [JsonlMetrics(output_dir), TensorBoardMetrics(output_dir)]
     if environment.get(WANDB_PROJECT):
         observers.append(WandbMetrics(output_dir, environment[WANDB_PROJECT]))
@@ -27,7 +27,7 @@ def make_observers(output_dir: str | Path, jobs: Sequence[JobSummary], environme
 
 
 def start(observers: Iterable[Observer], jobs: Sequence[JobSummary]) -> None:
-    """Tell each observer of the jobs; when one cannot start, close those that have."""
+    """Give each observer the jobs; when one cannot start, close those that have started."""
     started: list[Observer] = []
     try:
         for observer in observers:

@@ -1,8 +1,10 @@
-"""Where a job stands: its newest checkpoint, or its start. Needs no tensors; checkpoint.py has those.
+"""Where each job of a run stands: at its newest checkpoint, from which it resumes, or at its start.
 
-Read from the output directory alone, by the checks, the first rank and the commands:
+This is read from the output directory alone, by the checks, the first rank and the commands:
 
-    standings(config, job_states(output_dir))["summarise"].step      # steps taken
+    resume_points(config, job_states(output_dir))["summarise"].step      # steps taken
+
+Nothing here reads a tensor; checkpoint.py does.
 """
 
 import dataclasses
@@ -12,28 +14,28 @@ from pathlib import Path
 
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
+from megatron_lora.output.job_states import OVER
 
 STATE_FILE = "state.json"
-OVER = ("done", "failed")  # states of jobs that do not go on
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class State:
-    """Where a job stood at its checkpoint (checkpoint.py)."""
+class CheckpointState:
+    """What a checkpoint's state.json says of its job."""
 
     step: int  # steps taken
-    num_steps: int  # of the whole job
+    num_steps: int  # of the complete job
     num_updates: int  # steps that Adam has counted: those that were not skipped
     skipped_in_a_row: int
-    samples: str  # data.digest_of the job's samples
+    samples: str  # data.samples.digest_of the job's samples
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """From where a job goes on: a checkpoint, or its start."""
+class ResumePoint:
+    """From where a job resumes: a checkpoint and its state, or the job's start."""
 
     checkpoint: Path | None = None
-    state: State | None = None
+    state: CheckpointState | None = None
 
     @property
     def step(self) -> int:
@@ -42,34 +44,34 @@ class Standing:
 
 
 def checkpoint_name(step: int) -> str:
-    """Name the directory of a job's checkpoint after so many steps."""
+    """Name the directory of the checkpoint that a job wrote after `step` steps."""
     return f"checkpoint-{step}"
 
 
-def standing_of(job_dir: Path) -> Standing:
-    """Return where a job goes on: its checkpoint of most steps, if it has any; UserError for one that cannot be read."""
+def resume_point_of(job_dir: Path) -> ResumePoint:
+    """Return a job's newest checkpoint, or its start if it has none; UserError for a checkpoint that cannot be read."""
     steps = {int(match[1]): path for path in job_dir.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
     if not steps:
-        return Standing()
+        return ResumePoint()
     checkpoint = steps[max(steps)]
     file = checkpoint / STATE_FILE
     try:
-        state = State(**json.loads(file.read_text(encoding="utf-8")))
+        state = CheckpointState(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {remedy(checkpoint)}") from None
+        raise UserError(f"{file}: cannot be read ({error}); {how_to_recover(checkpoint)}") from None
     numbers = (state.step, state.num_steps, state.num_updates, state.skipped_in_a_row)
-    whole = all(type(number) is int and number >= 0 for number in numbers)
-    if not whole or state.step != max(steps) or not 0 < state.step < state.num_steps:
-        raise UserError(f"{file}: does not say where a job stands after {max(steps)} steps; {remedy(checkpoint)}")
-    return Standing(checkpoint=checkpoint, state=state)
+    are_counts = all(type(number) is int and number >= 0 for number in numbers)
+    if not are_counts or state.step != max(steps) or not 0 < state.step < state.num_steps:
+        raise UserError(f"{file}: does not describe a job after {max(steps)} steps; {how_to_recover(checkpoint)}")
+    return ResumePoint(checkpoint=checkpoint, state=state)
 
 
-def remedy(checkpoint: Path) -> str:
-    """Say what helps where a checkpoint is damaged."""
-    return f"remove {checkpoint}, to go on from the checkpoint before it or from the start"
+def how_to_recover(checkpoint: Path) -> str:
+    """Say what to do about a damaged checkpoint, for the end of a message."""
+    return f"remove {checkpoint}, to resume from the checkpoint before it or from the start"
 
 
-def standings(config: RunConfig, states: dict[str, str]) -> dict[str, Standing]:
-    """Return the jobs that are not over, each with where it goes on. `states`: of the jobs that the run has had."""
-    left = [job.name for job in config.jobs if states.get(job.name) not in OVER]
-    return {name: standing_of(Path(config.output_dir) / "jobs" / name) for name in left}
+def resume_points(config: RunConfig, states: dict[str, str]) -> dict[str, ResumePoint]:
+    """Return the resume point of each job that is neither done nor failed; `states` has those of the jobs that the run knows."""
+    remaining = [job.name for job in config.jobs if states.get(job.name) not in OVER]
+    return {name: resume_point_of(Path(config.output_dir) / "jobs" / name) for name in remaining}

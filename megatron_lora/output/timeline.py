@@ -1,8 +1,9 @@
 """What ran when on each stage, in Chrome trace format (opens in Perfetto).
 
-Spans are measured where the work happens: with CUDA events on a GPU (nothing is synchronised until the end), with the host clock on CPU.
-Of a long run the last MAX_SPANS spans of each rank are kept. CUDA tells times between events as float32 milliseconds, which are coarse
-over hours, so each span is measured from the one before it.
+On a GPU spans are measured with CUDA events, and nothing is synchronised until the end; on CPU with
+the host clock. Of a long run the last MAX_SPANS spans of each rank are kept. CUDA gives the time
+between two events in float32 milliseconds, which is inexact over hours, so each span is measured
+from the one before it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MAX_SPANS = 100_000
 
 
 class Timeline:
-    """Collects one rank's spans, one after another: they do not nest."""
+    """One rank's spans, one after another; they do not nest."""
 
     def __init__(self, device: torch.device, max_spans: int = MAX_SPANS):
         self.cuda = device.type == "cuda"
@@ -47,12 +48,12 @@ class Timeline:
         if self.cuda:
             torch.cuda.synchronize()
         now_us, before = self.origin_s * 1e6, self.origin
-        rows = []
+        events = []
         for name, index, start, end in self.spans:
             now_us, before = now_us + self._microseconds(before, start), start
             duration = self._microseconds(start, end)
-            rows.append({"name": f"{name} {index}", "cat": name, "ph": "X", "ts": now_us, "dur": duration, "pid": stage, "tid": rank})
-        return rows
+            events.append({"name": f"{name} {index}", "cat": name, "ph": "X", "ts": now_us, "dur": duration, "pid": stage, "tid": rank})
+        return events
 
     def _microseconds(self, start: object, end: object) -> float:
         if self.cuda:

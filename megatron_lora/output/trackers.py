@@ -1,6 +1,6 @@
-"""Experiment trackers as observers: TensorBoard event files in `jobs/<name>/`, and Weights & Biases when asked for.
+"""Experiment trackers as observers: TensorBoard event files in `jobs/<name>/`, and Weights & Biases when a project is set.
 
-tensorboard --logdir OUTPUT_DIR/jobs                             a run per job, same tags, so that their curves lie on each other
+tensorboard --logdir OUTPUT_DIR/jobs                             a run per job, with the same tags, so that their curves share a chart
 MEGATRON_LORA_WANDB=my-project megatron-lora train CONFIG        a W&B run per job, grouped under the output directory's name
 """
 
@@ -14,10 +14,10 @@ from megatron_lora.output.metrics import JobSummary, Observer, StepReport
 
 
 def scalars(report: StepReport) -> dict[str, float]:
-    """Name the numbers of a step that are drawn as curves; those that are not finite are left out."""
-    row = report.row()
+    """Return tag -> number for a step's curves, without numbers that are not finite."""
+    logged = report.logged()
     names = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "target_tokens", "seconds")
-    values = {f"train/{name}": row[name] for name in names if row[name] is not None}
+    values = {f"train/{name}": logged[name] for name in names if logged[name] is not None}
     return {**values, "train/skipped": float(report.skipped)}
 
 
@@ -29,7 +29,7 @@ class TensorBoardMetrics(Observer):
         self._writers: dict[str, SummaryWriter] = {}
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
-        for job in jobs:  # a job that goes on takes its later steps again: those of earlier starts are not shown
+        for job in jobs:  # a job that resumes takes its later steps again: those of earlier starts are not shown
             purge = job.first_step + 1 if job.first_step else None
             self._writers[job.name] = SummaryWriter(str(self._jobs_dir / job.name), flush_secs=10, purge_step=purge)
 
@@ -50,14 +50,16 @@ class TensorBoardMetrics(Observer):
 
 
 class WandbMetrics(Observer):
-    """Keeps a Weights & Biases run per job."""
+    """Reports to a Weights & Biases run per job."""
 
     def __init__(self, output_dir: str | Path, project: str):
         try:
             import wandb
         except ImportError:
             raise UserError(f"MEGATRON_LORA_WANDB: {project!r} needs the package wandb; pip install wandb, or unset it") from None
-        self._wandb, self._output_dir, self._project = wandb, Path(output_dir), project
+        self._wandb = wandb
+        self._output_dir = Path(output_dir)
+        self._project = project
         self._runs = {}
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
@@ -73,9 +75,9 @@ class WandbMetrics(Observer):
                 )
             except self._wandb.Error as error:
                 self.close()
-                said = (str(error).splitlines() or ["no reason given"])[0]
+                reason = (str(error).splitlines() or ["no reason given"])[0]
                 raise UserError(
-                    f"MEGATRON_LORA_WANDB: {self._project!r} cannot be reported to ({said}); run wandb login, or unset it"
+                    f"MEGATRON_LORA_WANDB: {self._project!r} cannot be reported to ({reason}); run wandb login, or unset it"
                 ) from None
 
     def on_step(self, report: StepReport) -> None:

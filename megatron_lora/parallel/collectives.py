@@ -1,7 +1,8 @@
-"""What the tensor ranks of a linear sum or gather, without and with sequence parallelism.
+"""The collectives of column- and row-parallel linears over the tensor ranks, without and with sequence parallelism.
 
-Column-parallel linears sum dX, row-parallel ones Y. Under sequence parallelism a rank holds its own rows of X and Y, so that the
-column-parallel linears gather X and scatter dX and dS, and the row-parallel ones scatter Y and gather dY.
+Column-parallel linears all-reduce dX, row-parallel ones Y. Under sequence parallelism a rank holds a
+shard of the rows between linears. Column-parallel linears then all-gather X and reduce-scatter dX and dS;
+row-parallel ones reduce-scatter Y and all-gather dY. (S = X A^T; dS is its gradient.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megatron_lora.parallel import compat
 
 
 class ColumnCollectives(Collectives):
-    """Inputs are whole on each rank; dX is summed."""
+    """Every rank has all rows of X; dX is all-reduced."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
@@ -24,7 +25,7 @@ class ColumnCollectives(Collectives):
 
 
 class ColumnSequenceCollectives(Collectives):
-    """Inputs are shards of rows: gathered for the GEMM; dX and dS are summed and cut into shards."""
+    """X is a shard of rows, all-gathered for the GEMM; dX and dS are reduce-scattered."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
@@ -44,7 +45,7 @@ class ColumnSequenceCollectives(Collectives):
 
 
 class RowCollectives(Collectives):
-    """Outputs are partial sums."""
+    """Y is a partial sum, all-reduced."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
@@ -54,7 +55,7 @@ class RowCollectives(Collectives):
 
 
 class RowSequenceCollectives(Collectives):
-    """Outputs are partial sums, cut into shards of rows; dY is gathered from them."""
+    """Y is a partial sum, reduce-scattered into shards of rows; dY is all-gathered."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
@@ -81,7 +82,10 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return this rank's rows of the sum over the group: [T, N] -> [T / t, N]. T must be a multiple of the group's size."""
+    """Return this rank's rows of the sum over the group: [T, N] -> [T / t, N].
+
+    T must be a multiple of the group's size.
+    """
     assert x.shape[0] % group.size() == 0, f"{x.shape[0]} rows do not divide among {group.size()} tensor-parallel ranks"
     out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
     compat.reduce_scatter_single(out, x.contiguous(), group=group)

@@ -1,14 +1,11 @@
-"""The only file that touches Megatron's and torch's unstable names.
+"""The only file that patches megatron-core or depends on names that differ between versions of torch.
 
-Two kinds of things live here. First, starting the process groups: `initialize_parallel` joins `torch.distributed`, hands the layout
-to megatron-core's `parallel_state` and returns this rank's device. Ranks are numbered tensor-first:
-rank = t + tensor * (d + data * p) for tensor rank t, replica d and pipeline stage p.
+megatron-core calls CUDA where a run on the CPU has none. Each such symbol is patched by one function
+`patch_<symbol>`, which is idempotent, checks that the symbol exists, and returns a function that restores
+the original. `patch_for_cpu` applies them all. A CUDA run has no patches.
 
-Second, what megatron-core assumes of CUDA and a CPU run does not have. Each such symbol is replaced by one function named
-`patch_<symbol>`: idempotent, it checks that the symbol exists, and it returns a function that puts the original back.
-`patch_for_cpu` applies them all. Nothing is replaced on a CUDA run.
-
-`all_gather_single` and `reduce_scatter_single` are the names that torch 2.13 gives to `all_gather_into_tensor` and `reduce_scatter_tensor`.
+`all_gather_single` and `reduce_scatter_single` are the names that torch 2.13 gives to
+`all_gather_into_tensor` and `reduce_scatter_tensor`.
 """
 
 from __future__ import annotations
@@ -40,13 +37,13 @@ _ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN
 
 
 def quieten_gpt_model() -> None:
-    """Keep GPTModel from telling users, each time it is built, that newer models of megatron-core succeed it."""
+    """Silence the notice, logged each time a GPTModel is built, that megatron-core has a newer model class."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
 def attention_variables_kept() -> Iterator[None]:
-    """Leave the variables that steer Transformer Engine's attention as they are: GPTModel writes its own, and fails where they differ."""
+    """Unset the environment variables of Transformer Engine's attention meanwhile: GPTModel sets them, and fails if they differ."""
     before = {name: os.environ.pop(name) for name in _ATTENTION_VARIABLES if name in os.environ}
     try:
         yield
@@ -57,18 +54,18 @@ def attention_variables_kept() -> Iterator[None]:
 
 
 def patch_for_cpu() -> Undo:
-    """Replace what megatron-core asks of CUDA with what a CPU has; return the function that undoes it."""
+    """Apply all patches that a run on the CPU needs; return the function that undoes them."""
     undo = [patch_current_device(), patch_rng_fork()]
     return lambda: [restore() for restore in undo] and None
 
 
 def patch_current_device() -> Undo:
-    """Make `torch.cuda.current_device` name the CPU: Megatron allocates collectives' outputs on "the current device"."""
+    """Make `torch.cuda.current_device` return the CPU: Megatron allocates the outputs of collectives there."""
     return _replace(torch.cuda, "current_device", lambda: "cpu")
 
 
 def patch_rng_fork() -> Undo:
-    """Make the CUDA random-state tracker's `fork` do nothing: it surrounds dropout that we do not use."""
+    """Make the CUDA random-state tracker's `fork` do nothing: Megatron calls it around dropout, which we do not use."""
     return _replace(megatron_random.CudaRNGStatesTracker, "fork", _no_fork)
 
 

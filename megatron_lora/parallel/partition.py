@@ -1,4 +1,4 @@
-"""Which layers a stage holds, how they are recomputed, and whether a model can be cut into a layout at all."""
+"""Divides a model over the ranks: the layers of each stage, their recomputation policies, and whether a layout fits the model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from megatron_lora.huggingface.architecture import Architecture
 
 
 def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> tuple[range, ...]:
-    """Return the layers of each pipeline stage; without `layers_per_stage` they are even, the earlier stages take the remainder."""
+    """Return the layers of each pipeline stage: by `layers_per_stage`, otherwise evenly, the first stages taking the remainder."""
     counts = parallel.layers_per_stage
     if counts is None:
-        whole, rest = divmod(num_layers, parallel.pipeline)
-        counts = tuple(whole + (stage < rest) for stage in range(parallel.pipeline))
+        least, remainder = divmod(num_layers, parallel.pipeline)
+        counts = tuple(least + (stage < remainder) for stage in range(parallel.pipeline))
     ends = [sum(counts[: stage + 1]) for stage in range(len(counts))]
     return tuple(range(end - count, end) for end, count in zip(ends, counts, strict=True))
 
 
 def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tuple[str, ...]:
-    """Return each layer's policy: one word is for all layers. Raises UserError where a list is not as long as the model is deep."""
+    """Return each layer's policy; one word applies to all layers.
+
+    Raises UserError for a list whose length is not `num_layers`.
+    """
     assert recompute != "auto", "auto is resolved before a model is built (resolve.py)"
     policies = (recompute,) * num_layers if isinstance(recompute, str) else recompute
     if len(policies) != num_layers:
@@ -29,7 +32,7 @@ def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tu
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Check that the model can be cut over the ranks. Raises UserError naming the key of `parallel` that does not fit."""
+    """Raise UserError, naming the key of `parallel`, if the model cannot be divided over the ranks."""
     for what, size in (
         ("query heads", architecture.num_heads),
         ("key/value heads", architecture.num_kv_heads),

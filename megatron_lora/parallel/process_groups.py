@@ -1,6 +1,7 @@
-"""The ranks of a run: their process groups, and this rank's position among them.
+"""The ranks of a run: their process groups, and this rank's position in its pipeline.
 
-`initialize_parallel` joins `torch.distributed`, hands the layout to megatron-core's `parallel_state` and returns this rank's device.
+`initialize_parallel` joins `torch.distributed`, initialises megatron-core's `parallel_state` with the
+layout and returns this rank's device.
 Ranks are numbered tensor-first: rank = t + tensor * (d + data * p) for tensor rank t, replica d and pipeline stage p.
 """
 
@@ -21,7 +22,7 @@ from megatron_lora.parallel.compat import patch_for_cpu
 
 
 def rank_timeout() -> timedelta:
-    """Return how long a rank waits for another before it gives up: MEGATRON_LORA_TIMEOUT_S seconds, half an hour without it."""
+    """Return how long a rank waits for another before it fails: MEGATRON_LORA_TIMEOUT_S seconds, by default half an hour."""
     text = os.environ.get("MEGATRON_LORA_TIMEOUT_S", "1800")
     if not text.isdecimal() or not 0 < int(text) < 10**8:
         raise UserError(f"MEGATRON_LORA_TIMEOUT_S: {text!r} is no number of seconds; use a whole number of at least 1, or unset it")
@@ -31,7 +32,8 @@ def rank_timeout() -> timedelta:
 def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -> torch.device:
     """Join the process groups of `parallel` and return this rank's device ("gloo": CPU, "nccl": its CUDA device).
 
-    Uses torchrun's environment when there is one; without it the run is a single process. A group that already exists is used.
+    Uses torchrun's environment variables; without them the run is a single process. An existing default
+    group is used as it is.
     Raises UserError when the number of ranks is not pipeline * tensor * data.
     """
     device = torch.device("cpu")
@@ -43,7 +45,7 @@ def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=rank_timeout(), **alone)
-    needed = parallel.pipeline * parallel.tensor * parallel.data
+    needed = parallel.world_size
     if dist.get_world_size() != needed:
         raise UserError(
             f"parallel: pipeline {parallel.pipeline} x tensor {parallel.tensor} x data {parallel.data} needs {needed} ranks, "
@@ -65,14 +67,17 @@ def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -
 
 
 def pipelines(parallel: ParallelConfig) -> list[list[int]]:
-    """List every pipeline of a run as its global ranks from the first stage to the last."""
-    t, d = parallel.tensor, parallel.data
-    return [[i_tensor + t * (i_data + d * stage) for stage in range(parallel.pipeline)] for i_data in range(d) for i_tensor in range(t)]
+    """Return the global ranks of every pipeline of a run, each from the first stage to the last."""
+    stages, places = range(parallel.pipeline), [(d, t) for d in range(parallel.data) for t in range(parallel.tensor)]
+    return [[parallel.rank_at(stage, replica, tensor_rank) for stage in stages] for replica, tensor_rank in places]
 
 
 def stage_groups(parallel: ParallelConfig) -> dict[str, dist.ProcessGroup | None]:
-    """Return the groups of ranks that hold parts of this rank's stage: tensor, data, both; None where one rank is alone."""
-    both = parallel.tensor * parallel.data > 1
+    """Return the groups "tensor", "data" and "both" of the ranks that hold this rank's stage.
+
+    A group of one rank is None.
+    """
+    both = parallel.ranks_per_stage > 1
     return {
         "tensor": parallel_state.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
         "data": parallel_state.get_data_parallel_group() if parallel.data > 1 else None,
@@ -81,37 +86,39 @@ def stage_groups(parallel: ParallelConfig) -> dict[str, dist.ProcessGroup | None
 
 
 def destroy_parallel() -> None:
-    """Leave all process groups; `initialize_parallel` may then set up another layout."""
+    """Destroy all process groups; `initialize_parallel` may then set up another layout."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def position_of(parallel: ParallelConfig) -> Position:
-    """Return this rank's place; a norm takes one slot more where it is summed over other ranks of the stage."""
-    delay = 1 if parallel.tensor * parallel.data > 1 else 0
-    return Position(stage=dist.get_rank() // (parallel.tensor * parallel.data), num_stages=parallel.pipeline, delay=delay)
+    """Return this rank's position.
+
+    Gradient norms take one more slot where several ranks hold a stage, and must sum them.
+    """
+    return Position(stage=parallel.stage_of(dist.get_rank()), num_stages=parallel.pipeline, delay=parallel.norm_delay)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """Where this stage stands in its pipeline, and how many slots its norms take (d)."""
+    """A stage's position in its pipeline."""
 
     stage: int
     num_stages: int
-    delay: int
+    delay: int  # slots from the end of a step until the stage knows its gradient norm: 1 if several ranks must sum it, otherwise 0
 
     @property
     def is_first(self) -> bool:
-        """Whether microbatches enter here."""
+        """Whether this is the first stage, which embeds the tokens."""
         return self.stage == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether losses are computed here."""
+        """Whether this is the last stage, which computes the losses."""
         return self.stage == self.num_stages - 1
 
     @property
     def lag(self) -> int:
-        """Slots between the end of a step and the forward that brings its verdict."""
+        """Slots from the end of a step to the forward whose message brings its verdict."""
         return self.num_stages + self.delay

@@ -1,6 +1,8 @@
-"""A planned workload in figures: slots, fill, padding, bubble, seconds and tokens in flight, by replaying it with a cost model.
+"""Predicts what a plan achieves, by replaying it with a cost model: slots, fill, padding, bubble, seconds, tokens in flight.
 
-Replicas take their parts of one shared stream; a slot lasts as long as on the slowest of them.
+All replicas run the same slots, each with its own samples. A slot's time is that of the slowest replica.
+A "run" here is one stream that starts with an empty pipeline: all jobs together are one run, jobs
+trained one after another are several.
 """
 
 from __future__ import annotations
@@ -20,21 +22,21 @@ from scheduling.types import Lengths, Microbatch, Stream
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is to be trained and on what: sample lengths [job][step][sample] dealt to replicas, ranks of the jobs, a pipeline, its cost."""
+    """What is to be trained, and on which pipeline."""
 
-    dealt: Dealt
-    ranks: tuple[int, ...]
+    dealt: Dealt  # the lengths [job][step][sample] of all samples, dealt to the replicas
+    ranks: tuple[int, ...]  # [job] -> rank of its adapter
     num_stages: int
     num_replicas: int
-    capacity: int
-    delay: int
-    row_multiple: int
-    cost: CostModel
-    weights: SlotCost
+    capacity: int  # tokens of a microbatch at most
+    delay: int  # slots that a gradient norm takes to be summed within a stage (Position.delay)
+    row_multiple: int  # what a microbatch's rows are rounded up to
+    cost: CostModel  # times the replay
+    weights: SlotCost  # what the planner and the dealing minimise
 
     @classmethod
     def of(cls, config: RunConfig, lengths: Lengths, cost: CostModel, weights: SlotCost) -> Workload:
-        """Take a resolved config apart; `cost` times its stages, by `weights` samples are dealt and planned."""
+        """Return the workload of a resolved config."""
         parallel = config.parallel
         return cls(
             dealt=deal(lengths, parallel.data, weights),
@@ -42,20 +44,20 @@ class Workload:
             num_stages=parallel.pipeline,
             num_replicas=parallel.data,
             capacity=int(config.microbatch_tokens),
-            delay=int(parallel.tensor * parallel.data > 1),
-            row_multiple=parallel.tensor if parallel.sequence else 1,
+            delay=parallel.norm_delay,
+            row_multiple=parallel.row_multiple,
             cost=cost,
             weights=weights,
         )
 
     @property
     def lengths(self) -> Lengths:
-        """Tokens of all samples."""
+        """Tokens of all samples, [job][step][sample]."""
         return self.dealt.lengths
 
     @property
     def planned(self) -> Lengths:
-        """What plans are made of: rounds of samples, one per replica, as long as their longest."""
+        """What the planner sees: rounds of one sample per replica, each as long as its longest sample."""
         return self.dealt.rounds
 
     def parts(self, slot: Microbatch) -> list[tuple[float, float, float]]:
@@ -78,16 +80,15 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Runs in numbers. `uneven`: what the slots' mean time falls short of the longest; `padding`: rows without a token; `bubble`: idle time
-    of all stages; `fill`: tokens / budget of all slots."""
+    """What runs achieve, in numbers."""
 
     tokens: int
     slots: int
     noops: int
-    fill: float
-    uneven: float
-    padding: float
-    bubble: float
+    fill: float  # tokens / budget of all slots
+    uneven: float  # 1 - mean / longest time of a slot
+    padding: float  # share of rows without a token
+    bubble: float  # share of time that stages are idle
     seconds: float
 
 
@@ -102,7 +103,7 @@ class Forecast:
 
     @cached_property
     def figures(self) -> Figures:
-        """Return the figures of all runs."""
+        """The figures of all runs together."""
         w, timeline = self.workload, self.timeline
         busy = [slot for slot in self.stream if not slot.is_noop]
         parts = [w.parts(slot) for slot in busy]
@@ -120,20 +121,23 @@ class Forecast:
         )
 
     def of_job(self, job: int) -> Figures:
-        """Return the figures of those runs that are one job's alone."""
+        """Return the figures of the runs that train only this job."""
         return forecast(tuple(run for run in self.runs if {s.job for slot in run for s in slot.segments} == {job}), self.workload).figures
 
     def shares(self) -> list[float]:
-        """Return each job's share of the work, by the tokens of the slots it is in; the shares sum to 1."""
+        """Return each job's share of the compute time; the shares sum to 1.
+
+        A slot's time is divided among its jobs by their tokens.
+        """
         work = [0.0] * len(self.workload.lengths)
         for slot in self.stream:
             seconds = sum(stage.seconds(*part) for part in self.workload.parts(slot) for stage in self.workload.cost.stages)
             for segment in slot.segments:
                 work[segment.job] += seconds * segment.num_tokens / slot.num_tokens
-        return [each / sum(work) for each in work]
+        return [part / sum(work) for part in work]
 
     def tokens_in_flight(self, stage: int) -> int:
-        """Return the most tokens that a stage holds at once, on any replica at most."""
+        """Return the most tokens in flight on a stage at any time; an upper bound for each replica."""
         return max(tokens_in_flight(run, stage, self.workload.num_stages) for run in self.runs)
 
     @property
@@ -143,7 +147,10 @@ class Forecast:
 
 
 def forecast(runs: Runs, workload: Workload, hop_s: float = 0.0, step_s: float = 0.0) -> Forecast:
-    """Replay runs with the workload's cost model; seconds between stages and of an optimizer step as simulate() takes them."""
+    """Replay runs with the workload's cost model.
+
+    `hop_s` (between stages) and `step_s` (optimizer step) are as in simulate().
+    """
     timed = []
     for run in runs:
         slots = [workload.parts(slot) for slot in run]

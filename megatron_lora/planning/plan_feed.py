@@ -1,14 +1,17 @@
-"""Plan windows for the executor: made on the first rank while earlier ones run, sent to all ranks, checked by each.
+"""Feeds plan windows to the executor: the first rank plans them while earlier ones run, and every rank checks them.
 
-The first rank's planner works in a process of its own (scheduling.serve), so that it takes nothing from the training thread. Its
-windows go to all ranks over a gloo group that only the feed's threads use, ahead of what runs. Every rank follows the stream
-(scheduling.follow) and refuses a window that breaks a rule; a running SHA-256 of all windows travels with each, so no rank can run
-another plan.
+A window is the next few slots of the pipeline's stream. The first rank's planner is a process of its
+own (scheduling.serve), so that it does not slow the training thread. A thread sends its windows, ahead
+of those that run, to all ranks over a gloo group that only these threads use. Every rank checks each
+window against the rules of a plan (scheduling.follow) and against a SHA-256 of all windows so far that
+comes with it, so that all ranks run the same plan.
 
-With several replicas, rounds of samples are planned (scheduling.data_parallel), and each rank takes its replica's part of them.
+With several replicas the planner works on rounds, each of one sample per replica
+(scheduling.data_parallel); a rank takes its replica's samples of every round.
 
-A job that leaves (it failed) is left out of the next window that is planned; what was planned of it stays. The plan depends on the
-config, the seed, the steps that jobs begin with and the windows at which jobs left; steps and windows stand in `plan/window-NNNN.json`.
+A failed job is removed: later windows are planned without it, and its part of earlier windows stays.
+The plan depends on the config, the seed, the jobs' first steps and the windows from which jobs were
+removed. `plan/window-NNNN.json` has every window with its steps.
 """
 
 from __future__ import annotations
@@ -40,18 +43,18 @@ WINDOWS_AHEAD = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
-    """What a plan depends on besides the jobs' lengths."""
+    """What a plan depends on besides the lengths of the jobs' samples."""
 
     num_stages: int
     num_replicas: int
-    capacity: int
-    delay: int
+    capacity: int  # tokens of a microbatch at most
+    delay: int  # slots that a gradient norm takes to be summed within a stage (Position.delay)
     cost: SlotCost
     num_slots: int = 32  # of a window
 
 
 class PlanFeed:
-    """The windows of a run, in order; iterate over it on every rank."""
+    """The windows of a run, in order. Every rank iterates over them."""
 
     def __init__(
         self,
@@ -62,26 +65,31 @@ class PlanFeed:
         group: dist.ProcessGroup,
         first_steps: Sequence[int] = (),
     ):
-        """Start to plan; `replica` is this rank's, `group` a gloo group of all ranks that nobody else uses.
+        """Start to plan samples of `lengths` [job][step][sample], in tokens.
 
-        `first_steps` are the steps that the jobs begin with, those before them being taken already; by itself all begin with step 0.
+        `replica` is this rank's replica, `group` a gloo group of all ranks that nothing else uses. Jobs start
+        at `first_steps`, by default at step 0; the first rank writes windows into `plan_dir`.
         """
         self.dealt = deal(lengths, settings.num_replicas, settings.cost)
         self.first_steps = tuple(first_steps) or (0,) * len(lengths)
-        self.settings, self.replica, self.plan_dir, self.group = settings, replica, plan_dir, group
-        self.leaving: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.stopping, self.all_read = threading.Event(), False
+        self.settings = settings
+        self.replica = replica
+        self.plan_dir = plan_dir
+        self.group = group
+        self.removed: queue.SimpleQueue[int] = queue.SimpleQueue()  # jobs to remove from the next window
+        self.stopping = threading.Event()
+        self.all_read = False
         self.ready: queue.Queue[str | BaseException] = queue.Queue(maxsize=WINDOWS_AHEAD)
         work = self._plan_all if dist.get_rank() == 0 else self._receive_all
         self.thread = threading.Thread(target=self._guarded, args=(work,), name="plan-feed", daemon=True)
         self.thread.start()
 
-    def leave(self, job: int) -> None:
-        """Leave a job out of the windows that are still to be planned; on the first rank."""
-        self.leaving.put(job)
+    def remove(self, job: int) -> None:
+        """Remove a job from the windows that are still to be planned; on the first rank."""
+        self.removed.put(job)
 
     def __iter__(self) -> Iterator[Window]:
-        """Give out the windows, waiting for those that are not there yet; the last one ends with the slots that drain the pipeline."""
+        """Yield the windows, waiting for each. The last one ends with the no-ops that drain the pipeline."""
         s = self.settings
         follower = Follower(self.dealt.rounds, s.num_stages, s.capacity, s.delay, self.first_steps)
         chain = hashlib.sha256()
@@ -98,14 +106,14 @@ class PlanFeed:
                 follower.finish([job for job, _ in message["left"]])
 
     def close(self) -> None:
-        """End a feed that was read to its end, or, on all ranks alike, one that nobody reads on: what is on its way is let go."""
+        """End the feed; windows that were not read are dropped. All ranks must have read the same windows."""
         self.stopping.set()
         while not self.all_read:
             self._read()
         self.thread.join()
 
     def _read(self) -> dict:
-        """Return the next window as it was sent; raises what the thread has raised."""
+        """Return the next window's message; raises what the thread has raised."""
         text = self.ready.get()
         if isinstance(text, BaseException):
             raise text
@@ -120,20 +128,20 @@ class PlanFeed:
             self.ready.put(failure)
 
     def _plan_all(self) -> None:
-        """Ask the planner for window after window, file each and send it."""
+        """Plan window after window; write each to its file and send it."""
         planner = _planner()
         try:
-            left = [steps[first:] for steps, first in zip(self.dealt.rounds, self.first_steps, strict=True)]
-            settings = asdict(self.settings) | {"lengths": left}
+            remaining = [steps[first:] for steps, first in zip(self.dealt.rounds, self.first_steps, strict=True)]
+            settings = asdict(self.settings) | {"lengths": remaining}
             del settings["num_replicas"]
             request = json.dumps(settings) + "\n"
             chain, number, last = hashlib.sha256(), 0, False
             while not last:
-                leave = [self.leaving.get() for _ in range(self.leaving.qsize())]
+                removed = [self.removed.get() for _ in range(self.removed.qsize())]
                 message = {"last": True, "left": [], "microbatches": []}
                 if not self.stopping.is_set():
-                    message = json.loads(_ask(planner, request + json.dumps({"leave": leave})))
-                request = ""
+                    message = json.loads(_ask(planner, request + json.dumps({"leave": removed})))
+                request = ""  # the settings are sent once
                 slots = [[[job, self.first_steps[job] + step, *rest] for job, step, *rest in slot] for slot in message["microbatches"]]
                 chain.update(json.dumps(slots).encode())
                 text = json.dumps(message | {"microbatches": slots, "sha256": chain.hexdigest()})
@@ -155,7 +163,7 @@ class PlanFeed:
 
 
 def _planner() -> subprocess.Popen[str]:
-    """Start the planning process with this process's packages."""
+    """Start the planning process; it imports the same packages as this one."""
     root = str(Path(scheduling.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "scheduling.serve"]
@@ -163,7 +171,7 @@ def _planner() -> subprocess.Popen[str]:
 
 
 def _ask(planner: subprocess.Popen[str], request: str) -> str:
-    """Send lines to the planner and return its answer; RuntimeError when it has ended."""
+    """Send lines to the planner and return its answer. Raises RuntimeError if it has ended."""
     assert planner.stdin is not None and planner.stdout is not None
     try:
         print(request, file=planner.stdin, flush=True)
@@ -176,7 +184,7 @@ def _ask(planner: subprocess.Popen[str], request: str) -> str:
 
 
 def _broadcast(text: str | None, group: dist.ProcessGroup) -> str:
-    """Send a text from the first rank to all; returns it."""
+    """Send a text from the first rank to all ranks, and return it on each."""
     payload = bytearray(text.encode() if text is not None else b"")
     size = torch.tensor([len(payload)])
     dist.broadcast(size, 0, group=group)

@@ -1,6 +1,7 @@
-"""A plan as a picture: one lane per stage, time to the right, a bar per forward (pale) and backward (full), coloured by job.
+"""Draws a plan: one lane per stage, time to the right, a bar per forward (pale) and backward (full colour), one colour per job.
 
-A microbatch that several jobs share is cut into their shares of its tokens, so the picture shows whose work fills whose bubbles.
+The bar of a microbatch that several jobs share is divided by their tokens, so the picture shows which
+job's work fills which bubble.
 """
 
 from collections.abc import Sequence
@@ -10,13 +11,13 @@ from megatron_lora.errors import UserError
 from scheduling.simulate import Timeline
 from scheduling.types import Op, Stream
 
-ENDINGS = (".png", ".svg", ".pdf")
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_plot_path(path: str) -> None:
-    """Refuse a file that could not be drawn into, or that is there already."""
-    if not path.endswith(ENDINGS):
-        raise UserError(f"--plot: {path!r} is no kind of picture that is drawn; end it in {', '.join(ENDINGS)}")
+    """Raise UserError for a file that cannot be written, or that exists already."""
+    if not path.endswith(SUFFIXES):
+        raise UserError(f"--plot: {path!r} is no kind of picture that can be drawn; end it in {', '.join(SUFFIXES)}")
     if Path(path).exists():
         raise UserError(f"--plot: {path!r} exists; choose another name, or remove it")
     if not Path(path).absolute().parent.is_dir():

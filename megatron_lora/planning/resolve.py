@@ -1,23 +1,42 @@
-"""What a config leaves to us, resolved by the cost and memory models: `layers_per_stage: null`, `microbatch_tokens` and `recompute: auto`.
+"""Resolves what a config leaves open: `layers_per_stage: null`, `microbatch_tokens: auto` and `recompute: auto`.
 
-    config = resolve(config, architecture, lengths, this_device(ranks_here), target_share)     # all are numbers and policies now
+    config = resolve(config, architecture, lengths, this_device(ranks_here), target_share)     # no key is null or auto now
 
-`plan` and the trainer both ask here, and tell which share of the tokens are targets (data.target_share), the rows that the head computes;
-where there are lengths alone it is 1. Times are those of a reference device, so that splits and plans do not hang on which GPU is there;
-`auto` follows from the memory of the device it is asked for. Recomputation costs as little time as fits: first the layers that only make
-norms and SwiGLU again, then as few as can be that run twice. Where it makes a stage slow, and the split is ours, layers move elsewhere.
-A key that the config gives stays as it is.
+`plan` and the trainer both call this. The choices come from the cost model (scheduling.cost) and the
+memory model (scheduling.memory), in this order. A key that the config gives stays as it is.
+
+    layers_per_stage    minimises the time of the slowest stage; the last stage also computes the head
+    microbatch_tokens   as many as memory allows, unless larger microbatches no longer save time
+    recompute           per stage, the policies that cost the least time among those that fit in memory:
+                        first "cheap" layers (norms and SwiGLU run again), then as few "full" layers
+                        (the layer runs again) as possible
+    layers_per_stage    again, if recomputation makes a stage the slowest: layers move to other stages
+
+Times are those of a reference device, the same for every GPU, so that splits and plans are the same on
+all GPUs. Memory is that of the actual device. `target_share` is the share of tokens that are targets
+(data.steps.target_share): the head is computed for these alone. Callers that know only lengths pass 1.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
+from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.planning.devices import reference_of, size
-from megatron_lora.planning.predict import USUAL_TOKENS, _head_share, _tokens, cost_of, memory_of, planner_cost, predicted_peaks, shape_of
+from megatron_lora.planning.predict import (
+    USUAL_TOKENS,
+    budget_or_usual,
+    cost_of,
+    head_share_of,
+    memory_of,
+    planner_cost,
+    precision_of,
+    predicted_peaks,
+    shape_of,
+)
 from scheduling.cost import Device, head_layers, split_layers, stage_policies
 from scheduling.data_parallel import deal
 from scheduling.memory import (
@@ -32,48 +51,61 @@ from scheduling.memory import (
 from scheduling.types import Lengths
 
 
-def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> RunConfig:
-    """Return the config with every choice made, for samples of `lengths` [job][step][sample] on such devices.
+def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> ResolvedConfig:
+    """Return the config with every choice made, for samples of `lengths` [job][step][sample] in tokens; `device` is one rank's.
 
-    Raises UserError where `auto` finds no room for the longest sample.
+    Raises UserError where the longest sample does not fit in memory with `microbatch_tokens: auto`.
     """
+    config = dataclasses.replace(config, precision=precision_of(config, device))
     resolved = _with_layers(config, choose_layers(config, architecture, device, target_share))
     if config.microbatch_tokens == "auto":
         resolved = dataclasses.replace(resolved, microbatch_tokens=choose_budget(resolved, architecture, lengths, device, target_share))
     if config.recompute == "auto":
         resolved = dataclasses.replace(resolved, recompute=choose_recompute(resolved, architecture, device))
         if config.parallel.layers_per_stage is None:
-            resolved = even_out(resolved, architecture, device, lambda asked: _slowest(asked, architecture, device, target_share))
-    return resolved
+            resolved = even_out(resolved, architecture, device, lambda other: _slowest_stage_s(other, architecture, device, target_share))
+    return ResolvedConfig.of(resolved)
 
 
 def choose_layers(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> tuple[int, ...]:
-    """Return each stage's number of layers: as the config says, else such that the slowest stage, the head included, is fastest."""
+    """Return each stage's number of layers: the config's, or those that minimise the time of the slowest stage, head included.
+
+    Where microbatch_tokens or recompute are still `auto`, the times are those of a usual microbatch
+    (predict.USUAL_TOKENS) without recomputation.
+    """
     if config.parallel.layers_per_stage is not None:
         return config.parallel.layers_per_stage
     recompute = "none" if config.recompute == "auto" else config.recompute
-    share = _head_share(config, architecture, device, target_share)
-    head = head_layers(shape_of(architecture), reference_of(device), _tokens(config), config.parallel.tensor, recompute, share)
-    return split_layers(architecture.num_layers, config.parallel.pipeline, head)
+    share = head_share_of(config, architecture, device, target_share)
+    head_in_layers = head_layers(
+        shape_of(architecture), reference_of(device), budget_or_usual(config), config.parallel.tensor, recompute, share
+    )
+    return split_layers(architecture.num_layers, config.parallel.pipeline, head_in_layers)
 
 
 def choose_budget(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> int:
-    """Return the tokens of a microbatch: as many as memory allows, no more than pay, recomputation counted where that is ours too."""
-    free = config.recompute == "auto"
-    plain, least = (dataclasses.replace(config, recompute=policy) if free else config for policy in ("none", "full"))
-    cost = planner_cost(plain, architecture, device, target_share)
-    fitting = fitting_tokens(memory_of(least, architecture, device), device)
+    """Return the token budget of a microbatch: as much as memory allows, unless a larger one no longer saves time.
+
+    With `recompute: auto`, memory allows what fits when every layer is recomputed, and a budget's saving
+    is weighed against the recomputation that it makes necessary.
+    """
+    recompute_is_auto = config.recompute == "auto"
+    fastest, smallest = (dataclasses.replace(config, recompute=policy) if recompute_is_auto else config for policy in ("none", "full"))
+    cost = planner_cost(fastest, architecture, device, target_share)
+    fitting = fitting_tokens(memory_of(smallest, architecture, device), device)
 
     def slowdown(budget: int) -> float:
-        without = dataclasses.replace(plain, microbatch_tokens=budget)
-        asked = dataclasses.replace(without, recompute=choose_recompute(without, architecture, device))
-        return _slowest(asked, architecture, device, target_share) / _slowest(without, architecture, device, target_share)
+        """Return by what factor the recomputation that `budget` tokens need makes the slowest stage slower."""
+        without = dataclasses.replace(fastest, microbatch_tokens=budget)
+        recomputing = dataclasses.replace(without, recompute=choose_recompute(without, architecture, device))
+        seconds, seconds_without = (_slowest_stage_s(one, architecture, device, target_share) for one in (recomputing, without))
+        return seconds / seconds_without
 
     try:
-        rounds = deal(lengths, config.parallel.data, cost).rounds
-        return choose_capacity(rounds, config.parallel.pipeline, fitting, cost, slowdown=slowdown if free else None)
+        rounds = deal(lengths, config.parallel.data, cost).rounds  # one sample per replica each, which train at the same time
+        return choose_capacity(rounds, config.parallel.pipeline, fitting, cost, slowdown=slowdown if recompute_is_auto else None)
     except ValueError as error:
-        remedy = "" if free else "recompute: auto, "
+        remedy = "" if recompute_is_auto else "recompute: auto, "
         raise UserError(
             f"microbatch_tokens: auto: {error} on {device.name} with {device.memory_bytes / 1e9:.1f} GB; use more stages or tensor ranks, "
             f"{remedy}a lower sequence_len, or a number of tokens to try it all the same"
@@ -81,44 +113,46 @@ def choose_budget(config: RunConfig, architecture: Architecture, lengths: Length
 
 
 def choose_recompute(config: RunConfig, architecture: Architecture, device: Device) -> str | tuple[str, ...]:
-    """Return the policy of every layer (one word where all are the same) that fits the device's memory and costs least time.
+    """Return each layer's recomputation policy (one word if all are equal): the fastest that fit in the device's memory.
 
-    The config's layers and budget are resolved. Where nothing fits, every layer of that stage is `full`.
+    layers_per_stage and microbatch_tokens must be resolved. On a stage where nothing fits, every layer is "full".
     """
     policies: list[str] = []
     for stage, memory in enumerate(memory_of(dataclasses.replace(config, recompute="none"), architecture, device)):
 
         def fits(chosen: tuple[str, ...], stage: int = stage, memory: StageMemory = memory) -> bool:
-            asked = dataclasses.replace(memory, policies=chosen)
-            return peak_bytes(asked, stage, config.parallel.pipeline, int(config.microbatch_tokens)) <= usable_bytes(device)
+            candidate = dataclasses.replace(memory, policies=chosen)
+            return peak_bytes(candidate, stage, config.parallel.pipeline, int(config.microbatch_tokens)) <= usable_bytes(device)
 
-        count = len(memory.policies)
-        policies += cheapest_policies(count, fits) or ("full",) * count
+        num_layers = len(memory.policies)
+        policies += cheapest_policies(num_layers, fits) or ("full",) * num_layers
     return policies[0] if len(set(policies)) == 1 else tuple(policies)
 
 
 def even_out(config: RunConfig, architecture: Architecture, device: Device, slowest: Callable[[RunConfig], float]) -> RunConfig:
-    """Move layers away from the slowest stage, policies chosen anew, as long as that makes the slowest faster (or lets more fit).
+    """Return the config after moving single layers between stages for as long as that improves it.
 
-    `slowest` gives the seconds of a usual microbatch on the slowest stage of a resolved config.
+    Every move chooses the recomputation anew. A config is better if the fullest stage exceeds its memory
+    by less, or, at the same excess (mostly none), if the slowest stage is faster. `slowest` returns the
+    seconds of a usual microbatch on the slowest stage of a resolved config.
     """
 
-    def value(asked: RunConfig) -> tuple[float, float]:
-        over = max(peak - usable_bytes(device) for peak in predicted_peaks(asked, architecture, device))
-        return max(0.0, over), slowest(asked)
+    def penalty(candidate: RunConfig) -> tuple[float, float]:
+        excess = max(peak - usable_bytes(device) for peak in predicted_peaks(candidate, architecture, device))
+        return max(0.0, excess), slowest(candidate)
 
-    def moved(donor: int, taker: int) -> RunConfig:
+    def moved(source: int, target: int) -> RunConfig:
         counts = list(config.parallel.layers_per_stage or ())
-        counts[donor], counts[taker] = counts[donor] - 1, counts[taker] + 1
-        asked = _with_layers(config, tuple(counts))
-        return dataclasses.replace(asked, recompute=choose_recompute(asked, architecture, device))
+        counts[source], counts[target] = counts[source] - 1, counts[target] + 1
+        candidate = _with_layers(config, tuple(counts))
+        return dataclasses.replace(candidate, recompute=choose_recompute(candidate, architecture, device))
 
     stages = range(config.parallel.pipeline)
     while True:
         counts = config.parallel.layers_per_stage or ()
-        moves = [moved(donor, taker) for donor in stages for taker in stages if donor != taker and counts[donor] > 1]
-        best = min(moves, key=value, default=config)
-        if value(best) >= value(config):
+        candidates = [moved(source, target) for source in stages for target in stages if source != target and counts[source] > 1]
+        best = min(candidates, key=penalty, default=config)
+        if penalty(best) >= penalty(config):
             return config
         config = best
 
@@ -127,13 +161,13 @@ def _with_layers(config: RunConfig, layers: tuple[int, ...]) -> RunConfig:
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, layers_per_stage=layers))
 
 
-def _slowest(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> float:
+def _slowest_stage_s(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> float:
     """Return the seconds of a usual microbatch on the slowest stage of the reference device."""
     return max(stage.seconds(USUAL_TOKENS) for stage in cost_of(config, architecture, reference_of(device), target_share).stages)
 
 
 def describe(before: RunConfig, after: RunConfig, target_share: float = 1.0) -> Sequence[str]:
-    """Say in lines what was resolved that the config left open."""
+    """Return one line for each key that the config left open, with the value chosen."""
     lines = []
     if before.microbatch_tokens == "auto":
         lines.append(f"microbatch_tokens: auto is {after.microbatch_tokens}")
@@ -146,7 +180,7 @@ def describe(before: RunConfig, after: RunConfig, target_share: float = 1.0) -> 
 
 
 def _policies_in_words(config: RunConfig) -> str:
-    """Write one word where all layers have the same policy, else each stage's counts from its first layer on."""
+    """Return the policy if all layers have the same, otherwise each stage's as "2 full, 6 none | 8 none", in layer order."""
     if isinstance(config.recompute, str):
         return config.recompute
     policies = stage_policies(config.parallel.layers_per_stage or (len(config.recompute),), config.recompute)
@@ -154,7 +188,10 @@ def _policies_in_words(config: RunConfig) -> str:
 
 
 def memory_line(before: RunConfig, after: RunConfig, architecture: Architecture, device: Device) -> Sequence[str]:
-    """Say what `recompute: auto` predicts each stage to take, and warn where that is too much."""
+    """Return a line with each stage's predicted peak memory, and a warning where that is too much.
+
+    No line unless `recompute: auto`.
+    """
     if before.recompute != "auto":
         return []
     peaks = predicted_peaks(after, architecture, device)

@@ -1,4 +1,4 @@
-"""Puts a rank's parts together: its backends, the arena of its adapters, its executor."""
+"""Assembles a rank's parts: its backends, the arena of its adapters, its executor."""
 
 from __future__ import annotations
 
@@ -9,44 +9,47 @@ import torch.distributed as dist
 
 from megatron_lora.config.schema import ParallelConfig, RunConfig
 from megatron_lora.data.collate import collate, num_rows
-from megatron_lora.data.steps import JobRows
 from megatron_lora.huggingface.architecture import Architecture
-from megatron_lora.model.adapter_arena import AdapterSpec, Arena
-from megatron_lora.model.backends import Backends, choose, fall_back_from_te, import_engine, this_machine
+from megatron_lora.model import cudnn_attention, transformer_engine
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import AdapterSpec
+from megatron_lora.model.backends import Backends, choose, fall_back, import_engine, this_machine
 from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import Links, MessageLayout
 from megatron_lora.parallel.process_groups import position_of
-from megatron_lora.training.executor import Executor, StageOptimizer, StepDone
+from megatron_lora.training.executor import Executor, StepDone
+from megatron_lora.training.jobs import Jobs
 from scheduling.types import Microbatch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Backends:
-    """Return what computes this rank's norms and attention; Transformer Engine's attention is tried first, and the first rank says how."""
+    """Return which libraries compute this rank's norms and attention (backends.py).
+
+    cuDNN's or Transformer Engine's attention is tried on this device before it is used; the first rank prints the result.
+    """
     machine = this_machine()
     backends = choose(config.backend, machine)
-    if "te" not in (backends.norms, backends.attention):
+    if backends.attention == "torch":
         return backends
-    from megatron_lora.model.transformer_engine import attention_fault
-
-    import_engine(config.backend)
     tensor = config.parallel.tensor
     heads, kv_heads = architecture.num_heads // tensor, architecture.num_kv_heads // tensor
-    fault = attention_fault(heads, kv_heads, architecture.head_dim, architecture.sliding_windows, dtype, device)
-    backends, line = fall_back_from_te(backends, machine, fault)
+    shape = (heads, kv_heads, architecture.head_dim, architecture.sliding_windows, dtype, device)
+    if backends.attention == "te":
+        import_engine(config.backend)
+        fault = transformer_engine.attention_fault(*shape)
+    else:
+        fault = cudnn_attention.attention_fault(*shape, num_rows=int(config.microbatch_tokens))
+    backends, line = fall_back(backends, machine, fault)
     if dist.get_rank() == 0:
         print(line, flush=True)
     return backends
 
 
-def compute_dtype(config: RunConfig) -> torch.dtype:
-    """Return the number format that a config's ranks compute in on this machine."""
-    auto = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": auto}[config.precision]
-
-
 def make_arena(stage: Stage, parallel: ParallelConfig, adapters: Sequence[AdapterSpec]) -> Arena:
-    """Give the stage's linears their adapters, one slot per job, all zero."""
+    """Give the stage's linears an arena with room for these adapters, all zero, in rows 0, 1, ..."""
     return Arena(
         stage.linears,
         adapters,
@@ -63,22 +66,21 @@ def make_executor(
     links: Links,
     layout: MessageLayout,
     *,
-    rows: Sequence[JobRows],
-    optimizers: Sequence[StageOptimizer],
+    jobs: Jobs,
     on_step: Callable[[StepDone], None],
     on_forward: Callable[[Microbatch], None],
     timeline: Timeline,
 ) -> Executor:
-    """Give this rank its part: its stage at its place, connected to its neighbours."""
-    multiple = parallel.tensor if parallel.sequence else 1
+    """Make the executor of this rank's stage."""
+    multiple = parallel.row_multiple
     return Executor(
         stage,
         position_of(parallel),
         links,
         layout,
-        load=lambda microbatch: collate(microbatch, rows, multiple=multiple, device=stage.device),
+        load=lambda microbatch: collate(microbatch, jobs, multiple=multiple, device=stage.device),
         num_rows=lambda microbatch: num_rows(microbatch, multiple) // multiple,
-        optimizers=optimizers,
+        jobs=jobs,
         on_step=on_step,
         on_forward=on_forward,
         timeline=timeline,

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.data.collate import collate
 from megatron_lora.data.steps import target_share
@@ -34,10 +35,11 @@ from megatron_lora.planning.calibration import Calibration, calibration_file, su
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.predict import memory_of, planner_cost, shape_of
 from megatron_lora.planning.resolve import resolve
-from megatron_lora.training.assemble import choose_backends, compute_dtype, make_arena
-from megatron_lora.training.jobs import TrainingJob, read_jobs_in_turn
-from megatron_lora.training.optimizer import JobOptimizer, StageGroups
+from megatron_lora.training.assemble import DTYPES, choose_backends, make_arena
+from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn
+from megatron_lora.training.optimizer import StageGroups
 from megatron_lora.training.pass_times import Stopwatch, in_turns, probe_slots, time_parts
+from megatron_lora.training.saving import start_job
 from megatron_lora.training.warm_up import warm_up
 from scheduling.cost import CostModel, Device, Link, MeasuredCosts, Measurement, StageCost, analytic_cost, recomputing, refine
 from scheduling.data_parallel import deal
@@ -60,12 +62,13 @@ def run(config: RunConfig, output: Path | None) -> None:
     host = dist.new_group(backend="gloo")
     architecture = read_architecture(resolve_base_model(config.base_model))
     jobs = read_jobs_in_turn(config.jobs, resolve_base_model(config.base_model), architecture.vocab_size, host)
-    share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    lengths = [job.rows.lengths()[:PROBED_STEPS] for job in jobs]
+    share = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
+    every = [job.step_samples.lengths() for job in jobs.values()]
+    lengths = [steps[:PROBED_STEPS] for steps in every]
     chosen: list = [None]
     if dist.get_rank() == 0:
         kind = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
-        resolved = resolve(config, architecture, [job.rows.lengths() for job in jobs], kind, share)
+        resolved = resolve(config, architecture, every, kind, share)
         chosen = [(kind, resolved, *_slots(resolved, architecture, kind, lengths, share))]
     dist.broadcast_object_list(chosen, 0, group=host)
     kind, config, planned, probes = chosen[0]
@@ -79,13 +82,12 @@ def run(config: RunConfig, output: Path | None) -> None:
 
 
 def _slots(
-    config: RunConfig, architecture: Architecture, kind: Device, lengths: Lengths, share: float
+    config: ResolvedConfig, architecture: Architecture, kind: Device, lengths: Lengths, share: float
 ) -> tuple[list[list[Microbatch]], ...]:
     """Return each replica's part of some slots as the run would plan them, and of slots that differ more."""
     cost, parallel = planner_cost(config, architecture, kind, share), config.parallel
-    dealt, capacity = deal(lengths, parallel.data, cost), int(config.microbatch_tokens)
-    delay = int(parallel.tensor * parallel.data > 1)
-    window, _ = plan_window(dealt.rounds, parallel.pipeline, capacity, delay=delay, cost=cost)
+    dealt, capacity = deal(lengths, parallel.data, cost), config.microbatch_tokens
+    window, _ = plan_window(dealt.rounds, parallel.pipeline, capacity, delay=parallel.norm_delay, cost=cost)
     own = sorted((slot for slot in dict.fromkeys(window) if slot.num_tokens), key=lambda slot: slot.num_tokens)
     if len(own) > PLANNED_SLOTS:
         own = [own[i * (len(own) - 1) // (PLANNED_SLOTS - 1)] for i in range(PLANNED_SLOTS)]
@@ -98,31 +100,30 @@ class _Rank:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         architecture: Architecture,
         kind: Device,
-        jobs: Sequence[TrainingJob],
+        jobs: Jobs,
         lengths: Lengths,
         device: torch.device,
         host: dist.ProcessGroup,
     ):
         self.config, self.architecture, self.kind, self.jobs, self.lengths = config, architecture, kind, jobs, lengths
-        self.device, self.host, self.dtype = device, host, compute_dtype(config)
+        self.device, self.host, self.dtype = device, host, DTYPES[config.precision]
         parallel = config.parallel
-        self.multiple = parallel.tensor if parallel.sequence else 1
-        self.replica = dist.get_rank() // parallel.tensor % parallel.data
+        self.multiple, self.replica = parallel.row_multiple, parallel.replica_of(dist.get_rank())
         self.stage = self._build()
-        self.arena = make_arena(self.stage, parallel, [job.adapter() for job in jobs])
-        for row, job in enumerate(jobs):
-            self.arena.initialise(row, job.rows.seed)
+        arena = make_arena(self.stage, parallel, [job.adapter_spec() for job in jobs.values()])
+        groups = StageGroups(**stage_groups(parallel))
+        for row, job in enumerate(jobs.values()):
+            start_job(job, arena, row, groups)
         if device.type == "cuda":
-            warm_up(self.stage, self.arena, int(config.microbatch_tokens), self.multiple)
+            warm_up(self.stage, arena, config.microbatch_tokens, self.multiple)
 
     def _build(self) -> Stage:
         """Build this rank's stage of as many of its layers as fit when a microbatch keeps everything."""
         plain = dataclasses.replace(self.config, recompute="none")
-        counts = list(plain.parallel.layers_per_stage or (self.architecture.num_layers,))
-        budget = int(plain.microbatch_tokens)
+        counts, budget = list(plain.layers_per_stage), plain.microbatch_tokens
         for stage, memory in enumerate(memory_of(plain, self.architecture, self.kind)):
             per_layer = memory.layer.kept("none") * budget
             over = memory.total(budget, budget) - usable_bytes(self.kind)
@@ -163,8 +164,7 @@ class _Rank:
     def _time(self, policy: str, slots: Sequence[Microbatch], repeats: int) -> tuple[list[Measurement], list[Measurement]]:
         """Return all ranks' times of a layer, and of the head, over microbatches under a policy."""
         self.stage.set_recompute(policy)
-        rows = [job.rows for job in self.jobs]
-        loads = [partial(collate, slot, rows, multiple=self.multiple, device=self.device) for slot in slots]
+        loads = [partial(collate, slot, self.jobs, multiple=self.multiple, device=self.device) for slot in slots]
         works = [partial(time_parts, self.stage, load, self.multiple) for load in loads]
         dist.barrier(group=self.host)
         body, head = [], []
@@ -188,22 +188,21 @@ class _Rank:
 
     def _step_s(self) -> float:
         """Return the seconds of one job's optimizer step, its sums over ranks included: the mean over jobs, of the slowest rank."""
-        groups, zero = StageGroups(**stage_groups(self.config.parallel)), torch.zeros((), device=self.device)
 
-        def step(optimizer: JobOptimizer, watch: Stopwatch) -> None:
+        def step(job: Job, watch: Stopwatch) -> None:
             def work() -> None:
-                optimizer.start_reduction(zero.clone())
-                optimizer.step(0, optimizer.finish_reduction()[0])
+                job.optimizer.start_reduction(torch.zeros((), device=self.device))
+                job.optimizer.step(0, job.optimizer.finish_reduction()[0])
 
             watch.time("step", work)
 
-        works = [partial(step, JobOptimizer(self.arena, row, job.optimizer(), groups)) for row, job in enumerate(self.jobs)]
+        works = [partial(step, job) for job in self.jobs.values()]
         own = statistics.fmean(times["step"] for times in in_turns(self.device, works, REPEATS[self.device.type]))
         return _slowest(own, self.host)
 
     def _links(self) -> dict[str, Link]:
         """Time messages of a header alone and of a full microbatch: between stages, and summed over tensor ranks."""
-        parallel, rows = self.config.parallel, -(-int(self.config.microbatch_tokens) // self.multiple)
+        parallel, rows = self.config.parallel, -(-self.config.microbatch_tokens // self.multiple)
         width = self.architecture.hidden_size
         found = {}
         if parallel.pipeline > 1:
@@ -267,9 +266,9 @@ def _fit_error(fitted: CostModel, body: Sequence[Measurement]) -> float:
     return statistics.fmean(abs(cost - 1) for cost in costs)
 
 
-def _summary(table: Calibration, config: RunConfig) -> list[str]:
+def _summary(table: Calibration, config: ResolvedConfig) -> list[str]:
     """Say what was found, for a full microbatch of samples of a quarter of it."""
-    tokens = int(config.microbatch_tokens)
+    tokens = config.microbatch_tokens
     usual = tokens, tokens**2 / 4, tokens * statistics.fmean(job.r for job in config.jobs)
 
     def there_and_back(cost: StageCost, *features: float) -> str:

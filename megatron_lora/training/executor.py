@@ -1,22 +1,31 @@
-"""Runs one stage's actions over the pipeline's messages, window after window. No policy: what happens when is in the plan.
+"""Runs one stage's actions over the pipeline's messages, window after window.
 
-    F(t)     take the message of slot t, compute, pass it on               header: verdicts of the steps that ended at slot t - P - d
-    B(t)     take the gradient of slot t, go back, pass it on              header: sums so far for the steps that ended at slot t - d
-    STEP(j)  update job j with the verdict that came with the next forward
+It makes no decisions: `scheduling.pipeline.window_actions` turns the plan into this stage's list of
+actions. With P stages, and d = 1 where gradient norms must be summed over other ranks of a stage
+(tensor or data parallelism) and d = 0 otherwise:
 
-A verdict is a squared gradient norm. Each stage adds its own part to the gradient message of the slot where the step ends (d slots
-later when the parts must first be summed over other ranks), the first stage then knows the whole and sends it along with the forward
-messages. Neither an all-reduce over stages nor a device synchronisation is needed.
+    F(t)     forward of slot t       its message's header holds the verdicts of the steps that ended at slot t - P - d
+    B(t)     backward of slot t      its message's header holds partial sums for the steps that ended at slot t - d
+    STEP(j)  optimizer step of job j with the verdict in the next forward message's header
 
-On the CPU a receive is posted one slot ahead. On a GPU it is posted when its message is taken: a waiting receive is a running kernel,
-and CUDA may wait for running kernels whenever it loads a module or allocates. Two neighbours that both wait so, each for a message that
-the other's host has yet to come to, would wait for ever; with nothing posted ahead, every message that a rank waits for precedes, in the
-plan's order, whatever its neighbour's host may be held up by.
+A verdict is a step's squared gradient norm, summed over all stages; the optimizer skips the step if
+it is not finite. The sum is made on the way: a step ends with slot e, and the gradient message of slot
+e + d collects each stage's part (and the step's loss) as it travels to the first stage. The first stage
+then has the total and sends it forward again in the header of slot e + P + d, so that every stage
+takes the step in front of that slot. This needs neither an all-reduce over stages nor a device
+synchronisation. A no-op's message is a header without a body.
+
+When receives are posted. On the CPU the next slot's receive is posted ahead. On a GPU a receive is
+posted only when its message is needed. A waiting NCCL receive is a running kernel, and CUDA may wait
+for running kernels whenever it loads a module or allocates memory. If two neighbours had receives
+posted ahead, each could block in such a call while its running receive waits for the other: a
+deadlock. Without them, a rank only ever waits for a message that its neighbour sends earlier in the
+plan's order than anything that the neighbour may itself be waiting for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,11 +38,11 @@ from megatron_lora.parallel.messages import SLOT, Links, Message, MessageLayout,
 from megatron_lora.parallel.process_groups import Position
 from scheduling.follow import Window
 from scheduling.pipeline import Ending, final_backwards, window_actions
-from scheduling.types import NOOP, Action, Microbatch, Op
+from scheduling.types import Action, Microbatch, Op
 
 
 class StageModel(Protocol):
-    """What the executor asks of a stage's model (megatron_lora.model.stage.Stage)."""
+    """What the executor needs of a stage's model (megatron_lora.model.stage.Stage)."""
 
     def __call__(self, microbatch: StageInput, hidden: Tensor | None) -> Tensor: ...
 
@@ -41,7 +50,7 @@ class StageModel(Protocol):
 
 
 class StageOptimizer(Protocol):
-    """What the executor asks of a job's optimizer on this rank (megatron_lora.training.optimizer.JobOptimizer)."""
+    """What the executor needs of a job's optimizer on this rank (megatron_lora.training.optimizer.JobOptimizer)."""
 
     def start_reduction(self, loss: Tensor) -> None: ...
 
@@ -50,9 +59,19 @@ class StageOptimizer(Protocol):
     def step(self, step: int, square_norm: Tensor) -> None: ...
 
 
+class StageJob(Protocol):
+    """What the executor uses of a job (training.jobs.Job)."""
+
+    @property
+    def optimizer(self) -> StageOptimizer: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """A step that this stage has taken; tensors [] on the device, so that nobody waits for them. `loss` counts on the first stage only."""
+    """A step that this stage has taken. The scalars stay on the device, so that the host waits for nothing.
+
+    `loss` is the step's loss on the first stage, and meaningless on the others.
+    """
 
     job: int
     step: int
@@ -61,26 +80,30 @@ class StepDone:
 
 
 @dataclass(slots=True)
-class _Live:
+class _InFlight:
     """A microbatch between its forward and its backward."""
 
     hidden: Tensor | None  # the stage's input, a leaf; None on the first stage
-    output: Tensor | None = None  # what backward starts from, []: the loss, or the end of a hand-over
-    gradient: Tensor | None = None  # what a hand-over's backward gives to the stage's output
+    root: Tensor | None = None  # the scalar that backward starts from: the loss (last stage), or what _Outlet returned
+    gradient: Tensor | None = None  # of the stage's output, as the next stage sent it; None on the last stage
 
 
-class _HandOver(torch.autograd.Function):
-    """Copy a stage's output into its message, keep nothing of it, and give back the gradient that arrives later."""
+class _Outlet(torch.autograd.Function):
+    """Connects a stage's output to its message: copies it there, and in backward returns the gradient received since.
+
+    The graph keeps only the scalar that `forward` returns, so the output's memory is freed once it is
+    copied (what Megatron does with `deallocate_output_tensor`).
+    """
 
     @staticmethod
-    def forward(ctx, output: Tensor, body: Tensor, live: _Live) -> Tensor:
+    def forward(ctx, output: Tensor, body: Tensor, in_flight: _InFlight) -> Tensor:
         body.copy_(output)
-        ctx.live = live
+        ctx.in_flight = in_flight
         return output.new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
-        return ctx.live.gradient, None, None
+        return ctx.in_flight.gradient, None, None
 
 
 class Executor:
@@ -95,54 +118,66 @@ class Executor:
         *,
         load: Callable[[Microbatch], StageInput],
         num_rows: Callable[[Microbatch], int],
-        optimizers: Sequence[StageOptimizer],
+        jobs: Mapping[int, StageJob],
         on_step: Callable[[StepDone], None],
         on_forward: Callable[[Microbatch], None],
         timeline: Timeline,
         device: torch.device,
     ):
-        """Bind a stage to its place.
+        """Make the executor of the stage at `position`, which `links` connect to the stages beside it.
 
-        `load(microbatch)` gives its tensors, `num_rows(microbatch)` the rows of its messages on this rank (0: header alone);
-        `on_forward(microbatch)` and `on_step(done)` are told what began and what was taken.
+        `load(microbatch)` returns the microbatch's tensors. `num_rows(microbatch)` returns the rows of its
+        activations on this rank, 0 for a no-op. `jobs[number].optimizer` takes the job's steps. `on_forward`
+        is called before each slot's forward and `on_step` after each step.
         """
-        self.model, self.position, self.links, self.layout = model, position, links, layout
-        self.load, self.num_rows, self.optimizers = load, num_rows, optimizers
-        self.on_step, self.on_forward, self.timeline, self.device = on_step, on_forward, timeline, device
-        self.stream: list[Microbatch] = []  # of the windows so far; slots before `forgotten` are blank
-        self.forgotten = 0
-        self.endings: list[tuple[Ending, ...]] = []
-        self.next_slot = 0
-        self.arrived: Message | None = None  # forward message of next_slot, once taken
+        self.model = model
+        self.position = position
+        self.links = links
+        self.layout = layout
+        self.load = load
+        self.num_rows = num_rows
+        self.jobs = jobs
+        self.on_step = on_step
+        self.on_forward = on_forward
+        self.timeline = timeline
+        self.device = device
+        self.stream: dict[int, Microbatch] = {}  # slot -> its microbatch, of the slots that an action may still read
+        self.endings: dict[int, tuple[Ending, ...]] = {}  # slot -> the (job, step) pairs that end there, of the same slots
+        self.num_slots = 0  # of all windows so far
+        self.next_slot = 0  # the next slot to run forward
+        self.next_message: Message | None = None  # forward message of `next_slot`, once it was received
         self.verdicts: dict[int, Message] = {}  # first stage: slot where steps ended -> the gradient message with their sums
-        self.live: dict[int, _Live] = {}
-        self.losses = torch.zeros(len(optimizers), dtype=torch.float32, device=device)  # last stage: of each job's current step
+        self.in_flight: dict[int, _InFlight] = {}  # by slot
+        self.losses: dict[int, Tensor] = {}  # last stage: job -> loss of its current step so far, fp32 []
+        self.no_loss = torch.zeros((), dtype=torch.float32, device=device)
         self.misplaced = torch.zeros((), dtype=torch.float32, device=device)  # messages whose header names another slot
 
     def run(self, windows: Iterable[Window]) -> None:
-        """Execute this stage's actions of all windows, then wait for what was sent."""
-        place = self.position
+        """Execute this stage's actions of all windows, then wait until its last messages are sent.
+
+        The last P + d slots are no-ops, which deliver the last steps' verdicts.
+        """
+        position = self.position
         feed = iter(windows)
         while (window := self._next_window(feed)) is not None:
-            first = len(self.stream)
-            self.stream += window.stream
-            self.endings += window.ended
-            end = len(self.stream)
-            self._perform(window_actions(self.stream, self.endings, place.stage, place.num_stages, place.delay, first, end))
-            self._forget(end - place.lag)
-        self._perform(final_backwards(len(self.stream), place.stage, place.num_stages))
+            first, end = self.num_slots, self.num_slots + len(window.stream)
+            self.stream.update(enumerate(window.stream, first))
+            self.endings.update(enumerate(window.ended, first))
+            self.num_slots = end
+            self._perform(window_actions(self.stream, self.endings, position.stage, position.num_stages, position.delay, first, end))
+            self._forget(end - position.lag)
+        self._perform(final_backwards(self.num_slots, position.stage, position.num_stages))
         self.links.drain()
-        assert not self.live and not bool(self.misplaced), "messages and slots went out of step"
+        assert not self.in_flight and not bool(self.misplaced), "messages and slots went out of step"
 
     def _next_window(self, feed) -> Window | None:
-        with self.timeline.span("wait plan", len(self.stream)):
+        with self.timeline.span("wait plan", self.num_slots):
             return next(feed, None)
 
     def _forget(self, end: int) -> None:
-        """Let go of the slots before `end`, which no later action looks at, so that a long run does not pile them up."""
-        for slot in range(self.forgotten, end):
-            self.stream[slot], self.endings[slot] = NOOP, ()
-        self.forgotten = max(end, self.forgotten)
+        """Drop the slots before `end`, which no later action reads, so that memory does not grow with the run."""
+        for slot in [slot for slot in self.stream if slot < end]:
+            del self.stream[slot], self.endings[slot]
 
     def _perform(self, actions: Iterable[Action]) -> None:
         perform = {Op.FORWARD: self._forward, Op.BACKWARD: self._backward, Op.STEP: self._step}
@@ -150,108 +185,112 @@ class Executor:
             perform[action.op](action.index)
 
     def _take(self, receiver: Receiver, name: str, slot: int) -> Message:
-        """Take a slot's message and post the receive of the next one, where it is known and may be posted ahead."""
+        """Receive and return a slot's message.
+
+        Posts the next slot's receive, if that slot is known already and receives may be posted ahead.
+        """
         if not receiver.posted:
             receiver.post(self.num_rows(self.stream[slot]))
         with self.timeline.span(name, slot):
             message = receiver.take(slot)
-        if receiver.ahead and slot + 1 < len(self.stream):
+        if receiver.ahead and slot + 1 < self.num_slots:
             receiver.post(self.num_rows(self.stream[slot + 1]))
         self.misplaced += message.header[SLOT] != slot
         return message
 
-    def _next_message(self) -> Message:
-        """Take the forward message of the next slot (on the first stage: make it), once."""
-        if self.arrived is None:
+    def _peek(self) -> Message:
+        """Return the forward message of the next slot, received (on the first stage: made) once for STEP and F."""
+        if self.next_message is None:
             slot, lag = self.next_slot, self.position.lag
             if self.links.forward_in is None:
-                self.arrived = self.layout.blank(slot, 0, self.device)
+                self.next_message = self.layout.blank(slot, 0, self.device)
                 if slot >= lag and self.endings[slot - lag]:
-                    self.arrived.square_norms.copy_(self.verdicts[slot - lag].square_norms)
+                    self.next_message.square_norms.copy_(self.verdicts[slot - lag].square_norms)
             else:
-                self.arrived = self._take(self.links.forward_in, "wait F", slot)
-        return self.arrived
+                self.next_message = self._take(self.links.forward_in, "wait F", slot)
+        return self.next_message
 
     def _forward(self, slot: int) -> None:
-        message = self._next_message()
-        self.arrived, self.next_slot = None, slot + 1
+        message = self._peek()
+        self.next_message, self.next_slot = None, slot + 1
         self.verdicts.pop(slot - self.position.lag, None)
         microbatch = self.stream[slot]
         self.on_forward(microbatch)
         if not microbatch.num_tokens:
-            self._pass_on(self._onward(message, 0))
+            self._send_forward(self._with_same_header(message, 0))
             return
         data = self.load(microbatch)
         with self.timeline.span("F", slot):
             hidden = None if self.position.is_first else message.body.detach().requires_grad_()
             output = self.model(data, hidden)
             if self.position.is_last:
-                self.live[slot] = _Live(hidden, self._loss(output, data))
+                self.in_flight[slot] = _InFlight(hidden, self._loss(output, data))
             else:
-                onward = self._onward(message, output.shape[0])
-                live = _Live(hidden)
-                live.output = _HandOver.apply(output, onward.body, live)
-                self.live[slot] = live
-                self._pass_on(onward)
+                outgoing = self._with_same_header(message, output.shape[0])
+                in_flight = _InFlight(hidden)
+                in_flight.root = _Outlet.apply(output, outgoing.body, in_flight)
+                self.in_flight[slot] = in_flight
+                self._send_forward(outgoing)
 
     def _loss(self, output: Tensor, data: StageInput) -> Tensor:
+        """Return the microbatch's loss, and add each segment's part to the loss of its job's current step."""
         weighted = self.model.losses(output, data.labels, data.targets) * data.weights
-        for first, end, job in data.route.segments:
-            self.losses[job] += weighted[first:end].detach().sum()
+        for job, (first, end, _) in zip(data.jobs, data.route.segments, strict=True):
+            self.losses[job] = self.losses.get(job, self.no_loss) + weighted[first:end].detach().sum()
         return weighted.sum()
 
-    def _onward(self, message: Message, num_rows: int) -> Message:
-        """Begin the message for the next stage: the same header, an unwritten body."""
-        onward = self.layout.empty(num_rows, self.device)
-        onward.header.copy_(message.header)
-        return onward
+    def _with_same_header(self, message: Message, num_rows: int) -> Message:
+        """Return a new message with a copy of the header and an unwritten body of `num_rows` rows."""
+        outgoing = self.layout.empty(num_rows, self.device)
+        outgoing.header.copy_(message.header)
+        return outgoing
 
-    def _pass_on(self, message: Message) -> None:
+    def _send_forward(self, message: Message) -> None:
         if self.links.forward_out is not None:
             self.links.forward_out.post(message)
 
     def _backward(self, slot: int) -> None:
         message = self._gradient_message(slot)
         gradient = None
-        if slot in self.live:
-            live = self.live.pop(slot)
-            live.gradient = None if self.position.is_last else message.body
-            output, live.output = live.output, None  # a hand-over knows `live`: in a circle its graph would wait for the collector
+        if slot in self.in_flight:  # not for a no-op
+            in_flight = self.in_flight.pop(slot)
+            in_flight.gradient = None if self.position.is_last else message.body
+            # The graph refers to `in_flight` (_Outlet). Without a reference back it is freed at once, not by the garbage collector.
+            root, in_flight.root = in_flight.root, None
             with self.timeline.span("B", slot):
-                output.backward()
-            gradient = None if live.hidden is None else live.hidden.grad
+                root.backward()
+            gradient = None if in_flight.hidden is None else in_flight.hidden.grad
         for job, _ in self.endings[slot]:
-            self.optimizers[job].start_reduction(self.losses[job].clone())
-            self.losses[job].zero_()  # an assignment would wait for the device
-        ended = slot - self.position.delay
-        self._add_own_part(message, ended)
+            self.jobs[job].optimizer.start_reduction(self.losses.pop(job, self.no_loss).clone())
+        ended_at = slot - self.position.delay
+        self._add_own_part(message, ended_at)
         if self.links.backward_out is None:
-            self.verdicts[ended] = self._onward(message, 0)
+            self.verdicts[ended_at] = self._with_same_header(message, 0)
             return
-        upward = self._onward(message, 0 if gradient is None else gradient.shape[0])
+        outgoing = self._with_same_header(message, 0 if gradient is None else gradient.shape[0])
         if gradient is not None:
-            upward.body.copy_(gradient)
-        self.links.backward_out.post(upward)
+            outgoing.body.copy_(gradient)
+        self.links.backward_out.post(outgoing)
 
     def _gradient_message(self, slot: int) -> Message:
-        """Take the gradient message of a slot; the last stage begins a new one."""
+        """Receive the gradient message of a slot; the last stage makes it."""
         if self.links.backward_in is None:
             return self.layout.blank(slot, 0, self.device)
         return self._take(self.links.backward_in, "wait B", slot)
 
-    def _add_own_part(self, message: Message, slot: int) -> None:
-        """Add this stage's squared norms, and losses (of the last stage alone not zero), of the steps that ended at `slot`."""
-        for i, (job, _) in enumerate(self.endings[slot] if slot >= 0 else ()):
-            square_norm, loss = self.optimizers[job].finish_reduction()
+    def _add_own_part(self, message: Message, ended_at: int) -> None:
+        """Add this stage's squared norms and losses of the steps that ended at slot `ended_at` (losses: 0 but on the last stage)."""
+        for i, (job, _) in enumerate(self.endings[ended_at] if ended_at >= 0 else ()):
+            square_norm, loss = self.jobs[job].optimizer.finish_reduction()
             message.square_norms[i] += square_norm
             message.losses[i] += loss
 
     def _step(self, job: int) -> None:
-        message = self._next_message()
-        slot = self.next_slot - self.position.lag
-        i, step = next((i, step) for i, (ended, step) in enumerate(self.endings[slot]) if ended == job)
+        message = self._peek()
+        ended_at = self.next_slot - self.position.lag
+        i, step = next((i, step) for i, (ending_job, step) in enumerate(self.endings[ended_at]) if ending_job == job)
         square_norm = message.square_norms[i]
         with self.timeline.span("STEP", job):
-            self.optimizers[job].step(step, square_norm)
-        losses = self.verdicts[slot].losses if self.position.is_first else message.losses
+            self.jobs[job].optimizer.step(step, square_norm)
+        losses = self.verdicts[ended_at].losses if self.position.is_first else message.losses
         self.on_step(StepDone(job, step, square_norm.clone(), losses[i].clone()))

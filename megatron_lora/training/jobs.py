@@ -1,8 +1,11 @@
-"""From a config to jobs that can be planned and trained: their samples, the order of their steps, their settings."""
+"""A job as one rank holds it: its config and data, where it resumes, its adapter and optimizer, its state.
+
+jobs = read_jobs(config.jobs, tokenizer, cache_dir, vocab_size, resume_points)      # number -> Job
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,36 +13,74 @@ import torch.distributed as dist
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData, load_jobs_data
-from megatron_lora.data.steps import JobRows, job_steps
+from megatron_lora.data.steps import JobSamples, job_steps
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.errors import UserError
-from megatron_lora.model.adapter_arena import AdapterSpec
-from megatron_lora.training.optimizer import OptimizerSettings
+from megatron_lora.model.arena_region import AdapterSpec
+from megatron_lora.output.standing import ResumePoint
+from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings, learning_rate_at
 
-MOST_VISITS = 50_000_000  # samples of one job's steps, each of which takes about 100 bytes on every rank
+MOST_VISITS = 50_000_000  # samples over all of a job's steps (a sample counts once per epoch); each takes about 100 bytes on every rank
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingJob:
-    """A job with its data read and its steps laid out."""
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """A job as one rank holds it, from its admission to its end.
 
+    Its number names it in plans and messages, its adapter row in the arena; both are free again when it is over.
+    """
+
+    number: int
     config: JobConfig
     data: JobData
-    rows: JobRows
+    step_samples: JobSamples
+    resume_point: ResumePoint = ResumePoint()
+    adapter_row: int = -1  # in the arena; -1: not resident
+    resident_optimizer: JobOptimizer | None = None  # of its adapter on this rank, while it is resident
+    state: str = "queued"  # output/job_states.py
+    steps_taken: int = 0
+    steps_saved: int = 0  # steps taken at its last snapshot
+    skipped_in_a_row: int = 0  # of the steps that are reported
+
+    def __post_init__(self):
+        point = self.resume_point
+        self.steps_taken = self.steps_saved = point.step
+        self.skipped_in_a_row = point.state.skipped_in_a_row if point.state else 0
+
+    @property
+    def name(self) -> str:
+        """The job's name in the config."""
+        return self.config.name
+
+    @property
+    def optimizer(self) -> JobOptimizer:
+        """The optimizer of the job's adapter on this rank; the job must be resident."""
+        assert self.resident_optimizer is not None, f"job {self.name} has no adapter row"
+        return self.resident_optimizer
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the job."""
-        return len(self.rows.steps)
+        return len(self.step_samples.steps)
 
-    def adapter(self) -> AdapterSpec:
-        """Return what the arena needs."""
+    def outcome(self) -> str:
+        """Return the job's state where the run ends now: failed, done, or paused. Waits for the device."""
+        if self.optimizer.has_failed():
+            return "failed"
+        return "done" if self.steps_taken == self.num_steps else "paused"
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, from 0."""
+        return learning_rate_at(self.optimizer_settings())(step)
+
+    def adapter_spec(self) -> AdapterSpec:
+        """Return the settings that the arena needs."""
         c = self.config
         return AdapterSpec(r=c.r, scale=c.scale, dropout=c.lora_dropout, target_modules=frozenset(c.target_modules))
 
-    def optimizer(self) -> OptimizerSettings:
-        """Return what the optimizer needs."""
+    def optimizer_settings(self) -> OptimizerSettings:
+        """Return the settings that the optimizer needs."""
         c = self.config
         return OptimizerSettings(
             learning_rate=c.learning_rate,
@@ -54,30 +95,53 @@ class TrainingJob:
         )
 
 
-def read_jobs(configs: Sequence[JobConfig], tokenizer, cache_dir: Path | None, vocab_size: int) -> tuple[TrainingJob, ...]:
-    """Tokenise every job's data (from the cache where it was before) and lay out its steps; UserError for data that cannot be used."""
-    jobs = []
-    for c, data in zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True):
+Jobs = Mapping[int, Job]  # by number
+
+
+def read_jobs(
+    configs: Sequence[JobConfig],
+    tokenizer,
+    cache_dir: Path | None,
+    vocab_size: int,
+    resume_points: Mapping[str, ResumePoint] | None = None,
+) -> dict[int, Job]:
+    """Tokenise every job's data, or read it from the cache, and number the jobs in their order; returns number -> job.
+
+    `resume_points` are by name; a job without one starts at step 0. Raises UserError for data that cannot be used.
+    """
+    jobs = {}
+    for number, (c, data) in enumerate(zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True)):
         _check_visits(c, len(data.samples))
         steps = job_steps(len(data.samples), c.global_batch_size, c.num_epochs, c.max_steps, c.shuffle, c.seed)
-        jobs.append(TrainingJob(config=c, data=data, rows=JobRows(seed=c.seed, samples=data.samples, steps=steps)))
-    return tuple(jobs)
+        step_samples = JobSamples(seed=c.seed, samples=data.samples, steps=steps)
+        point = (resume_points or {}).get(c.name, ResumePoint())
+        jobs[number] = Job(number=number, config=c, data=data, step_samples=step_samples, resume_point=point)
+    return jobs
 
 
-def read_jobs_in_turn(configs: Sequence[JobConfig], model_dir: Path, vocab_size: int, host: dist.ProcessGroup) -> tuple[TrainingJob, ...]:
-    """Read the jobs' data on every rank, the first before the others, so that they find it in the cache; `host` is a group of all."""
+def read_jobs_in_turn(
+    configs: Sequence[JobConfig],
+    model_dir: Path,
+    vocab_size: int,
+    host_group: dist.ProcessGroup,
+    resume_points: Mapping[str, ResumePoint] | None = None,
+) -> dict[int, Job]:
+    """Read the jobs' data on every rank, the first before the others, which then find the tokens in the cache.
+
+    With `resume_points`, only jobs that are named there.
+    """
+    configs = [c for c in configs if resume_points is None or c.name in resume_points]
     tokenizer = tokenizer_for(configs, model_dir)
-    jobs = None
-    for turn in (True, False):
-        if (dist.get_rank() == 0) == turn:
-            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size)
-        dist.barrier(group=host)
-    assert jobs is not None
+    jobs = {}
+    for first_rank_reads in (True, False):
+        if (dist.get_rank() == 0) == first_rank_reads:
+            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size, resume_points)
+        dist.barrier(group=host_group)
     return jobs
 
 
 def _check_visits(job: JobConfig, num_samples: int) -> None:
-    """Refuse a job that is longer than its steps can be laid out."""
+    """Raise UserError for a job with more steps than memory can list."""
     if job.max_steps is None:
         key, each = "num_epochs", num_samples
     else:

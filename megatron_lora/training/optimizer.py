@@ -1,9 +1,10 @@
-"""One job's AdamW: schedule, clipping by the verdict, update of fp32 masters (fused_ops.adamw has the formulas).
+"""One job's AdamW: schedule, clipping, update of fp32 master weights (fused_ops.adamw has the formulas).
 
     clip = min(1, max_norm / (norm + 1e-6))       norm over all of the adapter's parameters, on all stages and tensor ranks
 
-A step whose norm is not finite changes neither weights nor moments nor Adam's count; the schedule goes on. After three such steps in
-a row the job has failed and takes no further step. All of this is decided on the device: nobody waits for a norm.
+A step whose norm is not finite is skipped: weights, moments and Adam's step count stay as they are,
+and the learning-rate schedule continues. After three skipped steps in a row the job has failed, and
+all its later steps are skipped too. The device decides all of this, so the host never waits for a norm.
 """
 
 from __future__ import annotations
@@ -58,36 +59,39 @@ def learning_rate_at(settings: OptimizerSettings) -> Callable[[int], float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageGroups:
-    """The ranks that hold parts of the same stage; a group is None where it would be this rank alone."""
+    """The process groups of the ranks that hold the same stage; None where a group would have one rank."""
 
-    tensor: dist.ProcessGroup | None = None  # tensor ranks of this replica: shards
-    data: dist.ProcessGroup | None = None  # this tensor rank in all replicas
-    both: dist.ProcessGroup | None = None  # all of them
+    tensor: dist.ProcessGroup | None = None  # the tensor ranks of this replica
+    data: dist.ProcessGroup | None = None  # the ranks with this tensor rank, one of each replica
+    both: dist.ProcessGroup | None = None  # all tensor ranks of all replicas
 
 
 class JobOptimizer:
-    """AdamW over one job's factors on this rank."""
+    """AdamW over one job's factors (its A and B matrices, or their shards) on this rank."""
 
-    def __init__(self, arena: Arena, slot: int, settings: OptimizerSettings, groups: StageGroups | None = None):
-        """Bind a job's slot of the arena."""
-        self.arena, self.settings, self.groups = arena, settings, groups or StageGroups()
+    def __init__(self, arena: Arena, adapter_row: int, settings: OptimizerSettings, groups: StageGroups | None = None):
+        """Make the optimizer of the adapter in `adapter_row` of the arena."""
+        self.arena = arena
+        self.settings = settings
+        self.groups = groups or StageGroups()
         self.learning_rate = learning_rate_at(settings)
-        self.factors: list[Factor] = arena.factors[slot]
+        self.factors: list[Factor] = arena.factors[adapter_row]
         device = arena.grad.device
         self.num_updates = torch.zeros((), dtype=torch.float64, device=device)  # Adam's t: steps that were applied
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         ranges = [(factor.start, factor.length, 0) for factor in self.factors]
-        cut = make_chunks(ranges) if device.type == "cuda" else torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
-        self.chunks = cut.to(device)
+        chunks = make_chunks(ranges) if device.type == "cuda" else torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
+        self.chunks = chunks.to(device)
         self.replicated = [arena.view(f, arena.grad) for f in self.factors if not f.sharded]
         self.sharded = [arena.view(f, arena.grad) for f in self.factors if f.sharded]
         self.loss = torch.zeros((), device=device)
         self.sums: list[tuple[list[Tensor], Tensor, dist.Work]] = []
 
     def start_reduction(self, loss: Tensor) -> None:
-        """Begin to sum what several ranks hold parts of: the step's gradients are complete on this rank, as is its `loss`, fp32 [].
+        """Start the all-reduces of the step's gradients and of its `loss`, fp32 [], both complete on this rank.
 
-        Replicated factors are summed over tensor ranks and replicas, sharded ones and the loss over replicas.
+        Gradients of replicated factors are summed over tensor ranks and replicas; those of sharded factors,
+        and the loss, over replicas.
         """
         self.loss = loss
         for tensors, group in ((self.replicated, self.groups.both), ([*self.sharded, self.loss], self.groups.data)):
@@ -98,7 +102,10 @@ class JobOptimizer:
                 self.sums.append((tensors, flat, work))
 
     def finish_reduction(self) -> tuple[Tensor, Tensor]:
-        """End the sums; return the stage's part of the squared gradient norm (each parameter counts once) and the loss, fp32 []."""
+        """Wait for the all-reduces; return the stage's squared gradient norm and the loss, fp32 [].
+
+        Each parameter counts once in the norm, whether it is sharded or replicated.
+        """
         for tensors, flat, work in self.sums:
             work.wait()
             parts = flat.split([tensor.numel() for tensor in tensors])
@@ -111,7 +118,7 @@ class JobOptimizer:
         return total, self.loss
 
     def step(self, step: int, square_norm: Tensor) -> None:
-        """Apply one step (from 0) with the verdict's squared norm, fp32 [], then clear the gradients."""
+        """Take or skip one step (from 0) by the verdict `square_norm`, fp32 [], then zero the gradients."""
         finite = torch.isfinite(square_norm)
         alive = self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW
         self.skipped_in_a_row.copy_(torch.where(finite & alive, 0, self.skipped_in_a_row + 1))
@@ -135,21 +142,24 @@ class JobOptimizer:
         return torch.stack(row).float()
 
     def restore(self, num_updates: int, skipped_in_a_row: int) -> None:
-        """Go on from these counts; weights and moments are the arena's."""
+        """Resume with these counts; weights and moments are restored in the arena."""
         self.num_updates.fill_(num_updates)
         self.skipped_in_a_row.fill_(skipped_in_a_row)
 
     @property
     def failed(self) -> Tensor:
-        """Whether the job has given up, bool [] on the device."""
+        """Whether the job has failed, bool [] on the device."""
         return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def has_failed(self) -> bool:
-        """Say whether the job has given up; waits for the device."""
+        """Return whether the job has failed; waits for the device."""
         return bool(self.failed)
 
     def unmoved(self) -> list[str]:
-        """Return the paths of modules whose B has had no gradient in any applied step; waits for the device."""
+        """Return the paths of modules whose B had a zero gradient in all steps so far.
+
+        Waits for the device.
+        """
         factors = [f for f in self.factors if f.kind == "B"]
         moved = [self.arena.view(f, self.arena.exp_avg).any() for f in factors]
         return [f.path for f, has_moved in zip(factors, torch.stack(moved).tolist() if moved else (), strict=True) if not has_moved]

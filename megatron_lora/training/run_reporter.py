@@ -1,8 +1,9 @@
-"""The first rank's reporter: reports go to the observers, states of jobs to status.json.
+"""The first rank's reporter: step reports go to the observers (terminal, files, trackers), job states to status.json.
 
-Numbers arrive after the fact (step_reporter.py) and adapters are written beside the run (snapshots.py); here both become what people see:
-a job runs from its first report on, has failed after three skipped steps in a row, and is done once its adapter is written. What was
-planned of a job before it failed still runs, but its optimizer takes no step there and nothing is reported.
+Steps' numbers reach the host some time after the step (step_reporter.py), and a thread writes the
+adapters (snapshots.py). A job's state follows from both: it is "running" from its first report on,
+"failed" after three skipped steps in a row, and "done" once its adapter is written. Steps of a failed
+job that are already planned still run, but its optimizer skips them and they are not reported.
 """
 
 from __future__ import annotations
@@ -12,39 +13,40 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_lora.config.schema import RunConfig
+from megatron_lora.output.job_states import OVER, after
 from megatron_lora.output.metrics import JobSummary, Observer, StepReport
 from megatron_lora.output.observers import make_observers
 from megatron_lora.output.run_directory import RunDirectory
-from megatron_lora.output.standing import Standing
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import TrainingJob
+from megatron_lora.training.jobs import Job, Jobs
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, learning_rate_at
 from megatron_lora.training.step_reporter import StepReporter
 
-Written = queue.SimpleQueue[tuple[int, int]]  # (job, steps taken) of what is on the disk
+Written = queue.SimpleQueue[tuple[int, int]]  # (job, steps taken) of each saved job whose files are on disk
 
 
 class RunReporter:
-    """Everything that only the first rank tells. A context manager: observers are closed whatever happens."""
+    """Everything that the first rank reports.
 
-    def __init__(self, config: RunConfig, jobs: Sequence[TrainingJob], leave: Callable[[int], None], standings: Sequence[Standing] = ()):
-        """Take up the run's directory, which exists, and start the observers; `leave(job)` ends a failed job's part of the plan.
+    A context manager, which closes the observers also after an exception.
+    """
 
-        `standings`: where each job goes on; by itself each begins.
+    def __init__(self, config: RunConfig, jobs: Jobs, remove: Callable[[int], None]):
+        """Join the run's directory, which must exist, and start the observers.
+
+        `remove(job number)` removes a failed job from the windows still to be planned.
         """
-        self.jobs, self.leave = jobs, leave
-        standings = standings or [Standing()] * len(jobs)
-        for job, standing in zip(jobs, standings, strict=True):
-            goes_on = f", goes on after step {standing.step}" if standing.step else ""
-            print(f"{job.config.name}: {job.data.describe()}; {job.num_steps} steps{goes_on}", flush=True)
+        self.jobs = jobs
+        self.remove = remove
+        for job in jobs.values():
+            resumes = f", resumes after step {job.resume_point.step}" if job.resume_point.step else ""
+            print(f"{job.name}: {job.data.describe()}; {job.num_steps} steps{resumes}", flush=True)
             _warn_of_no_learning(job)
         self.directory = RunDirectory.join(config)
-        summaries = [JobSummary(job.config.name, job.num_steps, standing.step) for job, standing in zip(jobs, standings, strict=True)]
+        summaries = [JobSummary(job.name, job.num_steps, job.resume_point.step) for job in jobs.values()]
         self.observers: Sequence[Observer] = make_observers(config.output_dir, summaries)
-        self.steps = StepReporter(jobs, self._report, [standing.step for standing in standings])
+        self.steps = StepReporter(jobs, self._report)
         self.on_forward = self.steps.on_forward
-        self.skipped_in_a_row = [standing.state.skipped_in_a_row if standing.state else 0 for standing in standings]
-        self.states = ["queued"] * len(jobs)
 
     def __enter__(self) -> RunReporter:
         return self
@@ -55,54 +57,58 @@ class RunReporter:
         self.directory.close()
 
     def on_step(self, done: StepDone, written: Written, *, wait: bool = False) -> None:
-        """Note a step that was taken, and the adapters that were written meanwhile; with `wait` its report is given out at once."""
+        """Queue the report of a step, and update the states of jobs whose adapters were `written`.
+
+        With `wait` the step is reported before this returns.
+        """
         self.steps.on_step(done)
         if wait:
             self.flush()
-        self._note(written)
+        self._update_states(written)
 
     def flush(self) -> None:
-        """Give out the reports of all steps so far."""
+        """Report all steps so far; waits for the device."""
         self.steps.flush(wait=True)
 
     def finish(self, written: Written, *, stopped: bool) -> None:
-        """Give out the last reports and states; where the run was `stopped`, jobs that are not over are paused."""
+        """Report the last steps and states; if the run was `stopped`, unfinished jobs become "paused"."""
         self.flush()
-        self._note(written)
-        for job, state in enumerate(self.states):
-            if stopped and state in ("queued", "running"):
-                self._set_state(job, "paused", "the run was stopped; the same command takes it up again")
+        self._update_states(written)
+        for job in self.jobs.values():
+            if stopped and job.state not in OVER:
+                self._set_state(job, "paused", "the run was stopped; the same command resumes it")
 
-    def _note(self, written: Written) -> None:
+    def _update_states(self, written: Written) -> None:
         while not written.empty():
-            job, step = written.get()
-            if step == self.jobs[job].num_steps:
+            number, step = written.get()
+            job = self.jobs[number]
+            if step == job.num_steps:
                 self._set_state(job, "done", "")
 
-    def _report(self, job: int, report: StepReport) -> None:
-        if self.states[job] == "failed":
+    def _report(self, number: int, report: StepReport) -> None:
+        job = self.jobs[number]
+        if job.state == "failed":
             return
-        if self.states[job] == "queued":
+        if job.state == "queued":
             self._set_state(job, "running", "")
         for observer in self.observers:
             observer.on_step(report)
-        self.skipped_in_a_row[job] = self.skipped_in_a_row[job] + 1 if report.skipped else 0
-        if self.skipped_in_a_row[job] == MAX_SKIPPED_IN_A_ROW:
+        job.skipped_in_a_row = job.skipped_in_a_row + 1 if report.skipped else 0
+        if job.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             reason = f"the gradient norm was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step {report.step}"
             self._set_state(job, "failed", reason)
-            self.leave(job)
+            self.remove(number)
 
-    def _set_state(self, job: int, state: str, reason: str) -> None:
-        name = self.jobs[job].config.name
-        self.states[job] = state
-        self.directory.set_job(name, state, reason)
+    def _set_state(self, job: Job, state: str, reason: str) -> None:
+        job.state = after(job.state, state)
+        self.directory.set_job(job.name, state, reason)
         for observer in self.observers:
-            observer.on_status(name, state, reason)
+            observer.on_status(job.name, state, reason)
 
 
-def _warn_of_no_learning(job: TrainingJob) -> None:
-    """Say so when a job's learning rate is 0 in all of its steps: its adapter would be written as it began."""
-    rate, name = learning_rate_at(job.optimizer()), job.config.name
+def _warn_of_no_learning(job: Job) -> None:
+    """Warn of a learning rate that is 0 in all of a job's steps: its adapter would never change."""
+    rate, name = learning_rate_at(job.optimizer_settings()), job.name
     if any(rate(step) > 0 for step in range(job.num_steps)):
         return
     key, cure = ("warmup_ratio", "use 0, or more steps") if job.config.learning_rate > 0 else ("learning_rate", "use a number above 0")

@@ -1,12 +1,13 @@
-"""How a job's state goes to disk and comes back: when snapshots are taken, what the first rank writes of them, how a job begins.
+"""How a job's state is saved and restored: when snapshots are taken, what the first rank writes, how a job starts or resumes.
 
-A job's PEFT directory is `jobs/<name>/` itself. Every `save_steps` steps, and where a run is stopped, a checkpoint (checkpoint.py) is
-written inside it, and the PEFT directory is brought up to the same step.
+A job's PEFT directory is `jobs/<name>/` itself. Every `save_steps` steps, and when a run is stopped, a
+checkpoint (checkpoint.py) is written inside it, and the adapter in the PEFT directory is replaced by
+that of the same step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lora.config.schema import JobConfig, RunConfig
@@ -16,74 +17,71 @@ from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, w
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.output.checkpoint import read_checkpoint, write_checkpoint
 from megatron_lora.output.metrics import metrics_file
-from megatron_lora.output.standing import Standing, State
+from megatron_lora.output.standing import CheckpointState
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import TrainingJob
-from megatron_lora.training.optimizer import JobOptimizer
+from megatron_lora.training.jobs import Job, Jobs
+from megatron_lora.training.optimizer import JobOptimizer, StageGroups
 from megatron_lora.training.snapshots import Snapshot, SnapshotCollector, Weights
 
 
 class Saver:
-    """Decides on every rank alike which jobs are saved after a step, and at the end of a run that was stopped."""
+    """Decides which jobs are saved after a step, and at the end of a run that was stopped: the same on every rank."""
 
     def __init__(
-        self, jobs: Sequence[TrainingJob], optimizers: Sequence[JobOptimizer], standings: Sequence[Standing], collector: SnapshotCollector
+        self,
+        jobs: Jobs,
+        collector: SnapshotCollector,
     ) -> None:
-        self.jobs, self.optimizers, self.collector = jobs, optimizers, collector
-        self.taken = [standing.step for standing in standings]
-        self.saved = list(self.taken)  # steps that are on the disk, or on their way
+        self.jobs = jobs
+        self.collector = collector
 
     def checkpoints(self, done: StepDone) -> bool:
-        """Say whether a step is followed by a checkpoint: its job has taken as many more as its `save_steps`, and is not finished."""
+        """Return whether a checkpoint follows this step: every `save_steps` steps of the job, but not after its last one."""
         job, taken = self.jobs[done.job], done.step + 1
         every = job.config.save_steps
         return bool(every and taken % every == 0 and taken < job.num_steps)
 
     def on_step(self, done: StepDone) -> None:
-        """Note a step that was taken; save a job that it has finished, or that is due for a checkpoint."""
-        self.taken[done.job] = done.step + 1
-        if self.checkpoints(done) or self.taken[done.job] == self.jobs[done.job].num_steps:
-            self._save(done.job)
+        """Count a step; save its job if the step was its last one or a checkpoint is due."""
+        job = self.jobs[done.job]
+        job.steps_taken = done.step + 1
+        if self.checkpoints(done) or job.steps_taken == job.num_steps:
+            self._save(job)
 
     def save_unfinished(self) -> bool:
-        """Save every job that has steps left and has taken some since it was saved; return whether any has steps left to take.
+        """Save every unfinished job that has taken steps since its last snapshot; return whether any job is unfinished.
 
-        A job that has failed has none. Waits for the device.
+        A job is unfinished when it has steps to take and has not failed. Waits for the device.
         """
-        unfinished = [
-            slot
-            for slot, (job, optimizer) in enumerate(zip(self.jobs, self.optimizers, strict=True))
-            if self.taken[slot] < job.num_steps and not optimizer.has_failed()
-        ]
-        for slot in unfinished:
-            if self.taken[slot] > self.saved[slot]:
-                self._save(slot)
-                self.collector.wait()  # one job's state at a time
+        unfinished = [job for job in self.jobs.values() if job.steps_taken < job.num_steps and not job.optimizer.has_failed()]
+        for job in unfinished:
+            if job.steps_taken > job.steps_saved:
+                self._save(job)
+                self.collector.wait()  # so that only one job's state is in host memory at a time
         return bool(unfinished)
 
-    def _save(self, slot: int) -> None:
-        step = self.taken[slot]
-        self.collector.submit(slot, step, self.optimizers[slot], moments=step < self.jobs[slot].num_steps)
-        self.saved[slot] = step
+    def _save(self, job: Job) -> None:
+        self.collector.submit(job, moments=job.steps_taken < job.num_steps)
+        job.steps_saved = job.steps_taken
 
 
-def writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[Snapshot], None]:
-    """Return what writes a snapshot: the job's PEFT directory, and before it a checkpoint where the job has steps left."""
+def writer(config: RunConfig, jobs: Jobs) -> Callable[[Snapshot], None]:
+    """Return the function that writes a snapshot: first a checkpoint, if the job has steps remaining, then its PEFT directory."""
     digests: dict[int, str] = {}
 
     def write(snapshot: Snapshot) -> None:
-        job = jobs[snapshot.slot]
+        job = jobs[snapshot.job]
         adapter = adapter_of(job.config, snapshot.weights)
         directory = Path(config.output_dir) / "jobs" / job.config.name
         if snapshot.moments:
-            if snapshot.slot not in digests:
-                digests[snapshot.slot] = digest_of(job.data.samples)
-            state = State(
+            if snapshot.job not in digests:
+                digests[snapshot.job] = digest_of(job.data.samples)
+            state = CheckpointState(
                 step=snapshot.step,
                 num_steps=job.num_steps,
                 num_updates=snapshot.num_updates,
                 skipped_in_a_row=snapshot.skipped_in_a_row,
-                samples=digests[snapshot.slot],
+                samples=digests[snapshot.job],
             )
             sync(metrics_file(config.output_dir, job.config.name))
             write_checkpoint(directory, adapter, config.base_model, snapshot.moments, state)
@@ -93,7 +91,7 @@ def writer(config: RunConfig, jobs: Sequence[TrainingJob]) -> Callable[[Snapshot
 
 
 def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
-    """Return a job's adapter as a PEFT directory holds it."""
+    """Return a job's adapter in PEFT's format."""
     return AdapterFile(
         r=job.r,
         lora_alpha=job.lora_alpha,
@@ -104,15 +102,22 @@ def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
     )
 
 
-def begin_job(arena: Arena, slot: int, job: TrainingJob, standing: Standing, optimizer: JobOptimizer) -> None:
-    """Give a job its weights: of its checkpoint, with Adam's moments and counts, or of `init_adapter`, or PEFT's initial ones."""
-    if standing.checkpoint is not None and standing.state is not None:
-        weights, moments = read_checkpoint(standing.checkpoint)
-        arena.load(slot, weights)
+def start_job(job: Job, arena: Arena, adapter_row: int, groups: StageGroups) -> None:
+    """Make a job resident: give it a row of the arena that holds its adapter, load its weights there, make its optimizer.
+
+    They come from the job's checkpoint, with Adam's moments and step counts; without one from
+    `init_adapter`; without that they are PEFT's initial values.
+    """
+    job.adapter_row = adapter_row
+    job.resident_optimizer = JobOptimizer(arena, adapter_row, job.optimizer_settings(), groups)
+    point = job.resume_point
+    if point.checkpoint is not None and point.state is not None:
+        weights, moments = read_checkpoint(point.checkpoint)
+        arena.load(adapter_row, weights)
         for moment, buffer in zip(moments, (arena.exp_avg, arena.exp_avg_sq), strict=True):
-            arena.fill(slot, moment, buffer)
-        optimizer.restore(standing.state.num_updates, standing.state.skipped_in_a_row)
+            arena.fill(adapter_row, moment, buffer)
+        job.optimizer.restore(point.state.num_updates, point.state.skipped_in_a_row)
     elif job.config.init_adapter is not None:
-        arena.load(slot, read_adapter(job.config.init_adapter).weights)
+        arena.load(adapter_row, read_adapter(job.config.init_adapter).weights)
     else:
-        arena.initialise(slot, job.rows.seed)
+        arena.initialise(adapter_row, job.step_samples.seed)

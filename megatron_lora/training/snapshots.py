@@ -1,9 +1,10 @@
-"""Collects the states of jobs from all ranks on the first one, beside the running pipeline: finished adapters, and what a checkpoint needs.
+"""Collects snapshots of jobs from all ranks on the first one while the pipeline runs: finished adapters and checkpoints.
 
-A job's STEP comes at different times on different stages, so nobody may wait inside it. Each rank copies its factors (of a checkpoint
-also Adam's two moments) to host memory and hands them to a thread with a gloo group of its own; the first rank's thread receives the
-parts of all ranks, joins the shards (A over K for row-parallel linears, B over N for column-parallel ones) and calls `write`. All
-ranks take the same steps in the same order, so the messages match without names.
+Stages take a job's step at different times, so no rank may wait for another while it takes one. Each
+rank copies the job's factors (for a checkpoint also Adam's two moments) to host memory and queues them
+for a thread, which sends them over gloo. The first rank's thread receives the parts of all ranks, joins
+the shards (A along K for row-parallel linears, B along N for column-parallel ones) and calls `write`.
+All ranks take the same steps in the same order, so messages match by their order.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.model.adapter_arena import Arena, Factor
-from megatron_lora.training.optimizer import JobOptimizer
+from megatron_lora.training.jobs import Job
 
-Weights = dict[str, tuple[Tensor, Tensor]]  # path -> (A [r, K], B [N, r]), fp32, whole
+Weights = dict[str, tuple[Tensor, Tensor]]  # path -> (A [r, K], B [N, r]), fp32, all shards joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A job between two steps. `moments` are Adam's two, shaped as the weights; none for a finished job, which needs its weights alone."""
+    """A job's state between two steps.
 
-    slot: int
-    step: int  # steps that it has taken
+    `moments` are Adam's two, shaped as the weights; empty for a finished job, of which only the weights are saved.
+    """
+
+    job: int
+    step: int  # steps taken
     weights: Weights
     moments: tuple[Weights, ...]
     num_updates: int
@@ -37,9 +41,13 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one rank holds of a snapshot, on its way to the host: `values` is one buffer after another, then three numbers."""
+    """One rank's part of a snapshot: `values` is `num_buffers` buffers one after another, then three numbers.
 
-    slot: int
+    On a GPU the copy to the host is complete once the event `copied` is.
+    """
+
+    job: int
+    adapter_row: int
     step: int
     num_buffers: int
     values: Tensor
@@ -50,30 +58,36 @@ class SnapshotCollector:
     """Sends this rank's parts of snapshots to the first rank, which writes them."""
 
     def __init__(self, arena: Arena, write: Callable[[Snapshot], None], group: dist.ProcessGroup):
-        """Begin on every rank at once; `group` is a gloo group of all ranks that nobody else uses meanwhile.
+        """Start the thread; collective: every rank calls this.
 
-        `write(snapshot)` is called in the first rank's thread.
+        `group` is a gloo group of all ranks that nothing else uses until `finish`. The first rank's thread
+        calls `write(snapshot)`.
         """
-        self.arena, self.write, self.group = arena, write, group
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.arena = arena
+        self.write = write
+        self.group = group
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
         factors: list = [None] * self.world_size
         dist.all_gather_object(factors, arena.factors, group=self.group)
         self.factors_of_rank: Sequence[Sequence[Sequence[Factor]]] = factors
-        self.written: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (slot, steps taken) whose files are there
+        self.written: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (job, steps taken) whose files are on disk
         self.failure: BaseException | None = None
         self.waiting: queue.SimpleQueue[_Part | threading.Event | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="snapshot-collector", daemon=True)
         self.thread.start()
 
-    def submit(self, slot: int, step: int, optimizer: JobOptimizer, *, moments: bool) -> None:
-        """Hand over a job as it is now, with `step` steps taken; waits for nothing. A job that has failed is not written.
+    def submit(self, job: Job, *, moments: bool) -> None:
+        """Queue a snapshot of a job as it is now and return at once. A failed job is not written.
 
-        Raises what a previous collection raised.
+        Raises what an earlier collection has raised.
         """
         self._raise_failure()
+        optimizer = job.optimizer
         buffers = (self.arena.master, *((self.arena.exp_avg, self.arena.exp_avg_sq) if moments else ()))
         numbers = torch.stack([optimizer.failed.double(), optimizer.num_updates, optimizer.skipped_in_a_row.double()]).float()
-        pieces = [*(self.arena.view(factor, buffer).reshape(-1) for buffer in buffers for factor in self.arena.factors[slot]), numbers]
+        factors = self.arena.factors[job.adapter_row]
+        pieces = [*(self.arena.view(factor, buffer).reshape(-1) for buffer in buffers for factor in factors), numbers]
         lengths = [piece.numel() for piece in pieces]
         on_gpu = numbers.is_cuda
         values = torch.empty(sum(lengths), pin_memory=on_gpu)
@@ -83,10 +97,10 @@ class SnapshotCollector:
         if on_gpu:
             copied = torch.cuda.Event()
             copied.record()
-        self.waiting.put(_Part(slot, step, len(buffers), values, copied))
+        self.waiting.put(_Part(job.number, job.adapter_row, job.steps_taken, len(buffers), values, copied))
 
     def wait(self) -> None:
-        """Wait until what was submitted so far has left this rank (on the first rank: is written), so that it takes no memory."""
+        """Wait until all snapshots so far are sent (on the first rank: written) and their host memory is free."""
         passed = threading.Event()
         self.waiting.put(passed)
         while not passed.wait(0.2):
@@ -121,7 +135,7 @@ class SnapshotCollector:
         if self.rank != 0:
             dist.send(own, 0, group=self.group)
             return
-        factors = [ranks[part.slot] for ranks in self.factors_of_rank]
+        factors = [ranks[part.adapter_row] for ranks in self.factors_of_rank]
         flats = [own.view(part.num_buffers, -1)]
         for rank in range(1, self.world_size):
             flat = torch.empty(part.num_buffers, sum(factor.length for factor in factors[rank]))
@@ -129,7 +143,7 @@ class SnapshotCollector:
             flats.append(flat)
         weights, *moments = (join_shards(factors, [flat[buffer] for flat in flats]) for buffer in range(part.num_buffers))
         snapshot = Snapshot(
-            slot=part.slot,
+            job=part.job,
             step=part.step,
             weights=weights,
             moments=tuple(moments),
@@ -137,14 +151,14 @@ class SnapshotCollector:
             skipped_in_a_row=skipped_in_a_row,
         )
         self.write(snapshot)
-        self.written.put((part.slot, part.step))
+        self.written.put((part.job, part.step))
 
 
 def join_shards(factors_of_rank: Sequence[Sequence[Factor]], flats: Sequence[Tensor]) -> Weights:
-    """Join every rank's factors of one job, flattened one after another, into whole A and B by path."""
+    """Join one job's factors of all ranks; `flats` has each rank's factors, flattened one after another."""
     shards: dict[tuple[str, str], dict[int, Tensor]] = {}
     for factors, flat in zip(factors_of_rank, flats, strict=True):
         for factor, part in zip(factors, flat.split([factor.length for factor in factors]), strict=True):
             shards.setdefault((factor.path, factor.kind), {})[factor.first] = part.view(factor.r, factor.width)
-    whole = {key: torch.cat([by_first[first] for first in sorted(by_first)], dim=1) for key, by_first in shards.items()}
-    return {path: (whole[path, "A"], whole[path, "B"].t().contiguous()) for path, kind in whole if kind == "A"}
+    joined = {key: torch.cat([by_first[first] for first in sorted(by_first)], dim=1) for key, by_first in shards.items()}
+    return {path: (joined[path, "A"], joined[path, "B"].t().contiguous()) for path, kind in joined if kind == "A"}

@@ -1,7 +1,8 @@
-"""Turns the steps that the first stage takes into reports, without making the device wait.
+"""Turns the first stage's steps into reports, without waiting for the device.
 
-A step's loss and norm are still on their way when the step is taken: they are copied to the host behind the work that is queued, and
-reported once they have arrived (at once on CPU).
+When a step is taken on a GPU, its loss and norm are not computed yet: the host runs ahead of the
+device. Their copy to the host is queued behind that work, and the step is reported once the copy has
+arrived (on the CPU at once).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from megatron_lora.output.metrics import StepReport
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import TrainingJob
-from megatron_lora.training.optimizer import learning_rate_at
+from megatron_lora.training.jobs import Jobs
 from scheduling.types import Microbatch
 
 
@@ -34,23 +34,21 @@ class _Pending:
 class StepReporter:
     """Reports every job's steps in the order in which they are taken."""
 
-    def __init__(self, jobs: Sequence[TrainingJob], report: Callable[[int, StepReport], None], first_steps: Sequence[int] = ()):
-        """`report(job, step_report)` is called for each step once its numbers are known; jobs begin with `first_steps`, or with 0."""
-        self.jobs, self.report = jobs, report
-        self.started: dict[tuple[int, int], float] = {}
+    def __init__(self, jobs: Jobs, report: Callable[[int, StepReport], None]):
+        """Report each step by calling `report(job number, step_report)`."""
+        self.jobs = jobs
+        self.report = report
+        self.started: dict[tuple[int, int], float] = {}  # (job, step) -> time of its first forward
         self.pending: deque[_Pending] = deque()
-        self.learning_rates = [learning_rate_at(job.optimizer()) for job in jobs]
-        firsts = zip(jobs, first_steps or [0] * len(jobs), strict=True)
-        self.visited = [sum(len(job.rows.steps[step]) for step in range(first)) for job, first in firsts]  # samples of the steps so far
 
     def on_forward(self, microbatch: Microbatch) -> None:
-        """Note which steps begin with this microbatch."""
+        """Note the time at which steps begin: with the first microbatch that has a segment of theirs."""
         now = time.perf_counter()
         for segment in microbatch.segments:
             self.started.setdefault((segment.job, segment.step), now)
 
     def on_step(self, done: StepDone) -> None:
-        """Queue a step's report and give out those whose numbers have arrived."""
+        """Queue a step's report, and report all steps whose numbers have arrived."""
         seconds = time.perf_counter() - self.started.pop((done.job, done.step))
         values = torch.stack([done.square_norm, done.loss])
         ready = None
@@ -62,7 +60,7 @@ class StepReporter:
         self.flush(wait=False)
 
     def flush(self, *, wait: bool) -> None:
-        """Report what has arrived, or with `wait` everything."""
+        """Report the steps whose numbers have arrived; with `wait` all steps."""
         while self.pending:
             first = self.pending[0]
             if first.ready is not None:
@@ -76,18 +74,18 @@ class StepReporter:
     def _build(self, done: _Pending) -> StepReport:
         job = self.jobs[done.job]
         square_norm, loss = done.values.tolist()
-        lengths = [len(job.data.samples[index].tokens) for _, index in job.rows.steps[done.step]]
-        self.visited[done.job] += len(lengths)
+        steps = job.step_samples.steps
+        lengths = [len(job.data.samples[index].tokens) for _, index in steps[done.step]]
         return StepReport(
-            job=job.config.name,
+            job=job.name,
             step=done.step + 1,
             total_steps=job.num_steps,
-            epoch=self.visited[done.job] / len(job.data.samples),
+            epoch=(steps.num_visits(done.step) + len(lengths)) / len(job.data.samples),
             loss=loss,
-            learning_rate=self.learning_rates[done.job](done.step),
+            learning_rate=job.learning_rate(done.step),
             grad_norm=math.sqrt(square_norm) if square_norm >= 0 else math.nan,
             tokens=sum(lengths),
-            target_tokens=job.rows.num_targets(done.step),
+            target_tokens=job.step_samples.num_targets(done.step),
             samples=len(lengths),
             seconds=done.seconds,
             skipped=not math.isfinite(square_norm),

@@ -1,12 +1,13 @@
-"""Who may ask a rank to stop and save.
+"""Receives the signals that ask a rank to stop and save, or to end.
 
-The launcher passes SIGTERM, SIGUSR1 and Ctrl-C on to every rank as SIGTERM, and SLURM sends its own to every process of a step. torchrun
-also sends SIGTERM, to the ranks that are left when one has failed; those must end at once. What tells the two apart is the sender, which
-a thread learns that waits for the signal; all other threads leave it alone. Before the first slot there is nothing to save, and
-whoever asks ends the rank.
+The launcher forwards SIGTERM, SIGUSR1 and Ctrl-C to every rank as SIGTERM, and SLURM sends its signals
+to every process itself: these ask the rank to stop and save. torchrun also sends SIGTERM, to the
+remaining ranks when one has failed, and these must end at once. Only the sender tells the two apart.
+One thread waits for the signals with `sigwaitinfo`, which returns the sender; in all other threads the
+signals are blocked. Before the first slot there is nothing to save, and any request ends the rank.
 
     stop = StopRequest()
-    stop.listen()          # in a rank that launch.py has started, before any other thread is
+    stop.listen()          # in a rank that launch.py has started, before any other thread starts
 """
 
 import os
@@ -18,34 +19,38 @@ LISTENED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether this rank has been asked to stop and save."""
+    """Whether this rank has a request to stop and save, and whether the run has stopped for one."""
 
     def __init__(self):
-        self.asked = False
-        self.can_save = self.stopped = False  # set by whoever acts on it (agree_to_stop.py)
+        self.requested = False
+        self.can_save = False  # set by agree_to_stop.py: from the first slot on
+        self.stopped = False  # set by agree_to_stop.py: the ranks have agreed
         self._parent = os.getppid()
 
     def listen(self) -> None:
-        """Take the signals of this process from now on, before any thread is started; where there is no sigwaitinfo, they end it."""
+        """Handle this process's signals from now on; call it before any thread starts.
+
+        Where the platform has no sigwaitinfo, the signals end the process.
+        """
         if not hasattr(signal, "sigwaitinfo"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, LISTENED)  # which the agent has blocked
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, LISTENED)  # the process that started this one has blocked them
             return
         signal.pthread_sigmask(signal.SIG_BLOCK, LISTENED)
         threading.Thread(target=self._wait, name="stop-request", daemon=True).start()
 
     def _wait(self) -> None:
         while True:
-            self._take(signal.sigwaitinfo(LISTENED).si_pid)
+            self._handle(signal.sigwaitinfo(LISTENED).si_pid)
 
-    def _take(self, sender: int) -> None:
-        """Note that somebody asks; or end, where there is nothing to save, or the one who asks is torchrun (or its end)."""
+    def _handle(self, sender: int) -> None:
+        """Note the request, or end if there is nothing to save or the sender is torchrun (its death also sends a signal)."""
         if sender == self._parent or not self.can_save:
             _end()
-        self.asked = True
+        self.requested = True
 
 
 def _end() -> NoReturn:
-    """End this process as SIGTERM does, in the one thread that does not block it."""
+    """End this process as SIGTERM does, by unblocking the signal in this thread."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.kill(os.getpid(), signal.SIGTERM)
     raise AssertionError("SIGTERM ends a process")

@@ -1,7 +1,15 @@
-"""The story of a run, top to bottom: what every rank does between the config and the exit status.
+"""A run from top to bottom: what every rank does between the config and the exit status.
 
-The data and the adapters' first values are functions of the config alone, so each rank makes its own; the plan comes from the first
-rank, window after window. The first rank (first stage, first tensor rank) reports and writes.
+The data and the adapters' initial values depend on the config alone, so each rank makes its own.
+The plan comes from the first rank, window after window. The first rank (global rank 0, which
+belongs to the first stage) also reports to the user and writes all files.
+
+`jobs` maps numbers to the jobs that still have steps to take (jobs.Job: config, data, resume point,
+adapter row, optimizer, state). They are numbered from 0 in the order of the config. Plans and
+messages name a job by its number; its adapter row, where its adapter lies in the arena, is another
+number. Ranks exchange three kinds of data, each kind over groups of its own: activations and
+gradients between stages (messages.py), sums over the ranks of one stage (StageGroups), and data of
+the host, over gloo: the plan (plan_feed.py), stop requests and the rest (`host_group`).
 """
 
 from __future__ import annotations
@@ -16,15 +24,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_lora.config.schema import ParallelConfig, RunConfig
+from megatron_lora.config.resolved import ResolvedConfig
+from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.huggingface.architecture import Architecture, read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
-from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.stage import build_stage
+from megatron_lora.output import standing
+from megatron_lora.output.job_states import exit_status
 from megatron_lora.output.run_directory import RunDirectory, has_trained, job_states
-from megatron_lora.output.standing import Standing, standings
+from megatron_lora.output.standing import ResumePoint
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import Position, initialize_parallel, pipelines, position_of, rank_timeout, stage_groups
@@ -34,161 +44,171 @@ from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost
 from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
-from megatron_lora.training.assemble import choose_backends, compute_dtype, make_arena, make_executor
+from megatron_lora.training.assemble import DTYPES, choose_backends, make_arena, make_executor
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import TrainingJob, read_jobs_in_turn
-from megatron_lora.training.optimizer import JobOptimizer, StageGroups
+from megatron_lora.training.jobs import Job, read_jobs_in_turn
+from megatron_lora.training.optimizer import StageGroups
 from megatron_lora.training.run_reporter import RunReporter
-from megatron_lora.training.saving import Saver, begin_job, writer
+from megatron_lora.training.saving import Saver, start_job, writer
 from megatron_lora.training.snapshots import SnapshotCollector
 from megatron_lora.training.stop_request import StopRequest
 from megatron_lora.training.warm_up import warm_up
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths
 
-LONGEST_WINDOW = timedelta(days=7)  # a rank may wait for the next plan while the others train by the last
+LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
 
 
 def run(config: RunConfig, stop: StopRequest) -> int:
-    """Train the jobs of a config that are not over as one of its ranks; return the run's exit status.
+    """Train a config's remaining jobs, as one rank of the run; return the run's exit status.
 
-    0: all are done; 3: some have failed; 75: stopped, as asked, with every job's state saved. The output directory exists already. Raises
-    UserError for wrong input.
+    A job remains when it is neither done nor failed. Status 0: all jobs are done; 3: some have failed;
+    75: the run was stopped on request, and the state of every unfinished job is saved. The output
+    directory must exist. Raises UserError for wrong input.
     """
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
-    host = dist.new_group(backend="gloo", timeout=rank_timeout())
-    dtype = compute_dtype(config)
+    host_group = dist.new_group(backend="gloo", timeout=rank_timeout())
+    config = _recorded_config(config, host_group)
 
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
-    left = _left(config, host)
-    jobs = read_jobs_in_turn([job for job in config.jobs if job.name in left], model_dir, architecture.vocab_size, host)
-    begins = [left[job.config.name] for job in jobs]
-    share = target_share((job.rows.samples, job.rows.steps) for job in jobs)
-    config, cost = resolve_together(
-        config, architecture, [job.rows.lengths() for job in jobs], share, host, [job.config.name for job in jobs]
-    )
+    remaining = _remaining_jobs(config, host_group)
+    jobs = read_jobs_in_turn(config.jobs, model_dir, architecture.vocab_size, host_group, remaining)
+    share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
+    lengths = [job.step_samples.lengths() for job in jobs.values()]
+    config, slot_cost = resolve_together(config, architecture, lengths, share_of_targets, host_group, list(remaining))
     position = position_of(config.parallel)
-    feed = _plan(config, jobs, position, cost, [begin.step for begin in begins])
+    feed = _start_planning(config, lengths, position, slot_cost, [job.resume_point.step for job in jobs.values()])
 
     stage = build_stage(
         architecture,
         model_dir,
         config.parallel,
-        dtype=dtype,
+        dtype=DTYPES[config.precision],
         device=device,
         load_weights=config.load_weights,
         seed=config.seed,
         recompute=config.recompute,
         base_weights=config.base_weights,
-        backends=choose_backends(config, architecture, dtype, device),
+        backends=choose_backends(config, architecture, DTYPES[config.precision], device),
     )
-    arena = make_arena(stage, config.parallel, [job.adapter() for job in jobs])
-    optimizers = _begin(arena, jobs, begins, config.parallel)
+    arena = make_arena(stage, config.parallel, [job.adapter_spec() for job in jobs.values()])
+    groups = StageGroups(**stage_groups(config.parallel))
+    for row, job in enumerate(jobs.values()):
+        start_job(job, arena, row, groups)
 
-    with RunReporter(config, jobs, feed.leave, begins) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
-        collector = SnapshotCollector(arena, writer(config, jobs), host)
-        saver = Saver(jobs, optimizers, begins, collector)
-        unchecked = set(range(len(jobs)))  # jobs that have taken no step with a learning rate yet
+    with RunReporter(config, jobs, feed.remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
+        collector = SnapshotCollector(arena, writer(config, jobs), host_group)
+        saver = Saver(jobs, collector)
+        unchecked = set(jobs)  # numbers of the jobs whose first update (learning rate above 0, finite norm) is still to come
 
         def on_step(done: StepDone) -> None:
-            job, optimizer = jobs[done.job], optimizers[done.job]
-            if done.job in unchecked and optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
+            job = jobs[done.job]
+            # Reading the norm waits for the device, once per job.
+            if done.job in unchecked and job.optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
                 unchecked.remove(done.job)
-                _warn_of_unmoved(job, optimizer)
-            if reporter is not None:
-                reporter.on_step(done, collector.written, wait=saver.checkpoints(done))  # what a checkpoint holds has been told of
-            saver.on_step(done)
+                _warn_of_unmoved(job)
+            if reporter is not None:  # a step that a checkpoint follows is reported before the checkpoint is written
+                reporter.on_step(done, collector.written, wait=saver.checkpoints(done))
+            saver.on_step(done)  # saves the adapter after the job's last step
 
         if on_gpu:
-            warm_up(stage, arena, int(config.microbatch_tokens), config.parallel.tensor if config.parallel.sequence else 1)
+            warm_up(stage, arena, config.microbatch_tokens, config.parallel.row_multiple)
         timeline = Timeline(device)
-        layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=dtype)
+        layout = MessageLayout(max_endings=len(jobs), hidden_size=architecture.hidden_size, dtype=stage.dtype)
         executor = make_executor(
             stage,
             config.parallel,
             connect(pipelines(config.parallel), layout, device),
             layout,
-            rows=[job.rows for job in jobs],
-            optimizers=optimizers,
+            jobs=jobs,
             on_step=on_step,
             on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
             timeline=timeline,
         )
-        agreement = dist.new_group(backend="gloo", timeout=rank_timeout())
-        executor.run(until_stopped(feed, stop, agreement, position.num_stages, position.lag))
+        stop_group = dist.new_group(backend="gloo", timeout=rank_timeout())
+        executor.run(until_stopped(feed, stop, stop_group, position.num_stages, position.lag))
         feed.close()
         if reporter is not None:
             reporter.flush()
-        stopped = stop.stopped and saver.save_unfinished()
+        stopped = stop.stopped and saver.save_unfinished()  # False if the stop came when all jobs were finished
         collector.finish()
         if reporter is not None:
             reporter.finish(collector.written, stopped=stopped)
-    _save_timeline(config, timeline, position, host)
-    if stopped:
-        return 75
-    return 3 if any(optimizer.has_failed() for optimizer in optimizers) else 0
+    _save_timeline(config, timeline, position, host_group)
+    return exit_status(job.outcome() for job in jobs.values())
 
 
-def _left(config: RunConfig, host: dist.ProcessGroup) -> dict[str, Standing]:
-    """Return the jobs that are not over and where each goes on, as the first rank finds them in the output directory."""
-    found: list = [standings(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
-    dist.broadcast_object_list(found, 0, group=host)
+def _recorded_config(config: RunConfig, host_group: dist.ProcessGroup) -> RunConfig:
+    """Return the config that was checked and written into the output directory, as the first rank reads it there.
+
+    Other ranks may lie on machines whose copy of the user's file is another.
+    """
+    recorded: list = [load_config(Path(config.output_dir) / "config.yaml")] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(recorded, 0, group=host_group)
+    assert recorded[0].parallel.world_size == config.parallel.world_size
+    return recorded[0]
+
+
+def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[str, ResumePoint]:
+    """Return name -> where the job resumes (its newest checkpoint, or its start) of the jobs that remain.
+
+    The first rank reads this from the output directory and sends it to the others.
+    """
+    found: list = [standing.resume_points(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(found, 0, group=host_group)
     return found[0]
 
 
-def _plan(config: RunConfig, jobs: Sequence[TrainingJob], position: Position, cost: SlotCost, first_steps: Sequence[int]) -> PlanFeed:
-    """Start to plan what is left of the jobs; the first windows are ready when the model is."""
+def _start_planning(
+    config: ResolvedConfig, lengths: Lengths, position: Position, slot_cost: SlotCost, first_steps: Sequence[int]
+) -> PlanFeed:
+    """Start to plan the jobs' steps from `first_steps` on, in the background, while the model is built."""
     parallel = config.parallel
     settings = PlanSettings(
         num_stages=parallel.pipeline,
         num_replicas=parallel.data,
-        capacity=int(config.microbatch_tokens),
+        capacity=config.microbatch_tokens,
         delay=position.delay,
-        cost=cost,
+        cost=slot_cost,
     )
-    replica = dist.get_rank() // parallel.tensor % parallel.data
+    replica = parallel.replica_of(dist.get_rank())
     group = dist.new_group(backend="gloo", timeout=LONGEST_WINDOW)
-    return PlanFeed([job.rows.lengths() for job in jobs], settings, replica, Path(config.output_dir) / "plan", group, first_steps)
+    return PlanFeed(lengths, settings, replica, Path(config.output_dir) / "plan", group, first_steps)
 
 
-def _begin(arena: Arena, jobs: Sequence[TrainingJob], begins: Sequence[Standing], parallel: ParallelConfig) -> list[JobOptimizer]:
-    """Set each job's adapter and optimizer to where the job stands; returns the optimizers."""
-    groups = StageGroups(**stage_groups(parallel))
-    optimizers = [JobOptimizer(arena, row, job.optimizer(), groups) for row, job in enumerate(jobs)]
-    for row, (job, standing) in enumerate(zip(jobs, begins, strict=True)):
-        begin_job(arena, row, job, standing, optimizers[row])
-    return optimizers
-
-
-def _warn_of_unmoved(job: TrainingJob, optimizer: JobOptimizer) -> None:
-    """Say which B a job's first step has left where it was: its adapter would not train there."""
-    unmoved = optimizer.unmoved()
+def _warn_of_unmoved(job: Job) -> None:
+    """Warn of modules whose B is still zero after the job's first update: no gradient reaches them."""
+    unmoved = job.optimizer.unmoved()
     if unmoved:
         names = f"{', '.join(unmoved[:3])}{f' and {len(unmoved) - 3} more' if len(unmoved) > 3 else ''}"
-        print(f"megatron-lora: warning: job {job.config.name}: B has not moved in its first step: {names}", file=sys.stderr)
+        print(f"megatron-lora: warning: job {job.name}: B has not moved in its first step: {names}", file=sys.stderr)
 
 
-def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, host: dist.ProcessGroup) -> None:
-    """Collect the spans of all ranks and write them as one trace."""
+def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, host_group: dist.ProcessGroup) -> None:
+    """Collect the timed spans of all ranks on the first one, which writes them as one trace."""
     rank = dist.get_rank()
     events: list | None = [None] * dist.get_world_size() if rank == 0 else None
-    dist.gather_object(timeline.events(rank, position.stage), events, group=host)
+    dist.gather_object(timeline.events(rank, position.stage), events, group=host_group)
     if events is not None:
         write_timeline(Path(config.output_dir) / "timeline.json", events)
 
 
 def resolve_together(
-    config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host, names: Sequence[str]
-) -> tuple[RunConfig, SlotCost]:
-    """Settle a run's config, and the planner's weights, on the first rank for all of them; it tells and records what was chosen.
+    config: RunConfig,
+    architecture: Architecture,
+    lengths: Lengths,
+    target_share: float,
+    host_group: dist.ProcessGroup,
+    names: Sequence[str],
+) -> tuple[ResolvedConfig, SlotCost]:
+    """Return the resolved config and the planner's cost model; the first rank makes both for all ranks.
 
-    `host` is a gloo group of all ranks; `names` are those of the jobs that are left, whose `lengths` these are. Other ranks of a run may
-    have other memory: the first rank's decides.
+    It also prints and records what was chosen. Its own device's memory decides, also where other ranks
+    have more or less. `host_group` is a gloo group of all ranks; `lengths` and `target_share` are as in
+    planning.resolve; `names` are those of the jobs that remain.
     """
-    import torch.distributed as dist
-
     chosen: list = [None, None]
     if dist.get_rank() == 0:
         device, path = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size))), Path(config.output_dir)
@@ -196,11 +216,11 @@ def resolve_together(
         device = calibrated(device, table)
         resolved = resolve(config, architecture, lengths, device, target_share)
         with RunDirectory.join(config) as directory:
-            directory.resolve(resolved, predicted_cost(resolved, architecture, device, target_share, table, names))
+            directory.write_resolved(resolved, predicted_cost(resolved, architecture, device, target_share, table, names))
         if table is not None:
             print(f"costs are by {table.describe()}", flush=True)
         for line in [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]:
             print(line, flush=True)
         chosen = [resolved, planner_cost(resolved, architecture, device, target_share)]
-    dist.broadcast_object_list(chosen, 0, group=host)
+    dist.broadcast_object_list(chosen, 0, group=host_group)
     return chosen[0], chosen[1]

@@ -1,14 +1,15 @@
-"""One forward and backward of every size class before the first message: all kernels compiled, their memory asked for, no state changed.
+"""Warm-up: a forward and backward over dummy microbatches of several sizes, which compiles all kernels and allocates their memory.
 
-A stage compiles its kernels when it first runs them. In a pipeline the first microbatch would wait for each stage to compile in turn, in
-its forward and again in its backward; here all stages compile at the same time, and the first step is as fast as the others. It is also
-where too large a microbatch fails, before anything has been trained. Nothing is on its way between stages meanwhile, so a kernel that is
-loaded never has to wait for one that waits for a message.
+A stage compiles its kernels when it first runs them. In a pipeline the first microbatch would wait for
+each stage to compile in turn, in its forward and again in its backward. Here all stages compile at the
+same time, and the first step is as fast as the others. A microbatch that is too large for the device
+fails here, before any training. No message is in flight during the warm-up, so loading a kernel cannot
+deadlock with a kernel that waits for a message (executor.py).
 
     warm_up(stage, arena, num_rows=4096)        # before the executor runs; every rank of a stage calls it with the same numbers
 
-The dummy's adapter gradients are cleared, which they must be before; dropout draws nothing from a generator. The optimizer's kernel runs
-over no elements.
+No state changes. Adapter gradients are zero before and are zeroed after; dropout uses no random
+generator; the optimizer's kernel runs over no elements.
 """
 
 from __future__ import annotations
@@ -25,23 +26,25 @@ from megatron_lora.errors import UserError
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.stage import Stage
 
-SMALLEST_ROWS = 1024  # kernels are cut alike for all smaller microbatches
+SMALLEST_ROWS = 1024  # smaller microbatches use the same kernels
 _SAMPLE_TOKENS = 1024
 
 
 def warm_up(stage: Stage, arena: Arena, num_rows: int, multiple: int = 1) -> None:
-    """Run a stage over dummy microbatches of `num_rows` rows and its halves, and leave parameters, adapters and generators as they were.
+    """Run a stage over dummy microbatches of `num_rows`, `num_rows` / 2, ... rows; parameters, adapters and generators stay as they are.
 
-    `num_rows` is the largest microbatch of the run; `multiple` what rows are rounded up to (the tensor ranks under sequence parallelism).
-    Raises UserError where the device has no room for one.
+    `num_rows` is the largest microbatch of the run. Rows are rounded up to a multiple of `multiple`, the
+    number of tensor ranks under sequence parallelism. Raises UserError if one does not fit in memory.
     """
     for rows in _sizes(num_rows):
         rows = -(-rows // multiple) * multiple
         try:
             _forward_and_backward(stage, dummy(rows, len(arena.factors), stage.device), rows // multiple)
         except torch.OutOfMemoryError as error:
-            said = str(error).split(". ")[0]
-            raise UserError(f"microbatch_tokens: {rows} tokens do not fit ({said}); use fewer, or recompute: auto, or more ranks") from None
+            reason = str(error).split(". ")[0]
+            raise UserError(
+                f"microbatch_tokens: {rows} tokens do not fit ({reason}); use fewer, or recompute: auto, or more ranks"
+            ) from None
     arena.grad.zero_()
     nothing = torch.zeros(1, 3, dtype=torch.int64, device=stage.device)
     settings = torch.zeros(1, 10, dtype=torch.float32, device=stage.device)
@@ -49,7 +52,7 @@ def warm_up(stage: Stage, arena: Arena, num_rows: int, multiple: int = 1) -> Non
 
 
 def _sizes(num_rows: int) -> Sequence[int]:
-    """List a number and its halves, the smallest last."""
+    """Return `num_rows`, its half, the half of that, ... down to at most SMALLEST_ROWS."""
     sizes = [num_rows]
     while sizes[-1] > SMALLEST_ROWS:
         sizes.append(-(-sizes[-1] // 2))
@@ -68,7 +71,7 @@ def _forward_and_backward(stage: Stage, data: StageInput, local_rows: int) -> No
 
 
 def dummy(num_rows: int, num_jobs: int, device: torch.device) -> StageInput:
-    """Return a microbatch of all jobs, as many rows each as may be."""
+    """Return a microbatch whose rows are divided evenly among all jobs."""
     lengths = [min(_SAMPLE_TOKENS, num_rows - first) for first in range(0, num_rows, _SAMPLE_TOKENS)]
     edges = [num_rows * job // num_jobs for job in range(num_jobs + 1)]
     segments = [(first, end, job) for job, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)) if end > first]

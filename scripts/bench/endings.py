@@ -20,12 +20,12 @@ from scripts.bench.model_shapes import SHAPES, write_config
 from scripts.bench.stamp import RESULTS, append_line, stamp
 from scripts.bench.workloads import JobSpecs
 from scripts.one_line import OneLineParser, numbers, output_file, whole
-from tests.living_run import FAILED, KILLED, STOOD_STILL, LivingRun
+from tests.living_run import FAILED, HUNG, KILLED, LivingRun
 
 PATIENCE_S = 60
 LIMITS_S = {"killed": 60.0, "failing": 900.0, "still": PATIENCE_S + 60.0}  # a failing run's is from its start, the others' from the blow
 VICTIM = 1
-LINES = {"killed": KILLED.format(VICTIM), "failing": FAILED, "still": STOOD_STILL.format(VICTIM)}
+LINES = {"killed": KILLED.format(VICTIM), "failing": FAILED, "still": HUNG.format(VICTIM)}
 
 
 def parser() -> OneLineParser:

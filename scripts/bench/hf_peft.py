@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.collate import NO_LABEL
 from megatron_lora.data.samples import Sample
-from megatron_lora.training.jobs import TrainingJob, read_jobs
+from megatron_lora.training.jobs import Job, read_jobs
 from scripts.bench.cases import Case
 from scripts.bench.model_shapes import hf_config
 
@@ -134,11 +134,11 @@ def build(shape: str, num_layers: int | None, device: torch.device, dtype: torch
         torch.set_default_dtype(before)
 
 
-def global_batches(job: TrainingJob, batching: Batching, budget: int) -> Iterator[list[list[Sample]]]:
+def global_batches(job: Job, batching: Batching, budget: int) -> Iterator[list[list[Sample]]]:
     """Give out the job's global batches, in microbatches, around and around."""
     while True:
-        for step in job.rows.steps:
-            yield batching([job.rows.samples[index] for _, index in step], budget)
+        for step in job.step_samples.steps:
+            yield batching([job.step_samples.samples[index] for _, index in step], budget)
 
 
 def timed_steps(trainer: PeftTrainer, batches: Iterator, seconds: float, steps: int | None) -> dict:
@@ -168,7 +168,7 @@ def measure(options: argparse.Namespace, case: Case, config: RunConfig) -> dict:
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     model = build(options.shape, options.num_layers, device, dtype)
-    jobs = read_jobs(config.jobs, None, None, model.config.vocab_size)
+    jobs = list(read_jobs(config.jobs, None, None, model.config.vocab_size).values())
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     batching, found, budget = None, [], int(case.budget)
@@ -193,7 +193,7 @@ def measure(options: argparse.Namespace, case: Case, config: RunConfig) -> dict:
     }
 
 
-def _faster(trainer: PeftTrainer, job: TrainingJob, budget: int) -> str:
+def _faster(trainer: PeftTrainer, job: Job, budget: int) -> str:
     """Return the way to batch in which the job's first step is faster, each tried twice."""
     rates = {}
     for name, batching in BATCHINGS.items():

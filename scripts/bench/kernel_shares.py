@@ -21,7 +21,7 @@ BY_KERNEL = (  # kind -> parts of kernels' names
     ("loss", ("_softmax_sums_kernel", "_softmax_residual_kernel", "_scatter_scaled_kernel")),
     ("optimizer", ("_adamw_kernel",)),
     ("RoPE", ("_rope_kernel",)),
-    ("attention", ("flash", "fmha", "_sdpa", "mha_")),
+    ("attention", ("flash", "fmha", "_sdpa", "mha_", "dot_do_o", "convert_dq", "qkv_tma")),
     ("communication", ("nccl",)),
 )
 BY_OPERATOR = (  # kind -> parts of the names of what launched a kernel

@@ -65,18 +65,18 @@ def plain(q, segments):
     weight, group = q.weight, q.group
     adapters = []
     for _, _, slot in segments:
-        r = group.slots.ranks[slot]
+        r = group.adapters.ranks[slot]
         for m, (start, stop) in enumerate(group.columns):
             a = group.a_RK[group.a_rows[slot][m] :][:r].detach().clone().requires_grad_()
             b = group.b_RN[m][group.b_rows[slot][m] :][:r].T.contiguous().requires_grad_()
             adapters.append((slot, start, stop, a, b))
-    p, num_modules = group.slots.dropouts[0], len(group.columns)
+    p, num_modules = group.adapters.dropouts[0], len(group.columns)
 
     def forward(x):
         y = x @ weight.T
         parts = []
         for i, (first, end, slot) in enumerate(segments):
-            scale, rows = group.slots.scales[slot], x[first:end]
+            scale, rows = group.adapters.scales[slot], x[first:end]
             mine = adapters[i * num_modules : (i + 1) * num_modules]
             deltas = [(torch.nn.functional.dropout(rows, p) if p else rows) @ a.T @ b.T * scale for _, _, _, a, b in mine]
             parts.append(y[first:end] + (deltas[0] if num_modules == 1 else torch.cat(deltas, 1)))
@@ -94,10 +94,10 @@ def plain(q, segments):
 def grouped(q):
     """Return a torch._grouped_mm formulation of one module without dropout: three grouped products over the packed rows."""
     group, jobs = q.group, len(q.route.segments)
-    r = group.slots.ranks[0]
+    r = group.adapters.ranks[0]
     ends = torch.tensor([end for _, end, _ in q.route.segments], dtype=torch.int32, device="cuda")
     a_JRK, b_JRN = group.a_RK.view(jobs, r, -1), group.b_RN[0].view(jobs, r, -1)
-    scale = group.slots.scales[0]
+    scale = group.adapters.scales[0]
 
     def run():
         s = torch._grouped_mm(q.x, a_JRK.transpose(1, 2), offs=ends) * scale

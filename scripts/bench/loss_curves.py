@@ -24,9 +24,10 @@ import torch
 from megatron_lora.config.schema import JobConfig, ParallelConfig, RunConfig, load_config
 from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.parallel.process_groups import destroy_parallel
-from megatron_lora.training.jobs import TrainingJob, read_jobs
+from megatron_lora.training.jobs import Job, read_jobs
 from scripts.bench.hf_peft import PeftTrainer, fresh_adapter
 from scripts.bench.stamp import RESULTS, append_line, stamp
 from scripts.bench.trained import trained
@@ -62,9 +63,7 @@ def ours(config: RunConfig, adapters: str, folder: Path) -> list[list[float]]:
     return [[row["loss"] for row in run.steps if row["job"] == job.name] for job in config.jobs]
 
 
-def peft_losses(
-    model_dir: Path, adapter: Path, job: TrainingJob, device: torch.device, dtype: torch.dtype, batch: int, seed: int
-) -> list[float]:
+def peft_losses(model_dir: Path, adapter: Path, job: Job, device: torch.device, dtype: torch.dtype, batch: int, seed: int) -> list[float]:
     """Train one job by transformers + peft from an adapter, samples of a global batch in an order of `seed`; return each step's loss."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -73,8 +72,8 @@ def peft_losses(
     model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     trainer = PeftTrainer(model, job.config, device, job.num_steps, autocast=dtype == torch.bfloat16)
     order, losses = random.Random(seed), []
-    for step in job.rows.steps:
-        samples = [job.rows.samples[index] for _, index in step]
+    for step in job.step_samples.steps:
+        samples = [job.step_samples.samples[index] for _, index in step]
         if seed:
             order.shuffle(samples)
         losses.append(trainer.step([samples[first : first + batch] for first in range(0, len(samples), batch)]))
@@ -180,7 +179,8 @@ def run(options) -> dict:
         for kind, base in bases.items():
             curves[kind] = ours(base, kind.split(",")[0], folder / "run")
             print(f"  {kind}: last losses {[round(losses[-1], 4) for losses in curves[kind]]}", flush=True)
-        jobs = read_jobs(config.jobs, load_tokenizer(model_dir), None, None)
+        vocab_size = read_architecture(model_dir).vocab_size
+        jobs = list(read_jobs(config.jobs, load_tokenizer(model_dir), None, vocab_size).values())
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
         kinds = [(dtype, seed) for seed in range(options.orders)] + [(torch.float32, 0)]
         runs = [(model_dir, folder / job.config.name, job, device, kind, options.batch, seed) for kind, seed in kinds for job in jobs]

@@ -29,7 +29,7 @@ def use_adapters(stage: Stage, kind: str) -> None:
     for linear in stage.linears:
         linear.operator = operator
         if kind == "none":
-            linear.group = None
+            linear.adapters = None
 
 
 def plain_lora_linear(
@@ -84,14 +84,14 @@ def _expression(x: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup
         if first > at:
             parts.append(base[at:first])
         rows, at = x[first:end], end
-        rank, dropout = padded_rank(group.slots.ranks[slot]), group.slots.dropouts[slot]
+        rank, dropout = padded_rank(group.adapters.ranks[slot]), group.adapters.dropouts[slot]
         columns, done = [], 0
         for module, (start, stop) in enumerate(group.columns):
             if group.a_rows[slot][module] < 0:
                 continue
             a = leaf(group.a_RK, group.grad_a_RK, group.a_rows[slot][module], rank)
             b = leaf(group.b_RN[module], group.grad_b_RN[module], group.b_rows[slot][module], rank)
-            delta = F.linear(F.dropout(rows, dropout) if dropout else rows, a) @ b * group.slots.scales[slot]
+            delta = F.linear(F.dropout(rows, dropout) if dropout else rows, a) @ b * group.adapters.scales[slot]
             if start > done:
                 columns.append(base[first:end, done:start])
             columns.append(base[first:end, start:stop] + delta)

@@ -1,4 +1,4 @@
-"""Fills the measured tables of README.md from the benchmark results.
+"""Fills the measured tables of docs/measured.md from the benchmark results.
 
 A result is one JSON line in scripts/bench/results/<name>.jsonl, appended by the benchmark that measured it, with at least
 `commit`, `hardware` and `date`. A table in a document stands between two markers; the first says where its rows come from and
@@ -7,11 +7,12 @@ which fields it shows, under which headings and in which format:
     <!-- table: quickstart.jsonl | Where: hardware | Tokens/s: tokens_per_s:.0f | Commit: commit -->
     <!-- end of table -->
 
-`runs.jsonl with profile.GEMM | ...` takes only the lines that have the field; `peaks.0` is the first of a list.
+`runs.jsonl with profile.GEMM | ...` takes only the lines that have the field; `peaks.0` is the first of a list. A field that is null
+was not measured, and its cell is empty.
 
 Only the newest line of each distinct `case` is shown (lines without `case` are one case), in the order in which cases first appear.
 
-    python scripts/bench/tables.py [--check] [README.md ...]        # --check: write nothing, end with 1 if a table is out of date
+    python scripts/bench/tables.py [--check] [docs/measured.md ...]        # --check: write nothing, end with 1 if a table is out of date
 """
 
 import argparse
@@ -34,9 +35,13 @@ def newest(lines: list[dict]) -> list[dict]:
 
 
 def cell(line: dict, field: str) -> str:
-    """Format one field: `name` or `name:format`; dots reach into objects, unless a key has the dot itself. KeyError when it is absent."""
+    """Format one field, null as nothing: `name` or `name:format`; dots reach into objects, unless a key has the dot itself.
+
+    Raises KeyError when it is absent.
+    """
     name, _, form = field.partition(":")
-    return format(_value(line, name), form)
+    value = _value(line, name)
+    return "" if value is None else format(value, form)
 
 
 def _value(line, name: str):
@@ -80,7 +85,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 def main() -> int:
     """Rewrite the documents named on the command line, or say which of them is out of date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("documents", nargs="*", type=Path, default=[ROOT / "README.md"])
+    parser.add_argument("documents", nargs="*", type=Path, default=[ROOT / "docs" / "measured.md"])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     status = 0

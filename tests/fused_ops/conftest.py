@@ -54,39 +54,39 @@ def build_problem(
     device="cpu",
     seed=0,
     first_feature=0,
-    slot_order=None,
+    adapter_order=None,
 ):
-    """Make a Problem: `lengths` rows per slot, `gaps` base-only rows before each segment, `missing` = (slot, module) not targeted."""
+    """Make a Problem: `lengths` rows per adapter, `gaps` base-only rows before each segment, `missing` = (adapter, module) not targeted."""
     gen = torch.Generator().manual_seed(seed)
-    num_slots, num_modules = len(ranks), len(n)
-    slots = AdapterTable(
+    num_adapters, num_modules = len(ranks), len(n)
+    adapters = AdapterTable(
         ranks=tuple(ranks),
-        scales=tuple(scales or [2.0 / (1 + i % 3) for i in range(num_slots)]),
-        dropouts=tuple(dropouts or [0.0] * num_slots),
+        scales=tuple(scales or [2.0 / (1 + i % 3) for i in range(num_adapters)]),
+        dropouts=tuple(dropouts or [0.0] * num_adapters),
     )
     a_rows, b_rows, a_end, b_end = [], [], 0, [0] * num_modules
-    for slot, r in enumerate(ranks):
+    for adapter, r in enumerate(ranks):
         a_row, b_row = [-1] * num_modules, [-1] * num_modules
         for m in range(num_modules):
-            if (slot, m) not in missing:
+            if (adapter, m) not in missing:
                 a_row[m], b_row[m] = a_end, b_end[m]
                 a_end += padded_rank(r)
                 b_end[m] += padded_rank(r)
         a_rows.append(tuple(a_row))
         b_rows.append(tuple(b_row))
     a, b = torch.zeros(a_end, k), [torch.zeros(b_end[m], n[m]) for m in range(num_modules)]
-    for slot, r in enumerate(ranks):
+    for adapter, r in enumerate(ranks):
         for m in range(num_modules):
-            if a_rows[slot][m] >= 0:
-                a[a_rows[slot][m] :][:r] = torch.randn(r, k, generator=gen) / k**0.5
-                b[m][b_rows[slot][m] :][:r] = torch.randn(r, n[m], generator=gen) / r**0.5
+            if a_rows[adapter][m] >= 0:
+                a[a_rows[adapter][m] :][:r] = torch.randn(r, k, generator=gen) / k**0.5
+                b[m][b_rows[adapter][m] :][:r] = torch.randn(r, n[m], generator=gen) / r**0.5
     starts = np.cumsum([0, *n])
     segments, keys, row = [], [], 0
-    for slot in slot_order or range(num_slots):
+    for adapter in adapter_order or range(num_adapters):
         keys.append(np.zeros(gaps, np.int32))
-        segments.append((row + gaps, row + gaps + lengths[slot], slot))
-        keys.append(row_keys(seed + slot, slot, 0, lengths[slot]))
-        row += gaps + lengths[slot]
+        segments.append((row + gaps, row + gaps + lengths[adapter], adapter))
+        keys.append(row_keys(seed + adapter, adapter, 0, lengths[adapter]))
+        row += gaps + lengths[adapter]
     to = {"dtype": dtype, "device": device}
     group = LoraGroup(
         a_RK=a.to(**to),
@@ -96,7 +96,7 @@ def build_problem(
         columns=tuple((int(starts[m]), int(starts[m + 1])) for m in range(num_modules)),
         a_rows=tuple(a_rows),
         b_rows=tuple(b_rows),
-        slots=slots,
+        adapters=adapters,
         first_feature=first_feature,
     )
     return Problem(

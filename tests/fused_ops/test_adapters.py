@@ -12,7 +12,7 @@ def test_ranks_take_whole_blocks_of_16():
     assert [padded_rank(r) for r in (1, 15, 16, 17, 255, 256)] == [16, 16, 16, 32, 256, 256]
 
 
-def test_slot_tables_refuse_what_is_out_of_range():
+def test_adapter_tables_refuse_what_is_out_of_range():
     for ranks, scales, dropouts, match in [
         ((0,), (1.0,), (0.0,), "rank 0"),
         ((257,), (1.0,), (0.0,), "rank 257"),
@@ -27,7 +27,7 @@ def test_columns_of_s_lie_side_by_side(make_problem):
     group = make_problem([4, 4, 4], [8, 20, 16], n=(16, 8, 8), missing={(0, 0), (1, 1), (2, 0), (2, 1), (2, 2)}, dropouts=[0, 0.1, 0]).group
     assert group.widths == (32, 64, 0) and group.width == 64 and group.max_padded_rank == 32 and group.has_dropout
     assert [[group.s_column(s, m) for m in range(3)] for s in range(3)] == [[-1, 0, 16], [0, -1, 32], [-1, -1, -1]]
-    assert group.slot_table.tolist() == [
+    assert group.adapter_table.tolist() == [
         [16, 0, 32, 0, -1, -1, -1, 0, 0, 0, 16, 0, 16, -1, -1, -1],
         [32, 102, 64, 32, 32, 0, 0, -1, -1, -1, 64, 16, 32, -1, -1, -1],
         [16, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1],
@@ -46,7 +46,7 @@ def test_groups_refuse_what_does_not_fit(make_problem):
         "leave the arena": {"b_rows": ((0, 0), (16, 32))},
         "unaligned": {"a_rows": ((0, 8), (32, 64))},
         "side by side": {"a_rows": ((0, 32), (32, 64))},
-        "for 2 slots": {"a_rows": ((0, 16),)},
+        "for 2 adapters": {"a_rows": ((0, 16),)},
     }
     for match, change in wrong.items():
         with pytest.raises(ValueError, match=match):

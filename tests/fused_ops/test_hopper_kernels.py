@@ -90,8 +90,8 @@ def test_gradients_from_one_read(make_problem, ops, case):
     p = make_problem(**GRADIENTS[case], k=16)
     s, before = torch.full((p.route.num_rows, p.group.width), float("nan")), torch.randn(3, 1)
     mine = torch.zeros_like(s, dtype=torch.bool)
-    for first, end, slot in p.route.segments:
-        mine[first:end, : p.group.widths[slot]] = True
+    for first, end, adapter in p.route.segments:
+        mine[first:end, : p.group.widths[adapter]] = True
     s[mine] = torch.randn(int(mine.sum()))
     found = []
     for grad_s_and_b in (ops.grad_s_and_b, reference.grad_s_and_b):
@@ -117,20 +117,20 @@ def test_a_bias_is_added_once(make_problem, ops):
 @pytest.mark.parametrize("case", ["boundaries inside tiles", "merged and dropout"])
 def test_nan_stays_with_its_job(make_problem, ops, case):
     clean, p = (make_problem(**CASES[case]) for _ in range(2))
-    first, end, slot = p.route.segments[1]
+    first, end, adapter = p.route.segments[1]
     p.x[first:end] = p.dy[first:end] = float("nan")
     expected, found = clean.steps(ops), p.steps(ops)
     rows = torch.ones(p.route.num_rows, dtype=torch.bool)
     rows[first:end] = False
     mine = torch.zeros(len(p.group.a_RK), dtype=torch.bool)
-    for row in p.group.a_rows[slot]:
-        mine[row : row + -(-p.group.slots.ranks[slot] // 16) * 16] = True
+    for row in p.group.a_rows[adapter]:
+        mine[row : row + -(-p.group.adapters.ranks[adapter] // 16) * 16] = True
     assert found["y"].isnan().any() and found["da"][mine].isnan().any()
     assert all(torch.equal(found[name][rows], expected[name][rows]) for name in ("y", "dx"))
     assert torch.equal(found["da"][~mine], expected["da"][~mine])
     for m, b_rows in enumerate(zip(*p.group.b_rows, strict=True)):
-        b_row, others = b_rows[slot], torch.ones(len(p.group.b_RN[m]), dtype=torch.bool)
-        others[b_row : b_row + -(-p.group.slots.ranks[slot] // 16) * 16] = b_row < 0
+        b_row, others = b_rows[adapter], torch.ones(len(p.group.b_RN[m]), dtype=torch.bool)
+        others[b_row : b_row + -(-p.group.adapters.ranks[adapter] // 16) * 16] = b_row < 0
         assert found[f"db{m}"].isnan().any() == (b_row >= 0)
         assert torch.equal(found[f"db{m}"][others], expected[f"db{m}"][others])
 

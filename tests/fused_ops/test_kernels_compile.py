@@ -181,13 +181,13 @@ def test_whoever_starts_early_waits_before_it_touches_memory(make_problem, compi
 @pytest.mark.parametrize("n", [8192, 8256])
 def test_a_long_product_takes_part_in_no_early_launch(make_problem, compiled, n):
     """Whatever its rows: nothing is compiled again for shorter microbatches."""
-    from fused_ops.hopper_gemm import MOST_WEIGHTS_EARLY, hopper_gemm
+    from fused_ops.hopper_gemm import MAX_EARLY_WEIGHTS, hopper_gemm
 
     p = make_problem([128, 1], [16] * 2, k=4096, n=(n,), dtype=torch.bfloat16)
     s = p.x.new_zeros(p.route.num_rows, p.group.width)
     hopper_gemm(p.x, p.weight, None, s, p.group, p.route, backward=False)
     hopper_gemm(p.dy, p.weight, None, s, p.group, p.route, backward=True)
-    early = 4096 * n <= MOST_WEIGHTS_EARLY
+    early = 4096 * n <= MAX_EARLY_WEIGHTS
     assert [kernel.metadata.launch_pdl for kernel in compiled] == [early] * 2
     assert all(("griddepcontrol" in kernel.asm["ptx"]) is early for kernel in compiled)
 

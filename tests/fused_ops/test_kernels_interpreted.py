@@ -40,7 +40,8 @@ import torch
 from conftest import build_problem
 from fused_ops import reference, triton_ops
 from fused_ops.fp8 import quantise_rows, quantise_weight
-from fused_ops.adamw import adamw_, make_chunks, setting_row
+from kernel_tools import setting_row
+from fused_ops.adamw import adamw_, make_chunks
 
 torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
 torch.utils.deterministic.fill_uninitialized_memory = True

@@ -32,16 +32,16 @@ MIXES = {
 def naive(p, x, a, b):
     """y = x W^T + alpha/r B A dropout(x), job by job and token by token, from the definition."""
     y = [x[t] @ p.weight.T for t in range(len(x))]
-    for first, end, slot in p.route.segments:
-        r, rate = p.group.slots.ranks[slot], p.group.slots.dropouts[slot]
+    for first, end, adapter in p.route.segments:
+        r, rate = p.group.adapters.ranks[adapter], p.group.adapters.dropouts[adapter]
         for m, (start, stop) in enumerate(p.group.columns):
-            if p.group.a_rows[slot][m] < 0:
+            if p.group.a_rows[adapter][m] < 0:
                 continue
-            a_rK, b_rN = a[p.group.a_rows[slot][m] :][:r], b[m][p.group.b_rows[slot][m] :][:r]
+            a_rK, b_rN = a[p.group.a_rows[adapter][m] :][:r], b[m][p.group.b_rows[adapter][m] :][:r]
             for t in range(first, end):
                 keep = keep_mask(p.route.row_keys[t : t + 1], p.group.first_feature, x.shape[1], m, rate)[0]
                 xd = x[t] * keep / (1 - quantised_p(rate))
-                delta = p.group.slots.scales[slot] * (b_rN.T @ (a_rK @ xd))
+                delta = p.group.adapters.scales[adapter] * (b_rN.T @ (a_rK @ xd))
                 y[t] = y[t] + torch.nn.functional.pad(delta, (start, len(p.weight) - stop))
     return torch.stack(y)
 
@@ -97,7 +97,7 @@ def test_bf16_is_as_good_as_plain_bf16(make_problem):
 def test_nan_stays_with_its_job(make_problem, where):
     mix = {"lengths": [6, 5, 9], "ranks": [4, 20, 16], "n": (24, 16), "dropouts": [0.1, 0.2, 0.0], "gaps": 1}
     clean, p = make_problem(**mix), make_problem(**mix)
-    first, end, slot = p.route.segments[1]
+    first, end, adapter = p.route.segments[1]
     a0, b0, rank = p.group.a_rows[1][0], p.group.b_rows[1], 32
     if where in ("x", "dy"):
         getattr(p, where)[first:end] = float("nan")

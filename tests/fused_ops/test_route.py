@@ -11,8 +11,8 @@ from fused_ops.route import make_route
 
 def route_of(pairs, tail=0):
     segments, row = [], 0
-    for slot, (gap, length) in enumerate(pairs):
-        segments.append((row + gap, row + gap + length, slot))
+    for adapter, (gap, length) in enumerate(pairs):
+        segments.append((row + gap, row + gap + length, adapter))
         row += gap + length
     return make_route(row + tail, segments, np.arange(row + tail, dtype=np.int32), "cpu"), segments
 
@@ -26,17 +26,17 @@ def test_tables_are_what_they_say(pairs, tail, block):
         rows = set(range(i * block, min((i + 1) * block, route.num_rows)))
         assert [s for s in kept if rows & set(range(s[0], s[1]))] == kept[low:high]
     assert len(route.tiles(block)) == -(-route.num_rows // block)
-    owners = [next((slot for first, end, slot in segments if first <= row < end), -1) for row in range(route.num_rows)]
+    owners = [next((adapter for first, end, adapter in segments if first <= row < end), -1) for row in range(route.num_rows)]
     for i, (*met, owner, _) in enumerate(route.owned_tiles(block).tolist()):
         rows = set(owners[i * block : (i + 1) * block])
         assert met == route.tiles(block)[i].tolist() and owner == (rows.pop() if len(rows) == 1 else -1)
     items = route.items(block).tolist()
     assert len(items) == route.num_items(block)
     assert all(0 < item[1] - item[0] <= block for item in items)
-    for i, (first, end, slot) in enumerate(kept):
+    for i, (first, end, adapter) in enumerate(kept):
         mine = [item for item in items if item[3] == i]
         low = items.index(mine[0])
-        assert items[low : low + len(mine)] == mine and all(item[2:] == [slot, i, low, low + len(mine)] for item in mine)
+        assert items[low : low + len(mine)] == mine and all(item[2:] == [adapter, i, low, low + len(mine)] for item in mine)
         assert [row for item in mine for row in range(item[0], item[1])] == list(range(first, end))
     assert not route.counters(5).any() and len(route.counters(5)) >= 5
 
@@ -48,8 +48,10 @@ def test_a_cut_is_the_route_of_those_rows(pairs, data):
     end = data.draw(st.integers(first, route.num_rows))
     cut = route.rows(first, end)
     assert cut.row_keys.tolist() == list(range(first, end))
-    owner = {row: slot for a, b, slot in segments for row in range(a, b)}
-    assert {row + first: slot for a, b, slot in cut.segments for row in range(a, b)} == {r: s for r, s in owner.items() if first <= r < end}
+    owner = {row: adapter for a, b, adapter in segments for row in range(a, b)}
+    assert {row + first: adapter for a, b, adapter in cut.segments for row in range(a, b)} == {
+        r: s for r, s in owner.items() if first <= r < end
+    }
 
 
 def test_all_rows_is_the_same_object_and_tables_are_made_once():

@@ -25,8 +25,9 @@ from scheduling.cost import (
     split_layers,
     stage_costs,
 )
-from scheduling.data_parallel import BALANCE, plan_replicas, split_batch
+from scheduling.data_parallel import BALANCE, deal, split_batch
 from scheduling.memory import choose_capacity
+from scheduling.planner import plan_stream
 from scheduling.row_tiles import linear_tiles
 from scheduling.slot_cost import TILE_ROWS, SlotCost, even_slot_estimate
 from scheduling.types import Microbatch, PlanError
@@ -34,6 +35,13 @@ from scheduling.validate import replay_replicas
 
 LLAMA_8B = ModelShape(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=14336, vocab_size=128256)
 COST = SlotCost()
+
+
+def plan_replicas(lengths, num_replicas, num_stages, capacity, cost=None):
+    """Plan one stream per replica, as a run does (planning/plan_feed.py)."""
+    dealt = deal(lengths, num_replicas, cost)
+    shared = plan_stream(dealt.rounds, num_stages, capacity, 1, 1, cost)
+    return tuple(tuple(dealt.part(microbatch, replica) for microbatch in shared) for replica in range(num_replicas))
 
 
 def test_llama_8b_numbers():
@@ -94,8 +102,11 @@ def test_analytic_cost_scales_as_it_must():
     cheap = analytic_cost(LLAMA_8B, DEVICES["h100"], (8,) * 4, recompute="cheap").stages[0]
     assert 1.01 < cheap.backward.per_token / first.backward.per_token < 1.03 and cheap.forward == first.forward
     assert first.forward.seconds(0, 0) == 0.0
-    forward, backward = model.slot_seconds([(4096, 4096.0 * 1024, 16 * 4096), (0, 0, 0)])
-    assert len(forward) == 4 and forward[0][1] == backward[3][1] == 0.0 and backward[0][0] > forward[0][0] < forward[3][0]
+    passes = [
+        (stage.forward.seconds(4096, 4096.0 * 1024, 16 * 4096), stage.backward.seconds(4096, 4096.0 * 1024, 16 * 4096))
+        for stage in model.stages
+    ]
+    assert len(passes) == 4 and passes[0][1] > passes[0][0] < passes[3][0]
     planner = model.slot_cost()
     assert 1e-6 < planner.per_square < 1e-4 and planner.fixed > 0
 

@@ -199,9 +199,9 @@ def test_windows_join_to_one_correct_stream(lengths, num_stages, delay, num_slot
 def test_jobs_join_and_leave_at_window_borders(lengths, num_stages, batch, num_slots, leaving):
     leaving %= len(lengths)
     window, carry = plan_window(lengths, num_stages, CAPACITY, None, num_slots, cost=COST)
-    stand = carry.progress[leaving]
+    progress = carry.progress[leaving]
     changed = [list(steps) for steps in lengths] + [[batch, batch]]
-    changed[leaving] = changed[leaving][: stand.step + bool(stand.taken)]
+    changed[leaving] = changed[leaving][: progress.step + bool(progress.taken)]
     stream = window
     while not carry.is_done(changed):
         window, carry = plan_window(changed, num_stages, CAPACITY, carry, num_slots, cost=COST)
@@ -209,13 +209,13 @@ def test_jobs_join_and_leave_at_window_borders(lengths, num_stages, batch, num_s
     replay(stream, changed, num_stages, CAPACITY)
 
 
-def test_a_job_cannot_leave_inside_its_step_nor_lose_its_place():
+def test_a_job_cannot_leave_inside_its_step_nor_lose_its_position():
     lengths = [[[40, 40, 40]], [[50]]]
     _, carry = plan_window(lengths, 2, CAPACITY, None, 1)
     assert carry.progress[0].taken
-    with pytest.raises(PlanError, match="job 0 has 0 steps left in lengths, but step 0 is already begun"):
+    with pytest.raises(PlanError, match="job 0 has 0 steps in lengths, but step 0 is already begun"):
         plan_window([[], [[50]]], 2, CAPACITY, carry)
-    with pytest.raises(PlanError, match="keep the places of jobs that left"):
+    with pytest.raises(PlanError, match="keep the positions of departed jobs"):
         plan_window(lengths[:1], 2, CAPACITY, carry)
 
 

@@ -50,7 +50,7 @@ def test_no_job_trains_on_its_held_out_row_and_no_two_rows_are_the_same(library,
 
 def test_rows_are_of_the_types_that_the_config_names(tmp_path):
     from megatron_lora.config.schema import load_config
-    from megatron_lora.data.row_files import read_rows
+    from megatron_lora.data.row_files import read_records
 
     make(Path(json.__file__).parent.parent, tmp_path)  # the standard library, as in the quickstart
     fields = {
@@ -60,7 +60,7 @@ def test_rows_are_of_the_types_that_the_config_names(tmp_path):
     }
     for job in load_config(ROOT / "configs" / "quickstart.yaml").jobs:
         (dataset,) = job.datasets
-        rows = [row for _, row in read_rows(tmp_path / Path(dataset.path).name)]
+        rows = [row for _, row in read_records(tmp_path / Path(dataset.path).name)]
         assert len(rows) >= 2 * job.global_batch_size
         assert all(row.keys() == fields[dataset.type] for row in rows)
 

@@ -1,4 +1,4 @@
-"""The generator of measured tables: what it shows of a results file, and that README.md is up to date."""
+"""The generator of measured tables: what it shows of a results file, and that docs/measured.md is up to date."""
 
 import importlib.util
 import json
@@ -45,13 +45,19 @@ def test_lines_are_chosen_by_a_field_and_lists_are_looked_into(tables, tmp_path)
     assert filled.splitlines()[3:-1] == ["| 7 |"]
 
 
+def test_what_was_not_measured_is_an_empty_cell(tables, tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"case": "a", "speed": {"ours": 2.0, "theirs": None}}) + "\n")
+    filled = tables.fill("<!-- table: r.jsonl | Ours: speed.ours:.1f | Theirs: speed.theirs:.1f -->\n<!-- end of table -->", tmp_path)
+    assert filled.splitlines()[3:-1] == ["| 2.0 |  |"]
+
+
 def test_a_field_that_no_result_has_is_an_error(tables, results):
     with pytest.raises(KeyError, match="sped"):
         tables.fill("<!-- table: r.jsonl | Speed: sped -->\n<!-- end of table -->", results)
 
 
-def test_readme_shows_what_was_measured(tables):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_document_shows_what_was_measured(tables):
+    text = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
     assert text.count("<!-- table: ") == len(tables.MARKED.findall(text)), "a table's marker is not closed"
     assert tables.fill(text) == text, "run: python scripts/bench/tables.py"
 

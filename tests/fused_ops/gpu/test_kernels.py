@@ -4,9 +4,10 @@ import threading
 
 import pytest
 import torch
+from kernel_tools import setting_row
 
 from fused_ops import early_launch, reference, triton_ops
-from fused_ops.adamw import adamw_, adamw_reference_, make_chunks, setting_row
+from fused_ops.adamw import adamw_, adamw_reference_, make_chunks
 from fused_ops.linear import multi_lora_linear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

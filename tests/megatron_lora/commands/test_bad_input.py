@@ -22,7 +22,7 @@ from megatron_lora.output.run_directory import RunDirectory
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
-    """A tiny model, an adapter for it and rows; copied for each case."""
+    """A tiny model, an adapter for it and records; copied for each case."""
     root = tmp_path_factory.mktemp("materials")
     oracle.make_model(root / "model")
     oracle.make_adapter(root / "model", root / "adapter", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], seed=0)
@@ -90,7 +90,7 @@ def write(path: str, text: str):
 
 
 def override(*overrides: str):
-    """A spoiler that leaves the files alone."""
+    """A spoiler that changes no file."""
     return lambda scene: list(overrides)
 
 
@@ -194,7 +194,7 @@ def adapter_config(**changes):
     return spoil
 
 
-ROW = '{"prompt": "a", "completion": "b"}\n'
+RECORD = '{"prompt": "a", "completion": "b"}\n'
 CASES = {
     # the file and the overrides
     "broken yaml": (write("config.yaml", "jobs: [\n"), ["config.yaml:2: not valid YAML"]),
@@ -202,7 +202,7 @@ CASES = {
     "two documents": (write("config.yaml", "a: 1\n---\nb: 1\n"), ["config.yaml:2: not valid YAML", "document"]),
     "not a mapping": (write("config.yaml", "- a\n"), ["config.yaml", "a config is a mapping"]),
     "empty": (write("config.yaml", ""), ["config.yaml", "null", "a config is a mapping"]),
-    "key twice": (write("config.yaml", "seed: 1\nseed: 2\n"), ["config.yaml:2: the key 'seed' stands twice", "remove one"]),
+    "key twice": (write("config.yaml", "seed: 1\nseed: 2\n"), ["config.yaml:2: the key 'seed' is given twice", "remove one"]),
     "python tag": (write("config.yaml", "seed: !!python/object/apply:os.getcwd []\n"), ["config.yaml:1", "tag", "without tags"]),
     "aliases that multiply": (
         write("config.yaml", "a: &a [1]\n" + "".join(f"{y}: &{y} [{', '.join(['*' + x] * 100)}]\n" for x, y in ("ab", "bc", "cd", "de"))),
@@ -258,21 +258,21 @@ CASES = {
         ["jobs.one.val_datasets: ", "is not supported yet", "use null"],
     ),
     # files
-    "a path too long": (override("jobs.one.datasets.0.path=" + "x" * 300 + ".jsonl"), ["jobs.one.datasets.0.path:", "so long a name"]),
+    "a path too long": (override("jobs.one.datasets.0.path=" + "x" * 300 + ".jsonl"), ["jobs.one.datasets.0.path:", "too long a name"]),
     "missing data": (override("jobs.one.datasets.0.path=row.jsonl"), ["jobs.one.datasets.0.path: 'row.jsonl'", "no such file"]),
     "data is a folder": (
         lambda scene: Path("d.jsonl").mkdir() or ["jobs.one.datasets.0.path=d.jsonl"],
         ["jobs.one.datasets.0.path: 'd.jsonl'", "is a directory"],
     ),
-    "broken line": (write("rows.jsonl", ROW + "{oops\n"), ["rows.jsonl:2", "not valid JSON"]),
-    "nested line": (write("rows.jsonl", ROW + "[" * 100_000 + "\n"), ["rows.jsonl:2", "nests too deeply"]),
+    "broken line": (write("rows.jsonl", RECORD + "{oops\n"), ["rows.jsonl:2", "not valid JSON"]),
+    "nested line": (write("rows.jsonl", RECORD + "[" * 100_000 + "\n"), ["rows.jsonl:2", "nests too deeply"]),
     "nested list": (
         lambda scene: Path("rows.json").write_text("[" * 100_000) and ["jobs.one.datasets.0.path=rows.json"],
         ["rows.json:1", "nests too deeply"],
     ),
-    "empty data": (write("rows.jsonl", ""), ["rows.jsonl", "no rows"]),
-    "field missing": (write("rows.jsonl", ROW + '{"prompt": "a"}\n'), ["rows.jsonl:2", "'completion'", "add it"]),
-    "empty completion": (write("rows.jsonl", ROW + '{"prompt": "a", "completion": ""}\n'), ["rows.jsonl:2"]),
+    "empty data": (write("rows.jsonl", ""), ["rows.jsonl", "no records"]),
+    "field missing": (write("rows.jsonl", RECORD + '{"prompt": "a"}\n'), ["rows.jsonl:2", "'completion'", "add it"]),
+    "empty completion": (write("rows.jsonl", RECORD + '{"prompt": "a", "completion": ""}\n'), ["rows.jsonl:2"]),
     "wrong format": (override("jobs.one.datasets.0.type=messages"), ["chat template", "prompt_completion"]),
     "cut to nothing": (override("defaults.sequence_len=2"), ["jobs.one.sequence_len: 2", "raise it"]),
     "budget in words": (override("microbatch_tokens=all"), ["microbatch_tokens: 'all'", "or auto"]),
@@ -332,7 +332,7 @@ CASES = {
     "finished": (trained, ["output_dir: 'runs/out' holds a finished run", "choose another"]),
     "other files": (foreign, ["output_dir: 'runs/out' holds 'results.csv'", "empty or new directory"]),
     "output is a file": (override("output_dir=rows.jsonl"), ["output_dir: 'rows.jsonl' is a file", "choose"]),
-    "output below a file": (override("output_dir=rows.jsonl/x"), ["output_dir: 'rows.jsonl/x' cannot be made", "choose"]),
+    "output below a file": (override("output_dir=rows.jsonl/x"), ["output_dir: 'rows.jsonl/x' cannot be created", "choose"]),
 }  # fmt: skip
 
 
@@ -360,7 +360,7 @@ def test_the_unspoilt_config_passes(scene, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_directory_in_use_is_refused_and_left_alone(scene, monkeypatch, capfd):
+def test_a_directory_in_use_is_refused_and_not_touched(scene, monkeypatch, capfd):
     from megatron_lora.config.schema import load_config
 
     Path("config.yaml").write_text(yaml.safe_dump(scene))

@@ -1,7 +1,7 @@
-"""The command line from start to exit status: help, doctor, plan, preview, and what `train` makes of how its ranks end.
+"""The command line from start to exit status: help, doctor, plan, preview, and how `train` reports the ways in which its ranks end.
 
-The ranks here are real processes under torchrun with a stand-in for train.py, put in place by a sitecustomize on PYTHONPATH, so that
-they end in the ways that matter without loading a model.
+The ranks here are real processes under torchrun. A sitecustomize on PYTHONPATH replaces train.py by a stand-in, so that they end in
+the ways that matter without loading a model.
 """
 
 import json
@@ -25,6 +25,7 @@ from megatron_lora.commands.rank import LAUNCHED
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.model import backends
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.planning.calibration import subject_of
 from megatron_lora.planning.forecast import Workload, forecast
@@ -45,7 +46,7 @@ def run(config, stop):
     if mode == "wait":
         stop.can_save = True
         open(f"rank{rank}.ready", "w").close()
-        while not stop.asked:
+        while not stop.requested:
             time.sleep(0.02)
         return 75
     if mode == "done" and rank == 0:
@@ -143,7 +144,7 @@ def test_a_mistake_that_only_a_rank_can_find_is_one_line_and_leaves_nothing(scen
     assert not Path("out").exists()
 
 
-def test_a_crash_is_told_once_with_its_traceback_and_recorded(scene, monkeypatch, capfd):
+def test_a_crash_is_reported_once_with_its_traceback_and_recorded(scene, monkeypatch, capfd):
     monkeypatch.setenv("STAND_IN", "crash")
     assert main(["train", "config.yaml"]) == 1
     err = capfd.readouterr().err
@@ -182,13 +183,13 @@ def failure(exitcode: int, at: float = 0.0, **data) -> SimpleNamespace:
         (
             {0: failure(1, 1.0, line="RuntimeError: Timed out waiting 5ms", message="T"), 1: failure(-9)},
             "signal",
-            "rank 1 stood still: rank 0",
+            "rank 1 hung: rank 0",
         ),
-        ({0: failure(-6), 1: failure(-9), 2: failure(-15)}, "signal", "rank 1 stood still: rank 0 waited for it in vain"),
+        ({0: failure(-6), 1: failure(-9), 2: failure(-15)}, "signal", "rank 1 hung: rank 0 timed out waiting for it"),
         ({0: failure(-15), 1: failure(-6)}, "signal", "rank 1 was ended by SIGABRT, which mostly means that NCCL failed, or waited"),
     ],
 )
-def test_of_several_failures_the_one_that_explains_the_others_is_told(failures, kind, line):
+def test_of_several_failures_the_one_that_explains_the_others_is_reported(failures, kind, line):
     report = torchrun.explain(failures)
     assert report["kind"] == kind and report["line"].startswith(line)
 
@@ -313,7 +314,7 @@ def test_plan_takes_a_policy_a_device_and_a_measured_cost(scene, capsys):
     assert any("by the calibration of cpu of today" in line for line in words)
 
 
-def test_plan_settles_what_is_open_and_warns_of_too_little_memory(scene, capsys):
+def test_plan_resolves_what_is_open_and_warns_of_too_little_memory(scene, capsys):
     _, stages, words = planned(capsys, "microbatch_tokens=auto", "parallel.layers_per_stage=[3, 1]")
     assert any(line.startswith("microbatch_tokens: auto is ") for line in words) and stages["0"]["layers"] == "3"
     huge = ["load_weights=false", "defaults.r=256", "defaults.lora_alpha=1"]
@@ -404,9 +405,9 @@ def test_plan_draws_a_new_picture_and_overwrites_none(scene, capsys):
 def test_preview_marks_what_the_loss_counts(scene, materials, capsys):
     assert main(["preview", "config.yaml", "--job", "b", "--samples", "2", "jobs.b.seed=1"]) == 0
     out = capsys.readouterr().out
-    rows = [json.loads(line) for line in (materials / "b.jsonl").read_text().splitlines()[:2]]
-    for row in rows:
-        assert row["prompt"] in out and f"«{row['completion'].strip()}" in out.replace("« ", "«")
+    records = [json.loads(line) for line in (materials / "b.jsonl").read_text().splitlines()[:2]]
+    for record in records:
+        assert record["prompt"] in out and f"«{record['completion'].strip()}" in out.replace("« ", "«")
     assert out.count("«") == 2 and "\x1b" not in out
 
 
@@ -417,6 +418,26 @@ def test_doctor_names_versions_and_backends(capsys):
 
     assert torch.__version__.split("+")[0] in found["torch"] and (torch.version.cuda or "CPU") in found["torch built for"]
     assert {"python", "megatron-core", "transport", "attention", "fused kernels", "precision auto", "NVIDIA apex"} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("cudnn", "attention", "tried", "says"),
+    [
+        ("1.32.0", "cuDNN's, of variable length", "tried on the GPU", "for backend: auto"),
+        (None, "torch's, of variable length", "", "less speed"),
+    ],
+)
+def test_doctor_says_whose_attention(cudnn, attention, tried, says, monkeypatch):
+    monkeypatch.setattr(backends, "this_machine", lambda: backends.Machine(capability=(9, 0), cudnn=cudnn))
+    found = {finding.subject: finding for finding in doctor.backends()}
+    assert found["attention"].found == attention and found["attention"].missing.startswith(tried)
+    assert says in found["cuDNN's attention"].missing
+
+
+def test_doctor_says_what_a_triton_that_is_not_known_costs_on_hopper():
+    assert not doctor.hopper_kernels((9, 0), (3, 6)) and not doctor.hopper_kernels((10, 0), (3, 10)) and not doctor.hopper_kernels(None)
+    for version in ((3, 5), (3, 10)):
+        assert "7% longer" in doctor.hopper_kernels((9, 0), version)
 
 
 def test_doctor_does_not_take_another_apex_for_nvidias(tmp_path, monkeypatch):

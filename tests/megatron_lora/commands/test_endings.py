@@ -1,4 +1,4 @@
-"""Real runs of two ranks that end half-way: killed, stopped or failing ranks, of which one line tells, and runs that are asked to stop."""
+"""Real runs of two ranks that end half-way: a rank is killed, hangs or fails, which one line reports, or the run is asked to stop."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def materials(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(materials, tmp_path):
-    """Return a function that starts a run of a layout; what is left of it ends with the test."""
+    """Return a function that starts a run of a layout; its processes are killed when the test ends."""
     runs = []
 
     def begin(parallel: dict, failing: bool = False, **environment: str) -> living_run.LivingRun:
-        rows = [{"path": str(materials / "rows.jsonl"), "type": "prompt_completion"}]
-        job = {"name": "a", "datasets": rows, "max_steps": 5000, "global_batch_size": 4}
+        datasets = [{"path": str(materials / "rows.jsonl"), "type": "prompt_completion"}]
+        job = {"name": "a", "datasets": datasets, "max_steps": 5000, "global_batch_size": 4}
         config = {"base_model": str(materials / "model"), "microbatch_tokens": 64, "parallel": parallel, "jobs": [job]}
         here = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         runs.append(living_run.LivingRun(tmp_path, config, here | environment, failing=failing))
@@ -53,12 +53,12 @@ def test_a_killed_rank_ends_the_run_within_seconds_and_with_one_line(parallel, v
     assert recorded["jobs"]["a"]["state"] == "paused" and recorded["reason"] in error
 
 
-def test_a_rank_that_stands_still_ends_the_run_once_another_has_lost_patience(start):
+def test_a_rank_that_hangs_ends_the_run_once_another_times_out(start):
     run = start({"pipeline": 2}, MEGATRON_LORA_TIMEOUT_S="3")
     run.train()
     os.kill(run.rank(0), signal.SIGSTOP)
     status, error = run.end(60)  # torchrun gives the stopped rank half a minute to end
-    assert status == 1 and error.count("\n") == 1 and error.startswith(living_run.STOOD_STILL.format(0) + "1 waited for it in vain")
+    assert status == 1 and error.count("\n") == 1 and error.startswith(living_run.HUNG.format(0) + "1 timed out waiting for it")
 
 
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "sequence": True}, {"data": 2}])
@@ -85,7 +85,7 @@ def everybody(run: living_run.LivingRun) -> list[int]:
     ],
     ids=["launcher", "everybody", "interrupt"],
 )
-def test_a_run_that_is_asked_to_stop_ends_with_75_and_goes_on_when_it_is_started_again(parallel, number, reached, start):
+def test_a_run_that_is_asked_to_stop_ends_with_75_and_resumes_when_it_is_started_again(parallel, number, reached, start):
     run = start(parallel)
     run.train()
     for pid in reached(run):
@@ -95,7 +95,7 @@ def test_a_run_that_is_asked_to_stop_ends_with_75_and_goes_on_when_it_is_started
     assert recorded["exit_status"] == 75 and recorded["jobs"]["a"]["state"] == "paused"
     assert [path.name for path in (run.output / "jobs" / "a").glob("checkpoint-*")] == [f"checkpoint-{taken[-1]}"]
     again = start(parallel)
-    again.train(rows=len(taken) + 3)
+    again.train(num_steps=len(taken) + 3)
     os.kill(again.process.pid, signal.SIGTERM)
     assert again.end(60) == (75, "")
     assert steps_of(again) == list(range(1, len(steps_of(again)) + 1)) and len(steps_of(again)) > len(taken)
@@ -107,7 +107,7 @@ def test_a_second_signal_ends_a_run_at_once(start):
     os.kill(run.rank(1), signal.SIGSTOP)  # it cannot agree to stop
     for _ in range(2):
         os.kill(run.process.pid, signal.SIGTERM)
-        time.sleep(launch.SAME_S + 0.5)
+        time.sleep(launch.SAME_REQUEST_S + 0.5)
     os.kill(run.rank(1), signal.SIGCONT)
     status, error = run.end(60)
     assert status == 128 + signal.SIGTERM and error == "megatron-lora: stopped by SIGTERM before its state was saved\n"
@@ -116,8 +116,8 @@ def test_a_second_signal_ends_a_run_at_once(start):
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_run_that_is_asked_to_stop_before_it_trains_ends_at_once_and_may_be_started_again(ranks, start):
     run = start({"pipeline": 2})
-    agent = "megatron_lora.commands.torchrun"  # it imports torch for a while before it listens
-    wait_for(lambda: any(agent in environment[""] for environment in run.processes().values()))
+    torchrun = "megatron_lora.commands.torchrun"  # it imports torch for a while before it listens
+    wait_for(lambda: any(torchrun in environment[""] for environment in run.processes().values()))
     wait_for(lambda: sum("RANK" in environment for environment in run.processes().values()) >= ranks)
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.end(60) == (75, "megatron-lora: stopped by SIGTERM before it took a step\n")

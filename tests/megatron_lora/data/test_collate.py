@@ -1,19 +1,27 @@
-"""Collating lists the target rows: those with a label, of all samples in order, and no filling rows."""
+"""Collating lists the target rows: those with a label, of all samples in order, and no padding rows."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from megatron_lora.data.collate import NO_LABEL, collate
 from megatron_lora.data.samples import Sample
-from megatron_lora.data.steps import JobRows
+from megatron_lora.data.steps import JobSamples, job_steps
 from scheduling.types import Microbatch, Segment
 
 MASKS = ([False, True, True], [False, False, True, False, True], [False, True])
 
 
+def resident(samples, adapter_row=0):
+    """Return a job whose only step takes all samples."""
+    step_samples = JobSamples(seed=0, samples=samples, steps=job_steps(len(samples), len(samples), 1, None, False, 0))
+    return SimpleNamespace(step_samples=step_samples, adapter_row=adapter_row)
+
+
 def batch(masks, multiple=4):
-    samples = [Sample(row, np.arange(len(mask), dtype=np.int32) + 10 * row, np.array(mask)) for row, mask in enumerate(masks)]
-    jobs = [JobRows(seed=0, samples=samples, steps=[[(0, row) for row in range(len(samples))]])]
+    samples = [Sample(record, np.arange(len(mask), dtype=np.int32) + 10 * record, np.array(mask)) for record, mask in enumerate(masks)]
+    jobs = {0: resident(samples)}
     segment = Segment(0, 0, tuple(range(len(samples))), sum(map(len, masks)))
     return collate(Microbatch((segment,)), jobs, multiple=multiple, device=torch.device("cpu"))
 
@@ -28,6 +36,13 @@ def test_targets_are_the_rows_with_a_label():
 def test_no_target_at_all():
     """A microbatch may hold nothing but what its job's other samples outweigh."""
     samples = [Sample(0, np.arange(3, dtype=np.int32), np.zeros(3, bool)), Sample(1, np.arange(3, dtype=np.int32), np.ones(3, bool))]
-    jobs = [JobRows(seed=0, samples=samples, steps=[[(0, 0), (0, 1)]])]
-    data = collate(Microbatch((Segment(0, 0, (0,), 3),)), jobs, multiple=1, device=torch.device("cpu"))
+    data = collate(Microbatch((Segment(0, 0, (0,), 3),)), {0: resident(samples)}, multiple=1, device=torch.device("cpu"))
     assert data.targets.shape == (0,) and not data.weights.any()
+
+
+def test_segments_name_adapter_rows_and_their_jobs_stand_beside_them():
+    samples = [Sample(0, np.arange(3, dtype=np.int32), np.arange(3) > 0)]
+    jobs = {7: resident(samples, adapter_row=2), 4: resident(samples, adapter_row=0)}
+    microbatch = Microbatch((Segment(7, 0, (0,), 3), Segment(4, 0, (0,), 3)))
+    data = collate(microbatch, jobs, multiple=1, device=torch.device("cpu"))
+    assert data.route.segments == ((0, 3, 2), (3, 6, 0)) and data.jobs == (7, 4)

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from megatron_lora.data.row_formats import RowEncoder
+from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.errors import UserError
 
 CHATML = (
@@ -60,9 +60,9 @@ def chatml(**options):
     return make_tokenizer(CHATML, added=("<|im_start|>",), eos="<|im_end|>", **options)
 
 
-def marked(tokenizer, row, format, train_on_inputs=False):
-    """Show a row's text with its targets between « and »."""
-    ids, targets = RowEncoder(tokenizer).encode(row, format, train_on_inputs, "rows.jsonl:7")
+def marked(tokenizer, record, format, train_on_inputs=False):
+    """Show a record's text with its targets between « and »."""
+    ids, targets = RecordEncoder(tokenizer).encode(record, format, train_on_inputs, "rows.jsonl:7")
     pieces = zip(tokenizer.convert_ids_to_tokens(ids.tolist()), targets.tolist(), strict=True)
     text = ""
     for target, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
@@ -88,11 +88,11 @@ def test_text_gets_its_special_tokens_and_one_eos():
 
 def test_prompt_completion_joins_tokens_not_texts():
     tokenizer = make_tokenizer(bos="<s>", adds_bos=True, merges=[("b", "c")])
-    row = {"prompt": "ab", "completion": "cd"}
-    assert marked(tokenizer, row, "prompt_completion") == "<s>ab«cd</s>»"
-    ids, _ = RowEncoder(tokenizer).encode(row, "prompt_completion", False, "")
+    record = {"prompt": "ab", "completion": "cd"}
+    assert marked(tokenizer, record, "prompt_completion") == "<s>ab«cd</s>»"
+    ids, _ = RecordEncoder(tokenizer).encode(record, "prompt_completion", False, "")
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<s>", "a", "b", "c", "d", "</s>"]
-    assert marked(tokenizer, row, "prompt_completion", train_on_inputs=True) == "<s>«abcd</s>»"
+    assert marked(tokenizer, record, "prompt_completion", train_on_inputs=True) == "<s>«abcd</s>»"
     assert marked(tokenizer, {"prompt": "", "completion": "cd"}, "prompt_completion") == "<s>«cd</s>»"
     assert marked(make_tokenizer(), {"prompt": "", "completion": "cd"}, "prompt_completion") == "c«d</s>»"
 
@@ -103,8 +103,8 @@ def test_alpaca_uses_stanfords_two_templates():
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nadd {1}\n\n### Response:«2</s>»"
     )
-    for row in ({"instruction": "add {1}", "output": "2"}, {"instruction": "add {1}", "input": "", "output": "2"}):
-        assert marked(tokenizer, row, "alpaca") == bare
+    for record in ({"instruction": "add {1}", "output": "2"}, {"instruction": "add {1}", "input": "", "output": "2"}):
+        assert marked(tokenizer, record, "alpaca") == bare
     assert marked(tokenizer, {"instruction": "add", "input": "1 1", "output": "2"}, "alpaca") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
@@ -151,7 +151,7 @@ def test_awkward_contents(content, expected):
 
 def test_characters_of_several_tokens():
     tokenizer = chatml()
-    ids, targets = RowEncoder(tokenizer).encode(chat("é", "né 🙂"), "messages", False, "")
+    ids, targets = RecordEncoder(tokenizer).encode(chat("é", "né 🙂"), "messages", False, "")
     assert tokenizer.decode(ids[targets]) == "né 🙂<|im_end|>"
     assert targets.sum() == 1 + 2 + 1 + 4 + 1
 
@@ -168,7 +168,7 @@ def test_mistral_trains_the_word_that_carries_the_space():
     assert marked(tokenizer, chat("go", "yes", "a", "yes yes"), "messages").replace(" ", "_") == (
         "<s>[INST]_go_[/INST]«_yes</s>»[INST]_a_[/INST]«_yes_yes</s>»"
     )
-    ids, targets = RowEncoder(tokenizer).encode(chat("go", "yes"), "messages", False, "")
+    ids, targets = RecordEncoder(tokenizer).encode(chat("go", "yes"), "messages", False, "")
     assert tokenizer.convert_ids_to_tokens(ids[targets].tolist()) == ["▁yes", "</s>"]
 
 
@@ -215,7 +215,7 @@ def test_an_empty_turn_among_others_is_trained_to_end():
 
 
 @pytest.mark.parametrize(
-    ("format", "row", "named"),
+    ("format", "record", "named"),
     [
         ("text", {"text": " \n"}, "'text' is empty"),
         ("text", {"prompt": "a"}, r"has no 'text' \(it has 'prompt'\)"),
@@ -239,14 +239,14 @@ def test_an_empty_turn_among_others_is_trained_to_end():
         ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]}, "'from' is 'alien'; use one of system, human"),
     ],
 )
-def test_rows_that_cannot_be_trained_on(format, row, named):
+def test_records_that_cannot_be_trained_on(format, record, named):
     with pytest.raises(UserError, match=rf"^rows.jsonl:7: .*{named}") as caught:
-        marked(chatml(), row, format)
+        marked(chatml(), record, format)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("template", "row", "named"),
+    ("template", "record", "named"),
     [
         (
             MISTRAL,
@@ -259,13 +259,13 @@ def test_rows_that_cannot_be_trained_on(format, row, named):
         ("{% for m in messages %}{{ m['content'] }}", chat("q", "a"), "refuses this conversation"),
     ],
 )
-def test_templates_that_do_not_take_a_conversation(template, row, named):
+def test_templates_that_do_not_take_a_conversation(template, record, named):
     with pytest.raises(UserError, match=f"^rows.jsonl:7: .*{named}"):
-        marked(make_tokenizer(template, bos="<s>"), row, "messages")
+        marked(make_tokenizer(template, bos="<s>"), record, "messages")
 
 
 def test_a_tokenizer_without_eos_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos_token"):
-        RowEncoder(tokenizer)
+        RecordEncoder(tokenizer)

@@ -1,4 +1,4 @@
-"""Files of rows, ids, cuts and counts, the cache, the tokenizer's own errors, and the preview."""
+"""Dataset files, ids, cuts and counts, the cache, the tokenizer's own errors, and the preview."""
 
 import json
 import shutil
@@ -9,15 +9,20 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_lora.commands.preview import preview_rows, show_preview
+from megatron_lora.commands.preview import preview_records, show_preview
 from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data import row_files, samples
-from megatron_lora.data.samples import load_job_data, load_jobs_data
+from megatron_lora.data.samples import load_jobs_data
 from megatron_lora.data.steps import job_steps, target_share
 from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.errors import UserError
 
 PAIRS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "abcdef", "completion": "x"}, {"prompt": "a", "completion": "long answer"}]
+
+
+def load_job_data(job, tokenizer, cache_dir, **options):
+    """Load the data of one job."""
+    return load_jobs_data([job], tokenizer, cache_dir, **options)[0]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def tokenizer():
 
 
 def write(path, records):
-    """Write rows in the format that the path's ending names."""
+    """Write records in the format that the path's ending names."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     elif path.suffix == ".json":
@@ -76,7 +81,7 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path, tokenizer, name):
     assert loaded.samples[0].tokens.dtype == np.int32 and loaded.samples[0].targets.dtype == bool
 
 
-def test_nested_rows_of_a_parquet_file(tmp_path, tokenizer):
+def test_nested_records_of_a_parquet_file(tmp_path, tokenizer):
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ok"}]
     chatty = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
@@ -95,16 +100,16 @@ def test_nested_rows_of_a_parquet_file(tmp_path, tokenizer):
     [
         ("a.jsonl", '{"text": "a"}\n\n{"text": \n', r"a.jsonl:3: is not valid JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: is not valid JSON .*UTF-8"),
-        ("a.jsonl", '{"text": "a"}\n[1]\n', r"a.jsonl:2: holds \[1\] where a row is an object"),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', r"a.jsonl:2: holds \[1\] where a record is an object"),
         ("a.jsonl", '{"text": "a"}\n{"text": ""}\n', r"a.jsonl:2: 'text' is empty"),
-        ("a.jsonl", "\n \n", r"a.jsonl: holds no rows"),
-        ("a.json", "[]", r"a.json: holds no rows"),
-        ("a.json", '{"text": "a"}', r"a.json: does not hold a list of rows"),
+        ("a.jsonl", "\n \n", r"a.jsonl: holds no records"),
+        ("a.json", "[]", r"a.json: holds no records"),
+        ("a.json", '{"text": "a"}', r"a.json: does not hold a list of records"),
         ("a.json", '[{"text": "a"},\n\n{"text": ""}]', r"a.json:3: 'text' is empty"),
         ("a.json", '[{"text": "a"},\n{"text" "b"}]', r"a.json:2: is not valid JSON"),
-        ("a.json", '[{"text": "a"}\n', r"a.json:1: the row is not followed by"),
+        ("a.json", '[{"text": "a"}\n', r"a.json:1: the record is not followed by"),
         ("a.json", '[{"text": "a"},\n', r"a.json:2: is not valid JSON"),
-        ("a.json", '[{"text": "a"}] x', r"a.json: goes on after its list"),
+        ("a.json", '[{"text": "a"}] x', r"a.json: holds more than its list"),
         ("a.json", b"\xff", r"a.json: is not UTF-8"),
         ("a.parquet", "PAR1 no", r"a.parquet: is not a readable Parquet file"),
         ("a.csv", "text\na", r"a.csv: is no kind of file that is read"),
@@ -123,7 +128,7 @@ def test_broken_files_name_their_place(tmp_path, tokenizer, name, content, named
 def test_json_may_be_laid_out_in_any_way(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf \n[ {"a":\n 1}\n ,{"a": 2} ,\n{"a": 3}\n ]\n')
-    assert list(row_files.read_rows(path)) == [(f"{path}:2", {"a": 1}), (f"{path}:4", {"a": 2}), (f"{path}:5", {"a": 3})]
+    assert list(row_files.read_records(path)) == [(f"{path}:2", {"a": 1}), (f"{path}:4", {"a": 2}), (f"{path}:5", {"a": 3})]
 
 
 def test_missing_files_and_a_missing_pyarrow(tmp_path, tokenizer, monkeypatch):
@@ -142,7 +147,7 @@ def test_ids_are_rows_of_the_concatenated_files_before_anything_is_dropped(tmp_p
     first, second = write(tmp_path / "1.jsonl", PAIRS), write(tmp_path / "2.json", PAIRS[::-1])
     loaded = load_job_data(job(first, second, sequence_len=6), tokenizer, None)
     # "abcdef" + "x" has no target among its first six tokens; "a" + "long answer" keeps five.
-    assert [sample.row for sample in loaded.samples] == [0, 2, 3, 5]
+    assert [sample.record for sample in loaded.samples] == [0, 2, 3, 5]
     assert texts(tokenizer, loaded) == ["abcd</s>", "along ", "along ", "abcd</s>"]
     assert (loaded.num_truncated, loaded.num_dropped) == (2, 2)
     assert loaded.describe() == "4 samples, 22 tokens, 16 targets, 2 cut at sequence_len, 2 dropped: no target before the cut"
@@ -155,7 +160,7 @@ def test_a_sample_of_just_the_right_length_is_whole(tmp_path, tokenizer):
 
 
 def test_a_cut_that_leaves_nothing_is_refused(tmp_path, tokenizer):
-    with pytest.raises(UserError, match=r"jobs.j.sequence_len: 2 leaves no target token in any of the 1 rows of its datasets; raise it"):
+    with pytest.raises(UserError, match=r"jobs.j.sequence_len: 2 leaves no target token in any of the 1 records of its datasets; raise it"):
         load_job_data(job(write(tmp_path / "a.jsonl", PAIRS[:1]), sequence_len=2), tokenizer, None)
 
 
@@ -173,13 +178,13 @@ def test_tokens_beyond_the_base_model_are_refused(tmp_path, tokenizer):
 def count_reads(monkeypatch):
     """Count how often files are tokenised."""
     reads = []
-    monkeypatch.setattr(samples, "read_rows", lambda path: reads.append(str(path)) or row_files.read_rows(path))
+    monkeypatch.setattr(samples, "read_records", lambda path: reads.append(str(path)) or row_files.read_records(path))
     return reads
 
 
 def same(one, other):
-    return [(s.row, s.tokens.tolist(), s.targets.tolist()) for s in one.samples] == [
-        (s.row, s.tokens.tolist(), s.targets.tolist()) for s in other.samples
+    return [(s.record, s.tokens.tolist(), s.targets.tolist()) for s in one.samples] == [
+        (s.record, s.tokens.tolist(), s.targets.tolist()) for s in other.samples
     ] and (one.num_truncated, one.num_dropped) == (other.num_truncated, other.num_dropped)
 
 
@@ -244,9 +249,9 @@ def test_tokenizers_that_cannot_be_used(tmp_path, tokenizer):
 
 def test_preview_shows_what_training_sees(tmp_path, tokenizer):
     first, second = write(tmp_path / "1.jsonl", PAIRS[:2]), write(tmp_path / "2.jsonl", PAIRS)
-    whole, cut, other = preview_rows(job(first, second, sequence_len=6), tokenizer, num_rows=3)
-    assert show_preview(whole, color=False) == f"{first}:1 (row 0): 5 tokens, 3 targets\nab«cd</s>»\n"
-    assert show_preview(cut, color=False).startswith(f"{first}:2 (row 1): 6 tokens, cut from 8, 0 targets; dropped")
-    assert (other.where, other.row) == (f"{second}:1", 2)
+    whole, cut, other = preview_records(job(first, second, sequence_len=6), tokenizer, num_records=3)
+    assert show_preview(whole, color=False) == f"{first}:1 (record 0): 5 tokens, 3 targets\nab«cd</s>»\n"
+    assert show_preview(cut, color=False).startswith(f"{first}:2 (record 1): 6 tokens, cut from 8, 0 targets; dropped")
+    assert (other.where, other.record) == (f"{second}:1", 2)
     assert whole.token_texts[2] == (tokenizer.convert_tokens_to_ids("c"), "c", True)
     assert "\x1b[1;32mcd</s>\x1b[0m" in show_preview(whole, color=True)

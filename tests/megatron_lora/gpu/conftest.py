@@ -1,17 +1,16 @@
 """A pool of ranks with a GPU each; its processes are apart from the gloo pool's, which patch Megatron for CPU."""
 
-from types import SimpleNamespace
-
 import pytest
 import rank_pool
+
+from megatron_lora.config.schema import ParallelConfig
 
 
 @pytest.fixture(scope="session")
 def one_gpu():
     """Return a function (fn, *args) -> fn's result on a process that is the only rank of an NCCL world."""
     ranks = rank_pool.RankPool(gpus=True)
-    layout = SimpleNamespace(pipeline=1, tensor=1, data=1, sequence=False, backend="nccl")
-    yield lambda fn, *args: ranks.run(layout, fn, *args)[0]
+    yield lambda fn, *args: ranks.run(ParallelConfig(), fn, *args)[0]
     ranks.close()
 
 

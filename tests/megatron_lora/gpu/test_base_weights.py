@@ -51,9 +51,9 @@ def moved(microbatch: StageInput, device) -> StageInput:
 
 def put(linear, dtype, device) -> None:
     """Put a linear's adapters on the device."""
-    group = linear.group
-    fields = {name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "slots", "first_feature")}
-    linear.group = LoraGroup(
+    group = linear.adapters
+    fields = {name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "adapters", "first_feature")}
+    linear.adapters = LoraGroup(
         a_RK=group.a_RK.to(device, dtype),
         b_RN=tuple(b.to(device, dtype) for b in group.b_RN),
         grad_a_RK=group.grad_a_RK.to(device),
@@ -83,7 +83,7 @@ def forward_and_backward(stage, microbatch) -> torch.Tensor:
 
 
 def gradients_of(linear) -> tuple[torch.Tensor, ...]:
-    return linear.group.grad_a_RK, *linear.group.grad_b_RN
+    return linear.adapters.grad_a_RK, *linear.adapters.grad_b_RN
 
 
 def one_backward(directory, base_weights, recompute, dtype, device) -> dict:
@@ -111,9 +111,8 @@ def each_linear(directory, base_weights, given, device) -> list[dict]:
     if given is None:
         forward_and_backward(stage, microbatch)
     else:
-        with stage.bound(microbatch):
-            for linear, theirs in zip(stage.linears, given, strict=True):
-                linear(theirs["x"].to(device).requires_grad_())[0].backward(theirs["dy"].to(device))
+        for linear, theirs in zip(stage.linears, given, strict=True):
+            linear(theirs["x"].to(device).requires_grad_(), microbatch.route)[0].backward(theirs["dy"].to(device))
     for linear, into in zip(stage.linears, seen, strict=True):
         into |= {f"gradient {number}": gradient for number, gradient in enumerate(gradients_of(linear))}
         if base_weights == "fp8":

@@ -10,7 +10,9 @@ import torch
 
 from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
 from megatron_lora.huggingface.architecture import read_architecture
-from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import AdapterSpec
+from megatron_lora.model.backends import Backends, this_machine
 from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from megatron_lora.training.warm_up import dummy, warm_up
@@ -33,7 +35,7 @@ def directory(tmp_path_factory):
     return root
 
 
-def measure(directory, recompute, num_rows, dropout, device) -> tuple[float, float]:
+def measure(directory, recompute, num_rows, dropout, attention, device) -> tuple[float, float]:
     """Return the bytes that a stage and one microbatch took at the worst moment, and those that the model says."""
     if device == "cuda":
         gc.collect()
@@ -42,7 +44,9 @@ def measure(directory, recompute, num_rows, dropout, device) -> tuple[float, flo
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     architecture, dtype = read_architecture(directory), torch.bfloat16
     kind = {"dtype": dtype, "device": torch.device(device)}
-    stage = build_stage(architecture, None, ParallelConfig(), **kind, load_weights=False, recompute=recompute)
+    stage = build_stage(
+        architecture, None, ParallelConfig(), **kind, load_weights=False, recompute=recompute, backends=Backends(attention=attention)
+    )
     specs = [AdapterSpec(r=r, scale=1.0, dropout=dropout, target_modules=frozenset(TARGET_MODULES)) for r in RANKS]
     arena = Arena(stage.linears, specs, tensor_rank=0, tensor_ranks=1, **kind)
     warm_up(stage, arena, num_rows)
@@ -55,9 +59,12 @@ def measure(directory, recompute, num_rows, dropout, device) -> tuple[float, flo
     return peak, model.total(num_rows, num_rows)
 
 
+@pytest.mark.parametrize("attention", ["torch", "cudnn"])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("num_rows", [4096, 16384])
 @pytest.mark.parametrize("recompute", ["none", "cheap", "full", ("full",) * 3 + ("cheap",) * 3 + ("none",) * 2])
-def test_the_peak(recompute, num_rows, dropout, directory, one_gpu):
-    peak, predicted = one_gpu(measure, directory, recompute, num_rows, dropout, "cuda")
+def test_the_peak(recompute, num_rows, dropout, attention, directory, one_gpu):
+    if attention == "cudnn" and this_machine().cudnn is None:
+        pytest.skip("needs nvidia-cudnn-frontend")
+    peak, predicted = one_gpu(measure, directory, recompute, num_rows, dropout, attention, "cuda")
     assert predicted == pytest.approx(peak, rel=0.05), f"predicted {predicted / 1e9:.3f} GB, took {peak / 1e9:.3f} GB"

@@ -10,20 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import attach_adapters, save_model, stage_input
+from gpu_stage import one_backward
+from tiny import save_model
 
-from fused_ops.adapters import LoraGroup
 from fused_ops.backend import gradients
 from fused_ops.refill import Refill
-from fused_ops.route import make_route
-from megatron_lora.config.schema import ParallelConfig
-from megatron_lora.data.microbatch import Packing, StageInput
+from megatron_lora.data.microbatch import Packing
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model import transformer_engine
 from megatron_lora.model.attention import per_sample_attention
 from megatron_lora.model.backends import Backends, Machine, choose, import_engine, this_machine
 from megatron_lora.model.norm import RMSNorm
-from megatron_lora.model.stage import build_stage
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
@@ -92,60 +89,25 @@ def test_attention_is_alike(heads, kv_heads, head_dim, window):
         assert (ours.float() - theirs).norm() <= 0.02 * theirs.norm()
 
 
-def moved(microbatch: StageInput) -> StageInput:
-    packing = microbatch.packing
-    return StageInput(
-        tokens=microbatch.tokens.cuda(),
-        labels=microbatch.labels.cuda(),
-        weights=microbatch.weights.cuda(),
-        packing=Packing(
-            cu_seqlens=packing.cu_seqlens.cuda(),
-            lengths=packing.lengths,
-            positions=packing.positions.cuda(),
-            max_length=packing.max_length,
-        ),
-        route=make_route(microbatch.route.num_rows, microbatch.route.segments, microbatch.route.row_keys, "cuda"),
-    )
-
-
-def one_backward(directory, norms, attention, recompute) -> dict:
-    """Return losses and all adapter gradients of one microbatch in bf16, or what is wrong with the attention; runs on the rank."""
+def backward_with_engine(directory, norms, attention, recompute) -> dict:
+    """Return losses and gradients of one microbatch, or what is wrong with the attention; runs on the rank."""
     import_engine("te")
-    architecture = read_architecture(directory)
     if attention == "te":
-        windows, device = architecture.sliding_windows, torch.device("cuda")
+        architecture = read_architecture(directory)
         sizes = architecture.num_heads, architecture.num_kv_heads, architecture.head_dim
-        fault = transformer_engine.attention_fault(*sizes, windows, torch.bfloat16, device)
+        fault = transformer_engine.attention_fault(*sizes, architecture.sliding_windows, torch.bfloat16, torch.device("cuda"))
         if fault:
             return {"fault": fault}
-    stage = build_stage(
-        architecture, directory, ParallelConfig(), dtype=torch.bfloat16, device=torch.device("cuda"),
-        recompute=recompute, backends=Backends(norms=norms, attention=attention),
-    )  # fmt: skip
-    attach_adapters(stage.linears, 1, dropout=0.25)
-    for linear in stage.linears:
-        group = linear.group
-        linear.group = LoraGroup(
-            a_RK=group.a_RK.bfloat16().cuda(),
-            b_RN=tuple(b.bfloat16().cuda() for b in group.b_RN),
-            grad_a_RK=group.grad_a_RK.cuda(),
-            grad_b_RN=tuple(grad.cuda() for grad in group.grad_b_RN),
-            **{name: getattr(group, name) for name in ("columns", "a_rows", "b_rows", "slots", "first_feature")},
-        )
-    microbatch = moved(stage_input((5, 22, 1, 16), architecture.vocab_size, ((2, 9, 1), (9, 40, 0))))
-    losses = stage.losses(stage(microbatch), microbatch.labels)
-    (losses * microbatch.weights).sum().backward()
-    grads = [grad for linear in stage.linears for grad in (linear.group.grad_a_RK, *linear.group.grad_b_RN)]
-    return {"losses": losses.detach().cpu(), "gradients": torch.cat([grad.flatten() for grad in grads]).cpu()}
+    return one_backward(directory, Backends(norms=norms, attention=attention), recompute)
 
 
 @pytest.mark.parametrize("attention", ["torch", "te"])
 @pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
 def test_a_stage_with_its_parts_computes_the_same(attention, recompute, one_gpu, tmp_path):
     save_model(tmp_path, "qwen3")
-    theirs = one_gpu(one_backward, tmp_path, "te", attention, recompute)
+    theirs = one_gpu(backward_with_engine, tmp_path, "te", attention, recompute)
     if "fault" in theirs:
         pytest.skip(theirs["fault"])
-    ours = one_gpu(one_backward, tmp_path, "ours", "torch", recompute)
+    ours = one_gpu(backward_with_engine, tmp_path, "ours", "torch", recompute)
     for name in ("losses", "gradients"):
         assert (theirs[name] - ours[name]).norm() <= 0.03 * ours[name].norm(), name

@@ -31,7 +31,7 @@ def random_qkv(heads, kv_heads, head_dim=8, lengths=LENGTHS, dtype=torch.float32
 
 
 def by_definition(query, key, value, packing, window):
-    """The whole [T, T] score matrix, masked."""
+    """Attention by the full [T, T] score matrix, masked."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
     scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5

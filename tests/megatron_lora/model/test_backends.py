@@ -1,4 +1,4 @@
-"""Who computes norms and attention: the rules, their one-line errors, and Transformer Engine's slots over a stand-in for it, on CPU."""
+"""The choice of backends and its one-line errors, and the modules of Transformer Engine over a stand-in for it, on CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model import backends, transformer_engine
 from megatron_lora.model.attention import per_sample_attention
-from megatron_lora.model.backends import Backends, Machine, check_backends, choose, fall_back_from_te
+from megatron_lora.model.backends import Backends, Machine, check_backends, choose, fall_back
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.model.stage import build_stage
 
@@ -26,7 +26,9 @@ HOPPER = Machine(capability=(9, 0))
 WITH_ENGINE = Machine(capability=(9, 0), engine="2.17.1")
 OLD_TORCH = Machine(capability=(9, 0), varlen=False)
 OLD_TORCH_WITH_ENGINE = Machine(capability=(9, 0), varlen=False, engine="2.17.1")
-OURS, ENGINE = Backends(), Backends(norms="te", attention="te")
+WITH_CUDNN = Machine(capability=(9, 0), cudnn="1.32.0")
+OLD_TORCH_WITH_CUDNN = Machine(capability=(9, 0), varlen=False, cudnn="1.32.0", engine="2.17.1")
+OURS, ENGINE, CUDNN = Backends(), Backends(norms="te", attention="te"), Backends(attention="cudnn")
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,10 @@ OURS, ENGINE = Backends(), Backends(norms="te", attention="te")
         ("te", WITH_ENGINE, ENGINE),
         ("auto", OLD_TORCH_WITH_ENGINE, Backends(attention="te")),
         ("te", OLD_TORCH_WITH_ENGINE, ENGINE),
+        ("auto", WITH_CUDNN, CUDNN),
+        ("torch", WITH_CUDNN, OURS),
+        ("auto", Machine(capability=None, cudnn="1.32.0"), OURS),
+        ("auto", OLD_TORCH_WITH_CUDNN, CUDNN),
     ],
 )
 def test_the_rules(backend, machine, expected):
@@ -99,11 +105,13 @@ def test_one_that_would_break_megatron_core_is_named(monkeypatch):
 
 
 def test_what_fails_on_the_gpu_is_replaced_and_said():
-    assert fall_back_from_te(ENGINE, WITH_ENGINE, "") == (ENGINE, "attention: Transformer Engine's, tried on this GPU")
-    left, line = fall_back_from_te(ENGINE, WITH_ENGINE, "cuDNN: no plan")
+    assert fall_back(ENGINE, WITH_ENGINE, "") == (ENGINE, "attention: Transformer Engine's, tried on this GPU")
+    assert fall_back(CUDNN, WITH_CUDNN, "") == (CUDNN, "attention: cuDNN's, tried on this GPU")
+    assert fall_back(CUDNN, WITH_CUDNN, "no plan") == (OURS, "attention: torch's, since cuDNN's fails on this GPU (no plan)")
+    left, line = fall_back(ENGINE, WITH_ENGINE, "cuDNN: no plan")
     assert left == Backends(norms="te") and "torch's" in line and "cuDNN: no plan" in line
     with pytest.raises(UserError, match="fails on this GPU .cuDNN: no plan.; install torch 2.11"):
-        fall_back_from_te(ENGINE, OLD_TORCH_WITH_ENGINE, "cuDNN: no plan")
+        fall_back(ENGINE, OLD_TORCH_WITH_ENGINE, "cuDNN: no plan")
 
 
 class StandInNorm(torch.nn.Module):

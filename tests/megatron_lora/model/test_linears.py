@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import attach_adapters, save_model, stage_input, whole_gradients
+from tiny import attach_adapters, joined_gradients, save_model, stage_input
 
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.huggingface.architecture import read_architecture
@@ -24,7 +24,7 @@ def model_dir(tmp_path_factory):
 
 
 def linear_step(directory, parallel, role, dropout):
-    """Run one linear of the first layer forward and backward; return whole Y, dX and factor gradients, by base module for Y."""
+    """Run one linear of the first layer forward and backward; return Y, dX and factor gradients of all ranks joined, Y by module."""
     architecture = read_architecture(directory)
     stage = build_stage(architecture, directory, parallel, dtype=torch.float32, device=torch.device("cpu"))
     linear = stage.linears[ROLES.index(role)]
@@ -37,8 +37,7 @@ def linear_step(directory, parallel, role, dropout):
     dy = torch.randn(NUM_ROWS, sum(geometry.out_features) * (ranks if column else 1), generator=generator)
     rows = slice(rank * NUM_ROWS // ranks, (rank + 1) * NUM_ROWS // ranks) if stage.sequence_parallel else slice(None)
     x = (x[rows] if column else x[:, geometry.first_feature :][:, : geometry.in_features]).clone().requires_grad_()
-    with stage.bound(stage_input((NUM_ROWS,), 61, SEGMENTS)):
-        y, bias = linear(x.unsqueeze(1))
+    y, bias = linear(x.unsqueeze(1), stage_input((NUM_ROWS,), 61, SEGMENTS).route)
     assert bias is None
     y = y.squeeze(1)
     y.backward(_local_columns(dy, geometry, rank, ranks) if column else dy[rows])
@@ -48,11 +47,11 @@ def linear_step(directory, parallel, role, dropout):
         dx, y = (gather_rows(dx, group), y) if column else (dx, gather_rows(y.detach(), group))
     parts = list(zip(*(part.split(geometry.out_features, dim=1) for part in _all_ranks(y, group)), strict=True)) if column else [[y]]
     whole_y = torch.cat([torch.cat(list(part), dim=1) for part in parts], dim=1)
-    return {"y": whole_y.detach(), "dx": dx, **whole_gradients([linear])}
+    return {"y": whole_y.detach(), "dx": dx, **joined_gradients([linear])}
 
 
 def _local_columns(dy, geometry, rank, ranks):
-    """Cut a dY with the modules' whole columns side by side down to this rank's columns of each."""
+    """Return this rank's columns of each module, from a dY with the modules' full columns side by side."""
     modules = dy.split([n * ranks for n in geometry.out_features], dim=1)
     return torch.cat([part[:, rank * n :][:, :n] for part, n in zip(modules, geometry.out_features, strict=True)], dim=1)
 

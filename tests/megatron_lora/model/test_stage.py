@@ -201,7 +201,7 @@ def test_nan_in_one_jobs_adapter_stays_with_its_rows(models, one_process):
         stage = build(directory)
         attach_adapters(stage.linears, 1, 0.25)
         for linear in stage.linears:
-            linear.group.b_RN[-1][linear.group.b_rows[1][-1]] += poison
+            linear.adapters.b_RN[-1][linear.adapters.b_rows[1][-1]] += poison
         microbatch = stage_input(LENGTHS, 61, ((0, 27, 0), (28, 44, 1)))  # jobs own whole samples; row 27 is base-only
         results.append(train_step(stage, microbatch, ParallelConfig()))
     clean, poisoned = results
@@ -229,12 +229,3 @@ def test_a_missing_tensor_is_named(models, one_process):
     directory, _ = models("llama")
     with pytest.raises(UserError, match="the tensor model.layers.3.no_such.weight is in none of the safetensors files"):
         Checkpoint(directory).read("model.layers.3.no_such.weight", (slice(None),))
-
-
-def test_a_linear_refuses_to_run_unbound(models, one_process):
-    stage = build(models("llama")[0])
-    with pytest.raises(AssertionError, match="model.layers.0.self_attn.q_proj: no microbatch is bound"):
-        stage.linears[0](torch.zeros(3, 1, 32))
-    with stage.bound(stage_input((3,), 61)):
-        assert stage.linears[0](torch.zeros(3, 1, 32))[0].shape == (3, 1, 96)
-    assert stage.binding.microbatch is None

@@ -1,4 +1,4 @@
-"""What a run reports: lines, events, tables and curves hold the numbers they were given, and a lost terminal hurts nobody."""
+"""What a run reports: lines, events, tables and curves hold the reported numbers, and a closed terminal does no harm."""
 
 import dataclasses
 import io
@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from megatron_lora.errors import UserError
-from megatron_lora.output.display import LiveTable, Outlet, PlainLines, duration, make_display
+from megatron_lora.output.display import LiveTable, PlainLines, SafeStream, duration, make_display
 from megatron_lora.output.loss_picture import plot_losses, smooth
 from megatron_lora.output.metrics import JobSummary, JsonlMetrics, StepReport, metrics_file, read_metrics
 from megatron_lora.output.observers import make_observers
@@ -85,7 +85,7 @@ def test_a_run_appends_behind_a_line_that_was_cut_off(tmp_path):
     observer.on_start(JOBS)
     observer.on_step(report(step=2))
     observer.close()
-    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert [step["step"] for step in read_metrics(path)] == [1, 2]
     path.write_text('{"ste\n{"step": 1}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:1: is not valid JSON"):
         read_metrics(path)
@@ -111,7 +111,7 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 
 def fake_wandb(log, fail=False):
-    """Stand in for the package: runs that write down what they are told."""
+    """Stand in for the package: its runs write down what is logged."""
     module = types.ModuleType("wandb")
 
     class Error(Exception):
@@ -189,7 +189,7 @@ def test_plain_lines_are_few_and_tell_every_end(tmp_path):
 
 def test_plain_lines_come_at_their_interval():
     out, clock = io.StringIO(), Clock()
-    observer = PlainLines(Outlet(out), clock)
+    observer = PlainLines(SafeStream(out), clock)
     observer.on_start([JobSummary("a", 100)])
     for step in range(1, 32):
         observer.on_step(report(step=step, total_steps=100))
@@ -199,7 +199,7 @@ def test_plain_lines_come_at_their_interval():
 
 def test_the_rate_is_that_of_the_last_steps():
     out, clock = io.StringIO(), Clock()
-    observer = PlainLines(Outlet(out), clock)
+    observer = PlainLines(SafeStream(out), clock)
     observer.on_start([JobSummary("a", 1000)])
     for step in range(1, 61):
         clock.now += 10 if step <= 30 else 1
@@ -209,7 +209,7 @@ def test_the_rate_is_that_of_the_last_steps():
 
 def terminal(height=30):
     out = io.StringIO()
-    return out, Console(file=Outlet(out), force_terminal=True, width=140, height=height, color_system=None)
+    return out, Console(file=SafeStream(out), force_terminal=True, width=140, height=height, color_system=None)
 
 
 def test_the_table_shows_every_job():
@@ -254,7 +254,7 @@ def test_a_terminal_that_goes_away_ends_the_display_only():
             raise BrokenPipeError
 
     stdout = sys.stdout
-    for observer in (PlainLines(Outlet(Gone())), LiveTable(Console(file=Outlet(Gone()), force_terminal=True))):
+    for observer in (PlainLines(SafeStream(Gone())), LiveTable(Console(file=SafeStream(Gone()), force_terminal=True))):
         observer.on_start(JOBS)
         observer.on_step(report())
         observer.on_status("a", "done", "")

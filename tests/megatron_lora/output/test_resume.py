@@ -7,30 +7,30 @@ import shutil
 
 import oracle
 import pytest
-import runs
 from safetensors.torch import load_file, save_file
 
+import runs
 from megatron_lora.commands.checks import check_run
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError
-from megatron_lora.output.standing import standing_of
+from megatron_lora.output.standing import resume_point_of
 
 STEPS, EVERY = 7, 3
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory, pool) -> dict:
-    """A model, rows, two jobs with dropout that save, and what they come to without a stop."""
+    """A model, records, two jobs with dropout that save, and their results without a stop."""
     root = tmp_path_factory.mktemp("resume")
-    rows = [oracle.make_rows(root / f"rows-{i}.jsonl", num_rows=10, seed=20 + i) for i in range(3)]
+    files = [oracle.make_rows(root / f"rows-{i}.jsonl", num_rows=10, seed=20 + i) for i in range(3)]
     shared = {"learning_rate": 1e-3, "warmup_ratio": 0.3, "max_steps": STEPS, "lora_dropout": 0.1, "adam_epsilon": 1e-6}
     jobs = [
         {"name": name, "datasets": [{"path": str(path), "type": "prompt_completion"}], "r": r, "global_batch_size": 3, "save_steps": EVERY}
         | shared
-        for name, path, r in (("a", rows[0], 4), ("b", rows[1], 8))
+        for name, path, r in (("a", files[0], 4), ("b", files[1], 8))
     ]
-    made = {"root": root, "model": oracle.make_model(root / "model"), "rows": rows, "jobs": jobs}
-    assert runs.start(pool, config_of(made, root, "whole", {}), {}) == 0
+    made = {"root": root, "model": oracle.make_model(root / "model"), "files": files, "jobs": jobs}
+    assert runs.start(pool, config_of(made, root, "unstopped", {}), {}) == 0
     return made
 
 
@@ -39,18 +39,18 @@ def config_of(scene: dict, folder, name: str, parallel: dict, jobs: list[dict] |
     return runs.write_config(folder / f"{name}.yaml", scene["model"], folder / name, jobs or scene["jobs"], parallel, tokens)
 
 
-def rows_of(run, job: str) -> list[dict]:
+def steps_of(run, job: str) -> list[dict]:
     return [json.loads(line) for line in (run / "jobs" / job / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_as_whole(scene: dict, run) -> None:
+def assert_as_never_stopped(scene: dict, run) -> None:
     """Every step is there once, with the loss, the numbers and the adapter of the run that was not stopped."""
     for job in ("a", "b"):
-        found, whole = rows_of(run, job), rows_of(scene["root"] / "whole", job)
+        found, expected = steps_of(run, job), steps_of(scene["root"] / "unstopped", job)
         for key in ("step", "epoch", "learning_rate", "tokens", "target_tokens", "samples", "skipped"):
-            assert [row[key] for row in found] == [row[key] for row in whole], key
-        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in whole], rel=1e-5)
-        mine, theirs = (load_file(path / "jobs" / job / "adapter_model.safetensors") for path in (run, scene["root"] / "whole"))
+            assert [step[key] for step in found] == [step[key] for step in expected], key
+        assert [step["loss"] for step in found] == pytest.approx([step["loss"] for step in expected], rel=1e-5)
+        mine, theirs = (load_file(path / "jobs" / job / "adapter_model.safetensors") for path in (run, scene["root"] / "unstopped"))
         assert all(oracle.distance(mine, theirs, kind) < 1e-4 for kind in ("lora_A", "lora_B"))
 
 
@@ -59,9 +59,9 @@ def states(run) -> dict[str, str]:
 
 
 def as_after_a_crash(scene: dict, folder, checkpoints: dict[str, int]):
-    """Copy the whole run to `folder`/run, taken back to when it had written these checkpoints and was then killed."""
+    """Copy the unstopped run to `folder`/run, as if it had been killed after it wrote these checkpoints."""
     run = folder / "run"
-    shutil.copytree(scene["root"] / "whole", run)
+    shutil.copytree(scene["root"] / "unstopped", run)
     for job, last in checkpoints.items():
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             (run / "jobs" / job / file).unlink()
@@ -78,17 +78,17 @@ LAYOUTS = [({"pp": 2}, {}), ({}, {"tp": 2, "sequence": True}), ({"tp": 2}, {"pp"
 
 
 @pytest.mark.parametrize(("first", "then"), LAYOUTS, ids=["pp-one", "one-tp", "tp-pp", "dp-dp"])
-def test_a_stopped_run_goes_on_in_any_layout_as_if_it_had_not_been(first, then, scene, pool, tmp_path):
+def test_a_stopped_run_resumes_in_any_layout_as_if_it_had_not_been(first, then, scene, pool, tmp_path):
     run = tmp_path / "run"
     assert runs.start(pool, config_of(scene, tmp_path, "run", first, tokens=48), first, stop_after=2) == 75
     assert states(run) == {"a": "paused", "b": "paused"}
-    taken = {job: len(rows_of(run, job)) for job in ("a", "b")}
+    taken = {job: len(steps_of(run, job)) for job in ("a", "b")}
     assert 0 < sum(taken.values()) < 2 * STEPS
     for job, steps in taken.items():
-        assert standing_of(run / "jobs" / job).step == steps
+        assert resume_point_of(run / "jobs" / job).step == steps
     assert runs.start(pool, config_of(scene, tmp_path, "run", then), then) == 0
     assert states(run) == {"a": "done", "b": "done"}
-    assert_as_whole(scene, run)
+    assert_as_never_stopped(scene, run)
     assert list((run / "plan" / "start-1").glob("window-*.json")) and (run / "plan" / "start-1" / "timeline.json").exists()
 
 
@@ -98,42 +98,42 @@ def test_a_run_may_be_stopped_again_and_again(scene, pool, tmp_path):
         statuses.append(runs.start(pool, config, {"pp": 2}, stop_after=1))
         assert len(statuses) < 2 * STEPS, "each start must get somewhere"
     assert statuses[-1] == 0 and statuses.count(75) > 1
-    assert_as_whole(scene, tmp_path / "run")
+    assert_as_never_stopped(scene, tmp_path / "run")
 
 
-def test_after_a_crash_each_job_goes_on_from_its_last_checkpoint(scene, pool, tmp_path):
+def test_after_a_crash_each_job_resumes_from_its_last_checkpoint(scene, pool, tmp_path):
     run = as_after_a_crash(scene, tmp_path, {"a": EVERY, "b": 2 * EVERY})
     half_written = run / "jobs" / "a" / ".checkpoint-6.new"
     half_written.mkdir()
     assert runs.start(pool, config_of(scene, tmp_path, "run", {}), {}) == 0
-    assert_as_whole(scene, run)
+    assert_as_never_stopped(scene, run)
     assert not half_written.exists()
 
 
-def test_a_job_that_is_over_is_left_alone_and_one_without_a_checkpoint_starts_again(scene, pool, tmp_path):
+def test_a_job_that_has_ended_is_not_touched_and_one_without_a_checkpoint_starts_again(scene, pool, tmp_path):
     run = as_after_a_crash(scene, tmp_path, {"b": 0})
     before = {file: file.read_bytes() for file in (run / "jobs" / "a").rglob("*") if file.is_file()}
     assert runs.start(pool, config_of(scene, tmp_path, "run", {}), {}) == 0
     assert {file: file.read_bytes() for file in (run / "jobs" / "a").rglob("*") if file.is_file()} == before
-    assert_as_whole(scene, run)
+    assert_as_never_stopped(scene, run)
 
 
-def test_a_job_may_join_a_run_that_goes_on(scene, pool, tmp_path):
+def test_a_job_may_join_a_run_that_resumes(scene, pool, tmp_path):
     run = as_after_a_crash(scene, tmp_path, {"b": EVERY})
-    third = scene["jobs"][0] | {"name": "c", "datasets": [{"path": str(scene["rows"][2]), "type": "prompt_completion"}]}
+    third = scene["jobs"][0] | {"name": "c", "datasets": [{"path": str(scene["files"][2]), "type": "prompt_completion"}]}
     assert runs.start(pool, config_of(scene, tmp_path, "run", {}, [third, *scene["jobs"]]), {}) == 0
-    assert_as_whole(scene, run)
-    assert states(run) == {"a": "done", "b": "done", "c": "done"} and len(rows_of(run, "c")) == STEPS
+    assert_as_never_stopped(scene, run)
+    assert states(run) == {"a": "done", "b": "done", "c": "done"} and len(steps_of(run, "c")) == STEPS
 
 
 def test_a_checkpoint_is_a_peft_directory_with_adams_state(scene):
-    checkpoint = scene["root"] / "whole" / "jobs" / "a" / "checkpoint-3"
+    checkpoint = scene["root"] / "unstopped" / "jobs" / "a" / "checkpoint-3"
     adapter, moments = load_file(checkpoint / "adapter_model.safetensors"), load_file(checkpoint / "optimizer.safetensors")
     assert {name: tensor.shape for name, tensor in moments.items()} == {
         f"{name}.{moment}": tensor.shape for name, tensor in adapter.items() for moment in ("exp_avg", "exp_avg_sq")
     }
     assert all((tensor >= 0).all() for name, tensor in moments.items() if name.endswith("_sq"))
-    assert (checkpoint / "adapter_config.json").exists() and standing_of(checkpoint.parent).step == 6
+    assert (checkpoint / "adapter_config.json").exists() and resume_point_of(checkpoint.parent).step == 6
     assert {path.name for path in checkpoint.parent.glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-6"}
 
 
@@ -147,9 +147,9 @@ def changed(scene: dict, **keys) -> list[dict]:
         (lambda scene: changed(scene, learning_rate=2e-3), "jobs.a.learning_rate: 0.002 differs from 0.001"),
         (lambda scene: changed(scene, max_steps=9), "jobs.a.max_steps: 9 differs from 7"),
         (lambda scene: scene["jobs"][1:], "jobs: 'a', which the run has, is not among them"),
-        (lambda scene: changed(scene, datasets=scene["jobs"][1]["datasets"]), "jobs.a.datasets: have other rows"),
+        (lambda scene: changed(scene, datasets=scene["jobs"][1]["datasets"]), "jobs.a.datasets: have other records"),
     ],
-    ids=["rate", "steps", "fewer", "rows"],
+    ids=["rate", "steps", "fewer", "records"],
 )
 def test_what_would_change_a_jobs_updates_is_refused_and_nothing_is_touched(change, words, scene, tmp_path):
     run = as_after_a_crash(scene, tmp_path, {"a": EVERY, "b": EVERY})
@@ -162,10 +162,10 @@ def test_what_would_change_a_jobs_updates_is_refused_and_nothing_is_touched(chan
 
 def test_a_finished_run_stays_finished(scene):
     with pytest.raises(UserError, match="holds a finished run"):
-        check_run(load_config(config_of(scene, scene["root"], "whole", {})))
+        check_run(load_config(config_of(scene, scene["root"], "unstopped", {})))
 
 
-def test_a_done_job_needs_its_rows_no_more(scene, tmp_path):
+def test_a_done_job_needs_its_records_no_more(scene, tmp_path):
     as_after_a_crash(scene, tmp_path, {"b": EVERY})
     check_run(load_config(config_of(scene, tmp_path, "run", {}, changed(scene, datasets=[{"path": "gone.jsonl", "type": "text"}]))))
 
@@ -190,7 +190,7 @@ METRICS = "jobs/b/metrics.jsonl"
         (STATE, says(step=2), "after 3 steps; remove .*checkpoint-3"),
         (STATE, says(num_steps=3), "after 3 steps; remove .*checkpoint-3"),
         (STATE, says(num_updates=None), "after 3 steps; remove .*checkpoint-3"),
-        (STATE, says(num_steps=99), "jobs.a.datasets: have other rows"),
+        (STATE, says(num_steps=99), "jobs.a.datasets: have other records"),
         (OPTIMIZER, cut, "optimizer.safetensors: is damaged .*remove .*checkpoint-3"),
         (ADAPTER, cut, "adapter_model.safetensors: is damaged .*remove .*checkpoint-3"),
         (ADAPTER, lambda file: file.unlink(), "adapter_model.safetensors: is damaged .*remove .*checkpoint-3"),
@@ -202,7 +202,7 @@ METRICS = "jobs/b/metrics.jsonl"
         ("status.json", says(jobs={"a": {"state": "paused", "reason": ""}}), "status.json lacks the job 'b'"),
     ],
 )
-def test_damage_is_named_with_the_way_out_before_anything_is_touched(name, damage, words, scene, tmp_path):
+def test_damage_is_named_with_the_remedy_before_anything_is_touched(name, damage, words, scene, tmp_path):
     run = as_after_a_crash(scene, tmp_path, {"a": EVERY, "b": EVERY})
     damage(run / name)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
@@ -215,7 +215,7 @@ def test_moments_of_another_adapter_are_refused(scene, tmp_path):
     from megatron_lora.output.checkpoint import read_checkpoint
 
     checkpoint = tmp_path / "checkpoint-3"
-    shutil.copytree(scene["root"] / "whole" / "jobs" / "a" / "checkpoint-3", checkpoint)
+    shutil.copytree(scene["root"] / "unstopped" / "jobs" / "a" / "checkpoint-3", checkpoint)
     tensors = load_file(checkpoint / "optimizer.safetensors")
     name = next(name for name in tensors if name.endswith("lora_A.weight.exp_avg"))
     for changed_tensors in ({**tensors, name: tensors[name][:, 1:].contiguous()}, {key: tensors[key] for key in tensors if key != name}):

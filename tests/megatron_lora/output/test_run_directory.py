@@ -1,4 +1,4 @@
-"""The output directory: one run at a time, nothing of another run touched, status.json always whole."""
+"""The output directory: one run at a time, nothing of another run touched, status.json always complete."""
 
 import errno
 import fcntl

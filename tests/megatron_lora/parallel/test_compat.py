@@ -91,7 +91,7 @@ def test_wrong_number_of_ranks_is_refused(one_process, pool):
         process_groups.initialize_parallel(pool(pp=2).parallel, "gloo")
 
 
-def test_building_a_model_leaves_the_attention_variables_alone(monkeypatch):
+def test_building_a_model_does_not_change_the_attention_variables(monkeypatch):
     monkeypatch.setenv("NVTE_UNFUSED_ATTN", "0")
     monkeypatch.delenv("NVTE_FLASH_ATTN", raising=False)
     with compat.attention_variables_kept():
@@ -100,12 +100,12 @@ def test_building_a_model_leaves_the_attention_variables_alone(monkeypatch):
     assert os.environ["NVTE_UNFUSED_ATTN"] == "0" and "NVTE_FLASH_ATTN" not in os.environ
 
 
-def test_patience_is_a_number_of_seconds(monkeypatch):
+def test_the_timeout_is_a_number_of_seconds(monkeypatch):
     monkeypatch.delenv("MEGATRON_LORA_TIMEOUT_S", raising=False)
-    assert process_groups.patience().total_seconds() == 1800
+    assert process_groups.rank_timeout().total_seconds() == 1800
     monkeypatch.setenv("MEGATRON_LORA_TIMEOUT_S", "90")
-    assert process_groups.patience().total_seconds() == 90
+    assert process_groups.rank_timeout().total_seconds() == 90
     for wrong in ("soon", "0", "-5", "1.5", ""):
         monkeypatch.setenv("MEGATRON_LORA_TIMEOUT_S", wrong)
         with pytest.raises(UserError, match=f"MEGATRON_LORA_TIMEOUT_S: '{wrong}' is no number of seconds"):
-            process_groups.patience()
+            process_groups.rank_timeout()

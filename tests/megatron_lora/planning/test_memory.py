@@ -22,7 +22,8 @@ from fused_ops.hopper_grad_sb import hopper_grad_s_and_b
 from fused_ops.route import make_route
 from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
 from megatron_lora.huggingface.architecture import read_architecture
-from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from scheduling import memory
@@ -60,7 +61,7 @@ def bytes_of(tensors) -> int:
 
 
 def measure(directory, parallel, recompute, dtype, adapters) -> SimpleNamespace:
-    """Run one microbatch there and back on this rank, and say what it kept and took beside what the model says."""
+    """Run one microbatch forward and backward on this rank; return the memory it kept and took, and the model's predictions."""
     architecture, device = read_architecture(directory), torch.device("cpu")
     without = mock.patch.object(LayerMemory, "_partial", lambda *_: 0.0), mock.patch.object(triton_ops, "grad_a", lambda *_, **__: None)
     with dry_gpu(), without[0], without[1]:
@@ -164,7 +165,7 @@ def one_linear(ranks, num_rows, num_inputs, num_outputs):
     group = LoraGroup(
         a_RK=a, b_RN=(b,), grad_a_RK=torch.empty_like(a, dtype=torch.float32), grad_b_RN=(torch.empty_like(b, dtype=torch.float32),),
         columns=((0, num_outputs),), a_rows=tuple((row,) for row in rows[:-1]), b_rows=tuple((row,) for row in rows[:-1]),
-        slots=AdapterTable(ranks=ranks, scales=(1.0,) * jobs, dropouts=(0.0,) * jobs),
+        adapters=AdapterTable(ranks=ranks, scales=(1.0,) * jobs, dropouts=(0.0,) * jobs),
     )  # fmt: skip
     return group, make_route(num_rows, segments, torch.zeros(num_rows, dtype=torch.int32), "cpu")
 

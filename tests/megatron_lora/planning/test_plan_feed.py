@@ -1,4 +1,4 @@
-"""Plans are ready before they are needed: the feed is ahead of the executor, and a run of many windows waits for the first alone."""
+"""Plans are ready before they are needed: the feed is ahead of the executor, and a run waits for its first window only."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 
 import oracle
 import pytest
-import runs
 from waiting import wait_for
 
+import runs
 from megatron_lora.planning import plan_feed
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from scheduling.slot_cost import SlotCost
@@ -25,7 +25,7 @@ def test_windows_are_planned_ahead_of_the_one_that_runs_and_not_further(one_proc
     feed = PlanFeed(LENGTHS, settings, 0, tmp_path, dist.group.WORLD)
     windows = iter(feed)
 
-    def filed() -> int:
+    def num_written() -> int:
         return len(list(tmp_path.glob("window-*.json")))
 
     taken = 0
@@ -37,15 +37,15 @@ def test_windows_are_planned_ahead_of_the_one_that_runs_and_not_further(one_proc
         wait_for(lambda: feed.ready.full())  # the next window is there before it is asked for
         ahead = json.loads((tmp_path / f"window-{taken:04d}.json").read_text())
         if not ahead["last"]:
-            wait_for(lambda expected=taken + 2: filed() == expected)  # and the one after is planned, waiting for its place
+            wait_for(lambda expected=taken + 2: num_written() == expected)  # and the one after is planned, waiting to be queued
             assert feed.thread.is_alive()
     assert next(windows, None) is None
     feed.close()
-    assert taken == filed() > 5
+    assert taken == num_written() > 5
 
 
 @pytest.mark.parametrize("command", ["import sys; sys.exit(7)", "import sys; sys.stdin.readline(); sys.exit(7)"])
-def test_a_planner_that_dies_is_said_to_have_died(command, one_process, tmp_path, monkeypatch):
+def test_a_planner_that_dies_is_reported(command, one_process, tmp_path, monkeypatch):
     import torch.distributed as dist
 
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -67,9 +67,9 @@ def test_a_run_of_many_windows_waits_for_plans_only_at_its_start(pool, tmp_path)
     for stage in (0, 1):
         spans = [(event["cat"], event["ts"], event["dur"]) for event in events if event["ph"] == "X" and event["pid"] == stage]
         waits = [span for span in spans if span[0] == "wait plan"]
-        assert len(waits) > num_windows > 5  # a window is given out in parts
+        assert len(waits) > num_windows > 5  # a window is cut into chunks
         first_work = min(start for kind, start, _ in spans if kind == "F")
-        whole = max(start + seconds for _, start, seconds in spans) - first_work
+        total = max(start + seconds for _, start, seconds in spans) - first_work
         later = sum(seconds for _, start, seconds in waits if start > first_work)
-        assert later < 0.2 * whole, f"{later / 1e6:.3f} s of {whole / 1e6:.3f} s"
-        print(f"stage {stage}: {num_windows} windows, waited {later / 1e6:.4f} s of {whole / 1e6:.3f} s")
+        assert later < 0.2 * total, f"{later / 1e6:.3f} s of {total / 1e6:.3f} s"
+        print(f"stage {stage}: {num_windows} windows, waited {later / 1e6:.4f} s of {total / 1e6:.3f} s")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import oracle
 import pytest
-import runs
 
+import runs
+from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import dump_config, load_config
 from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.output.resume import changed_key, with_precision_of
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.parallel.partition import recompute_of_layers
 from megatron_lora.planning import devices
@@ -52,29 +55,51 @@ def model(root, **facts):
     return dataclasses.replace(read_architecture(root / "model"), **facts, tied_head=False)
 
 
+def check_split(config, split, architecture, device, share=1.0) -> None:
+    """Check that a split takes all layers, and that no layer moved to another stage makes the slowest stage faster."""
+
+    def slowest(layers) -> float:
+        parallel = dataclasses.replace(config.parallel, layers_per_stage=tuple(layers))
+        tried = dataclasses.replace(config, parallel=parallel, recompute="none")
+        return max(stage.seconds(config.microbatch_tokens) for stage in cost_of(tried, architecture, device, share).stages)
+
+    assert len(split) == config.parallel.pipeline and sum(split) == architecture.num_layers and min(split) >= 1
+    for giving, taking in itertools.permutations(range(len(split)), 2):
+        if split[giving] > 1:
+            moved = [count + (stage == taking) - (stage == giving) for stage, count in enumerate(split)]
+            assert slowest(moved) > slowest(split) * (1 - 1e-6), f"{moved} is faster than {split}"
+
+
 def test_stages_take_equally_long_with_the_head(configure, root):
     small, large = model(root, **SMALL), model(root, **LARGE, vocab_size=128256)
-    assert choose_layers(configure("parallel.pipeline=2", "microbatch_tokens=512"), small, CPU) == (19, 11)
-    assert choose_layers(configure("parallel.pipeline=2", "microbatch_tokens=512"), small, H100) == (15, 15)  # launches, not work
-    assert choose_layers(configure("parallel.pipeline=4"), large, H100) == (9, 9, 8, 6)
-    assert choose_layers(configure("parallel.pipeline=4"), large, DEVICES["a100"]) == (9, 9, 8, 6)  # any GPU, one split
-    given = configure("parallel.pipeline=4", "parallel.layers_per_stage=[8, 8, 8, 8]")
+    two, four = configure("parallel.pipeline=2", "microbatch_tokens=512"), configure("parallel.pipeline=4")
+    splits = {name: choose_layers(two, small, DEVICES[name]) for name in ("cpu", "h100")}
+    for name, split in splits.items():
+        check_split(two, split, small, DEVICES[name])
+    assert splits["cpu"][0] > splits["cpu"][1] and splits["h100"][0] == splits["h100"][1]  # on a GPU launches take the time, not work
+    split = choose_layers(four, large, H100)
+    check_split(four, split, large, H100)
+    assert split[-1] < split[0] and choose_layers(four, large, DEVICES["a100"]) == split  # any GPU, one split
+    given = configure("precision=bf16", "parallel.pipeline=4", "parallel.layers_per_stage=[8, 8, 8, 8]")
     assert resolve(given, large, LENGTHS, H100) == given
     resolved = resolve(configure("parallel.pipeline=4"), large, LENGTHS, H100)
     times = [stage.seconds(4096) for stage in cost_of(resolved, large, H100).stages]
     assert max(times) < 1.1 * sum(times) / 4
-    assert describe(configure("parallel.pipeline=4"), resolved) == ["parallel.layers_per_stage: null is [9, 9, 8, 6]"]
+    assert describe(configure("parallel.pipeline=4"), resolved) == [f"parallel.layers_per_stage: null is {list(split)}"]
 
 
 def test_layers_move_to_the_last_stage_where_fewer_tokens_are_targets(configure, root):
     large, open_ = model(root, **LARGE, vocab_size=128256), configure("parallel.pipeline=4", "recompute=auto", "microbatch_tokens=8192")
     every, half, quarter, few = (resolve(open_, large, LENGTHS, H100, share) for share in (1.0, 0.5, 0.25, 0.1))
     splits = [config.parallel.layers_per_stage for config in (every, half, quarter, few)]
-    assert splits[0] == (9, 9, 8, 6) and splits[1][-1] == 7 and splits[2] == splits[3] == (8, 8, 8, 8)
+    for config, split, share in zip((every, half, quarter, few), splits, (1.0, 0.5, 0.25, 0.1), strict=True):
+        check_split(config, split, large, H100, share)
+    last = [split[-1] for split in splits]
+    assert last == sorted(last) and last[0] < last[1] < last[2]
     slowest = [max(stage.seconds(4096) for stage in cost_of(config, large, H100, 0.25).stages) for config in (quarter, every)]
     assert slowest[0] < slowest[1]
-    told = "parallel.layers_per_stage: null is [8, 8, 8, 8], as 25% of the tokens are targets"
-    assert describe(open_, quarter, 0.25)[0] == told
+    line = f"parallel.layers_per_stage: null is {list(splits[2])}, as 25% of the tokens are targets"
+    assert describe(open_, quarter, 0.25)[0] == line
     assert planner_cost(quarter, large, H100, 0.25).fixed > planner_cost(quarter, large, H100).fixed  # a token costs less
 
 
@@ -84,7 +109,10 @@ def test_rows_that_fill_a_chunk_of_the_loss_cost_what_targets_do(configure, root
     for tokens in (128, 2048):  # one chunk on CPU, and 16
         config = configure("parallel.pipeline=2", f"microbatch_tokens={tokens}")
         splits[tokens] = [choose_layers(config, small, CPU, share) for share in (1.0, 0.05)]
-    assert splits[128][0] == splits[128][1] and splits[2048] == [(19, 11), (15, 15)]
+        for split, share in zip(splits[tokens], (1.0, 0.05), strict=True):
+            if tokens == 2048:  # in one chunk all rows count, whatever the share
+                check_split(config, split, small, CPU, share)
+    assert splits[128][0] == splits[128][1] and splits[2048][0][-1] < splits[2048][1][-1]
 
 
 def test_an_automatic_budget_fits_and_is_no_larger_than_pays(configure, root):
@@ -205,13 +233,13 @@ def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure
     import torch.distributed as dist
 
     open_ = ("microbatch_tokens=auto", "parallel.pipeline=2", "recompute=auto")
-    config, given = configure(*open_), configure("parallel.layers_per_stage=[4]")
+    config, given = configure(*open_), configure("precision=fp32", "parallel.layers_per_stage=[4]")
     with RunDirectory.create(config):
         resolved, cost = resolve_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD, ["one"])
         split = f"parallel.layers_per_stage: null is {list(resolved.parallel.layers_per_stage)}, as 25% of the tokens are targets"
         lines = ["microbatch_tokens: auto is 256", split]
-        *told, memory = capsys.readouterr().out.splitlines()
-        assert told == [*lines, "recompute: auto is none"] and memory.startswith("predicted peak memory: ") and " MB | " in memory
+        *printed, memory = capsys.readouterr().out.splitlines()
+        assert printed == [*lines, "recompute: auto is none"] and memory.startswith("predicted peak memory: ") and " MB | " in memory
         every, some = (planner_cost(resolved, read_architecture(root / "model"), CPU, share) for share in (1.0, 0.25))
         assert load_config("run/config.yaml") == resolved and cost == some != every
         assert resolve_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD, ["one"])[0] == given
@@ -223,13 +251,13 @@ def test_a_run_is_settled_by_its_samples_share_of_targets(one_process, configure
         raise InterruptedError(target_share)
 
     monkeypatch.setattr(train, "resolve_together", stop)
-    monkeypatch.setattr(train, "job_states", lambda path: {})
     tokenizer = load_tokenizer(root / "model")
     rows = [oracle.encode(tokenizer, json.loads(line)) for line in (root / "rows.jsonl").read_text().splitlines()]
     shares = []
     for inputs in ("false", "true"):
-        with pytest.raises(InterruptedError) as stopped:
-            train.run(configure(f"jobs.0.train_on_inputs={inputs}"), StopRequest())
+        config = configure(f"jobs.0.train_on_inputs={inputs}")
+        with RunDirectory.create(config), pytest.raises(InterruptedError) as stopped:
+            train.run(config, StopRequest())
         shares.append(stopped.value.args[0])
     num_tokens = sum(len(tokens) for tokens, _ in rows)
     assert shares == [sum(int((labels != -100).sum()) for _, labels in rows) / num_tokens, (num_tokens - len(rows)) / num_tokens]
@@ -248,3 +276,21 @@ def test_a_run_records_what_it_settled(parallel, root, pool, tmp_path):
     assert opened == load_config(path)
     window = json.loads((tmp_path / "run" / "plan" / "window-0000.json").read_text())
     assert max(sum(entry[3] for entry in slot) for slot in window["microbatches"]) <= written.microbatch_tokens
+
+
+def test_a_resolved_config_leaves_nothing_open_and_equals_what_it_is_written_as(configure, root):
+    large = model(root, **LARGE, vocab_size=128256)
+    resolved = resolve(configure("microbatch_tokens=auto", "recompute=auto"), large, LENGTHS, H100)
+    assert isinstance(resolved, ResolvedConfig) and resolved.precision == "bf16" and resolved.layers_per_stage == (32,)
+    written = load_config_text(dump_config(resolved))
+    assert written == resolved and resolved == written and type(written) is not ResolvedConfig
+    assert resolved != dataclasses.replace(written, seed=1)
+    for key in ("precision", "microbatch_tokens", "recompute"):
+        with pytest.raises(AssertionError, match=key):
+            ResolvedConfig.of(dataclasses.replace(written, **{key: "auto"}))
+
+
+def test_auto_resumes_in_the_precision_that_the_run_began_with(configure):
+    begun, again = configure("precision=bf16"), configure()
+    assert changed_key(begun, again) is None and with_precision_of(begun, again).precision == "bf16"
+    assert changed_key(begun, configure("precision=fp32")) == "precision: 'fp32' differs from 'bf16'"

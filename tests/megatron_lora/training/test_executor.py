@@ -1,4 +1,4 @@
-"""The executor by itself: one stage, stub model and optimizers, many windows."""
+"""The executor alone: one stage, stub model and optimizers, many windows."""
 
 import gc
 import weakref
@@ -36,7 +36,7 @@ class Model:
 
 
 class Optimizer:
-    """Hands the loss on as the squared norm."""
+    """Returns the loss as the squared norm."""
 
     def start_reduction(self, loss):
         self.loss = loss
@@ -58,10 +58,11 @@ def make_executor(device, on_step):
             labels=None,
             targets=torch.arange(ROWS, device=device),
             weights=torch.ones(ROWS, device=device),
-            route=SimpleNamespace(segments=((0, ROWS, microbatch.segments[0].job),)),
+            route=SimpleNamespace(segments=((0, ROWS, 0),)),
+            jobs=(microbatch.segments[0].job,),
         ),
         num_rows=lambda microbatch: microbatch.num_tokens,
-        optimizers=[Optimizer(), Optimizer()],
+        jobs={number: SimpleNamespace(optimizer=Optimizer()) for number in range(2)},
         on_step=on_step,
         on_forward=lambda microbatch: None,
         timeline=Timeline(torch.device("cpu")),
@@ -70,7 +71,7 @@ def make_executor(device, on_step):
 
 
 def take_turns(first, end):
-    """Return a window of two jobs that take turns, each slot a whole step."""
+    """Return a window of two jobs that take turns, each slot a complete step."""
     stream = tuple(Microbatch((Segment(number % 2, number // 2, (0,), ROWS),)) for number in range(first, end))
     return Window(stream, endings(stream))
 
@@ -86,7 +87,7 @@ def test_a_long_stream_is_not_piled_up():
     def windows():
         for window in range(num_windows):
             yield take_turns(window * slots, (window + 1) * slots)
-            held.append((sum(slot != NOOP for slot in executor.stream), sum(map(len, executor.endings)), len(executor.verdicts)))
+            held.append((len(executor.stream), sum(map(len, executor.endings.values())), len(executor.verdicts)))
         yield LAST
 
     executor.run(windows())
@@ -125,7 +126,7 @@ class SentBack:
 
 
 def test_a_graph_is_gone_after_its_backward_without_the_collector():
-    """On a stage that hands over, what a microbatch holds is let go at once, not when Python next looks for circles."""
+    """On a stage that is not the last, a microbatch's graph is freed at once, not when Python's garbage collector next runs."""
     held, alive = [], []
     layout = MessageLayout(max_endings=1, hidden_size=2, dtype=torch.float32)
     executor = make_executor(torch.device("cpu"), lambda step: None)
@@ -168,7 +169,7 @@ class NoWaits(TorchDispatchMode):
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch that was built for CUDA; no GPU")
 def test_the_host_does_not_wait_for_a_gpu():
-    """Tensors that only claim to lie on a GPU: whoever asks one for its value, or copies to it and waits, is found out without one."""
+    """With fake tensors on a GPU: reading a value, or a copy that the host waits for, raises, without a GPU."""
     done = []
     with FakeTensorMode(), NoWaits(), mock.patch.object(torch.Tensor, "backward", lambda self: None):
         executor = make_executor(torch.device("cuda"), done.append)

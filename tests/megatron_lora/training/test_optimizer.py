@@ -1,20 +1,24 @@
-"""A job's optimizer against torch.optim.AdamW and transformers' schedules; skipped steps; what an arena's slots are."""
+"""A job's optimizer against torch.optim.AdamW and transformers' schedules; skipped steps; what the arena's rows hold."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_lora.config.schema import DatasetConfig, JobConfig
+from megatron_lora.data.samples import JobData
+from megatron_lora.data.steps import JobSamples, job_steps
 from megatron_lora.huggingface.adapter_files import AdapterFile
-from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.output.checkpoint import write_checkpoint
-from megatron_lora.output.standing import State, standing_of
-from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings, learning_rate_at
-from megatron_lora.training.saving import begin_job
+from megatron_lora.output.standing import CheckpointState, resume_point_of
+from megatron_lora.training.jobs import Job
+from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings, StageGroups, learning_rate_at
+from megatron_lora.training.saving import start_job
 from megatron_lora.training.snapshots import SnapshotCollector, join_shards
 
 BASE = {
@@ -43,7 +47,7 @@ class Linear:
             parallel=parallel,
             first_feature=first_feature,
         )
-        self.group = None
+        self.adapters = None
 
 
 def make_arena(adapters, linears=None, dtype=torch.float32, tensor_rank=0, tensor_ranks=1) -> Arena:
@@ -126,7 +130,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_three_in_a_row_end_the_jo
     assert step(4, 1.0) and int(optimizer.num_updates) == 1 and not optimizer.has_failed()
     for i in range(MAX_SKIPPED_IN_A_ROW):
         assert not step(5 + i, math.inf)
-    assert optimizer.has_failed() and not step(9, 1.0), "a job that failed goes on"
+    assert optimizer.has_failed() and not step(9, 1.0), "a job that failed continues"
+
+
+def job_of(num_steps: int, r: int, **settings_of_job) -> Job:
+    """Return a job of that many steps with the settings of BASE."""
+    settings = {name: value for name, value in BASE.items() if name != "num_steps"}
+    datasets = (DatasetConfig(path="a.jsonl", type="text"),)
+    config = JobConfig(name="a", seed=3, datasets=datasets, r=r, max_steps=num_steps, **settings)
+    step_samples = JobSamples(seed=3, samples=(), steps=job_steps(1, 1, 1, num_steps, False, 0))
+    return Job(number=0, config=config, data=JobData((), 0, 0), step_samples=step_samples, **settings_of_job)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,23 +149,26 @@ def test_a_job_comes_back_from_its_checkpoint_to_the_bit(dtype, one_process, tmp
 
     jobs = [spec(5), spec(16, "v_proj")]
     arena, written = make_arena(jobs, dtype=dtype), []
-    arena.initialise(0, seed=3)
-    optimizer = JobOptimizer(arena, 0, OptimizerSettings(**BASE))
+    first = job_of(num_steps=9, r=5)
+    start_job(first, arena, 0, StageGroups())
     torch.manual_seed(0)
     for step, square_norm in enumerate((1.0, math.nan, 4.0, math.inf)):
         arena.grad.copy_(torch.randn_like(arena.grad))
-        optimizer.step(step, torch.tensor(square_norm))
+        first.optimizer.step(step, torch.tensor(square_norm))
+    first.steps_taken = 4
     collector = SnapshotCollector(arena, written.append, dist.group.WORLD)
-    collector.submit(0, 4, optimizer, moments=True)
+    collector.submit(first, moments=True)
+    kept = arena.master.clone()
     arena.master.fill_(7.0)  # what comes later is not in it
     collector.finish()
     (snapshot,) = written
     adapter = AdapterFile(r=5, lora_alpha=10, use_rslora=False, target_modules=("q_proj", "k_proj", "v_proj"), weights=snapshot.weights)
     counts = {"num_updates": snapshot.num_updates, "skipped_in_a_row": snapshot.skipped_in_a_row}
-    write_checkpoint(tmp_path, adapter, "base", snapshot.moments, State(step=4, num_steps=9, samples="", **counts))
+    write_checkpoint(tmp_path, adapter, "base", snapshot.moments, CheckpointState(step=4, num_steps=9, samples="", **counts))
 
-    again, other = make_arena(jobs, dtype=dtype), JobOptimizer(arena, 0, OptimizerSettings(**BASE))
-    begin_job(again, 0, SimpleNamespace(config=None), standing_of(tmp_path), other)
+    again, second = make_arena(jobs, dtype=dtype), job_of(num_steps=9, r=5, resume_point=resume_point_of(tmp_path))
+    start_job(second, again, 0, StageGroups())
+    other = second.optimizer
     assert (int(other.num_updates), int(other.skipped_in_a_row)) == (2, 1) == (snapshot.num_updates, snapshot.skipped_in_a_row)
     for factor in arena.factors[0]:
         assert torch.equal(again.view(factor, again.compute), again.view(factor, again.master).to(dtype))
@@ -162,6 +178,13 @@ def test_a_job_comes_back_from_its_checkpoint_to_the_bit(dtype, one_process, tmp
         half = snapshot.weights[factor.path][factor.kind == "B"]
         assert torch.equal(again.view(factor, again.master), half if factor.kind == "A" else half.t()) and not (half == 7.0).any()
     assert not any(again.view(factor, buffer).any() for factor in again.factors[1] for buffer in (again.master, again.exp_avg))
+    arena.master.copy_(kept)
+    for optimizer, buffers in ((first.optimizer, arena), (other, again)):  # the next step is the same from either
+        buffers.grad.fill_(0.25)
+        optimizer.step(4, torch.tensor(2.0))
+    for factor in arena.factors[0]:
+        value = again.view(factor, again.master)
+        assert torch.equal(value, arena.view(factor, arena.master)) and not torch.equal(value, arena.view(factor, kept))
 
 
 def test_initial_values_depend_on_seed_and_path_alone():
@@ -169,7 +192,7 @@ def test_initial_values_depend_on_seed_and_path_alone():
     alone.initialise(0, seed=7)
     among.initialise(0, seed=1)
     among.initialise(1, seed=7)
-    a, b = (arena.view(arena.factors[slot][0], arena.master) for arena, slot in ((alone, 0), (among, 1)))
+    a, b = (arena.view(arena.factors[row][0], arena.master) for arena, row in ((alone, 0), (among, 1)))
     assert torch.equal(a, b) and a.abs().max() <= 1 / math.sqrt(32) and float(a.std()) == pytest.approx(1 / math.sqrt(96), rel=0.15)
     alone.initialise(0, seed=8)
     assert not torch.equal(alone.view(alone.factors[0][0], alone.master), b)
@@ -178,12 +201,12 @@ def test_initial_values_depend_on_seed_and_path_alone():
 @pytest.mark.parametrize("parallel", ["column", "row"])
 def test_shards_of_tensor_ranks_join_to_the_whole(parallel):
     modules, size = (("q_proj",), 8)
-    whole = make_arena([spec(3, "q_proj")], [Linear(modules, (2 * size,), parallel, 0, 2 * size)])
+    full = make_arena([spec(3, "q_proj")], [Linear(modules, (2 * size,), parallel, 0, 2 * size)])
     path = "model.layers.0.self_attn.q_proj"
     weights = {path: (torch.randn(3, 2 * size), torch.randn(2 * size, 3))}
-    whole.load(0, weights)
+    full.load(0, weights)
     factors, flats = [], []
-    reference = {f.kind: whole.view(f, whole.master) for f in whole.factors[0]}
+    reference = {f.kind: full.view(f, full.master) for f in full.factors[0]}
     for rank in range(2):
         shape = (
             {"in_features": 2 * size, "out_features": (size,)}

@@ -1,14 +1,16 @@
-"""Promises 1, 2 and 6 on whole runs: solo equivalence with dropout, isolation bit for bit, adapters that are the user's."""
+"""Promises 1, 2 and 6 on complete runs: solo equivalence with dropout, isolation bit for bit, adapters that are the user's."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import oracle
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file, save_file
+
+import runs
 
 STEPS = 6
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -115,10 +117,11 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
     from megatron_lora.config.schema import ParallelConfig
     from megatron_lora.data.collate import collate
     from megatron_lora.data.samples import Sample
-    from megatron_lora.data.steps import JobRows
+    from megatron_lora.data.steps import JobSamples, job_steps
     from megatron_lora.huggingface.adapter_files import read_adapter
     from megatron_lora.huggingface.architecture import read_architecture
-    from megatron_lora.model.adapter_arena import AdapterSpec, Arena
+    from megatron_lora.model.adapter_arena import Arena
+    from megatron_lora.model.arena_region import AdapterSpec
     from megatron_lora.model.stage import build_stage
     from scheduling.types import Microbatch, Segment
 
@@ -135,9 +138,9 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
     spec = AdapterSpec(r=5, scale=12 / 5**0.5, dropout=0.0, target_modules=frozenset(mine["target_modules"]))
     arena = Arena(stage.linears, [spec], tensor_rank=0, tensor_ranks=1, dtype=torch.float32, device=cpu)
     arena.load(0, read_adapter(directory).weights)
-    sample = Sample(row=0, tokens=tokens.numpy(), targets=(tokens > 3).numpy())
-    rows = JobRows(seed=0, samples=[sample], steps=[[(0, 0)]])
-    data = collate(Microbatch((Segment(0, 0, (0,), len(tokens)),)), [rows], multiple=1, device=cpu)
+    sample = Sample(record=0, tokens=tokens.numpy(), targets=(tokens > 3).numpy())
+    resident = SimpleNamespace(step_samples=JobSamples(seed=0, samples=[sample], steps=job_steps(1, 1, 1, None, False, 0)), adapter_row=0)
+    data = collate(Microbatch((Segment(0, 0, (0,), len(tokens)),)), {0: resident}, multiple=1, device=cpu)
     ours = stage.logits(stage(data))
     assert float((theirs - base).abs().max()) > 1e-2, "the adapter changes nothing"
     assert float((ours - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())

@@ -1,4 +1,4 @@
-"""What the first rank tells: steps as they were taken, nothing of a job that has failed, a timeline that stays exact and small."""
+"""What the first rank reports: steps as they were taken, nothing of a job that has failed, a timeline that stays exact and small."""
 
 import json
 import queue
@@ -9,32 +9,33 @@ import torch
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig, RunConfig
 from megatron_lora.data.samples import JobData, Sample
-from megatron_lora.data.steps import JobRows, job_steps
+from megatron_lora.data.steps import JobSamples, Steps
 from megatron_lora.errors import UserError
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import MOST_VISITS, TrainingJob, _check_visits
+from megatron_lora.training.jobs import MOST_VISITS, Job, _check_visits
 from megatron_lora.training.run_reporter import RunReporter
 from megatron_lora.training.step_reporter import StepReporter
 from scheduling.types import Microbatch, Segment
 
 
-class OwnStepOnly(tuple):
-    """Steps of which one at a time may be looked at: a report must not walk over the whole past."""
+class OwnStepOnly(Steps):
+    """Steps that are read one at a time: a report must not walk over all earlier steps."""
 
     def __getitem__(self, step):
         assert isinstance(step, int)
         return super().__getitem__(step)
 
 
-def make_job(name: str, num_steps: int, **settings) -> TrainingJob:
+def make_job(name: str, num_steps: int, number: int = 0, **settings) -> Job:
     config = JobConfig(
         name=name, seed=0, datasets=(DatasetConfig(path="a.jsonl", type="text"),), global_batch_size=2, max_steps=num_steps, **settings
     )
     samples = tuple(Sample(i, np.arange(i + 2, dtype=np.int32), np.arange(i + 2) > 0) for i in range(4))
-    steps = OwnStepOnly(job_steps(4, 2, 1, num_steps, False, 0))
-    return TrainingJob(config=config, data=JobData(samples, 0, 0), rows=JobRows(seed=0, samples=samples, steps=steps))
+    steps = OwnStepOnly(4, 2, num_steps, False, 0)
+    step_samples = JobSamples(seed=0, samples=samples, steps=steps)
+    return Job(number=number, config=config, data=JobData(samples, 0, 0), step_samples=step_samples)
 
 
 def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> None:
@@ -44,17 +45,17 @@ def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> Non
 
 def reporter_of(tmp_path, jobs) -> tuple[RunDirectory, RunReporter, list[int]]:
     config = RunConfig(base_model="m", output_dir=str(tmp_path / "run"), jobs=tuple(job.config for job in jobs))
-    directory, left = RunDirectory.create(config), []
-    return directory, RunReporter(config, jobs, left.append), left
+    directory, removed = RunDirectory.create(config), []
+    return directory, RunReporter(config, dict(enumerate(jobs)), removed.append), removed
 
 
 def test_epochs_tokens_and_norms_of_each_step():
     reports = []
-    reporter = StepReporter([make_job("a", 3), make_job("b", 2)], lambda job, report: reports.append((job, report)))
+    reporter = StepReporter({0: make_job("a", 3), 1: make_job("b", 2)}, lambda job, report: reports.append((job, report)))
     for job, step, square_norm in ((0, 0, 4.0), (1, 0, float("inf")), (0, 1, 9.0), (1, 1, 1.0), (0, 2, 16.0)):
         take(reporter, job, step, square_norm)
-    told = [(job, r.step, r.epoch, r.tokens, r.target_tokens, r.grad_norm, r.skipped) for job, r in reports]
-    assert told == [
+    reported = [(job, r.step, r.epoch, r.tokens, r.target_tokens, r.grad_norm, r.skipped) for job, r in reports]
+    assert reported == [
         (0, 1, 0.5, 5, 3, 2.0, False),
         (1, 1, 0.5, 5, 3, float("inf"), True),
         (0, 2, 1.0, 9, 7, 3.0, False),
@@ -63,14 +64,14 @@ def test_epochs_tokens_and_norms_of_each_step():
     ]
 
 
-def test_a_failed_job_leaves_once_and_reports_no_more(tmp_path):
-    directory, reporter, left = reporter_of(tmp_path, [make_job("a", 12)])
+def test_a_failed_job_is_removed_once_and_reports_no_more(tmp_path):
+    directory, reporter, removed = reporter_of(tmp_path, [make_job("a", 12)])
     norms = [1.0, *[float("nan")] * 3, 1.0, *[float("nan")] * 3]
     with directory, reporter:
         for step, square_norm in enumerate(norms):
             take(reporter.steps, 0, step, square_norm, lambda done: reporter.on_step(done, queue.SimpleQueue()))
         status = directory.status()["jobs"]["a"]
-    assert left == [0] and status["state"] == "failed" and "step 4" in status["reason"]
+    assert removed == [0] and status["state"] == "failed" and "step 4" in status["reason"]
     rows = [json.loads(line) for line in (tmp_path / "run/jobs/a/metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["skipped"]) for row in rows] == [(1, False), (2, True), (3, True), (4, True)]
 
@@ -84,7 +85,7 @@ def test_a_failed_job_leaves_once_and_reports_no_more(tmp_path):
         ({"num_steps": 1, "warmup_ratio": 0.0}, ""),
     ],
 )
-def test_a_job_that_cannot_learn_is_told_at_the_start(tmp_path, capsys, settings, words):
+def test_a_job_that_cannot_learn_is_reported_at_the_start(tmp_path, capsys, settings, words):
     directory, reporter, _ = reporter_of(tmp_path, [make_job("a", **settings)])
     with directory, reporter:
         said = capsys.readouterr().err
@@ -99,7 +100,7 @@ def test_a_job_without_end_is_refused(key, value, most):
 
 
 class Event:
-    """A CUDA event whose clock, like CUDA's, tells float32 milliseconds."""
+    """A CUDA event whose clock, like CUDA's, counts float32 milliseconds."""
 
     def __init__(self, ms: float):
         self.ms = ms

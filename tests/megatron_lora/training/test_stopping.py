@@ -1,4 +1,4 @@
-"""Where a run stops that was asked to, and who may ask."""
+"""Where a run stops on request, and whose signals are requests."""
 
 from __future__ import annotations
 
@@ -23,53 +23,53 @@ def window(first: int, count: int) -> Window:
 WINDOWS = [window(sum(SLOTS[:number]), count) for number, count in enumerate(SLOTS)]
 
 
-def given_out(asked_at: int | None, num_stages: int = 2, lag: int = 3) -> tuple[list[Window], StopRequest, list[Window]]:
-    """Return what is given out when a rank is asked before so many parts, the request, and the windows that nobody took."""
+def chunks_of(requested_at: int | None, num_stages: int = 2, lag: int = 3) -> tuple[list[Window], StopRequest, list[Window]]:
+    """Return the chunks when a rank has a stop request before chunk `requested_at`, the request, and the windows not read."""
     import torch.distributed as dist
 
-    stop, found, left = StopRequest(), [], list(WINDOWS)
-    parts = until_stopped((left.pop(0) for _ in WINDOWS), stop, dist.group.WORLD, num_stages, lag)
+    stop, found, unread = StopRequest(), [], list(WINDOWS)
+    chunks = until_stopped((unread.pop(0) for _ in WINDOWS), stop, dist.group.WORLD, num_stages, lag)
     while True:
-        stop.asked = asked_at is not None and len(found) >= asked_at
-        part = next(parts, None)
-        if part is None:
-            return found, stop, left
-        found.append(part)
+        stop.requested = requested_at is not None and len(found) >= requested_at
+        chunk = next(chunks, None)
+        if chunk is None:
+            return found, stop, unread
+        found.append(chunk)
 
 
-def joined(parts: list[Window]) -> Window:
-    return Window(tuple(slot for part in parts for slot in part.stream), tuple(ends for part in parts for ends in part.ended))
+def joined(chunks: list[Window]) -> Window:
+    return Window(tuple(slot for chunk in chunks for slot in chunk.stream), tuple(ends for chunk in chunks for ends in chunk.ended))
 
 
-def test_a_run_that_nobody_asks_gets_all_of_its_windows_in_parts(one_process):
-    found, stop, left = given_out(None)
-    assert joined(found) == joined(WINDOWS) and not stop.stopped and not left
-    assert max(len(part.stream) for part in found) == FEWEST_SLOTS
+def test_a_run_without_a_stop_request_gets_all_of_its_windows_in_chunks(one_process):
+    found, stop, unread = chunks_of(None)
+    assert joined(found) == joined(WINDOWS) and not stop.stopped and not unread
+    assert max(len(chunk.stream) for chunk in found) == FEWEST_SLOTS
 
 
-def test_parts_are_longer_than_the_first_stage_can_be_ahead(one_process):
-    found, _, _ = given_out(None, num_stages=5)
-    assert [len(part.stream) for part in found] == [7, 10, 2, 3]
+def test_chunks_are_longer_than_the_first_stage_can_be_ahead(one_process):
+    found, _, _ = chunks_of(None, num_stages=5)
+    assert [len(chunk.stream) for chunk in found] == [7, 10, 2, 3]
 
 
-@pytest.mark.parametrize(("asked_at", "taken"), [(0, 4), (1, 7), (2, 11), (5, 22)])
-def test_a_run_that_is_asked_takes_one_part_more_and_drains(asked_at, taken, one_process):
-    found, stop, _ = given_out(asked_at)
-    whole, all_slots = joined(found), joined(WINDOWS)
+@pytest.mark.parametrize(("requested_at", "taken"), [(0, 4), (1, 7), (2, 11), (5, 22)])
+def test_a_stop_request_takes_one_chunk_more_and_drains(requested_at, taken, one_process):
+    found, stop, _ = chunks_of(requested_at)
+    given, all_slots = joined(found), joined(WINDOWS)
     if taken < sum(SLOTS):
-        assert stop.stopped and whole.stream == all_slots.stream[:taken] + (NOOP,) * 3
-        assert whole.ended == all_slots.ended[:taken] + ((),) * 3
-    else:  # too late: the last part was given out
-        assert not stop.stopped and whole == all_slots
+        assert stop.stopped and given.stream == all_slots.stream[:taken] + (NOOP,) * 3
+        assert given.ended == all_slots.ended[:taken] + ((),) * 3
+    else:  # too late: the last chunk was yielded
+        assert not stop.stopped and given == all_slots
 
 
-def test_one_who_is_not_torchrun_may_ask_once_there_is_something_to_save(monkeypatch):
+def test_a_signal_that_is_not_torchruns_is_a_request_once_there_is_something_to_save(monkeypatch):
     ended = []
     monkeypatch.setattr(stop_request, "_end", lambda: ended.append(True))
     for sender, can_save, dies in ((os.getppid(), True, True), (1, False, True), (os.getppid(), False, True), (1, True, False)):
         stop = StopRequest()
         stop.can_save = can_save
         ended.clear()
-        stop._take(sender)
+        stop._handle(sender)
         assert bool(ended) == dies, (sender, can_save)
-    assert stop.asked
+    assert stop.requested

@@ -1,0 +1,31 @@
+"""`triton` and `triton.language` where Triton is installed; elsewhere stand-ins, so that modules with kernels can be imported.
+
+    from fused_ops.optional_triton import tl, triton
+
+A stand-in has every attribute that a kernel's definition uses, and is a decorator. Launching such a kernel raises RuntimeError.
+No CPU run launches one, since `backend.backend_name` chooses the references there.
+"""
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _Absent:
+        """In place of Triton and all of its names: attributes and calls return the object itself, launching it as a kernel is an error."""
+
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            return self
+
+        def __getitem__(self, grid: object) -> Any:
+            raise RuntimeError("Triton is not installed, and its kernels are what CUDA runs; pip install triton")
+
+    triton: Any = _Absent()
+    tl: Any = triton
+
+__all__ = ["tl", "triton"]
