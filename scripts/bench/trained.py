@@ -128,7 +128,7 @@ class PolicyFeed:
         follower.finish()
         yield Window(tuple(self.dealt.part(microbatch, self.replica) for microbatch in self.stream), ended)
 
-    def leave(self, job: int) -> None:
+    def remove(self, job: int) -> None:
         """Refuse: the plan is made."""
         raise AssertionError(f"job {job} has failed, and a baseline's plan cannot leave it out")
 
