@@ -1,6 +1,6 @@
 """How a GEMM is cut into tiles: a pure function of shapes, from measurements kept in gemm_choices.json.
 
-The file maps device name -> key -> the fields that differ from GemmConfig's defaults; `scripts/bench/tune_gemm.py` writes it, once per kind
+The file maps device name -> key -> the fields that differ from GemmConfig's defaults; `megatron-lora tune` writes it, once per kind
 of GPU. Nothing is measured while training, so that a resumed run uses the same kernels and gives the same bits. Rows are counted in buckets
 (powers of two), so that the choice does not depend on how full a microbatch is. Shapes without a measurement get the defaults below.
 """

@@ -29,6 +29,19 @@ exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 75 s
   megatron-lora plan configs/quickstart.yaml --device h200 microbatch_tokens=auto
   megatron-lora plan configs/quickstart.yaml --policy round-robin
   megatron-lora plan configs/quickstart.yaml parallel.pipeline=4 parallel.layers_per_stage=null""",
+    "calibrate": """examples:
+  megatron-lora calibrate configs/quickstart.yaml
+  megatron-lora calibrate configs/one_gpu_8b.yaml --output h200.json
+  megatron-lora plan configs/one_gpu_8b.yaml --cost h200.json
+
+Run it while nothing else runs here; plan and train use its table from then on. A table that was written with --output
+shows plan another machine's costs.""",
+    "report": """examples:
+  megatron-lora report runs/quickstart-1
+  megatron-lora report runs/quickstart-1 --plot timeline.png""",
+    "tune": """examples:
+  megatron-lora tune
+  megatron-lora tune --output choices.json""",
     "preview": """examples:
   megatron-lora preview configs/quickstart.yaml --job summaries
   megatron-lora preview configs/quickstart.yaml --job names --samples 5 jobs.names.sequence_len=128""",
@@ -68,15 +81,22 @@ def make_parser() -> argparse.ArgumentParser:
 
     train = add("train", "train the jobs of a config; starts torchrun itself, with the ranks the config needs")
     plan = add("plan", "show how the jobs would share the pipeline: slots, fill, bubble, seconds, memory; needs no GPU and trains nothing")
+    calibrate = add("calibrate", "time the ranks of a config on this machine, for plan and train to use in place of a table's figures")
+    report = add("report", "show where the time of a run went, beside what was predicted; reads the run's directory alone")
+    tune = add("tune", "measure how to cut matrix products on this GPU; runs that start later take the fastest")
     preview = add("preview", "show the tokens of a few samples of a job, with those that the loss counts marked")
     add("doctor", "show versions, devices, the backends that a run will use, what is missing and what that costs")
-    for command in (train, plan, preview):
+    for command in (train, plan, calibrate, preview):
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
         command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
     plan.add_argument("--plot", metavar="FILE", help="also draw the plan, stage by stage, into a new .png, .svg or .pdf")
     plan.add_argument("--policy", metavar="NAME", help="ours (default), or for comparison flush, round-robin, grouped, greedy")
     plan.add_argument("--device", metavar="NAME", help="predict for h100, h200, a100 or cpu (default: this machine's GPU, else h100)")
-    plan.add_argument("--cost", metavar="FILE", help="take seconds from a measured cost model, a JSON file")
+    plan.add_argument("--cost", metavar="FILE", help="take seconds from a table that calibrate has written (default: this machine's own)")
+    calibrate.add_argument("--output", metavar="FILE", help="write the table here (default: below the cache directory, where it is found)")
+    report.add_argument("run", metavar="RUN", help="the output directory of a run")
+    report.add_argument("--plot", metavar="FILE", help="also draw what ran when, and what was predicted, into a new .png, .svg or .pdf")
+    tune.add_argument("--output", metavar="FILE", help="add the choices to this file (default: the one that runs read)")
     preview.add_argument("--job", required=True, metavar="NAME", help="the job whose samples are shown")
     preview.add_argument("--samples", type=int, default=3, metavar="N", help="how many samples (default: 3)")
     return parser
@@ -100,6 +120,20 @@ def run(arguments: argparse.Namespace) -> int:
 
         options = plan.Options(policy=arguments.policy, plot=arguments.plot, device=arguments.device, cost=arguments.cost)
         return plan.main(arguments.config, arguments.overrides, options)
+    if arguments.command == "calibrate":
+        from megatron_lora.commands import calibrate
+        from megatron_lora.environment import allocator_settings
+
+        os.environ.update(allocator_settings(os.environ))
+        return calibrate.main(arguments.config, arguments.overrides, arguments.output)
+    if arguments.command == "report":
+        from megatron_lora.commands import report
+
+        return report.main(arguments.run, arguments.plot)
+    if arguments.command == "tune":
+        from megatron_lora.commands import tune
+
+        return tune.main(arguments.output)
     if arguments.command == "preview":
         from megatron_lora.commands import preview
 

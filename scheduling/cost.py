@@ -11,13 +11,15 @@ the targets alone, in chunks of one height: `head_share` of the tokens, 1 where 
 
 `recompute` is the policy of all layers ("none", "cheap" or "full"), or of each. "full" is one more forward in the backward; "cheap" writes
 norm and SwiGLU outputs once more, about _CHEAP of a forward.
+
+Where a device carries MeasuredCosts, a stage is the sum of its measured layers and head instead of the formulas.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from scheduling.slot_cost import SlotCost
 
@@ -64,6 +66,7 @@ class Device:
     layer_launch_s: float = 1.5e-4
     segment_s: float = 1.3e-4  # added to a layer's pass by every further job in its microbatch: layers of 32B on an H100
     processors: int = 132  # tiles of a GEMM that it computes at a time; 0: no tiles
+    measured: MeasuredCosts | None = None  # used in place of the formulas
 
 
 # Reached, not peak, figures: about 65% of dense bf16 peak; a CPU core runs float32.
@@ -104,6 +107,28 @@ class StageCost:
     def seconds(self, tokens: float, squares: float = 0.0, rank_tokens: float = 0.0) -> float:
         """Return the time of a microbatch, forward and backward."""
         return self.forward.seconds(tokens, squares, rank_tokens) + self.backward.seconds(tokens, squares, rank_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What carries messages between two ranks, in each direction."""
+
+    latency_s: float
+    bytes_per_s: float
+
+    def seconds(self, num_bytes: float) -> float:
+        """Return the time of a message."""
+        return self.latency_s + num_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredCosts:
+    """What was timed on a device: a layer under each policy, the head per row that it multiplies, a step, a message."""
+
+    layers: tuple[tuple[str, StageCost], ...]
+    head: StageCost
+    step_s: float
+    hop: Link | None = None  # between neighbouring stages
 
 
 _USUAL_TOKENS = 4096  # of a microbatch
@@ -174,6 +199,40 @@ def analytic_cost(
         )
         stages.append(StageCost(forward, backward))
     return CostModel(tuple(stages))
+
+
+def summed(costs: Sequence[StageCost]) -> StageCost:
+    """Return the cost of doing all of these, one after another."""
+
+    def add(passes: Sequence[PassCost]) -> PassCost:
+        return PassCost(**{field.name: sum(getattr(one, field.name) for one in passes) for field in fields(PassCost)})
+
+    return StageCost(add([cost.forward for cost in costs]), add([cost.backward for cost in costs]))
+
+
+def stage_costs(
+    shape: ModelShape,
+    device: Device,
+    layers: Sequence[int],
+    tensor: int = 1,
+    recompute: str | Sequence[str] = "none",
+    head_share: float = 1.0,
+) -> CostModel:
+    """Return the cost of each stage as it was measured on the device, by analytic_cost where it was not."""
+    if device.measured is None:
+        return analytic_cost(shape, device, layers, tensor, recompute, head_share)
+    of_policy, head = dict(device.measured.layers), device.measured.head
+    head = StageCost(*(replace(one, per_token=one.per_token * head_share) for one in (head.forward, head.backward)))
+    chosen = stage_policies(layers, recompute)
+    parts = [[*(of_policy[policy] for policy in policies), *[head] * (index == len(layers) - 1)] for index, policies in enumerate(chosen)]
+    return CostModel(tuple(map(summed, parts)))
+
+
+def recomputing(cost: StageCost, policy: str) -> StageCost:
+    """Return what a layer that recomputes nothing costs under a policy, by its own forward."""
+    again = {"none": 0.0, "cheap": _CHEAP, "full": 1.0}[policy]
+    pairs = {field.name: getattr(cost.backward, field.name) + again * getattr(cost.forward, field.name) for field in fields(PassCost)}
+    return StageCost(cost.forward, PassCost(**pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +314,7 @@ def head_layers(
     shape: ModelShape, device: Device, tokens: int, tensor: int = 1, recompute: str | Sequence[str] = "none", head_share: float = 1.0
 ) -> float:
     """Return the cost of the head over a microbatch of `tokens`, forward and backward, in layers (their mean)."""
-    body, head = analytic_cost(shape, device, (shape.num_layers, 0), tensor, recompute, head_share).stages
+    body, head = stage_costs(shape, device, (shape.num_layers, 0), tensor, recompute, head_share).stages
     return shape.num_layers * head.seconds(tokens) / body.seconds(tokens)
 
 

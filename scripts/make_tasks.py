@@ -16,15 +16,12 @@ One further row of each task goes to held_out.json, {task: row}: no job trains o
 import ast
 import hashlib
 import json
-import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
-
-from one_line import OneLineParser, folder  # noqa: E402
+from one_line import OneLineParser, folder
 
 NUM_ROWS = {"names": 320, "signatures": 128, "docstrings": 64, "summaries": 32}
 MAX_OUTLINE = 1400

@@ -5,15 +5,12 @@
 Writes losses.png into the run's directory; megatron_lora/output/loss_picture.py does the drawing.
 """
 
-import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
+from one_line import OneLineParser
 
-from one_line import OneLineParser  # noqa: E402
-
-from megatron_lora.output.loss_picture import plot_losses  # noqa: E402
-from megatron_lora.output.metrics import read_metrics  # noqa: E402
+from megatron_lora.output.loss_picture import plot_losses
+from megatron_lora.output.metrics import read_metrics
 
 
 def mean_loss(rows: list[dict]) -> float:

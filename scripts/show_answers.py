@@ -14,17 +14,14 @@ import warnings
 from pathlib import Path
 
 import torch
+from one_line import OneLineParser, ended
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-sys.path[:0] = [str(Path(__file__).resolve().parent / "bench")]
-
-from one_line import OneLineParser, ended  # noqa: E402
-
-from megatron_lora.config.schema import JobConfig, load_config  # noqa: E402
-from megatron_lora.data.row_formats import RecordEncoder  # noqa: E402
-from megatron_lora.errors import UserError  # noqa: E402
+from megatron_lora.config.schema import JobConfig, load_config
+from megatron_lora.data.row_formats import RecordEncoder
+from megatron_lora.errors import UserError
 
 MAX_NEW_TOKENS = 24
 MAX_LINES = 4

@@ -140,9 +140,9 @@ def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
     """Tokenise every job's datasets, or read them from the cache."""
     from megatron_lora.data.samples import load_jobs_data
     from megatron_lora.data.token_cache import cache_dir
-    from megatron_lora.data.tokenizer import load_tokenizer
+    from megatron_lora.data.tokenizer import tokenizer_for
 
-    return load_jobs_data(config.jobs, load_tokenizer(model_dir), cache_dir(), vocab_size)
+    return load_jobs_data(config.jobs, tokenizer_for(config.jobs, model_dir), cache_dir(), vocab_size)
 
 
 def check_checkpoint(job: JobConfig, job_data, point: ResumePoint) -> None:

@@ -48,9 +48,9 @@ def train(config_path: str, overrides: list[str]) -> int:
     check_run(config, ranks_here, owner=nodes.index == 0)
     command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides]
     if nodes.index > 0:
-        return _report(_start(command, ranks_here, lock=None))
+        return report_ending(start_ranks(command, ranks_here, lock=None))
     with RunDirectory.create(config, environment()) as run:
-        ending = _start(command, ranks_here, run.lock)
+        ending = start_ranks(command, ranks_here, run.lock)
         recorded = run.status()["exit_status"]
         if recorded is not None:
             return recorded
@@ -60,12 +60,12 @@ def train(config_path: str, overrides: list[str]) -> int:
             ending = _Ending(status=status, reason=_stop_reason(ending.signals[0], has_started))
         if ending.status == 2 and not has_trained(run.path):
             run.discard()
-            return _report(ending)
+            return report_ending(ending)
         try:
             run.finish(ending.status, ending.reason or "the run ended without a report")
         except OSError as error:
             print(f"megatron-lora: {run.path / 'status.json'} could not be written ({error.strerror})", file=sys.stderr)
-        return _report(ending)
+        return report_ending(ending)
 
 
 def _stop_reason(number: int, has_started: bool) -> str:
@@ -127,14 +127,14 @@ class _Ending:
     signals: tuple[int, ...] = ()
 
 
-def _report(ending: _Ending) -> int:
+def report_ending(ending: _Ending) -> int:
     """Print why a run ended, if there is a reason; return its status."""
     if ending.reason:
         print(f"{ending.traceback}megatron-lora: {ending.reason}", file=sys.stderr)
     return ending.status
 
 
-def _start(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
+def start_ranks(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
     """Run torchrun to its end and forward signals to it; return what its report says. It inherits the lock, also if this process dies."""
     received: list[tuple[int, float]] = []  # signals, with the times of their arrival
     with tempfile.TemporaryDirectory(prefix="megatron-lora-") as folder:

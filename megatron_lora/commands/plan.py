@@ -8,7 +8,6 @@ one by one divided by the time together.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +18,13 @@ from megatron_lora.data.steps import Steps, job_steps
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import layers_of_stages
-from megatron_lora.planning.devices import named_device, size, this_gpu
+from megatron_lora.planning.calibration import Calibration, calibrated, device_of, differing, find_calibration, read_calibration
+from megatron_lora.planning.devices import named_device, size, this_device, this_gpu
 from megatron_lora.planning.forecast import Figures, Forecast, Workload, forecast
 from megatron_lora.planning.plan_picture import check_plot_path, draw
-from megatron_lora.planning.predict import cost_of, memory_of, planner_cost
+from megatron_lora.planning.predict import cost_of, memory_of, message_and_step_seconds, planner_cost
 from megatron_lora.planning.resolve import describe, resolve
-from scheduling.cost import DEVICES, CostModel, Device
+from scheduling.cost import DEVICES, Device
 from scheduling.memory import RESERVED
 from scheduling.policies import POLICIES, Runs
 from scheduling.windows import plan_windows
@@ -50,38 +50,46 @@ def main(config_path: str, overrides: list[str], options: Options | None = None)
     if options.plot is not None:
         check_plot_path(options.plot)
     given = load_config(config_path, overrides)
-    measured = None if options.cost is None else read_cost(options.cost, given.parallel.pipeline)
+    costs = None if options.cost is None else read_calibration(Path(options.cost), "--cost")
     inputs = read_inputs(given)
-    gpu = None if named else this_gpu()
-    device = named or gpu or DEVICES["h100"]
+    device, known, costs = choose_device(named, costs, given, inputs.architecture)
     steps = steps_of_jobs(given, inputs.data)
     lengths = lengths_of_jobs(inputs.data, steps)
     share = share_of_targets(inputs.data, steps)
     config = resolve(given, inputs.architecture, lengths, device, share)
-    cost = measured or cost_of(config, inputs.architecture, device, share)
+    cost = cost_of(config, inputs.architecture, device, share)
     weights = planner_cost(config, inputs.architecture, device, share)
     workload = Workload.of(config, lengths, cost, weights)
-    together, solo = forecast(runs_of(policy, workload), workload), forecast(runs_of("flush", workload), workload)
+    seconds = message_and_step_seconds(config, inputs.architecture, device)
+    together, solo = (forecast(runs_of(each, workload), workload, *seconds) for each in (policy, "flush"))
     lines = [*describe(given, config), *table(config, policy, workload, solo, together), ""]
     lines += stage_table(config, inputs.architecture, device, workload, together)
-    lines += ["", basis(device, named or gpu, options.cost, share), *advice(config, policy, solo, together)]
+    lines += ["", basis(device, known, costs, share), *advice(config, policy, solo, together)]
     print("\n".join(lines))
     if options.plot is not None:
-        draw(options.plot, together.timeline, together.stream, [job.name for job in config.jobs], "seconds")
+        draw(options.plot, [("predicted", together.timeline)], together.stream, [job.name for job in config.jobs], "seconds")
     return 0
 
 
-def read_cost(path: str, num_stages: int) -> CostModel:
-    """Read a cost model (CostModel.to_json); UserError unless it has `num_stages` stages."""
-    try:
-        model = CostModel.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"--cost: {path!r} cannot be read ({error.strerror}); name a JSON file") from None
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"--cost: {path!r} holds no cost model; write one with scripts/bench/compare_timeline.py RUN --cost FILE") from None
-    if len(model.stages) != num_stages:
-        raise UserError(f"--cost: {path!r} is of {len(model.stages)} stages and parallel.pipeline is {num_stages}; measure such a run")
-    return model
+def choose_device(
+    named: Device | None, costs: Calibration | None, config: RunConfig, architecture: Architecture
+) -> tuple[Device, bool, Calibration | None]:
+    """Return the device to predict for, whether it was asked for or is here, and the cost table that it goes by, if any.
+
+    A table that is given must be of this config; without one, this user's is taken where there is one of the device.
+    """
+    if costs is not None:
+        if differs := differing(costs, config, architecture, device_of(costs)):
+            raise UserError(f"--cost: the table {differs}; calibrate this config")
+        return calibrated(named or device_of(costs), costs), True, costs
+    from megatron_lora.data.token_cache import cache_dir
+
+    asked = named or this_gpu()
+    candidates = [asked] if asked else [this_device(config.parallel.world_size), DEVICES["h100"]]
+    for device in candidates:
+        if found := find_calibration(cache_dir(), config, architecture, device):
+            return calibrated(device, found), True, found
+    return candidates[-1], asked is not None, None
 
 
 def steps_of_jobs(config: RunConfig, data: Sequence) -> list[Steps]:
@@ -172,12 +180,12 @@ def stage_table(config: RunConfig, architecture: Architecture, device: Device, w
     return lines
 
 
-def basis(device: Device, chosen: Device | None, cost: str | None, target_share: float) -> str:
-    """Say how the seconds and the memory were predicted."""
-    if cost is not None:
-        return f"Seconds are by the measured cost model {cost}; communication is not counted. Memory is for {device.name}."
+def basis(device: Device, known: bool, costs: Calibration | None, target_share: float) -> str:
+    """Say what the seconds stand on."""
     counted = f"The loss is counted for {target_share:.0%} of the tokens, those that are targets."
-    if chosen is None:
+    if costs is not None:
+        return f"Seconds are by {costs.describe()}, messages between stages and steps included. {counted} Memory is for {device.name}."
+    if not known:
         where = f"This machine has no GPU: seconds and memory are predicted for {device.name} (choose with --device)"
         return f"{where}, without communication. {counted}"
     return f"Seconds and memory are predicted for {device.name}, without communication. {counted}"

@@ -30,6 +30,9 @@ def main(config_path: str, overrides: list[str], job_name: str, num_samples: int
     from megatron_lora.huggingface.hub import resolve_base_model
 
     check_files(config)
+    for dataset in jobs[job_name].datasets:
+        if dataset.type == "lengths":
+            raise UserError(f"--job: {job_name!r} trains on random tokens of the lengths in {dataset.path!r}, which are no text to show")
     for record in preview_records(jobs[job_name], load_tokenizer(resolve_base_model(config.base_model)), num_samples):
         print(show_preview(record, color=sys.stdout.isatty()))
     return 0

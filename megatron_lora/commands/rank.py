@@ -1,4 +1,4 @@
-"""One rank of a run: what `train` does under torchrun.
+"""One rank of a run: what `train` and `calibrate` do under torchrun.
 
 launch.py has checked everything and made the output directory before it starts a rank. Under a bare
 torchrun, rank 0 does both before it joins the others. The run's exit status is written to
@@ -9,6 +9,8 @@ torchrun and exits at once, without waiting for the other ranks.
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_lora.commands.torchrun import die_with_parent, record_failure
@@ -29,19 +31,46 @@ def under_torchrun() -> bool:
 def main(config_path: str, overrides: list[str]) -> int:
     """Train as one rank; returns the exit status, or ends the process on an exception."""
     rank, launched, stop = int(os.environ["RANK"]), LAUNCHED in os.environ, StopRequest()
+
+    def work() -> int:
+        config = load_config(config_path, overrides)
+        return _run_first_rank(config, launched, stop) if rank == 0 else _run(config, stop)
+
+    status = _as_rank(work, stop)
+    return 0 if launched or rank > 0 else status
+
+
+def calibrate(config_path: str, overrides: list[str], output: str | None) -> int:
+    """Calibrate as one rank; returns 0, or ends the process on an exception."""
+
+    def work() -> int:
+        config = load_config(config_path, overrides)
+        _check_world_size(config)
+        import torch.distributed as dist
+
+        from megatron_lora.training import calibrate
+
+        calibrate.run(config, None if output is None else Path(output))
+        dist.destroy_process_group()
+        return 0
+
+    return _as_rank(work, StopRequest())  # there is nothing to save: whoever asks ends the rank
+
+
+def _as_rank(work: Callable[[], int], stop: StopRequest) -> int:
+    """Return what a rank's work returns; an exception is recorded for torchrun, printed if nobody else does, and ends the process."""
+    launched = LAUNCHED in os.environ
     if launched:
         stop.listen()
         die_with_parent()
     try:
-        config = load_config(config_path, overrides)
-        status = _run_first_rank(config, launched, stop) if rank == 0 else _run(config, stop)
+        return work()
     except UserError as error:
-        if rank == 0 and not launched:
+        if os.environ["RANK"] == "0" and not launched:
             print(f"megatron-lora: {error}", file=sys.stderr)
         _exit_now(error, 2)
     except BaseException as error:
         _exit_now(error, 1)
-    return 0 if launched or rank > 0 else status
 
 
 def _run_first_rank(config: RunConfig, launched: bool, stop: StopRequest) -> int:

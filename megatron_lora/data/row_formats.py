@@ -1,4 +1,4 @@
-"""One dataset record to tokens and targets, in each of the five formats.
+"""One dataset record to tokens and targets, in each of the formats that hold text (length_records.py has the other).
 
     text               {text}                          tokenizer(text) with its special tokens, eos appended if absent
     prompt_completion  {prompt, completion}            tokenizer(prompt) with special tokens + tokenizer(completion) without + eos

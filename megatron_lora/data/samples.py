@@ -18,6 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
+from megatron_lora.data.length_records import LengthEncoder
 from megatron_lora.data.row_files import read_records
 from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.data.token_cache import Dataset, dataset_key, fetch, fingerprint, store
@@ -64,38 +65,45 @@ class JobData:
 
 def load_jobs_data(
     jobs: Sequence[JobConfig],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     cache_dir: str | Path | None,
     vocab_size: int | None = None,
     validation: bool = False,
 ) -> tuple[JobData, ...]:
     """Load the data of each job, or its validation data; a file that several jobs use with the same settings is read once.
 
-    `cache_dir` None stores nothing on disk. A token that is not below `vocab_size`, the base
-    model's, is a UserError.
+    `tokenizer` may be None where all datasets are lengths, which need `vocab_size`. `cache_dir`
+    None stores nothing on disk. A token that is not below `vocab_size`, the base model's, is a
+    UserError.
     """
-    reader = _Reader(tokenizer, cache_dir)
+    reader = _Reader(tokenizer, cache_dir, vocab_size)
     return tuple(_load_job(job, reader, vocab_size, validation) for job in jobs)
 
 
 class _Reader:
     """Gets tokenised datasets from memory, from the cache directory, or from their files."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path | None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, cache_dir: str | Path | None, vocab_size: int | None):
         self._tokenizer = tokenizer
         self._cache_dir = cache_dir
-        self._encoder = RecordEncoder(tokenizer)
-        self._fingerprint = fingerprint(tokenizer)
+        self._vocab_size = vocab_size
+        self._encoder = None if tokenizer is None else RecordEncoder(tokenizer)
+        self._fingerprint = "" if tokenizer is None else fingerprint(tokenizer)
         self._datasets: dict[tuple[str, str, bool, int], Dataset] = {}
 
     def read(self, job: JobConfig, dataset: DatasetConfig) -> Dataset:
-        require_chat_template(job.name, dataset, self._tokenizer)
         settings = (dataset.path, dataset.type, job.train_on_inputs, job.sequence_len)
-        if settings not in self._datasets:
+        if settings not in self._datasets and dataset.type == "lengths":
+            assert self._vocab_size is not None, "lengths become tokens of some vocabulary"
+            self._datasets[settings] = tokenise(*settings[:2], LengthEncoder(self._vocab_size), *settings[2:])
+        elif settings not in self._datasets:
+            assert self._tokenizer is not None, f"no tokenizer was loaded for {dataset.path}"
+            require_chat_template(job.name, dataset, self._tokenizer)
             self._datasets[settings] = self._fetch(*settings)
         return self._datasets[settings]
 
     def _fetch(self, path: str, format: str, train_on_inputs: bool, sequence_len: int) -> Dataset:
+        assert self._encoder is not None
         if self._cache_dir is None or not Path(path).is_file():
             return tokenise(path, format, self._encoder, train_on_inputs, sequence_len)
         key = dataset_key(path, self._fingerprint, format, train_on_inputs, sequence_len)
@@ -112,7 +120,7 @@ class _Reader:
         return dataset
 
 
-def tokenise(path: str | Path, format: str, encoder: RecordEncoder, train_on_inputs: bool, sequence_len: int) -> Dataset:
+def tokenise(path: str | Path, format: str, encoder: RecordEncoder | LengthEncoder, train_on_inputs: bool, sequence_len: int) -> Dataset:
     """Encode, cut and count the records of one file."""
     kept: list[tuple[int, np.ndarray, np.ndarray]] = []
     num_records = num_truncated = num_dropped = 0

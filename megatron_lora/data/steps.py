@@ -109,11 +109,11 @@ def count_steps(num_samples: int, global_batch_size: int, num_epochs: int, max_s
 
 def epoch_order(num_samples: int, epoch: int, seed: int) -> np.ndarray:
     """Permute range(num_samples) for one epoch: int64 [num_samples]."""
-    key = _mix(_mix(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
-    return np.argsort(_mix(key + np.arange(num_samples, dtype=np.uint64)), kind="stable")
+    key = mix(mix(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
+    return np.argsort(mix(key + np.arange(num_samples, dtype=np.uint64)), kind="stable")
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """Hash uint64 to uint64, one to one: a step of the splitmix64 generator (Steele, Lea and Flood, 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

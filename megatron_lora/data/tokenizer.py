@@ -3,14 +3,16 @@
 Targets are found by character offsets, which only fast tokenizers give:
 
     tokenizer = load_tokenizer("models/SmolLM2-135M-Instruct")
+    tokenizer = tokenizer_for(config.jobs, model_dir)       # None where no dataset needs one
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_lora.config.schema import DatasetConfig
+from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data.row_formats import CHAT_TYPES
 from megatron_lora.errors import UserError
 
@@ -37,6 +39,12 @@ def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"base_model: the tokenizer in {directory} gives no character offsets; add the model's tokenizer.json")
     tokenizer.model_max_length = 2**60  # records are cut at sequence_len, so a warning about this length would mislead
     return tokenizer
+
+
+def tokenizer_for(jobs: Iterable[JobConfig], base_model: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that the jobs' datasets need; None where all of them are lengths."""
+    needed = any(dataset.type != "lengths" for job in jobs for dataset in job.datasets)
+    return load_tokenizer(base_model) if needed else None
 
 
 def require_chat_template(job: str, dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> None:

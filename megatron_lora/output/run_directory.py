@@ -33,7 +33,7 @@ from megatron_lora.output.resume import check_resume, rewind, with_precision_of
 from megatron_lora.output.standing import ResumePoint, resume_points
 
 LOCK, STATUS = ".lock", "status.json"
-RUN_FILES = {LOCK, STATUS, "config.yaml", "env.json", "plan", "timeline.json", "jobs"}
+RUN_FILES = {LOCK, STATUS, "config.yaml", "env.json", "calibration.json", "cost.json", "plan", "timeline.json", "jobs"}
 
 
 class RunDirectory:
@@ -88,7 +88,7 @@ class RunDirectory:
             config = with_precision_of(load_config(self.path / "config.yaml"), config)
             jobs |= {name: job for name, job in self.status()["jobs"].items() if name not in remaining}
         else:
-            for entry in ("plan", "jobs", "timeline.json"):
+            for entry in ("calibration.json", "cost.json", "plan", "jobs", "timeline.json"):
                 _remove(self.path / entry)
         self._write_status({"exit_status": None, "reason": "", "jobs": jobs})
         write_atomically(self.path / "config.yaml", dump_config(config))
@@ -124,9 +124,10 @@ class RunDirectory:
         status["jobs"][name] = _job(after(status["jobs"][name]["state"], state), reason)
         self._write_status(status)
 
-    def write_config(self, config: RunConfig) -> None:
-        """Replace config.yaml by the resolved config."""
+    def write_resolved(self, config: RunConfig, cost: dict) -> None:
+        """Replace config.yaml by the resolved config; write cost.json, what its stages are predicted to cost."""
         write_atomically(self.path / "config.yaml", dump_config(config))
+        write_atomically(self.path / "cost.json", json.dumps(cost, indent=1) + "\n")
 
     def finish(self, exit_status: int, reason: str = "") -> None:
         """Record how the run ended; jobs that had not ended become paused, and the same command resumes them."""

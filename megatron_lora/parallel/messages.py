@@ -108,11 +108,6 @@ class Link:
         self.group = group
         self.peer = peer
 
-    @property
-    def transport(self) -> str:
-        """The backend that carries the messages: "nccl" or "gloo"."""
-        return dist.get_backend(self.group)
-
     def send(self, tensor: Tensor) -> Work:
         """Start to send a tensor."""
         work = dist.isend(tensor, self.peer, group=self.group)
@@ -178,25 +173,6 @@ class Links:
     forward_out: Sender | None
     backward_in: Receiver | None
     backward_out: Sender | None
-
-    @property
-    def transports(self) -> dict[str, str]:
-        """Each end's backend: "nccl" or "gloo"."""
-        ends = {name: getattr(self, name) for name in ("forward_in", "forward_out", "backward_in", "backward_out")}
-        return {name: end.link.transport for name, end in ends.items() if end is not None}
-
-    def reopened(self, layout: MessageLayout) -> Links:
-        """Return new ends of the same links, for another run from slot 0 on. The last run must have ended."""
-
-        def receiver(end: Receiver | None) -> Receiver | None:
-            assert end is None or not end.posted, "a receive of the last run is still posted"
-            return end and Receiver(end.link, layout, end.device)
-
-        def sender(end: Sender | None) -> Sender | None:
-            assert end is None or not end.pending, "a message of the last run is not sent"
-            return end and Sender(end.link)
-
-        return Links(receiver(self.forward_in), sender(self.forward_out), receiver(self.backward_in), sender(self.backward_out))
 
     def drain(self) -> None:
         """Wait until all messages are sent."""

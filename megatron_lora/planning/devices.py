@@ -1,8 +1,8 @@
 """The device of a run or a prediction: throughput from the table in scheduling.cost, memory from the machine itself.
 
 `this_device` describes this machine's device, `named_device` one that the table names. `reference_of`
-returns the device whose throughput the planner uses. It is the same for every GPU, so that a plan does
-not depend on the GPU that makes it.
+returns the device whose throughput the planner uses: the device itself where its costs were measured
+(calibration.py), else one for all GPUs, so that a plan does not depend on the GPU that makes it.
 """
 
 import dataclasses
@@ -25,7 +25,9 @@ def named_device(option: str, name: str) -> Device:
 
 
 def reference_of(device: Device) -> Device:
-    """Return the device whose throughput decides plans and splits: the CPU for a CPU, an H100 for every GPU."""
+    """Return the device whose throughput decides plans and splits: a measured one itself, else the CPU or, for every GPU, an H100."""
+    if device.measured is not None:
+        return device
     return DEVICES["cpu" if device.name == "cpu" else "h100"]
 
 
@@ -38,9 +40,13 @@ def this_gpu() -> Device | None:
 
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    like = next((DEVICES[known] for known in DEVICES if known != "cpu" and known in name.lower()), DEVICES["h100"])
-    return dataclasses.replace(like, name=name, memory_bytes=float(torch.cuda.mem_get_info()[0]))
+    return device_like(torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[0]))
+
+
+def device_like(name: str, memory_bytes: float) -> Device:
+    """Return a device by its full name, with the throughput of the table's device whose name is part of it, else an H100's."""
+    like = next((DEVICES[known] for known in DEVICES if known in name.lower()), DEVICES["h100"])
+    return dataclasses.replace(like, name=name, memory_bytes=memory_bytes)
 
 
 def this_device(ranks_here: int) -> Device:

@@ -24,26 +24,27 @@ def check_plot_path(path: str) -> None:
         raise UserError(f"--plot: {path!r} lies in no directory; make {str(Path(path).parent)!r} first")
 
 
-def draw(path: str, timeline: Timeline, stream: Stream, jobs: Sequence[str], unit: str = "tokens' forwards") -> None:
-    """Draw a simulated stream into a new picture file."""
+def draw(path: str, panels: Sequence[tuple[str, Timeline]], stream: Stream, jobs: Sequence[str], unit: str = "tokens' forwards") -> None:
+    """Draw timelines of one stream below one another, each with what it shows ("predicted", "real"), into a new picture file."""
     from matplotlib.colors import hsv_to_rgb
     from matplotlib.figure import Figure
 
     colours = [hsv_to_rgb((job * 0.618 % 1, 0.7, 0.85)) for job in range(len(jobs))]  # golden-ratio steps: neighbours differ
-    figure = Figure(figsize=(14, 1.2 + 0.6 * timeline.num_stages), layout="constrained")
-    axes = figure.add_subplot()
-    for event in timeline.events:
-        if event.op is Op.STEP or event.index >= len(stream) or stream[event.index].is_noop:
-            continue
-        slot, start = stream[event.index], event.start_s
-        for segment in slot.segments:
-            width = (event.end_s - event.start_s) * segment.num_tokens / slot.num_tokens
-            pale = 0.45 if event.op is Op.FORWARD else 1.0
-            axes.barh(event.stage, width, left=start, height=0.8, color=colours[segment.job], alpha=pale, linewidth=0)
-            start += width
-    axes.set_yticks(range(timeline.num_stages), [f"stage {stage}" for stage in range(timeline.num_stages)])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"predicted time, in {unit}")
-    handles = [axes.barh(0, 0, color=colour) for colour in colours]
-    axes.legend(handles, jobs, ncols=min(8, len(jobs)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    num_stages = panels[0][1].num_stages
+    figure = Figure(figsize=(14, 0.4 + (0.8 + 0.6 * num_stages) * len(panels)), layout="constrained")
+    for axes, (what, timeline) in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
+        for event in timeline.events:
+            if event.op is Op.STEP or event.index >= len(stream) or stream[event.index].is_noop:
+                continue
+            slot, start = stream[event.index], event.start_s
+            for segment in slot.segments:
+                width = (event.end_s - event.start_s) * segment.num_tokens / slot.num_tokens
+                pale = 0.45 if event.op is Op.FORWARD else 1.0
+                axes.barh(event.stage, width, left=start, height=0.8, color=colours[segment.job], alpha=pale, linewidth=0)
+                start += width
+        axes.set_yticks(range(num_stages), [f"stage {stage}" for stage in range(num_stages)])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{what} time, in {unit}")
+    handles = [figure.axes[0].barh(0, 0, color=colour) for colour in colours]
+    figure.axes[0].legend(handles, jobs, ncols=min(8, len(jobs)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.savefig(path, dpi=150)

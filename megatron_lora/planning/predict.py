@@ -8,7 +8,7 @@ from megatron_lora.config.schema import RunConfig
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import layers_of_stages
 from megatron_lora.planning.devices import reference_of
-from scheduling.cost import CostModel, Device, ModelShape, analytic_cost, head_share
+from scheduling.cost import CostModel, Device, ModelShape, head_share, stage_costs
 from scheduling.layer_memory import Adapter
 from scheduling.memory import (
     StageMemory,
@@ -38,13 +38,23 @@ def shape_of(architecture: Architecture) -> ModelShape:
 
 
 def cost_of(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> CostModel:
-    """Return the time model of each stage on a device, from the table in scheduling.cost.
+    """Return the time model of each stage on a device, from its measured costs or the table in scheduling.cost.
 
     layers_per_stage must be resolved.
     """
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel)]
     share = head_share_of(config, architecture, device, target_share)
-    return analytic_cost(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share)
+    return stage_costs(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share)
+
+
+def message_and_step_seconds(config: RunConfig, architecture: Architecture, device: Device) -> tuple[float, float]:
+    """Return the seconds of a full microbatch's message between stages and of an optimizer step, where they were measured; else zeros."""
+    if device.measured is None:
+        return 0.0, 0.0
+    parallel, hop = config.parallel, device.measured.hop
+    rows = budget_or_usual(config) / parallel.row_multiple
+    hop_s = hop.seconds(rows * architecture.hidden_size * item_bytes(config, device)) if hop and parallel.pipeline > 1 else 0.0
+    return hop_s, device.measured.step_s
 
 
 def planner_cost(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> SlotCost:
@@ -62,7 +72,7 @@ def planner_cost(config: RunConfig, architecture: Architecture, device: Device, 
 
 def head_share_of(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> float:
     """Return the rows that the head computes per token of a full microbatch: the targets, rounded up to chunks."""
-    chunk_rows = loss_chunk_rows(-(-architecture.vocab_size // config.parallel.tensor), _item_bytes(config, device))
+    chunk_rows = loss_chunk_rows(-(-architecture.vocab_size // config.parallel.tensor), item_bytes(config, device))
     return head_share(target_share, budget_or_usual(config), chunk_rows)
 
 
@@ -71,7 +81,7 @@ def budget_or_usual(config: RunConfig) -> int:
     return USUAL_TOKENS if config.microbatch_tokens == "auto" else int(config.microbatch_tokens)
 
 
-def _item_bytes(config: RunConfig, device: Device) -> int:
+def item_bytes(config: RunConfig, device: Device) -> int:
     """Return the bytes per number in the compute dtype."""
     return 2 if precision_of(config, device) == "bf16" else 4
 
@@ -91,7 +101,7 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
     assert config.recompute != "auto", "recompute is not resolved"
     parallel, shape = config.parallel, shape_of(architecture)
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, parallel)]
-    item = _item_bytes(config, device)
+    item = item_bytes(config, device)
     stages = [
         stage_memory(
             shape,

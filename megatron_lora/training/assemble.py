@@ -22,6 +22,8 @@ from megatron_lora.training.executor import Executor, StepDone
 from megatron_lora.training.jobs import Jobs
 from scheduling.types import Microbatch
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Backends:
     """Return which libraries compute this rank's norms and attention (backends.py).

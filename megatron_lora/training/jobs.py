@@ -9,9 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData, load_jobs_data
 from megatron_lora.data.steps import JobSamples, job_steps
+from megatron_lora.data.token_cache import cache_dir
+from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.errors import UserError
 from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.output.standing import ResumePoint
@@ -112,6 +116,27 @@ def read_jobs(
         step_samples = JobSamples(seed=c.seed, samples=data.samples, steps=steps)
         point = (resume_points or {}).get(c.name, ResumePoint())
         jobs[number] = Job(number=number, config=c, data=data, step_samples=step_samples, resume_point=point)
+    return jobs
+
+
+def read_jobs_in_turn(
+    configs: Sequence[JobConfig],
+    model_dir: Path,
+    vocab_size: int,
+    host_group: dist.ProcessGroup,
+    resume_points: Mapping[str, ResumePoint] | None = None,
+) -> dict[int, Job]:
+    """Read the jobs' data on every rank, the first before the others, which then find the tokens in the cache.
+
+    With `resume_points`, only jobs that are named there.
+    """
+    configs = [c for c in configs if resume_points is None or c.name in resume_points]
+    tokenizer = tokenizer_for(configs, model_dir)
+    jobs = {}
+    for first_rank_reads in (True, False):
+        if (dist.get_rank() == 0) == first_rank_reads:
+            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size, resume_points)
+        dist.barrier(group=host_group)
     return jobs
 
 

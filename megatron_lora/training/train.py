@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,28 +25,28 @@ import torch
 import torch.distributed as dist
 
 from megatron_lora.config.resolved import ResolvedConfig
-from megatron_lora.config.schema import JobConfig, RunConfig, load_config
+from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
-from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.huggingface.architecture import Architecture, read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.model.stage import build_stage
 from megatron_lora.output import standing
 from megatron_lora.output.job_states import exit_status
-from megatron_lora.output.run_directory import RunDirectory, job_states
+from megatron_lora.output.run_directory import RunDirectory, has_trained, job_states
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import Position, initialize_parallel, new_group, pipelines, position_of, stage_groups
+from megatron_lora.planning.calibration import calibrated, keep_calibration, predicted_cost
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost
 from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
-from megatron_lora.training.assemble import choose_backends, make_arena, make_executor
+from megatron_lora.training.assemble import DTYPES, choose_backends, make_arena, make_executor
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import Job, read_jobs
+from megatron_lora.training.jobs import Job, read_jobs_in_turn
 from megatron_lora.training.optimizer import StageGroups
 from megatron_lora.training.run_reporter import RunReporter
 from megatron_lora.training.saving import Saver, start_job, writer
@@ -57,8 +57,6 @@ from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths
 
 LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def run(config: RunConfig, stop: StopRequest) -> int:
@@ -76,10 +74,10 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
     remaining = _remaining_jobs(config, host_group)
-    jobs = _read_jobs([job for job in config.jobs if job.name in remaining], remaining, model_dir, architecture.vocab_size, host_group)
+    jobs = read_jobs_in_turn(config.jobs, model_dir, architecture.vocab_size, host_group, remaining)
     share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
     lengths = [job.step_samples.lengths() for job in jobs.values()]
-    config, slot_cost = resolve_together(config, architecture, lengths, share_of_targets, host_group)
+    config, slot_cost = resolve_together(config, architecture, lengths, share_of_targets, host_group, list(remaining))
     position = position_of(config.parallel)
     feed = _start_planning(config, lengths, position, slot_cost, [job.resume_point.step for job in jobs.values()])
 
@@ -163,19 +161,6 @@ def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[st
     return found[0]
 
 
-def _read_jobs(
-    configs: Sequence[JobConfig], points: Mapping[str, ResumePoint], model_dir: Path, vocab_size: int, host_group: dist.ProcessGroup
-) -> dict[int, Job]:
-    """Read the jobs' data, the first rank before the others, which then find the tokens in the cache."""
-    tokenizer = load_tokenizer(model_dir)
-    jobs = {}
-    for first_rank_reads in (True, False):
-        if (dist.get_rank() == 0) == first_rank_reads:
-            jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size, points)
-        dist.barrier(group=host_group)
-    return jobs
-
-
 def _start_planning(
     config: ResolvedConfig, lengths: Lengths, position: Position, slot_cost: SlotCost, first_steps: Sequence[int]
 ) -> PlanFeed:
@@ -211,20 +196,29 @@ def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, ho
 
 
 def resolve_together(
-    config: RunConfig, architecture: Architecture, lengths: Lengths, target_share: float, host_group: dist.ProcessGroup
+    config: RunConfig,
+    architecture: Architecture,
+    lengths: Lengths,
+    target_share: float,
+    host_group: dist.ProcessGroup,
+    names: Sequence[str],
 ) -> tuple[ResolvedConfig, SlotCost]:
     """Return the resolved config and the planner's cost model; the first rank makes both for all ranks.
 
     It also prints and records what was chosen. Its own device's memory decides, also where other ranks
     have more or less. `host_group` is a gloo group of all ranks; `lengths` and `target_share` are as in
-    planning.resolve.
+    planning.resolve; `names` are those of the jobs that remain.
     """
     chosen: list = [None, None]
     if dist.get_rank() == 0:
-        device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
+        device, path = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size))), Path(config.output_dir)
+        table = keep_calibration(path, has_trained(path), cache_dir(), config, architecture, device)
+        device = calibrated(device, table)
         resolved = resolve(config, architecture, lengths, device, target_share)
         with RunDirectory.join(config) as directory:
-            directory.write_config(resolved)
+            directory.write_resolved(resolved, predicted_cost(resolved, architecture, device, target_share, table, names))
+        if table is not None:
+            print(f"costs are by {table.describe()}", flush=True)
         for line in [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]:
             print(line, flush=True)
         chosen = [resolved, planner_cost(resolved, architecture, device, target_share)]

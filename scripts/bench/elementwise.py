@@ -1,7 +1,7 @@
 """Time RMSNorm, rotary embedding and SwiGLU as GB/s beside a copy of as many bytes, and beside their references, eager and compiled.
 
-    python scripts/bench/elementwise.py                      all shapes at 8192 rows
-    python scripts/bench/elementwise.py --models 8B --rows 2048 4096
+    python -m scripts.bench.elementwise                      all shapes at 8192 rows
+    python -m scripts.bench.elementwise --models 8B --rows 2048 4096
 
 Bytes are those that must move (the kernels' headers count them): what a reference moves beyond them lowers its GB/s. `both` is forward
 and backward; `refill` is a backward that also makes the output again. Everything runs in bf16 under CUDA graphs, in interleaved rounds;
@@ -9,15 +9,14 @@ medians, with the 10th and 90th percentiles. Appends one JSON line per case to s
 when a kernel disagrees with its reference.
 """
 
-import argparse
 from dataclasses import dataclass
 
 import torch
-from kernels import ROOT, measure
-from one_line import OneLineParser, need_gpus, output_file, whole
-from stamp import append_line, stamp
 
 from fused_ops import rms_norm, rope, swiglu
+from fused_ops.timing import measure
+from scripts.bench import rig
+from scripts.one_line import whole
 
 EPS = 1e-5
 MODELS = {  # hidden size, feed-forward size, query heads, key and value heads, head size, head norms
@@ -123,7 +122,7 @@ def check(name, case):
     grads = torch.autograd.grad(outputs, exact, [dy.float() for dy in case.upstream])
     found = [*zip(case.forward(), outputs, strict=False), (case.backward(False)[0], grads[0])]
     for ours, theirs in found:
-        error = (ours.float() - theirs).norm() / theirs.norm()
+        error = rig.relative_error(ours, theirs)
         assert error < 0.01, f"{name}: the kernel is off by {error:.3g} relative: fix it before timing it"
 
 
@@ -154,29 +153,23 @@ def measure_case(name, case, rounds):
     return {
         "gb_per_s": rates,
         "share_of_copy": {kind: round(rates[kind][0] / rates[f"copy {kind}"][0], 3) for kind in moved},
-        "times_ms": {candidate: [round(ms, 5) for ms in values] for candidate, values in times.items()},
+        "times_ms": rig.rounded(times),
     }
 
 
 def main():
     """Measure the chosen models and append a line per operator."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = rig.parser(__doc__, "elementwise.jsonl", 20)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--rows", nargs="*", type=whole, default=[8192])
-    parser.add_argument("--rounds", type=whole, default=20)
-    parser.add_argument("--commit", help="where the checkout cannot tell it")
-    parser.add_argument("--output", type=output_file, default=ROOT / "scripts/bench/results/elementwise.jsonl")
-    args = parser.parse_args()
-    need_gpus(parser)
-    for model in args.models:
-        for rows in args.rows:
+    options = rig.options(parser)
+    for model in options.models:
+        for rows in options.rows:
             for name, case in cases(model, rows):
-                line = {**stamp(code=args.commit), "case": f"{name}, {model}, {rows} rows", "operator": name, "model": model, "rows": rows}
-                line |= measure_case(name, case, args.rounds)
-                append_line(args.output, line)
+                line = {"case": f"{name}, {model}, {rows} rows", "operator": name, "model": model, "rows": rows}
+                line |= measure_case(name, case, options.rounds)
                 shown = " ".join(f"{candidate} {rate:.0f}" for candidate, (rate, *_) in line["gb_per_s"].items())
-                print(f"{line['case']}: of a copy {line['share_of_copy']}\n    GB/s: {shown}", flush=True)
-                torch.cuda.empty_cache()
+                rig.keep(options, line, f"{line['case']}: of a copy {line['share_of_copy']}\n    GB/s: {shown}")
                 torch.compiler.reset()
 
 

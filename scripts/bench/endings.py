@@ -1,12 +1,13 @@
-"""Ends real runs of `megatron-lora train` on all GPUs half-way, and checks that each says why in one line and leaves nothing behind.
+"""Ends real runs of `megatron-lora train` half-way, and checks that each says why in one line and leaves nothing behind.
 
-    python scripts/bench/endings.py [--gpus 2] [--only 32b] [--ways killed,failing,still]
+    python -m scripts.bench.endings --shape qwen2.5-32b --pipeline 2 [--ways killed,failing,still]
 
-Every layout that several_runs.py measures with our policy, random weights of the same shape. A rank is killed once steps are taken, raises
-in a backward, or is stopped: then another loses patience after PATIENCE_S, and torchrun gives the stopped one 30 s. A line each in
-results/endings.jsonl, with all of the run's standard error; ends with 1 where a run ended otherwise than it should.
+Random weights and lengths. A rank is killed once steps are taken, raises in a backward, or is stopped: then another loses patience after
+PATIENCE_S, and torchrun gives the stopped one 30 s. A line each in results/endings.jsonl, with all of the run's standard error; ends with
+1 where a run ended otherwise than it should.
 """
 
+import argparse
 import os
 import signal
 import subprocess
@@ -15,71 +16,49 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
-
-import oracle  # noqa: E402
-from living_run import FAILED, HUNG, KILLED, LivingRun  # noqa: E402
-from model_shapes import write_config  # noqa: E402
-from one_line import OneLineParser, numbers, output_file, whole  # noqa: E402
-from several_runs import Run, chosen, machine  # noqa: E402
-from stamp import RESULTS, append_line, stamp  # noqa: E402
+from scripts.bench.model_shapes import SHAPES, write_config
+from scripts.bench.stamp import RESULTS, append_line, stamp
+from scripts.bench.workloads import JobSpecs
+from scripts.one_line import OneLineParser, numbers, output_file, whole
+from tests.living_run import FAILED, HUNG, KILLED, LivingRun
 
 PATIENCE_S = 60
 LIMITS_S = {"killed": 60.0, "failing": 900.0, "still": PATIENCE_S + 60.0}  # a failing run's is from its start, the others' from the blow
 VICTIM = 1
-TOKENS_PER_WORD = 5  # at most: a space and "w119"
 LINES = {"killed": KILLED.format(VICTIM), "failing": FAILED, "still": HUNG.format(VICTIM)}
 
 
 def parser() -> OneLineParser:
     """Return the options."""
     found = OneLineParser(prog="endings.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    found.add_argument("--gpus", type=whole, help="end the runs of a machine of so many; default: the GPUs that are visible")
-    found.add_argument("--only", type=chosen, default="", help="runs whose names begin so: 32b,8b-tp2")
+    found.add_argument("--shape", default="llama-3.1-8b", choices=list(SHAPES))
+    for name in ("pipeline", "tensor", "data"):
+        found.add_argument(f"--{name}", type=whole, default=1)
     found.add_argument("--ways", type=numbers(str), default=tuple(LIMITS_S))
-    found.add_argument("--longest", type=whole, default=500, help="words of a sample, at most")
+    found.add_argument("--longest", type=whole, default=2048, help="tokens of a sample, at most")
     found.add_argument("--output", type=output_file, default=RESULTS / "endings.jsonl")
     found.add_argument("--hardware")
     found.add_argument("--commit")
     return found
 
 
-def write_tokenizer(directory: Path) -> None:
-    """Save a tokenizer of bytes, the one kind that a tokenizer class of any shape's architecture takes for its own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE({token: number for number, token in enumerate(vocabulary)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(directory)
-
-
-def config_of(run: Run, folder: Path, longest: int) -> dict:
+def config_of(options: argparse.Namespace, folder: Path) -> dict:
     """Write a model without weights and its rows; return the config of two jobs that train it for a long time."""
-    tokens = TOKENS_PER_WORD * longest
-    write_tokenizer(folder / "model")
-    write_config(run.shape, folder / "model")
-    jobs = []
-    for seed, name in enumerate(("a", "b")):
-        rows = oracle.make_rows(folder / f"{name}.jsonl", num_rows=64, seed=seed, longest=longest)
-        jobs.append({"name": name, "datasets": [{"path": str(rows), "type": "prompt_completion"}], "max_steps": 100000})
-    return {
-        "base_model": str(folder / "model"),
-        "load_weights": False,
-        "parallel": {"pipeline": run.pipeline, "tensor": run.tensor, "data": run.data, "sequence": run.tensor > 1},
-        "defaults": {"sequence_len": tokens},
-        "microbatch_tokens": max(64, tokens),
-        "jobs": jobs,
-    }
+    (folder / "model").mkdir()
+    write_config(options.shape, folder / "model")
+    lengths = [[[max(2, options.longest >> k) for k in range(4)]], [[max(2, options.longest // 3)] * 4]]
+    specs = JobSpecs(count=2, ranks=(16,), dropouts=(0.0,))
+    parallel = {name: getattr(options, name) for name in ("pipeline", "tensor", "data")} | {"sequence": options.tensor > 1}
+    config = {"base_model": str(folder / "model"), "load_weights": False, "parallel": parallel, "microbatch_tokens": options.longest}
+    return config | {"jobs": specs.configs(lengths, 100_000, folder)}
 
 
-def ended(run: Run, way: str, longest: int) -> dict:
+def ended(options: argparse.Namespace, way: str) -> dict:
     """Start a run and end it in a way; return what it said, and whether that is what it should say."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        living = LivingRun(folder, config_of(run, folder, longest), {"MEGATRON_LORA_TIMEOUT_S": str(PATIENCE_S)}, failing=way == "failing")
+        patience = {"MEGATRON_LORA_TIMEOUT_S": str(PATIENCE_S)}
+        living = LivingRun(folder, config_of(options, folder), patience, failing=way == "failing")
         try:
             if way != "failing":
                 living.train(seconds=900)
@@ -100,22 +79,20 @@ def verdict(way: str, status: int, error: str) -> dict:
 
 
 def main(arguments: list[str]) -> int:
-    """End the chosen runs in the chosen ways."""
+    """End a run in the chosen ways."""
     options = parser().parse_args(arguments)
     if unknown := set(options.ways) - LIMITS_S.keys():
         parser().error(f"--ways: {unknown.pop()!r} is none of {', '.join(LIMITS_S)}")
-    runs = [run for run in machine(options.only, options.gpus) if run.policy == "ours" and run.gpus > 1]
-    if not runs:
-        parser().error("--gpus: none of the runs that are asked for is of a machine of so many GPUs")
-    layouts = {(run.shape, run.pipeline, run.tensor, run.data): run for run in runs}
+    if options.pipeline * options.tensor * options.data < 2:
+        parser().error("--pipeline, --tensor, --data: a rank is ended beside another; use two ranks at least")
     bad = 0
-    for run in layouts.values():
-        for way in options.ways:
-            found = ended(run, way, options.longest)
-            bad += not found["good"]
-            took = "" if found["seconds"] is None else f" after {found['seconds']:.0f} s"
-            print(f"{run.name}, {way}: {'as it should' if found['good'] else 'WRONG'}{took}: {found['says']}", flush=True)
-            append_line(options.output, {"case": f"{run.name}, {way}"} | stamp(options.hardware, options.commit) | found)
+    for way in options.ways:
+        found = ended(options, way)
+        bad += not found["good"]
+        took = "" if found["seconds"] is None else f" after {found['seconds']:.0f} s"
+        name = f"{options.shape} PP{options.pipeline} TP{options.tensor} DP{options.data}, {way}"
+        print(f"{name}: {'as it should' if found['good'] else 'WRONG'}{took}: {found['says']}", flush=True)
+        append_line(options.output, {"case": name} | stamp(options.hardware, options.commit) | found)
     return 1 if bad else 0
 
 

@@ -11,18 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from e2e_base import Base
-from e2e_figures import mfu
-from e2e_options import Case
-from model_shapes import hf_config
-from synthetic_jobs import make_jobs, take
 from torch import Tensor
 
-from megatron_lora.config.schema import JobConfig
+from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.collate import NO_LABEL
 from megatron_lora.data.samples import Sample
-from megatron_lora.training.jobs import TrainingJob
-from scheduling.types import Lengths
+from megatron_lora.training.jobs import Job, read_jobs
+from scripts.bench.cases import Case
+from scripts.bench.model_shapes import hf_config
 
 Batching = Callable[[Sequence[Sample], int], list[list[Sample]]]
 LEAST_SECONDS = 20.0  # of all jobs together
@@ -138,7 +134,7 @@ def build(shape: str, num_layers: int | None, device: torch.device, dtype: torch
         torch.set_default_dtype(before)
 
 
-def global_batches(job: TrainingJob, batching: Batching, budget: int) -> Iterator[list[list[Sample]]]:
+def global_batches(job: Job, batching: Batching, budget: int) -> Iterator[list[list[Sample]]]:
     """Give out the job's global batches, in microbatches, around and around."""
     while True:
         for step in job.step_samples.steps:
@@ -167,40 +163,37 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(base: Base, case: Case, options: argparse.Namespace, workload: Lengths) -> dict:
+def measure(options: argparse.Namespace, case: Case, config: RunConfig) -> dict:
     """Train the case's jobs one after another; return the figures of an end_to_end line."""
-    configs, lengths = case.jobs.configs(), take(workload, case.jobs.count, len(workload[0]))
-    jobs = make_jobs(lengths, configs, base.architecture.vocab_size, case.jobs.completion)
-    start = time.perf_counter()
-    model = build(options.shape, options.num_layers, base.device, base.dtype)
-    base.say(f"  transformers model in {time.perf_counter() - start:.1f} s")
-    if base.cuda:
+    cuda = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    model = build(options.shape, options.num_layers, device, dtype)
+    jobs = list(read_jobs(config.jobs, None, None, model.config.vocab_size).values())
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
-    batching, found = None, []
+    batching, found, budget = None, [], int(case.budget)
     for job in jobs:
-        trainer = PeftTrainer(fresh_adapter(model, job.config, case.recompute == "full"), job.config, base.device)
-        if batching is None:
-            batching = _faster(base, trainer, job, int(case.budget))
-        batches = global_batches(job, BATCHINGS[batching], int(case.budget))
+        trainer = PeftTrainer(fresh_adapter(model, job.config, case.recompute == "full"), job.config, device)
+        batching = batching or _faster(trainer, job, budget)
+        batches = global_batches(job, BATCHINGS[batching], budget)
         timed_steps(trainer, batches, 0.0, 1)
-        found.append(timed_steps(trainer, batches, max(case.warm_seconds, LEAST_SECONDS) / len(jobs), case.steps))
-        base.say(f"  {job.config.name}: {found[-1]['tokens'] / found[-1]['seconds']:,.0f} tokens/s")
+        found.append(timed_steps(trainer, batches, max(case.seconds, LEAST_SECONDS) / len(jobs), case.steps))
+        print(f"  {job.config.name}: {found[-1]['tokens'] / found[-1]['seconds']:,.0f} tokens/s", flush=True)
         model = trainer.model.unload()
-    per_job = [sum(map(sum, steps)) for steps in lengths]
+    per_job = [sum(job.data.lengths) for job in jobs]
     seconds = sum(tokens * each["seconds"] / each["tokens"] for tokens, each in zip(per_job, found, strict=True))
     return {
         "tokens": sum(each["tokens"] for each in found),
         "seconds": sum(each["seconds"] for each in found),
         "tokens_per_s": sum(per_job) / seconds,
-        "mfu": mfu(base.architecture, sum(per_job) / seconds, options.peak_tflops * 1e12),
         "batching": batching,
         "padding": 1 - sum(each["tokens"] for each in found) / sum(each["rows"] for each in found),
-        "memory": {"peak_bytes": [torch.cuda.max_memory_allocated() if base.cuda else 0]},
+        "memory": {"peak_bytes": [torch.cuda.max_memory_allocated() if cuda else 0]},
         "jobs": found,
     }
 
 
-def _faster(base: Base, trainer: PeftTrainer, job: TrainingJob, budget: int) -> str:
+def _faster(trainer: PeftTrainer, job: Job, budget: int) -> str:
     """Return the way to batch in which the job's first step is faster, each tried twice."""
     rates = {}
     for name, batching in BATCHINGS.items():
@@ -208,5 +201,5 @@ def _faster(base: Base, trainer: PeftTrainer, job: TrainingJob, budget: int) -> 
         timed_steps(trainer, batches, 0.0, 1)
         tried = timed_steps(trainer, batches, 0.0, 1)
         rates[name] = tried["tokens"] / tried["seconds"]
-    base.say("  batching: " + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates.items()))
+    print("  batching: " + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates.items()), flush=True)
     return max(rates, key=lambda name: rates[name])

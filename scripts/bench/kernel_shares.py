@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, record_function
-
-from megatron_lora.training.executor import StageOptimizer
+from torch.profiler import ProfilerActivity
 
 BY_KERNEL = (  # kind -> parts of kernels' names
     ("GEMM", ("_gemm_kernel", "_hopper_kernel")),
@@ -39,24 +37,6 @@ GEMMS = ("gemm", "nvjet", "cutlass", "xmma", "matmul", "splitk")
 SPAN = ("cpu_op", "user_annotation")
 LAUNCH = ("cuda_runtime", "cuda_driver")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-
-
-class Marked:
-    """An optimizer whose launches the profiler finds under "optimizer"."""
-
-    def __init__(self, optimizer: StageOptimizer):
-        self._optimizer = optimizer
-
-    def __getattr__(self, name: str):
-        attribute = getattr(self._optimizer, name)
-        if not callable(attribute):
-            return attribute
-
-        def marked(*arguments):
-            with record_function("optimizer"):
-                return attribute(*arguments)
-
-        return marked
 
 
 class Profiled:

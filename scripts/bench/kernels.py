@@ -1,7 +1,7 @@
 """Time the fused kernels against the frozen linear and against plain torch, under CUDA graphs, in interleaved rounds.
 
-    python scripts/bench/kernels.py                      the table: six shapes, p = 0 and 0.1, then mixes of ranks, jobs and lengths
-    python scripts/bench/kernels.py --baselines          also plain torch (one adapter, a loop), torch.compile of it, torch._grouped_mm
+    python -m scripts.bench.kernels                      the table: six shapes, p = 0 and 0.1, then mixes of ranks, jobs and lengths
+    python -m scripts.bench.kernels --baselines          also plain torch (one adapter, a loop), torch.compile of it, torch._grouped_mm
 
 The timed region holds everything from X and dY to Y, dX and dA, dB added into the float32 arena. The floor is X W^T and dY W alone,
 each by the faster of cuBLAS and our own GEMM without LoRA. Every candidate is replayed once per round, in an order drawn anew; a ratio is
@@ -10,22 +10,13 @@ Medians, with the 10th and 90th percentiles. Appends one JSON line per case to s
 kernels disagree with their reference.
 """
 
-import argparse
-import random
-import sys
-from pathlib import Path
-
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/fused_ops"), str(ROOT / "scripts/bench")]
-
-from conftest import build_problem  # noqa: E402
-from one_line import OneLineParser, need_gpus, output_file, whole  # noqa: E402
-from stamp import append_line, stamp  # noqa: E402
-
-from fused_ops import reference, triton_ops  # noqa: E402
-from fused_ops.lora_gemm import gemm  # noqa: E402
+from fused_ops import reference, triton_ops
+from fused_ops.lora_gemm import gemm
+from fused_ops.timing import spread, time_rounds
+from scripts.bench import rig
+from tests.fused_ops.conftest import build_problem
 
 SHAPES = {  # name: K, columns of each module, targets of the ratio at p = 0 and 0.1
     "4096->4096": (4096, (4096,), 1.17, 1.24),
@@ -65,7 +56,7 @@ def check(q):
         q.zero_grads()
         outs.append([*steps(ops, q), *[g.clone() for g in q.grads]])
     for ours, theirs in zip(*outs, strict=True):
-        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        error = rig.relative_error(ours, theirs)
         assert error < 0.02, f"the kernels are off by {error:.3g} relative: fix them before timing them"
 
 
@@ -119,58 +110,6 @@ def grouped(q):
     return run
 
 
-def capture(fn):
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            fn()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fn()
-    return graph
-
-
-def summary(values):
-    """Return (median, 10th, 90th percentile)."""
-    return tuple(sorted(values)[int(f * (len(values) - 1))] for f in (0.5, 0.1, 0.9))
-
-
-def measure(candidates, rounds, repeats=4):
-    """Return {name: (median, 10th, 90th percentile)} in milliseconds."""
-    return {name: summary(each) for name, each in time_rounds(candidates, rounds, repeats).items()}
-
-
-def time_rounds(candidates, rounds, repeats=4):
-    """Return {name: milliseconds in each round}."""
-    graphs = {name: capture(fn) for name, fn in candidates.items()}
-    times, order = {name: [] for name in graphs}, list(graphs.items())
-    generator = random.Random(0)
-    for i in range(rounds + 2):
-        generator.shuffle(order)  # what runs hot slows down what comes after it: nobody always comes after the same
-        for name, graph in order:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(repeats):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            if i >= 2:
-                times[name].append(begin.elapsed_time(end) / repeats)
-    return times
-
-
-def runs(fn):
-    """Return whether a baseline runs here at all; where it does not, say so."""
-    try:
-        fn()
-        return True
-    except Exception as error:
-        print(f"    left out: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
-        return False
-
-
 def candidates(q, baselines):
     found = {
         "cublas forward": lambda: q.x @ q.weight.T,
@@ -195,7 +134,7 @@ def candidates(q, baselines):
         others = {"torch one adapter": one, "torch loop": loop, "torch.compile loop": lambda: loop(compiled)}
         if len(q.group.columns) == 1 and not q.group.has_dropout:
             others["torch._grouped_mm"] = grouped(q)
-        found |= {name: fn for name, fn in others.items() if runs(fn)}
+        found |= others
     return found
 
 
@@ -204,41 +143,36 @@ def case(shape, p, mix, baselines, rounds):
     q = problem(shape, p, ranks, lengths)
     check(q)
     by_round = time_rounds(candidates(q, baselines), rounds)
-    times = {name: summary(each) for name, each in by_round.items()}
+    times = {name: spread(each) for name, each in by_round.items()}
     fastest = [min((f"cublas {d}", f"own {d}"), key=lambda name: times[name][0]) for d in ("forward", "dx")]
     floors = [sum(pair) for pair in zip(*(by_round[name] for name in fastest), strict=True)]
-    ratios = {name: summary([t / f for t, f in zip(each, floors, strict=True)]) for name, each in by_round.items()}
+    ratios = {name: spread([t / f for t, f in zip(each, floors, strict=True)]) for name, each in by_round.items()}
     return {
         "case": f"{shape}, p = {p:g}" + ("" if mix == "equal" else f", {mix}"),
-        "shape": shape, "p": p, "mix": mix, "rows": q.route.num_rows, "ranks": ranks, "lengths": lengths, "floor_ms": summary(floors)[0],
+        "shape": shape, "p": p, "mix": mix, "rows": q.route.num_rows, "ranks": ranks, "lengths": lengths, "floor_ms": spread(floors)[0],
         "ratio": ratios["fused"][0], "ratio_low": ratios["fused"][1], "ratio_high": ratios["fused"][2], "rounds": rounds,
         "target": SHAPES[shape][2 if p == 0 else 3] if mix == "equal" else None,
         "ratios": {name: ratio[0] for name, ratio in ratios.items() if name.startswith("torch")},
-        "times_ms": {name: [round(v, 5) for v in t] for name, t in times.items()},
+        "times_ms": rig.rounded(times),
     }  # fmt: skip
 
 
 def main():
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = rig.parser(__doc__, "kernels.jsonl", 40)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--mixes", nargs="*", default=list(MIXES), choices=list(MIXES))
     parser.add_argument("--baselines", action="store_true")
-    parser.add_argument("--rounds", type=whole, default=40)
-    parser.add_argument("--commit", help="where the checkout cannot tell it")
-    parser.add_argument("--output", type=output_file, default=ROOT / "scripts/bench/results/kernels.jsonl")
-    args = parser.parse_args()
-    need_gpus(parser)
-    wanted = [(shape, p, "equal", args.baselines) for shape in args.shapes for p in (0.0, 0.1)]
-    wanted += [("4096->4096", 0.0, mix, False) for mix in args.mixes]
+    options = rig.options(parser)
+    wanted = [(shape, p, "equal", options.baselines) for shape in options.shapes for p in (0.0, 0.1)]
+    wanted += [("4096->4096", 0.0, mix, False) for mix in options.mixes]
     for shape, p, mix, baselines in wanted:
-        row = {**stamp(code=args.commit), "dtype": "bfloat16", **case(shape, p, mix, baselines, args.rounds)}
-        append_line(args.output, row)
+        row = {"dtype": "bfloat16", **case(shape, p, mix, baselines, options.rounds)}
         target = f" (target {row['target']})" if row["target"] else ""
         others = " ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
-        spread = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
-        print(f"{shape:12s} p={p} {mix:17s} floor {row['floor_ms']:.3f} ms ratio {row['ratio']:.3f} {spread}{target} {others}")
-        print("    " + " ".join(f"{name.removeprefix('piece ')} {t[0] * 1000:.1f}" for name, t in row["times_ms"].items()), flush=True)
-        torch.cuda.empty_cache()
+        low_high = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+        told = f"{shape:12s} p={p} {mix:17s} floor {row['floor_ms']:.3f} ms ratio {row['ratio']:.3f} {low_high}{target} {others}\n    "
+        pieces = " ".join(f"{name.removeprefix('piece ')} {t[0] * 1000:.1f}" for name, t in row["times_ms"].items())
+        rig.keep(options, row, told + pieces)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Loss curves of the same jobs in bf16: the fused kernels, their reference, and transformers + peft, which runs several times.
 
     python scripts/fetch_model.py models/SmolLM2-135M-Instruct && python scripts/make_tasks.py data/quickstart
-    python scripts/bench/loss_curves.py configs/quickstart.yaml [--fp8] [--processes 8]
+    python -m scripts.bench.loss_curves configs/quickstart.yaml [--fp8] [--processes 8]
 
-All start from the same adapters (ours, exported as PEFT directories) and take the same samples in the same steps, without dropout. The
-runs of peft differ only in the order of samples inside a global batch, and so in which of them share a padded microbatch: their
-spread is what bf16 leaves open. One more run of peft, in float32, says who is right where they part. Appends a line to
+All start from the same adapters (peft's, as directories that jobs begin with) and take the same samples in the same steps, without
+dropout. The runs of peft differ only in the order of samples inside a global batch, and so in which of them share a padded microbatch:
+their spread is what bf16 leaves open. One more run of peft, in float32, says who is right where they part. Appends a line to
 scripts/bench/results/loss_curves.jsonl, with all losses, and draws them.
 """
 
@@ -19,72 +19,51 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
+
+from megatron_lora.config.schema import JobConfig, ParallelConfig, RunConfig, load_config
+from megatron_lora.data.tokenizer import load_tokenizer
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.huggingface.hub import resolve_base_model
+from megatron_lora.parallel.process_groups import destroy_parallel
+from megatron_lora.training.jobs import Job, read_jobs
+from scripts.bench.hf_peft import PeftTrainer, fresh_adapter
+from scripts.bench.stamp import RESULTS, append_line, stamp
+from scripts.bench.trained import trained
+from scripts.one_line import OneLineParser, output_file, whole
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-
-import torch  # noqa: E402
-from e2e_base import Base  # noqa: E402
-from e2e_run import execute  # noqa: E402
-from hf_peft import PeftTrainer  # noqa: E402
-from one_line import OneLineParser, output_file, whole  # noqa: E402
-from plain_lora import use_adapters  # noqa: E402
-from stamp import RESULTS, append_line, stamp  # noqa: E402
-
-from megatron_lora.config.schema import ParallelConfig, RunConfig, load_config  # noqa: E402
-from megatron_lora.data.steps import target_share  # noqa: E402
-from megatron_lora.data.tokenizer import load_tokenizer  # noqa: E402
-from megatron_lora.errors import UserError  # noqa: E402
-from megatron_lora.huggingface.adapter_files import write_adapter  # noqa: E402
-from megatron_lora.huggingface.architecture import read_architecture  # noqa: E402
-from megatron_lora.huggingface.hub import resolve_base_model  # noqa: E402
-from megatron_lora.model.adapter_arena import Arena  # noqa: E402
-from megatron_lora.parallel.process_groups import destroy_parallel  # noqa: E402
-from megatron_lora.planning.plan_feed import PlanSettings  # noqa: E402
-from megatron_lora.planning.predict import planner_cost  # noqa: E402
-from megatron_lora.training.assemble import make_arena  # noqa: E402
-from megatron_lora.training.jobs import TrainingJob, read_jobs  # noqa: E402
-from megatron_lora.training.optimizer import JobOptimizer  # noqa: E402
-from megatron_lora.training.saving import adapter_of  # noqa: E402
-from megatron_lora.training.snapshots import join_shards  # noqa: E402
-
 Curves = dict[str, list[list[float]]]  # name of the run -> [job][step]
 
 
-def alone(config: RunConfig, num_steps: int) -> RunConfig:
-    """Return a config for one process, its jobs without dropout and of so many steps."""
-    jobs = tuple(dataclasses.replace(job, lora_dropout=0.0, max_steps=num_steps) for job in config.jobs)
-    return dataclasses.replace(config, parallel=ParallelConfig(), recompute="cheap", jobs=jobs)
+def alone(config: RunConfig, num_steps: int, precision: str, folder: Path) -> RunConfig:
+    """Return a config for one process, its jobs without dropout, of so many steps, beginning with adapters in a folder."""
+    changes = {"lora_dropout": 0.0, "max_steps": num_steps}
+    jobs = tuple(dataclasses.replace(job, **changes, init_adapter=str(folder / job.name)) for job in config.jobs)
+    return dataclasses.replace(config, parallel=ParallelConfig(), recompute="cheap", precision=precision, jobs=jobs)
 
 
-def ours(base: Base, config: RunConfig, jobs: Sequence[TrainingJob], adapters: str, begun: Path | None = None) -> list[list[float]]:
-    """Train by this project; return losses [job][step]. The adapters that it begins with go to the directory `begun`, if any."""
-    base.build(config)
-    use_adapters(base.stage, adapters)
-    arena = make_arena(base.stage, base.parallel, [job.adapter() for job in jobs])
-    for slot, job in enumerate(jobs):
-        arena.initialise(slot, job.step_samples.seed)
-        if begun is not None:
-            export(arena, slot, job, config, begun / job.config.name)
-    share = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs)
-    cost = planner_cost(config, base.architecture, base.model, share)
-    settings = PlanSettings(num_stages=1, num_replicas=1, capacity=int(config.microbatch_tokens), delay=0, cost=cost)
-    optimizers = [JobOptimizer(arena, slot, job.optimizer()) for slot, job in enumerate(jobs)]
-    outcome = execute(base, jobs, optimizers, "ours", settings, cost)
-    losses = [[0.0] * job.num_steps for job in jobs]
-    for job, step, loss in outcome.losses:
-        losses[job][step] = loss
-    return losses
+def begin(model_dir: Path, jobs: Sequence[JobConfig], folder: Path) -> None:
+    """Write the adapter that each job begins with, as peft makes it from the job's seed."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    for job in jobs:
+        torch.manual_seed(job.seed or 0)
+        adapted = fresh_adapter(model, job, False)
+        adapted.save_pretrained(folder / job.name)
+        model = adapted.unload()
 
 
-def export(arena: Arena, slot: int, job: TrainingJob, config: RunConfig, directory: Path) -> None:
-    """Write a job's adapter as it is now as a PEFT directory."""
-    flat = torch.cat([arena.view(factor, arena.master).reshape(-1) for factor in arena.factors[slot]]).cpu()
-    write_adapter(directory, adapter_of(job.config, join_shards([arena.factors[slot]], [flat])), config.base_model)
+def ours(config: RunConfig, adapters: str, folder: Path) -> list[list[float]]:
+    """Train by this project; return losses [job][step]."""
+    run = trained(dataclasses.replace(config, output_dir=str(folder)), adapters=adapters)
+    assert run is not None
+    return [[row["loss"] for row in run.steps if row["job"] == job.name] for job in config.jobs]
 
 
-def peft_losses(
-    model_dir: Path, adapter: Path, job: TrainingJob, device: torch.device, dtype: torch.dtype, batch: int, seed: int
-) -> list[float]:
+def peft_losses(model_dir: Path, adapter: Path, job: Job, device: torch.device, dtype: torch.dtype, batch: int, seed: int) -> list[float]:
     """Train one job by transformers + peft from an adapter, samples of a global batch in an order of `seed`; return each step's loss."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -187,32 +166,28 @@ def parser() -> OneLineParser:
 def run(options) -> dict:
     """Train everything; keep the line and the figure."""
     overrides = [f"microbatch_tokens={options.budget}", *([f"base_model={options.model}"] if options.model else [])]
-    config = alone(load_config(options.config, overrides), options.steps)
-    model_dir = resolve_base_model(config.base_model)
-    architecture = read_architecture(model_dir)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
-    base = Base(architecture, config.parallel, model_dir=model_dir, dtype=dtype)
-    jobs = read_jobs(config.jobs, load_tokenizer(model_dir), None, architecture.vocab_size)
-    share = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs)
-    (config,) = base.resolve([config], [[job.step_samples.lengths() for job in jobs]], [share])
-    names, curves = [job.config.name for job in jobs], {}
-    with tempfile.TemporaryDirectory() as folder:
-        for adapters in ("fused", "reference"):
-            curves[adapters] = ours(base, config, jobs, adapters, Path(folder))
-            print(f"  {adapters}: last losses {[round(losses[-1], 4) for losses in curves[adapters]]}", flush=True)
-        if options.fp8:
-            curves["fused, fp8 base"] = ours(base, dataclasses.replace(config, base_weights="fp8"), jobs, "fused")
-
-        kinds = [(base.dtype, seed) for seed in range(options.orders)] + [(torch.float32, 0)]
-        runs = [
-            (model_dir, Path(folder) / job.config.name, job, base.device, dtype, options.batch, seed)
-            for dtype, seed in kinds
-            for job in jobs
-        ]
+    given = load_config(options.config, overrides)
+    model_dir = resolve_base_model(given.base_model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names, curves = [job.name for job in given.jobs], {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = alone(given, options.steps, options.dtype, folder)
+        begin(model_dir, config.jobs, folder)
+        bases = {"fused": config, "reference": config}
+        bases |= {"fused, fp8 base": dataclasses.replace(config, base_weights="fp8")} if options.fp8 else {}
+        for kind, base in bases.items():
+            curves[kind] = ours(base, kind.split(",")[0], folder / "run")
+            print(f"  {kind}: last losses {[round(losses[-1], 4) for losses in curves[kind]]}", flush=True)
+        vocab_size = read_architecture(model_dir).vocab_size
+        jobs = list(read_jobs(config.jobs, load_tokenizer(model_dir), None, vocab_size).values())
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+        kinds = [(dtype, seed) for seed in range(options.orders)] + [(torch.float32, 0)]
+        runs = [(model_dir, folder / job.config.name, job, device, kind, options.batch, seed) for kind, seed in kinds for job in jobs]
         losses = side_by_side(peft_losses, runs, options.processes)
         *theirs, exact = [losses[first : first + len(jobs)] for first in range(0, len(losses), len(jobs))]
-    for (dtype, seed), found in zip(kinds, [*theirs, exact], strict=True):
-        print(f"  peft, {dtype}, order {seed}: last losses {[round(of_job[-1], 4) for of_job in found]}", flush=True)
+    for (kind, seed), found in zip(kinds, [*theirs, exact], strict=True):
+        print(f"  peft, {kind}, order {seed}: last losses {[round(of_job[-1], 4) for of_job in found]}", flush=True)
     found = compare(curves, theirs, exact, names)
     settings = {"config": str(options.config), "steps": options.steps, "budget": options.budget, "batch": options.batch}
     line = {"case": f"{options.dtype}, {options.steps} steps", **stamp(options.hardware, options.commit), "dtype": options.dtype}

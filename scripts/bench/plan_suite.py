@@ -5,7 +5,7 @@ Seconds are measured around a process of its own, interpreter start included. Ap
 per workload), plan_seeds.jsonl (a line per workload over ten seeds, lengths drawn from a log-normal fitted to each job's own),
 plan_scale.jsonl (100 jobs x 100 steps x 32 samples); prints them as Markdown; draws gantt-flush.png and gantt-ours.png.
 
-    python scripts/bench/plan_suite.py [--hardware "2 CPU cores"] [--parts suite seeds scale charts]
+    python -m scripts.bench.plan_suite [--hardware "2 CPU cores"] [--parts suite seeds scale charts]
 """
 
 import json
@@ -18,21 +18,18 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from megatron_lora.planning.plan_picture import draw
+from scheduling.plan_json import stream_from_json
+from scheduling.planner import plan_stream
+from scheduling.policies import POLICIES, runs_efficiency
+from scheduling.simulate import simulate_runs
+from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
+from scheduling.validate import replay
+from scheduling.windows import plan_windows
+from scripts.bench.stamp import RESULTS, append_line, stamp
+from scripts.one_line import OneLineParser
 
-from one_line import OneLineParser  # noqa: E402
-from stamp import RESULTS, append_line, stamp  # noqa: E402
-
-from megatron_lora.planning.plan_picture import draw  # noqa: E402
-from scheduling.plan_json import stream_from_json  # noqa: E402
-from scheduling.planner import plan_stream  # noqa: E402
-from scheduling.policies import POLICIES, runs_efficiency  # noqa: E402
-from scheduling.simulate import simulate_runs  # noqa: E402
-from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times  # noqa: E402
-from scheduling.validate import replay  # noqa: E402
-from scheduling.windows import plan_windows  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 SUITE = Path(__file__).resolve().parent / "lengths.json"
 OTHERS = ("flush", "round-robin", "grouped", "greedy")
 NUM_SEEDS, LONGEST = 10, 4096
@@ -139,7 +136,7 @@ def charts(workloads: dict) -> None:
     for name in ("flush", "ours"):
         runs = POLICIES[name](lengths, num_stages, capacity, SlotCost())
         stream, timeline = simulate_runs([(stream, slot_times(stream, lengths, SlotCost())) for stream in runs], num_stages)
-        draw(str(RESULTS / f"gantt-{name}.png"), timeline, stream, [f"job {job}" for job in range(len(lengths))])
+        draw(str(RESULTS / f"gantt-{name}.png"), [("predicted", timeline)], stream, [f"job {job}" for job in range(len(lengths))])
         print(f"gantt-{name}.png: {timeline.makespan_s:.0f} token times, {1 - timeline.bubble(0):.1%} busy")
 
 

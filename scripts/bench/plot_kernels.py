@@ -1,20 +1,18 @@
 """Plot scripts/bench/results/kernels.jsonl: ratio to the frozen floor per shape, and each fused pass against the memory roofline.
 
-python scripts/bench/plot_kernels.py            writes scripts/bench/results/kernels.png from each case's latest line
+python -m scripts.bench.plot_kernels            writes scripts/bench/results/kernels.png from each case's latest line
 """
 
-import sys
 from pathlib import Path
 
 import matplotlib
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from one_line import OneLineParser, json_lines  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
+from scripts.bench.stamp import RESULTS  # noqa: E402
+from scripts.one_line import OneLineParser, json_lines  # noqa: E402
+
 COPY_TB_S = {"H100": 3.0, "H200": 4.3}  # measured device-to-device copies, bytes read and written
 PASSES = {"piece S": "in", "piece dS dB": "out", "piece dA": "in"}  # which activation each pass must read once
 

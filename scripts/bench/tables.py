@@ -15,15 +15,11 @@ Only the newest line of each distinct `case` is shown (lines without `case` are 
     python scripts/bench/tables.py [--check] [docs/measured.md ...]        # --check: write nothing, end with 1 if a table is out of date
 """
 
+import argparse
+import json
 import re
 import sys
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
-
-from one_line import OneLineParser, ended, json_lines  # noqa: E402
-
-from megatron_lora.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "scripts" / "bench" / "results"
@@ -75,7 +71,7 @@ def table(spec: str, results: Path) -> str:
     source, *columns = [part.strip() for part in spec.split("|")]
     headings, fields = zip(*(column.split(": ", 1) for column in columns), strict=True)
     file, _, wanted = source.partition(" with ")
-    lines = json_lines(results / file)
+    lines = [json.loads(line) for line in (results / file).read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if not wanted or _has(line, wanted)]
     rows = [headings, ["---"] * len(headings), *([cell(line, field) for field in fields] for line in newest(lines))]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -88,7 +84,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 
 def main() -> int:
     """Rewrite the documents named on the command line, or say which of them is out of date."""
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("documents", nargs="*", type=Path, default=[ROOT / "docs" / "measured.md"])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
@@ -97,7 +93,7 @@ def main() -> int:
         try:
             old = document.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise UserError(f"{document} cannot be read ({error}); name a Markdown file") from None
+            parser.exit(2, f"{parser.prog}: {document} cannot be read ({error}); name a Markdown file\n")
         new = fill(old)
         if new == old:
             continue
@@ -111,4 +107,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(ended(main))
+    sys.exit(main())

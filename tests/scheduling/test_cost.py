@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scheduling.cost import (
     DEVICES,
     CostModel,
+    MeasuredCosts,
     Measurement,
     ModelShape,
     PassCost,
@@ -19,8 +20,10 @@ from scheduling.cost import (
     analytic_cost,
     head_layers,
     head_share,
+    recomputing,
     refine,
     split_layers,
+    stage_costs,
 )
 from scheduling.data_parallel import BALANCE, deal, split_batch
 from scheduling.memory import choose_capacity
@@ -253,3 +256,25 @@ def test_a_slot_takes_its_stair_and_more_for_every_further_job():
     cost = SlotCost(per_square=0.0, fixed=10.0, per_segment=7.0, tiles=(0.0, 200.0, 300.0))
     assert cost.slot([]) == 0.0 and cost.slot([100]) == 210.0 and cost.slot([28, 100]) == 210.0 and cost.slot([129], segments=3) == 324.0
     assert cost.slot([257]) == 267.0 + 300.0 - 256.0, "beyond the table it wastes what the end of the table wastes"
+
+
+def test_a_measured_device_costs_what_its_layers_and_its_head_do():
+    def cost(forward, backward):
+        passes = (PassCost(per_token=each, per_square=0.0, per_rank_token=0.0, fixed=1.0) for each in (forward, backward))
+        return StageCost(*passes)
+
+    layers = (("none", cost(1.0, 2.0)), ("cheap", cost(1.0, 2.5)), ("full", cost(1.0, 3.0)))
+    device = dataclasses.replace(DEVICES["h100"], measured=MeasuredCosts(layers=layers, head=cost(8.0, 4.0), step_s=0.1))
+    first, last = stage_costs(
+        LLAMA_8B, device, (3, 2), tensor=2, recompute=["full", "full", "none", "cheap", "none"], head_share=0.5
+    ).stages
+    assert (first.forward.per_token, first.backward.per_token, first.forward.fixed) == (3.0, 8.0, 3.0)
+    assert (last.forward.per_token, last.backward.per_token, last.backward.fixed) == (2.0 + 4.0, 4.5 + 2.0, 3.0)
+    assert stage_costs(LLAMA_8B, DEVICES["h100"], (3, 2)) == analytic_cost(LLAMA_8B, DEVICES["h100"], (3, 2))
+    assert head_layers(LLAMA_8B, device, 10, head_share=0.5) == pytest.approx((40 + 1 + 20 + 1) / (10 + 1 + 20 + 1))
+
+
+def test_recomputation_adds_a_forward_or_a_little_of_one():
+    none = StageCost(*(PassCost(per_token=each, per_square=each, per_rank_token=each, fixed=each) for each in (1.0, 2.0)))
+    assert recomputing(none, "none") == none and recomputing(none, "full").backward.fixed == 3.0
+    assert 2.0 < recomputing(none, "cheap").backward.per_token < 2.1 and recomputing(none, "full").forward == none.forward

@@ -1,34 +1,37 @@
 """The end-to-end benchmark on CPU: every policy and kind of adapters does the same training, in every layout, and says what it found."""
 
-import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from megatron_lora.commands.finished_run import FinishedRun
+from scripts.bench import compare_commits, end_to_end, workloads
+from scripts.bench.cases import read_options
+
 ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "scripts" / "bench"
 WORKLOAD = {"tiny": {"stages": 2, "capacity": 64, "data": [[[10, 20, 30], [14, 25, 9]], [[8, 16], [22, 31]], [[50], [33]]]}}
 JOBS = ["--shape", "tiny", "--workload", "tiny", "--budget", "64", "--jobs", "3", "--ranks", "4,8,16", "--steps", "3"]
 
 
 def files(folder: Path) -> list[str]:
-    """Write the workload; return the options that read it and keep results and losses beside it."""
+    """Write the workload; return the options that read it and keep results and runs beside it."""
     (folder / "lengths.json").write_text(json.dumps(WORKLOAD))
-    names = {"--lengths": "lengths.json", "--output": "results.jsonl", "--losses": "losses.jsonl"}
+    names = {"--lengths": "lengths.json", "--output": "results.jsonl", "--runs": "runs"}
     return [word for option, name in names.items() for word in (option, str(folder / name))]
 
 
 def launch(arguments: list[str]) -> None:
     """Run the cases in this process, whose groups exist; top level, so that pool ranks can be told to call it."""
-    sys.path[:0] = [str(BENCH)] if str(BENCH) not in sys.path else []
-    import end_to_end
-    from e2e_options import parallel_of, read_options
+    import torch.distributed as dist
 
-    options, cases = read_options(arguments)
-    end_to_end.launch(options, cases, parallel_of(options))
+    rank = {"RANK": str(dist.get_rank()), "LOCAL_WORLD_SIZE": str(dist.get_world_size())}
+    with mock.patch.dict(os.environ, rank if dist.get_world_size() > 1 else {}):
+        end_to_end.launch(*read_options(arguments))
 
 
 def lines(path: Path) -> list[dict]:
@@ -36,22 +39,25 @@ def lines(path: Path) -> list[dict]:
 
 
 def losses(folder: Path) -> list[dict]:
-    """Return {(job, step): loss} of every case."""
-    return [{(job, step): loss for job, step, loss in line["losses"]} for line in lines(folder / "losses.jsonl")]
+    """Return {(job, step): loss} of every case's run, in the order of the lines."""
+    found = []
+    for line in lines(folder / "results.jsonl"):
+        (run,) = [path for path in (folder / "runs").glob("*/run") if (path.parent / "name").read_text() == line["case"]]
+        found.append({(row["job"], row["step"]): row["loss"] for row in FinishedRun.read(run).steps})
+    return found
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, one_process) -> tuple[Path, list[dict]]:
-    """One process: our plan, calibrated and traced, three other policies, plain LoRA with recomputation, no adapters."""
+    """One process: our plan, calibrated, three other policies, plain LoRA with recomputation, no adapters."""
     folder = tmp_path_factory.mktemp("alone")
     cases = ["calibrate=yes", "policy=flush", "policy=round-robin", "policy=grouped", "adapters=unfused recompute=full", "adapters=none"]
-    kept = ["--timeline", str(folder / "traces"), "--save-cost", str(folder / "cost.json")]
-    launch([*JOBS, *files(folder), *kept, *(word for case in cases for word in ("--case", case))])
+    launch([*JOBS, *files(folder), *(word for case in cases for word in ("--case", case))])
     return folder, lines(folder / "results.jsonl")
 
 
 def test_every_case_leaves_a_line_that_says_all(alone):
-    folder, rows = alone
+    _, rows = alone
     assert len(rows) == 6 and len({row["case"] for row in rows}) == 6
     tokens = sum(sum(steps[step % 2]) for steps in WORKLOAD["tiny"]["data"] for step in range(3))
     for row in rows:
@@ -60,70 +66,29 @@ def test_every_case_leaves_a_line_that_says_all(alone):
         assert results["tokens"] == tokens and results["tokens_per_s"] == pytest.approx(tokens / results["seconds"])
         assert results["finite"] and results["steps"] == 3 and 0 <= results["bubble"] < 1
         assert 0 < results["prediction"]["replayed_over_real"] < 1.05
-    assert rows[0]["results"]["prediction"]["cost_from"] == "calibration"
-    assert len(json.loads((folder / "cost.json").read_text())) == 1
-    assert rows[1]["results"]["noops"] > 0
-    traces = sorted((folder / "traces").iterdir())
-    assert len(traces) == 6 and any(event.get("cat") == "STEP" for event in json.loads(traces[0].read_text())["traceEvents"])
+        assert results["prediction"]["cost_from"] == "calibration", "later cases go by the first one's table"
+    assert rows[1]["results"]["noops"] > 0 and rows[0]["results"]["noops"] == 0
 
 
 def test_policies_and_plain_lora_train_the_same(alone):
     ours, *others, none = losses(alone[0])
-    assert len(ours) == 9 and ours[0, 2] != ours[0, 0]
+    assert len(ours) == 9 and ours["job-0", 3] != ours["job-0", 1]
     for other in others:
         assert other == pytest.approx(ours, rel=1e-6)
-    assert none[0, 0] == pytest.approx(ours[0, 0], rel=1e-6) and abs(none[0, 2] - ours[0, 2]) > 1e-5
-
-
-def test_calibration_takes_microbatches_as_the_policy_makes_them(tmp_path, one_process, monkeypatch):
-    sys.path[:0] = [str(BENCH)] if str(BENCH) not in sys.path else []
-    import e2e_case
-
-    probed, measure = [], e2e_case.measure_stage
-    monkeypatch.setattr(e2e_case, "measure_stage", lambda *args: probed.append(args[2]) or measure(*args))
-    launch([*JOBS, *files(tmp_path), "--calibrate", "--case", "", "--case", "policy=flush"])
-    ours, again, flush, _ = probed
-    assert max(len(slot.segments) for slot in ours) > 1 and {len(slot.segments) for slot in flush} == {1}
-    assert again == [], "our planner does not go by the fitted model"
-    assert all({segment.step for slot in slots for segment in slot.segments} > {0} for slots in (ours, flush)), "more than first steps"
-
-
-def test_calibration_times_what_a_baseline_makes_of_the_fitted_model_too(tmp_path, one_process, monkeypatch):
-    sys.path[:0] = [str(BENCH)] if str(BENCH) not in sys.path else []
-    import e2e_case
-
-    probed, weighed, measure, joined = [], [], e2e_case.measure_stage, e2e_case.joined
-
-    def wider_by_the_fitted(policy, lengths, settings, real):
-        weighed.append(real)
-        room = 50 if real == weighed[0] else settings.capacity
-        return joined(policy, lengths, dataclasses.replace(settings, capacity=room), real)
-
-    monkeypatch.setattr(e2e_case, "measure_stage", lambda *args: probed.append(args[2]) or measure(*args))
-    monkeypatch.setattr(e2e_case, "joined", wider_by_the_fitted)
-    launch([*JOBS, *files(tmp_path), "--case", "calibrate=yes policy=flush"])
-    first, second = ([slot.num_tokens for slot in slots] for slots in probed)
-    assert max(first) <= 50 < max(second)
-
-
-def test_spread_keeps_both_ends():
-    sys.path[:0] = [str(BENCH)] if str(BENCH) not in sys.path else []
-    from e2e_case import spread
-
-    assert spread(range(5), 8) == [0, 1, 2, 3, 4] and spread(range(9), 3) == [0, 4, 8] and spread(range(10), 4) == [0, 3, 6, 9]
+    assert none["job-0", 1] == pytest.approx(ours["job-0", 1], rel=1e-6) and abs(none["job-0", 3] - ours["job-0", 3]) > 1e-5
 
 
 @pytest.mark.parametrize("layout", ["pp", "tp", "dp"])
 def test_two_ranks_train_as_one(alone, tmp_path, pool, layout):
     sequence = layout == "tp"
     options = {"pp": ["--pipeline", "2"], "tp": ["--tensor", "2", "--sequence"], "dp": ["--data", "2"]}[layout]
-    arguments = [*JOBS, *files(tmp_path), *options, "--case", "calibrate=yes", "--case", "policy=round-robin"]
+    arguments = [*JOBS, *files(tmp_path), *options, "--case", "", "--case", "policy=round-robin"]
     pool(**{layout: 2}, sequence=sequence).run(launch, arguments)
     ours, *_ = losses(alone[0])
     for other in losses(tmp_path):
         assert other == pytest.approx(ours, rel=1e-6)
     results = lines(tmp_path / "results.jsonl")[0]["results"]
-    assert len(results["memory"]["tokens_in_flight"]) == 2
+    assert len(results["memory"]["peak_bytes"]) == 2
     if layout == "pp":
         assert results["exposed_hops"].keys() == {"0>1", "1>0"} and len(results["bubbles"]) == 2
 
@@ -134,6 +99,23 @@ def test_hf_and_peft_run_the_same_rows(tmp_path, one_process):
     results = lines(tmp_path / "results.jsonl")[0]["results"]
     assert [job["steps"] for job in results["jobs"]] == [3, 3, 3] and results["batching"] in ("padded", "single")
     assert 0 <= results["padding"] < 0.5 and results["tokens_per_s"] > 0
+
+
+def test_workloads_go_around_and_heads_take_something_of_every_job(tmp_path):
+    first, second, third, again = workloads.take(WORKLOAD["tiny"]["data"], 4)
+    assert again == [first[1], first[0]] and third == [[50], [33]]
+    assert workloads.head([first, second, third], 60) == [[[10]], [[8]], [[50]]]
+    assert workloads.head([first, second, third], 1000) == [[first[0]], [second[0]], [third[0]]]
+    workloads.write_lengths(tmp_path / "rows.jsonl", [40, 2], 0.25)
+    assert lines(tmp_path / "rows.jsonl") == [{"tokens": 40, "targets": 10}, {"tokens": 2, "targets": 1}]
+
+
+def test_a_run_is_as_long_as_was_asked_for_by_the_cost_model(tmp_path):
+    steps = {}
+    for seconds in ("0.01", "0.02"):
+        options, (case,) = read_options([*JOBS[:-2], *files(tmp_path), "--seconds", seconds])
+        steps[seconds] = end_to_end.config_of(options, case, WORKLOAD["tiny"]["data"]).jobs[0].max_steps
+    assert steps["0.01"] > 1 and abs(steps["0.02"] - 2 * steps["0.01"]) <= 1
 
 
 @pytest.mark.parametrize(
@@ -148,17 +130,29 @@ def test_hf_and_peft_run_the_same_rows(tmp_path, one_process):
         (["--recompute", "some"], "'some'"),
     ],
 )
-def test_wrong_options_are_one_line(tmp_path, capsys, monkeypatch, options, says):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import end_to_end
-
+def test_wrong_options_are_one_line(tmp_path, capsys, options, says):
     with pytest.raises(SystemExit) as left:
         sys.exit(end_to_end.main([*JOBS, *files(tmp_path), *options]))
     told = capsys.readouterr().err
     assert left.value.code == 2 and says in told and len(told.strip().splitlines()) == 1
 
 
-def test_it_is_a_script(tmp_path):
-    command = [sys.executable, BENCH / "end_to_end.py", *JOBS, *files(tmp_path), "--data", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_checkouts_are_compared_by_medians_and_spreads():
+    rounds = [({"a": old, "b": 1.0}, {"a": new, "b": second}) for old, new, second in ((100, 103, 1.0), (102, 104, 1.1), (98, 102, 1.2))]
+    found = compare_commits.compared(rounds)
+    assert found["a"]["difference"] == pytest.approx(0.03) and found["a"]["within"], "3% within the old one's spread of 4%"
+    assert found["b"]["difference"] == pytest.approx(0.1) and found["b"]["within"]
+    assert not compare_commits.compared([({"a": 100.0}, {"a": 102.0})] * 3)["a"]["within"]
+
+
+def test_an_old_checkout_is_run_by_its_files_and_a_new_one_as_a_package(tmp_path):
+    old, new = (compare_commits.command(place, "runs", 2, [], Path("out")) for place in (tmp_path, ROOT))
+    assert old[1:4] == ["scripts/bench/end_to_end.py", "--steps", "2"] and new[1:3] == ["-m", "scripts.bench.end_to_end"]
+    _, cases = read_options(new[3:])
+    assert [case.jobs.ranks for case in cases] == [(8, 16, 32, 64), (16,)] and cases[0].jobs.dropouts == (0.0, 0.0, 0.05, 0.05)
+
+
+def test_it_is_a_module(tmp_path):
+    command = [sys.executable, "-m", "scripts.bench.end_to_end", *JOBS, *files(tmp_path), "--data", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 2 and done.stderr == "end_to_end.py: the layout DP2 needs 2 ranks, 1 were started; use torchrun\n"

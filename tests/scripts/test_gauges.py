@@ -1,15 +1,10 @@
 """Clocks and power beside a run, from a stand-in for nvidia-smi."""
 
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
-sys.path[:0] = [str(BENCH)] if str(BENCH) not in sys.path else []
-
-import gauges  # noqa: E402
+from scripts.bench import gauges
 
 
 def test_means_of_each_gpu_without_a_line_that_is_cut_off():

@@ -1,15 +1,13 @@
 """Shares of kernels: names, what launched them, overlap and gaps; on a trace written by hand, since profiles need a GPU."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts/bench"))
+from scripts.bench.kernel_shares import BY_KERNEL, by_name, kind_of, shares
 
-from kernel_shares import BY_KERNEL, by_name, kind_of, shares  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def event(cat, name, ts, dur, correlation=None, tid=1):

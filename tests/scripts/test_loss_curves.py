@@ -1,21 +1,16 @@
 """The comparison of loss curves: in float32 a tiny model's are the same for the kernels' twin, its copy, and peft."""
 
 import json
-import sys
-from pathlib import Path
 
 import oracle
 import pytest
 import runs
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts/bench"))
+from scripts.bench import loss_curves
 
 
 def test_ours_and_pefts_are_one_curve_in_float32(tmp_path, one_process, capsys):
     pytest.importorskip("peft")
-    import loss_curves
-
     model = oracle.make_model(tmp_path / "model", num_layers=2)
     jobs = []
     for seed, r in ((1, 4), (2, 8)):
@@ -40,8 +35,6 @@ def test_ours_and_pefts_are_one_curve_in_float32(tmp_path, one_process, capsys):
 
 
 def test_distances_are_the_largest_of_any_step():
-    import loss_curves
-
     curves = {"fused": [[1.0, 3.0]], "reference": [[1.0, 2.5]]}
     theirs, exact = [[[1.0, 2.0]], [[1.5, 2.0]]], [[1.0, 2.75]]
     found = loss_curves.compare(curves, theirs, exact, ["job"])
@@ -53,7 +46,5 @@ def test_distances_are_the_largest_of_any_step():
 
 
 def test_a_config_that_is_not_there_is_one_line(tmp_path, capsys):
-    import loss_curves
-
     assert loss_curves.main([str(tmp_path / "none.yaml")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

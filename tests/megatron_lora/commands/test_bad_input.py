@@ -340,7 +340,7 @@ CASES = {
 def test_one_line_names_key_value_and_remedy_and_nothing_is_written(name, scene, monkeypatch, capfd):
     spoil, words = CASES[name]
     overrides = spoil(scene)
-    monkeypatch.setattr(launch, "_start", lambda *arguments: pytest.fail("torchrun was started"))
+    monkeypatch.setattr(launch, "start_ranks", lambda *arguments: pytest.fail("torchrun was started"))
     before = snapshot()
     status = train(scene, *overrides)
     out, err = capfd.readouterr()
@@ -354,7 +354,7 @@ def test_one_line_names_key_value_and_remedy_and_nothing_is_written(name, scene,
 
 def test_the_unspoilt_config_passes(scene, monkeypatch, capfd):
     started = []
-    monkeypatch.setattr(launch, "_start", lambda command, *rest: started.append(command) or launch._Ending(status=0))
+    monkeypatch.setattr(launch, "start_ranks", lambda command, *rest: started.append(command) or launch._Ending(status=0))
     train(scene, "parallel.pipeline=2")
     assert started == [["--standalone", "--nproc-per-node", "2", "-m", "megatron_lora", "train", "config.yaml", "parallel.pipeline=2"]]
     assert capfd.readouterr().err == ""
@@ -377,7 +377,7 @@ def test_a_directory_in_use_is_refused_and_not_touched(scene, monkeypatch, capfd
         (["train", "nope.yaml"], ["nope.yaml: no such file"]),
         (["train", "."], [".: is a directory"]),
         (["train"], ["required: CONFIG", "megatron-lora train --help"]),
-        (["tune"], ["'tune'", "'train'", "--help"]),
+        (["trian"], ["'trian'", "'train'", "--help"]),
         ([], ["COMMAND", "--help"]),
         (["train", "config.yaml", "--fast"], ["'--fast'", "--help"]),
         (["doctor", "config.yaml"], ["'config.yaml'", "--help"]),
@@ -388,8 +388,12 @@ def test_a_directory_in_use_is_refused_and_not_touched(scene, monkeypatch, capfd
         (["plan", "config.yaml", "--policy", "robin"], ["--policy: 'robin'", "did you mean round-robin?", "or ours"]),
         (["plan", "config.yaml", "--device", "h1000"], ["--device: 'h1000'", "h200 or h100 or a100 or cpu"]),
         (["plan", "config.yaml", "--cost", "cost.json"], ["--cost: 'cost.json' cannot be read"]),
-        (["plan", "config.yaml", "--cost", "rows.jsonl"], ["--cost: 'rows.jsonl' holds no cost model"]),
-        (["plan", "config.yaml", "--cost", "empty.json"], ["--cost: 'empty.json' is of 0 stages", "parallel.pipeline is 1"]),
+        (["plan", "config.yaml", "--cost", "rows.jsonl"], ["--cost: 'rows.jsonl' holds no cost table"]),
+        (["plan", "config.yaml", "--cost", "empty.json"], ["--cost: 'empty.json' holds no cost table", "megatron-lora calibrate"]),
+        (["calibrate", "config.yaml", "--output", "."], ["--output: '.' is no file"]),
+        (["report"], ["required: RUN", "megatron-lora report --help"]),
+        (["report", "nowhere"], ["nowhere: is not the directory of a run that has ended"]),
+        (["report", ".", "--plot", "run.txt"], ["--plot: 'run.txt'", ".png"]),
     ],
 )
 def test_a_wrong_command_line_is_one_line_too(arguments, words, scene, capfd):

@@ -24,10 +24,12 @@ from megatron_lora.commands import doctor, launch, rank, torchrun
 from megatron_lora.commands.rank import LAUNCHED
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model import backends
 from megatron_lora.output.run_directory import RunDirectory
+from megatron_lora.planning.calibration import subject_of
 from megatron_lora.planning.forecast import Workload, forecast
-from scheduling.cost import CostModel, PassCost, StageCost
+from scheduling.cost import DEVICES, CostModel, PassCost, StageCost
 from scheduling.data_parallel import deal
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch, Segment
@@ -252,7 +254,7 @@ def test_slurm_nodes_meet_at_the_first_and_split_the_ranks(scene):
 # ---- the other commands ----
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "preview", "doctor"])
+@pytest.mark.parametrize("command", list(EXAMPLES))
 def test_help_shows_examples_and_loads_nothing_heavy(command):
     code = "import sys, megatron_lora.__main__ as m\ntry: m.main()\nfinally: print({'torch', 'transformers', 'yaml'} & sys.modules.keys())"
     ran = subprocess.run([sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -301,11 +303,15 @@ def test_plan_takes_a_policy_a_device_and_a_measured_cost(scene, capsys):
     assert float(planned(capsys, "--policy", "round-robin")[0]["together, round-robin"]["seconds"]) >= ours
     on_cpu, _, words = planned(capsys, "--device", "cpu")
     assert float(on_cpu[together]["seconds"]) > ours and any("predicted for cpu" in line for line in words)
-    second = {"per_token": 0.0, "per_square": 0.0, "per_rank_token": 0.0, "fixed": 1.0}  # each slot a second there, a second back
-    Path("cost.json").write_text(json.dumps([{"forward": second, "backward": second}] * 2))
-    measured, _, words = planned(capsys, "--cost", "cost.json")
+    cost = {side: {"per_token": 0.0, "per_square": 0.0, "per_rank_token": 0.0, "fixed": 0.5} for side in ("forward", "backward")}
+    none = {side: terms | {"fixed": 0.0} for side, terms in cost.items()}  # a stage has two layers: a second there, a second back
+    model = read_architecture(yaml.safe_load(Path("config.yaml").read_text())["base_model"])
+    of = subject_of(load_config("config.yaml"), model, DEVICES["cpu"])
+    table = {"format": 1, "of": of, "layers": dict.fromkeys(("none", "cheap", "full"), cost), "head": none, "step_s": 0.0, "links": {}}
+    Path("cost.json").write_text(json.dumps(table | {"about": {"date": "today", "memory_bytes": 8e9}}))
+    measured, _, words = planned(capsys, "--cost", "cost.json", "parallel.layers_per_stage=[2,2]")
     assert float(measured[together]["seconds"]) == 2 * (int(measured[together]["slots"]) + 1)  # and one to fill and drain
-    assert any("by the measured cost model cost.json" in line for line in words)
+    assert any("by the calibration of cpu of today" in line for line in words)
 
 
 def test_plan_resolves_what_is_open_and_warns_of_too_little_memory(scene, capsys):

@@ -7,23 +7,22 @@ A case is written as `key=value` words with the long options' names; what it lea
 
 import argparse
 import dataclasses
-from itertools import groupby
 from pathlib import Path
 
 import torch
-from model_shapes import SHAPES
-from one_line import OneLineParser, folder, numbers, output_file, positive, share, whole
-from plain_lora import ADAPTERS
-from stamp import RESULTS
-from synthetic_jobs import SUITE, JobSpecs
 
-from megatron_lora.config.schema import ParallelConfig, RunConfig
 from megatron_lora.config.schema import recompute as recompute_rule
 from megatron_lora.errors import UserError
 from scheduling.policies import POLICIES
 from scheduling.types import Lengths
+from scripts.bench.model_shapes import SHAPES
+from scripts.bench.plain_lora import ADAPTERS
+from scripts.bench.stamp import RESULTS
+from scripts.bench.workloads import SUITE, JobSpecs
+from scripts.one_line import OneLineParser, folder, numbers, output_file, positive, share, whole
 
 HF_PEFT = "hf-peft"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,24 +38,10 @@ class Case:
     recompute: str | tuple[str, ...]
     base_weights: str
     backend: str
-    warm_seconds: float
+    seconds: float
     steps: int | None
     calibrate: bool
     profile: bool
-
-    def config(self, shape: str, parallel: ParallelConfig) -> RunConfig:
-        """Return the case as a run's config, for the cost and memory models."""
-        return RunConfig(
-            base_model=shape,
-            output_dir=".",
-            parallel=parallel,
-            microbatch_tokens=self.budget,
-            recompute=self.recompute,
-            base_weights=self.base_weights,
-            backend=self.backend,
-            load_weights=False,
-            jobs=self.jobs.configs(),
-        )
 
 
 def budget(text: str) -> int | str:
@@ -85,18 +70,14 @@ def parser() -> OneLineParser:
         launch.add_argument(f"--{name}", type=whole, default=1)
     launch.add_argument("--sequence", action="store_true", help="sequence parallelism")
     launch.add_argument("--layers", type=numbers(whole), help="of each stage, 38,26; default: by the cost model")
-    launch.add_argument("--memory-gb", type=positive, help="what `auto` may count on; default: what is free")
     launch.add_argument("--lengths", type=Path, default=SUITE, help="file of workloads")
     launch.add_argument("--case", action="append", dest="cases", help="key=value words; may be given several times")
-    launch.add_argument("--rounds", type=whole, default=1, help="how often the cases take turns")
     launch.add_argument("--output", type=output_file, default=RESULTS / "end_to_end.jsonl")
-    launch.add_argument("--losses", type=output_file, help="append every case's losses to this file")
-    launch.add_argument("--timeline", type=folder, help="directory for a trace of every case, for Perfetto")
-    launch.add_argument("--cost", type=Path, help="cost model of these stages (profile_layers.py, or an earlier --save-cost)")
-    launch.add_argument("--save-cost", type=output_file, help="write the last calibrated cost model here")
+    launch.add_argument("--runs", type=folder, default=ROOT / "runs" / "bench", help="folder of the runs' directories, made anew")
     launch.add_argument("--hardware", help="as tables shall say it; default: the devices' names")
     launch.add_argument("--commit", help="where the checkout cannot tell it")
     launch.add_argument("--peak-tflops", type=positive, default=989.0, help="of one device, dense, for MFU")
+    launch_names = [action.dest for action in launch._group_actions]
     case = found.add_argument_group("case")
     case.add_argument("--name", default="", help="of the case in the results; default: made of its settings")
     case.add_argument("--policy", default="ours", choices=[*POLICIES, HF_PEFT])
@@ -110,10 +91,11 @@ def parser() -> OneLineParser:
     case.add_argument("--recompute", type=recompute, default="auto", help="none, cheap, full, 20*full,60*cheap or auto: what fits")
     case.add_argument("--base-weights", default="native", choices=["native", "fp8"])
     case.add_argument("--backend", default="auto", choices=["auto", "torch", "te"], help="of norms and attention")
-    case.add_argument("--warm-seconds", type=positive, default=60.0, help="length of the timed region")
-    case.add_argument("--steps", type=whole, help="of each job, in place of --warm-seconds")
-    case.add_argument("--calibrate", action="store_true", help="time each stage's passes alone first, and predict from them")
+    case.add_argument("--seconds", type=positive, default=60.0, help="about how long the run shall take, by the cost model")
+    case.add_argument("--steps", type=whole, help="of each job, in place of --seconds")
+    case.add_argument("--calibrate", action="store_true", help="calibrate first, and predict from that")
     case.add_argument("--profile", action="store_true", help="also profile some slots: shares of GEMM, attention, LoRA, ...")
+    found.set_defaults(launch_names=launch_names)
     return found
 
 
@@ -128,34 +110,13 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[Case]]:
             parser().error(f"--case: {words!r} is not made of key=value words")
         flags = [part for key, _, value in pairs for part in ([f"--{key}"] if value in ("", "yes") else [f"--{key}", value])]
         chosen = parser().parse_args(flags, argparse.Namespace(**defaults))
-        changed = [key for key, value in vars(chosen).items() if key in LAUNCH and value != getattr(options, key) and key != "cases"]
+        changed = [name for name in options.launch_names if name != "cases" and getattr(chosen, name) != getattr(options, name)]
         if changed:
             parser().error(f"--case: {changed[0]} is the same for all cases of a launch; give it on the command line")
         cases.append(_case(chosen))
-    parallel_of(options)
+    if options.sequence and options.tensor == 1:
+        parser().error("--sequence: needs --tensor above 1")
     return options, cases
-
-
-LAUNCH = (
-    "shape",
-    "num_layers",
-    "pipeline",
-    "tensor",
-    "data",
-    "sequence",
-    "layers",
-    "lengths",
-    "output",
-    "losses",
-    "timeline",
-    "cost",
-    "memory_gb",
-    "rounds",
-    "save_cost",
-    "hardware",
-    "commit",
-    "peak_tflops",
-)
 
 
 def _case(chosen: argparse.Namespace) -> Case:
@@ -163,21 +124,10 @@ def _case(chosen: argparse.Namespace) -> Case:
     words += [str(chosen.budget), policies_in_words(chosen.recompute)]
     words += [word for word, usual in ((chosen.base_weights, "native"), (chosen.backend, "auto")) if word != usual]
     how = [chosen.policy] if chosen.policy == HF_PEFT else [chosen.policy, chosen.adapters]
-    return Case(
-        name=chosen.name or f"{chosen.shape} {chosen.workload}, " + ", ".join([*how, *words, layout_name(chosen)]),
-        policy=chosen.policy,
-        adapters=chosen.adapters,
-        workload=chosen.workload,
-        jobs=JobSpecs(count=chosen.jobs, ranks=chosen.ranks, dropouts=chosen.dropouts, completion=chosen.completion),
-        budget=chosen.budget,
-        recompute=chosen.recompute,
-        base_weights=chosen.base_weights,
-        backend=chosen.backend,
-        warm_seconds=chosen.warm_seconds,
-        steps=chosen.steps,
-        calibrate=chosen.calibrate,
-        profile=chosen.profile,
-    )
+    given = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(Case)}
+    given["jobs"] = JobSpecs(count=chosen.jobs, ranks=chosen.ranks, dropouts=chosen.dropouts, completion=chosen.completion)
+    given["name"] = chosen.name or f"{chosen.shape} {chosen.workload}, " + ", ".join([*how, *words, layout_name(chosen)])
+    return Case(**given)
 
 
 def policies_in_words(recompute: str | tuple[str, ...]) -> str:
@@ -187,11 +137,6 @@ def policies_in_words(recompute: str | tuple[str, ...]) -> str:
     return "+".join(f"{recompute.count(policy)} {policy}" for policy in dict.fromkeys(recompute))
 
 
-def policies_in_runs(recompute: str | tuple[str, ...]) -> str:
-    """Write policies as --recompute reads them."""
-    return recompute if isinstance(recompute, str) else ",".join(f"{len(list(run))}*{policy}" for policy, run in groupby(recompute))
-
-
 def layout_name(options: argparse.Namespace) -> str:
     """Say the parallel layout in short: PP2 TP2+SP."""
     sizes = [("PP", options.pipeline), ("TP", options.tensor), ("DP", options.data)]
@@ -199,31 +144,16 @@ def layout_name(options: argparse.Namespace) -> str:
     return " ".join(words) or "1 GPU"
 
 
-def parallel_of(options: argparse.Namespace) -> ParallelConfig:
-    """Return the launch's layout."""
-    if options.sequence and options.tensor == 1:
-        raise UserError("--sequence: needs --tensor above 1")
-    return ParallelConfig(
-        pipeline=options.pipeline, tensor=options.tensor, data=options.data, sequence=options.sequence, layers_per_stage=options.layers
-    )
-
-
-def check(options: argparse.Namespace, cases: list[Case], workloads: list[Lengths]) -> None:
+def check(options: argparse.Namespace, case: Case, workload: Lengths) -> None:
     """Refuse what cannot be run, before anything is built."""
-    parallel = parallel_of(options)
-    if options.save_cost and not any(case.calibrate for case in cases):
-        raise UserError("--save-cost: writes what --calibrate measures; give both")
-    for case, workload in zip(cases, workloads, strict=True):
-        longest = max(tokens for steps in workload for batch in steps for tokens in batch)
-        if case.budget != "auto" and case.budget < longest:
-            raise UserError(f"--budget: {case.budget} tokens do not hold the longest sample of {case.workload}, which has {longest}")
-        if case.adapters == "unfused" and parallel.tensor > 1:
-            raise UserError("--adapters: unfused runs with --tensor 1")
-        if case.policy == HF_PEFT and parallel.world_size > 1:
-            raise UserError(f"--policy: {HF_PEFT} runs on one device")
-        if case.adapters == "none" and case.policy == HF_PEFT:
-            raise UserError(f"--policy: {HF_PEFT} trains adapters; leave --adapters away")
-        if case.profile and not torch.cuda.is_available():
-            raise UserError("--profile: measures kernels of a GPU, and none is visible")
-        if not 0 < case.jobs.completion <= 1:
-            raise UserError(f"--completion: {case.jobs.completion:g} is no share; use a number above 0 and up to 1")
+    longest = max(tokens for steps in workload for batch in steps for tokens in batch)
+    if case.budget != "auto" and int(case.budget) < longest:
+        raise UserError(f"--budget: {case.budget} tokens do not hold the longest sample of {case.workload}, which has {longest}")
+    if case.adapters == "unfused" and options.tensor > 1:
+        raise UserError("--adapters: unfused runs with --tensor 1")
+    if case.policy == HF_PEFT and options.pipeline * options.tensor * options.data > 1:
+        raise UserError(f"--policy: {HF_PEFT} runs on one device")
+    if case.profile and not torch.cuda.is_available():
+        raise UserError("--profile: measures kernels of a GPU, and none is visible")
+    if not 0 < case.jobs.completion <= 1:
+        raise UserError(f"--completion: {case.jobs.completion:g} is no share; use a number above 0 and up to 1")

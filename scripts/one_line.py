@@ -3,14 +3,10 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
-
-from megatron_lora.errors import UserError  # noqa: E402
+from megatron_lora.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -71,16 +67,6 @@ def output_file(text: str) -> Path:
     return path
 
 
-def new_file(text: str) -> Path:
-    """Read the path of a file that is not there yet, in a folder that is."""
-    path = Path(text)
-    if path.exists():
-        raise argparse.ArgumentTypeError(f"{path} exists; name a new file")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path.parent} is no folder; make it first")
-    return path
-
-
 def folder(text: str) -> Path:
     """Read the path of a folder, which need not be there yet."""
     path = Path(text)
@@ -98,15 +84,6 @@ def json_lines(path: Path, remedy: str = "name a file of JSON lines") -> list[di
     if not all(isinstance(line, dict) for line in found):
         raise UserError(f"{path}: has lines that are no objects; name a file of results")
     return found
-
-
-@contextmanager
-def finished_run(run: Path) -> Iterator[None]:
-    """Turn what goes wrong while a run's directory is read into one line: UserError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run}: is not the directory of a finished run ({type(error).__name__}: {error})") from None
 
 
 def need_gpus(parser: argparse.ArgumentParser, count: int = 1) -> None:

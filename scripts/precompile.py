@@ -1,6 +1,6 @@
 """Compiles, without a GPU, the LoRA kernels that benchmarks and GPU tests run on a Hopper GPU, and leaves them in Triton's cache.
 
-    TRITON_CACHE_DIR=cache python scripts/bench/precompile.py [kernels] [end_to_end] [tests]
+    TRITON_CACHE_DIR=cache python -m scripts.precompile [kernels] [end_to_end] [tests]
 
 Carried to the GPU machine (the same Triton and Python there; of each kernel the .json and .cubin files are enough), the cache saves minutes
 of compilation. What a benchmark launches is launched here on CPU tensors of the same shapes, which nobody fills, against a driver that
@@ -9,25 +9,22 @@ only compiles.
 
 import ast
 import contextlib
-import sys
 import time
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/fused_ops"), str(ROOT / "tests")]
+from fused_ops import early_launch, triton_ops
+from fused_ops.fp8 import quantise_weight
+from fused_ops.lora_gemm import gemm
+from fused_ops.route import make_route
+from scripts.bench.kernels import MIXES, SHAPES
+from scripts.one_line import OneLineParser
+from tests.fused_ops.conftest import build_problem
+from tests.stand_in_gpu import compiling
 
-from conftest import build_problem  # noqa: E402
-from kernels import MIXES, SHAPES  # noqa: E402
-from one_line import OneLineParser  # noqa: E402
-from stand_in_gpu import compiling  # noqa: E402
-
-from fused_ops import early_launch, triton_ops  # noqa: E402
-from fused_ops.fp8 import quantise_weight  # noqa: E402
-from fused_ops.lora_gemm import gemm  # noqa: E402
-from fused_ops.route import make_route  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 ROWS = 8192
 LAYERS = {"llama-3.1-8b": [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]}

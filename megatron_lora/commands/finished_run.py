@@ -1,0 +1,183 @@
+"""A run's directory, read back: what ran when, what the plan held, what it was predicted to cost. Nothing else is looked at.
+
+    run = FinishedRun.read(Path("runs/quickstart-1"))
+    run.makespan_s, run.predicted().makespan_s, run.replayed().makespan_s
+
+A run that was resumed is read from its last start. Forwards and backwards of a slot are the mean over the ranks of its stage; clocks of
+ranks agree as far as the hosts' do.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megatron_lora.config.schema import RunConfig, load_config
+from megatron_lora.errors import UserError, one_line
+from megatron_lora.output.metrics import metrics_file, read_metrics
+from scheduling.cost import CostModel
+from scheduling.plan_json import stream_from_json
+from scheduling.simulate import Event, Timeline, simulate
+from scheduling.types import Op, Stream
+
+WORK = {"F": Op.FORWARD, "B": Op.BACKWARD, "STEP": Op.STEP}
+WAITS = ("wait F", "wait B", "wait plan")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run left: its resolved config, the executed slots as plan/ has them, every rank's spans, cost.json and env.json."""
+
+    path: Path
+    config: RunConfig
+    slots: list[list[list[int]]]
+    spans: Mapping[int, list[dict]]  # rank -> events of the Chrome trace format, microseconds
+    cost: dict
+    environment: dict
+
+    @classmethod
+    def read(cls, path: Path) -> FinishedRun:
+        """Read a directory; UserError where it is not that of a run that has ended."""
+        try:
+            config = load_config(path / "config.yaml")
+            windows = sorted((path / "plan").glob("window-*.json"))
+            slots = [slot for window in windows for slot in json.loads(window.read_text(encoding="utf-8"))["microbatches"]]
+            spans: dict[int, list[dict]] = defaultdict(list)
+            for event in json.loads((path / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]:
+                if event["ph"] == "X":
+                    spans[event["tid"]].append(event | {"index": int(event["name"].split()[-1])})
+            cost, environment = (json.loads((path / name).read_text(encoding="utf-8")) for name in ("cost.json", "env.json"))
+        except (OSError, ValueError, KeyError) as error:
+            said = one_line(f"{type(error).__name__}: {error}", 200)
+            raise UserError(f"{path}: is not the directory of a run that has ended ({said}); name a run's output_dir") from None
+        if not any(event["cat"] in WORK for events in spans.values() for event in events):
+            raise UserError(f"{path}: nothing was trained in the run's last start; name a run that has")
+        return cls(path, config, slots, dict(sorted(spans.items())), cost, environment)
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.config.parallel.pipeline
+
+    @property
+    def stages(self) -> dict[int, int]:
+        """Return rank -> its stage."""
+        return {rank: events[0]["pid"] for rank, events in self.spans.items()}
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The executed slots; of several replicas, rounds as long as their longest sample."""
+        return stream_from_json(self.slots)
+
+    @cached_property
+    def steps(self) -> list[dict]:
+        """What metrics.jsonl says of the steps of this start, job after job."""
+        taken = {(self.cost["jobs"][job], step + 1) for slot in self.slots for job, step, *_ in slot}
+        rows = ((name, row) for name in self.cost["jobs"] for row in read_metrics(metrics_file(self.path, name)))
+        return [row | {"job": name} for name, row in rows if (name, row["step"]) in taken]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens trained on."""
+        return sum(row["tokens"] for row in self.steps)
+
+    @cached_property
+    def makespan_s(self) -> float:
+        """Seconds from the first work of any rank to the end of the last."""
+        work = [event for events in self.spans.values() for event in events if event["cat"] in WORK]
+        return (max(event["ts"] + event["dur"] for event in work) - min(event["ts"] for event in work)) / 1e6
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the timeline, which keeps so many spans alone, reaches back to the run's first microbatch."""
+        first = next(slot for slot, entries in enumerate(self.slots) if entries)
+        return all(any(e["cat"] == "F" and e["index"] == first for e in events) for events in self.spans.values())
+
+    def seconds(self, stage: int, kind: str) -> float:
+        """Return the seconds that a stage spent on spans of a kind while any rank worked: the mean over its ranks."""
+        work = [event for events in self.spans.values() for event in events if event["cat"] in WORK]
+        begin, end = min(event["ts"] for event in work), max(event["ts"] + event["dur"] for event in work)
+
+        def inside(event: dict) -> float:
+            return max(0.0, min(event["ts"] + event["dur"], end) - max(event["ts"], begin)) / 1e6
+
+        ranks = [rank for rank, of_rank in self.stages.items() if of_rank == stage]
+        return statistics.fmean(sum(inside(e) for e in self.spans[rank] if e["cat"] == kind) for rank in ranks)
+
+    def bubble(self, stage: int) -> float:
+        """Return the share of the makespan in which a stage did no work."""
+        return 1 - sum(self.seconds(stage, kind) for kind in WORK) / self.makespan_s
+
+    def passes(self, kind: str) -> list[list[float]]:
+        """Return the seconds of every slot's "F" or "B" on each stage, [stage][slot]; 0 where nothing ran."""
+        found = [[0.0] * len(self.slots) for _ in range(self.num_stages)]
+        stages = list(self.stages.values())
+        for rank, events in self.spans.items():
+            for event in events:
+                if event["cat"] == kind:
+                    found[self.stages[rank]][event["index"]] += event["dur"] / 1e6 / stages.count(self.stages[rank])
+        return found
+
+    def exposed_hops(self) -> dict[str, float]:
+        """Return, per hop ("0>1": forward, "1>0": backward), the share of the makespan that its receiver waits for messages under way.
+
+        A message is under way from the end of the neighbour's pass on. The mean over pipelines.
+        """
+        width = self.config.parallel.tensor * self.config.parallel.data
+        ends = {
+            (rank, event["cat"], event["index"]): event["ts"] + event["dur"]
+            for rank, events in self.spans.items()
+            for event in events
+            if event["cat"] in ("F", "B")
+        }
+        shares: dict[str, list[float]] = defaultdict(list)
+        for receiver, events in self.spans.items():
+            for kind, sender in (("F", receiver - width), ("B", receiver + width)):
+                if sender not in self.spans:
+                    continue
+                waited = 0.0
+                for event in events:
+                    if event["cat"] == f"wait {kind}" and (sent := ends.get((sender, kind, event["index"]))) is not None:
+                        waited += max(0.0, event["ts"] + event["dur"] - max(event["ts"], sent)) / 1e6
+                shares[f"{self.stages[sender]}>{self.stages[receiver]}"].append(waited / self.makespan_s)
+        return {hop: statistics.fmean(each) for hop, each in sorted(shares.items())}
+
+    def predicted(self) -> Timeline:
+        """Return the run as it was predicted when it began."""
+        multiple = self.config.parallel.row_multiple
+        ranks = {job.name: job.r for job in self.config.jobs}
+        features = []
+        for entries in self.slots:
+            tokens = sum(entry[3] for entry in entries)
+            ranked = sum(entry[3] * ranks[self.cost["jobs"][entry[0]]] for entry in entries)
+            features.append((-(-tokens // multiple) * multiple, sum(entry[3] ** 2 for entry in entries), ranked))
+        stages = CostModel.from_json(self.cost["stages"]).stages
+        forward = [[stage.forward.seconds(*slot) for slot in features] for stage in stages]
+        backward = [[stage.backward.seconds(*slot) for slot in features] for stage in stages]
+        return self._simulated(forward, backward, self.cost["hop_s"], self.cost["step_s"])
+
+    def replayed(self) -> Timeline:
+        """Return the plan with the time that each pass took: what the real run has beyond is messages, launches and late plans."""
+        taken = [event["dur"] / 1e6 for events in self.spans.values() for event in events if event["cat"] == "STEP"]
+        return self._simulated(self.passes("F"), self.passes("B"), 0.0, statistics.fmean(taken) if taken else 0.0)
+
+    def _simulated(self, forward: Sequence, backward: Sequence, hop_s: float, step_s: float) -> Timeline:
+        delay = self.config.parallel.norm_delay
+        return simulate(self.stream, self.num_stages, forward, backward, hop_s=hop_s, step_s=step_s, delay=delay)
+
+    def real(self) -> Timeline:
+        """Return what ran on the first rank of each stage."""
+        first = {stage: min(rank for rank, of_rank in self.stages.items() if of_rank == stage) for stage in range(self.num_stages)}
+        begin = min(event["ts"] for events in self.spans.values() for event in events if event["cat"] in WORK)
+        events = [
+            Event(stage, WORK[e["cat"]], e["index"], (e["ts"] - begin) / 1e6, (e["ts"] + e["dur"] - begin) / 1e6)
+            for stage, rank in first.items()
+            for e in self.spans[rank]
+            if e["cat"] in WORK
+        ]
+        return Timeline(self.num_stages, self.makespan_s, tuple(events), ())

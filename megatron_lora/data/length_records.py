@@ -1,0 +1,47 @@
+"""Records of type `lengths`: random tokens of given lengths, for benchmarks, calibration and trials; no tokenizer is needed.
+
+    {"tokens": 512}                    every token but the first is a target
+    {"tokens": 512, "targets": 128}    the last 128 are
+
+A record is a sample, in the kinds of files that all records come in. Its tokens are a pure function of its place in the file, so that
+ranks and later runs make the same ones.
+"""
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from megatron_lora.data.steps import mix
+from megatron_lora.errors import UserError
+
+FIELDS = ("tokens", "targets")
+MOST_TOKENS = 2**24  # of a record
+
+
+class LengthEncoder:
+    """Turns the records of one file, in their order, into (ids, targets); one that is no length is a UserError that names its place."""
+
+    def __init__(self, vocab_size: int):
+        self._vocab_size, self._num_records = vocab_size, 0
+
+    def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> tuple[np.ndarray, np.ndarray]:
+        """Make the next record: tokens [L] int32 and targets [L] bool, of which at least one is set."""
+        assert format == "lengths", format
+        for name in record.keys() - set(FIELDS):
+            raise UserError(f"{where}: {name!r} is no field of a length; write {{'tokens': N}}, or with 'targets': M too")
+        length = _count(record, "tokens", 2, MOST_TOKENS, where)
+        num_targets = _count(record, "targets", 1, length - 1, where) if "targets" in record else length - 1
+        start = mix(np.array([self._num_records], dtype=np.uint64))
+        self._num_records += 1
+        ids = mix(start + np.arange(length, dtype=np.uint64)) % np.uint64(self._vocab_size)
+        targets = np.arange(length) >= (1 if train_on_inputs else length - num_targets)
+        return ids.astype(np.int32), targets
+
+
+def _count(record: Mapping[str, object], name: str, low: int, high: int, where: str) -> int:
+    """Get a field that must be a whole number between two."""
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UserError(f"{where}: {name!r} is {json.dumps(value, default=str)[:40]}; write a whole number from {low} to {high}")
+    return value

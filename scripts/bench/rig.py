@@ -1,0 +1,44 @@
+"""What the benchmarks of kernels share: options, a line per case, and a check against the reference before anything is timed."""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scripts.bench.stamp import RESULTS, append_line, stamp
+from scripts.one_line import OneLineParser, need_gpus, output_file, whole
+
+
+def parser(doc: str, output: str, rounds: int) -> OneLineParser:
+    """Return a parser with the options of all of them."""
+    found = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--rounds", type=whole, default=rounds)
+    found.add_argument("--commit", help="where the checkout cannot tell it")
+    found.add_argument("--hardware", help="as tables shall say it; default: the devices' names")
+    found.add_argument("--output", type=output_file, default=RESULTS / output)
+    return found
+
+
+def options(parser: OneLineParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; ends with one line where no GPU is visible."""
+    found = parser.parse_args(arguments)
+    need_gpus(parser)
+    return found
+
+
+def keep(options: argparse.Namespace, line: dict, told: str) -> None:
+    """Append one case's line, say it, and make room for the next."""
+    append_line(options.output, stamp(options.hardware, options.commit) | line)
+    print(told, flush=True)
+    torch.cuda.empty_cache()
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Return the distance of two tensors, relative to the second."""
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+
+
+def rounded(times_ms: dict) -> dict:
+    """Return {name: (median, low, high)} as a line has it."""
+    return {name: [round(ms, 5) for ms in values] for name, values in times_ms.items()}

@@ -1,0 +1,98 @@
+"""The report of a run: exact for one that behaves as predicted, short by what the prediction does not know of; from its directory alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import runs
+
+from megatron_lora.__main__ import main
+from megatron_lora.commands.finished_run import FinishedRun
+from scheduling.cost import CostModel, PassCost, StageCost
+from scheduling.plan_json import stream_from_json
+from scheduling.simulate import simulate
+from scheduling.types import Op
+
+SLOTS = [[[0, 0, 0, 10], [1, 0, 0, 20]], [[1, 0, 1, 30]], [], [[0, 1, 0, 12]]]
+PER_TOKEN, STEP_S, STALL_S = 0.1, 0.5, 4.0
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """The directory of a run of two stages and two windows that went as predicted, but for a stall before its last action."""
+    job = {"datasets": [{"path": "rows.jsonl", "type": "text"}]}
+    folder = tmp_path / "run"
+    (folder / "plan").mkdir(parents=True)
+    runs.write_config(folder / "config.yaml", tmp_path / "gone", folder, [{"name": "a", **job}, {"name": "b", **job}], {"pp": 2}, 64)
+    (folder / "env.json").write_text(json.dumps({"commit": "c0", "devices": []}))
+    for number, part in enumerate((SLOTS[:2], SLOTS[2:])):
+        (folder / "plan" / f"window-{number:04d}.json").write_text(json.dumps({"microbatches": part}))
+    one = PassCost(per_token=PER_TOKEN, per_square=0.0, per_rank_token=0.0, fixed=0.0)
+    stage = StageCost(one, PassCost(per_token=2 * PER_TOKEN, per_square=0.0, per_rank_token=0.0, fixed=0.0))
+    cost = {
+        "jobs": ["a", "b"],
+        "basis": "paper",
+        "stages": CostModel((stage, stage)).to_json(),
+        "hop_s": 0.0,
+        "step_s": STEP_S,
+        "peaks": [],
+    }
+    (folder / "cost.json").write_text(json.dumps(cost))
+    for name, tokens in (("a", (10, 12)), ("b", (50,))):
+        (folder / "jobs" / name).mkdir(parents=True)
+        rows = [{"step": step, "tokens": count} for step, count in enumerate(tokens, 1)]
+        (folder / "jobs" / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    timeline, names = predicted(), {Op.FORWARD: "F", Op.BACKWARD: "B", Op.STEP: "STEP"}
+    events = [{"ph": "M", "name": "process_name", "pid": 0}]
+
+    def add(kind: str, index: int, stage: int, start: float, seconds: float) -> None:
+        place = {"pid": stage, "tid": stage, "ts": (1 + start) * 1e6, "dur": seconds * 1e6}
+        events.append({"ph": "X", "name": f"{kind} {index}", "cat": kind} | place)
+
+    for event in timeline.events:
+        if event.end_s > event.start_s:
+            stall = STALL_S if event.end_s == timeline.makespan_s else 0.0
+            add(names[event.op], event.index, event.stage, event.start_s + stall, event.end_s - event.start_s)
+    add("wait plan", 0, 0, -1.0, 1.0)
+    add("wait F", 0, 1, 0.0, 3.25)  # stage 0's forward of 30 tokens takes 3 s of it
+    (folder / "timeline.json").write_text(json.dumps({"traceEvents": events}))
+    return folder
+
+
+def predicted():
+    forward = [PER_TOKEN * sum(entry[3] for entry in slot) for slot in SLOTS]
+    return simulate(stream_from_json(SLOTS), 2, forward, [2 * time for time in forward], step_s=STEP_S)
+
+
+def test_real_and_predicted_differ_by_the_stall_alone(run, tmp_path, capsys):
+    whole = predicted()
+    found = FinishedRun.read(run)
+    assert found.makespan_s == pytest.approx(whole.makespan_s + STALL_S)
+    assert found.predicted().makespan_s == pytest.approx(whole.makespan_s) == found.replayed().makespan_s
+    assert found.seconds(0, "wait plan") == 0.0, "what lies before the first work is no part of the run"
+    busy = sum(3 * PER_TOKEN * sum(entry[3] for entry in slot) for slot in SLOTS)
+    assert found.bubble(1) == pytest.approx(1 - (busy + 3 * STEP_S) / found.makespan_s)
+    assert found.exposed_hops() == pytest.approx({"0>1": 0.25 / found.makespan_s, "1>0": 0.0})
+    assert main(["report", str(run), "--plot", str(tmp_path / "run.png")]) == 0
+    told = capsys.readouterr().out
+    assert f"2 jobs, 3 steps, 72 tokens in {found.makespan_s:.2f} s" in told and "4 slots, 1 of them no-ops" in told
+    assert f"predicted {whole.makespan_s:.2f} s, {whole.makespan_s / found.makespan_s:.3f} of the real time, by paper" in told
+    assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+def test_a_timeline_that_has_lost_its_beginning_is_compared_with_nothing(run, capsys):
+    tree = json.loads((run / "timeline.json").read_text())
+    tree["traceEvents"] = [event for event in tree["traceEvents"] if event["name"] not in ("F 0", "wait F 0")]
+    (run / "timeline.json").write_text(json.dumps(tree))
+    assert main(["report", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "last part of this long run alone" in told and "predicted 1" not in told
+
+
+@pytest.mark.parametrize("broken", ["config.yaml", "timeline.json", "cost.json"])
+def test_what_is_no_finished_run_is_one_line(run, broken, capsys):
+    (run / broken).unlink()
+    assert main(["report", str(run)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "is not the directory of a run that has ended" in told
+    assert main(["report", str(run), "--plot", "picture.txt"]) == 2 and "--plot: 'picture.txt'" in capsys.readouterr().err
