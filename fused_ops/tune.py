@@ -59,7 +59,7 @@ def tune(rounds: int = 8) -> Iterator[Choice]:
             def run(config: GemmConfig, value=value, backward=backward) -> object:
                 return gemm(value, weight, None, None, None, None, backward, config)  # noqa: B023 (called at once)
 
-            yield _fastest(choice_key(*value.shape, num_out, backward, 0, False), PLAIN, run, rounds)
+            yield _fastest(choice_key(len(value), value.shape[1], num_out, backward, 0, False), PLAIN, run, rounds)
         if in_8_bits:
             yield from _tune_8_bits(x, dy, weight, columns, rounds)
         torch.cuda.empty_cache()
@@ -77,7 +77,7 @@ def _tune_8_bits(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, column
             terms = [(width, bool(dropout), (s, group, route))] + ([] if dropout else [(0, False, (None, None, None))])
             rows = quantise_rows(value)
             for term_width, drops, term in terms:
-                key = choice_key(*value.shape, len(matrix.values), backward, term_width, drops)
+                key = choice_key(len(value), value.shape[1], len(matrix.values), backward, term_width, drops)
 
                 def run(config: GemmConfig, rows=rows, matrix=matrix, term=term, backward=backward) -> object:
                     return fp8_gemm(rows, matrix, None, *term, backward, torch.bfloat16, config)

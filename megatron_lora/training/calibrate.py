@@ -30,7 +30,7 @@ from megatron_lora.huggingface.architecture import Architecture, read_architectu
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.model.stage import Stage, build_stage
 from megatron_lora.parallel.messages import MessageLayout, connect
-from megatron_lora.parallel.process_groups import initialize_parallel, pipelines, stage_groups
+from megatron_lora.parallel.process_groups import initialize_parallel, new_group, pipelines, stage_groups
 from megatron_lora.planning.calibration import Calibration, calibration_file, subject_of
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.predict import memory_of, planner_cost, shape_of
@@ -59,7 +59,7 @@ def run(config: RunConfig, output: Path | None) -> None:
     begin, on_gpu = time.perf_counter(), torch.cuda.is_available()
     config = dataclasses.replace(config, load_weights=False)
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
-    host = dist.new_group(backend="gloo")
+    host = new_group(backend="gloo")
     architecture = read_architecture(resolve_base_model(config.base_model))
     jobs = read_jobs_in_turn(config.jobs, resolve_base_model(config.base_model), architecture.vocab_size, host)
     share = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
@@ -71,14 +71,13 @@ def run(config: RunConfig, output: Path | None) -> None:
         resolved = resolve(config, architecture, every, kind, share)
         chosen = [(kind, resolved, *_slots(resolved, architecture, kind, lengths, share))]
     dist.broadcast_object_list(chosen, 0, group=host)
-    kind, config, planned, probes = chosen[0]
-    rank = _Rank(config, architecture, kind, jobs, lengths, device, host)
-    table = rank.measure(planned, probes)
+    kind, resolved, planned, probes = chosen[0]
+    table = _Rank(resolved, architecture, kind, jobs, lengths, device, host).measure(planned, probes)
     if dist.get_rank() == 0:
         file = output or calibration_file(cache_dir(), table.subject)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, table.to_json())
-        print("\n".join([*_summary(table, config), f"{file}: written after {time.perf_counter() - begin:.0f} s"]), flush=True)
+        print("\n".join([*_summary(table, resolved), f"{file}: written after {time.perf_counter() - begin:.0f} s"]), flush=True)
 
 
 def _slots(
@@ -175,16 +174,17 @@ class _Rank:
                 seconds = times[layers] / len(self.stage.layers)
                 body.append(Measurement(LAYER, backward, slot.num_tokens, squares, ranked, seconds))
                 if top in times:
-                    head.append(Measurement(HEAD, backward, self._head_rows(len(load().targets), slot.num_tokens), 0, 0, times[top]))
+                    head.append(Measurement(HEAD, backward, self._head_rows(load().targets, slot.num_tokens), 0, 0, times[top]))
         gathered: list = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (body, head), group=self.host)
         return [m for of_rank, _ in gathered for m in of_rank], [m for _, of_rank in gathered for m in of_rank]
 
-    def _head_rows(self, num_targets: int, tokens: int) -> int:
+    def _head_rows(self, targets: torch.Tensor | None, tokens: int) -> int:
         """Return the rows that the head multiplies: chunks of one height, the last one filled up."""
+        assert targets is not None, "a planned microbatch lists its targets"
         widest = -(-self.architecture.vocab_size // self.config.parallel.tensor)
         height = min(loss_chunk_rows(widest, self.dtype.itemsize), -(-tokens // self.multiple) * self.multiple)
-        return -(-num_targets // height) * height
+        return -(-len(targets) // height) * height
 
     def _step_s(self) -> float:
         """Return the seconds of one job's optimizer step, its sums over ranks included: the mean over jobs, of the slowest rank."""
