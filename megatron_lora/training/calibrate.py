@@ -30,7 +30,7 @@ from megatron_lora.huggingface.architecture import Architecture, read_architectu
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.model.stage import Stage, build_stage
 from megatron_lora.parallel.messages import MessageLayout, connect
-from megatron_lora.parallel.process_groups import initialize_parallel, pipelines, stage_groups
+from megatron_lora.parallel.process_groups import initialize_parallel, new_group, pipelines, stage_groups
 from megatron_lora.planning.calibration import Calibration, calibration_file, subject_of
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.predict import memory_of, planner_cost, shape_of
@@ -59,7 +59,7 @@ def run(config: RunConfig, output: Path | None) -> None:
     begin, on_gpu = time.perf_counter(), torch.cuda.is_available()
     config = dataclasses.replace(config, load_weights=False)
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
-    host = dist.new_group(backend="gloo")
+    host = new_group(backend="gloo")
     architecture = read_architecture(resolve_base_model(config.base_model))
     jobs = read_jobs_in_turn(config.jobs, resolve_base_model(config.base_model), architecture.vocab_size, host)
     share = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
@@ -71,14 +71,14 @@ def run(config: RunConfig, output: Path | None) -> None:
         resolved = resolve(config, architecture, every, kind, share)
         chosen = [(kind, resolved, *_slots(resolved, architecture, kind, lengths, share))]
     dist.broadcast_object_list(chosen, 0, group=host)
-    kind, config, planned, probes = chosen[0]
-    rank = _Rank(config, architecture, kind, jobs, lengths, device, host)
+    kind, resolved, planned, probes = chosen[0]
+    rank = _Rank(resolved, architecture, kind, jobs, lengths, device, host)
     table = rank.measure(planned, probes)
     if dist.get_rank() == 0:
         file = output or calibration_file(cache_dir(), table.subject)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, table.to_json())
-        print("\n".join([*_summary(table, config), f"{file}: written after {time.perf_counter() - begin:.0f} s"]), flush=True)
+        print("\n".join([*_summary(table, resolved), f"{file}: written after {time.perf_counter() - begin:.0f} s"]), flush=True)
 
 
 def _slots(
@@ -175,7 +175,9 @@ class _Rank:
                 seconds = times[layers] / len(self.stage.layers)
                 body.append(Measurement(LAYER, backward, slot.num_tokens, squares, ranked, seconds))
                 if top in times:
-                    head.append(Measurement(HEAD, backward, self._head_rows(len(load().targets), slot.num_tokens), 0, 0, times[top]))
+                    targets = load().targets
+                    assert targets is not None, "collate lists the targets"
+                    head.append(Measurement(HEAD, backward, self._head_rows(len(targets), slot.num_tokens), 0, 0, times[top]))
         gathered: list = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (body, head), group=self.host)
         return [m for of_rank, _ in gathered for m in of_rank], [m for _, of_rank in gathered for m in of_rank]
