@@ -12,9 +12,9 @@ SCRIPTS = ROOT / "scripts"
 
 WRONG = [
     ("bench/tables.py", ["nothing"], "nothing cannot be read"),
-    ("scripts.bench.record_quickstart", ["nothing", "--case", "x", "--total-s", "5"], "is not the directory of a run that has ended"),
-    ("scripts.bench.record_quickstart", ["nothing", "--case", "x", "--total-s", "-5"], "-5 is not a number above 0"),
-    ("scripts.bench.plot_kernels", ["word"], "unrecognized arguments"),
+    ("scripts.record_quickstart", ["nothing", "--case", "x", "--total-s", "5"], "is not the directory of a run that has ended"),
+    ("scripts.record_quickstart", ["nothing", "--case", "x", "--total-s", "-5"], "-5 is not a number above 0"),
+    ("scripts.plot_kernels", ["word"], "unrecognized arguments"),
     ("scripts.bench.kernels", [], "needs a GPU, and none is visible"),
     ("scripts.bench.elementwise", ["--rounds", "0"], "0 is not a whole number of at least 1"),
     ("scripts.bench.fp8", ["--output", "."], "is a directory; name a file"),

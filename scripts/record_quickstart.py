@@ -3,7 +3,7 @@
 Training is from the first microbatch to the last optimizer step, as the run's timeline has it; its tokens are those of metrics.jsonl.
 The whole of the quickstart, set-up included, is what the shell measured: `time bash scripts/quickstart.sh`.
 
-    python -m scripts.bench.record_quickstart runs/quickstart-1 --case "2 CPU cores" --total-s 430
+    python -m scripts.record_quickstart runs/quickstart-1 --case "2 CPU cores" --total-s 430
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Plot scripts/bench/results/kernels.jsonl: ratio to the frozen floor per shape, and each fused pass against the memory roofline.
 
-python -m scripts.bench.plot_kernels            writes scripts/bench/results/kernels.png from each case's latest line
+python -m scripts.plot_kernels            writes scripts/bench/results/kernels.png from each case's latest line
 """
 
 from pathlib import Path
