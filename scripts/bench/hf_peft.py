@@ -142,7 +142,7 @@ def global_batches(job: Job, batching: Batching, budget: int) -> Iterator[list[l
 
 
 def timed_steps(trainer: PeftTrainer, batches: Iterator, seconds: float, steps: int | None) -> dict:
-    """Train for so many seconds (or steps); return real and padded tokens, steps and seconds."""
+    """Train for `seconds` (or `steps`); return real and padded tokens, steps and seconds."""
     tokens = rows = taken = 0
     losses = []
     _synchronise(trainer.device)
