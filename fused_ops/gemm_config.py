@@ -38,33 +38,24 @@ def choice_key(num_rows: int, num_inner: int, num_cols: int, backward: bool, wid
     return f"{bucket} rows, {num_inner} -> {num_cols}, {'dx' if backward else 'forward'}, {term}"
 
 
-def gemm_config(input_TI: Tensor, num_cols: int, backward: bool, tma: bool, width: int, dropout: bool, num_modules: int) -> GemmConfig:
-    """Return how to cut this GEMM; `width` is the widest LoRA term in ranks (0: none)."""
-    if not tma or input_TI.dtype == torch.float32:
-        return GemmConfig(columns=128, inner=32, stages=3)
-    if input_TI.is_cuda:
-        key = choice_key(input_TI.shape[0], input_TI.shape[1], num_cols, backward, width, dropout)
-        found = _choices().get(torch.cuda.get_device_name(input_TI.device), {}).get(key)
-        if found is not None:
-            return GemmConfig(**found)
-    if width:
-        return GemmConfig(parts=4 if dropout and num_modules > 1 else 2)
-    # The flattened persistent loop hides the epilogue behind the next tile's loads; with a LoRA term ptxas serialises its products.
-    return GemmConfig(stages=3, persistent=True, flatten=True, group=16)
+def gemm_config(values_TI: Tensor, num_cols: int, backward: bool, small: bool, width: int, dropout: bool, num_modules: int) -> GemmConfig:
+    """Return how to cut this GEMM; `width` is the widest LoRA term in ranks (0: none), `small`: without TMA, or to float32.
 
-
-def fp8_config(values_TI: Tensor, num_cols: int, backward: bool, small: bool, width: int, dropout: bool, num_modules: int) -> GemmConfig:
-    """Return how to cut a GEMM over 8-bit operands: twice the inner block, in as many bytes; `small`: without TMA, or to float32."""
+    Over 8-bit operands the inner block is twice as long, in as many bytes.
+    """
+    fp8 = values_TI.dtype == torch.float8_e4m3fn
+    inner = 128 if fp8 else 64
     if small:
-        return GemmConfig(columns=128, inner=64, stages=3)
+        return GemmConfig(columns=128, inner=inner // 2, stages=3)
     if values_TI.is_cuda:
-        key = choice_key(values_TI.shape[0], values_TI.shape[1], num_cols, backward, width, dropout) + ", fp8"
+        key = choice_key(values_TI.shape[0], values_TI.shape[1], num_cols, backward, width, dropout) + (", fp8" if fp8 else "")
         found = _choices().get(torch.cuda.get_device_name(values_TI.device), {}).get(key)
         if found is not None:
             return GemmConfig(**found)
     if width:
-        return GemmConfig(inner=128, parts=4 if dropout and num_modules > 1 else 2)
-    return GemmConfig(inner=128, stages=3, persistent=True, flatten=True, group=16)
+        return GemmConfig(inner=inner, parts=4 if dropout and num_modules > 1 else 2)
+    # The flattened persistent loop hides the epilogue behind the next tile's loads; with a LoRA term ptxas serialises its products.
+    return GemmConfig(inner=inner, stages=3, persistent=True, flatten=True, group=16)
 
 
 @lru_cache(maxsize=1)

@@ -5,8 +5,12 @@ One kernel body serves both. Output tiles form the plain row grid. After the K l
 columns). The *product* is masked by row, column and dropout, so that a neighbour's NaN does not spread. The accumulator is
 processed in two or four column parts, which bounds the registers that the product needs.
 
-Names: input [T, I] times weight gives output [T, O]; weight is [O, I] forward and [I, O] backward. Without dropout, dX treats the
-modules of an adapter as one: their rows of A, and their columns of dS, are adjacent (WIDE).
+In 8 bits X or dY arrives rounded by rows, and W in the copy whose rows are outputs (fp8.py), so that both directions read both
+operands along the reduced dimension, as Hopper's 8-bit tensor cores require. The accumulator is multiplied by the two scales after
+the K loop; the LoRA term is in 16 bits. Sums are the tensor core's own, with about 14 bits of fraction: finer than the operands' 4.
+
+Names: input [T, I] times weight gives output [T, O]; weight is [O, I] forward and [I, O] backward (in 8 bits [O, I]). Without
+dropout, dX treats the modules of an adapter as one: their rows of A, and their columns of dS, are adjacent (WIDE).
 """
 
 from dataclasses import dataclass
@@ -18,6 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.fp8 import Fp8Matrix
 from fused_ops.gemm_config import GemmConfig, gemm_config
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, uses_tma
@@ -154,12 +159,13 @@ def _split(b_acc, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "s_stride", "first_feature"])
 def _gemm_kernel(
-    input, weight, output, bias_ptr, s, lora0, lora1, lora2, s_ptr, lora_ptr, offset1, offset2, l_strides, starts, stops,
-    tiles_ptr, segments_ptr, adapters_ptr, keys_ptr, num_rows, num_cols, num_inner, i_stride, w_stride, o_stride, s_stride, first_feature,
+    input, weight, output, row_scales_ptr, column_scales_ptr, bias_ptr, s, lora0, lora1, lora2, s_ptr, lora_ptr, offset1, offset2,
+    l_strides, starts, stops, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr, num_rows, num_cols, num_inner, i_stride, w_stride, o_stride,
+    s_stride, first_feature,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, NUM_STAGES: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, BACKWARD: tl.constexpr, LORA: tl.constexpr, MODULES: tl.constexpr,
-    RANK: tl.constexpr, FIRST: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    RANK: tl.constexpr, FIRST: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    FP8: tl.constexpr, INNER_FIRST: tl.constexpr,
 ):  # fmt: skip
     factors = (lora0, lora1, lora2)
     num_m, num_n = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN)
@@ -177,13 +183,13 @@ def _gemm_kernel(
         for i_k in tl.range(0, tl.cdiv(num_inner, BK), num_stages=NUM_STAGES):
             if TMA:
                 b_in = input.load([i_m * BM, i_k * BK])
-                b_w = weight.load([i_k * BK, i_n * BN]) if BACKWARD else weight.load([i_n * BN, i_k * BK]).T
+                b_w = weight.load([i_k * BK, i_n * BN]) if INNER_FIRST else weight.load([i_n * BN, i_k * BK]).T
             else:
                 o_k = i_k * BK + tl.arange(0, BK)
                 o_c = i_n * BN + tl.arange(0, BN)
                 in_at = input + o_row.to(tl.int64)[:, None] * i_stride + o_k[None, :]
                 b_in = tl.load(in_at, (o_row < num_rows)[:, None] & (o_k < num_inner)[None, :], 0.0)
-                if BACKWARD:
+                if INNER_FIRST:
                     w_at = weight + o_k.to(tl.int64)[:, None] * w_stride + o_c[None, :]
                 else:
                     w_at = weight + o_c.to(tl.int64)[None, :] * w_stride + o_k[:, None]
@@ -192,6 +198,8 @@ def _gemm_kernel(
 
         # First, so that the wait for the accumulator is not inside a branch (which would serialise the K loop).
         parts = _split(b_acc, PARTS)
+        if FP8:
+            b_row_scales = tl.load(row_scales_ptr + o_row, o_row < num_rows, 0.0)
         done = 0
         if FIRST > 0:
             b_s, b_l, owned = _load_owner(
@@ -203,6 +211,9 @@ def _gemm_kernel(
             i_col = i_n * BN + i_part * (BN // PARTS)
             o_col = i_col + tl.arange(0, BN // PARTS)
             b_part = parts[i_part]
+            if FP8:
+                b_column_scales = tl.load(column_scales_ptr + o_col, o_col < num_cols, 0.0)
+                b_part = b_part * b_row_scales[:, None] * b_column_scales[None, :]
             if FIRST > 0:
                 b_part = tl.dot(b_s, l_parts[i_part], b_part, input_precision="ieee")
             if LORA:
@@ -262,40 +273,50 @@ def lora_term(group: LoraGroup | None, backward: bool) -> LoraTerm:
 
 
 def gemm(
-    input_TI: Tensor,
-    weight: Tensor,
+    input_TI: Tensor | Fp8Matrix,
+    weight: Tensor | Fp8Matrix,
     bias_O: Tensor | None,
     s_TR: Tensor | None,
     group: LoraGroup | None,
     route: Route | None,
     backward: bool,
+    dtype: torch.dtype | None = None,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """Return input W^T (+ bias) + S B^T, or with `backward` input W + M * (S A). s_TR, group and route are None together."""
-    num_rows, num_inner = input_TI.shape
-    num_cols = weight.shape[1 if backward else 0]
-    out_TO = torch.empty(num_rows, num_cols, dtype=input_TI.dtype, device=input_TI.device)
+    """Return input W^T (+ bias) + S B^T, or with `backward` input W + M * (S A), in `dtype` (None: the input's).
+
+    Of 8-bit matrices, `weight` is the copy whose rows are outputs, in both directions. s_TR, group and route are None together.
+    """
+    fp8 = isinstance(input_TI, Fp8Matrix)
+    row_scales, column_scales = (input_TI.scales, weight.scales) if isinstance(input_TI, Fp8Matrix) else (None, None)
+    values, weight = (each.values if isinstance(each, Fp8Matrix) else each for each in (input_TI, weight))
+    inner_first = backward and not fp8  # the weight's rows lie along the reduced dimension
+    (num_rows, num_inner), num_cols = values.shape, weight.shape[1 if inner_first else 0]
+    out_TO = torch.empty(num_rows, num_cols, dtype=dtype or values.dtype, device=values.device)
     if num_rows == 0:
         return out_TO
     term, lora = lora_term(group, backward), group is not None
-    tma = uses_tma(input_TI, weight, out_TO, *(t for t in term.factors if len(t)))
+    tma = uses_tma(values, weight, out_TO, *(t for t in term.factors if len(t)))
     if config is None:
-        config = gemm_config(input_TI, num_cols, backward, tma, term.width, term.dropout, group.num_modules if lora else 0)
+        small = not tma or out_TO.dtype == torch.float32
+        config = gemm_config(values, num_cols, backward, small, term.width, term.dropout, group.num_modules if group is not None else 0)
     tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
-    part, matrices = config.columns // config.parts, (input_TI, weight, out_TO)
+    part, matrices = config.columns // config.parts, (values, weight, out_TO)
     if tma:
-        weight_box = (config.inner, config.columns) if backward else (config.columns, config.inner)
+        weight_box = (config.inner, config.columns) if inner_first else (config.columns, config.inner)
         boxes = (config.rows, config.inner), weight_box, (config.rows, part)
         matrices = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(matrices, boxes, strict=True))
-    programs = min(num_processors(input_TI.device), tiles) if config.persistent else tiles
+    programs = min(num_processors(values.device), tiles) if config.persistent else tiles
     _gemm_kernel[(programs,)](
-        *matrices, bias_O, *term.operands(s_TR, config.rows, part, tma), *term.tables(s_TR, group, route, config.rows),
-        num_rows, num_cols, num_inner, input_TI.stride(0), weight.stride(0), out_TO.stride(0),
-        s_TR.stride(0) if lora else 0, group.first_feature if lora else 0,
+        *matrices, row_scales, column_scales, bias_O,
+        *term.operands(s_TR, config.rows, part, tma), *term.tables(s_TR, group, route, config.rows),
+        num_rows, num_cols, num_inner, values.stride(0), weight.stride(0), out_TO.stride(0),
+        s_TR.stride(0) if s_TR is not None else 0, group.first_feature if group is not None else 0,
         BM=config.rows, BN=config.columns, BK=config.inner, GROUP=config.group, PARTS=config.parts, NUM_STAGES=config.stages,
         NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=lora,
-        MODULES=term.num_modules, RANK=RANK, FIRST=ranks_ahead(term, tma) if adds_ranks_ahead() else 0,
-        DROPOUT=term.dropout, WIDE=term.wide, HAS_BIAS=bias_O is not None, TMA=tma, num_warps=config.warps,
+        MODULES=term.num_modules, RANK=RANK, FIRST=ranks_ahead(term, tma) if fp8 or adds_ranks_ahead() else 0,
+        DROPOUT=term.dropout, WIDE=term.wide, HAS_BIAS=bias_O is not None, TMA=tma, FP8=fp8, INNER_FIRST=inner_first,
+        num_warps=config.warps,
     )  # fmt: skip
     return out_TO
 

@@ -1,7 +1,7 @@
 """Times candidates on a GPU: under CUDA graphs, each once per round, in an order drawn anew.
 
 The chip's clock moves from one second to the next and what runs hot slows down what comes after it, so candidates are compared within
-rounds and nobody always comes after the same.
+rounds and none always comes after the same.
 """
 
 from __future__ import annotations

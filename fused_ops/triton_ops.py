@@ -8,7 +8,6 @@ from fused_ops import lora_down, lora_grad
 from fused_ops.adapters import LoraGroup
 from fused_ops.cache_keys import fix_cache_keys
 from fused_ops.fp8 import Fp8Weight, quantise_rows
-from fused_ops.fp8_gemm import fp8_gemm
 from fused_ops.lora_gemm import gemm
 from fused_ops.route import Route
 from fused_ops.shapes import suits_hopper
@@ -57,14 +56,14 @@ def up(
 ) -> Tensor:
     """Return Y [T, N] = X W^T (+ bias) + S B^T."""
     if isinstance(weight_NK, Fp8Weight):
-        return fp8_gemm(quantise_rows(x_TK, "triton"), weight_NK.by_output, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
+        return gemm(quantise_rows(x_TK, "triton"), weight_NK.by_output, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
     return _gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False)
 
 
 def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
     """Return dX [T, K] = dY W + M * (dS A)."""
     if isinstance(weight_NK, Fp8Weight):
-        return fp8_gemm(quantise_rows(dy_TN, "triton"), weight_NK.by_input, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
+        return gemm(quantise_rows(dy_TN, "triton"), weight_NK.by_input, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
     return _gemm(dy_TN, weight_NK, None, ds_TR, group, route, backward=True)
 
 

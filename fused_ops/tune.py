@@ -18,7 +18,6 @@ import torch
 from fused_ops import triton_ops
 from fused_ops.adapters import AdapterTable, LoraGroup
 from fused_ops.fp8 import quantise_rows, quantise_weight
-from fused_ops.fp8_gemm import fp8_gemm
 from fused_ops.gemm_config import GemmConfig, choice_key
 from fused_ops.lora_gemm import gemm
 from fused_ops.route import make_route
@@ -57,7 +56,7 @@ def tune(rounds: int = 8) -> Iterator[Choice]:
         for backward, value, num_out in ((False, x, sum(columns)), (True, dy, num_in)):
 
             def run(config: GemmConfig, value=value, backward=backward) -> object:
-                return gemm(value, weight, None, None, None, None, backward, config)  # noqa: B023 (called at once)
+                return gemm(value, weight, None, None, None, None, backward, config=config)  # noqa: B023 (called at once)
 
             yield _fastest(choice_key(len(value), value.shape[1], num_out, backward, 0, False), PLAIN, run, rounds)
         if in_8_bits:
@@ -80,7 +79,7 @@ def _tune_8_bits(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, column
                 key = choice_key(len(value), value.shape[1], len(matrix.values), backward, term_width, drops)
 
                 def run(config: GemmConfig, rows=rows, matrix=matrix, term=term, backward=backward) -> object:
-                    return fp8_gemm(rows, matrix, None, *term, backward, torch.bfloat16, config)
+                    return gemm(rows, matrix, None, *term, backward, torch.bfloat16, config)
 
                 yield _fastest(key + ", fp8", IN_8_BITS[key.rsplit(", ", 1)[1]], run, rounds)
 

@@ -2,7 +2,7 @@
 
     last step ends in slot e  ->  STEP stands before F(e + gap) on every stage  ->  free from slot e + gap + 1 on
 
-so that whoever joins at a window's border finds every action of the departed job in earlier windows. What is kept is bounded by what
+so that a job that joins at a window's border finds every action of the departed job in earlier windows. What is kept is bounded by what
 ends within a gap.
 """
 

@@ -94,7 +94,7 @@ class FinishedRun:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the timeline, which keeps so many spans alone, reaches back to the run's first microbatch."""
+        """Whether the timeline, which keeps a bounded number of spans, reaches back to the run's first microbatch."""
         first = next(slot for slot, entries in enumerate(self.slots) if entries)
         return all(any(e["cat"] == "F" and e["index"] == first for e in events) for events in self.spans.values())
 

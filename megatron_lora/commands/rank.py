@@ -54,11 +54,11 @@ def calibrate(config_path: str, overrides: list[str], output: str | None) -> int
         dist.destroy_process_group()
         return 0
 
-    return _as_rank(work, StopRequest())  # there is nothing to save: whoever asks ends the rank
+    return _as_rank(work, StopRequest())  # there is nothing to save: a request ends the rank
 
 
 def _as_rank(work: Callable[[], int], stop: StopRequest) -> int:
-    """Return what a rank's work returns; an exception is recorded for torchrun, printed if nobody else does, and ends the process."""
+    """Return what a rank's work returns; an exception is recorded for torchrun, printed if no other process does, and ends the process."""
     launched = LAUNCHED in os.environ
     if launched:
         stop.listen()

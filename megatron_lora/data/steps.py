@@ -15,12 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import numpy as np
 
-if TYPE_CHECKING:  # the checks count steps before they load a tokenizer's library
-    from megatron_lora.data.samples import Sample
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One record as trained. targets[i] says that token i is predicted from the tokens before it; targets[0] is False."""
+
+    record: int
+    tokens: np.ndarray  # [L] int32
+    targets: np.ndarray  # [L] bool
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
 
 Step = tuple[tuple[int, int], ...]  # a global batch: (epoch, index into the job's samples) of each of its samples
 

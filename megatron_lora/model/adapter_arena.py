@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.adapters import AdapterTable
-from megatron_lora.model.arena_region import FREE, AdapterSpec, Factor, NoRoom, Place, Region
+from megatron_lora.model.arena_region import FREE_ROW, AdapterSpec, Factor, NoRoom, Place, Region
 from megatron_lora.model.linears import MultiLoraLinear
 
 
@@ -54,7 +54,7 @@ class Arena:
         self.exp_avg = torch.zeros(size, dtype=torch.float32, device=device)
         self.exp_avg_sq = torch.zeros(size, dtype=torch.float32, device=device)
         self.compute = self.master if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device)
-        self.specs: list[AdapterSpec] = []  # [adapter row]; FREE where it is free
+        self.specs: list[AdapterSpec] = []  # [adapter row]; FREE_ROW where it is free
         self.places: list[list[Place | None]] = [[] for _ in linears]  # [linear][adapter row]
         self.factors: list[list[Factor]] = []  # [adapter row]; empty where it is free
         for spec in adapters:
@@ -77,7 +77,7 @@ class Arena:
                     buffer[part].zero_()
             region.give_back(place)
             places[row] = None
-        self.specs[row] = FREE
+        self.specs[row] = FREE_ROW
         self.factors[row] = []
         self._publish_tables()
 
@@ -90,9 +90,9 @@ class Arena:
             for region, place in taken:
                 region.give_back(place)
             raise
-        row = next((row for row, taken_by in enumerate(self.specs) if taken_by is FREE), len(self.specs))
+        row = next((row for row, taken_by in enumerate(self.specs) if taken_by is FREE_ROW), len(self.specs))
         if row == len(self.specs):
-            self.specs.append(FREE)
+            self.specs.append(FREE_ROW)
             self.factors.append([])
             for places in self.places:
                 places.append(None)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fused_ops.adapters import AdapterTable, LoraGroup, padded_rank
 from megatron_lora.model.linears import LinearGeometry
 
-ALIGN = 64  # every region starts on a multiple of so many numbers: 128 bytes in 16 bits
+ALIGN = 64  # every region starts on a multiple of this many numbers: 128 bytes in 16 bits
 
 
 class NoRoom(Exception):
@@ -37,7 +37,7 @@ class AdapterSpec:
     target_modules: frozenset[str]
 
 
-FREE = AdapterSpec(r=1, scale=0.0, dropout=0.0, target_modules=frozenset())  # stands in tables where an adapter row is free
+FREE_ROW = AdapterSpec(r=1, scale=0.0, dropout=0.0, target_modules=frozenset())  # stands in tables where an adapter row is free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@
     queued, running <-> paused
 
 `stopped` is early, by the job's patience or its sweep; `cancelled` is on request. status.json records one state per job
-(run_directory.py), and whoever changes one does so by `after`.
+(run_directory.py); code that changes one does so by `after`.
 """
 
 from collections.abc import Iterable

@@ -14,21 +14,22 @@ from fused_ops.linear import Collectives
 from megatron_lora.parallel import compat
 
 
-class ColumnCollectives(Collectives):
-    """Every rank has all rows of X; dX is all-reduced."""
+class _Grouped(Collectives):
+    """Collectives over the tensor ranks of a linear."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
+
+
+class ColumnCollectives(_Grouped):
+    """Every rank has all rows of X; dX is all-reduced."""
 
     def reduce_grad(self, dx: Tensor) -> Tensor:
         return all_reduce(dx, self.group)
 
 
-class ColumnSequenceCollectives(Collectives):
+class ColumnSequenceCollectives(_Grouped):
     """X is a shard of rows, all-gathered for the GEMM; dX and dS are reduce-scattered."""
-
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
 
     def gather_input(self, x: Tensor) -> Tensor:
         return gather_rows(x, self.group)
@@ -44,21 +45,15 @@ class ColumnSequenceCollectives(Collectives):
         return self.group.rank() * size, (self.group.rank() + 1) * size
 
 
-class RowCollectives(Collectives):
+class RowCollectives(_Grouped):
     """Y is a partial sum, all-reduced."""
-
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
 
     def reduce_output(self, y: Tensor) -> Tensor:
         return all_reduce(y, self.group)
 
 
-class RowSequenceCollectives(Collectives):
+class RowSequenceCollectives(_Grouped):
     """Y is a partial sum, reduce-scattered into shards of rows; dY is all-gathered."""
-
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
 
     def reduce_output(self, y: Tensor) -> Tensor:
         return scatter_rows(y, self.group)

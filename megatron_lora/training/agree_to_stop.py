@@ -26,7 +26,7 @@ def until_stopped(windows: Iterable[Window], stop: StopRequest, group: dist.Proc
     """Yield the windows in chunks of a few slots, until they end or a rank has a stop request.
 
     A stop ends the stream with the no-ops that drain the pipeline. `group` is a gloo group of all ranks
-    that nobody else uses; `lag` is the number of slots from the end of a step to its verdict. No rank
+    that nothing else uses; `lag` is the number of slots from the end of a step to its verdict. No rank
     waits for another: the first stage is at most `num_stages` slots ahead of the last, and the result of
     an all-reduce is read at least twice as many slots after its start.
     """

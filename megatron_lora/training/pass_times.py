@@ -54,7 +54,7 @@ class Stopwatch:
 
 
 def in_turns(device: torch.device, works: Sequence[Callable[[Stopwatch], object]], repeats: int) -> list[dict[str, float]]:
-    """Return the median seconds of what each work times, [{name: seconds}], over so many turns of them all; two before are not counted.
+    """Return the median seconds of what each work times, [{name: seconds}], over `repeats` turns of them all; two before are not counted.
 
     The first of the two may compile kernels and is waited for; the second lets the host get ahead.
     """

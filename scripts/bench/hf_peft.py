@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.collate import NO_LABEL
-from megatron_lora.data.samples import Sample
+from megatron_lora.data.steps import Sample
 from megatron_lora.training.jobs import Job, read_jobs
 from scripts.bench.cases import Case
 from scripts.bench.model_shapes import hf_config
@@ -142,7 +142,7 @@ def global_batches(job: Job, batching: Batching, budget: int) -> Iterator[list[l
 
 
 def timed_steps(trainer: PeftTrainer, batches: Iterator, seconds: float, steps: int | None) -> dict:
-    """Train for so many seconds (or steps); return real and padded tokens, steps and seconds."""
+    """Train for `seconds` (or `steps`); return real and padded tokens, steps and seconds."""
     tokens = rows = taken = 0
     losses = []
     _synchronise(trainer.device)

@@ -1,6 +1,6 @@
 """Where a GPU's time goes: the share of every kind of kernel in a profiled run, and of time without any.
 
-A kernel is told by its own name where that says enough (ours, flash attention, NCCL), else by what launched it: torch.profiler's trace
+A kernel is known by its own name where that says enough (ours, flash attention, NCCL), else by what launched it: torch.profiler's trace
 links it to a launch, and the launch lies within operators, the innermost of which that is known here names the kind. So a GEMM inside
 the loss counts as loss, and a gradient of A that waited for its norm's backward as LoRA.
 """

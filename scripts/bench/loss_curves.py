@@ -38,7 +38,7 @@ Curves = dict[str, list[list[float]]]  # name of the run -> [job][step]
 
 
 def alone(config: RunConfig, num_steps: int, precision: str, folder: Path) -> RunConfig:
-    """Return a config for one process, its jobs without dropout, of so many steps, beginning with adapters in a folder."""
+    """Return a config for one process, its jobs without dropout, of `num_steps` steps, beginning with adapters in a folder."""
     changes = {"lora_dropout": 0.0, "max_steps": num_steps}
     jobs = tuple(dataclasses.replace(job, **changes, init_adapter=str(folder / job.name)) for job in config.jobs)
     return dataclasses.replace(config, parallel=ParallelConfig(), recompute="cheap", precision=precision, jobs=jobs)
@@ -81,7 +81,7 @@ def peft_losses(model_dir: Path, adapter: Path, job: Job, device: torch.device, 
 
 
 def side_by_side(work: Callable, arguments: Sequence[tuple], processes: int) -> list:
-    """Return work(*each) of all arguments, in so many processes: small models leave a GPU idle between launches."""
+    """Return work(*each) of all arguments, in `processes` processes: small models leave a GPU idle between launches."""
     if processes == 1:
         return [work(*each) for each in arguments]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:

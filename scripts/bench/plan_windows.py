@@ -1,6 +1,6 @@
 """Measures the planner's windows in a long run: 1,000 jobs x 100 steps x 32 samples, 64 of them resident at a time, on 4 stages.
 
-Talks to the planning process as a run does (scheduling.serve). Before every window a few jobs leave, so many that nearly all jobs have
+Talks to the planning process as a run does (scheduling.serve). Before every window a few jobs leave: enough that nearly all jobs have
 been resident by the last window; others join in their places. Each window is checked by a Follower. Appends a JSON line to
 scripts/bench/results/plan_windows.jsonl: milliseconds per slot of the windows, from request to answer and of the process's own CPU time
 (median, 95th percentile, first), and the memory of the planning process after the 10th and the last window.
@@ -47,7 +47,7 @@ def cpu_s(pid: int) -> float:
 
 
 def measure(planner: subprocess.Popen[str], num_windows: int) -> dict:
-    """Plan so many windows; returns the figures."""
+    """Plan `num_windows` windows; returns the figures."""
     assert planner.stdin is not None and planner.stdout is not None
     print(json.dumps(SETTINGS), file=planner.stdin)
     follower = Follower([], SETTINGS["num_stages"], SETTINGS["capacity"], max_endings=SETTINGS["max_endings"])

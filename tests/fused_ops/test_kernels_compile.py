@@ -141,11 +141,11 @@ def test_fp8_products_neither_spill_nor_wait(make_problem, compiled, case):
     ops.up(p.x, weight, None, s, p.group, p.route)
     ops.grad_x(p.dy, weight, s, p.group, p.route)
     ops.up(p.x, weight, None, None, None, None)
-    assert {kernel.name for kernel in compiled} == {"_fp8_gemm_kernel", "_quantise_kernel"}
+    assert {kernel.name for kernel in compiled} == {"_gemm_kernel", "_quantise_kernel"}
     for kernel in compiled:
         registers, spilled, serialised = report(kernel)
         assert not spilled and not serialised, (kernel.name, registers, spilled, serialised)
-        if kernel.name == "_fp8_gemm_kernel":
+        if kernel.name == "_gemm_kernel":
             assert "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3" in kernel.asm["ptx"]
 
 
