@@ -45,19 +45,22 @@ class FinishedRun:
         """Read a directory; UserError where it is not that of a run that has ended."""
         try:
             config = load_config(path / "config.yaml")
-            windows = sorted((path / "plan").glob("window-*.json"))
+            windows = sorted((path / "plan").glob("window-*.json"), key=lambda file: (len(file.name), file.name))
             slots = [slot for window in windows for slot in json.loads(window.read_text(encoding="utf-8"))["microbatches"]]
             spans: dict[int, list[dict]] = defaultdict(list)
             for event in json.loads((path / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]:
                 if event["ph"] == "X":
                     spans[event["tid"]].append(event | {"index": int(event["name"].split()[-1])})
             cost, environment = (json.loads((path / name).read_text(encoding="utf-8")) for name in ("cost.json", "env.json"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             said = one_line(f"{type(error).__name__}: {error}", 200)
             raise UserError(f"{path}: is not the directory of a run that has ended ({said}); name a run's output_dir") from None
-        if not any(event["cat"] in WORK for events in spans.values() for event in events):
+        executed = [event["index"] for events in spans.values() for event in events if event["cat"] == "F"]
+        if not executed:
             raise UserError(f"{path}: nothing was trained in the run's last start; name a run that has")
-        return cls(path, config, slots, dict(sorted(spans.items())), cost, environment)
+        if (num_slots := 1 + max(executed)) > len(slots):
+            raise UserError(f"{path}: plan/ has {len(slots)} slots, and {num_slots} were executed; restore its windows")
+        return cls(path, config, slots[:num_slots], dict(sorted(spans.items())), cost, environment)
 
     @property
     def num_stages(self) -> int:
