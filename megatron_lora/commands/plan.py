@@ -63,7 +63,7 @@ def main(config_path: str, overrides: list[str], options: Options | None = None)
     seconds = message_and_step_seconds(config, inputs.architecture, device)
     together, solo = (forecast(runs_of(each, workload), workload, *seconds) for each in (policy, "flush"))
     lines = [*describe(given, config), *table(config, policy, workload, solo, together), ""]
-    lines += stage_table(config, inputs.architecture, device, workload, together)
+    lines += stage_table(config, inputs.architecture, device, together)
     lines += ["", basis(device, known, costs, share), *advice(config, policy, solo, together)]
     print("\n".join(lines))
     if options.plot is not None:
@@ -155,7 +155,7 @@ def gains_of(solo: Forecast, together: Forecast) -> list[float]:
     return [solo.of_job(job).seconds / (shares[job] * together.figures.seconds) for job in range(len(shares))]
 
 
-def stage_table(config: RunConfig, architecture: Architecture, device: Device, workload: Workload, together: Forecast) -> list[str]:
+def stage_table(config: RunConfig, architecture: Architecture, device: Device, together: Forecast) -> list[str]:
     """Return a line for each stage, with its layers, idle share and memory, and a warning if the memory does not suffice."""
     columns = ("stage", "layers", "bubble", "weights", "adapters", "activations", "memory")
     lines = ["".join(f"{column:>{len(column) + 4}}" for column in columns)[4:]]

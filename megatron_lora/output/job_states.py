@@ -18,7 +18,6 @@ FOLLOWERS = {
     "cancelled": (),
     "failed": (),
 }
-STATES = tuple(FOLLOWERS)
 OVER = tuple(state for state, followers in FOLLOWERS.items() if not followers)
 
 ALL_DONE, SOME_FAILED, NOT_OVER = 0, 3, 75  # exit statuses of a run

@@ -18,7 +18,7 @@ all GPUs. Memory is that of the actual device. `target_share` is the share of to
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from megatron_lora.config.resolved import ResolvedConfig
@@ -63,7 +63,7 @@ def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, dev
     if config.recompute == "auto":
         resolved = dataclasses.replace(resolved, recompute=choose_recompute(resolved, architecture, device))
         if config.parallel.layers_per_stage is None:
-            resolved = even_out(resolved, architecture, device, lambda other: _slowest_stage_s(other, architecture, device, target_share))
+            resolved = even_out(resolved, architecture, device, target_share)
     return ResolvedConfig.of(resolved)
 
 
@@ -129,17 +129,16 @@ def choose_recompute(config: RunConfig, architecture: Architecture, device: Devi
     return policies[0] if len(set(policies)) == 1 else tuple(policies)
 
 
-def even_out(config: RunConfig, architecture: Architecture, device: Device, slowest: Callable[[RunConfig], float]) -> RunConfig:
+def even_out(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> RunConfig:
     """Return the config after moving single layers between stages for as long as that improves it.
 
     Every move chooses the recomputation anew. A config is better if the fullest stage exceeds its memory
-    by less, or, at the same excess (mostly none), if the slowest stage is faster. `slowest` returns the
-    seconds of a usual microbatch on the slowest stage of a resolved config.
+    by less, or, at the same excess (mostly none), if its slowest stage is faster.
     """
 
     def penalty(candidate: RunConfig) -> tuple[float, float]:
         excess = max(peak - usable_bytes(device) for peak in predicted_peaks(candidate, architecture, device))
-        return max(0.0, excess), slowest(candidate)
+        return max(0.0, excess), _slowest_stage_s(candidate, architecture, device, target_share)
 
     def moved(source: int, target: int) -> RunConfig:
         counts = list(config.parallel.layers_per_stage or ())
