@@ -3,9 +3,9 @@
     run = FinishedRun.read(Path("runs/quickstart-1"))
     run.makespan_s, run.predicted().makespan_s, run.replayed().makespan_s
 
-A run that was resumed is read from its last start. Slots that were planned and not executed, because the
-run was stopped, are left out. A pass of a slot takes the mean of its times on the ranks of the stage.
-Times of ranks on several hosts compare as well as the hosts' clocks agree.
+A run that was resumed is read from its last start. Slots that were planned and not executed,
+because the run was stopped, are left out. A pass of a slot takes the mean of its times on the ranks
+of the stage. Times of ranks on several hosts compare as well as the hosts' clocks agree.
 """
 
 from __future__ import annotations
