@@ -1,26 +1,26 @@
 """Runs one stage's actions over the pipeline's messages, window after window.
 
 It makes no decisions: `scheduling.pipeline.window_actions` turns the plan into this stage's list of
-actions. With P stages, and the delay d = 1 where gradient norms must be summed over other ranks of a
-stage (tensor or data parallelism) and d = 0 otherwise (P + d is the gap):
+actions. With P stages, and the delay d = 1 where gradient norms must be summed over other ranks of
+a stage (tensor or data parallelism) and d = 0 otherwise (P + d is the gap):
 
     F(t)     forward of slot t       its message's header holds the verdicts of the steps that ended at slot t - P - d
     B(t)     backward of slot t      its message's header holds partial sums for the steps that ended at slot t - d
     STEP(j)  optimizer step of job j with the verdict in the next forward message's header
 
 A verdict is a step's squared gradient norm, summed over all stages; the optimizer skips the step if
-it is not finite. The sum is made on the way: a step ends with slot e, and the gradient message of slot
-e + d collects each stage's part (and the step's loss) as it travels to the first stage. The first stage
-then has the total and sends it forward again in the header of slot e + P + d, so that every stage
-takes the step in front of that slot. This needs neither an all-reduce over stages nor a device
-synchronisation. A no-op's message is a header without a body.
+it is not finite. The sum is made on the way: a step ends with slot e, and the gradient message of
+slot e + d collects each stage's part (and the step's loss) as it travels to the first stage. The
+first stage then has the total and sends it forward again in the header of slot e + P + d, so that
+every stage takes the step in front of that slot. This needs neither an all-reduce over stages nor a
+device synchronisation. A no-op's message is a header without a body.
 
 When receives are posted. On the CPU the next slot's receive is posted ahead. On a GPU a receive is
-posted only when its message is needed. A waiting NCCL receive is a running kernel, and CUDA may wait
-for running kernels whenever it loads a module or allocates memory. If two neighbours had receives
-posted ahead, each could block in such a call while its running receive waits for the other: a
-deadlock. Without them, a rank only ever waits for a message that its neighbour sends earlier in the
-plan's order than anything that the neighbour may itself be waiting for.
+posted only when its message is needed. A waiting NCCL receive is a running kernel, and CUDA may
+wait for running kernels whenever it loads a module or allocates memory. If two neighbours had
+receives posted ahead, each could block in such a call while its running receive waits for the
+other: a deadlock. Without them, a rank only ever waits for a message that its neighbour sends
+earlier in the plan's order than anything that the neighbour may itself be waiting for.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class _InFlight:
 class _Outlet(torch.autograd.Function):
     """Copies a stage's output into its message; its backward returns the gradient that was received in the meantime.
 
-    The graph keeps only the scalar that `forward` returns, so the output's memory is freed once it is
-    copied (what Megatron does with `deallocate_output_tensor`).
+    The graph keeps only the scalar that `forward` returns, so the output's memory is freed once it
+    is copied (what Megatron does with `deallocate_output_tensor`).
     """
 
     @staticmethod
@@ -126,9 +126,9 @@ class Executor:
     ):
         """Make the executor of the stage at `position`, which `links` connect to the stages beside it.
 
-        `load(microbatch)` returns the microbatch's tensors. `num_rows(microbatch)` returns the rows of its
-        activations on this rank, 0 for a no-op. `jobs[number].optimizer` takes the job's steps. `on_forward`
-        is called before each slot's forward and `on_step` after each step.
+        `load(microbatch)` returns the microbatch's tensors. `num_rows(microbatch)` returns the rows
+        of its activations on this rank, 0 for a no-op. `jobs[number].optimizer` takes the job's
+        steps. `on_forward` is called before each slot's forward and `on_step` after each step.
         """
         self.model = model
         self.position = position
@@ -187,7 +187,8 @@ class Executor:
     def _take(self, receiver: Receiver, name: str, slot: int) -> Message:
         """Receive and return a slot's message; `name` is that of the wait in the timeline.
 
-        Posts the next slot's receive, if that slot is known already and receives may be posted ahead.
+        Posts the next slot's receive, if that slot is known already and receives may be posted
+        ahead.
         """
         if not receiver.posted:
             receiver.post(self.num_rows(self.stream[slot]))

@@ -1,6 +1,8 @@
 """A job as one rank holds it: its config and data, where it resumes, its adapter and optimizer, its state.
 
-jobs = read_jobs(config.jobs, tokenizer, cache_dir, vocab_size, resume_points)      # number -> Job
+    jobs = read_jobs(config.jobs, tokenizer, cache_dir, vocab_size, resume_points)      # number -> Job
+
+A job is *resident* while it has an adapter row and an optimizer.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ MOST_VISITS = 50_000_000  # samples over all of a job's steps (a sample counts o
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """A job as one rank holds it, from its admission to its end.
+    """A job as one rank holds it.
 
-    Its number names it in plans and messages, its adapter row in the arena; both are free again when it is over.
+    Plans and messages name it by its number, the arena by its adapter row.
     """
 
     number: int
@@ -38,10 +40,10 @@ class Job:
     resume_point: ResumePoint = ResumePoint()
     adapter_row: int = -1  # in the arena; -1: not resident
     resident_optimizer: JobOptimizer | None = None  # of its adapter on this rank, while it is resident
-    state: str = "queued"  # output/job_states.py
+    state: str = "queued"  # one of output/job_states.py; kept by the first rank
     steps_taken: int = 0
     steps_saved: int = 0  # steps taken at its last snapshot
-    skipped_in_a_row: int = 0  # of the steps that are reported
+    skipped_in_a_row: int = 0  # as reported; the optimizer counts its own on the device
 
     def __post_init__(self):
         point = self.resume_point
@@ -107,7 +109,8 @@ def read_jobs(
 ) -> dict[int, Job]:
     """Tokenise every job's data, or read it from the cache, and number the jobs in their order; returns number -> job.
 
-    `resume_points` are by name; a job without one starts at step 0. Raises UserError for data that cannot be used.
+    `resume_points` are by name; a job without one starts at step 0. Raises UserError for data that
+    cannot be used.
     """
     jobs = {}
     for number, (c, data) in enumerate(zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True)):

@@ -62,9 +62,9 @@ LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a ran
 def run(config: RunConfig, stop: StopRequest) -> int:
     """Train a config's remaining jobs, as one rank of the run; return the run's exit status.
 
-    A job remains until it is over (job_states.OVER). Status 0: all are over and none has failed; 3: some
-    have failed; 75: the run was stopped on request, and the state of every unfinished job is saved. The
-    output directory must exist. Raises UserError for wrong input.
+    A job remains until it is over (job_states.OVER). Status 0: all are over and none has failed; 3:
+    some have failed; 75: the run was stopped on request, and the state of every unfinished job is
+    saved. The output directory must exist. Raises UserError for wrong input.
     """
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
@@ -205,9 +205,9 @@ def resolve_together(
 ) -> tuple[ResolvedConfig, SlotCost]:
     """Return the resolved config and the planner's cost model; the first rank makes both for all ranks.
 
-    It also prints and records what was chosen. The memory of its own device decides, even if other ranks
-    have more or less. `host_group` is a gloo group of all ranks; `lengths` and `target_share` are as in
-    planning.resolve; `names` are those of the jobs that remain.
+    It also prints and records what was chosen. The memory of its own device decides, even if other
+    ranks have more or less. `host_group` is a gloo group of all ranks; `lengths` and `target_share`
+    are as in planning.resolve; `names` are those of the jobs that remain.
     """
     chosen: list = [None, None]
     if dist.get_rank() == 0:
