@@ -4,7 +4,7 @@ The config is checked against the output directory, the files, the model, the ma
 cheapest first. Each check raises a UserError of one line that names the key, the value and the
 remedy. The ranks do not check again.
 
-    model_dir, architecture, data = check_run(config, ranks_here=2, owner=True)
+    inputs = check_run(config, ranks_here=2, owner=True)      # model_dir, architecture, data
 """
 
 import dataclasses
