@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -74,14 +75,16 @@ def read_calibration(path: Path, option: str = "calibration") -> Calibration:
     """Read a table; UserError names the option for a file that holds none."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        links = {name: Link(**link) for name, link in tree["links"].items()}
+        links = {name: Link(**_figures(link)) for name, link in tree["links"].items()}
         costs = MeasuredCosts(
             layers=tuple((policy, _stage_cost(cost)) for policy, cost in tree["layers"].items()),
             head=_stage_cost(tree["head"]),
-            step_s=float(tree["step_s"]),
+            **_figures({"step_s": tree["step_s"]}),
             hop=links.get("stage"),
         )
-        if tree["format"] != FORMAT or not {"none", "cheap", "full"} <= tree["layers"].keys():
+        _figures({"memory_bytes": tree["about"]["memory_bytes"]})
+        named = "device" in tree["of"] and "date" in tree["about"]
+        if tree["format"] != FORMAT or not named or not {"none", "cheap", "full"} <= tree["layers"].keys():
             raise ValueError("another format")
         return Calibration(subject=tree["of"], costs=costs, links=links, about=tree["about"])
     except OSError as error:
@@ -91,7 +94,15 @@ def read_calibration(path: Path, option: str = "calibration") -> Calibration:
 
 
 def _stage_cost(tree: dict) -> StageCost:
-    return StageCost(PassCost(**tree["forward"]), PassCost(**tree["backward"]))
+    return StageCost(PassCost(**_figures(tree["forward"])), PassCost(**_figures(tree["backward"])))
+
+
+def _figures(tree: dict) -> dict[str, float]:
+    """Return figures by their names; ValueError or TypeError unless all are finite numbers of at least 0."""
+    figures = {name: float(value) for name, value in tree.items()}
+    if not all(0 <= figure < math.inf for figure in figures.values()):
+        raise ValueError(figures)
+    return figures
 
 
 def find_calibration(cache: Path, config: RunConfig, architecture: Architecture, device: Device) -> Calibration | None:

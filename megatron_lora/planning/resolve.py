@@ -103,8 +103,8 @@ def choose_budget(config: RunConfig, architecture: Architecture, lengths: Length
         seconds, seconds_without = (_slowest_stage_s(one, architecture, device, target_share) for one in (recomputing, without))
         return seconds / seconds_without
 
+    rounds = deal(lengths, config.parallel.data, cost).rounds  # of one sample per replica, which train at the same time
     try:
-        rounds = deal(lengths, config.parallel.data, cost).rounds  # of one sample per replica, which train at the same time
         return choose_capacity(rounds, config.parallel.pipeline, fitting, cost, slowdown=slowdown if recompute_is_auto else None)
     except ValueError as error:
         remedy = "" if recompute_is_auto else "recompute: auto, "
