@@ -26,7 +26,7 @@ from megatron_lora.config.schema import RunConfig
 from megatron_lora.data.collate import collate
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
-from megatron_lora.environment import PACKAGES, commit, version
+from megatron_lora.environment import commit, versions
 from megatron_lora.files import write_atomically
 from megatron_lora.huggingface.architecture import Architecture, read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
@@ -175,7 +175,7 @@ class _Rank:
         about = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": commit(),
-            "packages": {name: found for name in PACKAGES if (found := version(name))},
+            "packages": versions(),
             "memory_bytes": self.cost_device.memory_bytes,
             "fit_error": _fit_error(fitted, body),
         }
