@@ -50,10 +50,11 @@ def modules() -> dict[str, Path]:
 
 
 def imported(file: Path, top_only: bool = False) -> set[str]:
-    """Return the dotted names that a file imports; with `top_only` those that it imports when it is itself imported."""
+    """Return the dotted names that a file imports; with `top_only` those that stand outside of functions, for type checkers too."""
     found = set()
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)] if top_only else ast.walk(tree)
+    top = [*tree.body, *(node for block in tree.body if isinstance(block, ast.If | ast.Try) for node in block.body)]
+    nodes = top if top_only else ast.walk(tree)
     for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}

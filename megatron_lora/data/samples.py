@@ -21,21 +21,10 @@ from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data.length_records import LengthEncoder
 from megatron_lora.data.row_files import read_records
 from megatron_lora.data.row_formats import RecordEncoder
+from megatron_lora.data.steps import Sample
 from megatron_lora.data.token_cache import Dataset, dataset_key, fetch, fingerprint, store
 from megatron_lora.data.tokenizer import require_chat_template
 from megatron_lora.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sample:
-    """One record as trained. targets[i] says that token i is predicted from the tokens before it; targets[0] is False."""
-
-    record: int
-    tokens: np.ndarray  # [L] int32
-    targets: np.ndarray  # [L] bool
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,18 +15,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import numpy as np
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.errors import UserError
 
-if TYPE_CHECKING:  # the checks count steps before they load a tokenizer's library
-    from megatron_lora.data.samples import Sample
-
 MOST_VISITS = 50_000_000  # samples over all of a job's steps (a sample counts once per epoch); each takes about 100 bytes on every rank
 Step = tuple[tuple[int, int], ...]  # a global batch: (epoch, index into the job's samples) of each of its samples
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One record as trained. targets[i] says that token i is predicted from the tokens before it; targets[0] is False."""
+
+    record: int
+    tokens: np.ndarray  # [L] int32
+    targets: np.ndarray  # [L] bool
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class Steps(Sequence[Step]):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.collate import NO_LABEL
-from megatron_lora.data.samples import Sample
+from megatron_lora.data.steps import Sample
 from megatron_lora.training.jobs import Job, read_jobs
 from scripts.bench.cases import Case
 from scripts.bench.model_shapes import hf_config

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from megatron_lora.data.collate import NO_LABEL, collate
-from megatron_lora.data.samples import Sample
-from megatron_lora.data.steps import JobSamples, job_steps
+from megatron_lora.data.steps import JobSamples, Sample, job_steps
 from scheduling.types import Microbatch, Segment
 
 MASKS = ([False, True, True], [False, False, True, False, True], [False, True])

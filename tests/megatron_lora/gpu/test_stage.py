@@ -16,8 +16,7 @@ from tiny import random_factor, save_model
 
 from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
 from megatron_lora.data.collate import collate
-from megatron_lora.data.samples import Sample
-from megatron_lora.data.steps import JobSamples, job_steps
+from megatron_lora.data.steps import JobSamples, Sample, job_steps
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec

@@ -115,8 +115,7 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
 
     from megatron_lora.config.schema import ParallelConfig
     from megatron_lora.data.collate import collate
-    from megatron_lora.data.samples import Sample
-    from megatron_lora.data.steps import JobSamples, job_steps
+    from megatron_lora.data.steps import JobSamples, Sample, job_steps
     from megatron_lora.huggingface.adapter_files import read_adapter
     from megatron_lora.huggingface.architecture import read_architecture
     from megatron_lora.model.adapter_arena import Arena

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig, RunConfig
-from megatron_lora.data.samples import JobData, Sample
-from megatron_lora.data.steps import MOST_VISITS, JobSamples, Steps, check_visits
+from megatron_lora.data.samples import JobData
+from megatron_lora.data.steps import MOST_VISITS, JobSamples, Sample, Steps, check_visits
 from megatron_lora.errors import UserError
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.timeline import Timeline
