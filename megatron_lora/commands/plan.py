@@ -73,7 +73,7 @@ def main(config_path: str, overrides: list[str], options: Options | None = None)
 def choose_device(
     named: Device | None, costs: Calibration | None, config: RunConfig, architecture: Architecture
 ) -> tuple[Device, bool, Calibration | None]:
-    """Return the device to predict for, whether it was asked for or is here, and the cost table that it goes by, if any.
+    """Return the device to predict for, whether it was asked for or is here, and the cost table that its costs are from, if any.
 
     A table that is given must be of this config; without one, this user's is taken where there is one of the device.
     """
