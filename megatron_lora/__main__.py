@@ -2,8 +2,9 @@
 
 Exit status of train: 0 all jobs done; 1 a crash; 2 wrong input; 3 some jobs failed, the others are
 done; 75 stopped and saved, run again to resume; 128 + a signal's number. The other commands exit
-with 0, or 2 for wrong input. A command's modules are imported when it is called, so that help and
-config errors are quick.
+with 0, or 2 for wrong input; calibrate, which starts ranks, also with 1, or 128 + a signal's
+number. A command's modules are imported when it is called, so that help and config errors are
+quick.
 """
 
 import argparse

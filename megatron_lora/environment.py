@@ -38,7 +38,7 @@ def environment() -> dict:
         "megatron_lora": __version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := version(name))},
+        "packages": versions(),
         "devices": devices(),
         "cores": num_cores(),
         "platform": platform.platform(),
@@ -46,6 +46,11 @@ def environment() -> dict:
         "command": sys.argv,
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of the PACKAGES that are installed."""
+    return {name: found for name in PACKAGES if (found := version(name))}
 
 
 def version(package: str) -> str | None:

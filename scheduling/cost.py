@@ -294,7 +294,7 @@ def _refit(cost: PassCost, rows: Sequence[Measurement]) -> PassCost:
     return replace(cost, **{name: value * s for name, value, s in zip(names, base, scale, strict=True)})
 
 
-def split_layers(num_layers: int, num_stages: int, head_layers: float = 0.0, embedding_layers: float = 0.0) -> tuple[int, ...]:
+def split_layers(num_layers: int, num_stages: int, head_layers: float = 0.0) -> tuple[int, ...]:
     """Split layers over stages so that the slowest stage is as fast as can be, the head counting as `head_layers` of the last stage.
 
     Every stage keeps at least one layer. Raises ValueError when there are fewer layers than stages.
@@ -302,8 +302,7 @@ def split_layers(num_layers: int, num_stages: int, head_layers: float = 0.0, emb
     if num_layers < num_stages:
         raise ValueError(f"{num_layers} layers cannot be split over {num_stages} stages")
     layers, extra = [1] * num_stages, [0.0] * num_stages
-    extra[0] += embedding_layers
-    extra[-1] += head_layers
+    extra[-1] = head_layers
     for _ in range(num_layers - num_stages):
         stage = min(range(num_stages), key=lambda stage: (layers[stage] + extra[stage], stage))
         layers[stage] += 1

@@ -1,9 +1,9 @@
-"""When the number of a departed job may be another's: after its last slot has drained.
+"""When a new job may take the number of a departed one: after that one's last slot has drained.
 
     last step ends in slot e  ->  STEP stands before F(e + gap) on every stage  ->  free from slot e + gap + 1 on
 
-so that a job that joins at a window's border finds every action of the departed job in earlier windows. What is kept is bounded by what
-ends within a gap.
+A new job joins with a window that begins there or later, so every action of the departed job lies
+in earlier windows. Only the numbers of jobs that departed within the last gap of slots are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Numbers:
     __slots__ = ("_free_at",)
 
     def __init__(self) -> None:
-        """Begin with every number free."""
+        """Make every number free."""
         self._free_at: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Numbers:
             raise PlanError(f"slot {slot}: a job cannot join as number {number}: {why}")
 
     def release(self, number: int, ready: int) -> None:
-        """Let go of a departed job's number; `ready` is the slot at which its next step could have begun, 0 if it has ended no step."""
+        """Release a departed job's number; `ready` is the slot at which its next step could have begun, 0 if it has ended no step."""
         if ready:
             self._free_at[number] = ready + 1
 

@@ -3,7 +3,8 @@
 Rules, each checked on every stage: every sample once and in its own step; the token budget; one segment per job; every F and B
 meets its adapter at weight version == step; backward in FIFO order; at most P - stage microbatches live; each STEP finds all
 backwards of its step done and its verdict delivered; at most max_endings steps end in a slot; no number is another's while actions
-of its job are left; no message is awaited for ever (deadlock). Tests and start-up use it.
+of its job are left; no message is awaited for ever (deadlock). Tests and benchmarks use it;
+a run checks its windows by follow.py.
 """
 
 from __future__ import annotations

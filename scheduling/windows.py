@@ -1,9 +1,11 @@
 """Rolling windows: plan the next few slots while the current ones run, from the state after the last window.
 
-A window is planned together with everything up to `lookahead` slots ahead, but only its own slots are committed; the pipeline never
-flushes between windows. Jobs join and leave at the borders of windows. A planner holds its resident jobs alone: their lengths and
-progress, the recent slot times, and the tail of the plan that the last window was cut from. All windows together form one correct
-stream, which depends on lengths, joins, leaves and effort alone, not on the jobs' numbers: every rank can repeat it.
+A plan looks `lookahead` slots ahead, and its first slots are the next window; the rest is planned
+again with the window after it. The pipeline never flushes between windows. Jobs join and leave
+between windows. A planner holds the lengths and progress of its resident jobs, which have steps
+left to plan, the times of recent slots, and the rest of the last plan if that reached the end of
+the run. All windows together form one correct stream. It depends on lengths, joins, leaves and
+effort alone, not on the jobs' numbers, so every rank can repeat it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ class WindowPlanner:
         lookahead: int = LOOKAHEAD_SLOTS,
         max_endings: int = MAX_ENDINGS,
     ):
-        """Begin a run without jobs; windows have at most `num_slots` slots, in each of which at most `max_endings` steps end."""
+        """Begin a run without jobs; windows have at most `num_slots` slots, in each of which at most `max_endings` steps end.
+
+        `capacity` is the token budget of a microbatch; `delay` and `effort` are as in
+        planner.plan_stream.
+        """
         self.num_stages = num_stages
         self.capacity = capacity
         self.num_slots = num_slots
@@ -49,17 +55,18 @@ class WindowPlanner:
         self.numbers = Numbers()
         self.first_slot = 0  # of the next window
         self.recent: tuple[float, ...] = ()  # times of the last slots
-        self.tail: Stream = ()  # the rest of the last plan, where it reached the end of the run
+        self.tail: Stream = ()  # the rest of the last plan, if that reached the end of the run
 
     @property
     def lengths(self) -> dict[int, JobLengths]:
-        """Lengths of the resident jobs: of all that the next window can hold."""
+        """Lengths of the resident jobs, the only ones that the next window can hold."""
         return {number: job.lengths for number, job in self.jobs.items()}
 
     def join(self, number: int, steps: Sequence[Sequence[int]]) -> None:
-        """Add a job, [step][sample], from the next window on; one without steps is over at once.
+        """Add a job with samples of these lengths, [step][sample], from the next window on; one without steps is over at once.
 
-        Raises PlanError where no plan exists, or where the number is another job's until that one's last slot has drained.
+        Raises PlanError where no plan exists, or where the number is another job's until that one's
+        last slot has drained.
         """
         self.numbers.check_free(number, self.first_slot, self.jobs)
         lengths = read_lengths(number, steps, self.capacity)
@@ -132,14 +139,15 @@ def plan_windows(
 
 
 def _known(backlog: Backlog, tail: Stream, joined: list[int]) -> Layout | None:
-    """Return the last plan's tail as a layout if it holds exactly the remaining samples (no job was added or removed).
+    """Return the rest of the last plan as a layout if it holds exactly the remaining samples: no job has joined or left since.
 
-    The items of a slot are listed in the order in which their jobs have `joined`: their numbers decide nothing.
+    The items of a slot are in the order in which their jobs have `joined`, so that the jobs'
+    numbers decide nothing.
     """
     item_of = {key: item for item, key in enumerate(backlog.keys)}
-    place = {number: k for k, number in enumerate(joined)}
-    by_place = [sorted(microbatch.segments, key=lambda segment: place.get(segment.job, -1)) for microbatch in tail]
-    keys = [[(s.job, s.step, sample) for s in segments for sample in s.samples] for segments in by_place]
+    order = {number: k for k, number in enumerate(joined)}
+    in_order = [sorted(microbatch.segments, key=lambda segment: order.get(segment.job, -1)) for microbatch in tail]
+    keys = [[(s.job, s.step, sample) for s in segments for sample in s.samples] for segments in in_order]
     if sum(map(len, keys)) != len(item_of) or any(key not in item_of for slot in keys for key in slot):
         return None
     return [[item_of[key] for key in slot] for slot in keys]

@@ -4,7 +4,7 @@ The config is checked against the output directory, the files, the model, the ma
 cheapest first. Each check raises a UserError of one line that names the key, the value and the
 remedy. The ranks do not check again.
 
-    model_dir, architecture, data = check_run(config, ranks_here=2, owner=True)
+    inputs = check_run(config, ranks_here=2, owner=True)      # model_dir, architecture, data
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig
-from megatron_lora.data.steps import count_steps
+from megatron_lora.data.steps import check_visits, count_steps
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture, read_architecture
@@ -67,6 +67,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     data = read_data(config, model_dir, architecture.vocab_size)
     for job, job_data in zip(config.jobs, data, strict=True):
         check_lengths(job, job_data, config.microbatch_tokens, architecture)
+        check_visits(job, len(job_data.samples))
     return Inputs(model_dir=model_dir, architecture=architecture, data=data)
 
 

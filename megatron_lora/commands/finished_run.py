@@ -1,10 +1,11 @@
-"""A run's directory, read back: what ran when, what the plan held, what it was predicted to cost. Nothing else is looked at.
+"""A run's directory, read back: what ran when, what the plan held, what it was predicted to cost.
 
     run = FinishedRun.read(Path("runs/quickstart-1"))
     run.makespan_s, run.predicted().makespan_s, run.replayed().makespan_s
 
-A run that was resumed is read from its last start. Forwards and backwards of a slot are the mean over the ranks of its stage; clocks of
-ranks agree as far as the hosts' do.
+A run that was resumed is read from its last start. Slots that were planned and not executed,
+because the run was stopped, are left out. A pass of a slot takes the mean of its times on the ranks
+of the stage. Times of ranks on several hosts compare as well as the hosts' clocks agree.
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ from scheduling.simulate import Event, Timeline, simulate
 from scheduling.types import Op, Stream
 
 WORK = {"F": Op.FORWARD, "B": Op.BACKWARD, "STEP": Op.STEP}
-WAITS = ("wait F", "wait B", "wait plan")
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run left: its resolved config, the executed slots as plan/ has them, every rank's spans, cost.json and env.json."""
+    """What a run left: its resolved config, its executed slots, every rank's spans, cost.json and env.json."""
 
     path: Path
     config: RunConfig
-    slots: list[list[list[int]]]
+    slots: list[list[list[int]]]  # as plan/ has them: [slot][sample] -> job, step, sample, tokens
     spans: Mapping[int, list[dict]]  # rank -> events of the Chrome trace format, microseconds
     cost: dict
     environment: dict
@@ -45,19 +45,22 @@ class FinishedRun:
         """Read a directory; UserError where it is not that of a run that has ended."""
         try:
             config = load_config(path / "config.yaml")
-            windows = sorted((path / "plan").glob("window-*.json"))
+            windows = sorted((path / "plan").glob("window-*.json"), key=lambda file: (len(file.name), file.name))
             slots = [slot for window in windows for slot in json.loads(window.read_text(encoding="utf-8"))["microbatches"]]
             spans: dict[int, list[dict]] = defaultdict(list)
             for event in json.loads((path / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]:
                 if event["ph"] == "X":
                     spans[event["tid"]].append(event | {"index": int(event["name"].split()[-1])})
             cost, environment = (json.loads((path / name).read_text(encoding="utf-8")) for name in ("cost.json", "env.json"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             said = one_line(f"{type(error).__name__}: {error}", 200)
             raise UserError(f"{path}: is not the directory of a run that has ended ({said}); name a run's output_dir") from None
-        if not any(event["cat"] in WORK for events in spans.values() for event in events):
+        executed = [event["index"] for events in spans.values() for event in events if event["cat"] == "F"]
+        if not executed:
             raise UserError(f"{path}: nothing was trained in the run's last start; name a run that has")
-        return cls(path, config, slots, dict(sorted(spans.items())), cost, environment)
+        if (num_slots := 1 + max(executed)) > len(slots):
+            raise UserError(f"{path}: plan/ has {len(slots)} slots, and {num_slots} were executed; restore its windows")
+        return cls(path, config, slots[:num_slots], dict(sorted(spans.items())), cost, environment)
 
     @property
     def num_stages(self) -> int:
@@ -71,37 +74,41 @@ class FinishedRun:
 
     @cached_property
     def stream(self) -> Stream:
-        """The executed slots; of several replicas, rounds as long as their longest sample."""
+        """The executed slots, as the planner saw them: with several replicas, a sample stands for one of each, as long as the longest."""
         return stream_from_json(self.slots)
 
     @cached_property
     def steps(self) -> list[dict]:
         """What metrics.jsonl says of the steps of this start, job after job."""
         taken = {(self.cost["jobs"][job], step + 1) for slot in self.slots for job, step, *_ in slot}
-        rows = ((name, row) for name in self.cost["jobs"] for row in read_metrics(metrics_file(self.path, name)))
-        return [row | {"job": name} for name, row in rows if (name, row["step"]) in taken]
+        logged = ((name, line) for name in self.cost["jobs"] for line in read_metrics(metrics_file(self.path, name)))
+        return [line | {"job": name} for name, line in logged if (name, line["step"]) in taken]
 
     @property
     def tokens(self) -> int:
         """Real tokens trained on."""
-        return sum(row["tokens"] for row in self.steps)
+        return sum(step["tokens"] for step in self.steps)
 
     @cached_property
-    def makespan_s(self) -> float:
-        """Seconds from the first work of any rank to the end of the last."""
+    def bounds(self) -> tuple[float, float]:
+        """The microseconds of the clock at which the first work of any rank begins and the last ends."""
         work = [event for events in self.spans.values() for event in events if event["cat"] in WORK]
-        return (max(event["ts"] + event["dur"] for event in work) - min(event["ts"] for event in work)) / 1e6
+        return min(event["ts"] for event in work), max(event["ts"] + event["dur"] for event in work)
 
     @property
-    def is_whole(self) -> bool:
+    def makespan_s(self) -> float:
+        """Seconds from the first work of any rank to the end of the last."""
+        return (self.bounds[1] - self.bounds[0]) / 1e6
+
+    @property
+    def is_complete(self) -> bool:
         """Whether the timeline, which keeps a bounded number of spans, reaches back to the run's first microbatch."""
         first = next(slot for slot, entries in enumerate(self.slots) if entries)
         return all(any(e["cat"] == "F" and e["index"] == first for e in events) for events in self.spans.values())
 
     def seconds(self, stage: int, kind: str) -> float:
         """Return the seconds that a stage spent on spans of a kind while any rank worked: the mean over its ranks."""
-        work = [event for events in self.spans.values() for event in events if event["cat"] in WORK]
-        begin, end = min(event["ts"] for event in work), max(event["ts"] + event["dur"] for event in work)
+        begin, end = self.bounds
 
         def inside(event: dict) -> float:
             return max(0.0, min(event["ts"] + event["dur"], end) - max(event["ts"], begin)) / 1e6
@@ -162,7 +169,7 @@ class FinishedRun:
         return self._simulated(forward, backward, self.cost["hop_s"], self.cost["step_s"])
 
     def replayed(self) -> Timeline:
-        """Return the plan with the time that each pass took: what the real run has beyond is messages, launches and late plans."""
+        """Return the plan with the time that each pass took; what the real run takes beyond it is messages, launches and late plans."""
         taken = [event["dur"] / 1e6 for events in self.spans.values() for event in events if event["cat"] == "STEP"]
         return self._simulated(self.passes("F"), self.passes("B"), 0.0, statistics.fmean(taken) if taken else 0.0)
 
@@ -173,7 +180,7 @@ class FinishedRun:
     def real(self) -> Timeline:
         """Return what ran on the first rank of each stage."""
         first = {stage: min(rank for rank, of_rank in self.stages.items() if of_rank == stage) for stage in range(self.num_stages)}
-        begin = min(event["ts"] for events in self.spans.values() for event in events if event["cat"] in WORK)
+        begin, _ = self.bounds
         events = [
             Event(stage, WORK[e["cat"]], e["index"], (e["ts"] - begin) / 1e6, (e["ts"] + e["dur"] - begin) / 1e6)
             for stage, rank in first.items()

@@ -8,13 +8,12 @@ one by one divided by the time together.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lora.commands.checks import read_inputs
 from megatron_lora.config.rules import one_of
 from megatron_lora.config.schema import RunConfig, load_config
-from megatron_lora.data.steps import Steps, job_steps
+from megatron_lora.data.steps import JobSamples, target_share
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import layers_of_stages
@@ -53,9 +52,9 @@ def main(config_path: str, overrides: list[str], options: Options | None = None)
     costs = None if options.cost is None else read_calibration(Path(options.cost), "--cost")
     inputs = read_inputs(given)
     device, known, costs = choose_device(named, costs, given, inputs.architecture)
-    steps = steps_of_jobs(given, inputs.data)
-    lengths = lengths_of_jobs(inputs.data, steps)
-    share = share_of_targets(inputs.data, steps)
+    samples = [JobSamples.of(job, job_data.samples) for job, job_data in zip(given.jobs, inputs.data, strict=True)]
+    lengths = [of_job.lengths() for of_job in samples]
+    share = target_share((of_job.samples, of_job.steps) for of_job in samples)
     config = resolve(given, inputs.architecture, lengths, device, share)
     cost = cost_of(config, inputs.architecture, device, share)
     weights = planner_cost(config, inputs.architecture, device, share)
@@ -63,7 +62,7 @@ def main(config_path: str, overrides: list[str], options: Options | None = None)
     seconds = message_and_step_seconds(config, inputs.architecture, device)
     together, solo = (forecast(runs_of(each, workload), workload, *seconds) for each in (policy, "flush"))
     lines = [*describe(given, config), *table(config, policy, workload, solo, together), ""]
-    lines += stage_table(config, inputs.architecture, device, workload, together)
+    lines += stage_table(config, inputs.architecture, device, together)
     lines += ["", basis(device, known, costs, share), *advice(config, policy, solo, together)]
     print("\n".join(lines))
     if options.plot is not None:
@@ -74,7 +73,7 @@ def main(config_path: str, overrides: list[str], options: Options | None = None)
 def choose_device(
     named: Device | None, costs: Calibration | None, config: RunConfig, architecture: Architecture
 ) -> tuple[Device, bool, Calibration | None]:
-    """Return the device to predict for, whether it was asked for or is here, and the cost table that it goes by, if any.
+    """Return the device to predict for, whether it was asked for or is here, and the cost table that its costs are from, if any.
 
     A table that is given must be of this config; without one, this user's is taken where there is one of the device.
     """
@@ -90,29 +89,6 @@ def choose_device(
         if found := find_calibration(cache_dir(), config, architecture, device):
             return calibrated(device, found), True, found
     return candidates[-1], asked is not None, None
-
-
-def steps_of_jobs(config: RunConfig, data: Sequence) -> list[Steps]:
-    """Return which samples the steps of each job take."""
-    return [
-        job_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps, job.shuffle, job.seed)
-        for job, job_data in zip(config.jobs, data, strict=True)
-    ]
-
-
-def lengths_of_jobs(data: Sequence, steps: Sequence[Steps]) -> list[list[list[int]]]:
-    """Return the tokens of each sample of each step: [job][step][sample]."""
-    return [
-        [[lengths[index] for _, index in step] for step in of_job]
-        for of_job, lengths in zip(steps, (job_data.lengths for job_data in data), strict=True)
-    ]
-
-
-def share_of_targets(data: Sequence, steps: Sequence[Steps]) -> float:
-    """Return the share of the tokens that are targets."""
-    from megatron_lora.data.steps import target_share
-
-    return target_share((job_data.samples, of_job) for job_data, of_job in zip(data, steps, strict=True))
 
 
 def runs_of(policy: str, workload: Workload) -> Runs:
@@ -155,7 +131,7 @@ def gains_of(solo: Forecast, together: Forecast) -> list[float]:
     return [solo.of_job(job).seconds / (shares[job] * together.figures.seconds) for job in range(len(shares))]
 
 
-def stage_table(config: RunConfig, architecture: Architecture, device: Device, workload: Workload, together: Forecast) -> list[str]:
+def stage_table(config: RunConfig, architecture: Architecture, device: Device, together: Forecast) -> list[str]:
     """Return a line for each stage, with its layers, idle share and memory, and a warning if the memory does not suffice."""
     columns = ("stage", "layers", "bubble", "weights", "adapters", "activations", "memory")
     lines = ["".join(f"{column:>{len(column) + 4}}" for column in columns)[4:]]

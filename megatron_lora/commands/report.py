@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from megatron_lora.commands.finished_run import WAITS, WORK, FinishedRun
+from megatron_lora.commands.finished_run import FinishedRun
 from megatron_lora.planning.plan_picture import check_plot_path, draw
 
-COLUMNS = {"F": "forward", "B": "backward", "STEP": "step", "wait F": "wait F", "wait B": "wait B", "wait plan": "wait plan"}
+COLUMNS = {"F": "forward", "B": "backward", "STEP": "step", "wait F": "wait F", "wait B": "wait B", "wait plan": "wait plan"}  # by span
 
 
 def main(run_path: str, plot: str | None) -> int:
@@ -15,7 +15,7 @@ def main(run_path: str, plot: str | None) -> int:
     run = FinishedRun.read(Path(run_path))
     print("\n".join(report(run)))
     if plot is not None:
-        panels = [("real", run.real()), *([("predicted", run.predicted())] if run.is_whole else [])]
+        panels = [("real", run.real()), *([("predicted", run.predicted())] if run.is_complete else [])]
         draw(plot, panels, run.stream, run.cost["jobs"], "seconds")
     return 0
 
@@ -45,7 +45,7 @@ def _efficiency(run: FinishedRun) -> float:
 
 def _comparison(run: FinishedRun) -> list[str]:
     """Say how long the run should have taken."""
-    if not run.is_whole:
+    if not run.is_complete:
         return ["The timeline holds the last part of this long run alone: nothing to compare with the prediction."]
     predicted, replayed = run.predicted().makespan_s, run.replayed().makespan_s
     return [
@@ -60,9 +60,9 @@ def _stage_table(run: FinishedRun) -> list[str]:
     names = ["stage", *COLUMNS.values(), "other", "bubble", "predicted"]
     widths = [max(9, len(name)) for name in names]
     lines = [" ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
-    predicted = run.predicted() if run.is_whole else None
+    predicted = run.predicted() if run.is_complete else None
     for stage in range(run.num_stages):
-        shares = [run.seconds(stage, kind) / run.makespan_s for kind in (*WORK, *WAITS)]
+        shares = [run.seconds(stage, kind) / run.makespan_s for kind in COLUMNS]
         shares += [max(0.0, 1 - sum(shares)), run.bubble(stage)]
         cells = [str(stage), *(f"{share:.1%}" for share in shares), f"{predicted.bubble(stage):.1%}" if predicted else ""]
         lines.append(" ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))

@@ -1,9 +1,11 @@
-"""A config in which nothing is left open: what planning resolves and the ranks train by.
+"""A config after planning.resolve has chosen its open values: what the ranks train by.
 
-    resolved = planning.resolve.resolve(config, ...)       # a RunConfig that may say `auto` or null
+    resolved = planning.resolve.resolve(config, ...)       # from a RunConfig that may say `auto` or null
     resolved.microbatch_tokens + 1                         # an int; `precision` is bf16 or fp32; every stage has its layers
 
-A resolved config equals a RunConfig with the same values, and is written as config.yaml as one.
+Precision, layers_per_stage, microbatch_tokens and recompute are chosen. `backend: auto` stays: each
+rank resolves it on its device (model/backends.py). A resolved config equals a RunConfig with the
+same values, and the run's config.yaml has them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from megatron_lora.config.schema import RunConfig
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ResolvedConfig(RunConfig):
-    """A RunConfig without `auto`: `recompute` is one policy, or one for each layer, and `layers_per_stage` is given."""
+    """A RunConfig whose planned keys have values: `recompute` is one policy, or one for each layer, and `layers_per_stage` is given."""
 
     microbatch_tokens: int  # pyright: ignore[reportGeneralTypeIssues]  narrower than RunConfig's, which may be "auto"
 

@@ -19,6 +19,12 @@ from typing import overload
 
 import numpy as np
 
+from megatron_lora.config.schema import JobConfig
+from megatron_lora.errors import UserError
+
+MOST_VISITS = 50_000_000  # samples over all of a job's steps (a sample counts once per epoch); each takes about 100 bytes on every rank
+Step = tuple[tuple[int, int], ...]  # a global batch: (epoch, index into the job's samples) of each of its samples
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -30,9 +36,6 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-Step = tuple[tuple[int, int], ...]  # a global batch: (epoch, index into the job's samples) of each of its samples
 
 
 class Steps(Sequence[Step]):
@@ -117,6 +120,20 @@ def count_steps(num_samples: int, global_batch_size: int, num_epochs: int, max_s
     return num_epochs * -(-num_samples // global_batch_size) if max_steps is None else max_steps
 
 
+def check_visits(job: JobConfig, num_samples: int) -> None:
+    """Raise UserError for a job with more steps than memory can list."""
+    if job.max_steps is None:
+        key, each = "num_epochs", num_samples
+    else:
+        key, each = "max_steps", min(job.global_batch_size, num_samples)
+    value = getattr(job, key)
+    if value * each > MOST_VISITS:
+        raise UserError(
+            f"jobs.{job.name}.{key}: {value} takes {value * each} samples, and a job may take {MOST_VISITS}; "
+            f"use at most {MOST_VISITS // each}"
+        )
+
+
 def epoch_order(num_samples: int, epoch: int, seed: int) -> np.ndarray:
     """Permute range(num_samples) for one epoch: int64 [num_samples]."""
     key = mix(mix(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
@@ -138,6 +155,12 @@ class JobSamples:
     seed: int
     samples: Sequence[Sample]
     steps: Steps
+
+    @classmethod
+    def of(cls, job: JobConfig, samples: Sequence[Sample]) -> JobSamples:
+        """Return a job's samples, in the steps that its config asks for."""
+        steps = job_steps(len(samples), job.global_batch_size, job.num_epochs, job.max_steps, job.shuffle, job.seed)
+        return cls(seed=job.seed, samples=samples, steps=steps)
 
     def lengths(self) -> list[list[int]]:
         """Tokens of each sample, [step][k], for the planner."""

@@ -1,12 +1,14 @@
 """The arena: the memory of all adapters of a stage.
 
-One flat fp32 buffer each for the masters, the gradients and Adam's two moments, and one flat buffer in the compute dtype (the masters
-themselves when that is fp32). Each patched linear owns one region of every buffer (arena_region.py), the ranks of its adapters rounded
-up to 16 rows and the surplus rows zero. Kernels see a region through the linear's `LoraGroup`; the optimizer, the checkpoint and the
-PEFT files see a job through its `Factor`s, which are contiguous slices of the flat buffers.
+There are five flat buffers: fp32 ones for the master weights, the gradients and Adam's two moments,
+and one in the compute dtype (the masters themselves when that is fp32). Each linear of the stage
+owns one region of every buffer (arena_region.py). There each adapter's rank is rounded up to a
+multiple of 16 rows, and the surplus rows are zero. Kernels see a region through the linear's
+`LoraGroup`. The optimizer, the checkpoint and the PEFT files see a job through its `Factor`s, which
+are contiguous slices of the flat buffers.
 
-An adapter has an *adapter row*, its index in the tables of all linears. Rows and rank rows are taken by `add` and given back by
-`remove`, which leaves zeros behind:
+An adapter has an *adapter row*, its index in the tables of all linears. `add` takes it and the rank
+rows, `remove` gives them back and leaves zeros behind:
 
     arena = Arena(stage.linears, [first, second], tensor_rank=0, tensor_ranks=1, dtype=dtype, device=device)     # rows 0 and 1
     arena.remove(0)
@@ -59,12 +61,12 @@ class Arena:
         self.factors: list[list[Factor]] = []  # [adapter row]; empty where it is free
         for spec in adapters:
             self._take(spec)
-        self._publish_tables()
+        self._set_tables()
 
     def add(self, spec: AdapterSpec) -> int:
-        """Take a row for an adapter, whose numbers are all zero; returns it. Raises NoRoom, and takes nothing, where one does not fit."""
+        """Take a row for an adapter, all zero, and return it. Raises NoRoom, and takes nothing, where it does not fit."""
         row = self._take(spec)
-        self._publish_tables()
+        self._set_tables()
         return row
 
     def remove(self, row: int) -> None:
@@ -79,7 +81,7 @@ class Arena:
             places[row] = None
         self.specs[row] = FREE_ROW
         self.factors[row] = []
-        self._publish_tables()
+        self._set_tables()
 
     def _take(self, spec: AdapterSpec) -> int:
         taken: list[tuple[Region, Place]] = []
@@ -102,8 +104,8 @@ class Arena:
             places[row] = place
         return row
 
-    def _publish_tables(self) -> None:
-        """Give every linear the tables of the adapters that are here now; microbatches in flight keep those that they began with."""
+    def _set_tables(self) -> None:
+        """Give every linear new tables, of the adapters that are resident now; a microbatch in flight keeps those of its forward."""
         adapters = AdapterTable(
             ranks=tuple(spec.r for spec in self.specs),
             scales=tuple(spec.scale for spec in self.specs),
@@ -119,8 +121,8 @@ class Arena:
     def initialise(self, adapter_row: int, seed: int) -> None:
         """Set an adapter to PEFT's initial values: A kaiming-uniform with a = sqrt(5), B zero.
 
-        Each A is drawn with a generator of its own, seeded by `seed` and the module's path, and for all K
-        columns. The values therefore depend neither on the parallel layout nor on other jobs.
+        Each A is drawn with a generator of its own, seeded by `seed` and the module's path, and for
+        all K columns. The values therefore depend neither on the parallel layout nor on other jobs.
         """
         for factor in self.factors[adapter_row]:
             if factor.kind == "A":

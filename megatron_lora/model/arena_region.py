@@ -1,8 +1,10 @@
-"""Where one linear's adapters lie in the arena's flat buffers: their rank rows, which are taken and given back as jobs come and go.
+"""One linear's region of the arena's flat buffers: which of its rank rows belong to which adapter.
 
-A region is A [R, K], then per module B^T [R_m, N_m]. An adapter takes as many rows of A as its padded rank times its targeted modules,
-side by side, and as many rows of each targeted module's B^T as its padded rank. Which rows are free differs from linear to linear,
-because adapters target different modules. Rows are taken first-fit, so adapters that are added to an empty region lie in their order.
+A region is A [R, K], then per module m its B^T [R_m, N_m]; R is the sum of all R_m. An adapter
+takes, for each module that it targets, as many rows of A and of that B^T as its padded rank. Its
+rows of A are contiguous. Which rows are free differs between linears, because adapters target
+different modules. Rows are taken first-fit, so adapters that are added to an empty region lie in
+the order of adding.
 
     region = Region(linear.geometry, [spec], start=0, tensor_rank=0)      # room for these adapters at once
     place = region.take(spec)                                             # NoRoom where it does not fit
@@ -20,7 +22,7 @@ from torch import Tensor
 from fused_ops.adapters import AdapterTable, LoraGroup, padded_rank
 from megatron_lora.model.linears import LinearGeometry
 
-ALIGN = 64  # every region starts on a multiple of this many numbers: 128 bytes in 16 bits
+ALIGN = 64  # elements; every region starts on a multiple of it: 128 bytes in 16 bits
 
 
 class NoRoom(Exception):
@@ -29,7 +31,7 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
-    """What the arena needs to know of one job's adapter: rank, targets and the two numbers that kernels apply."""
+    """What the arena needs to know of one job's adapter: its rank and targets, and the scale and dropout that kernels apply."""
 
     r: int
     scale: float
@@ -37,12 +39,12 @@ class AdapterSpec:
     target_modules: frozenset[str]
 
 
-FREE_ROW = AdapterSpec(r=1, scale=0.0, dropout=0.0, target_modules=frozenset())  # stands in tables where an adapter row is free
+FREE_ROW = AdapterSpec(r=1, scale=0.0, dropout=0.0, target_modules=frozenset())  # what the tables hold where an adapter row is free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """One job's A [r, K] or B^T [r, N] of one module on this rank: `length` numbers from `start` on in every flat buffer."""
+    """One job's A [r, K] or B^T [r, N] of one module on this rank: `length` elements from `start` on in every flat buffer."""
 
     path: str  # the module's Hugging Face path, "model.layers.0.self_attn.q_proj"
     kind: str  # "A" or "B"
@@ -54,15 +56,15 @@ class Factor:
 
     @property
     def length(self) -> int:
-        """Numbers in the slice."""
+        """Elements of the slice."""
         return self.r * self.width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """The rank rows of one adapter in one region, per module: first row of A and of B^T, -1 where the module is not targeted."""
+    """Where one adapter lies in one region: per module its first row of A and of B^T, -1 where the module is not targeted."""
 
-    height: int  # padded rank
+    height: int  # rows of each of its factors: the padded rank
     a_rows: tuple[int, ...]
     b_rows: tuple[int, ...]
 
@@ -75,7 +77,7 @@ class FreeRows:
         self.intervals: list[tuple[int, int]] = [(0, size)] if size else []
 
     def find(self, count: int) -> int | None:
-        """Return the first row of the lowest interval of `count` free rows, None where there is none."""
+        """Return the first of `count` contiguous free rows, the lowest there are; None where there are not as many."""
         return next((first for first, end in self.intervals if end - first >= count), None)
 
     def take(self, first: int, count: int) -> None:
@@ -118,7 +120,7 @@ class Region:
         self.free_b = [FreeRows(rows) for rows in targets]
 
     def take(self, spec: AdapterSpec) -> Place:
-        """Take the rows of an adapter. Raises NoRoom, and takes none, where they are not there."""
+        """Take the rows of an adapter. Raises NoRoom, and takes none, where not enough are free."""
         height = padded_rank(spec.r)
         targeted = [module in spec.target_modules for module in self.geometry.modules]
         a_first = self.free_a.find(height * sum(targeted)) if any(targeted) else 0

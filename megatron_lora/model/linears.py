@@ -1,8 +1,9 @@
 """Megatron's column- and row-parallel linears with a frozen weight and the LoRA adapters of many jobs.
 
-Both are megatron-core's own layers with another forward: `fused_ops.linear.multi_lora_linear` computes
-Y = X W^T + bias and adds to each segment's rows the LoRA term of its job's adapter; its backward
-accumulates dA and dB. The microbatch's route says which rows are whose. Collectives around it:
+Both are megatron-core's own layers with another forward: `fused_ops.linear.multi_lora_linear`
+computes Y = X W^T + bias and adds to each segment's rows the LoRA term of its job's adapter; its
+backward accumulates dA and dB. The microbatch's route says which rows belong to which adapter.
+Collectives around it:
 
     |                  | before the GEMM | after it (Y)       | backward, before (dY) | after it (dX)      | dS for dA          |
     | column           |                 |                    |                       | all-reduce         |                    |
@@ -10,19 +11,20 @@ accumulates dA and dB. The microbatch's route says which rows are whose. Collect
     | row              |                 | all-reduce         |                       |                    |                    |
     | row, sequence    |                 | reduce-scatter     | all-gather rows       |                    |                    |
 
-dS is the gradient of S = X A^T: with rows sharded, dA needs dS of this rank's rows, summed over ranks.
-The gradient of an A or B that every tensor rank has in full is a partial sum on each of them; the
-optimizer sums it, once per step (optimizer.py).
+dS is the gradient of S = X A^T: with rows sharded, dA needs dS of this rank's rows, summed over
+ranks. The gradient of an A or B that every tensor rank has in full is a partial sum on each of
+them; the optimizer sums it, once per step (optimizer.py).
 
 Words: a *module* is a projection that PEFT targets (q_proj); a *linear* is Megatron's layer, which
 merges one to three modules. A linear holds its modules' output columns side by side on every rank:
-q | k | v of this rank's heads (not interleaved as in Megatron), gate | up of its features. Every module
-keeps an A and a B of its own, so adapters are those of the unmerged model.
+q | k | v of this rank's heads (not interleaved as in Megatron), gate | up of its features. Every
+module keeps an A and a B of its own, so adapters are those of the unmerged model.
 
-How the linear gets what Megatron does not pass it. Its adapters are views of the arena's buffers, which
-the arena sets (`adapters`). The route is an argument of its forward, passed down with the packed rows
-(attention.PackedRows). With a `Refill` (recompute: cheap) the linear does not keep X
-for backward: the norm or SwiGLU that made X computes it again in its own backward, then dA is computed.
+How the linear gets what Megatron does not pass it: its adapters are views of the arena's buffers,
+which the arena sets (`adapters`). The route is an argument of its forward, passed down with the
+packed rows (attention.PackedRows). With a `Refill` (recompute: cheap) the linear does not keep X
+for backward. The norm or SwiGLU that made X recomputes it in its own backward, and dA is computed
+then (fused_ops.refill).
 """
 
 from __future__ import annotations
@@ -70,14 +72,14 @@ class LinearGeometry:
 
 
 class MultiLoraLinear:
-    """What the column- and the row-parallel layer share: geometry, adapters, and the forward over [T, 1, K]."""
+    """What the column- and the row-parallel layer share: geometry, adapters, and the product over [T, 1, K]."""
 
     config: Any  # a StageConfig
     tp_group: dist.ProcessGroup
     weight: torch.nn.Parameter  # None after `quantise`
     bias: torch.nn.Parameter | None
     collectives: Collectives
-    adapters: LoraGroup | None  # of all jobs; None: the base model alone
+    adapters: LoraGroup | None  # of all resident jobs; None: the base model alone
     geometry: LinearGeometry
     weight_in_8_bits: Fp8Weight | None = None  # takes the place of `weight` after `quantise`
     operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
@@ -85,8 +87,8 @@ class MultiLoraLinear:
     def _setup(self, config, role: str, parallel: str, collectives: tuple[CollectivesOver, CollectivesOver]) -> None:
         """Freeze the parameters and choose the collectives.
 
-        `role` is Megatron's name of the linear: "qkv", "proj", "fc1" or "fc2". `collectives` has the classes
-        without and with sequence parallelism.
+        `role` is Megatron's name of the linear: "qkv", "proj", "fc1" or "fc2". `collectives` has
+        the classes without and with sequence parallelism.
         """
         self.adapters = None
         self.role = role

@@ -22,8 +22,15 @@ from megatron_lora.output.metrics import JobSummary, Observer, StepReport
 RECENT_STEPS = 20
 REFRESH_S = 0.25
 LINE_INTERVAL_S = 10.0
-STATES = ("running", "failed", "paused", "queued", "done")  # in the order of interest
-STYLES = {"running": "green", "failed": "bold red", "paused": "yellow", "queued": "dim", "done": "cyan"}
+STYLES = {  # of every state of a job, in the order of interest
+    "running": "green",
+    "failed": "bold red",
+    "paused": "yellow",
+    "queued": "dim",
+    "stopped": "cyan",
+    "cancelled": "cyan",
+    "done": "cyan",
+}
 
 
 class Progress:
@@ -150,7 +157,7 @@ class LiveTable(Observer):
         max_shown = max(1, self._console.height - 6)
         jobs = list(self._jobs.values())
         if len(jobs) > max_shown:
-            jobs.sort(key=lambda job: STATES.index(job.state))
+            jobs.sort(key=lambda job: list(STYLES).index(job.state))
         return jobs_table(jobs, max_shown)
 
 

@@ -1,10 +1,11 @@
-"""The states of a job: what follows which, and the exit status of a run that follows from them.
+"""The states of a job, which may follow which (FOLLOWERS), and the run's exit status, which follows from them.
 
-    queued -> running -> done | stopped | cancelled | failed          over: a job in one of these is never resumed
+    queued -> running -> done | stopped | cancelled | failed      the last four are OVER: never resumed
     queued, running <-> paused
 
-`stopped` is early, by the job's patience or its sweep; `cancelled` is on request. status.json records one state per job
-(run_directory.py); code that changes one does so by `after`.
+A `stopped` job was ended early, by its patience or its sweep; a `cancelled` one on request (neither
+is set yet). status.json records one state per job (run_directory.py). Code that changes a state
+takes the new one from `after`.
 """
 
 from collections.abc import Iterable
@@ -18,14 +19,13 @@ FOLLOWERS = {
     "cancelled": (),
     "failed": (),
 }
-STATES = tuple(FOLLOWERS)
 OVER = tuple(state for state, followers in FOLLOWERS.items() if not followers)
 
 ALL_DONE, SOME_FAILED, NOT_OVER = 0, 3, 75  # exit statuses of a run
 
 
 def after(state: str, following: str) -> str:
-    """Return the state that follows; a state may follow itself. Anything else that cannot follow is a bug of the caller's."""
+    """Return `following`, which must be allowed to follow `state`; a state may follow itself."""
     assert following == state or following in FOLLOWERS[state], f"a job cannot become {following} after {state}"
     return following
 

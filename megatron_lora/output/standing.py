@@ -72,6 +72,6 @@ def how_to_recover(checkpoint: Path) -> str:
 
 
 def resume_points(config: RunConfig, states: dict[str, str]) -> dict[str, ResumePoint]:
-    """Return the resume point of each job that is neither done nor failed; `states` has those of the jobs that the run knows."""
+    """Return the resume point of each job that is not over; `states` has those of the jobs that the run knows."""
     remaining = [job.name for job in config.jobs if states.get(job.name) not in OVER]
     return {name: resume_point_of(Path(config.output_dir) / "jobs" / name) for name in remaining}

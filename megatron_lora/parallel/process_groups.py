@@ -137,6 +137,6 @@ class Position:
         return self.stage == self.num_stages - 1
 
     @property
-    def lag(self) -> int:
-        """Slots from the end of a step to the forward whose message brings its verdict."""
+    def gap(self) -> int:
+        """Slots from the end of a step to the first forward that it can precede: the one whose message brings its verdict."""
         return self.num_stages + self.delay

@@ -1,10 +1,11 @@
-"""A machine's cost table, as `megatron-lora calibrate` measures it: what `plan`, `auto` and the planner go by in place of formulas.
+"""A machine's cost table, measured by `megatron-lora calibrate`: `plan`, `auto` and the planner use it instead of formulas.
 
     {"format": 1, "of": {}, "layers": {"none": {}, "cheap": {}, "full": {}}, "head": {}, "step_s": 1e-3, "links": {}, "about": {}}
 
-`of` names what a table is of: a device, the shape of a layer, a tensor-parallel layout, the number format and what computes. Numbers of
-layers, of stages, of replicas and of jobs are free. Tables lie below the cache directory, a file for each `of`; a run keeps the one that
-it began with as calibration.json, and takes that one when it is resumed: a plan depends on it.
+`of` is the table's subject: a device, the shape of a layer, the tensor-parallel layout, the bytes
+of an element, `base_weights` and `backend`. A table serves any number of layers, stages, replicas
+and jobs. Tables lie in the cache directory, one file for each subject. A run keeps the table that
+it began with as calibration.json and uses it when it is resumed, since its plan depends on it.
 
     device = calibrated(device, find_calibration(cache_dir(), config, architecture, device))
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +33,7 @@ RUN_FILE = "calibration.json"  # of a run's directory
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """A table: of what (`subject_of`), the costs, what carries messages ("stage" and "tensor" neighbours), and how it was measured."""
+    """A table: its subject (`subject_of`), the costs, the links to the neighbours in "stage" and "tensor", and how it was measured."""
 
     subject: Mapping[str, object]
     costs: MeasuredCosts
@@ -39,7 +41,7 @@ class Calibration:
     about: Mapping[str, object]  # date, commit, packages, memory_bytes, fit_error
 
     def describe(self) -> str:
-        """Say in a few words where the figures come from."""
+        """Return whose calibration it is, for messages."""
         return f"the calibration of {self.subject['device']} of {self.about['date']}"
 
     def to_json(self) -> str:
@@ -58,7 +60,7 @@ class Calibration:
 
 
 def subject_of(config: RunConfig, architecture: Architecture, device: Device) -> dict[str, object]:
-    """Return what a table would have to be of, to serve a config on a device."""
+    """Return the subject of the tables that serve a config on a device."""
     shape = {name: value for name, value in dataclasses.asdict(shape_of(architecture)).items() if name != "num_layers"}
     kind = {"tensor": config.parallel.tensor, "sequence": config.parallel.sequence, "bytes_per_number": item_bytes(config, device)}
     return {"device": device.name, **shape, **kind, "base_weights": config.base_weights, "backend": config.backend}
@@ -73,14 +75,16 @@ def read_calibration(path: Path, option: str = "calibration") -> Calibration:
     """Read a table; UserError names the option for a file that holds none."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        links = {name: Link(**link) for name, link in tree["links"].items()}
+        links = {name: Link(**_figures(link)) for name, link in tree["links"].items()}
         costs = MeasuredCosts(
             layers=tuple((policy, _stage_cost(cost)) for policy, cost in tree["layers"].items()),
             head=_stage_cost(tree["head"]),
-            step_s=float(tree["step_s"]),
+            **_figures({"step_s": tree["step_s"]}),
             hop=links.get("stage"),
         )
-        if tree["format"] != FORMAT or not {"none", "cheap", "full"} <= tree["layers"].keys():
+        _figures({"memory_bytes": tree["about"]["memory_bytes"]})
+        named = "device" in tree["of"] and "date" in tree["about"]
+        if tree["format"] != FORMAT or not named or not {"none", "cheap", "full"} <= tree["layers"].keys():
             raise ValueError("another format")
         return Calibration(subject=tree["of"], costs=costs, links=links, about=tree["about"])
     except OSError as error:
@@ -90,7 +94,15 @@ def read_calibration(path: Path, option: str = "calibration") -> Calibration:
 
 
 def _stage_cost(tree: dict) -> StageCost:
-    return StageCost(PassCost(**tree["forward"]), PassCost(**tree["backward"]))
+    return StageCost(PassCost(**_figures(tree["forward"])), PassCost(**_figures(tree["backward"])))
+
+
+def _figures(tree: dict) -> dict[str, float]:
+    """Return figures by their names; ValueError or TypeError unless all are finite numbers of at least 0."""
+    figures = {name: float(value) for name, value in tree.items()}
+    if not all(0 <= figure < math.inf for figure in figures.values()):
+        raise ValueError(figures)
+    return figures
 
 
 def find_calibration(cache: Path, config: RunConfig, architecture: Architecture, device: Device) -> Calibration | None:
@@ -102,9 +114,10 @@ def find_calibration(cache: Path, config: RunConfig, architecture: Architecture,
 def keep_calibration(
     run: Path, begun: bool, cache: Path, config: RunConfig, architecture: Architecture, device: Device
 ) -> Calibration | None:
-    """Return the table that a run goes by, kept in its directory: the one that lies there, for a run that has not `begun` one of the cache.
+    """Return the table that a run uses, or None if it uses formulas.
 
-    None where there is none, or where the layout has changed to one that the run's table is not of.
+    A run that has `begun` uses the table in its directory, if there is one and it serves the run's
+    layout, which may have changed. Before that, a table from the cache is copied there.
     """
     file = run / RUN_FILE
     if not file.exists():
@@ -117,7 +130,7 @@ def keep_calibration(
 
 
 def differing(table: Calibration, config: RunConfig, architecture: Architecture, device: Device) -> str:
-    """Say what keeps a table from serving a config on a device; empty where nothing does."""
+    """Return in what a table's subject differs from what a config needs on a device; empty where it serves."""
     for name, value in subject_of(config, architecture, device).items():
         if table.subject.get(name) != value:
             return f"is of {name} {table.subject.get(name)!r}, and this config needs {value!r}"
@@ -125,19 +138,19 @@ def differing(table: Calibration, config: RunConfig, architecture: Architecture,
 
 
 def calibrated(device: Device, table: Calibration | None) -> Device:
-    """Return a device with a table's costs in place of the formulas; without a table as it is."""
+    """Return a device with a table's costs in place of the formulas, or the device itself without a table."""
     return device if table is None else dataclasses.replace(device, measured=table.costs)
 
 
 def device_of(table: Calibration) -> Device:
-    """Return the device that a table was measured on, for a machine that is another."""
+    """Return the device that a table was measured on, which this machine need not have."""
     return calibrated(device_like(str(table.subject["device"]), float(str(table.about["memory_bytes"]))), table)
 
 
 def predicted_cost(
     config: RunConfig, architecture: Architecture, device: Device, target_share: float, table: Calibration | None, jobs: Sequence[str]
 ) -> dict:
-    """Return what cost.json says of a resolved run: seconds of its stages, messages and steps, and the jobs that are left."""
+    """Return what cost.json says of a resolved run: seconds of its stages, messages and steps, and the `jobs` that remain."""
     hop_s, step_s = message_and_step_seconds(config, architecture, device)
     basis = f"the table figures of {device.name}" if table is None else table.describe()
     stages = cost_of(config, architecture, device, target_share).to_json()

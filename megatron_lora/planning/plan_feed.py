@@ -38,6 +38,7 @@ from scheduling.job_lengths import read_all
 from scheduling.plan_json import stream_from_json
 from scheduling.slot_cost import SlotCost
 from scheduling.types import MAX_ENDINGS, NOOP, Lengths
+from scheduling.windows import WINDOW_SLOTS
 
 WINDOWS_AHEAD = 1
 
@@ -51,7 +52,7 @@ class PlanSettings:
     capacity: int  # tokens of a microbatch at most
     delay: int  # slots that a gradient norm takes to be summed within a stage (Position.delay)
     cost: SlotCost
-    num_slots: int = 32  # of a window
+    num_slots: int = WINDOW_SLOTS  # of a window
     max_endings: int = MAX_ENDINGS  # steps that may end in one slot
 
 

@@ -1,10 +1,11 @@
-"""Resolves what a config leaves open: `layers_per_stage: null`, `microbatch_tokens: auto` and `recompute: auto`.
+"""Resolves `precision: auto`, `layers_per_stage: null`, `microbatch_tokens: auto` and `recompute: auto`.
 
-    config = resolve(config, architecture, lengths, this_device(ranks_here), target_share)     # no key is null or auto now
+    resolved = resolve(config, architecture, lengths, this_device(ranks_here), target_share)     # a ResolvedConfig
 
-`plan` and the trainer both call this. The choices come from the cost model (scheduling.cost) and the
-memory model (scheduling.memory), in this order. A key that the config gives stays as it is.
+`plan` and the trainer both call this. The choices come from the cost model (scheduling.cost) and
+the memory model (scheduling.memory), in this order. A key that the config gives stays as it is.
 
+    precision           bf16 on a GPU, fp32 on a CPU
     layers_per_stage    minimises the time of the slowest stage; the last stage also computes the head
     microbatch_tokens   as many as memory allows, unless larger microbatches no longer save time
     recompute           per stage, the policies that cost the least time among those that fit in memory:
@@ -12,13 +13,14 @@ memory model (scheduling.memory), in this order. A key that the config gives sta
                         (the layer runs again) as possible
     layers_per_stage    again, if recomputation makes a stage the slowest: layers move to other stages
 
-Times are those of a reference device, the same for every GPU, so that splits and plans are the same on
-all GPUs. Memory is that of the actual device. `target_share` is the share of tokens that are targets
-(data.steps.target_share): the head is computed for these alone. Callers that know only lengths pass 1.
+Times are those of a reference device, the same for every GPU, so that splits and plans are the same
+on all GPUs; where the device was calibrated (calibration.py) they are its own. Memory is that of
+the actual device. `target_share` is the share of tokens that are targets (data.steps.target_share):
+the head is computed for these alone. Callers that know only lengths pass 1.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from megatron_lora.config.resolved import ResolvedConfig
@@ -52,7 +54,7 @@ from scheduling.types import Lengths
 
 
 def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> ResolvedConfig:
-    """Return the config with every choice made, for samples of `lengths` [job][step][sample] in tokens; `device` is one rank's.
+    """Return the config with every choice made; `lengths` are those of all samples, in tokens, and `device` is one rank's.
 
     Raises UserError where the longest sample does not fit in memory with `microbatch_tokens: auto`.
     """
@@ -63,7 +65,7 @@ def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, dev
     if config.recompute == "auto":
         resolved = dataclasses.replace(resolved, recompute=choose_recompute(resolved, architecture, device))
         if config.parallel.layers_per_stage is None:
-            resolved = even_out(resolved, architecture, device, lambda other: _slowest_stage_s(other, architecture, device, target_share))
+            resolved = even_out(resolved, architecture, device, target_share)
     return ResolvedConfig.of(resolved)
 
 
@@ -86,8 +88,8 @@ def choose_layers(config: RunConfig, architecture: Architecture, device: Device,
 def choose_budget(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> int:
     """Return the token budget of a microbatch: as much as memory allows, unless a larger one no longer saves time.
 
-    With `recompute: auto`, memory allows what fits when every layer is recomputed, and a budget's saving
-    is weighed against the recomputation that it makes necessary.
+    With `recompute: auto`, memory allows what fits when every layer is recomputed. What a larger
+    budget saves is then weighed against the recomputation that it needs.
     """
     recompute_is_auto = config.recompute == "auto"
     fastest, smallest = (dataclasses.replace(config, recompute=policy) if recompute_is_auto else config for policy in ("none", "full"))
@@ -101,8 +103,8 @@ def choose_budget(config: RunConfig, architecture: Architecture, lengths: Length
         seconds, seconds_without = (_slowest_stage_s(one, architecture, device, target_share) for one in (recomputing, without))
         return seconds / seconds_without
 
+    rounds = deal(lengths, config.parallel.data, cost).rounds  # of one sample per replica, which train at the same time
     try:
-        rounds = deal(lengths, config.parallel.data, cost).rounds  # one sample per replica each, which train at the same time
         return choose_capacity(rounds, config.parallel.pipeline, fitting, cost, slowdown=slowdown if recompute_is_auto else None)
     except ValueError as error:
         remedy = "" if recompute_is_auto else "recompute: auto, "
@@ -115,7 +117,8 @@ def choose_budget(config: RunConfig, architecture: Architecture, lengths: Length
 def choose_recompute(config: RunConfig, architecture: Architecture, device: Device) -> str | tuple[str, ...]:
     """Return each layer's recomputation policy (one word if all are equal): the fastest that fit in the device's memory.
 
-    layers_per_stage and microbatch_tokens must be resolved. On a stage where nothing fits, every layer is "full".
+    layers_per_stage and microbatch_tokens must be resolved. On a stage where nothing fits, every
+    layer is "full".
     """
     policies: list[str] = []
     for stage, memory in enumerate(memory_of(dataclasses.replace(config, recompute="none"), architecture, device)):
@@ -129,17 +132,16 @@ def choose_recompute(config: RunConfig, architecture: Architecture, device: Devi
     return policies[0] if len(set(policies)) == 1 else tuple(policies)
 
 
-def even_out(config: RunConfig, architecture: Architecture, device: Device, slowest: Callable[[RunConfig], float]) -> RunConfig:
+def even_out(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> RunConfig:
     """Return the config after moving single layers between stages for as long as that improves it.
 
-    Every move chooses the recomputation anew. A config is better if the fullest stage exceeds its memory
-    by less, or, at the same excess (mostly none), if the slowest stage is faster. `slowest` returns the
-    seconds of a usual microbatch on the slowest stage of a resolved config.
+    Every move chooses the recomputation anew. A config is better if the fullest stage exceeds its
+    memory by less, or, at the same excess (mostly none), if its slowest stage is faster.
     """
 
     def penalty(candidate: RunConfig) -> tuple[float, float]:
         excess = max(peak - usable_bytes(device) for peak in predicted_peaks(candidate, architecture, device))
-        return max(0.0, excess), slowest(candidate)
+        return max(0.0, excess), _slowest_stage_s(candidate, architecture, device, target_share)
 
     def moved(source: int, target: int) -> RunConfig:
         counts = list(config.parallel.layers_per_stage or ())

@@ -5,7 +5,7 @@ Before each chunk a rank starts an all-reduce of "I have a stop request", and re
 all-reduce before the previous chunk. All ranks read the same results, so all stop before the same
 slot. Steps that have begun by then are dropped: a checkpoint always lies between two steps.
 
-    executor.run(until_stopped(feed, stop, group, num_stages=2, lag=2))
+    executor.run(until_stopped(feed, stop, group, num_stages=2, gap=2))
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from scheduling.types import NOOP
 FEWEST_SLOTS = 4  # of a chunk
 
 
-def until_stopped(windows: Iterable[Window], stop: StopRequest, group: dist.ProcessGroup, num_stages: int, lag: int) -> Iterator[Window]:
+def until_stopped(windows: Iterable[Window], stop: StopRequest, group: dist.ProcessGroup, num_stages: int, gap: int) -> Iterator[Window]:
     """Yield the windows in chunks of a few slots, until they end or a rank has a stop request.
 
     A stop ends the stream with the no-ops that drain the pipeline. `group` is a gloo group of all ranks
-    that nothing else uses; `lag` is the number of slots from the end of a step to its verdict. No rank
+    that nothing else uses; `gap` is the number of slots from the end of a step to its verdict. No rank
     waits for another: the first stage is at most `num_stages` slots ahead of the last, and the result of
     an all-reduce is read at least twice as many slots after its start.
     """
@@ -43,7 +43,7 @@ def until_stopped(windows: Iterable[Window], stop: StopRequest, group: dist.Proc
                 if int(previous[0]):
                     work.wait()
                     stop.stopped = True
-                    yield Window((NOOP,) * lag, ((),) * lag)
+                    yield Window((NOOP,) * gap, ((),) * gap)
                     return
             previous = num_requests, work
             yield Window(window.stream[first : first + num_slots], window.ended[first : first + num_slots])

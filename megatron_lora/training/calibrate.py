@@ -1,8 +1,10 @@
-"""One rank's part of `megatron-lora calibrate`: time its stage, its optimizers and its links, and fit the cost table to all ranks' times.
+"""One rank's part of `megatron-lora calibrate`: time its stage, optimizers and links, and fit a cost table.
 
-All ranks measure at the same time, as they compute in a run. The stage has random weights and as many of its layers as fit without
-recomputation; microbatches are those that the run would plan, and some that differ more, so that the model's terms can be told apart.
-Layers are timed under every policy, most of all under `none`; what recomputation adds is a forward, which few microbatches confirm.
+All ranks measure at the same time, as they compute in a run. A stage has random weights and as many
+of its layers as fit without recomputation. Its microbatches are some that the run would plan, and
+some that differ more from each other, so that the fit can separate the terms of the cost model.
+Layers are timed under every recomputation policy: under `none` over all microbatches, under the
+others over a few, since what those add is known to be about a forward.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from megatron_lora.config.schema import RunConfig
 from megatron_lora.data.collate import collate
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
-from megatron_lora.environment import PACKAGES, commit, version
+from megatron_lora.environment import commit, versions
 from megatron_lora.files import write_atomically
 from megatron_lora.huggingface.architecture import Architecture, read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
@@ -47,32 +49,35 @@ from scheduling.memory import loss_chunk_rows, usable_bytes
 from scheduling.types import Lengths, Microbatch
 from scheduling.windows import plan_windows
 
-LAYER, HEAD = 0, 1  # "stages" of the fit
-PLANNED_SLOTS, FEW_SLOTS = 6, 3
-REPEATS = {"cuda": 3, "cpu": 5}
-FEW_REPEATS, MESSAGES = 2, 10
+LAYER, HEAD = 0, 1  # the fit's CostModel has a layer and the head in the places of two stages
+PLANNED_SLOTS, FEW_SLOTS = 6, 3  # microbatches timed without, and with recomputation
+REPEATS, FEW_REPEATS = {"cuda": 3, "cpu": 5}, 2  # the same two
+MESSAGES = 10  # of a size
+FASTEST_LINK = 1e13  # bytes/s: bounds a link whose large messages took no longer than its small ones
 PROBED_STEPS = 4  # of each job, from which the planned slots are taken
 
 
 def run(config: RunConfig, output: Path | None) -> None:
-    """Measure as one of the config's ranks; the first writes the table to `output`, or below the cache directory, and says so."""
+    """Measure as one of the config's ranks; the first one writes the table to `output` or below the cache directory, and prints it."""
     begin, on_gpu = time.perf_counter(), torch.cuda.is_available()
     config = dataclasses.replace(config, load_weights=False)
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
-    host = new_group(backend="gloo")
-    architecture = read_architecture(resolve_base_model(config.base_model))
-    jobs = read_jobs_in_turn(config.jobs, resolve_base_model(config.base_model), architecture.vocab_size, host)
+    host_group = new_group(backend="gloo")
+    model_dir = resolve_base_model(config.base_model)
+    architecture = read_architecture(model_dir)
+    jobs = read_jobs_in_turn(config.jobs, model_dir, architecture.vocab_size, host_group)
     share = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
-    every = [job.step_samples.lengths() for job in jobs.values()]
-    lengths = [steps[:PROBED_STEPS] for steps in every]
+    all_lengths = [job.step_samples.lengths() for job in jobs.values()]
+    lengths = [steps[:PROBED_STEPS] for steps in all_lengths]
     chosen: list = [None]
     if dist.get_rank() == 0:
-        kind = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
-        resolved = resolve(config, architecture, every, kind, share)
-        chosen = [(kind, resolved, *_slots(resolved, architecture, kind, lengths, share))]
-    dist.broadcast_object_list(chosen, 0, group=host)
-    kind, resolved, planned, probes = chosen[0]
-    table = _Rank(resolved, architecture, kind, jobs, lengths, device, host).measure(planned, probes)
+        cost_device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
+        resolved = resolve(config, architecture, all_lengths, cost_device, share)
+        chosen = [(cost_device, resolved, *_slots(resolved, architecture, cost_device, lengths, share))]
+    dist.broadcast_object_list(chosen, 0, group=host_group)
+    cost_device, resolved, planned, probes = chosen[0]
+    rank = _Rank(resolved, architecture, cost_device, jobs, lengths, device, host_group)
+    table = rank.measure(planned, probes)
     if dist.get_rank() == 0:
         file = output or calibration_file(cache_dir(), table.subject)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +86,10 @@ def run(config: RunConfig, output: Path | None) -> None:
 
 
 def _slots(
-    config: ResolvedConfig, architecture: Architecture, kind: Device, lengths: Lengths, share: float
+    config: ResolvedConfig, architecture: Architecture, cost_device: Device, lengths: Lengths, share: float
 ) -> tuple[list[list[Microbatch]], ...]:
-    """Return each replica's part of some slots as the run would plan them, and of slots that differ more."""
-    cost, parallel = planner_cost(config, architecture, kind, share), config.parallel
+    """Return [replica][slot]: its part of some slots as the run would plan them, and of slots that differ more from each other."""
+    cost, parallel = planner_cost(config, architecture, cost_device, share), config.parallel
     dealt, capacity = deal(lengths, parallel.data, cost), config.microbatch_tokens
     window = next(plan_windows(dealt.rounds, parallel.pipeline, capacity, delay=parallel.norm_delay, cost=cost))
     own = sorted((slot for slot in dict.fromkeys(window) if slot.num_tokens), key=lambda slot: slot.num_tokens)
@@ -95,22 +100,30 @@ def _slots(
 
 
 class _Rank:
-    """A stage, its jobs and links, ready to be timed."""
+    """A stage with its jobs, ready to be timed."""
 
     def __init__(
         self,
         config: ResolvedConfig,
         architecture: Architecture,
-        kind: Device,
+        cost_device: Device,
         jobs: Jobs,
         lengths: Lengths,
         device: torch.device,
-        host: dist.ProcessGroup,
+        host_group: dist.ProcessGroup,
     ):
-        self.config, self.architecture, self.kind, self.jobs, self.lengths = config, architecture, kind, jobs, lengths
-        self.device, self.host, self.dtype = device, host, DTYPES[config.precision]
+        """Build the stage of this rank, with the jobs' adapters; `cost_device` is the planner's model of `device`."""
         parallel = config.parallel
-        self.multiple, self.replica = parallel.row_multiple, parallel.replica_of(dist.get_rank())
+        self.config = config
+        self.architecture = architecture
+        self.cost_device = cost_device
+        self.jobs = jobs
+        self.lengths = lengths
+        self.device = device
+        self.host_group = host_group
+        self.dtype = DTYPES[config.precision]
+        self.multiple = parallel.row_multiple
+        self.replica = parallel.replica_of(dist.get_rank())
         self.stage = self._build()
         arena = make_arena(self.stage, parallel, [job.adapter_spec() for job in jobs.values()])
         groups = StageGroups(**stage_groups(parallel))
@@ -120,52 +133,60 @@ class _Rank:
             warm_up(self.stage, arena, config.microbatch_tokens, self.multiple)
 
     def _build(self) -> Stage:
-        """Build this rank's stage of as many of its layers as fit when a microbatch keeps everything."""
+        """Build this rank's stage with as many of its layers as fit in memory without recomputation."""
         plain = dataclasses.replace(self.config, recompute="none")
         counts, budget = list(plain.layers_per_stage), plain.microbatch_tokens
-        for stage, memory in enumerate(memory_of(plain, self.architecture, self.kind)):
+        for stage, memory in enumerate(memory_of(plain, self.architecture, self.cost_device)):
             per_layer = memory.layer.kept("none") * budget
-            over = memory.total(budget, budget) - usable_bytes(self.kind)
+            over = memory.total(budget, budget) - usable_bytes(self.cost_device)
             counts[stage] = max(1, counts[stage] - max(0, -int(-over // per_layer)))
         short = dataclasses.replace(
             self.architecture, num_layers=sum(counts), sliding_windows=self.architecture.sliding_windows[: sum(counts)]
         )
         parallel = dataclasses.replace(plain.parallel, layers_per_stage=tuple(counts))
         backends = choose_backends(self.config, short, self.dtype, self.device)
-        kind = {"base_weights": self.config.base_weights, "backends": backends}
-        return build_stage(short, None, parallel, dtype=self.dtype, device=self.device, load_weights=False, **kind)
+        return build_stage(
+            short,
+            None,
+            parallel,
+            dtype=self.dtype,
+            device=self.device,
+            load_weights=False,
+            base_weights=self.config.base_weights,
+            backends=backends,
+        )
 
     def measure(self, planned: Sequence[Sequence[Microbatch]], probes: Sequence[Sequence[Microbatch]]) -> Calibration:
         """Return the table, the same on all ranks."""
         own, others = (list(filter(lambda slot: slot.num_tokens, listed[self.replica])) for listed in (planned, probes))
         shape = shape_of(self.architecture)
         body, head = self._time("none", [*own, *others], REPEATS[self.device.type])
-        layer_guess, head_guess = analytic_cost(shape, self.kind, (1, 0)).stages
-        launches = self.kind.layer_launch_s
-        forward = dataclasses.replace(head_guess.forward, fixed=launches)
+        layer_guess, head_guess = analytic_cost(shape, self.cost_device, (1, 0)).stages
+        # The fit scales a guess's terms and cannot find one that is 0: the head gets launches, and a backward, which scales a gradient.
+        forward = dataclasses.replace(head_guess.forward, fixed=self.cost_device.layer_launch_s)
         head_guess = StageCost(forward, dataclasses.replace(forward, per_token=0.02 * forward.per_token))
         fitted = refine(CostModel((layer_guess, head_guess)), [*body, *head])
         layers = {"none": fitted.stages[LAYER]}
         for policy in ("cheap", "full"):
-            again, _ = self._time(policy, own[-FEW_SLOTS:], FEW_REPEATS)
-            layers[policy] = refine(CostModel((recomputing(layers["none"], policy),)), again).stages[LAYER]
+            measured, _ = self._time(policy, own[-FEW_SLOTS:], FEW_REPEATS)
+            layers[policy] = refine(CostModel((recomputing(layers["none"], policy),)), measured).stages[LAYER]
         links = self._links()
         costs = MeasuredCosts(layers=tuple(layers.items()), head=fitted.stages[HEAD], step_s=self._step_s(), hop=links.get("stage"))
         about = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": commit(),
-            "packages": {name: found for name in PACKAGES if (found := version(name))},
-            "memory_bytes": self.kind.memory_bytes,
+            "packages": versions(),
+            "memory_bytes": self.cost_device.memory_bytes,
             "fit_error": _fit_error(fitted, body),
         }
-        return Calibration(subject=subject_of(self.config, self.architecture, self.kind), costs=costs, links=links, about=about)
+        return Calibration(subject=subject_of(self.config, self.architecture, self.cost_device), costs=costs, links=links, about=about)
 
     def _time(self, policy: str, slots: Sequence[Microbatch], repeats: int) -> tuple[list[Measurement], list[Measurement]]:
         """Return all ranks' times of a layer, and of the head, over microbatches under a policy."""
         self.stage.set_recompute(policy)
         loads = [partial(collate, slot, self.jobs, multiple=self.multiple, device=self.device) for slot in slots]
         works = [partial(time_parts, self.stage, load, self.multiple) for load in loads]
-        dist.barrier(group=self.host)
+        dist.barrier(group=self.host_group)
         body, head = [], []
         for slot, load, times in zip(slots, loads, in_turns(self.device, works, repeats), strict=True):
             squares = sum(self.lengths[s.job][s.step][sample] ** 2 for s in slot.segments for sample in s.samples)
@@ -176,18 +197,18 @@ class _Rank:
                 if top in times:
                     head.append(Measurement(HEAD, backward, self._head_rows(load().targets, slot.num_tokens), 0, 0, times[top]))
         gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (body, head), group=self.host)
+        dist.all_gather_object(gathered, (body, head), group=self.host_group)
         return [m for of_rank, _ in gathered for m in of_rank], [m for _, of_rank in gathered for m in of_rank]
 
     def _head_rows(self, targets: torch.Tensor | None, tokens: int) -> int:
-        """Return the rows that the head multiplies: chunks of one height, the last one filled up."""
+        """Return the rows that the head multiplies: its targets, in chunks of equal rows, of which the last one is padded."""
         assert targets is not None, "a planned microbatch lists its targets"
         widest = -(-self.architecture.vocab_size // self.config.parallel.tensor)
         height = min(loss_chunk_rows(widest, self.dtype.itemsize), -(-tokens // self.multiple) * self.multiple)
         return -(-len(targets) // height) * height
 
     def _step_s(self) -> float:
-        """Return the seconds of one job's optimizer step, its sums over ranks included: the mean over jobs, of the slowest rank."""
+        """Return the seconds of one job's optimizer step, sums over ranks included: the slowest rank's mean over jobs."""
 
         def step(job: Job, watch: Stopwatch) -> None:
             def work() -> None:
@@ -198,7 +219,7 @@ class _Rank:
 
         works = [partial(step, job) for job in self.jobs.values()]
         own = statistics.fmean(times["step"] for times in in_turns(self.device, works, REPEATS[self.device.type]))
-        return _slowest(own, self.host)
+        return _slowest(own, self.host_group)
 
     def _links(self) -> dict[str, Link]:
         """Time messages of a header alone and of a full microbatch: between stages, and summed over tensor ranks."""
@@ -224,18 +245,18 @@ class _Rank:
         for num_rows in (0, rows):
             taken = []
             for _ in range(MESSAGES + 2):
-                dist.barrier(group=self.host)
+                dist.barrier(group=self.host_group)
                 Stopwatch(self.device).seconds()
                 start = time.perf_counter()
                 hops = send(num_rows)
                 Stopwatch(self.device).seconds()
                 taken.append((time.perf_counter() - start) / hops)
-            seconds.append(_slowest(statistics.median(taken[2:]), self.host))
+            seconds.append(_slowest(statistics.median(taken[2:]), self.host_group))
         num_bytes = rows * width * self.dtype.itemsize
-        return Link(latency_s=seconds[0], bytes_per_s=num_bytes / max(seconds[1] - seconds[0], num_bytes / 1e13))
+        return Link(latency_s=seconds[0], bytes_per_s=num_bytes / max(seconds[1] - seconds[0], num_bytes / FASTEST_LINK))
 
     def _round_trip(self, layout: MessageLayout, hops: int) -> Callable[[int], float]:
-        """Return what sends a message through all stages and back, over connections as a run's."""
+        """Return what sends a message through all stages and back over a run's links, and returns the `hops` that it took."""
         links, slot = connect(pipelines(self.config.parallel), layout, self.device), 0
 
         def send(rows: int) -> float:
@@ -253,9 +274,9 @@ class _Rank:
         return send
 
 
-def _slowest(seconds: float, host: dist.ProcessGroup) -> float:
+def _slowest(seconds: float, host_group: dist.ProcessGroup) -> float:
     found = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=host)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=host_group)
     return float(found)
 
 
@@ -267,16 +288,16 @@ def _fit_error(fitted: CostModel, body: Sequence[Measurement]) -> float:
 
 
 def _summary(table: Calibration, config: ResolvedConfig) -> list[str]:
-    """Say what was found, for a full microbatch of samples of a quarter of it."""
+    """Return the lines that say what was measured, for a full microbatch of four equal samples."""
     tokens = config.microbatch_tokens
     usual = tokens, tokens**2 / 4, tokens * statistics.fmean(job.r for job in config.jobs)
 
-    def there_and_back(cost: StageCost, *features: float) -> str:
+    def both_passes(cost: StageCost, *features: float) -> str:
         return f"{cost.forward.seconds(*features) * 1e3:.3f} + {cost.backward.seconds(*features) * 1e3:.3f} ms"
 
     lines = [f"{table.subject['device']}, a microbatch of {tokens} tokens, forward + backward:"]
-    lines += [f"  a layer, recompute {policy}: {there_and_back(cost, *usual)}" for policy, cost in table.costs.layers]
-    lines.append(f"  the head, every token a target: {there_and_back(table.costs.head, tokens, 0)}")
+    lines += [f"  a layer, recompute {policy}: {both_passes(cost, *usual)}" for policy, cost in table.costs.layers]
+    lines.append(f"  the head, every token a target: {both_passes(table.costs.head, tokens, 0)}")
     lines.append(f"  an optimizer step: {table.costs.step_s * 1e3:.3f} ms")
     for name, link in table.links.items():
         what = {"stage": "a message between stages", "tensor": "a sum over tensor ranks"}[name]

@@ -1,26 +1,26 @@
 """Runs one stage's actions over the pipeline's messages, window after window.
 
 It makes no decisions: `scheduling.pipeline.window_actions` turns the plan into this stage's list of
-actions. With P stages, and d = 1 where gradient norms must be summed over other ranks of a stage
-(tensor or data parallelism) and d = 0 otherwise:
+actions. With P stages, and the delay d = 1 where gradient norms must be summed over other ranks of
+a stage (tensor or data parallelism) and d = 0 otherwise (P + d is the gap):
 
     F(t)     forward of slot t       its message's header holds the verdicts of the steps that ended at slot t - P - d
     B(t)     backward of slot t      its message's header holds partial sums for the steps that ended at slot t - d
     STEP(j)  optimizer step of job j with the verdict in the next forward message's header
 
 A verdict is a step's squared gradient norm, summed over all stages; the optimizer skips the step if
-it is not finite. The sum is made on the way: a step ends with slot e, and the gradient message of slot
-e + d collects each stage's part (and the step's loss) as it travels to the first stage. The first stage
-then has the total and sends it forward again in the header of slot e + P + d, so that every stage
-takes the step in front of that slot. This needs neither an all-reduce over stages nor a device
-synchronisation. A no-op's message is a header without a body.
+it is not finite. The sum is made on the way: a step ends with slot e, and the gradient message of
+slot e + d collects each stage's part (and the step's loss) as it travels to the first stage. The
+first stage then has the total and sends it forward again in the header of slot e + P + d, so that
+every stage takes the step in front of that slot. This needs neither an all-reduce over stages nor a
+device synchronisation. A no-op's message is a header without a body.
 
 When receives are posted. On the CPU the next slot's receive is posted ahead. On a GPU a receive is
-posted only when its message is needed. A waiting NCCL receive is a running kernel, and CUDA may wait
-for running kernels whenever it loads a module or allocates memory. If two neighbours had receives
-posted ahead, each could block in such a call while its running receive waits for the other: a
-deadlock. Without them, a rank only ever waits for a message that its neighbour sends earlier in the
-plan's order than anything that the neighbour may itself be waiting for.
+posted only when its message is needed. A waiting NCCL receive is a running kernel, and CUDA may
+wait for running kernels whenever it loads a module or allocates memory. If two neighbours had
+receives posted ahead, each could block in such a call while its running receive waits for the
+other: a deadlock. Without them, a rank only ever waits for a message that its neighbour sends
+earlier in the plan's order than anything that the neighbour may itself be waiting for.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ class _InFlight:
 
 
 class _Outlet(torch.autograd.Function):
-    """Connects a stage's output to its message: copies it there, and in backward returns the gradient received since.
+    """Copies a stage's output into its message; its backward returns the gradient that was received in the meantime.
 
-    The graph keeps only the scalar that `forward` returns, so the output's memory is freed once it is
-    copied (what Megatron does with `deallocate_output_tensor`).
+    The graph keeps only the scalar that `forward` returns, so the output's memory is freed once it
+    is copied (what Megatron does with `deallocate_output_tensor`).
     """
 
     @staticmethod
@@ -126,9 +126,9 @@ class Executor:
     ):
         """Make the executor of the stage at `position`, which `links` connect to the stages beside it.
 
-        `load(microbatch)` returns the microbatch's tensors. `num_rows(microbatch)` returns the rows of its
-        activations on this rank, 0 for a no-op. `jobs[number].optimizer` takes the job's steps. `on_forward`
-        is called before each slot's forward and `on_step` after each step.
+        `load(microbatch)` returns the microbatch's tensors. `num_rows(microbatch)` returns the rows
+        of its activations on this rank, 0 for a no-op. `jobs[number].optimizer` takes the job's
+        steps. `on_forward` is called before each slot's forward and `on_step` after each step.
         """
         self.model = model
         self.position = position
@@ -142,10 +142,10 @@ class Executor:
         self.timeline = timeline
         self.device = device
         self.stream: dict[int, Microbatch] = {}  # slot -> its microbatch, of the slots that an action may still read
-        self.endings: dict[int, tuple[Ending, ...]] = {}  # slot -> the (job, step) pairs that end there, of the same slots
+        self.endings: dict[int, tuple[Ending, ...]] = {}  # the same slots -> the (job, step) pairs that end there
         self.num_slots = 0  # of all windows so far
         self.next_slot = 0  # the next slot to run forward
-        self.next_message: Message | None = None  # forward message of `next_slot`, once it was received
+        self.next_message: Message | None = None  # forward message of `next_slot`, once a STEP or F has asked for it
         self.verdicts: dict[int, Message] = {}  # first stage: slot where steps ended -> the gradient message with their sums
         self.in_flight: dict[int, _InFlight] = {}  # by slot
         self.losses: dict[int, Tensor] = {}  # last stage: job -> loss of its current step so far, fp32 []
@@ -160,12 +160,12 @@ class Executor:
         position = self.position
         feed = iter(windows)
         while (window := self._next_window(feed)) is not None:
-            first, end = self.num_slots, self.num_slots + len(window.stream)
+            first, end = self.num_slots, self.num_slots + len(window.stream)  # the window's slots in the run's stream
             self.stream.update(enumerate(window.stream, first))
             self.endings.update(enumerate(window.ended, first))
             self.num_slots = end
             self._perform(window_actions(self.stream, self.endings, position.stage, position.num_stages, position.delay, first, end))
-            self._forget(end - position.lag)
+            self._forget(end - position.gap)
         self._perform(final_backwards(self.num_slots, position.stage, position.num_stages))
         self.links.drain()
         assert not self.in_flight and not bool(self.misplaced), "messages and slots went out of step"
@@ -185,9 +185,10 @@ class Executor:
             perform[action.op](action.index)
 
     def _take(self, receiver: Receiver, name: str, slot: int) -> Message:
-        """Receive and return a slot's message.
+        """Receive and return a slot's message; `name` is that of the wait in the timeline.
 
-        Posts the next slot's receive, if that slot is known already and receives may be posted ahead.
+        Posts the next slot's receive, if that slot is known already and receives may be posted
+        ahead.
         """
         if not receiver.posted:
             receiver.post(self.num_rows(self.stream[slot]))
@@ -199,13 +200,16 @@ class Executor:
         return message
 
     def _peek(self) -> Message:
-        """Return the forward message of the next slot, received (on the first stage: made) once for STEP and F."""
+        """Return the forward message of the next slot without consuming it: the steps in front of that slot read it first.
+
+        The first stage makes the message, and puts the verdicts into its header.
+        """
         if self.next_message is None:
-            slot, lag = self.next_slot, self.position.lag
+            slot, gap = self.next_slot, self.position.gap
             if self.links.forward_in is None:
                 self.next_message = self.layout.blank(slot, 0, self.device)
-                if slot >= lag and self.endings[slot - lag]:
-                    self.next_message.square_norms.copy_(self.verdicts[slot - lag].square_norms)
+                if slot >= gap and self.endings[slot - gap]:
+                    self.next_message.square_norms.copy_(self.verdicts[slot - gap].square_norms)
             else:
                 self.next_message = self._take(self.links.forward_in, "wait F", slot)
         return self.next_message
@@ -213,7 +217,7 @@ class Executor:
     def _forward(self, slot: int) -> None:
         message = self._peek()
         self.next_message, self.next_slot = None, slot + 1
-        self.verdicts.pop(slot - self.position.lag, None)
+        self.verdicts.pop(slot - self.position.gap, None)
         microbatch = self.stream[slot]
         self.on_forward(microbatch)
         if not microbatch.num_tokens:
@@ -281,7 +285,7 @@ class Executor:
         return self._take(self.links.backward_in, "wait B", slot)
 
     def _add_own_part(self, message: Message, ended_at: int) -> None:
-        """Add this stage's squared norms and losses of the steps that ended at slot `ended_at` (losses: 0 but on the last stage)."""
+        """Add this stage's part to the sums of the steps that ended at slot `ended_at`: squared norms, and on the last stage losses."""
         for i, (job, _) in enumerate(self.endings[ended_at] if ended_at >= 0 else ()):
             square_norm, loss = self.jobs[job].optimizer.finish_reduction()
             message.square_norms[i] += square_norm
@@ -289,7 +293,7 @@ class Executor:
 
     def _step(self, job: int) -> None:
         message = self._peek()
-        ended_at = self.next_slot - self.position.lag
+        ended_at = self.next_slot - self.position.gap
         i, step = next((i, step) for i, (ending_job, step) in enumerate(self.endings[ended_at]) if ending_job == job)
         square_norm = message.square_norms[i]
         with self.timeline.span("STEP", job):

@@ -1,6 +1,8 @@
 """A job as one rank holds it: its config and data, where it resumes, its adapter and optimizer, its state.
 
-jobs = read_jobs(config.jobs, tokenizer, cache_dir, vocab_size, resume_points)      # number -> Job
+    jobs = read_jobs(config.jobs, tokenizer, cache_dir, vocab_size, resume_points)      # number -> Job
+
+A job is *resident* while it has an adapter row and an optimizer.
 """
 
 from __future__ import annotations
@@ -13,22 +15,19 @@ import torch.distributed as dist
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData, load_jobs_data
-from megatron_lora.data.steps import JobSamples, job_steps
+from megatron_lora.data.steps import JobSamples
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import tokenizer_for
-from megatron_lora.errors import UserError
 from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings, learning_rate_at
 
-MOST_VISITS = 50_000_000  # samples over all of a job's steps (a sample counts once per epoch); each takes about 100 bytes on every rank
-
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """A job as one rank holds it, from its admission to its end.
+    """A job as one rank holds it.
 
-    Its number names it in plans and messages, its adapter row in the arena; both are free again when it is over.
+    Plans and messages name it by its number, the arena by its adapter row.
     """
 
     number: int
@@ -38,10 +37,10 @@ class Job:
     resume_point: ResumePoint = ResumePoint()
     adapter_row: int = -1  # in the arena; -1: not resident
     resident_optimizer: JobOptimizer | None = None  # of its adapter on this rank, while it is resident
-    state: str = "queued"  # output/job_states.py
+    state: str = "queued"  # one of output/job_states.py; kept by the first rank
     steps_taken: int = 0
     steps_saved: int = 0  # steps taken at its last snapshot
-    skipped_in_a_row: int = 0  # of the steps that are reported
+    skipped_in_a_row: int = 0  # as reported; the optimizer counts its own on the device
 
     def __post_init__(self):
         point = self.resume_point
@@ -107,15 +106,13 @@ def read_jobs(
 ) -> dict[int, Job]:
     """Tokenise every job's data, or read it from the cache, and number the jobs in their order; returns number -> job.
 
-    `resume_points` are by name; a job without one starts at step 0. Raises UserError for data that cannot be used.
+    `resume_points` are by name; a job without one starts at step 0. Raises UserError for data that
+    cannot be used.
     """
     jobs = {}
     for number, (c, data) in enumerate(zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True)):
-        _check_visits(c, len(data.samples))
-        steps = job_steps(len(data.samples), c.global_batch_size, c.num_epochs, c.max_steps, c.shuffle, c.seed)
-        step_samples = JobSamples(seed=c.seed, samples=data.samples, steps=steps)
         point = (resume_points or {}).get(c.name, ResumePoint())
-        jobs[number] = Job(number=number, config=c, data=data, step_samples=step_samples, resume_point=point)
+        jobs[number] = Job(number=number, config=c, data=data, step_samples=JobSamples.of(c, data.samples), resume_point=point)
     return jobs
 
 
@@ -138,17 +135,3 @@ def read_jobs_in_turn(
             jobs = read_jobs(configs, tokenizer, cache_dir(), vocab_size, resume_points)
         dist.barrier(group=host_group)
     return jobs
-
-
-def _check_visits(job: JobConfig, num_samples: int) -> None:
-    """Raise UserError for a job with more steps than memory can list."""
-    if job.max_steps is None:
-        key, each = "num_epochs", num_samples
-    else:
-        key, each = "max_steps", min(job.global_batch_size, num_samples)
-    value = getattr(job, key)
-    if value * each > MOST_VISITS:
-        raise UserError(
-            f"jobs.{job.name}.{key}: {value} takes {value * each} samples, and a job may take {MOST_VISITS}; "
-            f"use at most {MOST_VISITS // each}"
-        )

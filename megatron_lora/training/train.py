@@ -62,9 +62,9 @@ LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a ran
 def run(config: RunConfig, stop: StopRequest) -> int:
     """Train a config's remaining jobs, as one rank of the run; return the run's exit status.
 
-    A job remains when it is neither done nor failed. Status 0: all jobs are done; 3: some have failed;
-    75: the run was stopped on request, and the state of every unfinished job is saved. The output
-    directory must exist. Raises UserError for wrong input.
+    A job remains until it is over (job_states.OVER). Status 0: all are over and none has failed; 3:
+    some have failed; 75: the run was stopped on request, and the state of every unfinished job is
+    saved. The output directory must exist. Raises UserError for wrong input.
     """
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
@@ -128,7 +128,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
             timeline=timeline,
         )
         stop_group = new_group(backend="gloo")
-        executor.run(until_stopped(feed, stop, stop_group, position.num_stages, position.lag))
+        executor.run(until_stopped(feed, stop, stop_group, position.num_stages, position.gap))
         feed.close()
         if reporter is not None:
             reporter.flush()
@@ -205,9 +205,9 @@ def resolve_together(
 ) -> tuple[ResolvedConfig, SlotCost]:
     """Return the resolved config and the planner's cost model; the first rank makes both for all ranks.
 
-    It also prints and records what was chosen. Its own device's memory decides, also where other ranks
-    have more or less. `host_group` is a gloo group of all ranks; `lengths` and `target_share` are as in
-    planning.resolve; `names` are those of the jobs that remain.
+    It also prints and records what was chosen. The memory of its own device decides, even if other
+    ranks have more or less. `host_group` is a gloo group of all ranks; `lengths` and `target_share`
+    are as in planning.resolve; `names` are those of the jobs that remain.
     """
     chosen: list = [None, None]
     if dist.get_rank() == 0:

@@ -6,7 +6,7 @@ import platform
 import sys
 from pathlib import Path
 
-from megatron_lora.environment import PACKAGES, commit, devices, version
+from megatron_lora.environment import commit, devices, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -19,7 +19,7 @@ def stamp(hardware: str | None = None, code: str | None = None) -> dict:
         "hardware": hardware or (f"{len(found)} x {found[0]}" if found else platform.machine()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
-        "versions": {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := version(name))},
+        "versions": {"python": platform.python_version()} | versions(),
     }
 
 

@@ -257,6 +257,7 @@ CASES = {
         override("jobs.one.val_datasets=[{path: rows.jsonl, type: text}]"),
         ["jobs.one.val_datasets: ", "is not supported yet", "use null"],
     ),
+    "a job without end": (override("jobs.one.num_epochs=1000000000000"), ["num_epochs: 1000000000000 takes", "a job may take 50000000"]),
     # files
     "a path too long": (override("jobs.one.datasets.0.path=" + "x" * 300 + ".jsonl"), ["jobs.one.datasets.0.path:", "too long a name"]),
     "missing data": (override("jobs.one.datasets.0.path=row.jsonl"), ["jobs.one.datasets.0.path: 'row.jsonl'", "no such file"]),

@@ -107,12 +107,41 @@ def test_a_run_that_began_without_a_table_goes_on_without(config, pool, tmp_path
     assert json.loads((tmp_path / "run" / "cost.json").read_text())["basis"] == "the table figures of cpu"
 
 
+def table_of(layer: dict) -> dict:
+    """A table in which a layer costs the same under every policy, and as much as the head."""
+    layers = dict.fromkeys(("none", "cheap", "full"), layer)
+    about = {"date": "today", "memory_bytes": 8e9}
+    return {"format": 1, "of": {"device": "cpu"}, "layers": layers, "head": layer, "step_s": 0.1, "links": {}, "about": about}
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"step_s": float("nan")},
+        {"head": {"forward": {}, "backward": {}}},
+        {"links": {"stage": {"latency_s": "soon", "bytes_per_s": 1e9}}},
+        {"links": {"stage": {"latency_s": -1.0, "bytes_per_s": 1e9}}},
+        {"of": {}},
+        {"about": {"date": "today"}},
+        {"format": 2},
+    ],
+)
+def test_a_table_that_was_spoilt_is_one_line(config, spoilt, tmp_path, capsys):
+    layer = {side: {"per_token": 1e-3, "per_square": 0.0, "per_rank_token": 0.0, "fixed": 0.5} for side in ("forward", "backward")}
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps(table_of(layer)))
+    assert read_calibration(file).costs.step_s == 0.1
+    file.write_text(json.dumps(table_of(layer) | spoilt))
+    assert main(["plan", str(config), "--cost", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert "holds no cost table" in told and told.count("\n") == 1
+
+
 def test_the_planner_weighs_slots_by_the_table(config, tmp_path):
     layer = {side: {"per_token": 1e-3, "per_square": 0.0, "per_rank_token": 0.0, "fixed": 0.5} for side in ("forward", "backward")}
     architecture = read_architecture(tmp_path / "model")
     given = load_config(config, ["parallel.layers_per_stage=[2,2]", "recompute=full"])
-    table = {"format": 1, "of": {}, "layers": dict.fromkeys(("none", "cheap", "full"), layer), "head": layer, "step_s": 0.1}
-    (tmp_path / "table.json").write_text(json.dumps(table | {"links": {}, "about": {}}))
+    (tmp_path / "table.json").write_text(json.dumps(table_of(layer)))
     device = calibrated(CPU, read_calibration(tmp_path / "table.json"))
     first, last = cost_of(given, architecture, device, 0.25).stages
     assert first.forward.seconds(10, 100) == pytest.approx(2 * (10e-3 + 0.5)) and last.forward.fixed == pytest.approx(3 * 0.5)

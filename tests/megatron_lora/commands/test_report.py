@@ -80,6 +80,17 @@ def test_real_and_predicted_differ_by_the_stall_alone(run, tmp_path, capsys):
     assert (tmp_path / "run.png").stat().st_size > 1000
 
 
+def test_slots_that_were_planned_and_not_run_are_left_out(run, capsys):
+    """As in a run that was stopped: its last windows are on disk, and no stage has executed them."""
+    before = FinishedRun.read(run)
+    for number in (1, 0):  # a name of five digits stands behind all of four
+        (run / "plan" / f"window-{number:04d}.json").rename(run / "plan" / f"window-{9999 + number}.json")
+    (run / "plan" / "window-10001.json").write_text(json.dumps({"microbatches": [[[1, 1, 0, 60]], [[1, 2, 0, 60]]]}))
+    found = FinishedRun.read(run)
+    assert found.slots == before.slots == SLOTS and found.predicted() == before.predicted()
+    assert main(["report", str(run)]) == 0 and "4 slots, 1 of them no-ops" in capsys.readouterr().out
+
+
 def test_a_timeline_that_has_lost_its_beginning_is_compared_with_nothing(run, capsys):
     tree = json.loads((run / "timeline.json").read_text())
     tree["traceEvents"] = [event for event in tree["traceEvents"] if event["name"] not in ("F 0", "wait F 0")]
@@ -89,10 +100,21 @@ def test_a_timeline_that_has_lost_its_beginning_is_compared_with_nothing(run, ca
     assert "last part of this long run alone" in told and "predicted 1" not in told
 
 
-@pytest.mark.parametrize("broken", ["config.yaml", "timeline.json", "cost.json"])
-def test_what_is_no_finished_run_is_one_line(run, broken, capsys):
+@pytest.mark.parametrize(
+    ("broken", "content"),
+    [("config.yaml", None), ("config.yaml", "[]"), ("timeline.json", None), ("timeline.json", "[]"), ("cost.json", None)],
+)
+def test_what_is_no_finished_run_is_one_line(run, broken, content, capsys):
     (run / broken).unlink()
+    if content is not None:
+        (run / broken).write_text(content)
     assert main(["report", str(run)]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "is not the directory of a run that has ended" in told
     assert main(["report", str(run), "--plot", "picture.txt"]) == 2 and "--plot: 'picture.txt'" in capsys.readouterr().err
+
+
+def test_a_plan_that_lacks_executed_slots_is_one_line(run, capsys):
+    (run / "plan" / "window-0001.json").unlink()
+    assert main(["report", str(run)]) == 2
+    assert capsys.readouterr().err.endswith("plan/ has 2 slots, and 4 were executed; restore its windows\n")

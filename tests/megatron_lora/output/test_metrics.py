@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from megatron_lora.errors import UserError
-from megatron_lora.output.display import LiveTable, PlainLines, SafeStream, duration, make_display
+from megatron_lora.output.display import STYLES, LiveTable, PlainLines, SafeStream, duration, make_display
+from megatron_lora.output.job_states import FOLLOWERS
 from megatron_lora.output.loss_picture import plot_losses, smooth
 from megatron_lora.output.metrics import JobSummary, JsonlMetrics, StepReport, metrics_file, read_metrics
 from megatron_lora.output.observers import make_observers
@@ -307,3 +308,7 @@ def test_loss_curves_become_a_picture(tmp_path):
 def test_smoothing_starts_at_the_first_loss_and_follows_a_constant():
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert smooth([4.0, 1.0])[1] == pytest.approx((0.8 * 4 + 1) / 1.8)
+
+
+def test_every_state_of_a_job_can_be_shown():
+    assert STYLES.keys() == FOLLOWERS.keys()

@@ -9,12 +9,12 @@ import torch
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig, RunConfig
 from megatron_lora.data.samples import JobData
-from megatron_lora.data.steps import JobSamples, Sample, Steps
+from megatron_lora.data.steps import MOST_VISITS, JobSamples, Sample, Steps, check_visits
 from megatron_lora.errors import UserError
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import MOST_VISITS, Job, _check_visits
+from megatron_lora.training.jobs import Job
 from megatron_lora.training.run_reporter import RunReporter
 from megatron_lora.training.step_reporter import StepReporter
 from scheduling.types import Microbatch, Segment
@@ -96,7 +96,7 @@ def test_a_job_that_cannot_learn_is_reported_at_the_start(tmp_path, capsys, sett
 def test_a_job_without_end_is_refused(key, value, most):
     config = JobConfig(name="a", seed=0, datasets=(DatasetConfig(path="a.jsonl", type="text"),), **{key: value})
     with pytest.raises(UserError, match=f"jobs.a.{key}: {value} takes .* use at most {most}$"):
-        _check_visits(config, 1000)
+        check_visits(config, 1000)
 
 
 class Event:

@@ -23,12 +23,12 @@ def window(first: int, count: int) -> Window:
 WINDOWS = [window(sum(SLOTS[:number]), count) for number, count in enumerate(SLOTS)]
 
 
-def chunks_of(requested_at: int | None, num_stages: int = 2, lag: int = 3) -> tuple[list[Window], StopRequest, list[Window]]:
+def chunks_of(requested_at: int | None, num_stages: int = 2, gap: int = 3) -> tuple[list[Window], StopRequest, list[Window]]:
     """Return the chunks when a rank has a stop request before chunk `requested_at`, the request, and the windows not read."""
     import torch.distributed as dist
 
     stop, found, unread = StopRequest(), [], list(WINDOWS)
-    chunks = until_stopped((unread.pop(0) for _ in WINDOWS), stop, dist.group.WORLD, num_stages, lag)
+    chunks = until_stopped((unread.pop(0) for _ in WINDOWS), stop, dist.group.WORLD, num_stages, gap)
     while True:
         stop.requested = requested_at is not None and len(found) >= requested_at
         chunk = next(chunks, None)
