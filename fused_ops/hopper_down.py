@@ -21,7 +21,7 @@ from fused_ops.early_launch import pdl
 from fused_ops.hopper_dropout import drop_features, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import describe
 from fused_ops.hopper_names import async_load
-from fused_ops.hopper_ring import ring_barriers
+from fused_ops.hopper_ring import release_loaded, ring_barriers
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
 
@@ -75,7 +75,7 @@ def _multiplier(
         if MODULES > 2:
             b_a2 = a_bufs.index(stage * MODULES + 2).permute((1, 0)).load(_A)
             b_acc2 = mma_v2(drop_features(b_x, b_hash, level, 2), b_a2, b_acc2)
-        mbarrier.arrive(empty_bars.index(stage), count=1)
+        release_loaded(empty_bars.index(stage))
     accs = (b_acc0, b_acc1, b_acc2)
     for m in gl.static_range(MODULES):
         column = gl.load(adapter_ptr + 6 + 3 * m)

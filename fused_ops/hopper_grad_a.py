@@ -23,7 +23,7 @@ from fused_ops.early_launch import pdl
 from fused_ops.hopper_dropout import drop_rows, half_of, level_of, mix, pair_keys
 from fused_ops.hopper_layouts import describe
 from fused_ops.hopper_names import async_load
-from fused_ops.hopper_ring import ring_barriers
+from fused_ops.hopper_ring import release_loaded, ring_barriers
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors, rank_class
 from fused_ops.skinny_config import item_rows
@@ -89,7 +89,7 @@ def _add_block(
     if MODULES > 2:
         b_s2 = _s_rows(s_bufs.index(stage * MODULES + 2), i_row, end, MASKED)
         b_acc2 = mma_v2(drop_rows(b_x, b_hash, level, halves, 2), b_s2, b_acc2)
-    mbarrier.arrive(empty_bars.index(stage), count=1)
+    release_loaded(empty_bars.index(stage))
     return b_acc0, b_acc1, b_acc2
 
 

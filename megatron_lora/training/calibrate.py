@@ -240,7 +240,7 @@ class _Rank:
         return found
 
     def _link(self, send: Callable[[int], float], rows: int, width: int) -> Link:
-        """Fit a link to `send(rows)`, which sends so many rows as often as it says."""
+        """Fit a link to `send(rows)`, which sends that number of rows and returns how many links they crossed."""
         seconds = []
         for num_rows in (0, rows):
             taken = []

@@ -5,6 +5,7 @@ Triton. ptxas serialises a GEMM's pipeline silently when registers run out (C751
 140% loss on an H200. Nothing is skipped on a Triton that is new: what it cannot do has to be looked at (fused_ops/triton_version.py).
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -109,6 +110,10 @@ def test_masks_are_made_in_the_registers_that_products_read(make_problem, compil
         if kernel.name.startswith("_hopper"):
             assert "set.ge.u32.f16x2" in kernel.asm["ptx"] and "mma.sync" in kernel.asm["ptx"]
             assert not re.search(r"ttg\.(local_store|local_alloc %|convert_layout)", kernel.asm["ttgir"])
+            # Before a buffer is given back to TMA, the loads from it are fenced: an arrival alone does not hold TMA's stores back.
+            releases = re.findall(r"ldmatrix|fence\.proxy\.async|mbarrier\.arrive\.shared", kernel.asm["ptx"])
+            pairs = list(itertools.pairwise(step for step, _ in itertools.groupby(releases)))
+            assert ("ldmatrix", "fence.proxy.async") in pairs and ("ldmatrix", "mbarrier.arrive.shared") not in pairs, pairs
 
 
 @pytest.mark.parametrize("modules", [(512,), (512, 256, 256)])
