@@ -4,8 +4,8 @@ import json
 
 import oracle
 import pytest
-
 import runs
+
 from scripts.bench import loss_curves
 
 

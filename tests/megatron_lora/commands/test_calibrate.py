@@ -11,9 +11,9 @@ from unittest import mock
 
 import oracle
 import pytest
+import runs
 from waiting import wait_for
 
-import runs
 from megatron_lora.__main__ import main
 from megatron_lora.commands import launch
 from megatron_lora.config.schema import load_config

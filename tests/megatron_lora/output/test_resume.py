@@ -7,9 +7,9 @@ import shutil
 
 import oracle
 import pytest
+import runs
 from safetensors.torch import load_file, save_file
 
-import runs
 from megatron_lora.commands.checks import check_run
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError

@@ -8,9 +8,9 @@ import sys
 
 import oracle
 import pytest
+import runs
 from waiting import wait_for
 
-import runs
 from megatron_lora.planning import plan_feed
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from scheduling.slot_cost import SlotCost

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import oracle
 import pytest
-
 import runs
+
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import dump_config, load_config
 from megatron_lora.data.tokenizer import load_tokenizer

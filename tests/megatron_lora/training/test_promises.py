@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import oracle
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file, save_file
-
-import runs
 
 STEPS = 6
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
