@@ -2,14 +2,14 @@
 
     python scripts/plot_losses.py runs/quickstart-1
 
-Writes losses.png into the run's directory; megatron_lora/output/loss_picture.py does the drawing.
+Writes losses.png into the run's directory; loss_picture.py does the drawing.
 """
 
 from pathlib import Path
 
+from loss_picture import plot_losses
 from one_line import OneLineParser
 
-from megatron_lora.output.loss_picture import plot_losses
 from megatron_lora.output.metrics import read_metrics
 
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from megatron_lora.errors import UserError
 from megatron_lora.output.display import STYLES, LiveTable, PlainLines, SafeStream, duration, make_display
 from megatron_lora.output.job_states import FOLLOWERS
-from megatron_lora.output.loss_picture import plot_losses, smooth
 from megatron_lora.output.metrics import JobSummary, JsonlMetrics, StepReport, metrics_file, read_metrics
 from megatron_lora.output.observers import make_observers
 from megatron_lora.output.trackers import TensorBoardMetrics, WandbMetrics
+from scripts.loss_picture import plot_losses, smooth
 
 REPORT = StepReport(
     job="a",
