@@ -31,14 +31,13 @@ WORK = {"F": Op.FORWARD, "B": Op.BACKWARD, "STEP": Op.STEP}
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run left: its resolved config, its executed slots, every rank's spans, cost.json and env.json."""
+    """What a run left: its resolved config, its executed slots, every rank's spans, and cost.json."""
 
     path: Path
     config: RunConfig
     slots: list[list[list[int]]]  # as plan/ has them: [slot][sample] -> job, step, sample, tokens
     spans: Mapping[int, list[dict]]  # rank -> events of the Chrome trace format, microseconds
     cost: dict
-    environment: dict
 
     @classmethod
     def read(cls, path: Path) -> FinishedRun:
@@ -51,8 +50,9 @@ class FinishedRun:
             for event in json.loads((path / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]:
                 if event["ph"] == "X":
                     spans[event["tid"]].append(event | {"index": int(event["name"].split()[-1])})
-            cost, environment = (json.loads((path / name).read_text(encoding="utf-8")) for name in ("cost.json", "env.json"))
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            cost = json.loads((path / "cost.json").read_text(encoding="utf-8"))
+            _check_cost(cost, {job.name for job in config.jobs}, config.parallel.pipeline)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             said = one_line(f"{type(error).__name__}: {error}", 200)
             raise UserError(f"{path}: is not the directory of a run that has ended ({said}); name a run's output_dir") from None
         executed = [event["index"] for events in spans.values() for event in events if event["cat"] == "F"]
@@ -60,7 +60,7 @@ class FinishedRun:
             raise UserError(f"{path}: nothing was trained in the run's last start; name a run that has")
         if (num_slots := 1 + max(executed)) > len(slots):
             raise UserError(f"{path}: plan/ has {len(slots)} slots, and {num_slots} were executed; restore its windows")
-        return cls(path, config, slots[:num_slots], dict(sorted(spans.items())), cost, environment)
+        return cls(path, config, slots[:num_slots], dict(sorted(spans.items())), cost)
 
     @property
     def num_stages(self) -> int:
@@ -188,3 +188,14 @@ class FinishedRun:
             if e["cat"] in WORK
         ]
         return Timeline(self.num_stages, self.makespan_s, tuple(events), ())
+
+
+def _check_cost(cost: dict, names: set[str], num_stages: int) -> None:
+    """Raise ValueError, TypeError or KeyError unless cost.json has what a report reads."""
+    if unknown := [name for name in cost["jobs"] if name not in names]:
+        raise ValueError(f"cost.json names the job {unknown[0]!r}, which config.yaml does not have")
+    stages = len(CostModel.from_json(cost["stages"]).stages)
+    if stages != num_stages:
+        raise ValueError(f"cost.json has {stages} stages, and config.yaml {num_stages}")
+    if not (isinstance(cost["basis"], str) and all(isinstance(cost[name], (int, float)) for name in ("hop_s", "step_s"))):
+        raise TypeError("cost.json: basis is a text, hop_s and step_s are seconds")

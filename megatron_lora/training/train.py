@@ -38,7 +38,7 @@ from megatron_lora.output.standing import ResumePoint
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import Position, initialize_parallel, new_group, pipelines, position_of, stage_groups
-from megatron_lora.planning.calibration import calibrated, keep_calibration, predicted_cost
+from megatron_lora.planning.calibration import RUN_FILE, calibrated, differing, keep_calibration, predicted_cost, read_calibration
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost
@@ -219,6 +219,8 @@ def resolve_together(
             directory.write_resolved(resolved, predicted_cost(resolved, architecture, device, target_share, table, names))
         if table is not None:
             print(f"costs are by {table.describe()}", flush=True)
+        elif (kept := path / RUN_FILE).exists():
+            print(f"costs are by formulas: {kept} {differing(read_calibration(kept), config, architecture, device)}", flush=True)
         for line in [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]:
             print(line, flush=True)
         chosen = [resolved, planner_cost(resolved, architecture, device, target_share)]

@@ -35,7 +35,7 @@ CASES = {
 
 PROGRAM = """
 import json, sys
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:]
 import torch
 from conftest import build_problem
 from fused_ops import reference, triton_ops
@@ -90,7 +90,7 @@ def results():
     if tuple(int(v) for v in triton.__version__.split(".")[:2]) > (3, 6):
         pytest.skip("the interpreter of Triton 3.9 refuses scalar masks; checked on 3.6, which torch 2.11 brings")
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-c", PROGRAM, str(root), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", PROGRAM, str(root), str(Path(__file__).parent), str(root / "tests")]
     done = subprocess.run(
         command,
         input=json.dumps(CASES),

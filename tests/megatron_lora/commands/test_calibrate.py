@@ -107,6 +107,19 @@ def test_a_run_that_began_without_a_table_goes_on_without(config, pool, tmp_path
     assert json.loads((tmp_path / "run" / "cost.json").read_text())["basis"] == "the table figures of cpu"
 
 
+def test_a_run_whose_table_does_not_fit_its_layout_says_so(config, pool, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert runs.start(pool, config, {"pp": 2}, stop_after=3) == 75
+    pool(pp=2).run(measure, config, None)
+    table = json.loads(next((tmp_path / "cache" / "calibrations").iterdir()).read_text())
+    table["of"]["tensor"] = 2
+    (tmp_path / "run" / RUN_FILE).write_text(json.dumps(table))
+    assert main(["train", str(config)]) == 0
+    assert f"costs are by formulas: {tmp_path / 'run' / RUN_FILE} is of tensor 2, and this config needs 1" in capfd.readouterr().out
+    assert json.loads((tmp_path / "run" / "cost.json").read_text())["basis"] == "the table figures of cpu"
+
+
 def table_of(layer: dict) -> dict:
     """A table in which a layer costs the same under every policy, and as much as the head."""
     layers = dict.fromkeys(("none", "cheap", "full"), layer)

@@ -102,7 +102,18 @@ def test_a_timeline_that_has_lost_its_beginning_is_compared_with_nothing(run, ca
 
 @pytest.mark.parametrize(
     ("broken", "content"),
-    [("config.yaml", None), ("config.yaml", "[]"), ("timeline.json", None), ("timeline.json", "[]"), ("cost.json", None)],
+    [
+        ("config.yaml", None),
+        ("config.yaml", "[]"),
+        ("timeline.json", None),
+        ("timeline.json", "[]"),
+        ("cost.json", None),
+        ("cost.json", "{}"),
+        ("cost.json", "[]"),
+        ("cost.json", '{"jobs": ["a", "z"], "stages": [], "basis": "", "hop_s": 0, "step_s": 0, "peaks": []}'),
+        ("cost.json", '{"jobs": ["a"], "stages": [], "basis": "", "hop_s": 0, "step_s": 0, "peaks": []}'),
+        ("cost.json", '{"jobs": 3, "stages": {}, "basis": "", "hop_s": 0, "step_s": 0, "peaks": []}'),
+    ],
 )
 def test_what_is_no_finished_run_is_one_line(run, broken, content, capsys):
     (run / broken).unlink()

@@ -66,7 +66,8 @@ def test_a_stop_request_takes_one_chunk_more_and_drains(requested_at, taken, one
 def test_a_signal_that_is_not_torchruns_is_a_request_once_there_is_something_to_save(monkeypatch):
     ended = []
     monkeypatch.setattr(stop_request, "_end", lambda: ended.append(True))
-    for sender, can_save, dies in ((os.getppid(), True, True), (1, False, True), (os.getppid(), False, True), (1, True, False)):
+    parent, other = os.getppid(), os.getppid() + 1  # a process whose parent has ended has 1 for one
+    for sender, can_save, dies in ((parent, True, True), (other, False, True), (parent, False, True), (other, True, False)):
         stop = StopRequest()
         stop.can_save = can_save
         ended.clear()
