@@ -57,7 +57,7 @@ def train(config_path: str, overrides: list[str]) -> int:
         has_started = "running" in job_states(run.path).values()
         if ending.signals and not has_started and ending.status != 2:  # a rank that is asked to stop before it trains ends in its own way
             status = 75 if len(ending.signals) == 1 else 128 + ending.signals[0]
-            ending = _Ending(status=status, reason=_stop_reason(ending.signals[0], has_started))
+            ending = _Ending(status=status, reason=_stop_reason(ending.signals[0], "it took a step"))
         if ending.status == 2 and not has_trained(run.path):
             run.discard()
             return report_ending(ending)
@@ -68,9 +68,9 @@ def train(config_path: str, overrides: list[str]) -> int:
         return report_ending(ending)
 
 
-def _stop_reason(number: int, has_started: bool) -> str:
-    """Say that a signal ended the run, and at which point."""
-    return f"stopped by {signal.Signals(number).name} before {'its state was saved' if has_started else 'it took a step'}"
+def _stop_reason(number: int, undone: str) -> str:
+    """Say that a signal ended the ranks, and what they had not done yet."""
+    return f"stopped by {signal.Signals(number).name} before {undone}"
 
 
 def find_nodes(environ: Mapping[str, str]) -> Nodes:
@@ -134,8 +134,11 @@ def report_ending(ending: _Ending) -> int:
     return ending.status
 
 
-def start_ranks(command: list[str], ranks_here: int, lock: int | None) -> _Ending:
-    """Run torchrun to its end and forward signals to it; return what its report says. It inherits the lock, also if this process dies."""
+def start_ranks(command: list[str], ranks_here: int, lock: int | None, undone: str = "its state was saved") -> _Ending:
+    """Run torchrun to its end and forward signals to it; return what its report says. It inherits the lock, also if this process dies.
+
+    `undone` is what was not done yet if a signal ends it.
+    """
     received: list[tuple[int, float]] = []  # signals, with the times of their arrival
     with tempfile.TemporaryDirectory(prefix="megatron-lora-") as folder:
         report_file = Path(folder) / "report.json"
@@ -171,7 +174,7 @@ def start_ranks(command: list[str], ranks_here: int, lock: int | None) -> _Endin
     if report is not None and report["kind"] != "signal":
         return _Ending(status=2 if report["kind"] == "user" else 1, reason=report["line"], traceback=report["traceback"], signals=signals)
     if signals and status:
-        return _Ending(status=128 + signals[0], reason=_stop_reason(signals[0], True), signals=signals)
+        return _Ending(status=128 + signals[0], reason=_stop_reason(signals[0], undone), signals=signals)
     if report is not None:
         return _Ending(status=1, reason=report["line"])
     return _Ending(status=0) if status == 0 else _Ending(status=1, reason=f"torchrun ended with status {status}")

@@ -23,7 +23,8 @@ class LengthEncoder:
     """Turns the records of one file, in their order, into (ids, targets); one that is no length is a UserError that names its place."""
 
     def __init__(self, vocab_size: int):
-        self._vocab_size, self._num_records = vocab_size, 0
+        self._vocab_size = vocab_size
+        self._num_records = 0
 
     def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> tuple[np.ndarray, np.ndarray]:
         """Make the next record: tokens [L] int32 and targets [L] bool, of which at least one is set."""

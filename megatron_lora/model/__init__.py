@@ -1,5 +1,3 @@
 """The frozen stage and the adapters on it."""
 
-from megatron_lora.parallel.without_triton import stand_in_for_experts
-
-stand_in_for_experts()
+import megatron_lora.parallel  # noqa: F401  before megatron-core, which it lets be imported without Triton

@@ -76,7 +76,8 @@ class PlannedAttention:
 
     def __init__(self, compile_plan: Callable[[AttentionShape, int, int], Plan], usual_samples: tuple[int, ...] = USUAL_SAMPLES):
         """`compile_plan(shape, samples, rows)` makes a plan; those for `usual_samples` are made with the first of a shape."""
-        self.compile_plan, self.usual_samples = compile_plan, usual_samples
+        self.compile_plan = compile_plan
+        self.usual_samples = usual_samples
         self.num_rows = 0
         self.plans: dict[tuple[AttentionShape, int], Plan] = {}
 
@@ -173,22 +174,26 @@ class CudnnPlan:
 
     def __init__(self, cudnn: Cudnn, shape: AttentionShape, num_samples: int, num_rows: int, deterministic: bool = False):
         """`deterministic` fixes the order of backward's sums; its workspace grows with samples times rows squared."""
-        self.cudnn, self.num_samples, self.num_rows = cudnn, num_samples, num_rows
+        self.cudnn = cudnn
+        self.num_samples = num_samples
+        self.num_rows = num_rows
         options = {
             "attn_scale": shape.scale,
             "use_causal_mask": True,
             "use_padding_mask": True,
             **({} if shape.window is None else {"sliding_window_length": shape.window}),
         }
-        self.ahead, self.back = (_PackedGraph(cudnn, shape, num_samples, num_rows) for _ in range(2))
-        ahead, back, package = self.ahead, self.back, cudnn.package
+        self.ahead = ahead = _PackedGraph(cudnn, shape, num_samples, num_rows)
+        self.back = back = _PackedGraph(cudnn, shape, num_samples, num_rows)
+        package = cudnn.package
         self.out, self.sums = ahead.graph.sdpa(
             name="attention", q=ahead.query, k=ahead.key, v=ahead.value, is_inference=False, **ahead.lengths_of_both, **options
         )
         ahead.make_output(self.out, shape.heads, ahead.query_offset)
         self.sums.set_output(True).set_data_type(package.data_type.FLOAT)
         self.sums.set_dim(ahead.sums_dim).set_stride(ahead.sums_stride).set_ragged_offset(ahead.sums_offset)
-        self.saved_out, self.d_out = (back.packed(name, shape.heads, back.query_offset) for name in ("o", "do"))
+        self.saved_out = back.packed("o", shape.heads, back.query_offset)
+        self.d_out = back.packed("do", shape.heads, back.query_offset)
         self.saved_sums = back.graph.tensor(name="sums", dim=back.sums_dim, stride=back.sums_stride, data_type=package.data_type.FLOAT)
         self.saved_sums.set_ragged_offset(back.sums_offset)
         self.grads = back.graph.sdpa_backward(
@@ -199,7 +204,8 @@ class CudnnPlan:
         back.make_output(self.grads[0], shape.heads, back.query_offset)
         for grad in self.grads[1:]:
             back.make_output(grad, shape.kv_heads, back.key_offset)
-        self.ahead_bytes, self.back_bytes = ahead.compile(), back.compile()
+        self.ahead_bytes = ahead.compile()
+        self.back_bytes = back.compile()
         most = 4 * _WORKSPACE_NUMBERS * num_rows * shape.heads * shape.head_dim + 2**24
         if max(self.ahead_bytes, self.back_bytes) > most and not deterministic:
             raise RuntimeError(f"its kernels need {max(self.ahead_bytes, self.back_bytes) / 1e9:.1f} GB of workspace")
@@ -227,17 +233,23 @@ class _PackedGraph:
 
     def __init__(self, cudnn: Cudnn, shape: AttentionShape, num_samples: int, num_rows: int):
         kinds = cudnn.package.data_type
-        number = {torch.bfloat16: kinds.BFLOAT16, torch.float16: kinds.HALF}[shape.dtype]
-        self.package, self.number = cudnn.package, number
+        self.package = cudnn.package
+        self.number = {torch.bfloat16: kinds.BFLOAT16, torch.float16: kinds.HALF}[shape.dtype]
         self.graph = cudnn.package.pygraph(
-            io_data_type=number, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT, handle=cudnn.handle
+            io_data_type=self.number, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT, handle=cudnn.handle
         )
-        self.num_samples, self.num_rows, self.head_dim = num_samples, num_rows, shape.head_dim
+        self.num_samples = num_samples
+        self.num_rows = num_rows
+        self.head_dim = shape.head_dim
         self.lengths = self._index("lengths", num_samples)
-        self.query_offset, self.key_offset, self.sums_offset = (self._index(name, num_samples + 1) for name in ("at_q", "at_k", "at_sums"))
+        self.query_offset = self._index("at_q", num_samples + 1)
+        self.key_offset = self._index("at_k", num_samples + 1)
+        self.sums_offset = self._index("at_sums", num_samples + 1)
         self.query = self.packed("q", shape.heads, self.query_offset)
-        self.key, self.value = (self.packed(name, shape.kv_heads, self.key_offset) for name in ("k", "v"))
-        self.sums_dim, self.sums_stride = [num_samples, shape.heads, num_rows, 1], [num_rows * shape.heads, 1, shape.heads, 1]
+        self.key = self.packed("k", shape.kv_heads, self.key_offset)
+        self.value = self.packed("v", shape.kv_heads, self.key_offset)
+        self.sums_dim = [num_samples, shape.heads, num_rows, 1]
+        self.sums_stride = [num_rows * shape.heads, 1, shape.heads, 1]
         self.lengths_of_both = {"seq_len_q": self.lengths, "seq_len_kv": self.lengths}
 
     def _index(self, name: str, count: int):

@@ -2,7 +2,8 @@
 
 Since 0.19 one module of its mixtures of experts imports Triton unconditionally, and everything imports that
 module. It becomes a stand-in whose functions raise RuntimeError; no base model here has experts.
-The rooms that import megatron-core call `stand_in_for_experts` first, in their `__init__`.
+parallel/__init__ calls `stand_in_for_experts`; model/__init__, the other room that imports
+megatron-core, imports parallel/ first.
 """
 
 import sys

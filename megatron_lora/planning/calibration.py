@@ -113,8 +113,8 @@ def find_calibration(cache: Path, config: RunConfig, architecture: Architecture,
 
 def keep_calibration(
     run: Path, begun: bool, cache: Path, config: RunConfig, architecture: Architecture, device: Device
-) -> Calibration | None:
-    """Return the table that a run uses, or None if it uses formulas.
+) -> tuple[Calibration | None, str]:
+    """Return the table that a run uses, or None if it uses formulas; and what to print about it, which may be nothing.
 
     A run that has `begun` uses the table in its directory, if there is one and it serves the run's
     layout, which may have changed. Before that, a table from the cache is copied there.
@@ -124,9 +124,11 @@ def keep_calibration(
         found = None if begun else find_calibration(cache, config, architecture, device)
         if found is not None:
             write_atomically(file, found.to_json())
-        return found
-    found = read_calibration(file)
-    return None if differing(found, config, architecture, device) else found
+    else:
+        found = read_calibration(file)
+        if differs := differing(found, config, architecture, device):
+            return None, f"costs are by formulas: {file} {differs}"
+    return found, "" if found is None else f"costs are by {found.describe()}"
 
 
 def differing(table: Calibration, config: RunConfig, architecture: Architecture, device: Device) -> str:

@@ -191,11 +191,12 @@ class _Rank:
         for slot, load, times in zip(slots, loads, in_turns(self.device, works, repeats), strict=True):
             squares = sum(self.lengths[s.job][s.step][sample] ** 2 for s in slot.segments for sample in s.samples)
             ranked = sum(segment.num_tokens * self.jobs[segment.job].config.r for segment in slot.segments)
+            head_rows = self._head_rows(load().targets, slot.num_tokens) if "loss" in times else 0
             for backward, layers, top in ((False, "forward", "loss"), (True, "backward", "loss's backward")):
                 seconds = times[layers] / len(self.stage.layers)
                 body.append(Measurement(LAYER, backward, slot.num_tokens, squares, ranked, seconds))
                 if top in times:
-                    head.append(Measurement(HEAD, backward, self._head_rows(load().targets, slot.num_tokens), 0, 0, times[top]))
+                    head.append(Measurement(HEAD, backward, head_rows, 0, 0, times[top]))
         gathered: list = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (body, head), group=self.host_group)
         return [m for of_rank, _ in gathered for m in of_rank], [m for _, of_rank in gathered for m in of_rank]

@@ -38,7 +38,7 @@ from megatron_lora.output.standing import ResumePoint
 from megatron_lora.output.timeline import Timeline, write_timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import Position, initialize_parallel, new_group, pipelines, position_of, stage_groups
-from megatron_lora.planning.calibration import RUN_FILE, calibrated, differing, keep_calibration, predicted_cost, read_calibration
+from megatron_lora.planning.calibration import calibrated, keep_calibration, predicted_cost
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost
@@ -212,16 +212,16 @@ def resolve_together(
     chosen: list = [None, None]
     if dist.get_rank() == 0:
         device, path = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size))), Path(config.output_dir)
-        table = keep_calibration(path, has_trained(path), cache_dir(), config, architecture, device)
+        table, basis = keep_calibration(path, has_trained(path), cache_dir(), config, architecture, device)
         device = calibrated(device, table)
         resolved = resolve(config, architecture, lengths, device, target_share)
         with RunDirectory.join(config) as directory:
             directory.write_resolved(resolved, predicted_cost(resolved, architecture, device, target_share, table, names))
-        if table is not None:
-            print(f"costs are by {table.describe()}", flush=True)
-        elif (kept := path / RUN_FILE).exists():
-            print(f"costs are by formulas: {kept} {differing(read_calibration(kept), config, architecture, device)}", flush=True)
-        for line in [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]:
+        for line in [
+            *filter(None, [basis]),
+            *describe(config, resolved, target_share),
+            *memory_line(config, resolved, architecture, device),
+        ]:
             print(line, flush=True)
         chosen = [resolved, planner_cost(resolved, architecture, device, target_share)]
     dist.broadcast_object_list(chosen, 0, group=host_group)

@@ -1,4 +1,4 @@
-"""Calibration on CPU: a table that plan and train take, that a run keeps and goes on by, and that is refused where it is of another."""
+"""Calibration on CPU: a table that plan and train take, that a run keeps and resumes with, and that is refused where it is of another."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_a_table_is_measured_in_every_layout(config, pool, tmp_path, layout):
         assert cost.forward.seconds(64, 64 * 16, 64 * 8) > 0 < cost.backward.seconds(64, 64 * 16, 64 * 8)
 
 
-def test_plan_and_train_take_the_table_and_a_run_goes_on_by_its_own(config, pool, tmp_path, capsys):
+def test_plan_and_train_take_the_table_and_a_run_resumes_with_its_own(config, pool, tmp_path, capsys):
     given, architecture = load_config(config), read_architecture(tmp_path / "model")
     assert find_calibration(tmp_path / "cache", given, architecture, CPU) is None
     pool(pp=2).run(measure, config, None)
@@ -91,7 +91,7 @@ def test_plan_and_train_take_the_table_and_a_run_goes_on_by_its_own(config, pool
     assert cost["basis"] == table.describe() and cost["stages"][0]["forward"]["per_token"] == pytest.approx(share)
     assert cost["hop_s"] > 0 and cost["jobs"] == ["r4", "r16"]
 
-    slower = json.loads(kept.read_text())  # calibrated again meanwhile: the run goes on by what it began with
+    slower = json.loads(kept.read_text())  # calibrated again meanwhile: the run resumes with what it began with
     slower["about"]["date"] = "later"
     next((tmp_path / "cache" / "calibrations").iterdir()).write_text(json.dumps(slower))
     assert runs.start(pool, config, {"pp": 2}) == 0
@@ -206,5 +206,5 @@ def test_a_signal_ends_it_with_its_ranks(config, monkeypatch):
         wait_for(started)
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in told
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM before its table was written\n" in told
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
