@@ -190,7 +190,7 @@ def _multiplier(
         if FP8:
             b_row_scales = gl.load(scales[0] + o_row, o_row < num_rows, 0.0)
         b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD, FP8, GROUP)
-        if not FP8:
+        if not FP8:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
             if (owner >= 0) & (not DROPOUT):
                 b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, module_ranks[0] + module_ranks[1] + module_ranks[2], GROUP)
         b_part0, b_part1 = _quarters(b_acc0)
@@ -242,7 +242,8 @@ def _multiplier(
 @gluon.jit(do_not_specialize=["num_rows", "first_feature"])
 def _hopper_kernel(
     input_desc, weight_desc, output_desc, s_desc, l_desc0, l_desc1, l_desc2, l_part0, l_part1, l_part2,
-    row_scales_ptr, column_scales_ptr, bias_ptr, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr, num_rows, num_cols, num_inner, first_feature, starts, stops,
+    row_scales_ptr, column_scales_ptr, bias_ptr, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr,
+    num_rows, num_cols, num_inner, first_feature, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
     FP8: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -261,7 +262,19 @@ def _hopper_kernel(
     ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, adapters_ptr)
     sizes = (num_rows, num_cols, num_inner)
     descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2))
-    common = (output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature, (row_scales_ptr, column_scales_ptr))
+    common = (
+        output_desc,
+        output_bufs,
+        ring,
+        tables,
+        sizes,
+        starts,
+        stops,
+        bias_ptr,
+        keys_ptr,
+        first_feature,
+        (row_scales_ptr, column_scales_ptr),
+    )
     gl.warp_specialize(
         [
             (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, 0)),

@@ -1,4 +1,4 @@
-"""Blocks of a matrix on Hopper, in bfloat16 or float8_e4m3fn: their layout in shared memory, and the descriptor by which TMA copies them."""
+"""Blocks of a matrix on Hopper, bfloat16 or float8_e4m3fn: their layout in shared memory, and the descriptor by which TMA copies them."""
 
 from functools import lru_cache
 

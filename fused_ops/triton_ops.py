@@ -54,17 +54,25 @@ def up(
     s_TR: Tensor | None,
     group: LoraGroup | None,
     route: Route | None,
+    x8: Fp8Matrix | None = None,
 ) -> Tensor:
-    """Return Y [T, N] = X W^T (+ bias) + S B^T."""
+    """Return Y [T, N] = X W^T (+ bias) + S B^T; `x8`: X in 8 bits, if a neighbour has rounded it."""
     if isinstance(weight_NK, Fp8Weight):
-        return _gemm(quantise_rows(x_TK, "triton"), weight_NK.by_output, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
+        return _gemm(x8 or quantise_rows(x_TK, "triton"), weight_NK.by_output, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
     return _gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
 
 
-def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
-    """Return dX [T, K] = dY W + M * (dS A)."""
+def grad_x(
+    dy_TN: Tensor,
+    weight_NK: Tensor | Fp8Weight,
+    ds_TR: Tensor | None,
+    group: LoraGroup | None,
+    route: Route | None,
+    dy8: Fp8Matrix | None = None,
+) -> Tensor:
+    """Return dX [T, K] = dY W + M * (dS A); `dy8`: dY in 8 bits, if a neighbour has rounded it."""
     if isinstance(weight_NK, Fp8Weight):
-        return _gemm(quantise_rows(dy_TN, "triton"), weight_NK.by_input, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
+        return _gemm(dy8 or quantise_rows(dy_TN, "triton"), weight_NK.by_input, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
     return _gemm(dy_TN, weight_NK, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
 
 

@@ -24,6 +24,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from fused_ops.backend import gradients
+from fused_ops.fp8 import Rounded
 from fused_ops.refill import Refill
 from fused_ops.rope import rotate_qkv
 from fused_ops.route import Route
@@ -59,12 +60,14 @@ class MergedSelfAttention(SelfAttention):
     k_layernorm: RMSNorm
     core_attention: PackedAttention  # or Transformer Engine's
 
-    def forward(self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None, rounded: Rounded | None = None
+    ) -> Tensor:
         """Return [T_local, 1, H] for normed hidden states [T_local, 1, H].
 
-        With `refill`, linear_qkv does not keep them for backward.
+        With `refill`, linear_qkv does not keep them for backward; `rounded` has them in 8 bits.
         """
-        qkv, _ = self.linear_qkv(hidden_states, packed_seq_params.route, refill)
+        qkv, _ = self.linear_qkv(hidden_states, packed_seq_params.route, refill, rounded)
         norms = None
         if self.config.qk_layernorm:
             norms = self.q_layernorm.weight, self.k_layernorm.weight, self.q_layernorm.eps

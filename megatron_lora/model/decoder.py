@@ -59,12 +59,13 @@ class DecoderLayer(TransformerLayer):
     def _compute(self, hidden: Tensor, rows: PackedRows, cheap: bool) -> Tensor:
         """Run the layer; if `cheap`, the linears after norms and SwiGLU do not keep their inputs."""
         for_qkv, for_up, for_down = (Refill() if cheap else None for _ in range(3))
-        x, hidden = self.input_layernorm.add(hidden, refill=for_qkv)
-        attended = self.self_attention(x, rows, for_qkv)
-        x, hidden = self.pre_mlp_layernorm.add(attended, hidden, for_up)
-        gate_up, _ = self.mlp.linear_fc1(x, rows.route, for_up)
-        x = swiglu(gate_up, for_down)
-        out, _ = self.mlp.linear_fc2(x, rows.route, for_down)
+        qkv, up, down = (each.new_rounded() for each in (self.self_attention.linear_qkv, self.mlp.linear_fc1, self.mlp.linear_fc2))
+        x, hidden = self.input_layernorm.add(hidden, None, for_qkv, qkv)
+        attended = self.self_attention(x, rows, for_qkv, qkv)
+        x, hidden = self.pre_mlp_layernorm.add(attended, hidden, for_up, up)
+        gate_up, _ = self.mlp.linear_fc1(x, rows.route, for_up, up)
+        x = swiglu(gate_up, for_down, rounded_up=up, rounded_down=down)
+        out, _ = self.mlp.linear_fc2(x, rows.route, for_down, down)
         return hidden + out
 
 
