@@ -4,7 +4,8 @@
     backward    dg = dy u s (1 + g (1 - s))     du = dy g s    (y recomputed for the linear that read it, where a Refill wants it)
 
 The kernels are bound by memory. Numbers moved per row: forward 3F; backward 5F, or 6F with y. Arithmetic in float32, one rounding at the
-end. Keeps its input alone.
+end. Keeps its input alone. No one else may read gate and up, or dy, after this backward: it writes their gradient over gate and up, and
+y over dy, so that a layer's backward needs no memory beyond what its forward kept and dy.
 """
 
 import torch
@@ -57,7 +58,7 @@ def _backward_kernel(dy_ptr, x_ptr, dx_ptr, y_ptr, num_cols, num_blocks, REFILL:
 def swiglu(gate_up: Tensor, refill: Refill | None = None, backend: str | None = None) -> Tensor:
     """Return silu(gate) * up, [..., F] from [..., gate | up] (contiguous, last dimension 2F; else ValueError).
 
-    With `refill` the output is recomputed in backward for the linear that holds the same Refill.
+    With `refill` the output is recomputed in backward for the linear that holds the same Refill. Backward overwrites `gate_up`.
     """
     if gate_up.shape[-1] % 2 or not gate_up.is_contiguous():
         raise ValueError(f"gate | up {list(gate_up.shape)} with strides {gate_up.stride()} must be contiguous, of even width")
@@ -75,13 +76,15 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
         refilling = wanted(ctx.refill)
+        gate_up, dy = gate_up.detach(), dy.contiguous()
         if ctx.backend == "triton":
-            d_gate_up, y = backward(dy.contiguous(), gate_up, refilling)
+            y = backward(dy, gate_up, refilling, d_gate_up=gate_up, y=dy)
         else:
             (y,), (d_gate_up,) = gradients(lambda x: (swiglu_reference(x),), (gate_up,), (dy,))
+            gate_up.copy_(d_gate_up)
         if refilling:
             ctx.refill.finish(y)
-        return d_gate_up, None, None
+        return gate_up, None, None
 
 
 def forward(gate_up: Tensor) -> Tensor:
@@ -93,11 +96,10 @@ def forward(gate_up: Tensor) -> Tensor:
     return y
 
 
-def backward(dy: Tensor, gate_up: Tensor, refill: bool) -> tuple[Tensor, Tensor | None]:
-    """Launch the backward kernel; return d[gate | up] and, with `refill`, y."""
-    d_gate_up, y = torch.empty_like(gate_up), torch.empty_like(dy) if refill else None
+def backward(dy: Tensor, gate_up: Tensor, refill: bool, d_gate_up: Tensor, y: Tensor) -> Tensor:
+    """Launch the backward kernel: write d[gate | up], which may lie over gate | up, and with `refill` y, which may lie over dy."""
     num_blocks = triton.cdiv(dy.shape[-1], BLOCK)
     if dy.numel():
         grid = (dy.numel() // dy.shape[-1] * num_blocks,)
         _backward_kernel[grid](dy, gate_up, d_gate_up, y, dy.shape[-1], num_blocks, REFILL=refill, BLOCK=BLOCK, num_warps=4)
-    return d_gate_up, y
+    return y

@@ -4,13 +4,13 @@ A stage with L layers runs a pass over T tokens with squared lengths Q = sum(len
 
     seconds = per_token * T + per_square * Q + per_rank_token * R + fixed
 
-The base is frozen, so a backward computes dX but no dW: as much linear work as a forward (plus one more forward with recompute) and 2.5
+The base is frozen, so a backward computes dX but no dW: as much linear work as a forward (plus what it recomputes) and 2.5
 times its attention work. LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head costs 4 H V
 per row in the last stage's forward, which computes logits and at once their gradient; its backward only scales that gradient. Its rows are
 the targets alone, in chunks of one height: `head_share` of the tokens, 1 where every token is a target.
 
-`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each. "full" is one more forward in the backward; "cheap" writes
-norm and SwiGLU outputs once more, about _CHEAP of a forward.
+`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each. "cheap" writes norm and SwiGLU outputs once more, about
+_CHEAP of a forward; "full" does so too, and is one more forward in the backward but for the layer's last product.
 
 Where a device carries MeasuredCosts, a stage is the sum of its measured layers and head instead of the formulas.
 """
@@ -189,13 +189,15 @@ def analytic_cost(
         lora = 2 * shape.lora_width * num_layers / rate
         head = 4 * shape.head_params * head_share / rate if index == len(layers) - 1 else 0.0
         launches = device.layer_launch_s * num_layers
-        recomputed = (policies.count("full") + _CHEAP * policies.count("cheap")) / max(1, num_layers)  # of a forward
+        shares = {policy: policies.count(policy) / max(1, num_layers) for policy in ("none", "cheap", "full")}
+        recomputed = shares["full"] + _CHEAP * (shares["full"] + shares["cheap"])  # of a forward
+        last_product = shares["full"] * shape.hidden_size * shape.ffn_size / max(1, shape.layer_params)
         forward = PassCost(per_token=linear + head, per_square=attention, per_rank_token=lora, fixed=launches)
         backward = PassCost(
-            per_token=linear * (1 + recomputed),
+            per_token=linear * (1 + recomputed - last_product),
             per_square=attention * (2.5 + recomputed),
             per_rank_token=lora * (2 + recomputed),
-            fixed=launches * (1 + policies.count("full") / max(1, num_layers)),
+            fixed=launches * (1 + shares["full"]),
         )
         stages.append(StageCost(forward, backward))
     return CostModel(tuple(stages))
@@ -230,7 +232,7 @@ def stage_costs(
 
 def recomputing(cost: StageCost, policy: str) -> StageCost:
     """Return what a layer that recomputes nothing costs under a policy, by its own forward."""
-    again = {"none": 0.0, "cheap": _CHEAP, "full": 1.0}[policy]
+    again = {"none": 0.0, "cheap": _CHEAP, "full": 1.0}[policy]  # the last product is a share of a shape that is not known here
     pairs = {field.name: getattr(cost.backward, field.name) + again * getattr(cost.forward, field.name) for field in fields(PassCost)}
     return StageCost(cost.forward, PassCost(**pairs))
 

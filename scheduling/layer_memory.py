@@ -9,6 +9,9 @@ rotation and SwiGLU) allocates them:
     forward  what is alive beyond that when the layer's output is complete
     backward the maximum over down's gradients, SwiGLU's, gate | up's, attention's, less what is freed by then
 
+SwiGLU's backward writes its gradient over gate | up, and the output that it computes again over that output's gradient. A `full` layer
+runs again as a `cheap` one, up to the input of its last linear, whose product backward does not need.
+
 A linear that no adapter targets keeps nothing. S and the norms' statistics are kept as long as the microbatch. With head norms the GEMM's
 q | k | v is kept too. Sequence parallelism shards the rows of what tensor parallelism does not shard, and gathers them for a GEMM.
 """
@@ -79,27 +82,27 @@ class LayerMemory:
         return self.hidden * ((self.widths["qkv"] > 0) + (self.widths["up"] > 0)) + self.ffn * (self.widths["down"] > 0)
 
     def forward(self, policy: str) -> float:
-        """Bytes per token beyond `kept` when the output is complete: attention's and the MLP's result, and the output itself."""
-        output = max(3 * self.hidden, 2 * self.hidden + self.gathered * self.sequence)
+        """Bytes per token beyond `kept` at the forward's peak: the MLP's result and the output; of a `full` layer, what it drops too."""
+        output = max(2 * self.hidden, self.hidden + self.gathered * self.sequence)
         swiglu = self.ffn * (policy != "none" or not self.widths["down"])
         if policy != "full":
             return output + swiglu
         qkv = self.query + 2 * self.key_value
         attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + self.gathered
-        return max(attention, self.hidden + output + 3 * self.ffn)  # also the second norm's sum, and gate | up
+        up = max(2 * self.hidden + self.gathered * self.sequence + 2 * self.ffn, self.hidden + 3 * self.ffn)
+        return max(attention, up, self.hidden + output + self.ffn)  # beside the second norm's sum
 
     def backward(self, policy: str, tokens: int) -> float:
         """Bytes beyond `kept`, for `tokens` tokens, at the peak of the backward."""
-        if policy == "full":  # it runs as a layer that keeps everything except its input
-            recomputed = self.kept("none") - self.hidden
-            return (recomputed + self.hidden) * tokens + max(self.forward("none") * tokens, self.backward("none", tokens))
+        if policy == "full":
+            return (self.kept("cheap") - self.hidden) * tokens + self.backward("cheap", tokens)
         cheap, widths = policy == "cheap", self.widths
         swiglu_kept = 0.0 if cheap or not widths["down"] else self.ffn
         dy = self.hidden + (self.gathered if self.sequence else 0.0)
         down = dy + widths["down"] + max(self._shares("down", tokens), self.ffn) + self._partial("down", self.ffn, tokens)
-        swiglu = self.hidden + 3 * self.ffn - swiglu_kept
+        swiglu = self.hidden + self.ffn - swiglu_kept
         if cheap and widths["down"]:
-            swiglu += self.ffn + widths["down"] + self._partial("down", self.ffn, tokens)
+            swiglu += widths["down"] + self._partial("down", self.ffn, tokens)
         freed = 2 * self.ffn + swiglu_kept
         dx = self.gathered + (self.hidden if self.sequence else 0.0)
         up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - freed

@@ -9,7 +9,8 @@ feed-forward size, Q width of q, k and v together):
     none    every linear's input: about 4 H + Q + 3 F
     cheap   the GEMMs' outputs: about 2 H + Q + 2 F. Backward of a norm or SwiGLU computes its output again
             in the same pass, and gives it to the linear that needs it (fused_ops.refill)
-    full    the layer's input alone: H. Backward runs the layer's forward again
+    full    the layer's input alone: H. Backward runs the layer's forward again, as `cheap` and up to
+            W_down's input: no gradient depends on W_down's product
 
 All policies give the same bits: the same kernels recompute from the same numbers, and dropout masks
 depend on counters alone, not on a random generator's state. Adapter gradients are accumulated in the
@@ -18,7 +19,6 @@ linears' backward, which every policy runs once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -54,38 +54,49 @@ class DecoderLayer(TransformerLayer):
         """Return the layer's output [T_local, 1, H], and None for Megatron's cross-attention context."""
         if self.recompute != "full" or not torch.is_grad_enabled():
             return self._compute(hidden_states, packed_seq_params, self.recompute == "cheap"), None
-        return _Rerun.apply(hidden_states, lambda hidden: self._compute(hidden, packed_seq_params, False)), None
+        return _Rerun.apply(hidden_states, self, packed_seq_params), None
 
     def _compute(self, hidden: Tensor, rows: PackedRows, cheap: bool) -> Tensor:
         """Run the layer; if `cheap`, the linears after norms and SwiGLU do not keep their inputs."""
-        for_qkv, for_up, for_down = (Refill() if cheap else None for _ in range(3))
-        x, hidden = self.input_layernorm.add(hidden, refill=for_qkv)
-        attended = self.self_attention(x, rows, for_qkv)
-        x, hidden = self.pre_mlp_layernorm.add(attended, hidden, for_up)
-        gate_up, _ = self.mlp.linear_fc1(x, rows.route, for_up)
-        x = swiglu(gate_up, for_down)
+        hidden, x, for_down = self._up_to_down(hidden, rows, cheap)
         out, _ = self.mlp.linear_fc2(x, rows.route, for_down)
         return hidden + out
 
+    def for_backward(self, hidden: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor]:
+        """Run the layer again for its backward: return the sum's two terms, the second without values."""
+        hidden, x, for_down = self._up_to_down(hidden, rows, cheap=True)
+        return hidden, self.mlp.linear_fc2.for_backward(x, rows.route, for_down, hidden.shape)
+
+    def _up_to_down(self, hidden: Tensor, rows: PackedRows, cheap: bool) -> tuple[Tensor, Tensor, Refill | None]:
+        """Run all of the layer before its last linear: return the residual, the linear's input, and its Refill if `cheap`.
+
+        Nothing outlives its last use here: this is the peak of a forward that keeps nothing.
+        """
+        for_qkv, for_up, for_down = (Refill() if cheap else None for _ in range(3))
+        x, hidden = self.input_layernorm.add(hidden, refill=for_qkv)
+        x, hidden = self.pre_mlp_layernorm.add(self.self_attention(x, rows, for_qkv), hidden, for_up)
+        x, _ = self.mlp.linear_fc1(x, rows.route, for_up)
+        return hidden, swiglu(x, for_down), for_down
+
 
 class _Rerun(torch.autograd.Function):
-    """Run a function of one tensor and keep only the tensor; backward runs the function again, then its backward.
+    """Run a layer and keep only its input; backward runs the layer again, then its backward.
 
-    The tensor must require a gradient, otherwise autograd does not call this backward. The stage makes the
+    The input must require a gradient, otherwise autograd does not call this backward. The stage makes the
     embedding's output require one.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx, hidden: Tensor, layer: DecoderLayer, rows: PackedRows) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.run = run
-        return run(hidden)
+        ctx.layer, ctx.rows = layer, rows
+        return layer._compute(hidden, rows, cheap=False)
 
     @staticmethod
     def backward(ctx, d_output: Tensor):
         (hidden,) = ctx.saved_tensors
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            output = ctx.run(hidden)
-        (d_hidden,) = torch.autograd.grad(output, hidden, d_output)
-        return d_hidden, None
+            terms = ctx.layer.for_backward(hidden, ctx.rows)
+        (d_hidden,) = torch.autograd.grad(terms, hidden, (d_output, d_output))
+        return d_hidden, None, None

@@ -40,8 +40,12 @@ def plain_lora_linear(
     route: Route | None,
     collectives: Collectives,
     refill: Refill | None = None,
+    output_shape: torch.Size | None = None,
 ) -> Tensor:
-    """Return Y [T, N]; one tensor rank only. A norm or SwiGLU in front keeps its output (`refill` stays unused)."""
+    """Return Y [T, N]; one tensor rank only. A norm or SwiGLU in front keeps its output (`refill` stays unused).
+
+    Y is computed also where its shape alone is wanted, as PEFT's layers do when they run again.
+    """
     assert type(collectives) is Collectives, "plain LoRA runs on one tensor rank"
     if group is None or route is None or not route.segments:
         return multi_lora_linear(x_TK, weight_NK, bias_N, None, None)

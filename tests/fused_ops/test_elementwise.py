@@ -97,6 +97,19 @@ def test_swiglu(shape, dtype, backend):
     compare(lambda x: (swiglu(x, backend=backend),), lambda x: (swiglu_reference(x),), [random(*shape) * 3], dtype)
 
 
+def test_swiglu_needs_no_memory_for_its_gradients(backend):
+    """The gradient lies over gate | up, and what a Refill wants over the output's gradient."""
+    x, upstream, refill, seen = random(3, 40), random(3, 20, seed=1), Refill(), []
+    gate_up, dy = x.clone().requires_grad_(), upstream.clone()
+    y = swiglu(gate_up, refill, backend=backend)
+    y.register_hook(lambda grad: refill.defer(lambda again: seen.append(again.clone())))
+    (found,) = torch.autograd.grad(y, gate_up, dy)
+    exact = x.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(swiglu_reference(exact), exact, upstream)
+    torch.testing.assert_close(found, truth)
+    assert found.data_ptr() == gate_up.data_ptr() and torch.equal(seen[0], y.detach())
+
+
 @pytest.mark.parametrize("op", ["norm", "norm and residual", "swiglu"])
 def test_what_is_made_again_is_what_was_made(op, backend):
     """The linear's input comes back with the same bits, after the linear's turn and before the producer's gradient leaves."""

@@ -1,11 +1,12 @@
 """The memory model against what a stage really allocates on a GPU's way through its operators (dry_gpu.py), byte for byte.
 
-Bounds are 0.5% for what is kept and 1.5% at the peak: a forgotten tensor would be 3% and more of these few layers. The partial sums of dA,
-which count little in a large microbatch and much in a small one, have a test of their own.
+Bounds are 0.5% for what is kept and 1.5% at the peak: a forgotten tensor would be 3% and more of these few layers. Partial sums of dA, dS
+and dB, which count little in a large microbatch and much in a small one, have tests of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from types import SimpleNamespace
@@ -60,11 +61,22 @@ def bytes_of(tensors) -> int:
     return sum(storages.values())
 
 
+@contextlib.contextmanager
+def without_partial_sums():
+    """Leave out what dA, dS and dB take while they are summed, in the stage and in the model."""
+    with (
+        mock.patch.object(LayerMemory, "_partial", lambda *_: 0.0),
+        mock.patch.object(LayerMemory, "_shares", lambda *_: 0.0),
+        mock.patch.object(triton_ops, "grad_a", lambda *_, **__: None),
+        mock.patch.object(triton_ops, "grad_s_and_b", lambda dy, s, group, route: torch.empty_like(s)),
+    ):
+        yield
+
+
 def measure(directory, parallel, recompute, dtype, adapters) -> SimpleNamespace:
     """Run one microbatch forward and backward on this rank; return the memory it kept and took, and the model's predictions."""
     architecture, device = read_architecture(directory), torch.device("cpu")
-    without = mock.patch.object(LayerMemory, "_partial", lambda *_: 0.0), mock.patch.object(triton_ops, "grad_a", lambda *_, **__: None)
-    with dry_gpu(), without[0], without[1]:
+    with dry_gpu(), without_partial_sums():
         stage = build_stage(architecture, None, parallel, dtype=dtype, device=device, load_weights=False, recompute=recompute)
         specs = [AdapterSpec(r=each.rank, scale=1.0, dropout=0.0, target_modules=frozenset(each.modules)) for each in adapters]
         ranks = {"tensor_rank": stage.tensor_group.rank(), "tensor_ranks": parallel.tensor}
