@@ -5,7 +5,7 @@ rotation and SwiGLU) allocates them:
 
     kept     none    input, first norm's x, q, k, v, attention's output, sum and x of the second norm, gate | up, swiglu; S of each linear
              cheap   without the two x and swiglu, which backward recomputes
-             full    the input alone
+             full    the input alone; nothing where it waits in host memory: then the input, and the next one to come back, count at peaks
     forward  what is alive beyond that when the layer's output is complete
     backward the maximum over down's gradients, SwiGLU's, gate | up's, attention's, less what is freed by then
 
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 POLICIES = ("none", "cheap", "full")
+OFFLOADED = "offloaded"  # a `full` layer whose input waits in host memory (memory.offloaded)
 MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 MODULES = tuple(module for modules in MERGED.values() for module in modules)
 _RANK_ALIGN = 16  # an adapter has its rank in rows, rounded up to this
@@ -69,8 +70,8 @@ class LayerMemory:
 
     def kept(self, policy: str) -> float:
         """Bytes per token between forward and backward."""
-        if policy == "full":
-            return self.hidden
+        if policy in ("full", OFFLOADED):
+            return self.hidden * (policy == "full")
         qkv = self.query + 2 * self.key_value
         bare = 2 * self.hidden + 2 * self.statistics + qkv * (1 + self.head_norms) + self.query + self.sums + 2 * self.ffn
         bare += sum(self.widths.values())
@@ -83,6 +84,8 @@ class LayerMemory:
 
     def forward(self, policy: str) -> float:
         """Bytes per token beyond `kept` at the forward's peak: the MLP's result and the output; of a `full` layer, what it drops too."""
+        if policy == OFFLOADED:
+            return self.hidden + self.forward("full")
         output = max(2 * self.hidden, self.hidden + self.gathered * self.sequence)
         swiglu = self.ffn * (policy != "none" or not self.widths["down"])
         if policy != "full":
@@ -94,6 +97,8 @@ class LayerMemory:
 
     def backward(self, policy: str, tokens: int) -> float:
         """Bytes beyond `kept`, for `tokens` tokens, at the peak of the backward."""
+        if policy == OFFLOADED:
+            return 2 * self.hidden * tokens + self.backward("full", tokens)
         if policy == "full":
             return (self.kept("cheap") - self.hidden) * tokens + self.backward("cheap", tokens)
         cheap, widths = policy == "cheap", self.widths

@@ -14,11 +14,11 @@ Prediction and `torch.cuda.max_memory_allocated` count the same bytes. RESERVED 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from scheduling.cost import Device, ModelShape, stage_policies
-from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
+from scheduling.layer_memory import OFFLOADED, Adapter, LayerMemory, layer_memory
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 
@@ -40,6 +40,7 @@ class StageMemory:
     runtime: float
     layer: LayerMemory
     policies: tuple[str, ...]
+    is_first: bool
     base: float  # per token in flight, outside the layers: rotary table, tokens; on the last stage the loss's gradient too
     num_messages: int  # hidden states being sent, and the received gradient, while the stage computes
     head_rows: int  # of the vocabulary on this rank; 0 on stages without the loss
@@ -48,6 +49,15 @@ class StageMemory:
     def per_token_in_flight(self) -> float:
         """Bytes per token that a microbatch keeps between its forward and its backward."""
         return self.base + sum(map(self.layer.kept, self.policies))
+
+    @property
+    def on_host_per_token(self) -> float:
+        """Bytes of host memory per token in flight."""
+        return self.policies.count(OFFLOADED) * self.layer.hidden
+
+    def with_policies(self, policies: Sequence[str], offload: bool) -> StageMemory:
+        """Return the same stage under other policies of its layers; `offload` inputs of `full` ones to host memory."""
+        return replace(self, policies=offloaded(policies, self.is_first) if offload else tuple(policies))
 
     def total(self, tokens_in_flight: float, largest_slot: int) -> float:
         """Return the bytes with this number of tokens in flight and in the largest microbatch."""
@@ -84,13 +94,24 @@ class StageMemory:
             count = sum(1 for _ in run)
             moments.append((per_token + above) * tokens + layer.backward(policy, tokens))
             per_token -= count * layer.kept(policy)
-            above += count * sum(layer.widths.values()) * (policy != "full")
+            above += count * sum(layer.widths.values()) * (policy not in ("full", OFFLOADED))
         return moments
 
     @property
     def _tail(self) -> float:
         """What the last stage keeps after its layers: the final norm's input, and the gradient that the loss computed."""
         return (2 * self.layer.hidden + self.layer.statistics) * (self.head_rows > 0)
+
+
+def offloaded(policies: Sequence[str], is_first: bool) -> tuple[str, ...]:
+    """Return a stage's policies with OFFLOADED for the `full` layers whose input waits in host memory.
+
+    The input of the uppermost stays, since its backward comes first, and so does the stage's own unless it `is_first`: it was received,
+    and the executor holds it.
+    """
+    full = [layer for layer, policy in enumerate(policies) if policy == "full"]
+    leaving = set(full[:-1]) - (set() if is_first else {0})
+    return tuple(OFFLOADED if layer in leaving else policy for layer, policy in enumerate(policies))
 
 
 def loss_chunk_rows(head_rows: int, item: int) -> int:
@@ -112,11 +133,12 @@ def stage_memory(
     sequence: bool = False,
     cuda: bool = True,
     replicas: int = 1,
+    offload: bool = False,
 ) -> StageMemory:
     """Model one stage with its resident `adapters`.
 
     `item` is the bytes of a number of the compute dtype, `weight_bytes` those of a frozen linear's weight (`item` unless it is quantised).
-    A tied matrix counts on the first and on the last stage.
+    A tied matrix counts on the first and on the last stage. With `offload`, inputs of `full` layers wait in host memory.
     """
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
     layer = layer_memory(
@@ -137,12 +159,13 @@ def stage_memory(
         adapters=sum(per_job) * (_STATE_BYTES + (item if item < 4 else 0)) + summed,
         runtime=float(_CUBLAS_BYTES if cuda else 0),
         layer=layer,
-        policies=stage_policies(layers, recompute)[stage],
+        policies=(),
+        is_first=first,
         base=shape.head_dim * item + _INPUT_BYTES + (2 * layer.hidden + layer.statistics) * last,
         num_messages=(not first) + 2 * (not last),
         head_rows=head_rows if last else 0,
     )
-    return memory
+    return memory.with_policies(stage_policies(layers, recompute)[stage], offload)
 
 
 def _adapter_weights(shape: ModelShape, adapter: Adapter, tensor: int) -> int:

@@ -41,7 +41,7 @@ class Mlp(Protocol):
 
 
 class DecoderLayer(TransformerLayer):
-    """Megatron's layer, built by Megatron; the stage sets `recompute`."""
+    """Megatron's layer, built by Megatron; the stage sets `recompute`, and whether the input of a `full` layer goes to the host."""
 
     input_layernorm: RMSNorm | EngineNorm
     self_attention: MergedSelfAttention
@@ -49,6 +49,7 @@ class DecoderLayer(TransformerLayer):
     mlp: Mlp
 
     recompute = "none"
+    offloads = False
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedRows, **_) -> tuple[Tensor, None]:
         """Return the layer's output [T_local, 1, H], and None for Megatron's cross-attention context."""
@@ -80,7 +81,7 @@ class DecoderLayer(TransformerLayer):
 
 
 class _Rerun(torch.autograd.Function):
-    """Run a layer and keep only its input; backward runs the layer again, then its backward.
+    """Run a layer and keep only its input, here or in host memory; backward runs the layer again, then its backward.
 
     The input must require a gradient, otherwise autograd does not call this backward. The stage makes the
     embedding's output require one.
@@ -88,13 +89,16 @@ class _Rerun(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, layer: DecoderLayer, rows: PackedRows) -> Tensor:
-        ctx.save_for_backward(hidden)
         ctx.layer, ctx.rows = layer, rows
+        if rows.inputs is None:
+            ctx.save_for_backward(hidden)
+        else:
+            ctx.place = rows.inputs.put(hidden, stays=not layer.offloads)
         return layer._compute(hidden, rows, cheap=False)
 
     @staticmethod
     def backward(ctx, d_output: Tensor):
-        (hidden,) = ctx.saved_tensors
+        hidden = ctx.saved_tensors[0] if ctx.rows.inputs is None else ctx.rows.inputs.take(ctx.place)
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
             terms = ctx.layer.for_backward(hidden, ctx.rows)

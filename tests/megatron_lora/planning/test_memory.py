@@ -73,21 +73,24 @@ def without_partial_sums():
         yield
 
 
-def measure(directory, parallel, recompute, dtype, adapters) -> SimpleNamespace:
+def measure(directory, parallel, recompute, dtype, adapters, offload=False) -> SimpleNamespace:
     """Run one microbatch forward and backward on this rank; return the memory it kept and took, and the model's predictions."""
     architecture, device = read_architecture(directory), torch.device("cpu")
     with dry_gpu(), without_partial_sums():
-        stage = build_stage(architecture, None, parallel, dtype=dtype, device=device, load_weights=False, recompute=recompute)
+        stage = build_stage(
+            architecture, None, parallel, dtype=dtype, device=device, load_weights=False, recompute=recompute, activation_offloading=offload
+        )
         specs = [AdapterSpec(r=each.rank, scale=1.0, dropout=0.0, target_modules=frozenset(each.modules)) for each in adapters]
         ranks = {"tensor_rank": stage.tensor_group.rank(), "tensor_ranks": parallel.tensor}
         arena = Arena(stage.linears, specs, **ranks, dtype=dtype, device=device)
         index = [stage.is_first, not stage.is_first].index(True) if parallel.pipeline > 1 else 0
         model = stage_memory(
             shape_of(architecture), [LAYERS // parallel.pipeline] * parallel.pipeline, index, adapters, tensor=parallel.tensor,
-            recompute=recompute, item=dtype.itemsize, sequence=parallel.sequence, cuda=False,
+            recompute=recompute, item=dtype.itemsize, sequence=parallel.sequence, cuda=False, offload=offload,
         )  # fmt: skip
         data = stage_input(LENGTHS, VOCABULARY, SEGMENTS[: len(adapters)])
         rows = ROWS // (parallel.tensor if parallel.sequence else 1)
+        stage.reserve_host_memory(rows)
         with Allocations() as allocated:
             hidden = None if stage.is_first else torch.empty(rows, 256, dtype=dtype).requires_grad_()
             out = stage(data, hidden)
@@ -130,6 +133,14 @@ def test_one_rank(kind, recompute, dtype, directory, one_process):
     found = measure(directory / kind, ParallelConfig(), recompute, dtype, BOTH)
     assert found.weights == 1 and found.adapters == found.modelled_adapters
     assert found.kept == pytest.approx(1, rel=0.002) and found.peak == pytest.approx(1, rel=0.015)
+
+
+@pytest.mark.parametrize("recompute", ["full", ("full", "full", "full", "none")])
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}, {"tp": 2, "sequence": True}])
+def test_inputs_on_the_host(layout, recompute, directory, pool):
+    parallel = ParallelConfig(pipeline=layout.get("pp", 1), tensor=layout.get("tp", 1), sequence=layout.get("sequence", False))
+    for rank in pool(**layout).run(measure, directory / "mistral", parallel, recompute, torch.bfloat16, BOTH, True):
+        assert rank.kept == pytest.approx(1, rel=0.005) and rank.peak == pytest.approx(1, rel=0.015)
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap"])
