@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
+from scheduling.layer_memory import OFFLOADED, offloaded
 from scheduling.slot_cost import SlotCost
 
 
@@ -133,6 +134,7 @@ class MeasuredCosts:
 
 _USUAL_TOKENS = 4096  # of a microbatch
 _CHEAP = 0.02  # 2 H + F numbers a token at memory speed
+HOST_BYTES_PER_S = 25e9  # between a GPU and pinned host memory: what PCIe 4 reaches, half of PCIe 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +221,28 @@ def stage_costs(
     tensor: int = 1,
     recompute: str | Sequence[str] = "none",
     head_share: float = 1.0,
+    to_host_bytes: float = 0.0,
 ) -> CostModel:
-    """Return the cost of each stage as it was measured on the device, by analytic_cost where it was not."""
+    """Return the cost of each stage as it was measured on the device, by analytic_cost where it was not.
+
+    Where inputs of `full` layers wait in host memory, each is `to_host_bytes` per token, and its layer takes at least as long as the copy.
+    """
     if device.measured is None:
-        return analytic_cost(shape, device, layers, tensor, recompute, head_share)
-    of_policy, head = dict(device.measured.layers), device.measured.head
+        model = analytic_cost(shape, device, layers, tensor, recompute, head_share)
+        layer = analytic_cost(shape, device, (1, 0), tensor).stages[0].forward
+    else:
+        model = _measured_costs(device.measured, layers, recompute, head_share)
+        layer = dict(device.measured.layers)["full"].forward
+    late = max(0.0, to_host_bytes / HOST_BYTES_PER_S - layer.per_token)
+    stages = []
+    for index, (stage, policies) in enumerate(zip(model.stages, stage_policies(layers, recompute), strict=True)):
+        waited = late * offloaded(policies, index == 0).count(OFFLOADED)
+        stages.append(StageCost(replace(stage.forward, per_token=stage.forward.per_token + waited), stage.backward))
+    return CostModel(tuple(stages))
+
+
+def _measured_costs(measured: MeasuredCosts, layers: Sequence[int], recompute: str | Sequence[str], head_share: float) -> CostModel:
+    of_policy, head = dict(measured.layers), measured.head
     head = StageCost(*(replace(one, per_token=one.per_token * head_share) for one in (head.forward, head.backward)))
     chosen = stage_policies(layers, recompute)
     parts = [[*(of_policy[policy] for policy in policies), *[head] * (index == len(layers) - 1)] for index, policies in enumerate(chosen)]

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 POLICIES = ("none", "cheap", "full")
-OFFLOADED = "offloaded"  # a `full` layer whose input waits in host memory (memory.offloaded)
+OFFLOADED = "offloaded"  # a `full` layer whose input waits in host memory (`offloaded`)
 MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 MODULES = tuple(module for modules in MERGED.values() for module in modules)
 _RANK_ALIGN = 16  # an adapter has its rank in rows, rounded up to this
@@ -66,6 +66,7 @@ class LayerMemory:
     num_jobs: int
     head_norms: bool
     grouped: bool  # several query heads share a key
+    sums_of_dq: int  # float32 copies of dQ that attention's backward sums into
     sequence: bool
 
     def kept(self, policy: str) -> float:
@@ -113,7 +114,9 @@ class LayerMemory:
         up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - freed
         freed += self.hidden * (1 + (not cheap and widths["up"] > 0))
         expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK, dV of all query heads by cuDNN; torch's take half
-        attention = self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item + expanded - freed
+        attention = (
+            self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item * self.sums_of_dq + expanded - freed
+        )
         return max(down, swiglu, up, attention, 0.0) * tokens
 
     def _shares(self, linear: str, tokens: int) -> float:
@@ -131,6 +134,17 @@ class LayerMemory:
         return 4 * items * self.widths[linear] / self.item * num_bytes / self.item / tokens
 
 
+def offloaded(policies: Sequence[str], is_first: bool) -> tuple[str, ...]:
+    """Return a stage's policies with OFFLOADED for the `full` layers whose input waits in host memory.
+
+    The input of the uppermost stays, since its backward comes first, and so does the stage's own unless it `is_first`: it was received,
+    and the executor holds it.
+    """
+    full = [layer for layer, policy in enumerate(policies) if policy == "full"]
+    leaving = set(full[:-1]) - (set() if is_first else {0})
+    return tuple(OFFLOADED if layer in leaving else policy for layer, policy in enumerate(policies))
+
+
 def layer_memory(
     *,
     hidden_size: int,
@@ -143,8 +157,12 @@ def layer_memory(
     tensor: int = 1,
     sequence: bool = False,
     head_norms: bool = False,
+    deterministic: bool = False,
 ) -> LayerMemory:
-    """Derive a layer's sizes from its shape; `item` is the bytes of a number of the compute dtype."""
+    """Derive a layer's sizes from its shape; `item` is the bytes of a number of the compute dtype.
+
+    Flash attention in a fixed order (`deterministic`) has a copy of dQ for each program that works on a head at once.
+    """
     local = tensor if sequence else 1
     query, key_value, ffn = num_heads * head_dim // tensor, num_kv_heads * head_dim // tensor, ffn_size // tensor
     outputs = {"qkv": (query, key_value, key_value), "o": (hidden_size,), "up": (ffn, ffn), "down": (hidden_size,)}
@@ -167,5 +185,6 @@ def layer_memory(
         num_jobs=len(adapters),
         head_norms=head_norms,
         grouped=num_heads != num_kv_heads,
+        sums_of_dq=-(-_PROGRAMS * tensor // num_heads) if deterministic else 1,
         sequence=sequence,
     )

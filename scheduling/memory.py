@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from scheduling.cost import Device, ModelShape, stage_policies
-from scheduling.layer_memory import OFFLOADED, Adapter, LayerMemory, layer_memory
+from scheduling.layer_memory import OFFLOADED, Adapter, LayerMemory, layer_memory, offloaded
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 
@@ -103,17 +103,6 @@ class StageMemory:
         return (2 * self.layer.hidden + self.layer.statistics) * (self.head_rows > 0)
 
 
-def offloaded(policies: Sequence[str], is_first: bool) -> tuple[str, ...]:
-    """Return a stage's policies with OFFLOADED for the `full` layers whose input waits in host memory.
-
-    The input of the uppermost stays, since its backward comes first, and so does the stage's own unless it `is_first`: it was received,
-    and the executor holds it.
-    """
-    full = [layer for layer, policy in enumerate(policies) if policy == "full"]
-    leaving = set(full[:-1]) - (set() if is_first else {0})
-    return tuple(OFFLOADED if layer in leaving else policy for layer, policy in enumerate(policies))
-
-
 def loss_chunk_rows(head_rows: int, item: int) -> int:
     """Return the rows of a chunk of the loss; `head_rows` tokens of the vocabulary are on this rank, `item` is the bytes of a logit."""
     if item > 2:  # float32 means a CPU, which needs no large products to be busy
@@ -134,6 +123,7 @@ def stage_memory(
     cuda: bool = True,
     replicas: int = 1,
     offload: bool = False,
+    deterministic: bool = False,
 ) -> StageMemory:
     """Model one stage with its resident `adapters`.
 
@@ -148,6 +138,7 @@ def stage_memory(
         tensor=tensor,
         sequence=sequence,
         head_norms=shape.qk_norm,
+        deterministic=deterministic,
     )
     head_rows = -(-shape.vocab_size // tensor)
     linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor

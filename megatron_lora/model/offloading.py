@@ -59,7 +59,9 @@ class HostPool:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
-            return self.stream.record_event()
+            copied = torch.cuda.Event()
+            copied.record(self.stream)
+            return copied
 
     def wait(self, copied: torch.cuda.Event | None) -> None:
         """Let what is launched from now on run after a copy."""
