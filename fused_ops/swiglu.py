@@ -4,7 +4,8 @@
     backward    dg = dy u s (1 + g (1 - s))     du = dy g s    (y recomputed for the linear that read it, where a Refill wants it)
 
 The kernels are bound by memory. Numbers moved per row: forward 3F; backward 5F, or 6F with y. Arithmetic in float32, one rounding at the
-end. Keeps its input alone.
+end. Keeps its input alone. No one else may read gate and up, or dy, after this backward: it writes their gradient over gate and up, and
+y over dy, so that a layer's backward needs no memory beyond what its forward kept and dy.
 """
 
 import torch
@@ -80,6 +81,7 @@ def swiglu(
 
     With `refill` the output is recomputed in backward for the linear that holds the same Refill. With `rounded_down` kernels also give
     the output in 8 bits to the linear that holds it, and with `rounded_up` the gradient of [gate | up] to the linear that made these.
+    Backward overwrites `gate_up`.
     """
     if gate_up.shape[-1] % 2 or not gate_up.is_contiguous():
         raise ValueError(f"gate | up {list(gate_up.shape)} with strides {gate_up.stride()} must be contiguous, of even width")
@@ -97,13 +99,15 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
         refilling = wanted(ctx.refill)
+        gate_up, dy = gate_up.detach(), dy.contiguous()
         if ctx.backend == "triton":
-            d_gate_up, y = backward(dy.contiguous(), gate_up, refilling, ctx.rounded)
+            y = backward(dy, gate_up, refilling, d_gate_up=gate_up, y=dy, rounded=ctx.rounded)
         else:
             (y,), (d_gate_up,) = gradients(lambda x: (swiglu_reference(x),), (gate_up,), (dy,))
+            gate_up.copy_(d_gate_up)
         if refilling:
             ctx.refill.finish(y)
-        return d_gate_up, None, None, None, None
+        return gate_up, None, None, None, None
 
 
 def forward(gate_up: Tensor, rounded: Rounded | None = None) -> Tensor:
@@ -117,15 +121,17 @@ def forward(gate_up: Tensor, rounded: Rounded | None = None) -> Tensor:
     return y
 
 
-def backward(dy: Tensor, gate_up: Tensor, refill: bool, rounded: Rounded | None = None) -> tuple[Tensor, Tensor | None]:
-    """Launch the backward kernel; return d[gate | up], which with `rounded` is also rounded to 8 bits, and, with `refill`, y."""
-    d_gate_up, y = torch.empty_like(gate_up), torch.empty_like(dy) if refill else None
+def backward(dy: Tensor, gate_up: Tensor, refill: bool, d_gate_up: Tensor, y: Tensor, rounded: Rounded | None = None) -> Tensor:
+    """Launch the backward kernel: write d[gate | up], which may lie over gate | up, and with `refill` y, which may lie over dy.
+
+    With `rounded` d[gate | up] is also rounded to 8 bits.
+    """
     rows = _rounded_rows(d_gate_up, dy.shape[-1], rounded)
     if rounded is not None:
         rounded.dy = rows
     if dy.numel():
         _launch(_backward_kernel, dy, rows, dy, gate_up, d_gate_up, y, REFILL=refill)
-    return d_gate_up, y
+    return y
 
 
 def _rounded_rows(written: Tensor, num_cols: int, rounded: Rounded | None) -> Fp8Matrix | None:
@@ -133,7 +139,7 @@ def _rounded_rows(written: Tensor, num_cols: int, rounded: Rounded | None) -> Fp
     return None if rounded is None or num_cols > MOST_IN_REGISTERS else empty_rows(written)
 
 
-def _launch(kernel, y: Tensor, rows: Fp8Matrix | None, *tensors: Tensor | None, **flags: bool) -> None:
+def _launch(kernel, y: Tensor, rows: Fp8Matrix | None, *tensors: Tensor, **flags: bool) -> None:
     """Launch a program for each block of a row of y, or for a whole row where it is rounded."""
     num_cols = y.shape[-1]
     block, warps = (BLOCK, 4) if rows is None else (size := triton.next_power_of_2(max(num_cols, 16)), min(16, max(4, size // 512)))

@@ -18,6 +18,8 @@ from megatron_lora.errors import UserError
 
 Check = Callable[[str, object], Any]
 
+RECOMPUTE = ("none", "cheap", "full")
+
 OTHER_WORDS = {  # what other trainers call a key of ours
     "adam_eps": "adam_epsilon",
     "alpha": "lora_alpha",
@@ -186,6 +188,27 @@ def subset_of(what: str, choices: tuple[str, ...]) -> Rule:
 def null_or(rule: Rule) -> Rule:
     """Accept null, or what `rule` accepts."""
     return Rule(f"{rule.accepts}, or null", lambda path, value: None if value is None else rule(path, value))
+
+
+def auto_or(rule: Rule) -> Rule:
+    """Accept `auto`, or what `rule` accepts."""
+
+    @accepts(f"{rule.accepts}, or `auto`")
+    def either(path: str, value: object) -> object:
+        try:
+            return "auto" if value == "auto" else rule(path, value)
+        except UserError as error:
+            raise UserError(f"{error}, or auto") from None
+
+    return either
+
+
+@accepts(f"`auto`, {', '.join(map(code, RECOMPUTE))}, or a list of the last {len(RECOMPUTE)}, one for each layer")
+def recompute(path: str, value: object) -> str | tuple[str, ...]:
+    """Accept auto, a recomputation policy for all layers, or a list of one for each layer of the model."""
+    if isinstance(value, list):
+        return list_of("policies, one per layer", one_of(*RECOMPUTE))(path, value)
+    return one_of("auto", *RECOMPUTE)(path, value)
 
 
 def later(rule: Rule, *, off: object) -> Rule:

@@ -32,6 +32,7 @@ from megatron_lora.data.microbatch import Packing
 from megatron_lora.model.backends import first_line
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
 from megatron_lora.model.norm import RMSNorm
+from megatron_lora.model.offloading import LayerInputs
 
 Attend = Callable[[Tensor, Tensor, Tensor, Packing, float, int | None], Tensor]  # q, k, v, packing, scale, window
 _TRIED_LENGTHS = (70, 1, 130)  # of the samples that an attention is tried on
@@ -42,13 +43,15 @@ class PackedRows(PackedSeqParams):
     """What Megatron passes on to every layer: the microbatch's packing, its rotary table (cos, sin) and the route to its adapters.
 
     The route goes to the linears with the rows that it describes. Under pipelining and recomputation a "current" microbatch
-    would be another one in backward. `offsets` is computed from the packing by the first layer's attention, for all layers.
+    would be another one in backward. `offsets` is computed from the packing by the first layer's attention, for all layers. `inputs` are
+    those of layers that run again in backward, where they wait in host memory.
     """
 
     packing: Packing = field(kw_only=True)
     rotary: tuple[Tensor, Tensor] | None = None
     route: Route | None = None  # None: the base model alone
     offsets: Any = None
+    inputs: LayerInputs | None = None  # None: autograd keeps them
 
 
 class MergedSelfAttention(SelfAttention):

@@ -133,10 +133,19 @@ class MultiLoraLinear:
         """Return what a norm or SwiGLU beside the linear gives rows in 8 bits to; None over a weight in 16 or 32 bits."""
         return None if self.weight_in_8_bits is None else Rounded()
 
-    def _apply_linear(self, x: Tensor, bias: Tensor | None, route: Route | None, refill: Refill | None, rounded: Rounded | None) -> Tensor:
+    def _apply_linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        route: Route | None,
+        refill: Refill | None,
+        rounded: Rounded | None = None,
+        output_shape: torch.Size | None = None,
+    ) -> Tensor:
         """Return Y [T or T_local, N] for Megatron's x [rows, batch of 1, K]."""
         weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits
-        return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, refill=refill, rounded=rounded)
+        options = {"refill": refill, "rounded": rounded, "output_shape": output_shape}
+        return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, **options)
 
 
 class MultiLoraColumnParallelLinear(ColumnParallelLinear, MultiLoraLinear):
@@ -168,6 +177,10 @@ class MultiLoraRowParallelLinear(RowParallelLinear, MultiLoraLinear):
         """Return Y with its bias added once, after the reduction, and None: Megatron has no bias to add."""
         y = self._apply_linear(input_, None, route, refill, rounded)
         return (y if self.bias is None else y + self.bias).unsqueeze(1), None
+
+    def for_backward(self, input_: Tensor, route: Route | None, refill: Refill | None, output_shape: torch.Size) -> Tensor:
+        """Return what `forward` returned, [T_local, 1, N], without values: to run backward again, whose gradients do not depend on them."""
+        return self._apply_linear(input_, None, route, refill, None, torch.Size((output_shape[0], output_shape[-1]))).unsqueeze(1)
 
 
 def freeze(module: torch.nn.Module) -> None:

@@ -45,6 +45,7 @@ from megatron_lora.planning.predict import planner_cost
 from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
 from megatron_lora.training.assemble import DTYPES, choose_backends, make_arena, make_executor
+from megatron_lora.training.determinism import determinism
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job, read_jobs_in_turn
 from megatron_lora.training.optimizer import StageGroups
@@ -66,6 +67,11 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     some have failed; 75: the run was stopped on request, and the state of every unfinished job is
     saved. The output directory must exist. Raises UserError for wrong input.
     """
+    with determinism(config.deterministic):
+        return _train(config, stop)
+
+
+def _train(config: RunConfig, stop: StopRequest) -> int:
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
     host_group = new_group(backend="gloo")
@@ -90,6 +96,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         load_weights=config.load_weights,
         seed=config.seed,
         recompute=config.recompute,
+        activation_offloading=config.activation_offloading,
         base_weights=config.base_weights,
         backends=choose_backends(config, architecture, DTYPES[config.precision], device),
     )
@@ -98,7 +105,9 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     for row, job in enumerate(jobs.values()):
         start_job(job, arena, row, groups)
 
-    with RunReporter(config, jobs, feed.remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
+    # When a failure is noticed depends on time, and with it the first window without the job. Its steps are skipped in any case.
+    remove = (lambda number: None) if config.deterministic else feed.remove
+    with RunReporter(config, jobs, remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
         collector = SnapshotCollector(arena, writer(config, jobs), host_group)
         saver = Saver(jobs, collector)
         unchecked = set(jobs)  # numbers of the jobs whose first update (learning rate above 0, finite norm) is still to come

@@ -100,6 +100,19 @@ def test_swiglu(shape, dtype, backend):
     compare(lambda x: (swiglu(x, backend=backend),), lambda x: (swiglu_reference(x),), [random(*shape) * 3], dtype)
 
 
+def test_swiglu_needs_no_memory_for_its_gradients(backend):
+    """The gradient lies over gate | up, and what a Refill wants over the output's gradient."""
+    x, upstream, refill, seen = random(3, 40), random(3, 20, seed=1), Refill(), []
+    gate_up, dy = x.clone().requires_grad_(), upstream.clone()
+    y = swiglu(gate_up, refill, backend=backend)
+    y.register_hook(lambda grad: refill.defer(lambda again: seen.append(again.clone())))
+    (found,) = torch.autograd.grad(y, gate_up, dy)
+    exact = x.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(swiglu_reference(exact), exact, upstream)
+    torch.testing.assert_close(found, truth)
+    assert found.data_ptr() == gate_up.data_ptr() and torch.equal(seen[0], y.detach())
+
+
 @pytest.mark.parametrize("op", ["norm", "norm and residual", "swiglu"])
 def test_what_is_made_again_is_what_was_made(op, backend):
     """The linear's input comes back with the same bits, after the linear's turn and before the producer's gradient leaves."""
@@ -288,13 +301,13 @@ def test_a_norm_rounds_what_it_writes(with_residual):
 @pytest.mark.parametrize("cols", [48, 4100])
 def test_swiglu_rounds_its_output_and_its_gradient(cols):
     gate_up, up, down = random(19, 1, 2 * cols, dtype=torch.float16).requires_grad_(), Rounded(), Rounded()
+    plain = gate_up.detach().clone().requires_grad_()
     with interpreted(swiglu_file, fp8_file):
         y = swiglu(gate_up, backend="triton", rounded_up=up, rounded_down=down)
         dy = random(19, 1, cols, seed=3, dtype=torch.float16)
         dy[4, 0, 5] = float("nan")
-        y.backward(dy)
-        plain = gate_up.detach().requires_grad_()
-        swiglu(plain, backend="triton").backward(dy)
+        y.backward(dy.clone())
+        swiglu(plain, backend="triton").backward(dy.clone())
     same_bits(down.take_x(), y.detach())
     same_bits(up.take_dy(), gate_up.grad)
     torch.testing.assert_close(gate_up.grad, plain.grad, rtol=0, atol=0, equal_nan=True)
