@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_lora.errors import UserError
 Check = Callable[[str, object], Any]
 
 RECOMPUTE = ("none", "cheap", "full")
+JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 OTHER_WORDS = {  # what other trainers call a key of ours
     "adam_eps": "adam_epsilon",
@@ -201,6 +203,16 @@ def auto_or(rule: Rule) -> Rule:
             raise UserError(f"{error}, or auto") from None
 
     return either
+
+
+@accepts("1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or digit")
+def job_name(path: str, value: object) -> str:
+    """Accept a name that is safe as a folder name on any system."""
+    if not isinstance(value, str) or not JOB_NAME.fullmatch(value):
+        raise UserError(
+            f"{path}: {show(value)} cannot name a job; use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+        )
+    return value
 
 
 @accepts(f"`auto`, {', '.join(map(code, RECOMPUTE))}, or a list of the last {len(RECOMPUTE)}, one for each layer")

@@ -11,7 +11,6 @@ itself. Whether it fits the files, the model and the machine is checks.py's ques
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from megatron_lora.config.rules import (
     Rule,
     accepts,
     auto_or,
+    job_name,
     later,
     list_of,
     null_or,
@@ -35,13 +35,13 @@ from megatron_lora.config.rules import (
     truth,
     whole_number,
 )
+from megatron_lora.config.together import check_together
 from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DATASET_TYPES = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "lengths")
 DATASET_FILES = (".json", ".jsonl", ".parquet")
-JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SEED = whole_number("a seed", 0, 2**32 - 1)
 
 
@@ -53,16 +53,6 @@ def key(default: object, rule: Rule, meaning: str, unit: str = "") -> Any:
 def required(rule: Rule, meaning: str, unit: str = "") -> Any:
     """Declare a key that every config must set."""
     return dataclasses.field(metadata={"rule": rule, "meaning": meaning, "unit": unit})
-
-
-@accepts("1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or digit")
-def job_name(path: str, value: object) -> str:
-    """Accept a name that is safe as a folder name on any system."""
-    if not isinstance(value, str) or not JOB_NAME.fullmatch(value):
-        raise UserError(
-            f"{path}: {show(value)} cannot name a job; use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
-        )
-    return value
 
 
 @accepts(f"the path of a file that ends in {', '.join(DATASET_FILES)}")
@@ -287,6 +277,11 @@ class RunConfig:
     )
     jobs: tuple[JobConfig, ...]
 
+    @property
+    def may_run_again(self) -> bool:
+        """Whether `recompute` lets a layer run again in backward: it is `full`, or may become so."""
+        return self.recompute == "auto" or "full" in self.recompute  # the word, or one in the list
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config, apply `key.path=value` overrides, fill in defaults and check every key; UserError is one line."""
@@ -300,15 +295,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     seed = SEED("seed", tree.get("seed", 0))
     config = _values(RunConfig, "", tree, skip=("jobs",))
     return check_together(RunConfig(**config, jobs=_load_jobs(defaults, jobs, seed)))
-
-
-def check_together(config: RunConfig) -> RunConfig:
-    """Return a config whose keys agree with each other; UserError where two contradict."""
-    if config.activation_offloading is True and "full" not in (config.recompute, *config.recompute) and config.recompute != "auto":
-        raise UserError("activation_offloading: true moves inputs of `full` layers, and recompute names none; use recompute: full, or auto")
-    if config.deterministic and config.backend == "te":
-        raise UserError("deterministic: true takes torch's attention, and backend is 'te'; use auto or torch")
-    return config
 
 
 def dump_config(config: RunConfig) -> str:

@@ -90,9 +90,9 @@ def choose_layers(config: RunConfig, architecture: Architecture, device: Device,
 
 def needs_offloading(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device) -> bool:
     """Return whether a run fits on a GPU only, if at all, with the inputs of its `full` layers in host memory."""
-    recompute = "full" if config.recompute == "auto" else config.recompute
-    if device.name == "cpu" or "full" not in (recompute, *recompute):
+    if device.name == "cpu" or not config.may_run_again:
         return False
+    recompute = "full" if config.recompute == "auto" else config.recompute
     tried = dataclasses.replace(config, recompute=recompute, activation_offloading=False)
     longest = max((tokens for steps in lengths for batch in steps for tokens in batch), default=1)
     tokens = longest if config.microbatch_tokens == "auto" else int(config.microbatch_tokens)
