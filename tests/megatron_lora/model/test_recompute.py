@@ -92,6 +92,43 @@ def test_buffers_serve_one_microbatch_after_another(directory, one_process):
     assert len({buffer.data_ptr() for buffer in pool.free}) == 3 * 2
 
 
+class LateCopies(HostPool):
+    """Copies as a slow stream makes them: in their order, none before it is waited for. What comes back is NaN until then."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.waiting, self.num_done = [], 0
+
+    def copy(self, target, source):
+        if target._base is None:  # on the device; a part of a buffer may be read by a copy before this one
+            target.fill_(torch.nan)
+        self.waiting.append((target, source))
+        return self.num_done + len(self.waiting)
+
+    def wait(self, copied):
+        while self.num_done < copied:
+            target, source = self.waiting.pop(0)
+            target.copy_(source)
+            self.num_done += 1
+
+
+def test_nothing_is_read_before_its_copy_is_waited_for(directory, one_process):
+    answers = []
+    for late in (False, True):
+        stage = build(directory, "full", offload=True)
+        stage.host_pool = LateCopies() if late else stage.host_pool
+        losses = []
+        for seed in range(4):
+            microbatch = stage_input((20, 3 + seed), 61, ((0, 20, seed % 2),), seed=seed)
+            losses.append((stage.losses(stage(microbatch), microbatch.labels) * microbatch.weights).sum())
+            if seed % 2:
+                losses[seed - 1].backward()
+                losses[seed].backward()
+        answers.append({"losses": torch.stack(losses).detach(), "gradients": joined_gradients(stage.linears)})
+    assert_same(answers[1], answers[0])
+    assert not stage.host_pool.waiting and stage.host_pool.num_buffers == 2 * 2
+
+
 def test_an_input_is_taken_once(directory, one_process):
     inputs = LayerInputs(HostPool(torch.device("cpu")))
     first, last = torch.arange(6.0).view(2, 3), torch.ones(2, 3)
