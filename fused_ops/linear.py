@@ -102,9 +102,9 @@ class _MultiLoraLinear(torch.autograd.Function):
             ctx.save_for_backward(x_TK)
         ctx.s_TR, ctx.weight_NK, ctx.group, ctx.route = s_TR, weight_NK, group, route
         ctx.collectives, ctx.ops, ctx.refill, ctx.rounded = collectives, ops, refill, rounded
+        x8 = _same_rows(rounded and rounded.take_x(), full_x)
         if output_shape is not None:
             return x_TK.new_empty(()).expand(output_shape)
-        x8 = _same_rows(rounded and rounded.take_x(), full_x)
         return collectives.reduce_output(ops.up(full_x, weight_NK, bias_N, s_TR, group, route, x8))
 
     @staticmethod
