@@ -9,16 +9,17 @@ remedy. The ranks do not check again.
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.steps import check_visits, count_steps
 from megatron_lora.environment import num_cores
-from megatron_lora.errors import UserError
-from megatron_lora.huggingface.architecture import Architecture, read_architecture
+from megatron_lora.errors import UserError, one_line
+from megatron_lora.huggingface.architecture import Architecture, unread_fields
 from megatron_lora.huggingface.hub import resolve_base_model
-from megatron_lora.huggingface.weight_files import check_weights
+from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.model.backends import check_backends
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.standing import ResumePoint
@@ -56,12 +57,11 @@ def read_inputs(config: RunConfig) -> Inputs:
     """Read and check model, adapters and data: all that `plan` needs, which has no ranks and no output directory."""
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
-    architecture = read_architecture(model_dir)
+    architecture = read_base_model(model_dir, config.load_weights)
+    show_unread_fields(model_dir, architecture.model_type)
     check_layout(architecture, config.parallel)
     if config.recompute != "auto":
         recompute_of_layers(config.recompute, architecture.num_layers)
-    if config.load_weights:
-        check_weights(model_dir, architecture)
     for job in config.jobs:
         check_init_adapter(job, architecture)
     data = read_data(config, model_dir, architecture.vocab_size)
@@ -69,6 +69,17 @@ def read_inputs(config: RunConfig) -> Inputs:
         check_lengths(job, job_data, config.microbatch_tokens, architecture)
         check_visits(job, len(job_data.samples))
     return Inputs(model_dir=model_dir, architecture=architecture, data=data)
+
+
+def show_unread_fields(model_dir: Path, model_type: str) -> None:
+    """Print one line that names the fields of config.json that change nothing because nobody reads them, if there are any."""
+    fields = unread_fields(model_dir)
+    if fields:
+        print(
+            f"megatron-lora: base_model: {model_dir / 'config.json'}: not read for a {model_type}, by transformers either: "
+            + one_line(", ".join(fields), 400),
+            file=sys.stderr,
+        )
 
 
 def check_files(config: RunConfig) -> None:
