@@ -72,7 +72,7 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def show_unread_fields(model_dir: Path, model_type: str) -> None:
-    """Print one line that names the fields of config.json that change nothing because nobody reads them, if there are any."""
+    """Print one line that names the fields of config.json that neither transformers nor this trainer reads, if there are any."""
     fields = unread_fields(model_dir)
     if fields:
         print(

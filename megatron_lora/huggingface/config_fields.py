@@ -9,6 +9,7 @@ tables, and a test walks every field of transformers' config classes through the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,12 +121,8 @@ def table() -> str:
     """Return the Markdown table of docs/models.md."""
     rows = [(key, "used", note) for key, note in USED.items() if key not in REFUSED]
     for key, (harmless, hint) in REFUSED.items():
-        verdict = "used" if key in USED else "refused"
-        rows.append((key, verdict, USED[key] if key in USED else f"unless {' or '.join(map(_as_json, harmless))}: {hint}"))
+        unless = " or ".join(f"`{json.dumps(value)}`" for value in harmless)
+        rows.append((key, "used", USED[key]) if key in USED else (key, "refused", f"unless {unless}: {hint}"))
     rows += [(key, "without effect", note) for key, note in WITHOUT_EFFECT.items()]
     lines = [f"| `{key}` | {verdict} | {note} |" for key, verdict, note in rows]
     return "\n".join(["| field of config.json | is | note |", "|---|---|---|", *lines])
-
-
-def _as_json(value: object) -> str:
-    return f"`{ {None: 'null', True: 'true', False: 'false'}.get(value, value) if not isinstance(value, dict | list) else value }`"
