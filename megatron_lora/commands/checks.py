@@ -125,13 +125,15 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
     """Check that a job's `init_adapter` has its rank, scale and modules, and fits this base model; imports torch."""
     if job.init_adapter is None:
         return
-    from megatron_lora.huggingface.adapter_files import check_adapter, read_adapter
+    from megatron_lora.huggingface.adapter_files import check_adapter, check_modules, read_adapter
 
     where = f"jobs.{job.name}"
     try:
         adapter = read_adapter(job.init_adapter)
     except UserError as error:
         raise UserError(f"{where}.init_adapter: {error}") from None
+    named = f"{where}.init_adapter: {job.init_adapter!r}"
+    check_modules(named, adapter, architecture.module_sizes)
     for key in ("r", "lora_alpha", "use_rslora"):
         wanted, found = getattr(job, key), getattr(adapter, key)
         if wanted != found:
@@ -139,13 +141,15 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
     if set(adapter.target_modules) != set(job.target_modules):
         found = ", ".join(module for module in architecture.module_sizes if module in adapter.target_modules)
         raise UserError(f"{where}.target_modules: differ from those in init_adapter {job.init_adapter!r}; set [{found}]")
-    sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
-    shapes = {
-        architecture.module_path(layer, module): (num_out, num_in)
+    paths = {
+        (layer, module): architecture.module_path(layer, module)
         for layer in range(architecture.num_layers)
-        for module, (num_in, num_out) in sizes.items()
+        for module in architecture.module_sizes
     }
-    check_adapter(f"{where}.init_adapter: {job.init_adapter!r}", adapter, shapes)
+    sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
+    shapes = {path: (sizes[module][1], sizes[module][0]) for (_, module), path in paths.items() if module in sizes}
+    others = [*(path for path in paths.values() if path not in shapes), "model.embed_tokens", "lm_head"]
+    check_adapter(named, adapter, shapes, others)
 
 
 def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
