@@ -292,7 +292,7 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: is damaged ({error}); restore it or save the adapter again") from None
+        raise UserError(f"{file}: is damaged ({one_line(error, 160)}); restore it or save the adapter again") from None
 
 
 def _pair(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

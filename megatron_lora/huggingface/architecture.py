@@ -245,17 +245,20 @@ class _Reader:
     def sliding_windows(self, num_layers: int) -> tuple[int | None, ...]:
         """Return each layer's window, as transformers does: a mistral with layer_types is a Ministral there."""
         kinds, window = self.get("layer_types"), self.get("sliding_window")
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
+            raise self.error("sliding_window", window, "a whole number of at least 1, or null, is needed")
         if kinds is not None and not (isinstance(kinds, list) and len(kinds) == num_layers and all(map(_is_layer_type, kinds))):
             raise self.error("layer_types", kinds, f"{num_layers} entries, each full_attention or sliding_attention, are needed")
         if self.model_type == "llama":
-            if window is not None and not (isinstance(window, int) and window >= self.count("max_position_embeddings")):
+            if window is not None and window < self.count("max_position_embeddings"):
                 raise self.error("sliding_window", window, "a llama has no sliding window; remove the key, or use model_type mistral")
             window = None
         elif self.model_type == "mistral":
             if window is not None and kinds is None:
                 self.refuse_window_keys_of_qwen(window)
-        elif not self.flag("use_sliding_window"):
-            window = None
+        else:
+            window = window if self.flag("use_sliding_window") else None
+            self.first_sliding_layer()
         if window is not None:
             window = self.count("sliding_window")
         if kinds is None:
@@ -282,9 +285,11 @@ class _Reader:
     def rope_values(self) -> tuple[str, dict[str, Any], str]:
         """Return `rope_scaling` (before transformers 5) or `rope_parameters`: the key, its values, and the kind."""
         where = "rope_scaling" if self.get("rope_scaling") else "rope_parameters"
-        values = {} if self.get(where) is None else self.get(where)
-        if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-            raise self.error(where, values, "one set of numbers for all layers is supported")
+        for key in ("rope_scaling", "rope_parameters"):
+            values = {} if self.get(key) is None else self.get(key)
+            if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+                raise self.error(key, values, "one set of numbers for all layers is supported")
+        values = self.get(where) or {}
         kind = values.get("rope_type", values.get("type", "default"))
         if not isinstance(kind, str) or kind not in config_fields.ROPE_NUMBERS:
             raise self.error(f"{where}.rope_type", kind, f"supported are {', '.join(config_fields.ROPE_NUMBERS)}")
@@ -303,8 +308,10 @@ class _Reader:
         if kind == "yarn" and "factor" in values and values["factor"] is None:
             values["factor"] = self.count("max_position_embeddings") / self.number(values, "original_max_position_embeddings", f"{where}.")
         needed = {key: self.number(values, key, f"{where}.") for key in config_fields.ROPE_NUMBERS[kind]}
+        if self.number({"rope_theta": theta}, "rope_theta") <= 1:
+            raise self.error("rope_theta", theta, "a number above 1 is needed")
         return Rope(
-            theta=self.number({"rope_theta": theta}, "rope_theta"),
+            theta=float(theta),
             kind=kind,
             factor=needed.get("factor", 1.0),
             original_max_positions=needed.get("original_max_position_embeddings", 0.0),

@@ -42,10 +42,10 @@ USED: dict[str, str] = {
 REFUSED: dict[str, tuple[tuple, str]] = {
     "hidden_act": (("silu", "swish"), "only silu is supported"),
     "attention_dropout": ((0, None), "only 0.0 is supported"),
-    "quantization_config": ((None, {}), "use a checkpoint in bf16 or fp32, without this key"),
+    "quantization_config": ((None,), "use a checkpoint in bf16 or fp32, without this key"),
     "compression_config": ((None, {}), "use a checkpoint in bf16 or fp32, without this key"),
     "partial_rotary_factor": ((1, None), "only 1.0 is supported"),
-    "is_causal": ((True, None), "a model that also sees later tokens cannot be trained to predict them; use a causal one"),
+    "is_causal": ((True,), "a model that also sees later tokens cannot be trained to predict them; use a causal one"),
     "attention_chunk_size": ((None,), "attention in chunks is not supported; use a model without it"),
     "per_layer_config": ((None, {}), "layers that differ are not supported; use a model of equal layers"),
     "text_config": ((None,), "use a model of text alone, with its own config.json"),
@@ -58,8 +58,8 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "add_cross_attention": ((False, None), "use a model that is a decoder alone"),
     "pruned_heads": ((None, {}), "use a model with all of its heads"),
     "transformers_weights": ((None,), "rename the file that it names to model.safetensors, and remove the key"),
-    "configuration_files": ((None, [], {}), "give the directory one config.json, without this key"),
-    "attribute_map": ((None, {}), "write the fields under their own names, without this key"),
+    "configuration_files": (([],), "give the directory one config.json, without this key"),
+    "attribute_map": (({},), "write the fields under their own names, without this key"),
 }
 WITHOUT_EFFECT: dict[str, str] = {
     "architectures": "the causal model of the model type is built",

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
 from megatron_lora.huggingface.weight_files import stored_tensors
 
@@ -69,7 +69,8 @@ class Checkpoint:
                 self.opened[stored.file] = safe_open(stored.file, framework="pt", device="cpu")
             values = self.opened[stored.file].get_slice(stored.name)[index]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"base_model: {stored.file}: the tensor {stored.name} cannot be read ({error}); fetch the file again") from None
+            why = one_line(error, 160)
+            raise UserError(f"base_model: {stored.file}: the tensor {stored.name} cannot be read ({why}); fetch the file again") from None
         self.bytes_read += values.nbytes
         return values
 
