@@ -111,10 +111,30 @@ ROPE_OF_ALL = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "orig
 
 
 def unread(values: Mapping[str, Any], rope_key: str, rope: Mapping[str, Any], rope_kind: str) -> tuple[str, ...]:
-    """Return the fields of a config.json, and of its rotary embedding, that nothing reads, sorted."""
+    """Return the fields of a config.json, and of its rotary embedding, that nothing reads, sorted.
+
+    A field that another one goes before is among them where the two differ.
+    """
     known = USED.keys() | REFUSED.keys() | WITHOUT_EFFECT.keys()
     known_rope = {*ROPE_OF_ALL, *ROPE_NUMBERS[rope_kind], *(YARN_OPTIONS if rope_kind == "yarn" else ())}
-    return tuple(sorted([*(values.keys() - known), *(f"{rope_key}.{key}" for key in rope.keys() - known_rope)]))
+    found = [*(values.keys() - known), *(f"{rope_key}.{key}" for key in rope.keys() - known_rope)]
+    length, theta = "original_max_position_embeddings", values.get("rope_theta")
+    if "rope_theta" in values and rope.get("rope_theta", theta) != theta:
+        found.append("rope_theta")
+    if values.get(length) is not None and length in ROPE_NUMBERS[rope_kind] and rope.get(length, values[length]) != values[length]:
+        found.append(f"{rope_key}.{length}")
+    if rope.get("type", rope_kind) != rope_kind:
+        found.append(f"{rope_key}.type")
+    other = values.get("rope_parameters")
+    if rope_key == "rope_scaling" and other and _comparable(other, theta) != _comparable(rope, theta):
+        found.append("rope_parameters")
+    return tuple(sorted(found))
+
+
+def _comparable(rope: Mapping[str, Any], theta: object) -> dict[str, Any]:
+    """Return a rotary embedding's fields with one name for its kind, and the base frequency that it has."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return {**rope, "rope_theta": rope.get("rope_theta", theta), "type": kind, "rope_type": kind}
 
 
 def table() -> str:
