@@ -28,8 +28,9 @@ from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
-from megatron_lora.huggingface.architecture import Architecture, read_architecture
+from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.huggingface.hub import resolve_base_model
+from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.model.stage import build_stage
 from megatron_lora.output import standing
 from megatron_lora.output.job_states import exit_status
@@ -78,7 +79,7 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
     config = _recorded_config(config, host_group)
 
     model_dir = resolve_base_model(config.base_model)
-    architecture = read_architecture(model_dir)
+    architecture = read_base_model(model_dir, config.load_weights)
     remaining = _remaining_jobs(config, host_group)
     jobs = read_jobs_in_turn(config.jobs, model_dir, architecture.vocab_size, host_group, remaining)
     share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
