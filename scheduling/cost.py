@@ -18,7 +18,7 @@ Where a device carries MeasuredCosts, a stage is the sum of its measured layers 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from scheduling.slot_cost import SlotCost
@@ -79,6 +79,17 @@ DEVICES = {
         Device(name="cpu", flops_per_s=5.0e10, memory_bytes=8e9, layer_launch_s=1e-3, segment_s=0.0, processors=0),
     )
 }
+
+
+def pass_features(samples: Iterable[tuple[int, int]], multiple: int = 1) -> tuple[int, int, int]:
+    """Return what a pass's time depends on, of samples as (tokens, rank of the adapter): sums of rows, squared lengths, rank-tokens.
+
+    Rows are rounded up to a `multiple`.
+    """
+    tokens, squares, rank_tokens = 0, 0, 0
+    for length, rank in samples:
+        tokens, squares, rank_tokens = tokens + length, squares + length * length, rank_tokens + length * rank
+    return -(-tokens // multiple) * multiple, squares, rank_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

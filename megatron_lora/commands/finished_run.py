@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.output.metrics import metrics_file, read_metrics
-from scheduling.cost import CostModel
+from scheduling.cost import CostModel, pass_features
 from scheduling.plan_json import stream_from_json
 from scheduling.simulate import Event, Timeline, simulate
 from scheduling.types import Op, Stream
@@ -158,11 +158,7 @@ class FinishedRun:
         """Return the run as it was predicted when it began."""
         multiple = self.config.parallel.row_multiple
         ranks = {job.name: job.r for job in self.config.jobs}
-        features = []
-        for entries in self.slots:
-            tokens = sum(entry[3] for entry in entries)
-            ranked = sum(entry[3] * ranks[self.cost["jobs"][entry[0]]] for entry in entries)
-            features.append((-(-tokens // multiple) * multiple, sum(entry[3] ** 2 for entry in entries), ranked))
+        features = [pass_features(((tokens, ranks[self.cost["jobs"][job]]) for job, _, _, tokens in slot), multiple) for slot in self.slots]
         stages = CostModel.from_json(self.cost["stages"]).stages
         forward = [[stage.forward.seconds(*slot) for slot in features] for stage in stages]
         backward = [[stage.backward.seconds(*slot) for slot in features] for stage in stages]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from megatron_lora.config.schema import RunConfig
-from scheduling.cost import CostModel
+from scheduling.cost import CostModel, pass_features
 from scheduling.data_parallel import Dealt, deal
 from scheduling.memory import tokens_in_flight
 from scheduling.policies import Runs
@@ -61,14 +61,13 @@ class Workload:
         """What the planner sees: rounds of one sample per replica, each as long as its longest sample."""
         return self.dealt.rounds
 
-    def parts(self, slot: Microbatch) -> list[tuple[float, float, float]]:
+    def parts(self, slot: Microbatch) -> list[tuple[int, int, int]]:
         """Return (rows, sum of squared lengths, sum of rows x rank) of a slot on each replica."""
         return [self._features(self.dealt.part(slot, replica)) for replica in range(self.num_replicas)]
 
-    def _features(self, part: Microbatch) -> tuple[float, float, float]:
-        squares = sum(tokens**2 for s in part.segments for tokens in self._tokens(s, s.samples))
-        ranked = sum(segment.num_tokens * self.ranks[segment.job] for segment in part.segments)
-        return -(-part.num_tokens // self.row_multiple) * self.row_multiple, squares, ranked
+    def _features(self, part: Microbatch) -> tuple[int, int, int]:
+        samples = ((tokens, self.ranks[s.job]) for s in part.segments for tokens in self._tokens(s, s.samples))
+        return pass_features(samples, self.row_multiple)
 
     def tokens_of(self, slot: Microbatch) -> int:
         """Return a slot's tokens on all replicas together."""

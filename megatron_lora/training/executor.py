@@ -25,45 +25,21 @@ earlier in the plan's order than anything that the neighbour may itself be waiti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_lora.data.microbatch import StageInput
+from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import SLOT, Links, Message, MessageLayout, Receiver
 from megatron_lora.parallel.process_groups import Position
+from megatron_lora.training.jobs import Jobs
 from scheduling.follow import Window
 from scheduling.pipeline import Ending, final_backwards, window_actions
 from scheduling.types import Action, Microbatch, Op
-
-
-class StageModel(Protocol):
-    """What the executor needs of a stage's model (megatron_lora.model.stage.Stage)."""
-
-    def __call__(self, microbatch: StageInput, hidden: Tensor | None) -> Tensor: ...
-
-    def losses(self, hidden: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor: ...
-
-
-class StageOptimizer(Protocol):
-    """What the executor needs of a job's optimizer on this rank (megatron_lora.training.optimizer.JobOptimizer)."""
-
-    def start_reduction(self, loss: Tensor) -> None: ...
-
-    def finish_reduction(self) -> tuple[Tensor, Tensor]: ...
-
-    def step(self, step: int, square_norm: Tensor) -> None: ...
-
-
-class StageJob(Protocol):
-    """What the executor uses of a job (training.jobs.Job)."""
-
-    @property
-    def optimizer(self) -> StageOptimizer: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +87,14 @@ class Executor:
 
     def __init__(
         self,
-        model: StageModel,
+        model: Stage,
         position: Position,
         links: Links,
         layout: MessageLayout,
         *,
         load: Callable[[Microbatch], StageInput],
         num_rows: Callable[[Microbatch], int],
-        jobs: Mapping[int, StageJob],
+        jobs: Jobs,
         on_step: Callable[[StepDone], None],
         on_forward: Callable[[Microbatch], None],
         timeline: Timeline,

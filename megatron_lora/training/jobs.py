@@ -63,12 +63,6 @@ class Job:
         """Optimizer steps of the job."""
         return len(self.step_samples.steps)
 
-    def outcome(self) -> str:
-        """Return the job's state where the run ends now: failed, done, or paused. Waits for the device."""
-        if self.optimizer.has_failed():
-            return "failed"
-        return "done" if self.steps_taken == self.num_steps else "paused"
-
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, from 0."""
         return learning_rate_at(self.optimizer_settings())(step)

@@ -20,6 +20,7 @@ from torch import Tensor
 from fused_ops.adamw import adamw_, make_chunks
 from fused_ops.route import upload
 from megatron_lora.model.adapter_arena import Arena, Factor
+from megatron_lora.parallel.process_groups import StageGroups
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -55,15 +56,6 @@ def learning_rate_at(settings: OptimizerSettings) -> Callable[[int], float]:
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / after)))
 
     return lambda step: settings.learning_rate * factor(step)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageGroups:
-    """The process groups of the ranks that hold the same stage; None where a group would have one rank."""
-
-    tensor: dist.ProcessGroup | None = None  # the tensor ranks of this replica
-    data: dist.ProcessGroup | None = None  # the ranks with this tensor rank, one of each replica
-    both: dist.ProcessGroup | None = None  # all tensor ranks of all replicas
 
 
 class JobOptimizer:

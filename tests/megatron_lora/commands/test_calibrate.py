@@ -57,10 +57,10 @@ def measure(path: Path, output: Path | None) -> None:
         calibrate.run(load_config(path), output)
 
 
-def train(path: Path, stop_after: int | None) -> int:
+def train(path: Path, stop_after: int | None) -> None:
     """Train as runs.train does, with the same cache."""
     with mock.patch.dict(os.environ, {"MEGATRON_LORA_CACHE": str(path.parent / "cache")}):
-        return TRAIN(path, stop_after)
+        TRAIN(path, stop_after)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -69,7 +69,6 @@ def test_a_table_is_measured_in_every_layout(config, pool, tmp_path, layout):
     pool(**LAYOUTS[layout]).run(measure, config, tmp_path / "table.json")
     table = read_calibration(tmp_path / "table.json")
     assert dict(table.costs.layers).keys() == {"none", "cheap", "full"} and table.costs.step_s > 0
-    assert table.links.keys() == {"pp": {"stage"}, "tp": {"tensor"}, "dp": set()}[layout]
     assert (table.costs.hop is not None) == (layout == "pp") and table.about["fit_error"] >= 0
     for _, cost in [*table.costs.layers, ("head", table.costs.head)]:
         assert cost.forward.seconds(64, 64 * 16, 64 * 8) > 0 < cost.backward.seconds(64, 64 * 16, 64 * 8)

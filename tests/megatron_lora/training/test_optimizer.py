@@ -16,8 +16,9 @@ from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.output.checkpoint import write_checkpoint
 from megatron_lora.output.standing import CheckpointState, resume_point_of
+from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.training.jobs import Job
-from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings, StageGroups, learning_rate_at
+from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings, learning_rate_at
 from megatron_lora.training.saving import start_job
 from megatron_lora.training.snapshots import SnapshotCollector, join_shards
 
