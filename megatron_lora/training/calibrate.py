@@ -78,6 +78,12 @@ class Effort:
     most_turns: int
     fewest_turns: int = 2
 
+    def within(self, num_slots: int, slot_s: float, remaining_s: float) -> tuple[int, int]:
+        """Return how many of the slots are timed, the fullest of which takes `slot_s`, and in how many turns beside an uncounted one."""
+        passes = self.share * remaining_s / slot_s
+        num_slots = min(num_slots, max(self.fewest_slots, int(passes / (1 + self.most_turns))))
+        return num_slots, min(self.most_turns, max(self.fewest_turns, int(passes / num_slots) - 1))
+
 
 EFFORTS = {"none": Effort(0.6, 12, 6, 5), "cheap": Effort(0.5, 3, 2, 2), "full": Effort(1.0, 3, 2, 2)}
 
@@ -187,10 +193,10 @@ class _Rank:
         works = [work if part.num_tokens else lambda watch: None for part, work in zip(parts, works, strict=True)]
         chosen = 0, 0
 
-        def choose(seconds: Sequence[float]) -> tuple[int, int]:
+        def choose(seconds: float) -> tuple[int, int]:
             nonlocal chosen
             slowest = self._slowest(seconds)
-            chosen = from_first_rank(lambda: within(effort, slowest, self.deadline - time.perf_counter()), self.host_group)
+            chosen = from_first_rank(lambda: effort.within(len(parts), slowest, self.deadline - time.perf_counter()), self.host_group)
             return chosen
 
         dist.barrier(group=self.host_group)
@@ -226,8 +232,8 @@ class _Rank:
                 job.optimizer.step(0, job.optimizer.finish_reduction()[0])
 
         works = [partial(step, job) for job in self.jobs.values()]
-        timed = in_turns(self.stage.device, works, lambda seconds: (len(works), EFFORTS["none"].most_turns))
-        return self._slowest([statistics.fmean(times["step"] for times in timed)])[0]
+        timed = in_turns(self.stage.device, works, lambda _: (len(works), EFFORTS["none"].most_turns))
+        return self._slowest(statistics.fmean(times["step"] for times in timed))
 
     def _hop(self) -> Link | None:
         """Time messages of a header alone and of a full microbatch, through all stages and back over a run's links; None on one stage."""
@@ -253,25 +259,15 @@ class _Rank:
                 clock.wait()
                 taken.append((time.perf_counter() - start) / (2 * (parallel.pipeline - 1)))
                 slot += 1
-            seconds += self._slowest([statistics.median(taken[2:])])
+            seconds.append(self._slowest(statistics.median(taken[2:])))
         num_bytes = full * width * self.stage.dtype.itemsize
         return Link(latency_s=seconds[0], bytes_per_s=num_bytes / max(seconds[1] - seconds[0], num_bytes / FASTEST_LINK))
 
-    def _slowest(self, seconds: Sequence[float]) -> list[float]:
-        """Return the most seconds of any rank, for each of a list."""
+    def _slowest(self, seconds: float) -> float:
+        """Return the most seconds of any rank."""
         found = torch.tensor(seconds, dtype=torch.float64)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
-        return found.tolist()
-
-
-def within(effort: Effort, seconds: Sequence[float], remaining_s: float) -> tuple[int, int]:
-    """Return how many of the microbatches, which take these `seconds`, are timed in how many turns, for the share of the time."""
-    allowed = effort.share * remaining_s
-    num_slots = len(seconds)
-    while num_slots > effort.fewest_slots and sum(seconds[:num_slots]) * effort.most_turns > allowed:
-        num_slots -= 1
-    num_turns = int(allowed / sum(seconds[:num_slots]))
-    return num_slots, min(effort.most_turns, max(effort.fewest_turns, num_turns))
+        return float(found)
 
 
 def _fit_error(fitted: CostModel, body: Sequence[Measurement]) -> float:

@@ -21,21 +21,24 @@ from scheduling.types import Lengths, Microbatch, Segment
 Work = Callable[[Timeline], object]  # times its parts as spans of the timeline
 
 
-def in_turns(device: torch.device, works: Sequence[Work], choose: Callable[[list[float]], tuple[int, int]]) -> list[dict[str, float]]:
+def in_turns(device: torch.device, works: Sequence[Work], choose: Callable[[float], tuple[int, int]]) -> list[dict[str, float]]:
     """Return the median seconds of what each work times, [{name: seconds}], over some turns of the first works.
 
-    `choose` returns how many works and turns these are, given the seconds of each work in a turn before that is not counted: it may
-    compile kernels, and each of its works is waited for. On a GPU another uncounted turn lets the host get ahead.
+    `choose` returns how many works and turns these are, given the seconds of the first work alone. One turn before is not counted,
+    which may compile kernels and is waited for, and on a GPU a second, which lets the host get ahead.
     """
-    first = []
-    for work in works:
+
+    def once(work: Work) -> float:
         begin, watch = time.perf_counter(), Timeline(device)
         work(watch)
         watch.wait()
-        first.append(time.perf_counter() - begin)
-    num_works, num_turns = choose(first)
+        return time.perf_counter() - begin
+
+    num_works, num_turns = choose(once(works[0]))
+    for work in works[1:num_works]:
+        once(work)
     ahead = int(device.type == "cuda")
-    watches = [Timeline(device) for _ in range(num_works)]
+    watches = [Timeline(device) for _ in works[:num_works]]
     for _ in range(ahead + num_turns):
         for work, watch in zip(works, watches, strict=False):
             work(watch)
