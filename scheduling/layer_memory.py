@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scheduling.cost import ModelShape
+
 POLICIES = ("none", "cheap", "full")
 MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 MODULES = tuple(module for modules in MERGED.values() for module in modules)
@@ -123,31 +125,19 @@ class LayerMemory:
         return 4 * items * self.widths[linear] / self.item * num_bytes / self.item / tokens
 
 
-def layer_memory(
-    *,
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    ffn_size: int,
-    adapters: Sequence[Adapter],
-    item: int,
-    tensor: int = 1,
-    sequence: bool = False,
-    head_norms: bool = False,
-) -> LayerMemory:
-    """Derive a layer's sizes from its shape; `item` is the bytes of a number of the compute dtype."""
+def layer_memory(shape: ModelShape, adapters: Sequence[Adapter], item: int, tensor: int = 1, sequence: bool = False) -> LayerMemory:
+    """Derive a layer's sizes from the model's shape; `item` is the bytes of a number of the compute dtype."""
     local = tensor if sequence else 1
-    query, key_value, ffn = num_heads * head_dim // tensor, num_kv_heads * head_dim // tensor, ffn_size // tensor
-    outputs = {"qkv": (query, key_value, key_value), "o": (hidden_size,), "up": (ffn, ffn), "down": (hidden_size,)}
-
+    query, key_value = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
+    hidden, ffn = shape.hidden_size, shape.ffn_size // tensor
+    outputs = {"qkv": (query, key_value, key_value), "o": (hidden,), "up": (ffn, ffn), "down": (hidden,)}
     return LayerMemory(
-        hidden=hidden_size * item / local,
-        gathered=hidden_size * item,
+        hidden=hidden * item / local,
+        gathered=hidden * item,
         query=query * item,
         key_value=key_value * item,
         ffn=ffn * item,
-        sums=4 * num_heads / tensor,
+        sums=4 * shape.num_heads / tensor,
         statistics=4 / local,
         item=item,
         widths={
@@ -157,7 +147,7 @@ def layer_memory(
         blocks={name: sum(-(-size // _SHARE_COLUMNS) for size in sizes) for name, sizes in outputs.items()},
         largest_rank=max((adapter.rows for adapter in adapters), default=0),
         num_jobs=len(adapters),
-        head_norms=head_norms,
-        grouped=num_heads != num_kv_heads,
+        head_norms=shape.qk_norm,
+        grouped=shape.num_heads != shape.num_kv_heads,
         sequence=sequence,
     )

@@ -119,20 +119,13 @@ def stage_memory(
     A tied matrix counts on the first and on the last stage.
     """
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
-    layer = layer_memory(
-        **{name: getattr(shape, name) for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size")},
-        adapters=adapters,
-        item=item,
-        tensor=tensor,
-        sequence=sequence,
-        head_norms=shape.qk_norm,
-    )
+    layer = layer_memory(shape, adapters, item, tensor, sequence)
     head_rows = -(-shape.vocab_size // tensor)
     linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor
     norms = (2 * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * item
     per_job = [_adapter_weights(shape, adapter, tensor) * num_layers for adapter in adapters]
     summed = 4 * max(per_job, default=0) if tensor * replicas > 1 else 0  # one job's gradients while ranks sum them
-    memory = StageMemory(
+    return StageMemory(
         weights=(linears + norms) * num_layers + shape.hidden_size * item * (head_rows * (first + last) + last),
         adapters=sum(per_job) * (_STATE_BYTES + (item if item < 4 else 0)) + summed,
         runtime=float(_CUBLAS_BYTES if cuda else 0),
@@ -142,7 +135,6 @@ def stage_memory(
         num_messages=(not first) + 2 * (not last),
         head_rows=head_rows if last else 0,
     )
-    return memory
 
 
 def _adapter_weights(shape: ModelShape, adapter: Adapter, tensor: int) -> int:

@@ -171,7 +171,7 @@ class FinishedRun:
 
     def _simulated(self, forward: Sequence, backward: Sequence, hop_s: float, step_s: float) -> Timeline:
         delay = self.config.parallel.norm_delay
-        return simulate(self.stream, self.num_stages, forward, backward, hop_s=hop_s, step_s=step_s, delay=delay)
+        return simulate(self.stream, forward, backward, hop_s, step_s, delay)
 
     def real(self) -> Timeline:
         """Return what ran on the first rank of each stage."""
@@ -183,7 +183,7 @@ class FinishedRun:
             for e in self.spans[rank]
             if e["cat"] in WORK
         ]
-        return Timeline(self.num_stages, self.makespan_s, tuple(events), ())
+        return Timeline(self.num_stages, self.makespan_s, tuple(events))
 
 
 def _check_cost(cost: dict, names: set[str], num_stages: int) -> None:

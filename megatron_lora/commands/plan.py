@@ -96,8 +96,8 @@ def runs_of(policy: str, workload: Workload) -> Runs:
     stages, capacity = workload.num_stages, workload.capacity
     if policy != "ours":
         real = workload.cost.slot_cost(sum(workload.ranks) / len(workload.ranks))
-        return POLICIES[policy](workload.planned, stages, capacity, real)
-    windows = plan_windows(workload.planned, stages, capacity, delay=workload.delay, cost=workload.weights)
+        return POLICIES[policy](workload.dealt.rounds, stages, capacity, real)
+    windows = plan_windows(workload.dealt.rounds, stages, capacity, delay=workload.delay, cost=workload.weights)
     return (tuple(microbatch for window in windows for microbatch in window),)
 
 
@@ -117,9 +117,10 @@ def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, to
         return " ".join([f"{name:{width}}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))])
 
     gains = gains_of(solo, together)
-    for job, steps in enumerate(workload.lengths):
-        lines.append(row(names[job], len(steps), solo.of_job(job), gains[job]))
-    steps = sum(map(len, workload.lengths))
+    steps_of = [len(dealt.lengths) for dealt in workload.dealt.jobs.values()]
+    for job, steps in enumerate(steps_of):
+        lines.append(row(names[job], steps, solo.of_job(job), gains[job]))
+    steps = sum(steps_of)
     lines.append(row(names[-2], steps, solo.figures, None))
     lines.append(row(names[-1], steps, together.figures, solo.figures.seconds / together.figures.seconds))
     return lines

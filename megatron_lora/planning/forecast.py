@@ -25,7 +25,7 @@ from scheduling.types import Lengths, Microbatch, Segment, Stream
 class Workload:
     """What is to be trained, and on which pipeline."""
 
-    dealt: Dealt  # the lengths [job][step][sample] of all samples, dealt to the replicas
+    dealt: Dealt  # all jobs' samples, dealt to the replicas; the planner sees their rounds
     ranks: tuple[int, ...]  # [job] -> rank of its adapter
     num_stages: int
     num_replicas: int
@@ -51,16 +51,6 @@ class Workload:
             weights=weights,
         )
 
-    @property
-    def lengths(self) -> Lengths:
-        """Tokens of all samples, [job][step][sample]."""
-        return self.dealt.lengths
-
-    @property
-    def planned(self) -> Lengths:
-        """What the planner sees: rounds of one sample per replica, each as long as its longest sample."""
-        return self.dealt.rounds
-
     def parts(self, slot: Microbatch) -> list[tuple[int, int, int]]:
         """Return (rows, sum of squared lengths, sum of rows x rank) of a slot on each replica."""
         return [self._features(self.dealt.part(slot, replica)) for replica in range(self.num_replicas)]
@@ -75,7 +65,7 @@ class Workload:
         return sum(sum(self._tokens(s, self.dealt.jobs[s.job].samples_of(s, replica))) for s in slot.segments for replica in replicas)
 
     def _tokens(self, segment: Segment, samples: Iterable[int]) -> list[int]:
-        batch = self.lengths[segment.job][segment.step]
+        batch = self.dealt.jobs[segment.job].lengths[segment.step]
         return [batch[sample] for sample in samples]
 
 
@@ -130,7 +120,7 @@ class Forecast:
 
         A slot's time is divided among its jobs by their tokens.
         """
-        work = [0.0] * len(self.workload.lengths)
+        work = [0.0] * len(self.workload.dealt.jobs)
         for slot in self.stream:
             seconds = sum(stage.seconds(*part) for part in self.workload.parts(slot) for stage in self.workload.cost.stages)
             for segment in slot.segments:
@@ -159,5 +149,5 @@ def forecast(runs: Runs, workload: Workload, hop_s: float = 0.0, step_s: float =
         forward = tuple(tuple(max(stage.forward.seconds(*part) for part in parts) for parts in slots) for stage in stages)
         backward = tuple(tuple(max(stage.backward.seconds(*part) for part in parts) for parts in slots) for stage in stages)
         timed.append((run, forward, backward))
-    stream, timeline = simulate_runs(timed, workload.num_stages, workload.delay if len(runs) == 1 else 0, hop_s, step_s)
+    stream, timeline = simulate_runs(timed, workload.delay if len(runs) == 1 else 0, hop_s, step_s)
     return Forecast(runs, workload, stream, timeline)

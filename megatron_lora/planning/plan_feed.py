@@ -32,9 +32,8 @@ import torch.distributed as dist
 
 import scheduling
 from megatron_lora.files import write_atomically
-from scheduling.data_parallel import DealtJob, replica_part
+from scheduling.data_parallel import Dealt, deal
 from scheduling.follow import Follower, Window
-from scheduling.job_lengths import read_all
 from scheduling.plan_json import stream_from_json
 from scheduling.slot_cost import SlotCost
 from scheduling.types import MAX_ENDINGS, NOOP, Lengths
@@ -74,8 +73,7 @@ class PlanFeed:
         at `first_steps`, by default at step 0; the first rank writes windows into `plan_dir`.
         """
         firsts = first_steps or [0] * len(lengths)
-        jobs = read_all(lengths)
-        self.dealt = {job: DealtJob.of(steps, settings.num_replicas, settings.cost) for job, steps in enumerate(jobs)}
+        self.dealt = deal(lengths, settings.num_replicas, settings.cost)
         self.first_steps = dict(enumerate(firsts))
         self.settings = settings
         self.replica = replica
@@ -97,7 +95,7 @@ class PlanFeed:
         """Yield the windows, waiting for each. The last one ends with the no-ops that drain the pipeline."""
         s = self.settings
         follower = Follower([], s.num_stages, s.capacity, s.delay, max_endings=s.max_endings)
-        for job, dealt in self.dealt.items():
+        for job, dealt in self.dealt.jobs.items():
             follower.join(job, dealt.rounds, self.first_steps[job])
         chain = hashlib.sha256()
         while not self.all_read:
@@ -110,8 +108,8 @@ class PlanFeed:
             for job in message["left"]:
                 follower.leave(job)
             ended = follower.follow(stream)
-            own = tuple(replica_part(microbatch, self.dealt, self.replica) for microbatch in stream)
-            self.dealt = {job: dealt for job, dealt in self.dealt.items() if job in follower.jobs}
+            own = tuple(self.dealt.part(microbatch, self.replica) for microbatch in stream)
+            self.dealt = Dealt({job: dealt for job, dealt in self.dealt.jobs.items() if job in follower.jobs})
             yield Window(own, ended)
             if message["last"]:
                 follower.finish()
@@ -142,7 +140,7 @@ class PlanFeed:
         """Plan window after window; write each to its file and send it."""
         planner = _planner()
         try:
-            join = {job: list(dealt.rounds.from_step(self.first_steps[job])) for job, dealt in self.dealt.items()}
+            join = {job: list(dealt.rounds.from_step(self.first_steps[job])) for job, dealt in self.dealt.jobs.items()}
             settings = asdict(self.settings)
             del settings["num_replicas"]
             request = json.dumps(settings) + "\n"  # before the first window's

@@ -135,7 +135,8 @@ def charts(workloads: dict) -> None:
     lengths, num_stages, capacity = [steps[:4] for steps in workload["data"]], workload["stages"], workload["capacity"]
     for name in ("flush", "ours"):
         runs = POLICIES[name](lengths, num_stages, capacity, SlotCost())
-        stream, timeline = simulate_runs([(stream, slot_times(stream, lengths, SlotCost())) for stream in runs], num_stages)
+        times = [[slot_times(stream, lengths, SlotCost())] * num_stages for stream in runs]
+        stream, timeline = simulate_runs(list(zip(runs, times, times, strict=True)))
         draw(str(RESULTS / f"gantt-{name}.png"), [("predicted", timeline)], stream, [f"job {job}" for job in range(len(lengths))])
         print(f"gantt-{name}.png: {timeline.makespan_s:.0f} token times, {1 - timeline.bubble(0):.1%} busy")
 
