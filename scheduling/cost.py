@@ -248,9 +248,8 @@ def recomputing(cost: StageCost, policy: str) -> StageCost:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One timed pass of one stage."""
+    """One timed pass."""
 
-    stage: int
     backward: bool
     tokens: float
     squares: float
@@ -258,21 +257,15 @@ class Measurement:
     seconds: float
 
 
-def refine(model: CostModel, measurements: Sequence[Measurement]) -> CostModel:
-    """Refit each measured pass of each stage to its timings; coefficients that the timings cannot separate keep their ratio.
+def refine(cost: StageCost, measurements: Sequence[Measurement]) -> StageCost:
+    """Refit the passes of a stage, or of a part of one, to their timings; coefficients that the timings cannot separate keep their ratio.
 
     Least squares over scale factors of the model's four terms, kept >= 0 and pulled weakly to their common scale. Errors are relative to
     the model's times (relative to the measured ones they would favour quick passes). A pass that took 5 times as long as others, relative
     to the model, is ignored: it compiled a kernel, or the machine was busy.
     """
-    stages = []
-    for index, stage in enumerate(model.stages):
-        both = []
-        for backward, cost in ((False, stage.forward), (True, stage.backward)):
-            rows = [m for m in measurements if m.stage == index and m.backward == backward and m.seconds > 0]
-            both.append(_refit(cost, rows) if rows else cost)
-        stages.append(StageCost(*both))
-    return CostModel(tuple(stages))
+    rows = {backward: [m for m in measurements if m.backward == backward and m.seconds > 0] for backward in (False, True)}
+    return StageCost(*(_refit(one, rows[b]) if rows[b] else one for b, one in ((False, cost.forward), (True, cost.backward))))
 
 
 _PULL = 1e-3  # weight of the pull to the common scale, relative to one measurement

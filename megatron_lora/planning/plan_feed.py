@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 import scheduling
@@ -156,7 +155,7 @@ class PlanFeed:
                 text = json.dumps(message | {"microbatches": slots, "sha256": chain.hexdigest()})
                 if slots:
                     write_atomically(self.plan_dir / f"window-{number:04d}.json", text + "\n")
-                _broadcast(text, self.group)
+                dist.broadcast_object_list([text], 0, group=self.group)
                 self.ready.put(text)
                 number, last = number + 1, message["last"]
         finally:
@@ -166,9 +165,10 @@ class PlanFeed:
     def _receive_all(self) -> None:
         last = False
         while not last:
-            text = _broadcast(None, self.group)
-            last = json.loads(text)["last"]
-            self.ready.put(text)
+            received = [""]
+            dist.broadcast_object_list(received, 0, group=self.group)
+            last = json.loads(received[0])["last"]
+            self.ready.put(received[0])
 
 
 def _planner() -> subprocess.Popen[str]:
@@ -190,14 +190,3 @@ def _ask(planner: subprocess.Popen[str], request: str) -> str:
     if not answer:
         raise RuntimeError(f"the planning process ended with status {planner.wait()}")
     return answer
-
-
-def _broadcast(text: str | None, group: dist.ProcessGroup) -> str:
-    """Send a text from the first rank to all ranks, and return it on each."""
-    payload = bytearray(text.encode() if text is not None else b"")
-    size = torch.tensor([len(payload)])
-    dist.broadcast(size, 0, group=group)
-    if text is None:
-        payload = bytearray(int(size))
-    dist.broadcast(torch.frombuffer(payload, dtype=torch.uint8), 0, group=group)
-    return payload.decode()

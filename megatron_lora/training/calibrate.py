@@ -43,7 +43,6 @@ from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn
 from megatron_lora.training.pass_times import in_turns, probe_slots, time_parts
 from megatron_lora.training.warm_up import warm_up
 from scheduling.cost import (
-    CostModel,
     Device,
     Link,
     MeasuredCosts,
@@ -60,7 +59,6 @@ from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths, Microbatch
 from scheduling.windows import plan_windows
 
-LAYER, HEAD = 0, 1  # the fit's CostModel has a layer and the head in the places of two stages
 BUDGET_S = 60.0  # for all of it: where that is too little, fewer microbatches are timed, then fewer turns of these
 MESSAGES = 10  # of a size
 FASTEST_LINK = 1e13  # bytes/s: bounds a link whose large messages took no longer than its small ones
@@ -167,18 +165,17 @@ class _Rank:
         # The fit scales a guess's terms and cannot find one that is 0: the head gets launches, and a backward, which scales a gradient.
         forward = dataclasses.replace(head_guess.forward, fixed=self.cost_device.layer_launch_s)
         head_guess = StageCost(forward, dataclasses.replace(forward, per_token=0.02 * forward.per_token))
-        fitted = refine(CostModel((layer_guess, head_guess)), [*body, *head])
-        layers = {"none": fitted.stages[LAYER]}
+        layers = {"none": refine(layer_guess, body)}
         for policy in ("cheap", "full"):
             measured, _, turns[policy] = self._time(policy, planned)
-            layers[policy] = refine(CostModel((recomputing(layers["none"], policy),)), measured).stages[LAYER]
-        costs = MeasuredCosts(layers=tuple(layers.items()), head=fitted.stages[HEAD], step_s=step_s, hop=hop)
+            layers[policy] = refine(recomputing(layers["none"], policy), measured)
+        costs = MeasuredCosts(layers=tuple(layers.items()), head=refine(head_guess, head), step_s=step_s, hop=hop)
         about = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "packages": versions(),
             "memory_bytes": self.cost_device.memory_bytes,
-            "fit_error": _fit_error(fitted, body),
+            "fit_error": _fit_error(layers["none"], body),
             "turns": turns,
         }
         return Calibration(subject=subject_of(self.config, self.architecture, self.cost_device), costs=costs, about=about)
@@ -207,9 +204,9 @@ class _Rank:
             head_rows = self._head_rows(load().targets, part.num_tokens) if "loss" in times else 0
             for backward, layers, top in ((False, "forward", "loss"), (True, "backward", "loss's backward")):
                 if layers in times:
-                    body.append(Measurement(LAYER, backward, rows, squares, ranked, times[layers] / len(self.stage.layers)))
+                    body.append(Measurement(backward, rows, squares, ranked, times[layers] / len(self.stage.layers)))
                 if top in times:
-                    head.append(Measurement(HEAD, backward, head_rows, 0, 0, times[top]))
+                    head.append(Measurement(backward, head_rows, 0, 0, times[top]))
         gathered: list = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (body, head), group=self.host_group)
         return [m for of_rank, _ in gathered for m in of_rank], [m for _, of_rank in gathered for m in of_rank], chosen
@@ -270,9 +267,8 @@ class _Rank:
         return float(found)
 
 
-def _fit_error(fitted: CostModel, body: Sequence[Measurement]) -> float:
-    """Return the mean of |fitted / measured - 1| over the layers' times."""
-    layer = fitted.stages[LAYER]
+def _fit_error(layer: StageCost, body: Sequence[Measurement]) -> float:
+    """Return the mean of |fitted / measured - 1| over a layer's times."""
     costs = [(layer.backward if m.backward else layer.forward).seconds(m.tokens, m.squares, m.rank_tokens) / m.seconds for m in body]
     return statistics.fmean(abs(cost - 1) for cost in costs)
 

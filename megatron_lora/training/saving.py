@@ -28,11 +28,7 @@ from megatron_lora.training.snapshots import Snapshot, SnapshotCollector, Weight
 class Saver:
     """Decides which jobs are saved after a step, and at the end of a run that was stopped: the same on every rank."""
 
-    def __init__(
-        self,
-        jobs: Jobs,
-        collector: SnapshotCollector,
-    ) -> None:
+    def __init__(self, jobs: Jobs, collector: SnapshotCollector):
         self.jobs = jobs
         self.collector = collector
 

@@ -88,7 +88,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         def on_step(done: StepDone) -> None:
             job = jobs[done.job]
             # Reading the norm waits for the device, once per job.
-            if done.job in unchecked and job.optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
+            if done.job in unchecked and job.optimizer.settings.learning_rate_at(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
                 unchecked.remove(done.job)
                 _warn_of_unmoved(job)
             if reporter is not None:  # a step that a checkpoint follows is reported before the checkpoint is written
