@@ -28,7 +28,6 @@ exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 75 s
   megatron-lora plan configs/quickstart.yaml
   megatron-lora plan configs/quickstart.yaml --plot plan.png
   megatron-lora plan configs/quickstart.yaml --device h200 microbatch_tokens=auto
-  megatron-lora plan configs/quickstart.yaml --policy round-robin
   megatron-lora plan configs/quickstart.yaml parallel.pipeline=4 parallel.layers_per_stage=null""",
     "calibrate": """examples:
   megatron-lora calibrate configs/quickstart.yaml
@@ -91,9 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
         command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
     plan.add_argument("--plot", metavar="FILE", help="also draw the plan, stage by stage, into a new .png, .svg or .pdf")
-    plan.add_argument(
-        "--policy", default="ours", metavar="NAME", help="ours (default), or to compare flush, round-robin, grouped, greedy"
-    )
+    plan.add_argument("--policy", default="ours", metavar="NAME", help="ours (default), or to compare flush, round-robin, grouped, greedy")
     plan.add_argument("--device", metavar="NAME", help="predict for h100, h200, a100 or cpu (default: this machine's GPU, else h100)")
     plan.add_argument("--cost", metavar="FILE", help="take seconds from a table that calibrate has written (default: this machine's own)")
     calibrate.add_argument("--output", metavar="FILE", help="write the table here (default: below the cache directory, where it is found)")
@@ -122,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "plan":
         from megatron_lora.commands import plan
 
-        options = {"policy": arguments.policy, "plot": arguments.plot, "device_name": arguments.device, "cost_file": arguments.cost}
+        options = {"plot": arguments.plot, "device_name": arguments.device, "cost_file": arguments.cost}
         return plan.main(arguments.config, arguments.overrides, **options)
     if arguments.command == "calibrate":
         from megatron_lora.commands import calibrate
