@@ -21,27 +21,27 @@ BALANCE = 0.05  # a replica may be this much slower than the mean
 _NODES = 20_000  # of the exact search
 
 
-Dealing = Sequence[Sequence[int | None]]  # [replica][round] -> sample, or None
-
-
-def split_batch(batch: Sequence[int], num_replicas: int, cost: SlotCost | None = None) -> Dealing:
-    """Split the samples of one global batch (token counts) into num_replicas parts of nearly equal time.
+def split_batch(batch: Sequence[int], num_replicas: int, cost: SlotCost | None = None) -> np.ndarray:
+    """Split the samples of one global batch (token counts) into parts of nearly equal time: int32 [replica, round] -> sample, or -1.
 
     The slowest part is at most BALANCE above the mean, unless no split is (or the search has given up).
     """
     cost = cost or SlotCost()
     times = [cost.sample(tokens) for tokens in batch]
     order = sorted(range(len(batch)), key=lambda sample: (-times[sample], sample))
-    dealt: list[list[int | None]] = [[] for _ in range(num_replicas)]
+    parts: list[list[int]] = [[] for _ in range(num_replicas)]
     loads = [0.0] * num_replicas
     for start in range(0, len(order), num_replicas):
         taken = order[start : start + num_replicas]
         behind = sorted(range(num_replicas), key=lambda replica: (loads[replica], replica))
-        for replica, sample in zip(behind, [*taken, *[None] * (num_replicas - len(taken))], strict=True):
-            dealt[replica].append(sample)
-            loads[replica] += 0.0 if sample is None else times[sample]
-    if max(loads) * num_replicas / sum(loads) - 1 > BALANCE and (found := _search(times, order, num_replicas)) is not None:
-        return _align(found)
+        for replica, sample in zip(behind, taken, strict=False):
+            parts[replica].append(sample)
+            loads[replica] += times[sample]
+    if max(loads) * num_replicas / sum(loads) - 1 > BALANCE:
+        parts = _search(times, order, num_replicas) or parts
+    dealt = np.full((num_replicas, max(map(len, parts))), -1, np.int32)
+    for row, part in zip(dealt, parts, strict=True):
+        row[: len(part)] = part
     return dealt
 
 
@@ -72,12 +72,6 @@ def _search(times: Sequence[float], order: Sequence[int], num_replicas: int) -> 
     return parts if assign(0) else None
 
 
-def _align(parts: Sequence[Sequence[int]]) -> Dealing:
-    """Turn partitions, whose samples are longest first, into rounds."""
-    depth = max(map(len, parts))
-    return [[*part, *[None] * (depth - len(part))] for part in parts]
-
-
 @dataclass(frozen=True, slots=True)
 class DealtJob:
     """One job's global batches over the replicas, in arrays: 12 bytes a sample on one replica."""
@@ -94,8 +88,8 @@ class DealtJob:
         none = np.full((num_replicas, 1), -1, np.int32)
         for batch in lengths:
             split = split_batch(batch, num_replicas, cost)
-            samples += [np.array([[-1 if k is None else k for k in dealt] for dealt in split], np.int32), none]
-            rounds.append([max(batch[k] for k in dealt if k is not None) for dealt in zip(*split, strict=True)])
+            samples += [split, none]
+            rounds.append([max(batch[k] for k in dealt if k >= 0) for dealt in split.T.tolist()])
         return cls(lengths, read_lengths(0, rounds), np.concatenate([none[:, :0], *samples], axis=1))
 
     def samples_of(self, segment: Segment, replica: int) -> list[int]:

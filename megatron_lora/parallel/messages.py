@@ -33,14 +33,9 @@ class MessageLayout:
     dtype: torch.dtype
 
     @property
-    def header_floats(self) -> int:
-        """Length of the header in fp32 numbers, rounded up so that the body is aligned to 16 bytes."""
-        return -(-(FIRST_VERDICT + 2 * self.max_endings) // 4) * 4
-
-    @property
     def header_items(self) -> int:
-        """Length of the header in numbers of the compute dtype."""
-        return self.header_floats * 4 // self.dtype.itemsize
+        """Length of the header in numbers of the compute dtype; it is fp32, rounded up so that the body is aligned to 16 bytes."""
+        return -(-(FIRST_VERDICT + 2 * self.max_endings) // 4) * 16 // self.dtype.itemsize
 
     def empty(self, num_rows: int, device: torch.device) -> Message:
         """Return an uninitialised message with `num_rows` rows (0: header alone)."""

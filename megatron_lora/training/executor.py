@@ -231,7 +231,8 @@ class Executor:
             self.links.forward_out.post(message)
 
     def _backward(self, slot: int) -> None:
-        message = self._gradient_message(slot)
+        receiver = self.links.backward_in  # None on the last stage, which makes the message
+        message = self.layout.blank(slot, 0, self.device) if receiver is None else self._take(receiver, "wait B", slot)
         gradient = None
         if slot in self.in_flight:  # not for a no-op
             in_flight = self.in_flight.pop(slot)
@@ -253,12 +254,6 @@ class Executor:
         if gradient is not None:
             outgoing.body.copy_(gradient)
         self.links.backward_out.post(outgoing)
-
-    def _gradient_message(self, slot: int) -> Message:
-        """Receive the gradient message of a slot; the last stage makes it."""
-        if self.links.backward_in is None:
-            return self.layout.blank(slot, 0, self.device)
-        return self._take(self.links.backward_in, "wait B", slot)
 
     def _add_own_part(self, message: Message, ended_at: int) -> None:
         """Add this stage's part to the sums of the steps that ended at slot `ended_at`: squared norms, and on the last stage losses."""

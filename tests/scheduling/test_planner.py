@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.backlog import costs_of, open_backlog, to_stream
-from scheduling.cost import DEVICES, ModelShape
+from scheduling.cost import DEVICES, ModelShape, linear_tiles
 from scheduling.data_parallel import deal
 from scheduling.packing import _fit, _fit_tokens, fill, first_fit, ramp, spread
 from scheduling.plan_json import stream_to_json
 from scheduling.planner import best_stretch, plan_stream
-from scheduling.row_tiles import linear_tiles
 from scheduling.search import _Search, _with_ends, anneal, without_gaps
 from scheduling.serve import serve
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
