@@ -30,9 +30,9 @@ WIDTH = 110
 
 def question_and_reference(encoder: RecordEncoder, job: JobConfig, row: dict) -> tuple[list[int], list[int]]:
     """Tokenise a row as in training and cut it before its first target."""
-    ids, targets = encoder.encode(row, job.datasets[0].type, False, job.name)
-    start = int(targets.argmax())
-    return ids[:start].tolist(), ids[start:].tolist()
+    encoded = encoder.encode(row, job.datasets[0].type, False, job.name)
+    start = int(encoded.targets.argmax())
+    return encoded.tokens[:start].tolist(), encoded.tokens[start:].tolist()
 
 
 def answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, question: list[int]) -> str:

@@ -47,6 +47,7 @@ class PreviewRecord:
     spans: tuple[tuple[bool, str], ...]
     token_texts: tuple[tuple[int, str, bool], ...]  # (token, its text, is target)
     num_tokens_uncut: int
+    notes: tuple[str, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -71,12 +72,19 @@ def preview_records(job: JobConfig, tokenizer: PreTrainedTokenizerBase, num_reco
     for dataset in job.datasets:
         require_chat_template(job.name, dataset, tokenizer)
         for where, record in itertools.islice(read_records(dataset.path), num_records - len(preview)):
-            tokens, targets = encoder.encode(record, dataset.type, job.train_on_inputs, where)
-            kept = list(zip(tokens[: job.sequence_len].tolist(), targets[: job.sequence_len].tolist(), strict=True))
+            encoded = encoder.encode(record, dataset.type, job.train_on_inputs, where)
+            kept = list(zip(*(part[: job.sequence_len].tolist() for part in (encoded.tokens, encoded.targets)), strict=True))
             spans = [(target, text_of([token for token, _ in span])) for target, span in itertools.groupby(kept, key=lambda pair: pair[1])]
             texts = [(token, text_of([token]), target) for token, target in kept]
             preview.append(
-                PreviewRecord(where=where, record=len(preview), spans=tuple(spans), token_texts=tuple(texts), num_tokens_uncut=len(tokens))
+                PreviewRecord(
+                    where=where,
+                    record=len(preview),
+                    spans=tuple(spans),
+                    token_texts=tuple(texts),
+                    num_tokens_uncut=len(encoded.tokens),
+                    notes=encoded.notes,
+                )
             )
         if len(preview) == num_records:
             break
@@ -88,6 +96,7 @@ def show_preview(record: PreviewRecord, color: bool) -> str:
     opening, closing = (GREEN, PLAIN) if color else ("«", "»")
     cut = f", cut from {record.num_tokens_uncut}" if record.num_tokens < record.num_tokens_uncut else ""
     dropped = "; dropped, because the cut leaves no target" if not record.num_targets else ""
-    heading = f"{record.where} (record {record.record}): {record.num_tokens} tokens{cut}, {record.num_targets} targets{dropped}"
+    noted = "".join(f"; {note}" for note in record.notes)
+    heading = f"{record.where} (record {record.record}): {record.num_tokens} tokens{cut}, {record.num_targets} targets{dropped}{noted}"
     text = "".join(f"{opening}{text}{closing}" if target else text for target, text in record.spans)
     return f"{heading}\n{text}\n"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.steps import mix
 from megatron_lora.errors import UserError
 
@@ -20,14 +21,14 @@ MOST_TOKENS = 2**24  # of a record
 
 
 class LengthEncoder:
-    """Turns the records of one file, in their order, into (ids, targets); one that is no length is a UserError that names its place."""
+    """Turns the records of one file, in their order, into tokens and targets; one that is no length is a UserError that names its place."""
 
     def __init__(self, vocab_size: int):
         self._vocab_size = vocab_size
         self._num_records = 0
 
-    def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> tuple[np.ndarray, np.ndarray]:
-        """Make the next record: tokens [L] int32 and targets [L] bool, of which at least one is set."""
+    def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> Encoded:
+        """Make the next record, of which at least one token is a target."""
         assert format == "lengths", format
         for name in record.keys() - set(FIELDS):
             raise UserError(f"{where}: {name!r} is no field of a length; write {{'tokens': N}}, or with 'targets': M too")
@@ -37,7 +38,7 @@ class LengthEncoder:
         self._num_records += 1
         ids = mix(start + np.arange(length, dtype=np.uint64)) % np.uint64(self._vocab_size)
         targets = np.arange(length) >= (1 if train_on_inputs else length - num_targets)
-        return ids.astype(np.int32), targets
+        return Encoded(ids.astype(np.int32), targets)
 
 
 def _count(record: Mapping[str, object], name: str, low: int, high: int, where: str) -> int:

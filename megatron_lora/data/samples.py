@@ -11,7 +11,8 @@ all their targets are dropped. Both are counted.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,16 @@ from megatron_lora.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class JobData:
-    """A job's samples in file order; `num_truncated` of its records were cut, and `num_dropped` were left without a target and dropped."""
+    """A job's samples in file order; `num_truncated` of its records were cut, and `num_dropped` were left without a target and dropped.
+
+    `notes` says how many records each note was made of (encoded.py).
+    """
 
     samples: tuple[Sample, ...]
+    num_records: int
     num_truncated: int
     num_dropped: int
+    notes: Mapping[str, int]
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -49,7 +55,9 @@ class JobData:
         """Describe the data in one line: samples, tokens, targets, cut and dropped records."""
         text = f"{len(self.samples):,} samples, {sum(self.lengths):,} tokens, {self.num_targets:,} targets"
         cut = f", {self.num_truncated:,} cut at sequence_len" if self.num_truncated else ""
-        return text + cut + (f", {self.num_dropped:,} dropped: no target before the cut" if self.num_dropped else "")
+        dropped = f", {self.num_dropped:,} dropped: no target before the cut" if self.num_dropped else ""
+        noted = "".join(f"; {note} ({count:,} of {self.num_records:,} records)" for note, count in self.notes.items())
+        return text + cut + dropped + noted
 
 
 def load_jobs_data(
@@ -112,13 +120,15 @@ class _Reader:
 def tokenise(path: str | Path, format: str, encoder: RecordEncoder | LengthEncoder, train_on_inputs: bool, sequence_len: int) -> Dataset:
     """Encode, cut and count the records of one file."""
     kept: list[tuple[int, np.ndarray, np.ndarray]] = []
+    notes: Counter[str] = Counter()
     num_records = num_truncated = num_dropped = 0
     for where, record in read_records(path):
-        tokens, targets = encoder.encode(record, format, train_on_inputs, where)
-        cut_tokens, cut_targets = tokens[:sequence_len], targets[:sequence_len]
+        encoded = encoder.encode(record, format, train_on_inputs, where)
+        notes.update(encoded.notes)
+        cut_tokens, cut_targets = encoded.tokens[:sequence_len], encoded.targets[:sequence_len]
         if cut_targets.any():
             kept.append((num_records, cut_tokens, cut_targets))
-            num_truncated += len(tokens) > sequence_len
+            num_truncated += len(encoded.tokens) > sequence_len
         else:
             num_dropped += 1
         num_records += 1
@@ -132,6 +142,7 @@ def tokenise(path: str | Path, format: str, encoder: RecordEncoder | LengthEncod
         num_records=num_records,
         num_truncated=num_truncated,
         num_dropped=num_dropped,
+        notes=dict(notes),
     )
 
 
@@ -139,6 +150,7 @@ def _load_job(job: JobConfig, reader: _Reader, vocab_size: int | None, validatio
     """Concatenate the samples of a job's datasets."""
     key, configs = ("val_datasets", job.val_datasets or ()) if validation else ("datasets", job.datasets)
     samples: list[Sample] = []
+    notes: Counter[str] = Counter()
     num_records = num_truncated = num_dropped = 0
     for config in configs:
         dataset = reader.read(job, config)
@@ -147,12 +159,13 @@ def _load_job(job: JobConfig, reader: _Reader, vocab_size: int | None, validatio
         num_records += dataset.num_records
         num_truncated += dataset.num_truncated
         num_dropped += dataset.num_dropped
+        notes.update(dataset.notes)
     if configs and not samples:
         raise UserError(
             f"jobs.{job.name}.sequence_len: {job.sequence_len} leaves no target token in any of the {num_records} records of its {key}; "
             "raise it"
         )
-    return JobData(tuple(samples), num_truncated, num_dropped)
+    return JobData(tuple(samples), num_records, num_truncated, num_dropped, notes)
 
 
 def digest_of(samples: Iterable[Sample]) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,7 @@ class Dataset:
     num_records: int
     num_truncated: int
     num_dropped: int
+    notes: Mapping[str, int]
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield (record number, tokens, targets) of every sample."""
@@ -95,6 +96,7 @@ def fetch(directory: str | Path, key: str) -> Dataset | None:
         num_records=num_records,
         num_truncated=num_truncated,
         num_dropped=num_dropped,
+        notes=json.loads(tensors["notes"].tobytes()),
     )
 
 
@@ -110,6 +112,7 @@ def _tensors(dataset: Dataset) -> dict[str, np.ndarray]:
         "offsets": dataset.offsets,
         "rows": dataset.records,
         "counts": np.array(counts, dtype=np.int64),
+        "notes": np.frombuffer(json.dumps(dataset.notes).encode(), dtype=np.uint8),
     }
 
 

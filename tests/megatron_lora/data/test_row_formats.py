@@ -62,8 +62,8 @@ def chatml(**options):
 
 def marked(tokenizer, record, format, train_on_inputs=False):
     """Show a record's text with its targets between « and »."""
-    ids, targets = RecordEncoder(tokenizer).encode(record, format, train_on_inputs, "rows.jsonl:7")
-    pieces = zip(tokenizer.convert_ids_to_tokens(ids.tolist()), targets.tolist(), strict=True)
+    encoded = RecordEncoder(tokenizer).encode(record, format, train_on_inputs, "rows.jsonl:7")
+    pieces = zip(tokenizer.convert_ids_to_tokens(encoded.tokens.tolist()), encoded.targets.tolist(), strict=True)
     text = ""
     for target, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
         run = "".join(token for token, _ in run)
@@ -90,7 +90,7 @@ def test_prompt_completion_joins_tokens_not_texts():
     tokenizer = make_tokenizer(bos="<s>", adds_bos=True, merges=[("b", "c")])
     record = {"prompt": "ab", "completion": "cd"}
     assert marked(tokenizer, record, "prompt_completion") == "<s>ab«cd</s>»"
-    ids, _ = RecordEncoder(tokenizer).encode(record, "prompt_completion", False, "")
+    ids = RecordEncoder(tokenizer).encode(record, "prompt_completion", False, "").tokens
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<s>", "a", "b", "c", "d", "</s>"]
     assert marked(tokenizer, record, "prompt_completion", train_on_inputs=True) == "<s>«abcd</s>»"
     assert marked(tokenizer, {"prompt": "", "completion": "cd"}, "prompt_completion") == "<s>«cd</s>»"
@@ -151,7 +151,8 @@ def test_awkward_contents(content, expected):
 
 def test_characters_of_several_tokens():
     tokenizer = chatml()
-    ids, targets = RecordEncoder(tokenizer).encode(chat("é", "né 🙂"), "messages", False, "")
+    encoded = RecordEncoder(tokenizer).encode(chat("é", "né 🙂"), "messages", False, "")
+    ids, targets = encoded.tokens, encoded.targets
     assert tokenizer.decode(ids[targets]) == "né 🙂<|im_end|>"
     assert targets.sum() == 1 + 2 + 1 + 4 + 1
 
@@ -168,7 +169,8 @@ def test_mistral_trains_the_word_that_carries_the_space():
     assert marked(tokenizer, chat("go", "yes", "a", "yes yes"), "messages").replace(" ", "_") == (
         "<s>[INST]_go_[/INST]«_yes</s>»[INST]_a_[/INST]«_yes_yes</s>»"
     )
-    ids, targets = RecordEncoder(tokenizer).encode(chat("go", "yes"), "messages", False, "")
+    encoded = RecordEncoder(tokenizer).encode(chat("go", "yes"), "messages", False, "")
+    ids, targets = encoded.tokens, encoded.targets
     assert tokenizer.convert_ids_to_tokens(ids[targets].tolist()) == ["▁yes", "</s>"]
 
 

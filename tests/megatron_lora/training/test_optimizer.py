@@ -140,7 +140,7 @@ def job_of(num_steps: int, r: int, **settings_of_job) -> Job:
     datasets = (DatasetConfig(path="a.jsonl", type="text"),)
     config = JobConfig(name="a", seed=3, datasets=datasets, r=r, max_steps=num_steps, **settings)
     step_samples = JobSamples(seed=3, samples=(), steps=job_steps(1, 1, 1, num_steps, False, 0))
-    return Job(number=0, config=config, data=JobData((), 0, 0), step_samples=step_samples, **settings_of_job)
+    return Job(number=0, config=config, data=JobData((), 0, 0, 0, {}), step_samples=step_samples, **settings_of_job)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

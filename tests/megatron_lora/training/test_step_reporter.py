@@ -35,7 +35,7 @@ def make_job(name: str, num_steps: int, number: int = 0, **settings) -> Job:
     samples = tuple(Sample(i, np.arange(i + 2, dtype=np.int32), np.arange(i + 2) > 0) for i in range(4))
     steps = OwnStepOnly(4, 2, num_steps, False, 0)
     step_samples = JobSamples(seed=0, samples=samples, steps=steps)
-    return Job(number=number, config=config, data=JobData(samples, 0, 0), step_samples=step_samples)
+    return Job(number=number, config=config, data=JobData(samples, len(samples), 0, 0, {}), step_samples=step_samples)
 
 
 def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> None:
