@@ -166,6 +166,12 @@ class CostModel:
         """Return seconds, forward plus backward on the slowest stage, per token-equivalent of a slot."""
         return max(sum(one.per_token + mean_rank * one.per_rank_token for one in (stage.forward, stage.backward)) for stage in self.stages)
 
+    def pass_times(self, slots: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[list[list[float]], list[list[float]]]:
+        """Return the seconds of forwards and backwards, [stage][slot]; a slot's are those of the slowest of its parts (pass_features)."""
+        passes = [[stage.forward for stage in self.stages], [stage.backward for stage in self.stages]]
+        forward, backward = ([[max(one.seconds(*part) for part in parts) for parts in slots] for one in stages] for stages in passes)
+        return forward, backward
+
     def to_json(self) -> list[dict]:
         """Return plain data for a JSON file."""
         return [asdict(stage) for stage in self.stages]

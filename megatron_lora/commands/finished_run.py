@@ -158,11 +158,9 @@ class FinishedRun:
         """Return the run as it was predicted when it began."""
         multiple = self.config.parallel.row_multiple
         ranks = {job.name: job.r for job in self.config.jobs}
-        features = [pass_features(((tokens, ranks[self.cost["jobs"][job]]) for job, _, _, tokens in slot), multiple) for slot in self.slots]
-        stages = CostModel.from_json(self.cost["stages"]).stages
-        forward = [[stage.forward.seconds(*slot) for slot in features] for stage in stages]
-        backward = [[stage.backward.seconds(*slot) for slot in features] for stage in stages]
-        return self._simulated(forward, backward, self.cost["hop_s"], self.cost["step_s"])
+        samples = ([(tokens, ranks[self.cost["jobs"][job]]) for job, _, _, tokens in slot] for slot in self.slots)
+        times = CostModel.from_json(self.cost["stages"]).pass_times([[pass_features(slot, multiple)] for slot in samples])
+        return self._simulated(*times, self.cost["hop_s"], self.cost["step_s"])
 
     def replayed(self) -> Timeline:
         """Return the plan with the time that each pass took; what the real run takes beyond it is messages, launches and late plans."""

@@ -25,7 +25,7 @@ from scheduling.cost import DEVICES, Device
 from scheduling.data_parallel import deal
 from scheduling.flush import flush
 from scheduling.memory import RESERVED
-from scheduling.windows import plan_windows
+from scheduling.windows import WindowPlanner
 
 MIN_GAIN = 0.02  # a smaller gain is reported as none
 
@@ -46,9 +46,10 @@ def main(config_path: str, overrides: list[str], *, plot: str | None, device_nam
     cost = cost_of(config, inputs.architecture, device, share)
     weights = planner_cost(config, inputs.architecture, device, share)
     workload = Workload(config=config, dealt=deal(lengths, config.parallel.data, weights), cost=cost)
-    problem = workload.dealt.rounds, config.parallel.pipeline, config.microbatch_tokens
-    planned = sum(plan_windows(*problem, delay=config.parallel.norm_delay, cost=weights), ())  # as training plans it
-    one_by_one = flush(*problem, cost.slot_cost(sum(job.r for job in config.jobs) / len(config.jobs)))
+    rounds, stages, budget = workload.dealt.rounds, config.parallel.pipeline, config.microbatch_tokens
+    planner = WindowPlanner(stages, budget, delay=config.parallel.norm_delay, cost=weights)  # as training plans
+    planned = sum(planner.plan_all(rounds), ())
+    one_by_one = flush(rounds, stages, budget, cost.slot_cost(sum(job.r for job in config.jobs) / len(config.jobs)))
     seconds = message_and_step_seconds(config, inputs.architecture, device)
     together, solo = (forecast(runs, workload, *seconds) for runs in ((planned,), one_by_one))
     lines = [*describe(given, config), *table(workload, solo, together), ""]

@@ -117,12 +117,6 @@ def forecast(runs: Runs, workload: Workload, hop_s: float = 0.0, step_s: float =
 
     `hop_s` (between stages) and `step_s` (optimizer step) are as in simulate().
     """
-    timed = []
-    for run in runs:
-        slots = [workload.parts(slot) for slot in run]
-        stages = workload.cost.stages
-        forward = tuple(tuple(max(stage.forward.seconds(*part) for part in parts) for parts in slots) for stage in stages)
-        backward = tuple(tuple(max(stage.backward.seconds(*part) for part in parts) for parts in slots) for stage in stages)
-        timed.append((run, forward, backward))
+    timed = [(run, *workload.cost.pass_times([workload.parts(slot) for slot in run])) for run in runs]
     stream, timeline = simulate_runs(timed, workload.config.parallel.norm_delay if len(runs) == 1 else 0, hop_s, step_s)
     return Forecast(runs, workload, stream, timeline)

@@ -57,7 +57,7 @@ from scheduling.data_parallel import deal
 from scheduling.memory import loss_chunk_rows, usable_bytes
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths, Microbatch
-from scheduling.windows import plan_windows
+from scheduling.windows import WindowPlanner
 
 BUDGET_S = 60.0  # for all of it: where that is too little, fewer microbatches are timed, then fewer turns of these
 MESSAGES = 10  # of a size
@@ -123,7 +123,7 @@ def slots_to_time(config: ResolvedConfig, cost: SlotCost, lengths: Lengths) -> t
     """Return slots as the run would plan them, and probes, which differ more from each other; both with the most telling first."""
     parallel, capacity, most = config.parallel, config.microbatch_tokens, EFFORTS["none"].most_slots // 2
     dealt = deal(lengths, parallel.data, cost)
-    window = next(plan_windows(dealt.rounds, parallel.pipeline, capacity, delay=parallel.norm_delay, cost=cost))
+    window = next(WindowPlanner(parallel.pipeline, capacity, delay=parallel.norm_delay, cost=cost).plan_all(dealt.rounds))
     fullest = sorted((slot for slot in dict.fromkeys(window) if slot.num_tokens), key=lambda slot: -slot.num_tokens)
     if len(fullest) > most:
         fullest = [fullest[i * (len(fullest) - 1) // (most - 1)] for i in range(most)]

@@ -24,7 +24,7 @@ from scheduling.planner import plan_stream
 from scheduling.simulate import simulate_runs
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
 from scheduling.validate import replay
-from scheduling.windows import plan_windows
+from scheduling.windows import WindowPlanner
 from scripts.bench.stamp import RESULTS, append_line, stamp
 from scripts.one_line import OneLineParser
 from tests.scheduling.policies import POLICIES, runs_efficiency
@@ -117,7 +117,7 @@ def scale(workloads: dict) -> list[dict]:
     workload = {"stages": 8, "capacity": 8192, "data": lengths}
     plan, seconds = planned(workload)
     start = time.perf_counter()
-    next(plan_windows(lengths, 8, 8192))
+    next(WindowPlanner(8, 8192).plan_all(lengths))
     line = {
         "case": "100 jobs x 100 steps x 32 samples",
         "slots": len(plan["microbatches"]),

@@ -24,7 +24,7 @@ from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_
 from scheduling.subset_sum import SubsetSums
 from scheduling.timing import makespan
 from scheduling.validate import replay
-from scheduling.windows import WindowPlanner, plan_windows
+from scheduling.windows import WindowPlanner
 from tests.scheduling.policies import POLICIES, greedy, runs_efficiency, runs_time
 
 LENGTHS = Path(__file__).resolve().parents[2] / "scripts/bench/lengths.json"
@@ -89,7 +89,7 @@ def test_planner_fills_whole_waves_and_keeps_jobs_together():
     lengths = [steps[:14] for steps in json.loads(LENGTHS.read_text())["het-s2"]["data"]]
     spans = {}
     for name, cost in (("blind", blind), ("real", real)):
-        stream = tuple(microbatch for window in plan_windows(lengths, 2, 4096, cost=cost) for microbatch in window)
+        stream = tuple(microbatch for window in WindowPlanner(2, 4096, cost=cost).plan_all(lengths) for microbatch in window)
         replay(stream, lengths, 2, 4096, 0)
         spans[name] = makespan(slot_times(stream, lengths, real), 2)
     assert spans["real"] < 0.99 * spans["blind"], spans
@@ -195,7 +195,7 @@ def test_windows_join_to_one_correct_stream(lengths, num_stages, delay, num_slot
         stream += window
     replay(stream, lengths, num_stages, CAPACITY, delay)
     if lookahead == 128:
-        assert stream == sum(plan_windows(lengths, num_stages, CAPACITY, num_slots, delay, 1, COST), ())
+        assert stream == sum(WindowPlanner(num_stages, CAPACITY, num_slots, delay, 1, COST).plan_all(lengths), ())
 
 
 @given(WORKLOADS, STAGES)
@@ -232,7 +232,7 @@ def test_the_small_suite_beats_the_greedy_and_stays_near_the_estimate():
         reached = efficiency(stream, lengths, num_stages)
         plain = runs_efficiency(greedy(lengths, num_stages, capacity, SlotCost()), lengths, num_stages)
         assert reached >= max(plain + 0.005, workload["at_least"]), (reached, plain)
-        windows = sum(plan_windows(lengths, num_stages, capacity, 8), ())
+        windows = sum(WindowPlanner(num_stages, capacity, 8).plan_all(lengths), ())
         assert efficiency(windows, lengths, num_stages) >= reached - 0.01
         assert tuple(digest(stream_to_json(each, lengths)) for each in (stream, windows)) == PLANS[name]
         assert reached <= even_slot_estimate(lengths, num_stages, capacity) * 1.04  # ramps count in short runs
