@@ -20,7 +20,7 @@ from megatron_lora.planning.devices import named_device, size, this_device, this
 from megatron_lora.planning.forecast import Figures, Forecast, Workload, forecast
 from megatron_lora.planning.plan_picture import check_plot_path, draw
 from megatron_lora.planning.predict import cost_of, memory_of, message_and_step_seconds, planner_cost
-from megatron_lora.planning.resolve import describe, resolve
+from megatron_lora.planning.resolve import describe, host_memory_line, resolve
 from scheduling.cost import DEVICES, Device
 from scheduling.data_parallel import deal
 from scheduling.flush import flush
@@ -28,6 +28,7 @@ from scheduling.memory import RESERVED
 from scheduling.windows import WindowPlanner
 
 MIN_GAIN = 0.02  # a smaller gain is reported as none
+DETERMINISTIC = "deterministic: true; attention is torch's, in a fixed order of sums, which the seconds do not count"
 
 
 def main(config_path: str, overrides: list[str], *, plot: str | None, device_name: str | None, cost_file: str | None) -> int:
@@ -54,7 +55,8 @@ def main(config_path: str, overrides: list[str], *, plot: str | None, device_nam
     together, solo = (forecast(runs, workload, *seconds) for runs in ((planned,), one_by_one))
     lines = [*describe(given, config), *table(workload, solo, together), ""]
     lines += stage_table(config, inputs.architecture, device, together)
-    lines += ["", basis(device, known, costs, share), *advice(config, solo, together)]
+    lines += [*host_memory_line(given, config, inputs.architecture, device), *[DETERMINISTIC][: config.deterministic], ""]
+    lines += [basis(device, known, costs, share), *advice(config, solo, together)]
     print("\n".join(lines))
     if plot is not None:
         draw(plot, [("predicted", together.timeline)], together.stream, [job.name for job in config.jobs], "seconds")

@@ -15,7 +15,7 @@ from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.model import cudnn_attention, transformer_engine
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec
-from megatron_lora.model.backends import Backends, choose, fall_back, import_engine, this_machine
+from megatron_lora.model.backends import Backends, backend_of, choose, fall_back, import_engine, this_machine
 from megatron_lora.model.stage import Stage, build_stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
@@ -34,14 +34,14 @@ def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.
     cuDNN's or Transformer Engine's attention is tried on this device before it is used; the first rank prints the result.
     """
     machine = this_machine()
-    backends = choose(config.backend, machine)
+    backends = choose(backend_of(config), machine)
     if backends.attention == "torch":
         return backends
     tensor = config.parallel.tensor
     heads, kv_heads = architecture.num_heads // tensor, architecture.num_kv_heads // tensor
     shape = (heads, kv_heads, architecture.head_dim, architecture.sliding_windows, dtype, device)
     if backends.attention == "te":
-        import_engine(config.backend)
+        import_engine(backend_of(config))
         fault = transformer_engine.attention_fault(*shape)
     else:
         fault = cudnn_attention.attention_fault(*shape, num_rows=int(config.microbatch_tokens))
@@ -78,6 +78,7 @@ def make_resident(
         seed=config.seed,
         recompute=config.recompute,
         base_weights=config.base_weights,
+        activation_offloading=config.activation_offloading,
         backends=choose_backends(config, architecture, dtype, device),
     )
     arena = make_arena(stage, config.parallel, [job.adapter_spec() for job in jobs.values()])

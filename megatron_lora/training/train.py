@@ -40,6 +40,7 @@ from megatron_lora.planning.predict import planner_cost
 from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
 from megatron_lora.training.assemble import make_executor, make_resident
+from megatron_lora.training.determinism import determinism
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job, read_jobs_in_turn
 from megatron_lora.training.run_reporter import RunReporter
@@ -59,6 +60,11 @@ def run(config: RunConfig, stop: StopRequest) -> None:
     A job remains until it is over (job_states.OVER). If the run was stopped on request, the state of
     every unfinished job is saved. The output directory must exist. Raises UserError for wrong input.
     """
+    with determinism(config.deterministic):
+        _train(config, stop)
+
+
+def _train(config: RunConfig, stop: StopRequest) -> None:
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
     host_group = new_group(backend="gloo")
@@ -80,7 +86,9 @@ def run(config: RunConfig, stop: StopRequest) -> None:
     feed = _start_planning(config, lengths, position, slot_cost, [job.resume_point.step for job in jobs.values()])
 
     stage, arena = make_resident(config, architecture, model_dir, jobs, device)
-    with RunReporter(config, jobs, feed.remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
+    # When a failure is noticed depends on time, and with it the first window without the job. Its steps are skipped in any case.
+    remove = (lambda number: None) if config.deterministic else feed.remove
+    with RunReporter(config, jobs, remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
         collector = SnapshotCollector(arena, writer(config, jobs), host_group)
         saver = Saver(jobs, collector)
         unchecked = set(jobs)  # numbers of the jobs whose first update (learning rate above 0, finite norm) is still to come

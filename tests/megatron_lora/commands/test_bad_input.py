@@ -245,6 +245,12 @@ CASES = {
     "unknown scheduler": (override("defaults.lr_scheduler=cosin"), ["defaults.lr_scheduler: 'cosin'", "did you mean cosine?"]),
     "fp16": (override("precision=fp16"), ["precision: 'fp16'", "auto or bf16 or fp32"]),
     "unknown policy": (override("recompute=chaep"), ["recompute: 'chaep'", "did you mean cheap?", "none or cheap or full"]),
+    "nothing to offload": (
+        override("recompute=cheap", "activation_offloading=true"),
+        ["activation_offloading: true moves inputs of `full` layers", "use recompute: full, or auto"],
+    ),
+    "offloading in words": (override("activation_offloading=host"), ["activation_offloading: 'host' is neither true nor false", "or auto"]),
+    "an engine without a fixed order": (override("deterministic=true", "backend=te"), ["deterministic: true", "'te'", "auto or torch"]),
     "policies of no layers": (override("recompute=[]"), ["recompute: [] is not a list of policies, one per layer"]),
     "policies of too few layers": (override("recompute=[full, none]"), ["recompute: 2 policies", "4 layers", "or one word"]),
     "unknown format": (override("jobs.one.datasets.0.type=chat"), ["jobs.one.datasets.0.type: 'chat'", "messages or sharegpt"]),
