@@ -28,6 +28,7 @@ exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 75 s
   megatron-lora plan configs/quickstart.yaml
   megatron-lora plan configs/quickstart.yaml --plot plan.png
   megatron-lora plan configs/quickstart.yaml --device h200 microbatch_tokens=auto
+  megatron-lora plan configs/quickstart.yaml --policy round-robin
   megatron-lora plan configs/quickstart.yaml parallel.pipeline=4 parallel.layers_per_stage=null""",
     "calibrate": """examples:
   megatron-lora calibrate configs/quickstart.yaml
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "plan":
         from megatron_lora.commands import plan
 
-        options = {"plot": arguments.plot, "device_name": arguments.device, "cost_file": arguments.cost}
+        options = {"policy": arguments.policy, "plot": arguments.plot, "device_name": arguments.device, "cost_file": arguments.cost}
         return plan.main(arguments.config, arguments.overrides, **options)
     if arguments.command == "calibrate":
         from megatron_lora.commands import calibrate

@@ -2,7 +2,7 @@
 
 A job's line is the job alone, as other trainers run it: a flush after each of its steps, over its
 best number of microbatches. The line "one by one" is all of these one after another. The line
-"together" is one run of all jobs, planned as training plans it. A job has a share of that run's time, by
+"together" is one run of all jobs under the chosen policy. A job has a share of that run's time, by
 its share of the work; its gain is its time alone divided by that. The last line's gain is the time
 one by one divided by the time together.
 """
@@ -10,6 +10,7 @@ one by one divided by the time together.
 from pathlib import Path
 
 from megatron_lora.commands.checks import read_inputs
+from megatron_lora.config.rules import one_of
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.data.steps import JobSamples, target_share
 from megatron_lora.errors import UserError
@@ -23,16 +24,17 @@ from megatron_lora.planning.predict import cost_of, memory_of, message_and_step_
 from megatron_lora.planning.resolve import describe, host_memory_line, resolve
 from scheduling.cost import DEVICES, Device
 from scheduling.data_parallel import deal
-from scheduling.flush import flush
 from scheduling.memory import RESERVED
+from scheduling.policies import POLICIES, Runs
 from scheduling.windows import WindowPlanner
 
 MIN_GAIN = 0.02  # a smaller gain is reported as none
 DETERMINISTIC = "deterministic: true; attention is torch's, in a fixed order of sums, which the seconds do not count"
 
 
-def main(config_path: str, overrides: list[str], *, plot: str | None, device_name: str | None, cost_file: str | None) -> int:
+def main(config_path: str, overrides: list[str], *, policy: str, plot: str | None, device_name: str | None, cost_file: str | None) -> int:
     """Print the plan of a config, and draw it into the file `plot`; returns 0."""
+    one_of(*POLICIES)("--policy", policy)
     named = None if device_name is None else named_device("--device", device_name)
     if plot is not None:
         check_plot_path(plot)
@@ -46,17 +48,13 @@ def main(config_path: str, overrides: list[str], *, plot: str | None, device_nam
     config = resolve(given, inputs.architecture, lengths, device, share)
     cost = cost_of(config, inputs.architecture, device, share)
     weights = planner_cost(config, inputs.architecture, device, share)
-    workload = Workload(config=config, dealt=deal(lengths, config.parallel.data, weights), cost=cost)
-    rounds, stages, budget = workload.dealt.rounds, config.parallel.pipeline, config.microbatch_tokens
-    planner = WindowPlanner(stages, budget, delay=config.parallel.norm_delay, cost=weights)  # as training plans
-    planned = sum(planner.plan_all(rounds), ())
-    one_by_one = flush(rounds, stages, budget, cost.slot_cost(sum(job.r for job in config.jobs) / len(config.jobs)))
+    workload = Workload(config=config, dealt=deal(lengths, config.parallel.data, weights), cost=cost, weights=weights)
     seconds = message_and_step_seconds(config, inputs.architecture, device)
-    together, solo = (forecast(runs, workload, *seconds) for runs in ((planned,), one_by_one))
-    lines = [*describe(given, config), *table(workload, solo, together), ""]
+    together, solo = (forecast(runs_of(each, workload), workload, *seconds) for each in (policy, "flush"))
+    lines = [*describe(given, config), *table(config, policy, workload, solo, together), ""]
     lines += stage_table(config, inputs.architecture, device, together)
     lines += [*host_memory_line(given, config, inputs.architecture, device), *[DETERMINISTIC][: config.deterministic], ""]
-    lines += [basis(device, known, costs, share), *advice(config, solo, together)]
+    lines += [basis(device, known, costs, share), *advice(config, policy, solo, together)]
     print("\n".join(lines))
     if plot is not None:
         draw(plot, [("predicted", together.timeline)], together.stream, [job.name for job in config.jobs], "seconds")
@@ -84,9 +82,19 @@ def choose_device(
     return candidates[-1], asked is not None, None
 
 
-def table(workload: Workload, solo: Forecast, together: Forecast) -> list[str]:
+def runs_of(policy: str, workload: Workload) -> Runs:
+    """Plan the workload by a policy: `ours` as training does, in rolling windows with the planner's weights; others with the real cost."""
+    jobs, parallel, rounds = workload.config.jobs, workload.config.parallel, workload.dealt.rounds
+    stages, capacity = parallel.pipeline, workload.config.microbatch_tokens
+    if policy != "ours":
+        return POLICIES[policy](rounds, stages, capacity, workload.cost.slot_cost(sum(job.r for job in jobs) / len(jobs)))
+    planner = WindowPlanner(stages, capacity, delay=parallel.norm_delay, cost=workload.weights)
+    return (sum(planner.plan_all(rounds), ()),)
+
+
+def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, together: Forecast) -> list[str]:
     """Return a line for each job alone, one for all jobs one by one, and one for all jobs together."""
-    names = [*(job.name for job in workload.config.jobs), "one by one", "together"]
+    names = [*(job.name for job in config.jobs), "one by one", f"together, {policy}"]
     width = max(map(len, names))
     columns = ("steps", "tokens", "slots", "fill", "uneven", "padding", "no-ops", "bubble", "seconds", "tokens/s", "gain")
     widths = (6, 11, 7, 6, 7, 8, 7, 7, 9, 10, 6)
@@ -151,7 +159,7 @@ def basis(device: Device, known: bool, costs: Calibration | None, target_share: 
     return f"Seconds and memory are predicted for {device.name}, without communication. {counted}"
 
 
-def advice(config: RunConfig, solo: Forecast, together: Forecast) -> list[str]:
+def advice(config: RunConfig, policy: str, solo: Forecast, together: Forecast) -> list[str]:
     """Say in words whether co-training pays, and for which jobs it does not."""
     stages, gain = config.parallel.pipeline, solo.figures.seconds / together.figures.seconds
     where = {1: "One GPU" if config.parallel.world_size == 1 else "One stage"}.get(stages, f"{stages} stages")
@@ -160,7 +168,7 @@ def advice(config: RunConfig, solo: Forecast, together: Forecast) -> list[str]:
             reason = ", and one job, which has no other to share with"
         else:
             reason = ", and each job fills its microbatches" if stages == 1 else ", and each job keeps them busy"
-        return [f"{where}{reason}: expect {gain:.1f}x."]
+        return [f"{where}{reason if policy == 'ours' else ''}: expect {gain:.1f}x."]
     lines = [f"{where}, {config.microbatch_tokens} tokens per microbatch: expect {gain:.2f}x over the jobs one by one."]
     if len(config.jobs) > 1:
         idle = [job.name for job, job_gain in zip(config.jobs, gains_of(solo, together), strict=True) if job_gain < 1 + MIN_GAIN]

@@ -14,9 +14,10 @@ from functools import cached_property
 from megatron_lora.config.resolved import ResolvedConfig
 from scheduling.cost import CostModel, pass_features
 from scheduling.data_parallel import Dealt
-from scheduling.flush import Runs
 from scheduling.memory import tokens_in_flight
+from scheduling.policies import Runs
 from scheduling.simulate import Timeline, simulate_runs
+from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch, Segment, Stream
 
 
@@ -27,6 +28,7 @@ class Workload:
     config: ResolvedConfig
     dealt: Dealt  # all jobs' samples, dealt to the replicas; the planner sees their rounds
     cost: CostModel  # times the replay
+    weights: SlotCost  # what the planner and the dealing minimise
 
     def parts(self, slot: Microbatch) -> list[tuple[int, int, int]]:
         """Return (rows, sum of squared lengths, sum of rows x rank) of a slot on each replica."""

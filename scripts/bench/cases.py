@@ -13,13 +13,13 @@ import torch
 
 from megatron_lora.config.schema import recompute as recompute_rule
 from megatron_lora.errors import UserError
+from scheduling.policies import POLICIES
 from scheduling.types import Lengths
 from scripts.bench.model_shapes import SHAPES
 from scripts.bench.plain_lora import ADAPTERS
 from scripts.bench.stamp import RESULTS
 from scripts.bench.workloads import SUITE, JobSpecs
 from scripts.one_line import OneLineParser, folder, numbers, output_file, positive, share, whole
-from tests.scheduling.policies import POLICIES
 
 HF_PEFT = "hf-peft"
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,13 +21,13 @@ from pathlib import Path
 from megatron_lora.planning.plan_picture import draw
 from scheduling.plan_json import stream_from_json
 from scheduling.planner import plan_stream
+from scheduling.policies import POLICIES, runs_efficiency
 from scheduling.simulate import simulate_runs
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
 from scheduling.validate import replay
 from scheduling.windows import WindowPlanner
 from scripts.bench.stamp import RESULTS, append_line, stamp
 from scripts.one_line import OneLineParser
-from tests.scheduling.policies import POLICIES, runs_efficiency
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = Path(__file__).resolve().parent / "lengths.json"

@@ -32,9 +32,9 @@ from scheduling.data_parallel import deal
 from scheduling.follow import Follower, Window
 from scheduling.pipeline import with_drain
 from scheduling.plan_json import stream_to_json
+from scheduling.policies import POLICIES
 from scheduling.types import NOOP, Lengths, Stream
 from scripts.bench.plain_lora import use_adapters
-from tests.scheduling.policies import POLICIES
 
 
 def trained(

@@ -18,6 +18,7 @@ from scheduling.data_parallel import deal
 from scheduling.packing import _fit, _fit_tokens, fill, first_fit, ramp, spread
 from scheduling.plan_json import stream_to_json
 from scheduling.planner import best_stretch, plan_stream
+from scheduling.policies import POLICIES, greedy, runs_efficiency, runs_time
 from scheduling.search import _Search, _with_ends, anneal, without_gaps
 from scheduling.serve import serve
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
@@ -25,7 +26,6 @@ from scheduling.subset_sum import SubsetSums
 from scheduling.timing import makespan
 from scheduling.validate import replay
 from scheduling.windows import WindowPlanner
-from tests.scheduling.policies import POLICIES, greedy, runs_efficiency, runs_time
 
 LENGTHS = Path(__file__).resolve().parents[2] / "scripts/bench/lengths.json"
 CAPACITY, COST = 64, SlotCost(per_square=1e-3, fixed=2.0)

@@ -392,6 +392,7 @@ def test_a_directory_in_use_is_refused_and_not_touched(scene, monkeypatch, capfd
         (["preview", "config.yaml", "--job", "on"], ["--job: no job is called 'on'", "did you mean one?", "one, two"]),
         (["preview", "config.yaml", "--job", "one", "--samples", "0"], ["--samples: 0", "at least 1"]),
         (["plan", "config.yaml", "microbatch_tokens=8"], ["microbatch_tokens: 8"]),
+        (["plan", "config.yaml", "--policy", "robin"], ["--policy: 'robin'", "did you mean round-robin?", "or ours"]),
         (["plan", "config.yaml", "--device", "h1000"], ["--device: 'h1000'", "h200 or h100 or a100 or cpu"]),
         (["plan", "config.yaml", "--cost", "cost.json"], ["--cost: 'cost.json' cannot be read"]),
         (["plan", "config.yaml", "--cost", "rows.jsonl"], ["--cost: 'rows.jsonl' holds no cost table"]),

@@ -31,6 +31,7 @@ from megatron_lora.planning.calibration import subject_of
 from megatron_lora.planning.forecast import Workload, forecast
 from scheduling.cost import DEVICES, CostModel, PassCost, StageCost
 from scheduling.data_parallel import deal
+from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch, Segment
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -270,7 +271,9 @@ def planned(capsys, *arguments: str) -> tuple[dict[str, dict[str, str]], dict[st
     for table, head in zip((jobs, stages), heads, strict=True):
         columns = lines[head].split()
         for number in range(head + 1, len(lines)):
-            cells = re.split(r" +", lines[number].replace("one by one", "one-by-one").replace(" GB", "GB").replace(" MB", "MB").strip())
+            cells = re.split(
+                r"(?<!together,) +", lines[number].replace("one by one", "one-by-one").replace(" GB", "GB").replace(" MB", "MB").strip()
+            )
             if not lines[number] or lines[number].startswith("Too much"):
                 break
             table[cells[0]] = dict(zip(columns, cells[1:] if table is jobs else cells, strict=False))
@@ -279,23 +282,25 @@ def planned(capsys, *arguments: str) -> tuple[dict[str, dict[str, str]], dict[st
 
 def test_plan_shows_each_job_each_stage_and_what_co_training_gains(scene, capsys):
     jobs, stages, words = planned(capsys)
-    assert list(jobs) == ["a", "b", "one-by-one", "together"] and list(stages) == ["0", "1"]
-    one_by_one, together = jobs["one-by-one"], jobs["together"]
+    assert list(jobs) == ["a", "b", "one-by-one", "together, ours"] and list(stages) == ["0", "1"]
+    one_by_one, together = jobs["one-by-one"], jobs["together, ours"]
     assert together["steps"] == one_by_one["steps"] == "6" and together["tokens"] == one_by_one["tokens"]
     assert int(jobs["a"]["slots"]) + int(jobs["b"]["slots"]) == int(one_by_one["slots"])
     seconds = {name: float(row["seconds"]) for name, row in jobs.items()}
     assert seconds["a"] + seconds["b"] == pytest.approx(seconds["one-by-one"], rel=0.01)
     gain = float(together["gain"].rstrip("x"))
-    assert gain == pytest.approx(seconds["one-by-one"] / seconds["together"], rel=0.02) and gain > 1.1
+    assert gain == pytest.approx(seconds["one-by-one"] / seconds["together, ours"], rel=0.02) and gain > 1.1
     assert f"expect {gain:.2f}x over the jobs one by one." in "\n".join(words)
     assert sum(int(row["layers"]) for row in stages.values()) == 4
     assert any("This machine has no GPU: seconds and memory are predicted for h100" in line for line in words)
     assert not Path("out").exists()
 
 
-def test_plan_takes_a_device_and_a_measured_cost(scene, capsys):
-    together = "together"
+def test_plan_takes_a_policy_a_device_and_a_measured_cost(scene, capsys):
+    together = "together, ours"
     ours = float(planned(capsys)[0][together]["seconds"])
+    assert float(planned(capsys, "--policy", "flush")[0]["together, flush"]["gain"].rstrip("x")) == 1.0
+    assert float(planned(capsys, "--policy", "round-robin")[0]["together, round-robin"]["seconds"]) >= ours
     on_cpu, _, words = planned(capsys, "--device", "cpu")
     assert float(on_cpu[together]["seconds"]) > ours and any("predicted for cpu" in line for line in words)
     cost = {side: {"per_token": 0.0, "per_square": 0.0, "per_rank_token": 0.0, "fixed": 0.5} for side in ("forward", "backward")}
@@ -324,11 +329,11 @@ def test_plan_resolves_what_is_open_and_warns_of_too_little_memory(scene, capsys
 
 
 def test_plan_counts_replicas_and_padding(scene, capsys):
-    alone = planned(capsys, "parallel.pipeline=1")[0]["together"]
-    both = planned(capsys, "parallel.pipeline=1", "parallel.data=2")[0]["together"]
+    alone = planned(capsys, "parallel.pipeline=1")[0]["together, ours"]
+    both = planned(capsys, "parallel.pipeline=1", "parallel.data=2")[0]["together, ours"]
     assert both["tokens"] == alone["tokens"] and int(both["fill"][:-1]) < int(alone["fill"][:-1])  # of twice the slots
     assert both["padding"] == "0.0%"
-    padded = planned(capsys, "parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true")[0]["together"]
+    padded = planned(capsys, "parallel.pipeline=1", "parallel.tensor=2", "parallel.sequence=true")[0]["together, ours"]
     assert padded["padding"] != "0.0%"
 
 
@@ -344,7 +349,7 @@ def test_plan_counts_the_loss_for_targets_alone(scene, capsys):
     some, every = (planned(capsys, *wide, *even, f"defaults.train_on_inputs={inputs}") for inputs in ("false", "true"))
     assert any("The loss is counted for 33% of the tokens" in line for line in some[2])
     assert any("The loss is counted for 89% of the tokens" in line for line in every[2])
-    ratio = float(some[0]["together"]["seconds"]) / float(every[0]["together"]["seconds"])
+    ratio = float(some[0]["together, ours"]["seconds"]) / float(every[0]["together, ours"]["seconds"])
     assert ratio == pytest.approx((900 / 3 + 75 / 2) / (900 * 8 / 9 + 75 / 2), rel=0.06)  # chunks of 75 rows; all else counts little
 
 
@@ -353,6 +358,7 @@ def test_plan_says_when_co_training_gains_nothing(scene, capsys):
     even = [f"jobs.{name}.datasets.0.path=even.jsonl" for name in ("a", "b")]
     words = planned(capsys, "parallel.pipeline=1", "microbatch_tokens=10", *even)[2]  # one sample fills a slot
     assert words[-1] == "One GPU, and each job fills its microbatches: expect 1.0x."
+    assert planned(capsys, "parallel.pipeline=2", "--policy", "flush")[2][-1] == "2 stages: expect 1.0x."
 
 
 def test_a_plan_in_figures_by_hand():
@@ -366,6 +372,7 @@ def test_a_plan_in_figures_by_hand():
             ),
             dealt=deal(lengths, replicas),
             cost=CostModel((StageCost(second, second),) * num_stages),
+            weights=SlotCost(),
         )
 
     full, half = Microbatch((Segment(0, 0, (0,), 100),)), Microbatch((Segment(1, 0, (0, 1), 100),))
