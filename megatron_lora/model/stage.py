@@ -53,7 +53,7 @@ from megatron_lora.model.transformer_engine import EngineAttention, EngineNorm
 from megatron_lora.parallel import compat
 from megatron_lora.parallel.partition import check_layout, layers_of_stages, recompute_of_layers
 from megatron_lora.parallel.process_groups import tensor_group
-from scheduling.memory import OFFLOADED, offloaded
+from scheduling.cost import OFFLOADED, offloaded
 
 
 @dataclass

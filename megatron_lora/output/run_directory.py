@@ -102,17 +102,6 @@ class RunDirectory:
         assert (path / STATUS).exists(), f"{path} was not created by RunDirectory.create"
         return cls(path, _lock(path, fcntl.LOCK_SH), False)
 
-    @property
-    def plan_dir(self) -> Path:
-        """Directory of the windows that are executed."""
-        return self.path / "plan"
-
-    def job_dir(self, name: str) -> Path:
-        """Return the directory of a job; it is created if absent."""
-        path = self.path / "jobs" / name
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
     def status(self) -> dict:
         """Return what status.json says: exit_status, reason, and jobs, which maps names to state and reason."""
         return _read_status(self.path)
@@ -180,11 +169,15 @@ def _check_available(path: Path) -> None:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"output_dir: {str(path)!r} cannot be written; choose a directory that you may write")
     if (path / LOCK).exists() and not _is_unlocked(path / LOCK):
-        raise UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
+        raise _in_use(path)
     visible = {name for name in os.listdir(path) if not name.startswith(".")}
     foreign = sorted(visible if STATUS not in visible else visible - RUN_FILES)
     if foreign:
         raise UserError(f"output_dir: {str(path)!r} holds {foreign[0]!r}, which no run wrote; choose an empty or new directory")
+
+
+def _in_use(path: Path) -> UserError:
+    return UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
 
 
 def _unusable(path: Path, error: OSError) -> UserError:
@@ -235,9 +228,7 @@ def _lock(path: Path, kind: int) -> int:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise UserError(
-            f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory"
-        ) from None
+        raise _in_use(path) from None
     except OSError as error:
         os.close(lock)
         raise UserError(f"output_dir: {str(path)!r} cannot be locked ({error.strerror}); choose another file system") from None
@@ -250,7 +241,7 @@ def _share(path: Path, lock: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if _holder(path / LOCK) == _this_process():
             return
-    raise UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
+    raise _in_use(path)
 
 
 def _this_process() -> str:

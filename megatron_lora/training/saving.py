@@ -18,20 +18,17 @@ from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.output.checkpoint import read_checkpoint, write_checkpoint
 from megatron_lora.output.metrics import metrics_file
 from megatron_lora.output.standing import CheckpointState
+from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job, Jobs
-from megatron_lora.training.optimizer import JobOptimizer, StageGroups
+from megatron_lora.training.optimizer import JobOptimizer
 from megatron_lora.training.snapshots import Snapshot, SnapshotCollector, Weights
 
 
 class Saver:
     """Decides which jobs are saved after a step, and at the end of a run that was stopped: the same on every rank."""
 
-    def __init__(
-        self,
-        jobs: Jobs,
-        collector: SnapshotCollector,
-    ) -> None:
+    def __init__(self, jobs: Jobs, collector: SnapshotCollector):
         self.jobs = jobs
         self.collector = collector
 

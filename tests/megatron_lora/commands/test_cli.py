@@ -22,7 +22,7 @@ from waiting import wait_for
 from megatron_lora.__main__ import EXAMPLES, main
 from megatron_lora.commands import doctor, launch, rank, torchrun
 from megatron_lora.commands.rank import LAUNCHED
-from megatron_lora.config.schema import load_config
+from megatron_lora.config.schema import ParallelConfig, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model import backends
@@ -367,13 +367,10 @@ def test_a_plan_in_figures_by_hand():
 
     def workload(num_stages: int, replicas: int = 1) -> Workload:
         return Workload(
+            config=SimpleNamespace(
+                parallel=ParallelConfig(pipeline=num_stages, data=replicas), jobs=[SimpleNamespace(r=8)] * 2, microbatch_tokens=200
+            ),
             dealt=deal(lengths, replicas),
-            ranks=(8, 8),
-            num_stages=num_stages,
-            num_replicas=replicas,
-            capacity=200,
-            delay=0,
-            row_multiple=1,
             cost=CostModel((StageCost(second, second),) * num_stages),
             weights=SlotCost(),
         )

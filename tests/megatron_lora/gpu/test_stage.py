@@ -26,8 +26,8 @@ from megatron_lora.parallel.messages import Links, MessageLayout
 from megatron_lora.parallel.process_groups import Position
 from megatron_lora.training.executor import Executor
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
+from scheduling.cost import OFFLOADED
 from scheduling.follow import Window
-from scheduling.layer_memory import OFFLOADED
 from scheduling.pipeline import endings, with_drain
 from scheduling.planner import plan_stream
 from scheduling.types import Microbatch, Segment
