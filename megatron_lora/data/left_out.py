@@ -1,0 +1,83 @@
+"""What a chat template leaves out of a conversation, as notes: the tokens are transformers', and nothing of it goes in silence.
+
+A message is shown where its text stands between the assistant turns around it. Where one is not found
+there, all messages that are not the assistant's are replaced by markers at once: those whose marker
+does not come out are left out.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_lora.data.chat_fields import Conversation
+from megatron_lora.data.chat_template import Borders, Span
+from megatron_lora.data.chat_turns import Render, thought_of
+from megatron_lora.errors import UserError
+
+SYSTEM = "system prompt left out"
+MESSAGE = "turn of {} left out"
+TOOLS = "tools left out"
+CALLS = "calls of tools left out"
+EARLIER_THOUGHTS = "thoughts of earlier turns left out"
+LAST_THOUGHT = "thought of the last turn left out"
+NO_THOUGHT = "no thought in an answer for which the template writes an empty one or asks for one"
+NO_END = "no end of a turn is trained, because the chat template writes none"
+NO_END_IN_MARKS = "no end of a turn is trained, because the chat template's generation marks leave it out"
+EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
+
+
+def left_out(text: str, chat: Conversation, spans: Mapping[int, Span], render: Render, borders: Borders) -> list[str]:
+    """List what is not in the rendered text, each note once."""
+    notes = []
+    if not _all_shown(text, chat.messages, spans):
+        notes += _not_shown(text, chat.messages, render)
+    turns = list(spans)
+    for turn, span in spans.items():
+        message, turn_text = chat.messages[turn], text[span.start : span.end]
+        thought = thought_of(message)
+        if thought and thought not in turn_text:
+            notes.append(LAST_THOUGHT if turn == turns[-1] else EARLIER_THOUGHTS)
+        if any(call["function"]["name"] not in turn_text for call in message.get("tool_calls", ())):
+            notes.append(CALLS)
+    if turns and not thought_of(chat.messages[turns[-1]]):
+        start = spans[turns[-1]].start
+        if borders.opens_thought or EMPTY_THOUGHT.search(text, max(0, start - 100), start):
+            notes.append(NO_THOUGHT)
+    return list(dict.fromkeys(notes))
+
+
+def _all_shown(text: str, messages: list[dict[str, Any]], spans: Mapping[int, Span]) -> bool:
+    """Whether each message that is not the assistant's stands between the turns around it, in order."""
+    position = 0
+    limits = iter([*(span.start for span in spans.values()), len(text)])
+    limit = next(limits)
+    for index, message in enumerate(messages):
+        if index in spans:
+            position, limit = spans[index].end, next(limits)
+            continue
+        content = message["content"].strip()
+        found = text.find(content, position, limit)
+        if found < 0:
+            return False
+        position = found + len(content)
+    return True
+
+
+def _not_shown(text: str, messages: list[dict[str, Any]], render: Render) -> list[str]:
+    """List the messages whose text does not come out of the template."""
+    number = 0
+    while f"message{number}x" in text:
+        number += 1
+    markers = {
+        index: f"message{number}x{index}x"
+        for index, message in enumerate(messages)
+        if message["role"] != "assistant" and message["content"].strip()
+    }
+    try:
+        shown = render(
+            [message | ({"content": markers[index]} if index in markers else {}) for index, message in enumerate(messages)], False
+        )
+    except UserError:  # it takes no such text, as in place of JSON: what cannot be shown to be there counts as left out
+        shown = text
+    roles = [messages[index]["role"] for index, marker in markers.items() if marker not in shown]
+    return [SYSTEM if role in ("system", "developer") else MESSAGE.format(role) for role in roles]
