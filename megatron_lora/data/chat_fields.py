@@ -31,6 +31,7 @@ MARKS = (
     *("weight", "train", "loss", "training", "trainable", "train_on_turn", "train_on_assistant"),
     *("loss_mask", "step_loss_mask", "loss_weight", "loss_scale"),
 )
+SAYS = frozenset(("role", "content", "from", "value"))
 OPPOSITE_MARK = "masked"
 MARK_WORDS = frozenset(("train", "training", "trainable", "loss", "mask", "masked", "masks", "weight", "weights"))
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what a turn's thoughts are called; transformers knows the same names
@@ -123,6 +124,8 @@ def _message(turn: Mapping[str, Any], where: str, notes: dict[str, None]) -> dic
     if speaker not in ROLES:
         raise UserError(f"{where}: {role_key!r} is {speaker!r}; use one of {', '.join(ROLES)}")
     role = ROLES[speaker]
+    if len(turn) == 2 and isinstance(turn.get(content_key), str) and speaker not in CALLS:  # as most turns are
+        return {"role": role, "content": text_of(turn, content_key, where)}
     message: dict[str, Any] = {"role": role}
     calls = _calls(turn, where)
     if speaker in CALLS:
@@ -192,7 +195,7 @@ def _mark(turn: Mapping[str, Any], where: str) -> bool | None:
     """Return whether a turn is marked to be trained; None without a mark."""
     marks = {}
     for name, value in turn.items():
-        if value is None:
+        if value is None or name in SAYS:
             continue
         if name in MARKS or name == OPPOSITE_MARK:
             marks[name] = _truth(value, name, where) != (name == OPPOSITE_MARK)

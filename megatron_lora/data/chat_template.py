@@ -45,13 +45,15 @@ class ChatSettings:
 
 @dataclass(frozen=True, slots=True)
 class Borders:
-    """`opening`: what asks for an answer, up to a thought that it opens; `opens_thought`: it opens one; `closing`: what ends an answer.
+    """What a template writes around an answer; each is empty where it writes nothing, or refuses the smallest conversation.
 
-    Each is empty where the template writes nothing, or refuses the smallest conversation.
+    `opening` asks for an answer, up to a thought that it opens (`opens_thought`). `lead` follows it, before the answer's text, and
+    is the model's to write. `closing` ends the answer.
     """
 
     opening: str = ""
     opens_thought: bool = False
+    lead: str = ""
     closing: str = ""
 
 
@@ -143,13 +145,15 @@ class ChatTemplate:
         try:
             asked = self.render([question], None, kwargs, "")
             prompt = self.render([question], None, kwargs, "", prompt=True)
-            closing = self.render([question, {"role": "assistant", "content": answer}], None, kwargs, "").partition(answer)[2]
+            before, _, after = self.render([question, {"role": "assistant", "content": answer}], None, kwargs, "").partition(answer)
         except UserError:  # it wants other roles, or tools
             return Borders()
-        opening = prompt.removeprefix(asked) if prompt.startswith(asked) else ""
-        before, thought, after = opening.partition("<think>")
-        opens_thought = bool(thought) and not after.strip()
-        return Borders(before if thought else opening, opens_thought, self._first_line(closing))
+        opening, thought, rest = prompt.removeprefix(asked).partition("<think>") if prompt.startswith(asked) else ("", "", "")
+        opens_thought = bool(thought) and not rest.strip()
+        lead = before.removeprefix(asked + opening)
+        if not before.startswith(asked + opening) or "<think>" in lead or (lead.strip() and not opening):
+            lead = ""  # the head of a turn, or an empty thought
+        return Borders(opening, opens_thought, lead, self._first_line(after))
 
     def _first_line(self, closing: str) -> str:
         """Return the first line with something in it, without a bos of the next sample."""

@@ -9,8 +9,8 @@ with the content of every assistant turn replaced by a marker. That gives
     text  == between[0] + turn   + between[1] + turn   + ... + between[n].
 
 Where a template writes something else around a turn because of what the turn says, that turn alone
-is replaced: it is everything in which the two texts differ. Where a template takes no plain answer
-in the place of a call of tools, the turn is what the text gains between the prompt for it and its end.
+is replaced: it is everything in which the two texts differ. For calls of tools, that is done with the
+conversation up to them, since templates may want a call before its result.
 
 A turn ends with what the template writes after every answer (Borders.closing), or where it writes
 nothing, with an added token that follows. It begins at the thought that the record wrote.
@@ -39,10 +39,10 @@ def assistant_spans(text: str, messages: Sequence[Mapping[str, Any]], render: Re
     for number, turn in enumerate(turns):
         after = between[number + 1] if between else ""
         end = None if position is None else _end_of(text, position, messages[turn], after, last=turn == turns[-1])
-        span = Span(position, end) if position is not None and end is not None else _alone(text, messages, turn, render, borders, where)
+        span = Span(position, end) if position is not None and end is not None else _alone(text, messages, turn, floor, render, where)
         if span.start > span.end or span.start < floor:
             raise UserError(f"{where}: message {turn + 1} is not found in what the base model's chat template makes of the record")
-        spans[turn] = _from_its_thought(text, messages[turn], span, floor, borders)
+        spans[turn] = _from_its_start(text, messages[turn], span, floor, borders)
         floor = span.end
         position = span.end + len(after) if between and text.startswith(after, span.end) else None
     return spans
@@ -76,34 +76,22 @@ def _end_of(text: str, start: int, message: Mapping[str, Any], after: str, last:
     return end if end >= 0 and after.strip() and text.find(after, end + 1) < 0 else None
 
 
-def _alone(text: str, messages: Sequence[Mapping[str, Any]], turn: int, render: Render, borders: Borders, where: str) -> Span:
-    """Find one turn by renderings of its own."""
+def _alone(text: str, messages: Sequence[Mapping[str, Any]], turn: int, floor: int, render: Render, where: str) -> Span:
+    """Find one turn by a rendering of its own, in which it is replaced."""
     calls = "tool_calls" in messages[turn]
-    if calls and borders.opening:
-        span = _gained(text, messages, turn, render)
-        if span:
-            return span
-    marker = _absent("turn", text)
-    before, found, after = render([*messages[:turn], _replaced(messages[turn], marker), *messages[turn + 1 :]], False).partition(marker)
+    shown = render(messages[: turn + 1], False) if calls else text  # what follows a call may name it, or want it
+    following = [] if calls else messages[turn + 1 :]
+    marker = _absent("turn", shown)
+    before, found, after = render([*messages[:turn], _replaced(messages[turn], marker), *following], False).partition(marker)
     if not found or marker in after:
         raise UserError(f"{where}: the base model's chat template does not show message {turn + 1} once; leave it out of the record")
-    start, suffix = common_start(text, before), common_start(text[::-1], after[::-1])
-    if calls and (start < len(before) or suffix < len(after)):  # what follows a call may name it: where it ends is not known
-        raise UserError(
-            f"{where}: the calls of message {turn + 1} are not found in what the base model's chat template makes of the record"
-        )
-    return Span(start, len(text) - suffix)
-
-
-def _gained(text: str, messages: Sequence[Mapping[str, Any]], turn: int, render: Render) -> Span | None:
-    """Return what the text gains from the prompt for a turn to its end; None where it does not begin like them."""
-    try:
-        asked, answered = render(messages[:turn], True), render(messages[: turn + 1], False)
-    except UserError:  # it does not take a conversation that ends there
-        return None
-    if not asked or len(asked) >= len(answered) or not answered.startswith(asked) or not text.startswith(answered):
-        return None
-    return Span(len(asked), len(answered.rstrip()), closed=True)
+    start, suffix = common_start(shown, before), common_start(shown[::-1], after[::-1])
+    if not calls:
+        return Span(start, len(text) - suffix)
+    closed = suffix < len(after)  # calls have an end of their own, and nothing follows it
+    said = shown[start:].rstrip() if closed else shown[start : len(shown) - suffix]
+    position = text.find(said, floor) if said else -1
+    return Span(position, position + len(said), closed) if position >= 0 else Span(floor, -1)
 
 
 def _replaced(message: Mapping[str, Any], marker: str) -> dict[str, Any]:
@@ -119,11 +107,12 @@ def _absent(stem: str, text: str) -> str:
     return f"{stem}{number}"
 
 
-def _from_its_thought(text: str, message: Mapping[str, Any], span: Span, floor: int, borders: Borders) -> Span:
-    """Let a turn begin where its thought is opened, if the record wrote the thought and the template shows it."""
+def _from_its_start(text: str, message: Mapping[str, Any], span: Span, floor: int, borders: Borders) -> Span:
+    """Let a turn begin with what leads to its text, or where the thought is opened that the record wrote and the template shows."""
     thought = thought_of(message)
     if not thought or thought not in text[span.start : span.end]:
-        return span
+        led = text.endswith(borders.lead, floor, span.start) and not span.closed
+        return span._replace(start=span.start - len(borders.lead)) if led else span
     opened = text.rfind(borders.opening, floor, span.start) if borders.opening else -1
     if opened >= 0:
         return span._replace(start=opened + len(borders.opening))
@@ -164,26 +153,29 @@ def tokens_of(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]])
     """Return the tokens of a text; a token's text starts after the spaces that mark the start of a word (" yes" is one token)."""
     spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     starts, ends = spans[:, 0], spans[:, 1]
-    letters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    positions = np.arange(len(letters) + 1)
-    positions[:-1][letters == ord(" ")] = len(letters) + 1
-    word_at = np.minimum.accumulate(positions[::-1])[::-1]  # the next character that is no space
-    words = word_at[starts]
+    letters = np.frombuffer(f"{text}.".encode("utf-32-le", "surrogatepass"), dtype=np.uint32)  # one more, for a token at the end
+    words, spaces = starts.copy(), letters[starts] == ord(" ")
+    while spaces.any():
+        words[spaces] += 1
+        spaces &= words < ends
+        spaces &= letters[words] == ord(" ")
     return Tokens(text, np.asarray(ids, dtype=np.int32), np.where(words < ends, words, starts), ends)
 
 
 def end_of_turn(tokens: Tokens, span: Span, borders: Borders, closing: frozenset[int]) -> int:
-    """Return where a turn ends with its mark: Borders.closing, what of it stands there, or a token of `closing` that follows."""
+    """Return where a turn ends with its mark: Borders.closing, or a token of `closing` that follows."""
     text, end = tokens.text, span.end
     if span.closed:
         return end
-    shared = common_start(text[end : end + len(borders.closing)], borders.closing)
-    if borders.closing and shared == len(borders.closing):
-        return end + shared
-    limit = end + shared if borders.closing else len(text)
-    for index in range(int(np.searchsorted(tokens.starts, end)), len(tokens.ids)):
+    if borders.closing and text.startswith(borders.closing, end):
+        return end + len(borders.closing)
+    first = int(np.searchsorted(tokens.starts, end))
+    said = span.start + len(borders.lead)
+    if first and int(tokens.starts[first - 1]) >= said and int(tokens.ids[first - 1]) in closing:  # another mark, which is in the turn
+        return end
+    for index in range(first, len(tokens.ids)):
         start, stop = int(tokens.starts[index]), int(tokens.ends[index])
-        if stop > limit or text[end:start].strip():
+        if text[end:start].strip():
             break
         if text[start:stop].strip():
             return stop if int(tokens.ids[index]) in closing else end
