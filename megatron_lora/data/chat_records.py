@@ -8,7 +8,7 @@ trained, and left_out.py what does not show.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ from megatron_lora.data.chat_fields import Conversation, read_conversation
 from megatron_lora.data.chat_template import ChatSettings, ChatTemplate
 from megatron_lora.data.chat_turns import Span, assistant_spans, end_of_turn, inside, tokens_of
 from megatron_lora.data.encoded import Encoded
-from megatron_lora.data.left_out import NO_END, NO_END_IN_MARKS, TOOLS, left_out
+from megatron_lora.data.left_out import NO_END, NO_END_IN_MARKS, TOOLS, LeftOut
 from megatron_lora.errors import UserError
 
 
@@ -27,8 +27,10 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings):
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, settings)
+        self._left_out = LeftOut()
         self._train_on = settings.train_on
-        added, bos, eos = tokenizer.added_tokens_decoder, tokenizer.bos_token_id, tokenizer.eos_token_id
+        added = tokenizer.added_tokens_decoder
+        bos, eos = (cast(int, token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))  # None, if there is none, is no token
         # The tokens that can end a turn: the added ones and eos, without a bos that is not also the eos.
         self._closing = frozenset({*added, eos} - ({bos} - {eos}))
 
@@ -55,7 +57,7 @@ class ChatEncoder:
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens = tokens_of(text, encoding["input_ids"], encoding["offset_mapping"])
         turns = {turn: (span.start, end_of_turn(tokens, span, borders, self._closing)) for turn, span in spans.items()}
-        notes = [*chat.notes, *left_out(text, chat, spans, render, borders)]
+        notes = [*chat.notes, *self._left_out.notes(text, chat, spans, render, borders)]
         if chat.tools and self._template.render(chat.messages, None, chat.kwargs, where) == text:
             notes.append(TOOLS)
         trained = [turn for turn in turns if chat.trained[turn]]

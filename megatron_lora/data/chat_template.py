@@ -131,7 +131,7 @@ class ChatTemplate:
                 f"{where}: the base model's chat template refuses this conversation of {roles}: {reason.rstrip('.')}; "
                 "change the record's roles"
             ) from None
-        return texts[0], [Span(*mark, closed=True) for mark in marks[0]] if marks else []
+        return texts[0], [Span(int(start), int(end), closed=True) for start, end in (marks[0] if marks else [])]
 
     def borders(self, kwargs: Mapping[str, Any]) -> Borders:
         """Return what the template writes around an answer, found with one question and one answer."""
@@ -153,12 +153,19 @@ class ChatTemplate:
         lead = before.removeprefix(asked + opening)
         if not before.startswith(asked + opening) or "<think>" in lead or (lead.strip() and not opening):
             lead = ""  # the head of a turn, or an empty thought
-        return Borders(opening, opens_thought, lead, self._first_line(after))
+        return Borders(opening, opens_thought, lead, self._end_mark(after))
 
-    def _first_line(self, closing: str) -> str:
-        """Return the first line with something in it, without a bos of the next sample."""
-        mark = closing[: len(closing) - len(closing.lstrip())] + closing.strip().partition("\n")[0].rstrip()
-        bos, eos = self._tokenizer.bos_token, self._tokenizer.eos_token
-        if bos and bos != eos:
-            mark = mark.removesuffix(cast(str, bos)).rstrip()
-        return mark if mark.strip() else ""
+    def _end_mark(self, closing: str) -> str:
+        """Return the added tokens that end an answer or, without any, the first line with something in it."""
+        head = closing[: len(closing) - len(closing.lstrip())]
+        bos, eos = cast(str, self._tokenizer.bos_token), cast(str, self._tokenizer.eos_token)
+        added = {str(token) for token in self._tokenizer.added_tokens_decoder.values()} | {eos}
+        added -= {bos} - {eos}  # of the next sample
+        tokens = re.match("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)), closing.strip())
+        mark = ""
+        while tokens:
+            mark += tokens.group()
+            tokens = re.match(tokens.re, closing.strip()[len(mark) :])
+        if not mark:
+            mark = closing.strip().partition("\n")[0].partition(bos if bos and bos != eos else "\n")[0].rstrip()
+        return head + mark if mark else ""

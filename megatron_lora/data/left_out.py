@@ -1,8 +1,8 @@
 """What a chat template leaves out of a conversation, as notes: the tokens are transformers', and nothing of it goes in silence.
 
-A message is shown where its text stands between the assistant turns around it. Where one is not found
-there, all messages that are not the assistant's are replaced by markers at once: those whose marker
-does not come out are left out.
+A message is shown where a marker in its place comes out of the template. That is tried once for each order
+of roles, and again with the record itself where one of its messages is not found between the assistant
+turns around it.
 """
 
 import re
@@ -26,11 +26,25 @@ NO_END_IN_MARKS = "no end of a turn is trained, because the chat template's gene
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
 
 
-def left_out(text: str, chat: Conversation, spans: Mapping[int, Span], render: Render, borders: Borders) -> list[str]:
-    """List what is not in the rendered text, each note once."""
+class LeftOut:
+    """Finds what one template leaves out."""
+
+    def __init__(self):
+        self._shows_all: dict[tuple, bool] = {}  # order of roles, and with or without tools -> whether the template shows all messages
+
+    def notes(self, text: str, chat: Conversation, spans: Mapping[int, Span], render: Render, borders: Borders) -> list[str]:
+        """List what is not in the rendered text, each note once."""
+        roles = tuple(message["role"] for message in chat.messages)
+        shape = (roles, chat.tools is None, str(chat.kwargs))
+        if shape not in self._shows_all:
+            self._shows_all[shape] = not _not_shown(text, [{"role": role, "content": "x"} for role in roles], render)
+        notes = [] if self._shows_all[shape] and _in_place(text, chat.messages, spans) else _not_shown(text, chat.messages, render)
+        return list(dict.fromkeys([*notes, *_not_said(text, chat, spans, borders)]))
+
+
+def _not_said(text: str, chat: Conversation, spans: Mapping[int, Span], borders: Borders) -> list[str]:
+    """List what of the assistant's turns is not in the rendered text."""
     notes = []
-    if not _all_shown(text, chat.messages, spans):
-        notes += _not_shown(text, chat.messages, render)
     turns = list(spans)
     for turn, span in spans.items():
         message, turn_text = chat.messages[turn], text[span.start : span.end]
@@ -43,10 +57,10 @@ def left_out(text: str, chat: Conversation, spans: Mapping[int, Span], render: R
         start = spans[turns[-1]].start
         if borders.opens_thought or EMPTY_THOUGHT.search(text, max(0, start - 100), start):
             notes.append(NO_THOUGHT)
-    return list(dict.fromkeys(notes))
+    return notes
 
 
-def _all_shown(text: str, messages: list[dict[str, Any]], spans: Mapping[int, Span]) -> bool:
+def _in_place(text: str, messages: list[dict[str, Any]], spans: Mapping[int, Span]) -> bool:
     """Whether each message that is not the assistant's stands between the turns around it, in order."""
     position = 0
     limits = iter([*(span.start for span in spans.values()), len(text)])
@@ -77,7 +91,7 @@ def _not_shown(text: str, messages: list[dict[str, Any]], render: Render) -> lis
         shown = render(
             [message | ({"content": markers[index]} if index in markers else {}) for index, message in enumerate(messages)], False
         )
-    except UserError:  # it takes no such text, as in place of JSON: what cannot be shown to be there counts as left out
+    except UserError:  # it takes no such text, as in place of a call: what is not seen to come out counts as left out
         shown = text
     roles = [messages[index]["role"] for index, marker in markers.items() if marker not in shown]
     return [SYSTEM if role in ("system", "developer") else MESSAGE.format(role) for role in roles]

@@ -7,6 +7,7 @@ import transformers.utils.chat_template_utils as chat_template_utils
 from byte_tokenizer import make_tokenizer
 from chat_families import FAMILIES, unmarked
 
+from megatron_lora.data import chat_turns
 from megatron_lora.data.chat_template import TEMPLATE_DATE
 from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.errors import UserError
@@ -70,7 +71,6 @@ WITH_TOOLS = {
     ],
     "a call at the end": [user("hi"), says("ok"), user("Paris?"), calls(city="Paris")],
 }
-# "white space" cases in which what a template trims leaves a turn empty or merges with the next are no cases of their own.
 CASES = [
     (name, case, messages, tools)
     for name, family in FAMILIES.items()
@@ -90,12 +90,14 @@ def tokenizer_of(family, template):
     return make_tokenizer(template, added=family.tokens, bos=family.bos, eos=family.eos)
 
 
-@pytest.mark.parametrize("marks", [False, True], ids=["no marks", "marks"])
+@pytest.mark.parametrize("finds", ["at once", "one by one", "by marks"])
 @pytest.mark.parametrize(("name", "case", "messages", "tools"), CASES, ids=[f"{name}: {case}" for name, case, *_ in CASES])
-def test_ids_and_targets_are_those_of_transformers(monkeypatch, name, case, messages, tools, marks):
+def test_ids_and_targets_are_those_of_transformers(monkeypatch, name, case, messages, tools, finds):
     family = FAMILIES[name]
-    tokenizer = tokenizer_of(family, family.template if marks else unmarked(family.template))
+    tokenizer = tokenizer_of(family, family.template if finds == "by marks" else unmarked(family.template))
     monkeypatch.setattr(chat_template_utils, "datetime", type("Date", (), {"now": staticmethod(lambda: TEMPLATE_DATE)}))
+    if finds == "one by one":
+        monkeypatch.setattr(chat_turns, "_between", lambda *_: [])
     oracle = tokenizer.apply_chat_template(
         messages, tools=tools, chat_template=family.template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
