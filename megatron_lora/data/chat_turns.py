@@ -16,6 +16,7 @@ A turn ends with what the template writes after every answer (Borders.closing), 
 nothing, with an added token that follows. It begins at the thought that the record wrote.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -86,9 +87,9 @@ def _alone(text: str, messages: Sequence[Mapping[str, Any]], turn: int, floor: i
     if not found or marker in after:
         raise UserError(f"{where}: the base model's chat template does not show message {turn + 1} once; leave it out of the record")
     start, suffix = common_start(shown, before), common_start(shown[::-1], after[::-1])
+    closed = suffix < len(after)  # the turn has an end of its own
     if not calls:
-        return Span(start, len(text) - suffix)
-    closed = suffix < len(after)  # calls have an end of their own, and nothing follows it
+        return Span(start, len(text) - suffix, closed)
     said = shown[start:].rstrip() if closed else shown[start : len(shown) - suffix]
     position = text.find(said, floor) if said else -1
     return Span(position, position + len(said), closed) if position >= 0 else Span(floor, -1)
@@ -109,8 +110,7 @@ def _absent(stem: str, text: str) -> str:
 
 def _from_its_start(text: str, message: Mapping[str, Any], span: Span, floor: int, borders: Borders) -> Span:
     """Let a turn begin with what leads to its text, or where the thought is opened that the record wrote and the template shows."""
-    thought = thought_of(message)
-    if not thought or thought not in text[span.start : span.end]:
+    if not shows_thought(message, text[span.start : span.end]):
         led = text.endswith(borders.lead, floor, span.start) and not span.closed
         return span._replace(start=span.start - len(borders.lead)) if led else span
     opened = text.rfind(borders.opening, floor, span.start) if borders.opening else -1
@@ -127,6 +127,12 @@ def thought_of(message: Mapping[str, Any]) -> str:
         return str(message["reasoning_content"]).strip()
     before, found, _ = message["content"].partition("</think>")
     return before.rpartition("<think>")[2].strip() if found else ""
+
+
+def shows_thought(message: Mapping[str, Any], said: str) -> bool:
+    """Whether what a template makes of a message, `said`, has the message's thought before its answer."""
+    thought, answer = thought_of(message), message["content"].rpartition("</think>")[2].strip()
+    return bool(thought) and thought in said[: max(0, said.rfind(answer))]
 
 
 def common_start(one: str, other: str) -> int:
@@ -151,7 +157,7 @@ class Tokens(NamedTuple):
 
 def tokens_of(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Tokens:
     """Return the tokens of a text; a token's text starts after the spaces that mark the start of a word (" yes" is one token)."""
-    spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    spans = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets)).reshape(-1, 2)
     starts, ends = spans[:, 0], spans[:, 1]
     letters = np.frombuffer(f"{text}.".encode("utf-32-le", "surrogatepass"), dtype=np.uint32)  # one more, for a token at the end
     words, spaces = starts.copy(), letters[starts] == ord(" ")
@@ -170,9 +176,6 @@ def end_of_turn(tokens: Tokens, span: Span, borders: Borders, closing: frozenset
     if borders.closing and text.startswith(borders.closing, end):
         return end + len(borders.closing)
     first = int(np.searchsorted(tokens.starts, end))
-    said = span.start + len(borders.lead)
-    if first and int(tokens.starts[first - 1]) >= said and int(tokens.ids[first - 1]) in closing:  # another mark, which is in the turn
-        return end
     for index in range(first, len(tokens.ids)):
         start, stop = int(tokens.starts[index]), int(tokens.ends[index])
         if text[end:start].strip():

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_lora.data.chat_fields import Conversation
 from megatron_lora.data.chat_template import Borders, Span
-from megatron_lora.data.chat_turns import Render, thought_of
+from megatron_lora.data.chat_turns import Render, shows_thought, thought_of
 from megatron_lora.errors import UserError
 
 SYSTEM = "system prompt left out"
@@ -48,8 +48,7 @@ def _not_said(text: str, chat: Conversation, spans: Mapping[int, Span], borders:
     turns = list(spans)
     for turn, span in spans.items():
         message, turn_text = chat.messages[turn], text[span.start : span.end]
-        thought = thought_of(message)
-        if thought and thought not in turn_text:
+        if thought_of(message) and not shows_thought(message, turn_text):
             notes.append(LAST_THOUGHT if turn == turns[-1] else EARLIER_THOUGHTS)
         if any(call["function"]["name"] not in turn_text for call in message.get("tool_calls", ())):
             notes.append(CALLS)

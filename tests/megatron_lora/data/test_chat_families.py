@@ -1,6 +1,7 @@
 """Conversations in templates of many families: ids as transformers makes them, targets as the same template's generation marks say."""
 
 import re
+from random import Random
 
 import pytest
 import transformers.utils.chat_template_utils as chat_template_utils
@@ -88,6 +89,54 @@ CASES = [
 
 def tokenizer_of(family, template):
     return make_tokenizer(template, added=family.tokens, bos=family.bos, eos=family.eos)
+
+
+def random_conversation(random, family):
+    """Return turns made of scraps that look like parts of templates, with what the family's conversations may hold."""
+    scraps = [
+        "a",
+        "b",
+        " ",
+        "\n",
+        "é",
+        "🙂",
+        "yes",
+        "turn0",
+        "x1x",
+        "assistant",
+        "### End",
+        "<|",
+        "]",
+        "</",
+        ": ",
+        "'",
+        '"',
+        "{",
+        family.eos,
+    ]
+    scraps += [token for token in family.tokens if "think" not in token]
+
+    def text(length):
+        return "".join(random.choices(scraps, k=length))
+
+    turns = [{"role": "system", "content": text(3)}] if "system" in family.holds and random.random() < 0.3 else []
+    for _ in range(random.randint(1, 4)):
+        turns.append(user(text(random.randint(0, 4))))
+        if "tools" in family.holds and random.random() < 0.3:
+            turns += [calls(x=random.choice(["1", 2, {"a": [1]}])), {"role": "tool", "content": text(2)}]
+        answer = text(random.randint(0, 5))
+        thinks = "thoughts" in family.holds and random.random() < 0.4
+        turns.append(says(f"<think>\n{text(1).strip() or 'so'}\n</think>\n\n{answer.strip() or 'z'}" if thinks else answer))
+    return [*turns, user("last"), says("answer")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_conversations_of_scraps_of_templates(monkeypatch, name):
+    family, random = FAMILIES[name], Random(name)
+    for _ in range(25):
+        test_ids_and_targets_are_those_of_transformers(
+            monkeypatch, name, "random", random_conversation(random, family), [TOOL] if "tools" in family.holds else None, "at once"
+        )
 
 
 @pytest.mark.parametrize("finds", ["at once", "one by one", "by marks"])
