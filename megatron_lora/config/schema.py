@@ -185,13 +185,11 @@ class JobConfig:
     train_on_inputs: bool = key(
         False, truth(), "false: the loss counts completions and assistant turns alone; true: every token but the first of a sample"
     )
-    train_on: str = key(
-        "all", one_of("all", "last"), "assistant turns of a conversation that the loss counts; `last`: each record's last one alone"
-    )
+    train_on: str = key("all", one_of("all", "last"), "which assistant turns of a record the loss counts: all, or the last one alone")
     chat_template: str | None = key(
         None,
         null_or(path_of("a file that holds a chat template, or the name of one")),
-        "replaces the base model's chat template: a file, or one of [those that have names](data.md#chat-templates); null: the model's own",
+        "in place of the base model's: a file, or the name of [one of ours](data.md#chat-templates); null: the base model's",
     )
     chat_template_kwargs: dict[str, Any] | None = key(
         None, null_or(mapping_of("names that a chat template uses")), "what the chat template is given besides messages and tools"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_lora.data.chat_fields import Conversation, read_conversation
 from megatron_lora.data.chat_template import ChatSettings, ChatTemplate
-from megatron_lora.data.chat_turns import Span, assistant_spans, end_of_turn, inside, tokens_of
+from megatron_lora.data.chat_turns import assistant_spans, end_of_turn, inside, tokens_of
 from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.left_out import NO_END, NO_END_IN_MARKS, TOOLS, LeftOut
 from megatron_lora.errors import UserError
@@ -39,16 +39,12 @@ class ChatEncoder:
         chat = read_conversation(record, format, self._train_on, where)
         if train_on_inputs:
             self._check_marks(chat, where)
-        marks: list[Span] | None = None
-        if self._template.has_marks(chat.tools):
-            text, marks = self._template.render_marked(chat.messages, chat.tools, chat.kwargs, where)
-        else:
-            text = self._template.render(chat.messages, chat.tools, chat.kwargs, where)
-        borders = self._template.borders(chat.kwargs)
+        text, marks = self._template.render_marked(chat.messages, chat.tools, chat.kwargs, where)
 
         def render(messages, prompt: bool) -> str:
             return self._template.render(messages, chat.tools, chat.kwargs, where, prompt)
 
+        borders = self._template.borders(chat.kwargs)
         assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if marks is not None and len(marks) == len(assistants):
             spans = dict(zip(assistants, marks, strict=True))
@@ -57,10 +53,12 @@ class ChatEncoder:
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens = tokens_of(text, encoding["input_ids"], encoding["offset_mapping"])
         turns = {turn: (span.start, end_of_turn(tokens, span, borders, self._closing)) for turn, span in spans.items()}
-        notes = [*chat.notes, *self._left_out.notes(text, chat, spans, render, borders)]
-        if chat.tools and self._template.render(chat.messages, None, chat.kwargs, where) == text:
+        trained, others = ([turn for turn in turns if chat.trained[turn] == is_trained] for is_trained in (True, False))
+
+        notes = [*chat.notes, *(f"{name!r} is not used by the chat template" for name in self._template.unknown(chat.kwargs))]
+        notes += self._left_out.notes(text, chat, spans, render, borders)
+        if chat.tools and not self._shows_tools(text, chat, where):
             notes.append(TOOLS)
-        trained = [turn for turn in turns if chat.trained[turn]]
         if train_on_inputs:
             targets = ~inside(tokens.starts, [turns[turn] for turn in turns if chat.untrained[turn]])
         elif not any(_says_something(chat.messages[turn]) for turn in trained):
@@ -70,11 +68,18 @@ class ChatEncoder:
             if not borders.closing and all(turns[turn][1] == spans[turn].end and not spans[turn].closed for turn in trained):
                 notes.append(NO_END)
         else:
-            others = [start for turn, (start, _) in turns.items() if not chat.trained[turn]]
-            targets = inside(tokens.starts, [mark for mark in marks if not any(mark.start <= other < mark.end for other in others)])
-            if borders.closing and any(text.startswith(borders.closing, mark.end) for mark in marks):
+            kept = [mark for mark in marks if not any(mark.start <= turns[turn][0] < mark.end for turn in others)]
+            targets = inside(tokens.starts, kept)
+            if borders.closing and any(text.startswith(borders.closing, mark.end) for mark in kept):
                 notes.append(NO_END_IN_MARKS)
         return Encoded(tokens.ids, targets, tuple(dict.fromkeys(notes)))
+
+    def _shows_tools(self, text: str, chat: Conversation, where: str) -> bool:
+        """Whether a conversation's text is another without its tools."""
+        try:
+            return self._template.render(chat.messages, None, chat.kwargs, where) != text
+        except UserError:  # it wants tools where there are calls
+            return True
 
     def _check_marks(self, chat: Conversation, where: str) -> None:
         """Raise UserError for a turn of another role that is marked untrained where everything is trained."""

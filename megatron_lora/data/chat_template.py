@@ -94,14 +94,10 @@ class ChatTemplate:
         template = self._own or cast(str, self._tokenizer.get_chat_template(tools=cast(list, tools)))
         return STRFTIME_NOW + template if "strftime_now" in template else template
 
-    def unknown_kwargs(self) -> list[str]:
-        """List the job's kwargs that the template does not name."""
+    def unknown(self, kwargs: Mapping[str, Any] | None = None) -> list[str]:
+        """List the kwargs, by default the job's, that the template does not name."""
         text = self.text()
-        return [name for name in self._kwargs if not re.search(rf"\b{re.escape(name)}\b", text)]
-
-    def has_marks(self, tools: Sequence[Any] | None) -> bool:
-        """Whether the template marks what an assistant generates."""
-        return GENERATION_MARK.search(self.text(tools)) is not None
+        return [name for name in (self._kwargs if kwargs is None else kwargs) if not re.search(rf"\b{re.escape(name)}\b", text)]
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, kwargs: Mapping[str, Any], where: str, prompt: bool = False
@@ -111,8 +107,10 @@ class ChatTemplate:
 
     def render_marked(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, kwargs: Mapping[str, Any], where: str
-    ) -> tuple[str, list[Span]]:
-        """Render a conversation with a template that has marks: the text, and what each mark holds."""
+    ) -> tuple[str, list[Span] | None]:
+        """Render a conversation, with what each of the template's generation marks holds; None where the template has no marks."""
+        if not GENERATION_MARK.search(self.text(tools)):
+            return self.render(messages, tools, kwargs, where), None
         return self._render(messages, tools, kwargs, where, return_assistant_tokens_mask=True)
 
     def _render(self, messages, tools, kwargs, where: str, **options) -> tuple[str, list[Span]]:

@@ -54,7 +54,7 @@ def require_chat_template(job: JobConfig, dataset: DatasetConfig, tokenizer: Pre
     if dataset.type not in CHAT_TYPES:
         return
     try:
-        unknown = ChatTemplate(tokenizer, chat_settings(job)).unknown_kwargs()
+        unknown = ChatTemplate(tokenizer, chat_settings(job)).unknown()
     except ValueError:
         raise UserError(
             f"jobs.{job.name}.datasets: {dataset.path} is of type {dataset.type} and the base model's tokenizer has no chat template; "

@@ -209,8 +209,9 @@ def test_thoughts_names_and_kwargs_go_to_the_template():
     named = messages("q", "a")
     named["messages"][0]["name"] = "B"
     assert encode(named, WITH_ALL)[0] == "<user>(B)q<end><assistant>«a<end>»"
-    for fields in ({"chat_template_kwargs": {"style": "!"}}, {"chat_template_kwargs": '{"style": "!"}'}):
+    for fields in ({"chat_template_kwargs": {"style": "!", "none": None}}, {"chat_template_kwargs": '{"style": "!"}'}):
         assert encode(messages("q", "a", **fields), WITH_ALL)[0] == "<user>q<end><assistant>«a<end>»!"
+    assert encode(messages("q", "a", enable_thinking=False))[1] == ("'enable_thinking' is not used by the chat template",)
     assert encode(messages("q", "a"), WITH_ALL, kwargs='{"style": "?"}')[0].endswith("»?")
 
 

@@ -218,3 +218,10 @@ def test_an_adapter_of_another_model_is_refused():
         check_adapter("jobs.a.init_adapter", adapter, {path: (15, 5), "model.layers.1.self_attn.q_proj": (15, 5)})
     with pytest.raises(UserError, match="which this job does not train"):
         check_adapter("jobs.a.init_adapter", adapter, {})
+
+
+def test_advice_on_serving_stands_in_the_card(tmp_path):
+    write_adapter(tmp_path / "a", views_of_one_storage(), "b")
+    write_adapter(tmp_path / "b", views_of_one_storage(), "b", "Serve it cold.")
+    plain, advised = ((tmp_path / name / "README.md").read_text() for name in "ab")
+    assert advised == plain + "\nServe it cold.\n"
