@@ -1,10 +1,11 @@
 """What a chat template leaves out of a conversation, as notes: the tokens are transformers', and nothing of it goes in silence.
 
-A message is shown where a marker in its place comes out of the template. That is tried once for each order
+A message is shown where a marker behind its text comes out of the template. That is tried once for each order
 of roles, and again with the record itself where one of its messages is not found between the assistant
 turns around it.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -78,19 +79,16 @@ def _in_place(text: str, messages: list[dict[str, Any]], spans: Mapping[int, Spa
 
 def _not_shown(text: str, messages: list[dict[str, Any]], render: Render) -> list[str]:
     """List the messages whose text does not come out of the template."""
-    number = 0
-    while f"message{number}x" in text:
-        number += 1
-    markers = {
-        index: f"message{number}x{index}x"
-        for index, message in enumerate(messages)
+    stem = next(f"message{number}x" for number in itertools.count() if f"message{number}x" not in text)
+    marked = [
+        message | {"content": f"{message['content']}{stem}{index}x"}
         if message["role"] != "assistant" and message["content"].strip()
-    }
+        else message
+        for index, message in enumerate(messages)
+    ]
     try:
-        shown = render(
-            [message | ({"content": markers[index]} if index in markers else {}) for index, message in enumerate(messages)], False
-        )
+        shown = render(marked, False)
     except UserError:  # it takes no such text, as in place of a call: what is not seen to come out counts as left out
         shown = text
-    roles = [messages[index]["role"] for index, marker in markers.items() if marker not in shown]
+    roles = [message["role"] for index, message in enumerate(messages) if message is not marked[index] and f"{stem}{index}x" not in shown]
     return [SYSTEM if role in ("system", "developer") else MESSAGE.format(role) for role in roles]

@@ -275,6 +275,9 @@ def test_other_messages_tools_and_calls_that_are_left_out_are_counted():
     call = {"role": "assistant", "content": "so", "tool_calls": [{"name": "look", "arguments": {}}]}
     record = {"messages": [*chat("q"), call, {"role": "tool", "content": "seen"}, {"role": "assistant", "content": "a"}], "tools": TOOLS}
     assert encode(record, no_tools)[1] == ("turn of tool left out", "calls of tools left out", "tools left out")
+    by_content = "{% for m in messages if 'hush' not in m.content %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endfor %}"
+    assert encode(messages("q", "a", "r", "b"), by_content)[1] == ()
+    assert encode(messages("hush", "a", "r", "b"), by_content)[1] == ("turn of user left out",)
     as_json = no_tools.replace("if m.role != 'tool' ", "").replace("+ m.content", "+ m.content | tojson")
     record = {"messages": [{"role": "user", "content": 'say "é"\n'}, {"role": "assistant", "content": "é"}]}
     assert encode(record, as_json)[1] == ()  # shown, in other characters
@@ -342,6 +345,18 @@ def test_ends_of_several_tokens(end, trained):
     template = "{% for m in messages %}{{ '[' + m.role + ']' + m.content + END }}{% endfor %}".replace("END", repr(end))
     text, _ = encode(messages("q", "a", "r", "a"), template)
     assert text == f"[user]q{end}[assistant]«{trained}»{end[len(trained) - 1 :]}[user]r{end}[assistant]«{trained}»{end[len(trained) - 1 :]}"
+
+
+def test_calls_may_have_an_end_of_their_own():
+    template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+        "{{ '[/stop]' if m.tool_calls else '<e>' }}{% endfor %}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {}}]}
+    record = {"messages": [*chat("q"), call, {"role": "tool", "content": "seen"}, {"role": "assistant", "content": "a"}]}
+    tokenizer = make_tokenizer(template, added=("<tool>", "[/stop]", "<e>", "<assistant>"))
+    encoded = RecordEncoder(tokenizer).encode(record, "messages", False, "")
+    assert tokenizer.decode(encoded.tokens[encoded.targets]) == "look[/stop]a<e>"
 
 
 # ---- a job's settings ----
