@@ -18,6 +18,7 @@ from megatron_lora.data.chat_template import ChatSettings, ChatTemplate
 from megatron_lora.data.chat_turns import assistant_spans, end_of_turn, inside, tokens_of
 from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.left_out import NO_END, NO_END_IN_MARKS, TOOLS, LeftOut
+from megatron_lora.data.record_fields import complete
 from megatron_lora.errors import UserError
 
 
@@ -40,6 +41,7 @@ class ChatEncoder:
         if train_on_inputs:
             self._check_marks(chat, where)
         text, marks = self._template.render_marked(chat.messages, chat.tools, chat.kwargs, where)
+        complete(text, "the conversation", where)  # also what a tool or a call says
 
         def render(messages, prompt: bool) -> str:
             return self._template.render(messages, chat.tools, chat.kwargs, where, prompt)

@@ -237,6 +237,11 @@ def test_every_other_field_is_named():
         (messages("q", "a", tools="look"), "'tools' is 'look', which is not JSON"),
         (messages("q", "a", tools=[1]), r"'tools' is \[1\]; write a list of objects"),
         (messages("q", "a", chat_template_kwargs=[1]), "'chat_template_kwargs' is .*; write an object"),
+        (
+            messages("q", "a", last={"tool_calls": [{"name": "f", "arguments": {"x": "\ud800"}}]}),
+            "the conversation holds half of a character",
+        ),
+        (messages("q", "a\ud800"), "'content' holds half of a character"),
         ({"prompt": chat("q")}, "has no 'completion'"),
         ({"messages": [{"role": "function_call", "content": "look"}]}, "the turn of a call is 'look', which is not JSON"),
         (messages("q", 3), "'content' is 3; write it as text"),
@@ -244,7 +249,7 @@ def test_every_other_field_is_named():
 )
 def test_fields_that_are_refused_by_name(record, named):
     with pytest.raises(UserError, match=f"^rows.jsonl:7: .*{named}") as caught:
-        encode(record)
+        encode(record, WITH_ALL)
     assert "\n" not in str(caught.value)
 
 
