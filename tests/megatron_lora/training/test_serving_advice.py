@@ -1,14 +1,20 @@
 """A run of conversations says in the adapter's card and at its end how the adapter has to be served."""
 
 import json
+from types import SimpleNamespace
+from typing import cast
 
 import oracle
 import runs
 
+from megatron_lora.config.schema import JobConfig
+from megatron_lora.data.samples import JobData
+from megatron_lora.training.run_reporter import RunReporter
+
 TEMPLATE = "{% for m in messages %}{{ '<think> </think> ' if loop.last }}{{ m.content + ' </s> ' }}{% endfor %}"
 
 
-def test_what_the_data_say_about_serving_stands_in_the_card_and_at_the_end(pool, tmp_path, monkeypatch, capfd):
+def test_what_the_data_say_about_serving_stands_in_the_card(pool, tmp_path, monkeypatch):
     monkeypatch.setenv("MEGATRON_LORA_CACHE", str(tmp_path / "cache"))
     oracle.make_model(tmp_path / "model", num_layers=1)
     oracle.make_rows(tmp_path / "pairs.jsonl", num_rows=2, seed=0)
@@ -23,4 +29,14 @@ def test_what_the_data_say_about_serving_stands_in_the_card_and_at_the_end(pool,
     advice = f"It was trained with the chat template {tmp_path / 'own.jinja'}, so serve it with that one. The answers of 1 of its 1 records"
     cards = {name: (tmp_path / "out" / "jobs" / name / "README.md").read_text() for name in ("chats", "pairs")}
     assert advice in cards["chats"] and "serve" not in cards["pairs"]
-    assert f"chats: {advice}" in capfd.readouterr().out
+
+
+def test_the_advice_of_jobs_that_are_done_ends_a_run(capsys):
+    template = {"datasets": (), "chat_template": "chatml"}
+    jobs = [
+        SimpleNamespace(name=name, state=state, config=JobConfig(name=name, **keys), data=JobData((), 0, 0, 0, {}))
+        for name, state, keys in (("a", "done", template), ("b", "failed", template), ("c", "done", {"datasets": ()}))
+    ]
+    ended = SimpleNamespace(observers=[], directory=SimpleNamespace(close=lambda: None), jobs=dict(enumerate(jobs)))
+    RunReporter.__exit__(cast(RunReporter, ended), None, None, None)
+    assert capsys.readouterr().out == "a: It was trained with the chat template chatml, so serve it with that one.\n"
