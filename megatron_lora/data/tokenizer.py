@@ -53,8 +53,9 @@ def require_chat_template(job: JobConfig, dataset: DatasetConfig, tokenizer: Pre
     """Raise UserError for conversations when there is no chat template, several without a default, or kwargs that it does not use."""
     if dataset.type not in CHAT_TYPES:
         return
+    template = ChatTemplate(tokenizer, chat_settings(job))
     try:
-        unknown = ChatTemplate(tokenizer, chat_settings(job)).unknown()
+        unknown = template.unknown()
     except ValueError:
         raise UserError(
             f"jobs.{job.name}.datasets: {dataset.path} is of type {dataset.type} and the base model's tokenizer has no chat template; "
