@@ -4,13 +4,13 @@ A stage with L layers runs a pass over T tokens with squared lengths Q = sum(len
 
     seconds = per_token * T + per_square * Q + per_rank_token * R + fixed
 
-The base is frozen, so a backward computes dX but no dW: as much linear work as a forward (plus one more forward with recompute) and 2.5
+The base is frozen, so a backward computes dX but no dW: as much linear work as a forward (plus what it recomputes) and 2.5
 times its attention work. LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head costs 4 H V
 per row in the last stage's forward, which computes logits and at once their gradient; its backward only scales that gradient. Its rows are
 the targets alone, in chunks of one height: `head_share` of the tokens, 1 where every token is a target.
 
-`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each. "full" is one more forward in the backward; "cheap" writes
-norm and SwiGLU outputs once more, about _CHEAP of a forward.
+`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each. "cheap" writes norm and SwiGLU outputs once more, about
+_CHEAP of a forward; "full" does so too, and is one more forward in the backward but for the layer's last product.
 
 Where a device carries MeasuredCosts, a stage is the sum of its measured layers and head instead of the formulas.
 """
@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
+from scheduling.layer_memory import OFFLOADED, offloaded
 from scheduling.slot_cost import SlotCost
 
 
@@ -133,6 +134,7 @@ class MeasuredCosts:
 
 _USUAL_TOKENS = 4096  # of a microbatch
 _CHEAP = 0.02  # 2 H + F numbers a token at memory speed
+HOST_BYTES_PER_S = 25e9  # between a GPU and pinned host memory: what PCIe 4 reaches, half of PCIe 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +191,15 @@ def analytic_cost(
         lora = 2 * shape.lora_width * num_layers / rate
         head = 4 * shape.head_params * head_share / rate if index == len(layers) - 1 else 0.0
         launches = device.layer_launch_s * num_layers
-        recomputed = (policies.count("full") + _CHEAP * policies.count("cheap")) / max(1, num_layers)  # of a forward
+        shares = {policy: policies.count(policy) / max(1, num_layers) for policy in ("none", "cheap", "full")}
+        recomputed = shares["full"] + _CHEAP * (shares["full"] + shares["cheap"])  # of a forward
+        last_product = shares["full"] * shape.hidden_size * shape.ffn_size / max(1, shape.layer_params)
         forward = PassCost(per_token=linear + head, per_square=attention, per_rank_token=lora, fixed=launches)
         backward = PassCost(
-            per_token=linear * (1 + recomputed),
+            per_token=linear * (1 + recomputed - last_product),
             per_square=attention * (2.5 + recomputed),
             per_rank_token=lora * (2 + recomputed),
-            fixed=launches * (1 + policies.count("full") / max(1, num_layers)),
+            fixed=launches * (1 + shares["full"]),
         )
         stages.append(StageCost(forward, backward))
     return CostModel(tuple(stages))
@@ -217,11 +221,28 @@ def stage_costs(
     tensor: int = 1,
     recompute: str | Sequence[str] = "none",
     head_share: float = 1.0,
+    to_host_bytes: float = 0.0,
 ) -> CostModel:
-    """Return the cost of each stage as it was measured on the device, by analytic_cost where it was not."""
+    """Return the cost of each stage as it was measured on the device, by analytic_cost where it was not.
+
+    Where inputs of `full` layers wait in host memory, each is `to_host_bytes` per token, and its layer takes at least as long as the copy.
+    """
     if device.measured is None:
-        return analytic_cost(shape, device, layers, tensor, recompute, head_share)
-    of_policy, head = dict(device.measured.layers), device.measured.head
+        model = analytic_cost(shape, device, layers, tensor, recompute, head_share)
+        layer = analytic_cost(shape, device, (1, 0), tensor).stages[0].forward
+    else:
+        model = _measured_costs(device.measured, layers, recompute, head_share)
+        layer = dict(device.measured.layers)["full"].forward
+    late = max(0.0, to_host_bytes / HOST_BYTES_PER_S - layer.per_token)
+    stages = []
+    for index, (stage, policies) in enumerate(zip(model.stages, stage_policies(layers, recompute), strict=True)):
+        waited = late * offloaded(policies, index == 0).count(OFFLOADED)
+        stages.append(StageCost(replace(stage.forward, per_token=stage.forward.per_token + waited), stage.backward))
+    return CostModel(tuple(stages))
+
+
+def _measured_costs(measured: MeasuredCosts, layers: Sequence[int], recompute: str | Sequence[str], head_share: float) -> CostModel:
+    of_policy, head = dict(measured.layers), measured.head
     head = StageCost(*(replace(one, per_token=one.per_token * head_share) for one in (head.forward, head.backward)))
     chosen = stage_policies(layers, recompute)
     parts = [[*(of_policy[policy] for policy in policies), *[head] * (index == len(layers) - 1)] for index, policies in enumerate(chosen)]
@@ -230,7 +251,7 @@ def stage_costs(
 
 def recomputing(cost: StageCost, policy: str) -> StageCost:
     """Return what a layer that recomputes nothing costs under a policy, by its own forward."""
-    again = {"none": 0.0, "cheap": _CHEAP, "full": 1.0}[policy]
+    again = {"none": 0.0, "cheap": _CHEAP, "full": 1.0}[policy]  # the last product is a share of a shape that is not known here
     pairs = {field.name: getattr(cost.backward, field.name) + again * getattr(cost.forward, field.name) for field in fields(PassCost)}
     return StageCost(cost.forward, PassCost(**pairs))
 

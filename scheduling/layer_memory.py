@@ -5,9 +5,12 @@ rotation and SwiGLU) allocates them:
 
     kept     none    input, first norm's x, q, k, v, attention's output, sum and x of the second norm, gate | up, swiglu; S of each linear
              cheap   without the two x and swiglu, which backward recomputes
-             full    the input alone
+             full    the input alone; nothing where it waits in host memory: then the input, and the next one to come back, count at peaks
     forward  what is alive beyond that when the layer's output is complete
     backward the maximum over down's gradients, SwiGLU's, gate | up's, attention's, less what is freed by then
+
+SwiGLU's backward writes its gradient over gate | up, and the output that it computes again over that output's gradient. A `full` layer
+runs again as a `cheap` one, up to the input of its last linear, whose product backward does not need.
 
 A linear that no adapter targets keeps nothing. S and the norms' statistics are kept as long as the microbatch. With head norms the GEMM's
 q | k | v is kept too. Sequence parallelism shards the rows of what tensor parallelism does not shard, and gathers them for a GEMM.
@@ -19,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 POLICIES = ("none", "cheap", "full")
+OFFLOADED = "offloaded"  # a `full` layer whose input waits in host memory (`offloaded`)
 MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 MODULES = tuple(module for modules in MERGED.values() for module in modules)
 _RANK_ALIGN = 16  # an adapter has its rank in rows, rounded up to this
@@ -62,12 +66,13 @@ class LayerMemory:
     num_jobs: int
     head_norms: bool
     grouped: bool  # several query heads share a key
+    sums_of_dq: int  # float32 copies of dQ that attention's backward sums into
     sequence: bool
 
     def kept(self, policy: str) -> float:
         """Bytes per token between forward and backward."""
-        if policy == "full":
-            return self.hidden
+        if policy in ("full", OFFLOADED):
+            return self.hidden * (policy == "full")
         qkv = self.query + 2 * self.key_value
         bare = 2 * self.hidden + 2 * self.statistics + qkv * (1 + self.head_norms) + self.query + self.sums + 2 * self.ffn
         bare += sum(self.widths.values())
@@ -79,33 +84,39 @@ class LayerMemory:
         return self.hidden * ((self.widths["qkv"] > 0) + (self.widths["up"] > 0)) + self.ffn * (self.widths["down"] > 0)
 
     def forward(self, policy: str) -> float:
-        """Bytes per token beyond `kept` when the output is complete: attention's and the MLP's result, and the output itself."""
-        output = max(3 * self.hidden, 2 * self.hidden + self.gathered * self.sequence)
+        """Bytes per token beyond `kept` at the forward's peak: the MLP's result and the output; of a `full` layer, what it drops too."""
+        if policy == OFFLOADED:
+            return self.hidden + self.forward("full")
+        output = max(2 * self.hidden, self.hidden + self.gathered * self.sequence)
         swiglu = self.ffn * (policy != "none" or not self.widths["down"])
         if policy != "full":
             return output + swiglu
         qkv = self.query + 2 * self.key_value
         attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + self.gathered
-        return max(attention, self.hidden + output + 3 * self.ffn)  # also the second norm's sum, and gate | up
+        up = max(2 * self.hidden + self.gathered * self.sequence + 2 * self.ffn, self.hidden + 3 * self.ffn)
+        return max(attention, up, self.hidden + output + self.ffn)  # beside the second norm's sum
 
     def backward(self, policy: str, tokens: int) -> float:
         """Bytes beyond `kept`, for `tokens` tokens, at the peak of the backward."""
-        if policy == "full":  # it runs as a layer that keeps everything except its input
-            recomputed = self.kept("none") - self.hidden
-            return (recomputed + self.hidden) * tokens + max(self.forward("none") * tokens, self.backward("none", tokens))
+        if policy == OFFLOADED:
+            return 2 * self.hidden * tokens + self.backward("full", tokens)
+        if policy == "full":
+            return (self.kept("cheap") - self.hidden) * tokens + self.backward("cheap", tokens)
         cheap, widths = policy == "cheap", self.widths
         swiglu_kept = 0.0 if cheap or not widths["down"] else self.ffn
         dy = self.hidden + (self.gathered if self.sequence else 0.0)
         down = dy + widths["down"] + max(self._shares("down", tokens), self.ffn) + self._partial("down", self.ffn, tokens)
-        swiglu = self.hidden + 3 * self.ffn - swiglu_kept
+        swiglu = self.hidden + self.ffn - swiglu_kept
         if cheap and widths["down"]:
-            swiglu += self.ffn + widths["down"] + self._partial("down", self.ffn, tokens)
+            swiglu += widths["down"] + self._partial("down", self.ffn, tokens)
         freed = 2 * self.ffn + swiglu_kept
         dx = self.gathered + (self.hidden if self.sequence else 0.0)
         up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - freed
         freed += self.hidden * (1 + (not cheap and widths["up"] > 0))
         expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK, dV of all query heads by cuDNN; torch's take half
-        attention = self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item + expanded - freed
+        attention = (
+            self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item * self.sums_of_dq + expanded - freed
+        )
         return max(down, swiglu, up, attention, 0.0) * tokens
 
     def _shares(self, linear: str, tokens: int) -> float:
@@ -123,6 +134,17 @@ class LayerMemory:
         return 4 * items * self.widths[linear] / self.item * num_bytes / self.item / tokens
 
 
+def offloaded(policies: Sequence[str], is_first: bool) -> tuple[str, ...]:
+    """Return a stage's policies with OFFLOADED for the `full` layers whose input waits in host memory.
+
+    The input of the uppermost stays, since its backward comes first, and so does the stage's own unless it `is_first`: it was received,
+    and the executor holds it.
+    """
+    full = [layer for layer, policy in enumerate(policies) if policy == "full"]
+    leaving = set(full[:-1]) - (set() if is_first else {0})
+    return tuple(OFFLOADED if layer in leaving else policy for layer, policy in enumerate(policies))
+
+
 def layer_memory(
     *,
     hidden_size: int,
@@ -135,8 +157,12 @@ def layer_memory(
     tensor: int = 1,
     sequence: bool = False,
     head_norms: bool = False,
+    deterministic: bool = False,
 ) -> LayerMemory:
-    """Derive a layer's sizes from its shape; `item` is the bytes of a number of the compute dtype."""
+    """Derive a layer's sizes from its shape; `item` is the bytes of a number of the compute dtype.
+
+    Flash attention in a fixed order (`deterministic`) has a copy of dQ for each program that works on a head at once.
+    """
     local = tensor if sequence else 1
     query, key_value, ffn = num_heads * head_dim // tensor, num_kv_heads * head_dim // tensor, ffn_size // tensor
     outputs = {"qkv": (query, key_value, key_value), "o": (hidden_size,), "up": (ffn, ffn), "down": (hidden_size,)}
@@ -159,5 +185,6 @@ def layer_memory(
         num_jobs=len(adapters),
         head_norms=head_norms,
         grouped=num_heads != num_kv_heads,
+        sums_of_dq=-(-_PROGRAMS * tensor // num_heads) if deterministic else 1,
         sequence=sequence,
     )

@@ -18,10 +18,10 @@ from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.steps import check_visits, count_steps
 from megatron_lora.environment import num_cores
-from megatron_lora.errors import UserError
-from megatron_lora.huggingface.architecture import Architecture, read_architecture
+from megatron_lora.errors import UserError, one_line
+from megatron_lora.huggingface.architecture import Architecture, unread_fields
 from megatron_lora.huggingface.hub import resolve_base_model
-from megatron_lora.huggingface.weight_files import check_weights
+from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.model.backends import check_backends
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.standing import ResumePoint
@@ -60,12 +60,11 @@ def read_inputs(config: RunConfig) -> Inputs:
     """Read and check model, adapters and data: all that `plan` needs, which has no ranks and no output directory."""
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
-    architecture = read_architecture(model_dir)
+    architecture = read_base_model(model_dir, config.load_weights)
+    show_unread_fields(model_dir, architecture.model_type)
     check_layout(architecture, config.parallel)
     if config.recompute != "auto":
         recompute_of_layers(config.recompute, architecture.num_layers)
-    if config.load_weights:
-        check_weights(model_dir, architecture)
     for job in config.jobs:
         check_init_adapter(job, architecture)
     data = read_data(config, model_dir, architecture)
@@ -73,6 +72,17 @@ def read_inputs(config: RunConfig) -> Inputs:
         check_lengths(job, job_data, config.microbatch_tokens, architecture)
         check_visits(job, len(job_data.samples))
     return Inputs(model_dir=model_dir, architecture=architecture, data=data)
+
+
+def show_unread_fields(model_dir: Path, model_type: str) -> None:
+    """Print one line that names the fields of config.json that neither transformers nor this trainer reads, if there are any."""
+    fields = unread_fields(model_dir)
+    if fields:
+        print(
+            f"megatron-lora: base_model: {model_dir / 'config.json'}: not read for a {model_type}, by transformers either: "
+            + one_line(", ".join(fields), 400),
+            file=sys.stderr,
+        )
 
 
 def check_files(config: RunConfig) -> None:
@@ -118,13 +128,15 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
     """Check that a job's `init_adapter` has its rank, scale and modules, and fits this base model; imports torch."""
     if job.init_adapter is None:
         return
-    from megatron_lora.huggingface.adapter_files import check_adapter, read_adapter
+    from megatron_lora.huggingface.adapter_files import check_adapter, check_modules, read_adapter
 
     where = f"jobs.{job.name}"
     try:
         adapter = read_adapter(job.init_adapter)
     except UserError as error:
         raise UserError(f"{where}.init_adapter: {error}") from None
+    named = f"{where}.init_adapter: {job.init_adapter!r}"
+    check_modules(named, adapter, architecture.module_sizes)
     for key in ("r", "lora_alpha", "use_rslora"):
         wanted, found = getattr(job, key), getattr(adapter, key)
         if wanted != found:
@@ -132,13 +144,15 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
     if set(adapter.target_modules) != set(job.target_modules):
         found = ", ".join(module for module in architecture.module_sizes if module in adapter.target_modules)
         raise UserError(f"{where}.target_modules: differ from those in init_adapter {job.init_adapter!r}; set [{found}]")
-    sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
-    shapes = {
-        architecture.module_path(layer, module): (num_out, num_in)
+    paths = {
+        (layer, module): architecture.module_path(layer, module)
         for layer in range(architecture.num_layers)
-        for module, (num_in, num_out) in sizes.items()
+        for module in architecture.module_sizes
     }
-    check_adapter(f"{where}.init_adapter: {job.init_adapter!r}", adapter, shapes)
+    sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
+    shapes = {path: (sizes[module][1], sizes[module][0]) for (_, module), path in paths.items() if module in sizes}
+    others = [*(path for path in paths.values() if path not in shapes), "model.embed_tokens", "lm_head"]
+    check_adapter(named, adapter, shapes, others)
 
 
 def read_data(config: RunConfig, model_dir: Path, architecture: Architecture) -> tuple:
@@ -167,7 +181,7 @@ def warn_of_untrained_tokens(data: Mapping[str, Any], tokenizer, model_dir: Path
         for name, job in data.items()
     }
     tokens = {token: added[token] for found in used.values() for token in found}
-    untrained = untrained_tokens(Checkpoint(model_dir), architecture, tokens, added) if tokens else []
+    untrained = untrained_tokens(Checkpoint(model_dir, architecture), architecture, tokens, added) if tokens else []
     if untrained:
         jobs = [name for name, found in used.items() if {added[token] for token in found} & set(untrained)]
         print(

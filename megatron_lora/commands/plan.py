@@ -22,13 +22,14 @@ from megatron_lora.planning.devices import named_device, size, this_device, this
 from megatron_lora.planning.forecast import Figures, Forecast, Workload, forecast
 from megatron_lora.planning.plan_picture import check_plot_path, draw
 from megatron_lora.planning.predict import cost_of, memory_of, message_and_step_seconds, planner_cost
-from megatron_lora.planning.resolve import describe, resolve
+from megatron_lora.planning.resolve import describe, host_memory_line, resolve
 from scheduling.cost import DEVICES, Device
 from scheduling.memory import RESERVED
 from scheduling.policies import POLICIES, Runs
 from scheduling.windows import plan_windows
 
 MIN_GAIN = 0.02  # a smaller gain is reported as none
+DETERMINISTIC = "deterministic: true; attention is torch's, in a fixed order of sums, which the seconds do not count"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,8 @@ def main(config_path: str, overrides: list[str], options: Options | None = None)
     together, solo = (forecast(runs_of(each, workload), workload, *seconds) for each in (policy, "flush"))
     lines = [*describe(given, config), *table(config, policy, workload, solo, together), ""]
     lines += stage_table(config, inputs.architecture, device, together)
-    lines += ["", basis(device, known, costs, share), *advice(config, policy, solo, together)]
+    lines += [*host_memory_line(given, config, inputs.architecture, device), *[DETERMINISTIC][: config.deterministic], ""]
+    lines += [basis(device, known, costs, share), *advice(config, policy, solo, together)]
     print("\n".join(lines))
     if options.plot is not None:
         draw(options.plot, [("predicted", together.timeline)], together.stream, [job.name for job in config.jobs], "seconds")

@@ -11,7 +11,6 @@ itself. Whether it fits the files, the model and the machine is checks.py's ques
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from megatron_lora.config.rules import (
     OTHER_WORDS,
     Rule,
     accepts,
-    code,
+    auto_or,
+    job_name,
     later,
     list_of,
     mapping_of,
@@ -29,20 +29,20 @@ from megatron_lora.config.rules import (
     number,
     one_of,
     path_of,
+    recompute,
     show,
     subset_of,
     suggest,
     truth,
     whole_number,
 )
+from megatron_lora.config.together import check_together
 from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DATASET_TYPES = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "lengths")
-RECOMPUTE = ("none", "cheap", "full")
 DATASET_FILES = (".json", ".jsonl", ".parquet")
-JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SEED = whole_number("a seed", 0, 2**32 - 1)
 
 
@@ -56,16 +56,6 @@ def required(rule: Rule, meaning: str, unit: str = "") -> Any:
     return dataclasses.field(metadata={"rule": rule, "meaning": meaning, "unit": unit})
 
 
-@accepts("1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or digit")
-def job_name(path: str, value: object) -> str:
-    """Accept a name that is safe as a folder name on any system."""
-    if not isinstance(value, str) or not JOB_NAME.fullmatch(value):
-        raise UserError(
-            f"{path}: {show(value)} cannot name a job; use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
-        )
-    return value
-
-
 @accepts(f"the path of a file that ends in {', '.join(DATASET_FILES)}")
 def dataset_file(path: str, value: object) -> str:
     """Accept the path of a file of records."""
@@ -73,20 +63,6 @@ def dataset_file(path: str, value: object) -> str:
     if not name.endswith(DATASET_FILES):
         raise UserError(f"{path}: {show(value)} is no kind of file that is read; use one that ends in {', '.join(DATASET_FILES)}")
     return name
-
-
-@accepts("a whole number of at least 1, or `auto`")
-def budget(path: str, value: object) -> int | str:
-    """Accept the token budget of a microbatch, or auto."""
-    return "auto" if value == "auto" else whole_number("a number of tokens, or auto", 1)(path, value)
-
-
-@accepts(f"`auto`, {', '.join(map(code, RECOMPUTE))}, or a list of the last {len(RECOMPUTE)}, one for each layer")
-def recompute(path: str, value: object) -> str | tuple[str, ...]:
-    """Accept auto, a recomputation policy for all layers, or a list of one for each layer of the model."""
-    if isinstance(value, list):
-        return list_of("policies, one per layer", one_of(*RECOMPUTE))(path, value)
-    return one_of("auto", *RECOMPUTE)(path, value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +247,7 @@ class RunConfig:
     parallel: ParallelConfig = key(ParallelConfig(), parallel, "how the run is spread over ranks; default: one rank")
     microbatch_tokens: int | str = key(
         4096,
-        budget,
+        auto_or(whole_number("a number of tokens", 1)),
         "what a microbatch may hold, at least the longest sample; `auto`: as many as memory allows and no more than pay, and the "
         "run's `config.yaml` has the number",
         "tokens",
@@ -282,6 +258,18 @@ class RunConfig:
         "what backward computes again in place of keeping it: `none`; `cheap`: the outputs of norms and SwiGLU, a third less "
         "activation memory; `full`: each layer, least memory; `auto`: for each layer what fits and costs least time by the memory "
         "model. Results are the same",
+    )
+    activation_offloading: bool | str = key(
+        "auto",
+        auto_or(truth()),
+        "true: inputs of layers that are recomputed as `full` wait in pinned host memory, and are copied while layers compute; `auto`: "
+        "on a GPU, where the run would not fit otherwise. Results are the same",
+    )
+    deterministic: bool = key(
+        False,
+        truth(),
+        "true: runs that execute the same plan on the same hardware give the same bits ([what that takes](running.md#the-same-bits-"
+        "again)). Attention is torch's, with a fixed order of sums",
     )
     load_weights: bool = key(True, truth(), "false: random weights, for benchmarks")
     base_weights: str = key(
@@ -299,6 +287,11 @@ class RunConfig:
     )
     jobs: tuple[JobConfig, ...]
 
+    @property
+    def may_run_again(self) -> bool:
+        """Whether `recompute` lets a layer run again in backward: it is `full`, or may become so."""
+        return self.recompute == "auto" or "full" in self.recompute  # the word, or one in the list
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config, apply `key.path=value` overrides, fill in defaults and check every key; UserError is one line."""
@@ -311,7 +304,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     _check_keys(RunConfig, "", tree, extra=("defaults",))
     seed = SEED("seed", tree.get("seed", 0))
     config = _values(RunConfig, "", tree, skip=("jobs",))
-    return RunConfig(**config, jobs=_load_jobs(defaults, jobs, seed))
+    return check_together(RunConfig(**config, jobs=_load_jobs(defaults, jobs, seed)))
 
 
 def dump_config(config: RunConfig) -> str:

@@ -16,9 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NUM_ORDINARY = 256
 TINY = 0.1
 EQUAL = 1e-3

@@ -29,7 +29,7 @@ from megatron_lora.config.schema import RunConfig, dump_config, load_config
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import write_atomically
 from megatron_lora.output.job_states import OVER, after
-from megatron_lora.output.resume import check_resume, rewind, with_precision_of
+from megatron_lora.output.resume import as_begun, check_resume, rewind
 from megatron_lora.output.standing import ResumePoint, resume_points
 
 LOCK, STATUS = ".lock", "status.json"
@@ -85,7 +85,7 @@ class RunDirectory:
             # Checked again, because another run may have ended between `check` and the lock.
             remaining = check_resume(self.path, job_states(self.path), config)
             rewind(self.path, remaining)
-            config = with_precision_of(load_config(self.path / "config.yaml"), config)
+            config = as_begun(load_config(self.path / "config.yaml"), config)
             jobs |= {name: job for name, job in self.status()["jobs"].items() if name not in remaining}
         else:
             for entry in ("calibration.json", "cost.json", "plan", "jobs", "timeline.json"):

@@ -44,7 +44,9 @@ def cost_of(config: RunConfig, architecture: Architecture, device: Device, targe
     """
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel)]
     share = head_share_of(config, architecture, device, target_share)
-    return stage_costs(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share)
+    rows = config.parallel.tensor if config.parallel.sequence else 1
+    to_host = architecture.hidden_size * item_bytes(config, device) / rows if config.activation_offloading is True else 0.0
+    return stage_costs(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share, to_host)
 
 
 def message_and_step_seconds(config: RunConfig, architecture: Architecture, device: Device) -> tuple[float, float]:
@@ -96,7 +98,7 @@ def precision_of(config: RunConfig, device: Device) -> str:
 def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> tuple[StageMemory, ...]:
     """Return each stage's memory model, for one tensor rank.
 
-    layers_per_stage and recompute must be resolved.
+    layers_per_stage and recompute must be resolved. An activation_offloading that is not yet counts as false.
     """
     assert config.recompute != "auto", "recompute is not resolved"
     parallel, shape = config.parallel, shape_of(architecture)
@@ -115,6 +117,8 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
             sequence=parallel.sequence,
             cuda=device.name != "cpu",
             replicas=parallel.data,
+            offload=config.activation_offloading is True,
+            deterministic=config.deterministic,
         )
         for stage in range(parallel.pipeline)
     ]

@@ -13,7 +13,7 @@ from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.model import cudnn_attention, transformer_engine
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec
-from megatron_lora.model.backends import Backends, choose, fall_back, import_engine, this_machine
+from megatron_lora.model.backends import Backends, backend_of, choose, fall_back, import_engine, this_machine
 from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import Links, MessageLayout
@@ -31,14 +31,14 @@ def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.
     cuDNN's or Transformer Engine's attention is tried on this device before it is used; the first rank prints the result.
     """
     machine = this_machine()
-    backends = choose(config.backend, machine)
+    backends = choose(backend_of(config), machine)
     if backends.attention == "torch":
         return backends
     tensor = config.parallel.tensor
     heads, kv_heads = architecture.num_heads // tensor, architecture.num_kv_heads // tensor
     shape = (heads, kv_heads, architecture.head_dim, architecture.sliding_windows, dtype, device)
     if backends.attention == "te":
-        import_engine(config.backend)
+        import_engine(backend_of(config))
         fault = transformer_engine.attention_fault(*shape)
     else:
         fault = cudnn_attention.attention_fault(*shape, num_rows=int(config.microbatch_tokens))

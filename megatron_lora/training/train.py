@@ -28,8 +28,9 @@ from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.data.steps import target_share
 from megatron_lora.data.token_cache import cache_dir
-from megatron_lora.huggingface.architecture import Architecture, read_architecture
+from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.huggingface.hub import resolve_base_model
+from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.model.stage import build_stage
 from megatron_lora.output import standing
 from megatron_lora.output.job_states import exit_status
@@ -45,6 +46,7 @@ from megatron_lora.planning.predict import planner_cost
 from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
 from megatron_lora.training.assemble import DTYPES, choose_backends, make_arena, make_executor
+from megatron_lora.training.determinism import determinism
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job, read_jobs_in_turn
 from megatron_lora.training.optimizer import StageGroups
@@ -66,13 +68,18 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     some have failed; 75: the run was stopped on request, and the state of every unfinished job is
     saved. The output directory must exist. Raises UserError for wrong input.
     """
+    with determinism(config.deterministic):
+        return _train(config, stop)
+
+
+def _train(config: RunConfig, stop: StopRequest) -> int:
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
     host_group = new_group(backend="gloo")
     config = _recorded_config(config, host_group)
 
     model_dir = resolve_base_model(config.base_model)
-    architecture = read_architecture(model_dir)
+    architecture = read_base_model(model_dir, config.load_weights)
     remaining = _remaining_jobs(config, host_group)
     jobs = read_jobs_in_turn(config.jobs, model_dir, architecture.vocab_size, host_group, remaining)
     share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
@@ -90,6 +97,7 @@ def run(config: RunConfig, stop: StopRequest) -> int:
         load_weights=config.load_weights,
         seed=config.seed,
         recompute=config.recompute,
+        activation_offloading=config.activation_offloading,
         base_weights=config.base_weights,
         backends=choose_backends(config, architecture, DTYPES[config.precision], device),
     )
@@ -98,7 +106,9 @@ def run(config: RunConfig, stop: StopRequest) -> int:
     for row, job in enumerate(jobs.values()):
         start_job(job, arena, row, groups)
 
-    with RunReporter(config, jobs, feed.remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
+    # When a failure is noticed depends on time, and with it the first window without the job. Its steps are skipped in any case.
+    remove = (lambda number: None) if config.deterministic else feed.remove
+    with RunReporter(config, jobs, remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
         collector = SnapshotCollector(arena, writer(config, jobs), host_group)
         saver = Saver(jobs, collector)
         unchecked = set(jobs)  # numbers of the jobs whose first update (learning rate above 0, finite norm) is still to come

@@ -6,8 +6,8 @@ from typing import cast
 import pytest
 import torch
 
-from megatron_lora.huggingface.architecture import Architecture
-from megatron_lora.huggingface.untrained_tokens import EMBEDDING, HEAD, untrained_tokens
+from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
+from megatron_lora.huggingface.untrained_tokens import untrained_tokens
 
 SIZE, ADDED = 600, range(580, 600)
 
