@@ -10,7 +10,9 @@ remedy. The ranks do not check again.
 import dataclasses
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig
@@ -26,6 +28,7 @@ from megatron_lora.output.standing import ResumePoint
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
 
 MAX_NAME_BYTES = 255  # of a file's name, on every common file system
+SAMPLES_LOOKED_AT = 100  # of a job, for its chat template's tokens, which stand in all of them
 RANKS_PER_CORE = 4  # with more gloo ranks than this on a core, they mostly wait for each other
 
 
@@ -64,7 +67,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         recompute_of_layers(config.recompute, architecture.num_layers)
     for job in config.jobs:
         check_init_adapter(job, architecture)
-    data = read_data(config, model_dir, architecture.vocab_size)
+    data = read_data(config, model_dir, architecture)
     for job, job_data in zip(config.jobs, data, strict=True):
         check_lengths(job, job_data, config.microbatch_tokens, architecture)
         check_visits(job, len(job_data.samples))
@@ -152,13 +155,40 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
     check_adapter(named, adapter, shapes, others)
 
 
-def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
-    """Tokenise every job's datasets, or read them from the cache."""
+def read_data(config: RunConfig, model_dir: Path, architecture: Architecture) -> tuple:
+    """Tokenise every job's datasets, or read them from the cache; warn of tokens in them that the base model does not know."""
     from megatron_lora.data.samples import load_jobs_data
     from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.data.tokenizer import tokenizer_for
 
-    return load_jobs_data(config.jobs, tokenizer_for(config.jobs, model_dir), cache_dir(), vocab_size)
+    tokenizer = tokenizer_for(config.jobs, model_dir)
+    data = load_jobs_data(config.jobs, tokenizer, cache_dir(), architecture.vocab_size)
+    if tokenizer is not None and config.load_weights:
+        warn_of_untrained_tokens(
+            {job.name: job_data for job, job_data in zip(config.jobs, data, strict=True)}, tokenizer, model_dir, architecture
+        )
+    return data
+
+
+def warn_of_untrained_tokens(data: Mapping[str, Any], tokenizer, model_dir: Path, architecture: Architecture) -> None:
+    """Warn of added tokens, such as a chat template's, in the first samples of a job's data whose rows the base model never trained."""
+    from megatron_lora.huggingface.untrained_tokens import untrained_tokens
+    from megatron_lora.huggingface.weight_slices import Checkpoint
+
+    added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
+    used = {
+        name: {int(token) for sample in job.samples[:SAMPLES_LOOKED_AT] for token in sample.tokens} & added.keys()
+        for name, job in data.items()
+    }
+    tokens = {token: added[token] for found in used.values() for token in found}
+    untrained = untrained_tokens(Checkpoint(model_dir, architecture), architecture, tokens, added) if tokens else []
+    if untrained:
+        jobs = [name for name, found in used.items() if {added[token] for token in found} & set(untrained)]
+        print(
+            f"megatron-lora: warning: base_model: has untrained rows for {', '.join(untrained)}, which stand in the data of "
+            f"{', '.join(jobs)}; such tokens can hardly be learnt: use an instruct model, or chat_template: plain",
+            file=sys.stderr,
+        )
 
 
 def check_checkpoint(job: JobConfig, job_data, point: ResumePoint) -> None:

@@ -60,6 +60,7 @@ class PreviewRecord:
 
 def preview_records(job: JobConfig, tokenizer: PreTrainedTokenizerBase, num_records: int = 3) -> tuple[PreviewRecord, ...]:
     """Encode the first records of a job's datasets exactly as training does, with the same errors."""
+    from megatron_lora.data.chat_template import chat_settings
     from megatron_lora.data.row_files import read_records
     from megatron_lora.data.row_formats import RecordEncoder
     from megatron_lora.data.tokenizer import require_chat_template
@@ -67,10 +68,10 @@ def preview_records(job: JobConfig, tokenizer: PreTrainedTokenizerBase, num_reco
     def text_of(tokens: list[int]) -> str:
         return cast(str, tokenizer.decode(tokens))  # a list of texts is what lists of lists give
 
-    encoder = RecordEncoder(tokenizer)
+    encoder = RecordEncoder(tokenizer, chat_settings(job))
     preview: list[PreviewRecord] = []
     for dataset in job.datasets:
-        require_chat_template(job.name, dataset, tokenizer)
+        require_chat_template(job, dataset, tokenizer)
         for where, record in itertools.islice(read_records(dataset.path), num_records - len(preview)):
             encoded = encoder.encode(record, dataset.type, job.train_on_inputs, where)
             kept = list(zip(*(part[: job.sequence_len].tolist() for part in (encoded.tokens, encoded.targets)), strict=True))

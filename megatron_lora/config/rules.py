@@ -187,6 +187,18 @@ def subset_of(what: str, choices: tuple[str, ...]) -> Rule:
     return rule
 
 
+def mapping_of(what: str) -> Rule:
+    """Accept a mapping of names to values of YAML's own types."""
+
+    @accepts(f"a mapping of {what} to values")
+    def rule(path: str, value: object) -> dict[str, object]:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"{path}: {show(value)} is not a mapping of {what} to values; write {{name: value}}")
+        return value
+
+    return rule
+
+
 def null_or(rule: Rule) -> Rule:
     """Accept null, or what `rule` accepts."""
     return Rule(f"{rule.accepts}, or null", lambda path, value: None if value is None else rule(path, value))

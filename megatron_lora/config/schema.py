@@ -24,6 +24,7 @@ from megatron_lora.config.rules import (
     job_name,
     later,
     list_of,
+    mapping_of,
     null_or,
     number,
     one_of,
@@ -159,6 +160,15 @@ class JobConfig:
     )
     train_on_inputs: bool = key(
         False, truth(), "false: the loss counts completions and assistant turns alone; true: every token but the first of a sample"
+    )
+    train_on: str = key("all", one_of("all", "last"), "which assistant turns of a record the loss counts: all, or the last one alone")
+    chat_template: str | None = key(
+        None,
+        null_or(path_of("a file that holds a chat template, or the name of one")),
+        "in place of the base model's: a file, or the name of [one of ours](data.md#chat-templates); null: the base model's",
+    )
+    chat_template_kwargs: dict[str, Any] | None = key(
+        None, null_or(mapping_of("names that a chat template uses")), "what the chat template is given besides messages and tools"
     )
     sequence_len: int = key(
         2048, whole_number("a sequence length in tokens", 2), "longer samples are cut at the right, and counted", "tokens"
@@ -323,6 +333,8 @@ def _load_jobs(defaults: object, jobs: object, seed: int) -> tuple[JobConfig, ..
         if name and name.lower() in built:
             raise UserError(f"{where}.name: two jobs have this name (upper and lower case count as the same); rename one")
         config = _build(JobConfig, where, defaults | job)
+        if config.train_on == "last" and config.train_on_inputs:
+            raise UserError(f"{where}.train_on: last contradicts {where}.train_on_inputs: true; keep one of them")
         built[config.name.lower()] = config if config.seed is not None else dataclasses.replace(config, seed=seed)
     return tuple(built.values())
 

@@ -17,7 +17,9 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_lora.data.chat_records import CHAT_TYPES, ChatEncoder
+from megatron_lora.data.chat_fields import is_conversation
+from megatron_lora.data.chat_records import ChatEncoder
+from megatron_lora.data.chat_template import ChatSettings
 from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.record_fields import filled_text_of, text_of
 from megatron_lora.errors import UserError
@@ -37,11 +39,11 @@ ALPACA_WITH_INPUT = (
 class RecordEncoder:
     """Turns records into tokens and targets with one tokenizer; UserError says where a record stands that cannot be trained on."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chats: ChatSettings | None = None):
         if tokenizer.eos_token_id is None:
             raise UserError("base_model: its tokenizer has no eos_token, so no completion could end; name one in tokenizer_config.json")
         self._tokenizer = tokenizer
-        self._chats = ChatEncoder(tokenizer)
+        self._chats = ChatEncoder(tokenizer, chats or ChatSettings())
 
     def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> Encoded:
         """Encode a complete record, of which at least one token is a target."""
@@ -50,11 +52,12 @@ class RecordEncoder:
             "prompt_completion": self._prompt_completion,
             "alpaca": self._alpaca,
         }
-        encoded = self._chats.encode(record, format, where) if format in CHAT_TYPES else encoders[format](record, where)
-        targets = np.ones_like(encoded.targets) if train_on_inputs else encoded.targets.copy()
+        chat = is_conversation(record, format)
+        encoded = self._chats.encode(record, format, train_on_inputs, where) if chat else encoders[format](record, where)
+        targets = np.ones_like(encoded.targets) if train_on_inputs and not chat else encoded.targets.copy()
         targets[:1] = False
         if not targets.any():
-            turns = ": no assistant turn has content" if format in CHAT_TYPES else ""
+            turns = ": no assistant turn that is trained has content" if chat else ""
             raise UserError(f"{where}: has nothing to train on{turns}; remove the record or complete it")
         return replace(encoded, targets=targets)
 

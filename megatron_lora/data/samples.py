@@ -19,6 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
+from megatron_lora.data.chat_template import ChatSettings, chat_settings
 from megatron_lora.data.length_records import LengthEncoder
 from megatron_lora.data.row_files import read_records
 from megatron_lora.data.row_formats import RecordEncoder
@@ -84,29 +85,29 @@ class _Reader:
         self._tokenizer = tokenizer
         self._cache_dir = cache_dir
         self._vocab_size = vocab_size
-        self._encoder = None if tokenizer is None else RecordEncoder(tokenizer)
         self._fingerprint = "" if tokenizer is None else fingerprint(tokenizer)
-        self._datasets: dict[tuple[str, str, bool, int], Dataset] = {}
+        self._datasets: dict[tuple[str, str, bool, int, ChatSettings], Dataset] = {}
 
     def read(self, job: JobConfig, dataset: DatasetConfig) -> Dataset:
-        settings = (dataset.path, dataset.type, job.train_on_inputs, job.sequence_len)
+        settings = (dataset.path, dataset.type, job.train_on_inputs, job.sequence_len, chat_settings(job))
         if settings not in self._datasets and dataset.type == "lengths":
             assert self._vocab_size is not None, "lengths become tokens of some vocabulary"
-            self._datasets[settings] = tokenise(*settings[:2], LengthEncoder(self._vocab_size), *settings[2:])
+            self._datasets[settings] = tokenise(*settings[:2], LengthEncoder(self._vocab_size), *settings[2:4])
         elif settings not in self._datasets:
             assert self._tokenizer is not None, f"no tokenizer was loaded for {dataset.path}"
-            require_chat_template(job.name, dataset, self._tokenizer)
+            require_chat_template(job, dataset, self._tokenizer)
             self._datasets[settings] = self._fetch(*settings)
         return self._datasets[settings]
 
-    def _fetch(self, path: str, format: str, train_on_inputs: bool, sequence_len: int) -> Dataset:
-        assert self._encoder is not None
+    def _fetch(self, path: str, format: str, train_on_inputs: bool, sequence_len: int, chats: ChatSettings) -> Dataset:
+        assert self._tokenizer is not None
+        encoder = RecordEncoder(self._tokenizer, chats)
         if self._cache_dir is None or not Path(path).is_file():
-            return tokenise(path, format, self._encoder, train_on_inputs, sequence_len)
-        key = dataset_key(path, self._fingerprint, format, train_on_inputs, sequence_len)
+            return tokenise(path, format, encoder, train_on_inputs, sequence_len)
+        key = dataset_key(path, self._fingerprint, format, train_on_inputs, sequence_len, chats)
         dataset = fetch(self._cache_dir, key)
         if dataset is None:
-            dataset = tokenise(path, format, self._encoder, train_on_inputs, sequence_len)
+            dataset = tokenise(path, format, encoder, train_on_inputs, sequence_len)
             try:
                 store(self._cache_dir, key, dataset)
             except OSError as error:

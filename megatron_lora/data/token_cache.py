@@ -1,8 +1,8 @@
 """Tokenised datasets on disk: each distinct one is made once, and every job, rank and later run reads it back.
 
 A dataset's file is named by the hash of all that decides its tokens: the bytes of the dataset file,
-the format, the tokenizer with its chat template, `train_on_inputs`, `sequence_len`, and the
-versions of the packages that tokenise. It is written under a temporary name and renamed, so several
+the format, the tokenizer, the chat template and its settings, `train_on_inputs`, `sequence_len`, and
+the versions of the packages that tokenise. It is written under a temporary name and renamed, so several
 ranks may write it at once. It holds a checksum; a file that does not match it is not used.
 """
 
@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-FORMAT = 2
+from megatron_lora.data.chat_template import ChatSettings
+
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +46,13 @@ class Dataset:
             yield number, self.tokens[span], self.targets[span]
 
 
-def dataset_key(path: str | Path, tokenizer_fingerprint: str, format: str, train_on_inputs: bool, sequence_len: int) -> str:
+def dataset_key(
+    path: str | Path, tokenizer_fingerprint: str, format: str, train_on_inputs: bool, sequence_len: int, chats: ChatSettings
+) -> str:
     """Hash everything that decides a dataset's tokens."""
     with open(path, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = [FORMAT, content, Path(path).suffix, tokenizer_fingerprint, format, train_on_inputs, sequence_len]
+    parts = [FORMAT, content, Path(path).suffix, tokenizer_fingerprint, format, train_on_inputs, sequence_len, dataclasses.astuple(chats)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -103,10 +103,11 @@ class AdapterFile:
     targets: Targets | None = None  # of a file that was read
 
 
-def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str) -> None:
+def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, advice: str = "") -> None:
     """Write or replace the three PEFT files in `directory`, which is created if absent; other files there stay.
 
-    `base_model` is what the readers of the directory load as its base: a hub id or a path.
+    `base_model` is what the readers of the directory load as its base: a hub id or a path. `advice` on how to serve it goes into the
+    model card.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str) 
     try:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         (temporary / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        (temporary / CARD_FILE).write_text(_model_card(adapter, base_model), encoding="utf-8")
+        (temporary / CARD_FILE).write_text(_model_card(adapter, base_model, advice), encoding="utf-8")
         for name in (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE):
             sync(temporary / name)
             os.chmod(temporary / name, 0o644)
@@ -206,7 +207,7 @@ def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
     }
 
 
-def _model_card(adapter: AdapterFile, base_model: str) -> str:
+def _model_card(adapter: AdapterFile, base_model: str, advice: str) -> str:
     """Return the model card: the front matter that hubs read, what the adapter is, and how to load it."""
     num_parameters = sum(a_RK.numel() + b_NR.numel() for a_RK, b_NR in adapter.weights.values())
     base = json.dumps(base_model)
@@ -232,7 +233,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "path/of/this/directory")
 ```
-"""
+""" + (f"\n{advice}\n" if advice else "")
 
 
 def _read_config(directory: Path) -> dict:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_lora.config.schema import RunConfig
+from megatron_lora.data.serving import serving_advice
 from megatron_lora.output.job_states import OVER, after
 from megatron_lora.output.metrics import JobSummary, Observer, StepReport
 from megatron_lora.output.observers import make_observers
@@ -55,6 +56,10 @@ class RunReporter:
         for observer in self.observers:
             observer.close()
         self.directory.close()
+        for job in self.jobs.values():
+            advice = serving_advice(job.config, job.data) if job.state == "done" else ""
+            if advice:
+                print(f"{job.name}: {advice}", flush=True)
 
     def on_step(self, done: StepDone, written: Written, *, wait: bool = False) -> None:
         """Queue the report of a step, and update the states of jobs whose adapters were `written`.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.samples import digest_of
+from megatron_lora.data.serving import serving_advice
 from megatron_lora.files import sync
 from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, write_adapter
 from megatron_lora.model.adapter_arena import Arena
@@ -82,7 +83,7 @@ def writer(config: RunConfig, jobs: Jobs) -> Callable[[Snapshot], None]:
             )
             sync(metrics_file(config.output_dir, job.config.name))
             write_checkpoint(directory, adapter, config.base_model, snapshot.moments, state)
-        write_adapter(directory, adapter, config.base_model)
+        write_adapter(directory, adapter, config.base_model, serving_advice(job.config, job.data))
 
     return write
 

@@ -274,6 +274,12 @@ CASES = {
     "policies of too few layers": (override("recompute=[full, none]"), ["recompute: 2 policies", "4 layers", "or one word"]),
     "unknown format": (override("jobs.one.datasets.0.type=chat"), ["jobs.one.datasets.0.type: 'chat'", "messages or sharegpt"]),
     "csv": (override("jobs.one.datasets.0.path=rows.csv"), ["jobs.one.datasets.0.path: 'rows.csv'", ".jsonl"]),
+    "two ways to train": (
+        override("defaults.train_on_inputs=true", "jobs.one.train_on=last"),
+        ["jobs.one.train_on: last contradicts jobs.one.train_on_inputs: true"],
+    ),
+    "turns of another kind": (override("defaults.train_on=first"), ["defaults.train_on: 'first'", "use all or last"]),
+    "kwargs in a list": (override("defaults.chat_template_kwargs=[a]"), ["defaults.chat_template_kwargs: ['a']", "write {name: value}"]),
     # later features
     "replicas": (override("parallel.data=0"), ["parallel.data: 0"]),
     "eval": (override("defaults.eval_steps=10"), ["defaults.eval_steps: 10 is not supported yet", "use 0"]),
@@ -332,6 +338,14 @@ CASES = {
         ["index.json is damaged"],
     ),
     "template that divides by zero": (chat_template("{{ 1 / 0 }}"), ["rows.jsonl:1", "chat template refuses", "division by zero"]),
+    "template that is missing": (
+        override("jobs.one.datasets.0.type=messages", "jobs.one.chat_template=no.jinja"),
+        ["jobs.one.chat_template: 'no.jinja' cannot be read", "No such file", "chatml"],
+    ),
+    "kwargs that the template does not use": (
+        lambda scene: [*chat_template("{{ messages }}")(scene), "jobs.one.chat_template_kwargs={think: no}"],
+        ["jobs.one.chat_template_kwargs: the chat template does not use 'think'"],
+    ),
     # the layout
     "more stages than layers": (override("parallel.pipeline=5"), ["parallel.pipeline: 5 stages", "4 layers", "fewer"]),
     "layers do not add up": (

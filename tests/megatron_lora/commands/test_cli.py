@@ -7,6 +7,7 @@ the ways that matter without loading a model.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from waiting import wait_for
 
 from megatron_lora.__main__ import EXAMPLES, main
@@ -406,6 +408,18 @@ def test_preview_marks_what_the_loss_counts(scene, materials, capsys):
     for record in records:
         assert record["prompt"] in out and f"«{record['completion'].strip()}" in out.replace("« ", "«")
     assert out.count("«") == 2 and "\x1b" not in out
+
+
+@pytest.mark.parametrize("matrix", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tokens_that_the_base_model_never_trained_are_named(scene, materials, capsys, matrix):
+    shutil.copytree(materials / "model", "own")
+    tensors = load_file("own/model.safetensors")
+    for scale, named in ((1.0, False), (1e-3, True)):
+        tensors[matrix][2] *= scale  # of </s>, which ends each record
+        save_file(tensors, "own/model.safetensors", metadata={"format": "pt"})
+        assert main(["plan", "config.yaml", "base_model=own"]) == 0
+        warning = "warning: base_model: has untrained rows for </s>, which stand in the data of a, b; such tokens can hardly be learnt"
+        assert (warning in capsys.readouterr().err) == named
 
 
 def test_doctor_names_versions_and_backends(capsys):

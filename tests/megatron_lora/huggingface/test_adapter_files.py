@@ -370,3 +370,10 @@ def test_the_scale_is_pefts(saved, tmp_path, changes):
         peft.PeftModel.from_pretrained(tiny_llama(), path).eval()(TOKENS).logits for path in (directory, directory.with_name("ours"))
     )
     assert torch.equal(ours, theirs) and not torch.allclose(theirs, logits, atol=1e-3)
+
+
+def test_advice_on_serving_stands_in_the_card(tmp_path):
+    write_adapter(tmp_path / "a", views_of_one_storage(), "b")
+    write_adapter(tmp_path / "b", views_of_one_storage(), "b", "Serve it cold.")
+    plain, advised = ((tmp_path / name / "README.md").read_text() for name in "ab")
+    assert advised == plain + "\nServe it cold.\n"
