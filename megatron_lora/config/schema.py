@@ -38,7 +38,7 @@ from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DATASET_TYPES = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "lengths")
+DATASET_TYPES = ("messages", "sharegpt", "alpaca", "alpaca_chat", "prompt_completion", "text", "lengths")
 RECOMPUTE = ("none", "cheap", "full")
 DATASET_FILES = (".json", ".jsonl", ".parquet")
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

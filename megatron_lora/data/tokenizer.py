@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
-from megatron_lora.data.row_formats import CHAT_TYPES
+from megatron_lora.data.row_formats import TEMPLATE_TYPES
 from megatron_lora.errors import UserError
 
 
@@ -49,7 +49,7 @@ def tokenizer_for(jobs: Iterable[JobConfig], base_model: str | Path) -> PreTrain
 
 def require_chat_template(job: str, dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError for conversations when the tokenizer has no chat template, or several of which none is the default."""
-    if dataset.type not in CHAT_TYPES:
+    if dataset.type not in TEMPLATE_TYPES:
         return
     try:
         tokenizer.get_chat_template()
