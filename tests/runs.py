@@ -51,13 +51,14 @@ def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None
     """Run a config on pool ranks as the launcher would: check, make the directory, record the end. Returns the ranks' one exit status."""
     from megatron_lora.commands.checks import check_run
     from megatron_lora.config.schema import load_config
-    from megatron_lora.output.run_directory import RunDirectory
+    from megatron_lora.output.job_states import exit_status
+    from megatron_lora.output.run_directory import RunDirectory, job_states
 
-    check_run(load_config(config_path))
-    with RunDirectory.create(load_config(config_path)) as directory:
+    inputs = check_run(load_config(config_path))
+    with RunDirectory.create(load_config(config_path), failed=inputs.failed) as directory:
         statuses = set(pool(**parallel).run(train, config_path, stop_after))
         assert len(statuses) == 1, statuses
-        status = statuses.pop()
+        status = exit_status([{0: "done", 3: "failed", 75: "paused"}[statuses.pop()], *job_states(directory.path).values()])
         directory.finish(status)
     return status
 

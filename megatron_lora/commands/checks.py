@@ -8,11 +8,13 @@ remedy. The ranks do not check again.
 """
 
 import dataclasses
-import os
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig
+from megatron_lora.data.dataset_sources import MAX_NAME_BYTES, sources_of
 from megatron_lora.data.steps import check_visits, count_steps
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError
@@ -24,21 +26,27 @@ from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
 
-MAX_NAME_BYTES = 255  # of a file's name, on every common file system
 RANKS_PER_CORE = 4  # with more gloo ranks than this on a core, they mostly wait for each other
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What the checks have read: the model's directory and architecture, and the data of each job, in the order of the jobs."""
+    """What the checks have read: the model's directory and architecture, and the data of each job, in the order of the jobs.
+
+    `failed`: why the jobs cannot train whose data are bad; they are not among the others.
+    """
 
     model_dir: Path
     architecture: Architecture
     data: tuple
+    failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = True) -> Inputs:
-    """Check that a run can start here with `ranks_here` ranks (default: all); `owner`: check the output directory too."""
+    """Check that a run can start here with `ranks_here` ranks (default: all); `owner`: check the output directory too.
+
+    A job whose data are bad fails alone, unless all are so, or it has trained before and they were good then.
+    """
     points = {}
     if owner:
         points = RunDirectory.check(config)
@@ -46,14 +54,19 @@ def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = Tr
     check_files(config)
     check_backends(config)
     check_devices(config.parallel.world_size if ranks_here is None else ranks_here)
-    inputs = read_inputs(config)
-    for job, job_data in zip(config.jobs, inputs.data, strict=True):
+    may_fail = {job.name for job in config.jobs if points.get(job.name, ResumePoint()).checkpoint is None}
+    inputs = read_inputs(config, may_fail)
+    remaining = [job for job in config.jobs if job.name not in inputs.failed]
+    for job, job_data in zip(remaining, inputs.data, strict=True):
         check_checkpoint(job, job_data, points.get(job.name, ResumePoint()))
     return inputs
 
 
-def read_inputs(config: RunConfig) -> Inputs:
-    """Read and check model, adapters and data: all that `plan` needs, which has no ranks and no output directory."""
+def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
+    """Read and check model, adapters and data: all that `plan` needs, which has no ranks and no output directory.
+
+    Jobs of `may_fail` whose data are bad are in the inputs' `failed`, if any job is left.
+    """
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
@@ -64,26 +77,30 @@ def read_inputs(config: RunConfig) -> Inputs:
         check_weights(model_dir, architecture)
     for job in config.jobs:
         check_init_adapter(job, architecture)
-    data = read_data(config, model_dir, architecture.vocab_size)
-    for job, job_data in zip(config.jobs, data, strict=True):
+    found = dict(zip(config.jobs, read_data(config, model_dir, architecture.vocab_size), strict=True))
+    bad = {job: data for job, data in found.items() if isinstance(data, UserError)}
+    for job, error in bad.items():
+        if len(bad) == len(found) or job.name not in may_fail:
+            raise error
+    good = {job: data for job, data in found.items() if job not in bad}
+    for job, job_data in good.items():
         check_lengths(job, job_data, config.microbatch_tokens, architecture)
-        check_visits(job, len(job_data.samples))
-    return Inputs(model_dir=model_dir, architecture=architecture, data=data)
+        check_visits(job, job_data.mixture.num_copies)
+    failed = {job.name: str(error) for job, error in bad.items()}
+    return Inputs(model_dir=model_dir, architecture=architecture, data=tuple(good.values()), failed=failed)
+
+
+def say_failed(inputs: Inputs) -> None:
+    """Print which jobs fail before they start."""
+    for name, reason in inputs.failed.items():
+        print(f"megatron-lora: job {name} fails before it starts, the others train: {reason}", file=sys.stderr)
 
 
 def check_files(config: RunConfig) -> None:
     """Check that every dataset and adapter that the config names exists and can be read."""
     for job in config.jobs:
         for position, dataset in enumerate(job.datasets):
-            where = f"jobs.{job.name}.datasets.{position}.path"
-            path = Path(dataset.path)
-            if len(path.name.encode()) > MAX_NAME_BYTES:
-                raise UserError(f"{where}: {show(dataset.path)}: is too long a name for a file; correct the path")
-            if not path.is_file():
-                what = "is a directory; name one file in it" if path.is_dir() else f"no such file in {os.getcwd()}; correct the path"
-                raise UserError(f"{where}: {dataset.path!r}: {what}")
-            if not os.access(path, os.R_OK):
-                raise UserError(f"{where}: {dataset.path!r}: may not be read; change its permissions")
+            sources_of(dataset, f"jobs.{job.name}.datasets.{position}.path")
         if job.init_adapter is None:
             continue
         if len(Path(job.init_adapter).name.encode()) > MAX_NAME_BYTES:
@@ -138,24 +155,23 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
 
 
 def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
-    """Tokenise every job's datasets, or read them from the cache."""
-    from megatron_lora.data.samples import load_jobs_data
+    """Tokenise every job's datasets, or read them from the cache; a job whose data are bad has a UserError there."""
+    from megatron_lora.data.samples import try_jobs_data
     from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.data.tokenizer import tokenizer_for
 
-    return load_jobs_data(config.jobs, tokenizer_for(config.jobs, model_dir), cache_dir(), vocab_size)
+    return try_jobs_data(config.jobs, tokenizer_for(config.jobs, model_dir), cache_dir(), vocab_size)
 
 
 def check_checkpoint(job: JobConfig, job_data, point: ResumePoint) -> None:
     """Check that a job's checkpoint is complete, and was made with the job's samples and number of steps."""
-    from megatron_lora.data.samples import digest_of
     from megatron_lora.output.checkpoint import check_tensors
 
     if point.checkpoint is None or point.state is None:
         return
     check_tensors(point.checkpoint)
-    num_steps = count_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps)
-    if (point.state.samples, point.state.num_steps) != (digest_of(job_data.samples), num_steps):
+    num_steps = count_steps(job_data.mixture.num_copies, job.global_batch_size, job.num_epochs, job.max_steps)
+    if (point.state.samples, point.state.num_steps) != (job_data.digest(), num_steps):
         raise UserError(
             f"jobs.{job.name}.datasets: have other records, or the tokenizer makes other tokens of them, than when {point.checkpoint} "
             "was written; restore them, or choose another output_dir"
@@ -165,7 +181,7 @@ def check_checkpoint(job: JobConfig, job_data, point: ResumePoint) -> None:
 def check_lengths(job: JobConfig, data, microbatch_tokens: int | str, architecture: Architecture) -> None:
     """Check that no sample has more tokens than a microbatch or than the model has positions."""
     where = f"jobs.{job.name}"
-    longest = max(data.samples, key=lambda sample: len(sample.tokens))
+    longest = data.samples[int(data.samples.lengths.argmax())]
     tokens = len(longest.tokens)
     if isinstance(microbatch_tokens, int) and tokens > microbatch_tokens:
         raise UserError(

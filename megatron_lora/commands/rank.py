@@ -78,12 +78,13 @@ def _run_first_rank(config: RunConfig, launched: bool, stop: StopRequest) -> int
     if launched:
         run_directory = RunDirectory.join(config)
     else:
-        from megatron_lora.commands.checks import check_run
+        from megatron_lora.commands.checks import check_run, say_failed
         from megatron_lora.environment import environment
 
         _check_world_size(config)
-        check_run(config)
-        run_directory = RunDirectory.create(config, environment())
+        inputs = check_run(config)
+        say_failed(inputs)
+        run_directory = RunDirectory.create(config, environment(), inputs.failed)
     with run_directory:
         _run(config, stop)
         status = exit_status(job_states(run_directory.path).values())  # of all jobs, those of earlier starts too

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_lora.config.dataset_paths import DATASET_TYPES, dataset_path, is_hub_id
 from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.rules import (
     OTHER_WORDS,
@@ -31,6 +32,7 @@ from megatron_lora.config.rules import (
     show,
     subset_of,
     suggest,
+    text,
     truth,
     whole_number,
 )
@@ -38,9 +40,7 @@ from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DATASET_TYPES = ("messages", "sharegpt", "alpaca", "alpaca_chat", "prompt_completion", "text", "lengths")
 RECOMPUTE = ("none", "cheap", "full")
-DATASET_FILES = (".json", ".jsonl", ".parquet")
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SEED = whole_number("a seed", 0, 2**32 - 1)
 
@@ -63,15 +63,6 @@ def job_name(path: str, value: object) -> str:
             f"{path}: {show(value)} cannot name a job; use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
         )
     return value
-
-
-@accepts(f"the path of a file that ends in {', '.join(DATASET_FILES)}")
-def dataset_file(path: str, value: object) -> str:
-    """Accept the path of a file of records."""
-    name = path_of("the path of a dataset")(path, value)
-    if not name.endswith(DATASET_FILES):
-        raise UserError(f"{path}: {show(value)} is no kind of file that is read; use one that ends in {', '.join(DATASET_FILES)}")
-    return name
 
 
 @accepts("a whole number of at least 1, or `auto`")
@@ -159,16 +150,31 @@ def parallel(path: str, value: object) -> ParallelConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetConfig:
-    """One file of records and their format."""
+    """Records of one format: a file, several, or a data set of the hub."""
 
-    path: str = required(dataset_file, "file of records, from the directory in which the command runs")
+    path: str = required(
+        dataset_path, "file of records, or a pattern (`*`, `?`, `**`), from the directory in which the command runs; or a hub id"
+    )
     type: str = required(one_of(*DATASET_TYPES), "format of its records: [data.md](data.md)")
+    name: str | None = key(None, null_or(text("the name of a hub data set's configuration")), "of a hub id: its configuration")
+    split: str | None = key(
+        None, null_or(text("the name of a split")), "of a hub id: its split, as in `train` or `train[:1000]`; null: `train`"
+    )
+    sampling_weight: float = key(
+        1.0,
+        number("a sampling weight", 0, 1000, above=True),
+        "how often an epoch takes each sample: 2 twice, 0.1 a tenth of them, drawn anew each epoch; 2.5 twice and half of them again",
+    )
 
 
 @accepts("a mapping of `path` and `type`")
 def dataset(path: str, value: object) -> DatasetConfig:
     """Accept a mapping of DatasetConfig's keys."""
-    return _build(DatasetConfig, path, value)
+    config = _build(DatasetConfig, path, value)
+    for name in ("name", "split"):
+        if getattr(config, name) is not None and not is_hub_id(config.path):
+            raise UserError(f"{path}.{name}: {show(getattr(config, name))} is for a hub id and {path}.path is a file; remove it")
+    return config
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +186,11 @@ class JobConfig:
     datasets: tuple[DatasetConfig, ...] = required(list_of("{path, type}", dataset), "the job's data, in this order")
     val_datasets: tuple[DatasetConfig, ...] | None = key(
         None, later(null_or(list_of("{path, type}", dataset)), off=None), "validation data"
+    )
+    bad_rows: str = key(
+        "refuse",
+        one_of("refuse", "drop"),
+        "`refuse`: a record that cannot be trained on fails the job before it starts; `drop`: such records are counted and left out",
     )
     train_on_inputs: bool = key(
         False, truth(), "false: the loss counts completions and assistant turns alone; true: every token but the first of a sample"

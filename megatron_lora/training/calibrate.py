@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.data.collate import collate
-from megatron_lora.data.steps import target_share
+from megatron_lora.data.sample_arrays import target_share
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.environment import commit, versions
 from megatron_lora.files import write_atomically
@@ -68,7 +68,7 @@ def run(config: RunConfig, output: Path | None) -> None:
     jobs = read_jobs_in_turn(config.jobs, model_dir, architecture.vocab_size, host_group)
     share = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
     all_lengths = [job.step_samples.lengths() for job in jobs.values()]
-    lengths = [steps[:PROBED_STEPS] for steps in all_lengths]
+    lengths = [steps.cut(min(PROBED_STEPS, len(steps))) for steps in all_lengths]
     chosen: list = [None]
     if dist.get_rank() == 0:
         cost_device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
