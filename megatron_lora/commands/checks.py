@@ -159,8 +159,12 @@ def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
     from megatron_lora.data.samples import try_jobs_data
     from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.data.tokenizer import tokenizer_for
+    from megatron_lora.data.tokenizer_checks import doubts_of
 
-    return try_jobs_data(config.jobs, tokenizer_for(config.jobs, model_dir), cache_dir(), vocab_size)
+    tokenizer = tokenizer_for(config.jobs, model_dir)
+    for doubt in () if tokenizer is None else doubts_of(tokenizer):
+        print(f"megatron-lora: warning: {doubt}", file=sys.stderr)
+    return try_jobs_data(config.jobs, tokenizer, cache_dir(), vocab_size)
 
 
 def check_checkpoint(job: JobConfig, job_data, point: ResumePoint) -> None:

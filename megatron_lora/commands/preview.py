@@ -40,11 +40,13 @@ def main(config_path: str, overrides: list[str], job_name: str, num_samples: int
     for dataset in jobs[job_name].datasets:
         if dataset.type == "lengths":
             raise UserError(f"--job: {job_name!r} trains on random tokens of the lengths in {dataset.path!r}, which are no text to show")
+    from megatron_lora.data.tokenizer_checks import doubts_of
+
     job, tokenizer = jobs[job_name], load_tokenizer(resolve_base_model(config.base_model))
     for record in preview_records(job, tokenizer, num_samples):
         print(show_preview(record, color=sys.stdout.isatty()))
     data = read_all_records(job, tokenizer, cache_dir())
-    print(f"{job_name}: {data.describe()}")
+    print(f"{job_name}: {data.describe()}", *doubts_of(tokenizer), sep="\n")
     if data.num_bad:
         print(f"bad records, the first of each kind:\n{chr(10).join(data.bad)}")
     if data.num_bad and job.bad_rows == "refuse":

@@ -10,7 +10,7 @@ A body that begins with tokens of the opening loses them and the white space bef
 inside a text stay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -48,18 +48,24 @@ class TextTokenizer:
         text, border = prompt + completion, len(prompt)
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        blank = [not text[start:end].strip() for start, end in offsets]
-        first = _run(ids, blank, self._openers)
-        opening = self._opening or (self._bos if first else ())
-        num_closers = _run(ids[::-1], blank[::-1], self._closers)
-        kept = range(first, len(ids) - num_closers)
-        if all(blank[i] or offsets[i][1] <= border for i in kept):
+
+        def is_blank(i: int) -> bool:
+            start, end = offsets[i]
+            return not text[start:end].strip()
+
+        first = _run(range(len(ids)), ids, is_blank, self._openers)
+        last = len(ids) - _run(range(len(ids) - 1, -1, -1), ids, is_blank, self._closers)
+        if all(offsets[i][1] <= border or is_blank(i) for i in range(last - 1, first - 1, -1)):
             return None
-        starts = np.array([text_start(text, *offsets[i]) for i in kept], dtype=np.int64)
-        tokens = np.array([*opening, *ids[kept.start : kept.stop], *self._closing], dtype=np.int32)
-        in_second = np.concatenate([np.zeros(len(opening), bool), starts >= border, np.ones(len(self._closing), bool)])
-        repeated = first > (not self._opening) or num_closers > (not self._tokenizer_closes)
-        merged = bool(prompt) and any(start < border < offsets[i][1] for start, i in zip(starts.tolist(), kept, strict=True))
+        opening = self._opening or (self._bos if first else ())
+        spans = np.array(offsets[first:last], dtype=np.int64)
+        begins_after = spans[:, 0] >= border
+        for i in np.flatnonzero(~begins_after & (spans[:, 1] > border)):  # it stands across the border
+            begins_after[i] = text_start(text, *offsets[first + i]) >= border
+        merged = bool(prompt) and bool((~begins_after & (spans[:, 1] > border)).any())
+        repeated = first > (not self._opening) or len(ids) - last > (not self._tokenizer_closes)
+        tokens = np.array([*opening, *ids[first:last], *self._closing], dtype=np.int32)
+        in_second = np.concatenate([np.zeros(len(opening), bool), begins_after, np.ones(len(self._closing), bool)])
         return tokens, in_second, (REPEATED,) * repeated + (MERGED,) * merged
 
 
@@ -72,12 +78,12 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     raise UserError("base_model: its tokenizer makes no token of any text; copy its tokenizer.json again from where the model came from")
 
 
-def _run(ids: Sequence[int], blank: Sequence[bool], marks: frozenset[int]) -> int:
-    """Return how many tokens a text opens with up to the last mark of its first run of marks; white space may stand around them."""
+def _run(positions: range, ids: Sequence[int], is_blank: Callable[[int], bool], marks: frozenset[int]) -> int:
+    """Return how many tokens the text has up to the last mark of its first run of marks; white space may stand around them."""
     end = 0
-    for position, token in enumerate(ids):
-        if token in marks:
-            end = position + 1
-        elif not blank[position]:
+    for count, position in enumerate(positions, 1):
+        if ids[position] in marks:
+            end = count
+        elif not is_blank(position):
             break
     return end

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data.row_formats import TEMPLATE_TYPES
+from megatron_lora.data.tokenizer_checks import check_spaces
 from megatron_lora.errors import UserError
 
 
@@ -37,6 +38,7 @@ def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"base_model: the tokenizer in {directory} cannot be loaded ({reason}); add the model's tokenizer.json") from None
     if not tokenizer.is_fast:
         raise UserError(f"base_model: the tokenizer in {directory} gives no character offsets; add the model's tokenizer.json")
+    check_spaces(tokenizer, directory)
     tokenizer.model_max_length = 2**60  # records are cut at sequence_len, so a warning about this length would mislead
     return tokenizer
 

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_lora.commands.preview import preview_records, show_preview
 from megatron_lora.config.schema import DatasetConfig, JobConfig
-from megatron_lora.data import dataset_sources, row_files
+from megatron_lora.data import dataset_sources, row_files, token_cache
 from megatron_lora.data.sample_arrays import target_share
 from megatron_lora.data.samples import load_jobs_data
 from megatron_lora.data.steps import job_steps
+from megatron_lora.data.token_cache import fingerprint, source_digest
 from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.errors import UserError
 
@@ -209,6 +210,32 @@ def test_whatever_changes_the_tokens_is_another_dataset(tmp_path, tokenizer, cou
     write(path, PAIRS[:2])
     load_job_data(job(path), tokenizer, cache)
     assert len(count_reads) == 5
+
+
+@pytest.mark.parametrize("change", ["", "# a comment\n", "X = 1\n"])
+def test_other_sources_make_another_dataset(tmp_path, change):
+    room = shutil.copytree(token_cache.__file__.rpartition("/")[0], tmp_path / "data")
+    before = source_digest(room)
+    for name in ("chat_turns.py", "row_formats.py", "text_tokens.py", "row_files.py", "token_cache.py"):
+        source_digest.cache_clear()
+        file = room / name
+        content = file.read_text()
+        file.write_text(content + change)
+        assert (source_digest(room) == before) == (change == "")
+        file.write_text(content)
+    source_digest.cache_clear()
+    (room / "a_new_module.py").write_text("")
+    assert source_digest(room) != before
+    source_digest.cache_clear()
+    assert source_digest() == before, "the key is made from the sources that run"
+
+
+@pytest.mark.parametrize("package", ["transformers", "tokenizers", "jinja2"])
+def test_other_versions_of_what_tokenises_make_another_dataset(tokenizer, monkeypatch, package):
+    before = fingerprint(tokenizer)
+    version = token_cache.version
+    monkeypatch.setattr(token_cache, "version", lambda name: "0.0" if name == package else version(name))
+    assert fingerprint(tokenizer) != before
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:50], lambda b: b"", lambda b: b[:-3] + b"\x7f" + b[-2:], lambda b: b"\xff" * len(b)])
