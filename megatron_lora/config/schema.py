@@ -23,6 +23,7 @@ from megatron_lora.config.rules import (
     Rule,
     accepts,
     code,
+    key_name,
     later,
     list_of,
     null_or,
@@ -379,7 +380,7 @@ def _check_keys(kind: type, path: str, tree: dict, extra: tuple[str, ...] = ()) 
         if home and (meant == name or not hint):
             hint = f" here; {'it' if meant == name else meant} is a key of {home}"
         listed = "" if hint else f"; the keys are {', '.join(sorted(known))}"
-        raise UserError(f"{path}.{name}".lstrip(".") + f": unknown key{hint}{listed}")
+        raise UserError(f"{path}.{key_name(name)}".lstrip(".") + f": unknown key{hint}{listed}")
 
 
 def _names(kind: type) -> frozenset[str]:
