@@ -213,7 +213,7 @@ def test_whatever_changes_the_tokens_is_another_dataset(tmp_path, tokenizer, cou
 
 
 @pytest.mark.parametrize("change", ["", "# a comment\n", "X = 1\n"])
-def test_other_sources_make_another_dataset(tmp_path, change):
+def test_other_sources_make_another_dataset(tmp_path, change, monkeypatch):
     room = shutil.copytree(token_cache.__file__.rpartition("/")[0], tmp_path / "data")
     before = source_digest(room)
     for name in ("chat_turns.py", "row_formats.py", "text_tokens.py", "row_files.py", "token_cache.py"):
@@ -228,6 +228,9 @@ def test_other_sources_make_another_dataset(tmp_path, change):
     assert source_digest(room) != before
     source_digest.cache_clear()
     assert source_digest() == before, "the key is made from the sources that run"
+    key = token_cache.dataset_key("content", "tokenizer", "text")
+    monkeypatch.setattr(token_cache, "source_digest", lambda: "others")
+    assert token_cache.dataset_key("content", "tokenizer", "text") != key
 
 
 @pytest.mark.parametrize("package", ["transformers", "tokenizers", "jinja2"])
