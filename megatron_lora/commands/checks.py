@@ -177,8 +177,8 @@ def check_checkpoint(job: JobConfig, job_data, point: ResumePoint) -> None:
     num_steps = count_steps(job_data.mixture.num_copies, job.global_batch_size, job.num_epochs, job.max_steps)
     if (point.state.samples, point.state.num_steps) != (job_data.digest(), num_steps):
         raise UserError(
-            f"jobs.{job.name}.datasets: have other records or weights, or the tokenizer makes other tokens of them, than when {point.checkpoint} "
-            "was written; restore them, or choose another output_dir"
+            f"jobs.{job.name}.datasets: have other records or weights, or the tokenizer makes other tokens of them, than when "
+            f"{point.checkpoint} was written; restore them, or choose another output_dir"
         )
 
 
