@@ -86,15 +86,51 @@ def quantise_rows_reference(x_RC: Tensor) -> Fp8Matrix:
     return Fp8Matrix(values=(x * inverse[:, None]).to(DTYPE), scales=scales)
 
 
+class Rounded:
+    """What a linear over 8-bit operands is given rounded already: X by the producer that wrote it, dY by the reader that wrote that.
+
+    A norm or SwiGLU that has a row in registers rounds it in the same pass, to the bits that `quantise_rows` gives. One Rounded serves
+    one linear for one microbatch; what is None is rounded by the linear itself.
+    """
+
+    __slots__ = ("dy", "x")
+
+    def __init__(self):
+        self.x: Fp8Matrix | None = None
+        self.dy: Fp8Matrix | None = None
+
+    def take_x(self) -> Fp8Matrix | None:
+        """Return X and forget it."""
+        x, self.x = self.x, None
+        return x
+
+    def take_dy(self) -> Fp8Matrix | None:
+        """Return dY and forget it."""
+        dy, self.dy = self.dy, None
+        return dy
+
+
+def empty_rows(like: Tensor) -> Fp8Matrix:
+    """Return a matrix [rows, C] for the rows of a tensor [..., C], not yet written."""
+    shape = like.numel() // like.shape[-1], like.shape[-1]
+    scales = torch.empty(shape[0], dtype=torch.float32, device=like.device)
+    return Fp8Matrix(values=torch.empty(shape, dtype=DTYPE, device=like.device), scales=scales)
+
+
 @triton.jit
-def _bits(b_x):
+def magnitude(b_x):
     """Return |x| as the bits of its float32, which are in the order of the numbers, with NaN above all."""
     return b_x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _rounded(b_x, inverse, FP8: tl.constexpr):
-    return (b_x.to(tl.float32) * inverse).to(FP8)
+def row_scale(largest):
+    """Return a row's scale and its inverse from its largest magnitude: up to 1.75 * 2^8 of the scale, NaN where it is not finite."""
+    # The exponent of the largest, one more where its fraction is above 0.75, less 8.
+    exponent = tl.maximum(((largest + 0x1FFFFF) >> 23) - 8, 1)
+    finite = largest < 0x7F800000
+    scale = tl.where(finite, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
+    return scale, tl.where(finite, ((254 - exponent) << 23).to(tl.float32, bitcast=True), float("nan"))
 
 
 @triton.jit
@@ -105,25 +141,21 @@ def _quantise_kernel(x_ptr, values_ptr, scales_ptr, num_cols, COLS: tl.constexpr
     o_col = tl.arange(0, COLS)
     if ONE_BLOCK:
         b_x = tl.load(x_ptr + o_col, o_col < num_cols, 0.0)
-        largest = tl.max(_bits(b_x), 0)
+        largest = tl.max(magnitude(b_x), 0)
     else:
         b_largest = tl.zeros([COLS], tl.int32)
         for first in range(0, num_cols, COLS):
             b_x = tl.load(x_ptr + first + o_col, first + o_col < num_cols, 0.0)
-            b_largest = tl.maximum(b_largest, _bits(b_x))
+            b_largest = tl.maximum(b_largest, magnitude(b_x))
         largest = tl.max(b_largest, 0)
-    # Up to 1.75 * 2^8 of the scale: the exponent of the largest, one more where its fraction is above 0.75, less 8.
-    exponent = tl.maximum(((largest + 0x1FFFFF) >> 23) - 8, 1)
-    finite = largest < 0x7F800000
-    scale = tl.where(finite, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
-    inverse = tl.where(finite, ((254 - exponent) << 23).to(tl.float32, bitcast=True), float("nan"))
+    scale, inverse = row_scale(largest)
     tl.store(scales_ptr + i_row, scale)
     if ONE_BLOCK:
-        tl.store(values_ptr + o_col, _rounded(b_x, inverse, values_ptr.dtype.element_ty), o_col < num_cols)
+        tl.store(values_ptr + o_col, (b_x.to(tl.float32) * inverse).to(values_ptr.dtype.element_ty), o_col < num_cols)
     else:
         for first in range(0, num_cols, COLS):
             b_x = tl.load(x_ptr + first + o_col, first + o_col < num_cols, 0.0)
-            tl.store(values_ptr + first + o_col, _rounded(b_x, inverse, values_ptr.dtype.element_ty), first + o_col < num_cols)
+            tl.store(values_ptr + first + o_col, (b_x.to(tl.float32) * inverse).to(values_ptr.dtype.element_ty), first + o_col < num_cols)
 
 
 def _launch(x_RC: Tensor) -> Fp8Matrix:

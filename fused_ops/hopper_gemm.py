@@ -7,8 +7,11 @@ keeps the tensor cores busy. LoRA has no epilogue; its products are further step
 frozen weight:
 
     a tile of one adapter, no dropout     the ranks are steps like any other: acc += S L
-    other tiles, and dropout              a quarter of the columns at a time: for each segment and module, the product S L is
+    other tiles, dropout, and 8 bits      a quarter of the columns at a time: for each segment and module, the product S L is
                                           computed, masked by rows and dropout, and added
+
+In 8 bits (fp8.py) both directions read the copy of W whose rows are outputs. A quarter of the columns is multiplied by the scales of its
+rows and columns before LoRA, which is in 16 bits, is added.
 
 Names: input [T, I] times weight gives output [T, O]; L is B transposed (forward: of each module, in its own columns) or A (backward).
 `Route.owned_tiles` has the adapter of every row tile inside one segment, so that the multiplying warps need no chain of loads: what the
@@ -26,6 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.adapters import LoraGroup
 from fused_ops.early_launch import pdl
+from fused_ops.fp8 import Fp8Matrix
 from fused_ops.hopper_layouts import describe, shared
 from fused_ops.hopper_lora import (
     BM,
@@ -42,9 +46,9 @@ from fused_ops.hopper_lora import (
     WARPS,
     WM,
     adapter_level,
-    add_dropped,
     add_masked,
     add_owner,
+    add_product,
     load_ranks,
     mask_hash,
     module_in_tile,
@@ -57,9 +61,12 @@ from fused_ops.lora_gemm import lora_term
 from fused_ops.route import Route
 from fused_ops.shapes import num_processors
 
-BK, TOGETHER = gl.constexpr(64), gl.constexpr(8)  # inner block; row tiles that share the columns of W in the cache
+BK, BK_OF_8_BITS = gl.constexpr(64), gl.constexpr(128)  # inner block, of as many bytes in 8 bits
+BYTES = gl.constexpr((BM.value + BN.value) * 128)  # of a step
+TOGETHER = gl.constexpr(8)  # row tiles that share the columns of W in the cache
 _INPUT, _FORWARD_WEIGHT, _BACKWARD_WEIGHT, _OUTPUT = shared(WM, BK), shared(HALF, BK), shared(BK, HALF), shared(WM, QUARTER)
-_ACC = product(HALF)
+_INPUT_OF_8_BITS, _WEIGHT_OF_8_BITS = (shared(rows, BK_OF_8_BITS, in_8_bits=True) for rows in (WM, HALF))
+_ACC, _ACC_OF_8_BITS = product(HALF), product(HALF, 32)
 
 # Larger weights are not launched early: it made 4096 x 28672 slower by 2.5%, left 14336 x 4096 and 8192 x 8192 as they were, and made
 # 5120 x 5120 and smaller ones faster by 2%. The weight's shape alone decides, so that nothing is compiled in the middle of a run.
@@ -78,9 +85,10 @@ def _tile_origin(i_tile, num_rows, num_cols):
 @gluon.jit
 def _loader(
     descs, ring, tables, sizes, starts, stops,
-    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, PDL: gl.constexpr,
+    BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, FP8: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Load every step of every tile of this program."""
+    INNER: gl.constexpr = BK_OF_8_BITS if FP8 else BK
     input_desc, weight_desc, s_desc, l_descs, l_part_descs = descs
     a_bufs, b_bufs, full_bars, empty_bars = ring
     tiles_ptr, segments_ptr, adapters_ptr = tables
@@ -88,23 +96,23 @@ def _loader(
     step = 0
     for i_tile in range(gl.program_id(0), gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)):
         i_row, i_col = _tile_origin(i_tile, num_rows, num_cols)
-        for i_k in range(0, num_inner, BK):
+        for i_k in range(0, num_inner, INNER):
             stage = step % STAGES
             full_bar = full_bars.index(stage)
             mbarrier.wait(empty_bars.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(full_bar, (BM + BN) * BK * 2)
+            mbarrier.expect(full_bar, BYTES)
             for group in gl.static_range(2):
                 async_load(input_desc, [i_row + group * WM, i_k], full_bar, a_bufs.index(2 * stage + group))
             for half in gl.static_range(2):
                 at_col = i_col + half * HALF
-                at = [i_k, at_col] if BACKWARD else [at_col, i_k]
+                at = [i_k, at_col] if BACKWARD and not FP8 else [at_col, i_k]
                 async_load(weight_desc, at, full_bar, b_bufs.index(2 * stage + half))
             step += 1
         if PDL:  # the kernel before computed S from the input, so the input and the frozen weight are older than it
             gdc_wait()
         tile_ptr = tiles_ptr + i_row // BM * 4
         i_low, i_high, owner = gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2)
-        if (owner >= 0) & (not DROPOUT):
+        if (owner >= 0) & (not DROPOUT) & (not FP8):
             for m in gl.static_range(1 if WIDE else MODULES):
                 l_desc = l_descs[0 if BACKWARD else m]
                 ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
@@ -125,15 +133,17 @@ def _loader(
 
 
 @gluon.jit
-def _frozen_product(ring, step, num_inner, BACKWARD: gl.constexpr, GROUP: gl.constexpr):
+def _frozen_product(ring, step, num_inner, BACKWARD: gl.constexpr, FP8: gl.constexpr, GROUP: gl.constexpr):
     """Return X W^T or dY W of a warp group's rows of a tile, in two halves [WM, HALF] float32, and the next step."""
     a_bufs, b_bufs, full_bars, empty_bars = ring
-    b_acc0, b_acc1 = gl.zeros([WM, HALF], gl.float32, _ACC), gl.zeros([WM, HALF], gl.float32, _ACC)
-    for i_k in range(0, num_inner, BK):
+    INNER: gl.constexpr = BK_OF_8_BITS if FP8 else BK
+    ACC: gl.constexpr = _ACC_OF_8_BITS if FP8 else _ACC
+    b_acc0, b_acc1 = gl.zeros([WM, HALF], gl.float32, ACC), gl.zeros([WM, HALF], gl.float32, ACC)
+    for i_k in range(0, num_inner, INNER):
         stage = step % STAGES
         mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
         b_in, b_w0, b_w1 = a_bufs.index(2 * stage + GROUP), b_bufs.index(2 * stage), b_bufs.index(2 * stage + 1)
-        if not BACKWARD:
+        if FP8 or not BACKWARD:
             b_w0, b_w1 = b_w0.permute((1, 0)), b_w1.permute((1, 0))
         b_acc0 = warpgroup_mma(b_in, b_w0, b_acc0, is_async=True)
         b_acc1 = warpgroup_mma(b_in, b_w1, b_acc1, is_async=True)
@@ -156,13 +166,13 @@ def _quarters(b_acc):
 @gluon.jit
 def _multiplier(
     common, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    PDL: gl.constexpr, GROUP: gl.constexpr,
+    FP8: gl.constexpr, PDL: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute and store one warp group's rows of every tile of this program."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature = common
+    output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature, scales = common
     tiles_ptr, segments_ptr, adapters_ptr = tables
     num_rows, num_cols, num_inner = sizes
     num_tiles, stride = gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)
@@ -176,19 +186,24 @@ def _multiplier(
         level = adapter_level(adapters_ptr, max(owner, 0))
         next_row, next_col = _tile_origin(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
         next_owner = gl.load(tiles_ptr + next_row // BM * 4 + 2)
-        b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD, GROUP)
-        if (owner >= 0) & (not DROPOUT):
-            b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, module_ranks[0] + module_ranks[1] + module_ranks[2], GROUP)
+        o_row = i_row + GROUP * WM + gl.arange(0, WM, ROWS)
+        if FP8:
+            b_row_scales = gl.load(scales[0] + o_row, o_row < num_rows, 0.0)
+        b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD, FP8, GROUP)
+        if not FP8:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
+            if (owner >= 0) & (not DROPOUT):
+                b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, module_ranks[0] + module_ranks[1] + module_ranks[2], GROUP)
         b_part0, b_part1 = _quarters(b_acc0)
         b_part2, b_part3 = _quarters(b_acc1)
         parts = (b_part0, b_part1, b_part2, b_part3)
-        o_row = i_row + GROUP * WM + gl.arange(0, WM, ROWS)
         b_keys = o_row.to(gl.uint32)
         if DROPOUT:
             b_keys = gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True)
         for i_part in gl.static_range(4):
             b_part = parts[i_part]
             o_col = i_col + i_part * QUARTER + gl.arange(0, QUARTER, COLUMNS)
+            if FP8:
+                b_part *= gl.expand_dims(b_row_scales, 1) * gl.expand_dims(gl.load(scales[1] + o_col, o_col < num_cols, 0.0), 0)
             b_hash = b_keys
             if DROPOUT:
                 b_hash = mask_hash(b_keys, first_feature + i_col + i_part * QUARTER)
@@ -211,8 +226,8 @@ def _multiplier(
                     DROPOUT,
                     GROUP,
                 )
-            elif DROPOUT:
-                b_part, step = add_dropped(ring, step, b_part, b_hash, module_ranks, level, MODULES, GROUP)
+            elif DROPOUT or FP8:
+                b_part, step = add_product(ring, step, b_part, b_hash, module_ranks, level, MODULES, DROPOUT, GROUP)
             if HAS_BIAS:
                 b_part += gl.expand_dims(gl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(gl.float32), 0)
             output_buf = output_bufs.index(2 * GROUP + i_part % 2)
@@ -227,12 +242,18 @@ def _multiplier(
 @gluon.jit(do_not_specialize=["num_rows", "first_feature"])
 def _hopper_kernel(
     input_desc, weight_desc, output_desc, s_desc, l_desc0, l_desc1, l_desc2, l_part0, l_part1, l_part2,
-    bias_ptr, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr, num_rows, num_cols, num_inner, first_feature, starts, stops,
+    row_scales_ptr, column_scales_ptr, bias_ptr, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr,
+    num_rows, num_cols, num_inner, first_feature, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    PDL: gl.constexpr,
+    FP8: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    a_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, WM, BK], _INPUT)
-    if BACKWARD:
+    if FP8:
+        a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, WM, BK_OF_8_BITS], _INPUT_OF_8_BITS)
+    else:
+        a_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, WM, BK], _INPUT)
+    if FP8:
+        b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, HALF, BK_OF_8_BITS], _WEIGHT_OF_8_BITS)
+    elif BACKWARD:
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, BK, HALF], _BACKWARD_WEIGHT)
     else:
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, HALF, BK], _FORWARD_WEIGHT)
@@ -241,12 +262,24 @@ def _hopper_kernel(
     ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, adapters_ptr)
     sizes = (num_rows, num_cols, num_inner)
     descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2))
-    common = (output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature)
+    common = (
+        output_desc,
+        output_bufs,
+        ring,
+        tables,
+        sizes,
+        starts,
+        stops,
+        bias_ptr,
+        keys_ptr,
+        first_feature,
+        (row_scales_ptr, column_scales_ptr),
+    )
     gl.warp_specialize(
         [
-            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, PDL, 0)),
-            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, PDL, 1)),
-            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT, PDL)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, 0)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, 1)),
+            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT, FP8, PDL)),
         ],
         [WARPS, 1],
         [240, 24],
@@ -254,8 +287,8 @@ def _hopper_kernel(
 
 
 def hopper_gemm(
-    input_TI: Tensor,
-    weight: Tensor,
+    input_TI: Tensor | Fp8Matrix,
+    weight: Tensor | Fp8Matrix,
     bias_O: Tensor | None,
     s_TR: Tensor,
     group: LoraGroup,
@@ -264,11 +297,14 @@ def hopper_gemm(
 ) -> Tensor:
     """Return what lora_gemm.gemm returns, for tensors that `suits_hopper`.
 
-    The input must be older than S: blocks of it are loaded while the kernel that computes S still runs.
+    The input in 16 bits must be older than S: blocks of it are loaded while the kernel that computes S still runs.
     """
-    num_rows, num_inner = input_TI.shape
-    num_cols = weight.shape[1 if backward else 0]
-    out_TO = torch.empty(num_rows, num_cols, dtype=input_TI.dtype, device=input_TI.device)
+    fp8 = isinstance(input_TI, Fp8Matrix)
+    scales = (input_TI.scales, weight.scales) if isinstance(input_TI, Fp8Matrix) and isinstance(weight, Fp8Matrix) else (None, None)
+    values, weight = (each.values if isinstance(each, Fp8Matrix) else each for each in (input_TI, weight))
+    inner_first, inner = backward and not fp8, (BK_OF_8_BITS if fp8 else BK).value
+    (num_rows, num_inner), num_cols = values.shape, weight.shape[1 if inner_first else 0]
+    out_TO = torch.empty(num_rows, num_cols, dtype=s_TR.dtype, device=values.device)
     term = lora_term(group, backward)
     longest = max(term.factors, key=len)  # replaces a module that no adapter targets: a descriptor needs rows
     factors = [tensor if len(tensor) else longest for tensor in term.factors]
@@ -278,16 +314,16 @@ def hopper_gemm(
         return [*values, *[None] * (3 - len(values))]
 
     tiles = -(-num_rows // BM.value) * -(-num_cols // BN.value)
-    early = bool(route.segments) and num_cols * num_inner <= MAX_EARLY_WEIGHTS
-    _hopper_kernel[(min(num_processors(input_TI.device), tiles),)](
-        describe(input_TI, WM.value, BK.value),
-        describe(weight, BK.value, HALF.value) if backward else describe(weight, HALF.value, BK.value),
+    early = bool(route.segments) and not fp8 and num_cols * num_inner <= MAX_EARLY_WEIGHTS
+    _hopper_kernel[(min(num_processors(values.device), tiles),)](
+        describe(values, WM.value, inner),
+        describe(weight, inner, HALF.value) if inner_first else describe(weight, HALF.value, inner),
         describe(out_TO, WM.value, QUARTER.value), describe(s_TR, WM.value, RANK.value),
         *three([describe(tensor, RANK.value, HALF.value) for tensor in factors]),
         *three([describe(tensor, RANK.value, QUARTER.value) for tensor in factors]),
-        bias_O, route.owned_tiles(BM.value), route.segment_table, group.adapter_table, route.row_keys,
+        *scales, bias_O, route.owned_tiles(BM.value), route.segment_table, group.adapter_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
-        num_warps=WARPS.value, maxnreg=168, **pdl(input_TI, early),
+        FP8=fp8, num_warps=WARPS.value, maxnreg=168, **pdl(values, early),
     )  # fmt: skip
     return out_TO

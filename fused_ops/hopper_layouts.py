@@ -1,22 +1,23 @@
-"""Blocks of a bfloat16 matrix on Hopper: their layout in shared memory, and the descriptor by which TMA copies them."""
+"""Blocks of a matrix on Hopper, bfloat16 or float8_e4m3fn: their layout in shared memory, and the descriptor by which TMA copies them."""
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
 @lru_cache
-def _layout(*block: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+def _layout(in_8_bits: bool, *block: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.float8e4nv if in_8_bits else gl.bfloat16)
 
 
-def shared(*block: gl.constexpr) -> gl.constexpr:
+def shared(*block: gl.constexpr, in_8_bits: bool = False) -> gl.constexpr:
     """Return the layout of a block [rows, columns] in shared memory."""
-    return gl.constexpr(_layout(*(size.value for size in block)))
+    return gl.constexpr(_layout(in_8_bits, *(size.value for size in block)))
 
 
 def describe(tensor: Tensor, *box: int) -> TensorDescriptor:
     """Return the descriptor by which TMA copies blocks of a matrix [rows, columns] that `suits_hopper`."""
-    return TensorDescriptor.from_tensor(tensor, list(box), _layout(*box))
+    return TensorDescriptor.from_tensor(tensor, list(box), _layout(tensor.dtype == torch.float8_e4m3fn, *box))

@@ -1,7 +1,7 @@
 """What LoRA adds to the pipeline of hopper_gemm.py: 16 ranks a step, loaded by the loading warp, multiplied by each warp group.
 
     add_owner      a tile of one adapter without dropout: the ranks are steps like any other, acc += S L
-    add_dropped    a tile of one adapter with dropout: the product of a quarter of the columns is computed, masked, and added
+    add_product    a tile of one adapter with dropout or in 8 bits: the product of a quarter of the columns is computed, masked, and added
     add_masked     a tile of several adapters: the same for each segment, masked by its rows too
 
 A step is 16 ranks of S [BM, 16] and of L [16, columns] in one stage of the ring. The ring is `(inputs, weights, full, empty)`: buffers in
@@ -24,9 +24,9 @@ STAGES = gl.constexpr(4)  # buffers of the ring
 _FIELDS = gl.constexpr(ADAPTER_FIELDS)
 
 
-def product(columns: gl.constexpr) -> gl.constexpr:
-    """Return the layout of a warp group's product of the given number of columns."""
-    return gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, columns.value, 16]))
+def product(columns: gl.constexpr, depth: int = 16) -> gl.constexpr:
+    """Return the layout of a warp group's product of the given number of columns; an instruction sums over `depth`: 16, or 32 in 8 bits."""
+    return gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, columns.value, depth]))
 
 
 S, LORA, LORA_PART = shared(WM, RANK), shared(RANK, HALF), shared(RANK, QUARTER)
@@ -126,11 +126,14 @@ def adapter_level(adapters_ptr, adapter):
 
 
 @gluon.jit
-def add_dropped(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr, GROUP: gl.constexpr):
+def add_product(ring, step, b_acc, b_hash, ranks, level, MODULES: gl.constexpr, DROPOUT: gl.constexpr, GROUP: gl.constexpr):
     """Return a quarter of the accumulator plus the products of the one adapter that owns the tile, each masked by its dropout."""
     for m in gl.static_range(MODULES):
         b_product, step = _product(ring, step, ranks[m], GROUP)
-        b_acc = add_kept(b_acc, b_product, b_hash, level, m)
+        if DROPOUT:
+            b_acc = add_kept(b_acc, b_product, b_hash, level, m)
+        else:
+            b_acc += b_product
     return b_acc, step
 
 

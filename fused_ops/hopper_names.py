@@ -18,7 +18,7 @@ _PUBLIC = gl.constexpr(hasattr(getattr(gl, "shared_memory_descriptor", None), "r
 @gluon.jit
 def as_block(buf, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
     """Return the beginning of a buffer in shared memory as a block [ROWS, COLUMNS] of bfloat16: the first of as many as it holds."""
-    NUM: gl.constexpr = buf.shape[0] * buf.shape[1] // (ROWS * COLUMNS)
+    NUM: gl.constexpr = buf.shape[0] * buf.shape[1] * buf.dtype.primitive_bitwidth // (16 * ROWS * COLUMNS)
     if _PUBLIC:
         blocks = buf.reinterpret(gl.bfloat16, [NUM, ROWS, COLUMNS], LAYOUT)
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_ops.adapters import LoraGroup, padded_rank
 from fused_ops.dropout import keep_mask
-from fused_ops.fp8 import Fp8Weight, multiply_reference
+from fused_ops.fp8 import Fp8Matrix, Fp8Weight, multiply_reference
 from fused_ops.route import Route
 
 _WIDENED = 1024  # rows of a 16-bit weight that are converted to float32 at a time
@@ -36,8 +36,9 @@ def up(
     s_TR: Tensor | None,
     group: LoraGroup | None,
     route: Route | None,
+    x8: Fp8Matrix | None = None,
 ) -> Tensor:
-    """Return Y [T, N] = X W^T (+ bias) + S B^T."""
+    """Return Y [T, N] = X W^T (+ bias) + S B^T; X is rounded here if the weight is, whatever `x8` has."""
     if s_TR is None or group is None or route is None:
         return _frozen(x_TK, weight_NK, bias_N)
     y_TN = _frozen(x_TK.float(), weight_NK, bias_N)
@@ -58,8 +59,15 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
     return ds_TR
 
 
-def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
-    """Return dX [T, K] = dY W + M * (dS A)."""
+def grad_x(
+    dy_TN: Tensor,
+    weight_NK: Tensor | Fp8Weight,
+    ds_TR: Tensor | None,
+    group: LoraGroup | None,
+    route: Route | None,
+    dy8: Fp8Matrix | None = None,
+) -> Tensor:
+    """Return dX [T, K] = dY W + M * (dS A); dY is rounded here if the weight is, whatever `dy8` has."""
     if ds_TR is None or group is None or route is None:
         return _frozen_grad(dy_TN, weight_NK)
     dx_TK = _frozen_grad(dy_TN.float(), weight_NK)

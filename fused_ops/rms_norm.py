@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops.backend import backend_name, gradients
+from fused_ops.fp8 import Rounded, empty_rows, magnitude, row_scale
 from fused_ops.optional_triton import tl, triton
 from fused_ops.refill import Refill, wanted
 
@@ -29,8 +30,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor |
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, rstd_ptr, num_rows, num_cols, eps,
-    ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, rstd_ptr, values_ptr, scales_ptr, num_rows, num_cols, eps,
+    ADD: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     o_row, o_col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
     m_row, m_col = o_row < num_rows, o_col < num_cols
@@ -45,7 +46,12 @@ def _forward_kernel(
     b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, 1) / num_cols + eps)  # [ROWS]
     tl.store(rstd_ptr + o_row, b_rstd, m_row)
     b_weight = tl.load(weight_ptr + o_col, m_col, 0.0).to(tl.float32)
-    tl.store(y_ptr + o, (b_x * b_rstd[:, None] * b_weight[None, :]).to(y_ptr.dtype.element_ty), m)
+    b_y = (b_x * b_rstd[:, None] * b_weight[None, :]).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + o, b_y, m)
+    if FP8:
+        b_scale, b_inverse = row_scale(tl.max(magnitude(b_y), 1))
+        tl.store(scales_ptr + o_row, b_scale, m_row)
+        tl.store(values_ptr + o, (b_y.to(tl.float32) * b_inverse[:, None]).to(values_ptr.dtype.element_ty), m)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -70,27 +76,33 @@ def _backward_kernel(
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, refill: Refill | None = None, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    refill: Refill | None = None,
+    backend: str | None = None,
+    rounded: Rounded | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (y, t): t = x (+ residual) and its RMSNorm over the last dimension; weight [H] is frozen.
 
     x, residual [..., H] contiguous, of one shape and dtype; H at most 32768 (else ValueError). With `refill` y is recomputed in backward
-    for the linear that holds the same Refill.
+    for the linear that holds the same Refill. With `rounded` kernels also give y in 8 bits to the linear that holds the same Rounded.
     """
     if x.shape[-1:] != weight.shape or x.shape[-1] > MAX_COLUMNS or not x.is_contiguous():
         raise ValueError(f"x {list(x.shape)} with strides {x.stride()} must be contiguous, as wide as its weight {list(weight.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous()):
         raise ValueError(f"residual {residual.dtype} {list(residual.shape)} does not fit x {x.dtype} {list(x.shape)}, or is not contiguous")
-    return _RmsNorm.apply(x, residual, weight.detach(), eps, refill, backend_name(x.device, backend))
+    return _RmsNorm.apply(x, residual, weight.detach(), eps, refill, backend_name(x.device, backend), rounded)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, refill, backend):
+    def forward(ctx, x, residual, weight, eps, refill, backend, rounded):
         ctx.set_materialize_grads(False)
         rstd = None
         if backend == "triton":
-            y, total, rstd = forward(x, residual, weight, eps)
+            y, total, rstd = forward(x, residual, weight, eps, rounded)
         else:
             y, total = rms_norm_reference(x, weight, eps, residual)
         ctx.save_for_backward(total, rstd)
@@ -109,20 +121,26 @@ class _RmsNorm(torch.autograd.Function):
             (y, _), (dx,) = gradients(lambda t: rms_norm_reference(t, ctx.weight, ctx.eps), (total,), (dy, dtotal))
         if refilling:
             ctx.refill.finish(y)
-        return dx, dx if ctx.has_residual else None, None, None, None, None
+        return dx, dx if ctx.has_residual else None, None, None, None, None, None
 
 
-def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernel; return y, t and rstd fp32 [rows]."""
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rounded: Rounded | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel; return y, t and rstd fp32 [rows]. With `rounded` y is also rounded to 8 bits."""
     num_cols = x.shape[-1]
     num_rows = x.numel() // num_cols
     y, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    if rounded is not None:
+        rounded.x = empty_rows(y)
+    values, scales = (None, None) if rounded is None or rounded.x is None else (rounded.x.values, rounded.x.scales)
     if num_rows:
         rows, cols, warps = _tile(num_cols)
         _forward_kernel[(triton.cdiv(num_rows, rows),)](
-            x, residual, weight, y, total, rstd, num_rows, num_cols, eps, ADD=residual is not None, ROWS=rows, COLS=cols, num_warps=warps
-        )
+            x, residual, weight, y, total, rstd, values, scales, num_rows, num_cols, eps,
+            ADD=residual is not None, FP8=values is not None, ROWS=rows, COLS=cols, num_warps=warps,
+        )  # fmt: skip
     return y, total, rstd
 
 

@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fused_ops import lora_down, lora_grad
 from fused_ops.adapters import LoraGroup
 from fused_ops.cache_keys import fix_cache_keys
-from fused_ops.fp8 import Fp8Weight, quantise_rows
+from fused_ops.fp8 import Fp8Matrix, Fp8Weight, quantise_rows
 from fused_ops.lora_gemm import gemm
 from fused_ops.route import Route
 from fused_ops.shapes import suits_hopper
@@ -53,34 +54,44 @@ def up(
     s_TR: Tensor | None,
     group: LoraGroup | None,
     route: Route | None,
+    x8: Fp8Matrix | None = None,
 ) -> Tensor:
-    """Return Y [T, N] = X W^T (+ bias) + S B^T."""
+    """Return Y [T, N] = X W^T (+ bias) + S B^T; `x8`: X in 8 bits, if a neighbour has rounded it."""
     if isinstance(weight_NK, Fp8Weight):
-        return gemm(quantise_rows(x_TK, "triton"), weight_NK.by_output, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
-    return _gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False)
+        return _gemm(x8 or quantise_rows(x_TK, "triton"), weight_NK.by_output, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
+    return _gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
 
 
-def grad_x(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None) -> Tensor:
-    """Return dX [T, K] = dY W + M * (dS A)."""
+def grad_x(
+    dy_TN: Tensor,
+    weight_NK: Tensor | Fp8Weight,
+    ds_TR: Tensor | None,
+    group: LoraGroup | None,
+    route: Route | None,
+    dy8: Fp8Matrix | None = None,
+) -> Tensor:
+    """Return dX [T, K] = dY W + M * (dS A); `dy8`: dY in 8 bits, if a neighbour has rounded it."""
     if isinstance(weight_NK, Fp8Weight):
-        return gemm(quantise_rows(dy_TN, "triton"), weight_NK.by_input, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
-    return _gemm(dy_TN, weight_NK, None, ds_TR, group, route, backward=True)
+        return _gemm(dy8 or quantise_rows(dy_TN, "triton"), weight_NK.by_input, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
+    return _gemm(dy_TN, weight_NK, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
 
 
 def _gemm(
-    input_TI: Tensor,
-    weight: Tensor,
+    input_TI: Tensor | Fp8Matrix,
+    weight: Tensor | Fp8Matrix,
     bias_O: Tensor | None,
     s_TR: Tensor | None,
     group: LoraGroup | None,
     route: Route | None,
     backward: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
+    read = (each.values if isinstance(each, Fp8Matrix) else each for each in (input_TI, weight))
     if (
         s_TR is not None
         and group is not None
         and route is not None  # None together
-        and suits_hopper(input_TI, weight, s_TR, *((group.a_RK,) if backward else group.b_RN))
+        and suits_hopper(s_TR, *read, *((group.a_RK,) if backward else group.b_RN))
     ):
         return hopper_gemm(input_TI, weight, bias_O, s_TR, group, route, backward)
-    return gemm(input_TI, weight, bias_O, s_TR, group, route, backward)
+    return gemm(input_TI, weight, bias_O, s_TR, group, route, backward, dtype)

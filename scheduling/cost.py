@@ -4,13 +4,13 @@ A stage with L layers runs a pass over T tokens with squared lengths Q = sum(len
 
     seconds = per_token * T + per_square * Q + per_rank_token * R + fixed
 
-The base is frozen, so a backward computes dX but no dW: as much linear work as a forward (plus one more forward with recompute) and 2.5
+The base is frozen, so a backward computes dX but no dW: as much linear work as a forward (plus what it recomputes) and 2.5
 times its attention work. LoRA costs 2 r (K + N) per token and linear forward and 4 r (K + N) backward (dX, dA, dB). The head costs 4 H V
 per row in the last stage's forward, which computes logits and at once their gradient; its backward only scales that gradient. Its rows are
 the targets alone, in chunks of one height: `head_share` of the tokens, 1 where every token is a target.
 
-`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each. "full" is one more forward in the backward; "cheap" writes
-norm and SwiGLU outputs once more, about _CHEAP of a forward.
+`recompute` is the policy of all layers ("none", "cheap" or "full"), or of each. "cheap" writes norm and SwiGLU outputs once more, about
+_CHEAP of a forward; "full" does so too, and is one more forward in the backward but for the layer's last product.
 
 Where a device carries MeasuredCosts, a stage is the sum of its measured layers and head instead of the formulas.
 """
@@ -18,10 +18,12 @@ Where a device carries MeasuredCosts, a stage is the sum of its measured layers 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
-from scheduling.slot_cost import SlotCost
+from scheduling.slot_cost import TILE_ROWS, SlotCost
+
+OFFLOADED = "offloaded"  # a `full` layer whose input waits in host memory (`offloaded`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,17 @@ DEVICES = {
 }
 
 
+def pass_features(samples: Iterable[tuple[int, int]], multiple: int = 1) -> tuple[int, int, int]:
+    """Return what a pass's time depends on, of samples as (tokens, rank of the adapter): sums of rows, squared lengths, rank-tokens.
+
+    Rows are rounded up to a `multiple`.
+    """
+    tokens, squares, rank_tokens = 0, 0, 0
+    for length, rank in samples:
+        tokens, squares, rank_tokens = tokens + length, squares + length * length, rank_tokens + length * rank
+    return -(-tokens // multiple) * multiple, squares, rank_tokens
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassCost:
     """Seconds of one pass over a microbatch on one stage."""
@@ -133,6 +146,7 @@ class MeasuredCosts:
 
 _USUAL_TOKENS = 4096  # of a microbatch
 _CHEAP = 0.02  # 2 H + F numbers a token at memory speed
+HOST_BYTES_PER_S = 25e9  # between a GPU and pinned host memory: what PCIe 4 reaches, half of PCIe 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +168,12 @@ class CostModel:
     def token_seconds(self, mean_rank: float = 0.0) -> float:
         """Return seconds, forward plus backward on the slowest stage, per token-equivalent of a slot."""
         return max(sum(one.per_token + mean_rank * one.per_rank_token for one in (stage.forward, stage.backward)) for stage in self.stages)
+
+    def pass_times(self, slots: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[list[list[float]], list[list[float]]]:
+        """Return the seconds of forwards and backwards, [stage][slot]; a slot's are those of the slowest of its parts (pass_features)."""
+        passes = [[stage.forward for stage in self.stages], [stage.backward for stage in self.stages]]
+        forward, backward = ([[max(one.seconds(*part) for part in parts) for parts in slots] for one in stages] for stages in passes)
+        return forward, backward
 
     def to_json(self) -> list[dict]:
         """Return plain data for a JSON file."""
@@ -189,13 +209,15 @@ def analytic_cost(
         lora = 2 * shape.lora_width * num_layers / rate
         head = 4 * shape.head_params * head_share / rate if index == len(layers) - 1 else 0.0
         launches = device.layer_launch_s * num_layers
-        recomputed = (policies.count("full") + _CHEAP * policies.count("cheap")) / max(1, num_layers)  # of a forward
+        shares = {policy: policies.count(policy) / max(1, num_layers) for policy in ("none", "cheap", "full")}
+        recomputed = shares["full"] + _CHEAP * (shares["full"] + shares["cheap"])  # of a forward
+        last_product = shares["full"] * shape.hidden_size * shape.ffn_size / max(1, shape.layer_params)
         forward = PassCost(per_token=linear + head, per_square=attention, per_rank_token=lora, fixed=launches)
         backward = PassCost(
-            per_token=linear * (1 + recomputed),
+            per_token=linear * (1 + recomputed - last_product),
             per_square=attention * (2.5 + recomputed),
             per_rank_token=lora * (2 + recomputed),
-            fixed=launches * (1 + policies.count("full") / max(1, num_layers)),
+            fixed=launches * (1 + shares["full"]),
         )
         stages.append(StageCost(forward, backward))
     return CostModel(tuple(stages))
@@ -217,11 +239,28 @@ def stage_costs(
     tensor: int = 1,
     recompute: str | Sequence[str] = "none",
     head_share: float = 1.0,
+    to_host_bytes: float = 0.0,
 ) -> CostModel:
-    """Return the cost of each stage as it was measured on the device, by analytic_cost where it was not."""
+    """Return the cost of each stage as it was measured on the device, by analytic_cost where it was not.
+
+    Where inputs of `full` layers wait in host memory, each is `to_host_bytes` per token, and its layer takes at least as long as the copy.
+    """
     if device.measured is None:
-        return analytic_cost(shape, device, layers, tensor, recompute, head_share)
-    of_policy, head = dict(device.measured.layers), device.measured.head
+        model = analytic_cost(shape, device, layers, tensor, recompute, head_share)
+        layer = analytic_cost(shape, device, (1, 0), tensor).stages[0].forward
+    else:
+        model = _measured_costs(device.measured, layers, recompute, head_share)
+        layer = dict(device.measured.layers)["full"].forward
+    late = max(0.0, to_host_bytes / HOST_BYTES_PER_S - layer.per_token)
+    stages = []
+    for index, (stage, policies) in enumerate(zip(model.stages, stage_policies(layers, recompute), strict=True)):
+        waited = late * offloaded(policies, index == 0).count(OFFLOADED)
+        stages.append(StageCost(replace(stage.forward, per_token=stage.forward.per_token + waited), stage.backward))
+    return CostModel(tuple(stages))
+
+
+def _measured_costs(measured: MeasuredCosts, layers: Sequence[int], recompute: str | Sequence[str], head_share: float) -> CostModel:
+    of_policy, head = dict(measured.layers), measured.head
     head = StageCost(*(replace(one, per_token=one.per_token * head_share) for one in (head.forward, head.backward)))
     chosen = stage_policies(layers, recompute)
     parts = [[*(of_policy[policy] for policy in policies), *[head] * (index == len(layers) - 1)] for index, policies in enumerate(chosen)]
@@ -230,16 +269,15 @@ def stage_costs(
 
 def recomputing(cost: StageCost, policy: str) -> StageCost:
     """Return what a layer that recomputes nothing costs under a policy, by its own forward."""
-    again = {"none": 0.0, "cheap": _CHEAP, "full": 1.0}[policy]
+    again = {"none": 0.0, "cheap": _CHEAP, "full": 1.0}[policy]  # the last product is a share of a shape that is not known here
     pairs = {field.name: getattr(cost.backward, field.name) + again * getattr(cost.forward, field.name) for field in fields(PassCost)}
     return StageCost(cost.forward, PassCost(**pairs))
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One timed pass of one stage."""
+    """One timed pass."""
 
-    stage: int
     backward: bool
     tokens: float
     squares: float
@@ -247,21 +285,15 @@ class Measurement:
     seconds: float
 
 
-def refine(model: CostModel, measurements: Sequence[Measurement]) -> CostModel:
-    """Refit each measured pass of each stage to its timings; coefficients that the timings cannot separate keep their ratio.
+def refine(cost: StageCost, measurements: Sequence[Measurement]) -> StageCost:
+    """Refit the passes of a stage, or of a part of one, to their timings; coefficients that the timings cannot separate keep their ratio.
 
     Least squares over scale factors of the model's four terms, kept >= 0 and pulled weakly to their common scale. Errors are relative to
     the model's times (relative to the measured ones they would favour quick passes). A pass that took 5 times as long as others, relative
     to the model, is ignored: it compiled a kernel, or the machine was busy.
     """
-    stages = []
-    for index, stage in enumerate(model.stages):
-        both = []
-        for backward, cost in ((False, stage.forward), (True, stage.backward)):
-            rows = [m for m in measurements if m.stage == index and m.backward == backward and m.seconds > 0]
-            both.append(_refit(cost, rows) if rows else cost)
-        stages.append(StageCost(*both))
-    return CostModel(tuple(stages))
+    rows = {backward: [m for m in measurements if m.backward == backward and m.seconds > 0] for backward in (False, True)}
+    return StageCost(*(_refit(one, rows[b]) if rows[b] else one for b, one in ((False, cost.forward), (True, cost.backward))))
 
 
 _PULL = 1e-3  # weight of the pull to the common scale, relative to one measurement
@@ -325,3 +357,41 @@ def head_share(target_share: float, tokens: int, chunk_rows: int) -> float:
     """
     height = min(chunk_rows, tokens)
     return min(tokens, max(height, target_share * tokens + height / 2)) / tokens
+
+
+TILE_COLUMNS = 256  # of the GEMMs
+_MAX_TILES = 256  # of rows: 32,768 tokens
+
+
+def linear_tiles(shape: ModelShape, device: Device, tensor: int = 1) -> tuple[float, ...]:
+    """Return SlotCost.tiles: the time of a layer's linears, forward and backward, by row tiles, in tokens that fill every wave of tiles.
+
+    The device computes `processors` tiles of a GEMM at a time, and an incomplete last wave takes as long as a full one: 4,096 rows of 5,120
+    columns are 640 tiles, five waves of 132, as many as 3,329 rows need. Empty where the device has no tiles.
+    """
+    if not device.processors:
+        return ()
+    query, key_value = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
+    ffn = shape.ffn_size // tensor
+    hidden = shape.hidden_size
+    forward = [(hidden, query + 2 * key_value), (query, hidden), (hidden, 2 * ffn), (ffn, hidden)]
+    products = [*forward, *((columns, inner) for inner, columns in forward)]  # dX has the weight's sides the other way around
+    wave = device.processors * TILE_ROWS * TILE_COLUMNS
+    weights = sum(inner * columns for inner, columns in products)
+
+    def tokens(row_tiles: int) -> float:
+        waves = ((inner, -(-row_tiles * -(-columns // TILE_COLUMNS) // device.processors)) for inner, columns in products)
+        return sum(inner * count for inner, count in waves) * wave / weights
+
+    return tuple(map(tokens, range(_MAX_TILES + 1)))
+
+
+def offloaded(policies: Sequence[str], is_first: bool) -> tuple[str, ...]:
+    """Return a stage's policies with OFFLOADED for the `full` layers whose input waits in host memory.
+
+    The input of the uppermost stays, since its backward comes first, and so does the stage's own unless it `is_first`: it was received,
+    and the executor holds it.
+    """
+    full = [layer for layer, policy in enumerate(policies) if policy == "full"]
+    leaving = set(full[:-1]) - (set() if is_first else {0})
+    return tuple(OFFLOADED if layer in leaving else policy for layer, policy in enumerate(policies))

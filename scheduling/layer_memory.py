@@ -5,9 +5,12 @@ rotation and SwiGLU) allocates them:
 
     kept     none    input, first norm's x, q, k, v, attention's output, sum and x of the second norm, gate | up, swiglu; S of each linear
              cheap   without the two x and swiglu, which backward recomputes
-             full    the input alone
+             full    the input alone; nothing where it waits in host memory: then the input, and the next one to come back, count at peaks
     forward  what is alive beyond that when the layer's output is complete
     backward the maximum over down's gradients, SwiGLU's, gate | up's, attention's, less what is freed by then
+
+SwiGLU's backward writes its gradient over gate | up, and the output that it computes again over that output's gradient. A `full` layer
+runs again as a `cheap` one, up to the input of its last linear, whose product backward does not need.
 
 A linear that no adapter targets keeps nothing. S and the norms' statistics are kept as long as the microbatch. With head norms the GEMM's
 q | k | v is kept too. Sequence parallelism shards the rows of what tensor parallelism does not shard, and gathers them for a GEMM.
@@ -17,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from scheduling.cost import OFFLOADED, ModelShape
 
 POLICIES = ("none", "cheap", "full")
 MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
@@ -62,12 +67,13 @@ class LayerMemory:
     num_jobs: int
     head_norms: bool
     grouped: bool  # several query heads share a key
+    sums_of_dq: int  # float32 copies of dQ that attention's backward sums into
     sequence: bool
 
     def kept(self, policy: str) -> float:
         """Bytes per token between forward and backward."""
-        if policy == "full":
-            return self.hidden
+        if policy in ("full", OFFLOADED):
+            return self.hidden * (policy == "full")
         qkv = self.query + 2 * self.key_value
         bare = 2 * self.hidden + 2 * self.statistics + qkv * (1 + self.head_norms) + self.query + self.sums + 2 * self.ffn
         bare += sum(self.widths.values())
@@ -79,33 +85,39 @@ class LayerMemory:
         return self.hidden * ((self.widths["qkv"] > 0) + (self.widths["up"] > 0)) + self.ffn * (self.widths["down"] > 0)
 
     def forward(self, policy: str) -> float:
-        """Bytes per token beyond `kept` when the output is complete: attention's and the MLP's result, and the output itself."""
-        output = max(3 * self.hidden, 2 * self.hidden + self.gathered * self.sequence)
+        """Bytes per token beyond `kept` at the forward's peak: the MLP's result and the output; of a `full` layer, what it drops too."""
+        if policy == OFFLOADED:
+            return self.hidden + self.forward("full")
+        output = max(2 * self.hidden, self.hidden + self.gathered * self.sequence)
         swiglu = self.ffn * (policy != "none" or not self.widths["down"])
         if policy != "full":
             return output + swiglu
         qkv = self.query + 2 * self.key_value
         attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + self.gathered
-        return max(attention, self.hidden + output + 3 * self.ffn)  # also the second norm's sum, and gate | up
+        up = max(2 * self.hidden + self.gathered * self.sequence + 2 * self.ffn, self.hidden + 3 * self.ffn)
+        return max(attention, up, self.hidden + output + self.ffn)  # beside the second norm's sum
 
     def backward(self, policy: str, tokens: int) -> float:
         """Bytes beyond `kept`, for `tokens` tokens, at the peak of the backward."""
-        if policy == "full":  # it runs as a layer that keeps everything except its input
-            recomputed = self.kept("none") - self.hidden
-            return (recomputed + self.hidden) * tokens + max(self.forward("none") * tokens, self.backward("none", tokens))
+        if policy == OFFLOADED:
+            return 2 * self.hidden * tokens + self.backward("full", tokens)
+        if policy == "full":
+            return (self.kept("cheap") - self.hidden) * tokens + self.backward("cheap", tokens)
         cheap, widths = policy == "cheap", self.widths
         swiglu_kept = 0.0 if cheap or not widths["down"] else self.ffn
         dy = self.hidden + (self.gathered if self.sequence else 0.0)
         down = dy + widths["down"] + max(self._shares("down", tokens), self.ffn) + self._partial("down", self.ffn, tokens)
-        swiglu = self.hidden + 3 * self.ffn - swiglu_kept
+        swiglu = self.hidden + self.ffn - swiglu_kept
         if cheap and widths["down"]:
-            swiglu += self.ffn + widths["down"] + self._partial("down", self.ffn, tokens)
+            swiglu += widths["down"] + self._partial("down", self.ffn, tokens)
         freed = 2 * self.ffn + swiglu_kept
         dx = self.gathered + (self.hidden if self.sequence else 0.0)
         up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - freed
         freed += self.hidden * (1 + (not cheap and widths["up"] > 0))
         expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK, dV of all query heads by cuDNN; torch's take half
-        attention = self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item + expanded - freed
+        attention = (
+            self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item * self.sums_of_dq + expanded - freed
+        )
         return max(down, swiglu, up, attention, 0.0) * tokens
 
     def _shares(self, linear: str, tokens: int) -> float:
@@ -124,30 +136,23 @@ class LayerMemory:
 
 
 def layer_memory(
-    *,
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    ffn_size: int,
-    adapters: Sequence[Adapter],
-    item: int,
-    tensor: int = 1,
-    sequence: bool = False,
-    head_norms: bool = False,
+    shape: ModelShape, adapters: Sequence[Adapter], item: int, tensor: int = 1, sequence: bool = False, deterministic: bool = False
 ) -> LayerMemory:
-    """Derive a layer's sizes from its shape; `item` is the bytes of a number of the compute dtype."""
-    local = tensor if sequence else 1
-    query, key_value, ffn = num_heads * head_dim // tensor, num_kv_heads * head_dim // tensor, ffn_size // tensor
-    outputs = {"qkv": (query, key_value, key_value), "o": (hidden_size,), "up": (ffn, ffn), "down": (hidden_size,)}
+    """Derive a layer's sizes from the model's shape; `item` is the bytes of a number of the compute dtype.
 
+    Flash attention in a fixed order (`deterministic`) has a copy of dQ for each program that works on a head at once.
+    """
+    local = tensor if sequence else 1
+    query, key_value = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
+    hidden, ffn = shape.hidden_size, shape.ffn_size // tensor
+    outputs = {"qkv": (query, key_value, key_value), "o": (hidden,), "up": (ffn, ffn), "down": (hidden,)}
     return LayerMemory(
-        hidden=hidden_size * item / local,
-        gathered=hidden_size * item,
+        hidden=hidden * item / local,
+        gathered=hidden * item,
         query=query * item,
         key_value=key_value * item,
         ffn=ffn * item,
-        sums=4 * num_heads / tensor,
+        sums=4 * shape.num_heads / tensor,
         statistics=4 / local,
         item=item,
         widths={
@@ -157,7 +162,8 @@ def layer_memory(
         blocks={name: sum(-(-size // _SHARE_COLUMNS) for size in sizes) for name, sizes in outputs.items()},
         largest_rank=max((adapter.rows for adapter in adapters), default=0),
         num_jobs=len(adapters),
-        head_norms=head_norms,
-        grouped=num_heads != num_kv_heads,
+        head_norms=shape.qk_norm,
+        grouped=shape.num_heads != shape.num_kv_heads,
+        sums_of_dq=-(-_PROGRAMS * tensor // shape.num_heads) if deterministic else 1,
         sequence=sequence,
     )

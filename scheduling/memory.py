@@ -14,10 +14,10 @@ Prediction and `torch.cuda.max_memory_allocated` count the same bytes. RESERVED 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
-from scheduling.cost import Device, ModelShape, stage_policies
+from scheduling.cost import OFFLOADED, Device, ModelShape, offloaded, stage_policies
 from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
@@ -40,6 +40,7 @@ class StageMemory:
     runtime: float
     layer: LayerMemory
     policies: tuple[str, ...]
+    is_first: bool
     base: float  # per token in flight, outside the layers: rotary table, tokens; on the last stage the loss's gradient too
     num_messages: int  # hidden states being sent, and the received gradient, while the stage computes
     head_rows: int  # of the vocabulary on this rank; 0 on stages without the loss
@@ -48,6 +49,15 @@ class StageMemory:
     def per_token_in_flight(self) -> float:
         """Bytes per token that a microbatch keeps between its forward and its backward."""
         return self.base + sum(map(self.layer.kept, self.policies))
+
+    @property
+    def on_host_per_token(self) -> float:
+        """Bytes of host memory per token in flight."""
+        return self.policies.count(OFFLOADED) * self.layer.hidden
+
+    def with_policies(self, policies: Sequence[str], offload: bool) -> StageMemory:
+        """Return the same stage under other policies of its layers; `offload` inputs of `full` ones to host memory."""
+        return replace(self, policies=offloaded(policies, self.is_first) if offload else tuple(policies))
 
     def total(self, tokens_in_flight: float, largest_slot: int) -> float:
         """Return the bytes with this number of tokens in flight and in the largest microbatch."""
@@ -84,7 +94,7 @@ class StageMemory:
             count = sum(1 for _ in run)
             moments.append((per_token + above) * tokens + layer.backward(policy, tokens))
             per_token -= count * layer.kept(policy)
-            above += count * sum(layer.widths.values()) * (policy != "full")
+            above += count * sum(layer.widths.values()) * (policy not in ("full", OFFLOADED))
         return moments
 
     @property
@@ -112,21 +122,16 @@ def stage_memory(
     sequence: bool = False,
     cuda: bool = True,
     replicas: int = 1,
+    offload: bool = False,
+    deterministic: bool = False,
 ) -> StageMemory:
     """Model one stage with its resident `adapters`.
 
     `item` is the bytes of a number of the compute dtype, `weight_bytes` those of a frozen linear's weight (`item` unless it is quantised).
-    A tied matrix counts on the first and on the last stage.
+    A tied matrix counts on the first and on the last stage. With `offload`, inputs of `full` layers wait in host memory.
     """
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
-    layer = layer_memory(
-        **{name: getattr(shape, name) for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size")},
-        adapters=adapters,
-        item=item,
-        tensor=tensor,
-        sequence=sequence,
-        head_norms=shape.qk_norm,
-    )
+    layer = layer_memory(shape, adapters, item, tensor, sequence, deterministic)
     head_rows = -(-shape.vocab_size // tensor)
     linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor
     norms = (2 * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * item
@@ -137,12 +142,13 @@ def stage_memory(
         adapters=sum(per_job) * (_STATE_BYTES + (item if item < 4 else 0)) + summed,
         runtime=float(_CUBLAS_BYTES if cuda else 0),
         layer=layer,
-        policies=stage_policies(layers, recompute)[stage],
+        policies=(),
+        is_first=first,
         base=shape.head_dim * item + _INPUT_BYTES + (2 * layer.hidden + layer.statistics) * last,
         num_messages=(not first) + 2 * (not last),
         head_rows=head_rows if last else 0,
     )
-    return memory
+    return memory.with_policies(stage_policies(layers, recompute)[stage], offload)
 
 
 def _adapter_weights(shape: ModelShape, adapter: Adapter, tensor: int) -> int:

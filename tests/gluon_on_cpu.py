@@ -103,7 +103,8 @@ class Descriptor:
     layout = Layout()
 
     def __init__(self, tensor: torch.Tensor, box):
-        self.data, self.box = tensor.numpy(), tuple(box)
+        self.bytes = 1 if tensor.dtype == torch.float8_e4m3fn else 2  # of an element on the device
+        self.data, self.box = tensor.float().numpy() if self.bytes == 1 else tensor.numpy(), tuple(box)
 
     @classmethod
     def from_tensor(cls, tensor, box, layout):
@@ -118,6 +119,8 @@ class Descriptor:
 
 class Buffer:
     """A block of shared memory; several views may share the same numbers."""
+
+    dtype = types.SimpleNamespace(primitive_bitwidth=16)
 
     def __init__(self, flat: np.ndarray, shape, transposed=False):
         self.flat, self.shape, self.transposed = flat, tuple(int(n) for n in shape), transposed
@@ -309,7 +312,7 @@ def _to_shared(desc, coord, bar, buffer, pred=True):
     box[target] = desc.data[source]
     buffer.view[:] = box
     with bar.condition:
-        bar.bytes -= 2 * box.size
+        bar.bytes -= desc.bytes * box.size
         bar.resolve()
 
 
@@ -379,6 +382,7 @@ def _language() -> types.SimpleNamespace:
         "inline_asm_elementwise": _assembly,
         "thread_barrier": lambda: None,
         "bfloat16": np.float32,
+        "float8e4nv": np.float32,
     }
     names |= {name: getattr(np, name) for name in ("float32", "int32", "uint32", "int64")}
     names |= dict.fromkeys(("BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout", "SliceLayout"), Layout)

@@ -35,7 +35,7 @@ ROOMS = {  # room of megatron_lora -> what else it may import: rooms, other pack
     "parallel": {"config", "huggingface", "fused_ops"},
     "data": {"config", "scheduling.types", "scheduling.job_lengths", "fused_ops"},
     "output": {"config", "huggingface"},
-    "model": {"config", "huggingface", "parallel", "data.microbatch", "scheduling.memory", "fused_ops"},
+    "model": {"config", "huggingface", "parallel", "data.microbatch", "scheduling.cost", "scheduling.memory", "fused_ops"},
     "planning": {"config", "huggingface", "parallel", "scheduling"},
     "training": {"config", "huggingface", "parallel", "data", "output", "model", "planning", "scheduling", "fused_ops"},
     "commands": {"config", "huggingface", "parallel", "data", "output", "model", "planning", "training", "scheduling", "fused_ops"},

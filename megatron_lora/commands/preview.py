@@ -76,15 +76,16 @@ class PreviewRecord:
 
 def preview_records(job: JobConfig, tokenizer: PreTrainedTokenizerBase, num_records: int = 3) -> tuple[PreviewRecord, ...]:
     """Encode the first good records of a job's datasets exactly as training does."""
+    from megatron_lora.data.chat_template import chat_settings
     from megatron_lora.data.dataset_sources import sources_of
     from megatron_lora.data.row_formats import RecordEncoder
     from megatron_lora.data.tokenizer import require_chat_template
 
-    encoder = RecordEncoder(tokenizer)
+    encoder = RecordEncoder(tokenizer, chat_settings(job))
     preview: list[PreviewRecord] = []
     number = 0
     for position, dataset in enumerate(job.datasets):
-        require_chat_template(job.name, dataset, tokenizer)
+        require_chat_template(job, dataset, tokenizer)
         for source in sources_of(dataset, f"jobs.{job.name}.datasets.{position}.path"):
             for where, record in (row for block in source.blocks() for row in block.rows()):
                 number += 1

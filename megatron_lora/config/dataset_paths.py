@@ -1,6 +1,7 @@
 """What a dataset's `path` and `type` may be: files of records by their endings, patterns of files, ids of the hub."""
 
 import re
+from collections.abc import Mapping
 
 from megatron_lora.config.rules import accepts, path_of, show
 from megatron_lora.errors import UserError
@@ -29,3 +30,10 @@ def dataset_path(path: str, value: object) -> str:
 def is_hub_id(path: str) -> bool:
     """Whether a dataset's path is an id of the hub: owner/name, without the ending of a file of records."""
     return HUB_ID.fullmatch(path) is not None and not path.endswith(DATASET_FILES)
+
+
+def check_hub_keys(where: str, path: str, keys: Mapping[str, object]) -> None:
+    """Raise UserError for a key that is set and is for hub ids alone, beside the path of a file."""
+    for name, value in keys.items():
+        if value is not None and not is_hub_id(path):
+            raise UserError(f"{where}.{name}: {show(value)} is for a hub id and {where}.path is a file; remove it")

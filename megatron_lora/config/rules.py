@@ -11,12 +11,16 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_lora.errors import UserError, one_line
 
 Check = Callable[[str, object], Any]
+
+RECOMPUTE = ("none", "cheap", "full")
+JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 OTHER_WORDS = {  # what other trainers call a key of ours
     "adam_eps": "adam_epsilon",
@@ -188,9 +192,52 @@ def subset_of(what: str, choices: tuple[str, ...]) -> Rule:
     return rule
 
 
+def mapping_of(what: str) -> Rule:
+    """Accept a mapping of names to values of YAML's own types."""
+
+    @accepts(f"a mapping of {what} to values")
+    def rule(path: str, value: object) -> dict[str, object]:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"{path}: {show(value)} is not a mapping of {what} to values; write {{name: value}}")
+        return value
+
+    return rule
+
+
 def null_or(rule: Rule) -> Rule:
     """Accept null, or what `rule` accepts."""
     return Rule(f"{rule.accepts}, or null", lambda path, value: None if value is None else rule(path, value))
+
+
+def auto_or(rule: Rule) -> Rule:
+    """Accept `auto`, or what `rule` accepts."""
+
+    @accepts(f"{rule.accepts}, or `auto`")
+    def either(path: str, value: object) -> object:
+        try:
+            return "auto" if value == "auto" else rule(path, value)
+        except UserError as error:
+            raise UserError(f"{error}, or auto") from None
+
+    return either
+
+
+@accepts("1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or digit")
+def job_name(path: str, value: object) -> str:
+    """Accept a name that is safe as a folder name on any system."""
+    if not isinstance(value, str) or not JOB_NAME.fullmatch(value):
+        raise UserError(
+            f"{path}: {show(value)} cannot name a job; use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+        )
+    return value
+
+
+@accepts(f"`auto`, {', '.join(map(code, RECOMPUTE))}, or a list of the last {len(RECOMPUTE)}, one for each layer")
+def recompute(path: str, value: object) -> str | tuple[str, ...]:
+    """Accept auto, a recomputation policy for all layers, or a list of one for each layer of the model."""
+    if isinstance(value, list):
+        return list_of("policies, one per layer", one_of(*RECOMPUTE))(path, value)
+    return one_of("auto", *RECOMPUTE)(path, value)
 
 
 def later(rule: Rule, *, off: object) -> Rule:

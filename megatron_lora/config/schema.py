@@ -11,25 +11,27 @@ itself. Whether it fits the files, the model and the machine is checks.py's ques
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lora.config.dataset_paths import DATASET_TYPES, dataset_path, is_hub_id
+from megatron_lora.config.dataset_paths import DATASET_TYPES, check_hub_keys, dataset_path
 from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.rules import (
     OTHER_WORDS,
     Rule,
     accepts,
-    code,
+    auto_or,
+    job_name,
     key_name,
     later,
     list_of,
+    mapping_of,
     null_or,
     number,
     one_of,
     path_of,
+    recompute,
     show,
     subset_of,
     suggest,
@@ -37,12 +39,11 @@ from megatron_lora.config.rules import (
     truth,
     whole_number,
 )
+from megatron_lora.config.together import check_together
 from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RECOMPUTE = ("none", "cheap", "full")
-JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SEED = whole_number("a seed", 0, 2**32 - 1)
 
 
@@ -54,30 +55,6 @@ def key(default: object, rule: Rule, meaning: str, unit: str = "") -> Any:
 def required(rule: Rule, meaning: str, unit: str = "") -> Any:
     """Declare a key that every config must set."""
     return dataclasses.field(metadata={"rule": rule, "meaning": meaning, "unit": unit})
-
-
-@accepts("1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or digit")
-def job_name(path: str, value: object) -> str:
-    """Accept a name that is safe as a folder name on any system."""
-    if not isinstance(value, str) or not JOB_NAME.fullmatch(value):
-        raise UserError(
-            f"{path}: {show(value)} cannot name a job; use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
-        )
-    return value
-
-
-@accepts("a whole number of at least 1, or `auto`")
-def budget(path: str, value: object) -> int | str:
-    """Accept the token budget of a microbatch, or auto."""
-    return "auto" if value == "auto" else whole_number("a number of tokens, or auto", 1)(path, value)
-
-
-@accepts(f"`auto`, {', '.join(map(code, RECOMPUTE))}, or a list of the last {len(RECOMPUTE)}, one for each layer")
-def recompute(path: str, value: object) -> str | tuple[str, ...]:
-    """Accept auto, a recomputation policy for all layers, or a list of one for each layer of the model."""
-    if isinstance(value, list):
-        return list_of("policies, one per layer", one_of(*RECOMPUTE))(path, value)
-    return one_of("auto", *RECOMPUTE)(path, value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,14 +130,10 @@ def parallel(path: str, value: object) -> ParallelConfig:
 class DatasetConfig:
     """Records of one format: a file, several, or a data set of the hub."""
 
-    path: str = required(
-        dataset_path, "file of records, or a pattern (`*`, `?`, `**`), from the directory in which the command runs; or a hub id"
-    )
+    path: str = required(dataset_path, "file of records or pattern (`*`, `?`, `**`), from the directory of the command; or a hub id")
     type: str = required(one_of(*DATASET_TYPES), "format of its records: [data.md](data.md)")
     name: str | None = key(None, null_or(text("the name of a hub data set's configuration")), "of a hub id: its configuration")
-    split: str | None = key(
-        None, null_or(text("the name of a split")), "of a hub id: its split, as in `train` or `train[:1000]`; null: `train`"
-    )
+    split: str | None = key(None, null_or(text("the name of a split")), "of a hub id: its split (`train[:1000]`); null: `train`")
     sampling_weight: float = key(
         1.0,
         number("a sampling weight", 0, 1000, above=True),
@@ -172,9 +145,7 @@ class DatasetConfig:
 def dataset(path: str, value: object) -> DatasetConfig:
     """Accept a mapping of DatasetConfig's keys."""
     config = _build(DatasetConfig, path, value)
-    for name in ("name", "split"):
-        if getattr(config, name) is not None and not is_hub_id(config.path):
-            raise UserError(f"{path}.{name}: {show(getattr(config, name))} is for a hub id and {path}.path is a file; remove it")
+    check_hub_keys(path, config.path, {"name": config.name, "split": config.split})
     return config
 
 
@@ -195,6 +166,15 @@ class JobConfig:
     )
     train_on_inputs: bool = key(
         False, truth(), "false: the loss counts completions and assistant turns alone; true: every token but the first of a sample"
+    )
+    train_on: str = key("all", one_of("all", "last"), "which assistant turns of a record the loss counts: all, or the last one alone")
+    chat_template: str | None = key(
+        None,
+        null_or(path_of("a file that holds a chat template, or the name of one")),
+        "in place of the base model's: a file, or the name of [one of ours](data.md#chat-templates); null: the base model's",
+    )
+    chat_template_kwargs: dict[str, Any] | None = key(
+        None, null_or(mapping_of("names that a chat template uses")), "what the chat template is given besides messages and tools"
     )
     sequence_len: int = key(
         2048, whole_number("a sequence length in tokens", 2), "longer samples are cut at the right, and counted", "tokens"
@@ -273,7 +253,7 @@ class RunConfig:
     parallel: ParallelConfig = key(ParallelConfig(), parallel, "how the run is spread over ranks; default: one rank")
     microbatch_tokens: int | str = key(
         4096,
-        budget,
+        auto_or(whole_number("a number of tokens", 1)),
         "what a microbatch may hold, at least the longest sample; `auto`: as many as memory allows and no more than pay, and the "
         "run's `config.yaml` has the number",
         "tokens",
@@ -284,6 +264,18 @@ class RunConfig:
         "what backward computes again in place of keeping it: `none`; `cheap`: the outputs of norms and SwiGLU, a third less "
         "activation memory; `full`: each layer, least memory; `auto`: for each layer what fits and costs least time by the memory "
         "model. Results are the same",
+    )
+    activation_offloading: bool | str = key(
+        "auto",
+        auto_or(truth()),
+        "true: inputs of layers that are recomputed as `full` wait in pinned host memory, and are copied while layers compute; `auto`: "
+        "on a GPU, where the run would not fit otherwise. Results are the same",
+    )
+    deterministic: bool = key(
+        False,
+        truth(),
+        "true: runs that execute the same plan on the same hardware give the same bits ([what that takes](running.md#the-same-bits-"
+        "again)). Attention is torch's, with a fixed order of sums",
     )
     load_weights: bool = key(True, truth(), "false: random weights, for benchmarks")
     base_weights: str = key(
@@ -301,6 +293,11 @@ class RunConfig:
     )
     jobs: tuple[JobConfig, ...]
 
+    @property
+    def may_run_again(self) -> bool:
+        """Whether `recompute` lets a layer run again in backward: it is `full`, or may become so."""
+        return self.recompute == "auto" or "full" in self.recompute  # the word, or one in the list
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config, apply `key.path=value` overrides, fill in defaults and check every key; UserError is one line."""
@@ -313,7 +310,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     _check_keys(RunConfig, "", tree, extra=("defaults",))
     seed = SEED("seed", tree.get("seed", 0))
     config = _values(RunConfig, "", tree, skip=("jobs",))
-    return RunConfig(**config, jobs=_load_jobs(defaults, jobs, seed))
+    return check_together(RunConfig(**config, jobs=_load_jobs(defaults, jobs, seed)))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -342,6 +339,8 @@ def _load_jobs(defaults: object, jobs: object, seed: int) -> tuple[JobConfig, ..
         if name and name.lower() in built:
             raise UserError(f"{where}.name: two jobs have this name (upper and lower case count as the same); rename one")
         config = _build(JobConfig, where, defaults | job)
+        if config.train_on == "last" and config.train_on_inputs:
+            raise UserError(f"{where}.train_on: last contradicts {where}.train_on_inputs: true; keep one of them")
         built[config.name.lower()] = config if config.seed is not None else dataclasses.replace(config, seed=seed)
     return tuple(built.values())
 

@@ -47,11 +47,16 @@ def text_of(record: Mapping[str, object], key: str, where: str) -> str:
         raise missing(record, key, where)
     if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} is {json.dumps(value, default=str)[:40]}; write it as text")
+    return complete(value, repr(key), where)
+
+
+def complete(text: str, what: str, where: str) -> str:
+    """Return a text that is made of complete characters; UserError otherwise, which calls it `what`."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {key!r} holds half of a character (a lone surrogate escape); remove it") from None
-    return value
+        raise UserError(f"{where}: {what} holds half of a character (a lone surrogate escape); remove it") from None
+    return text
 
 
 def missing(record: Mapping[str, object], key: str, where: str) -> UserError:

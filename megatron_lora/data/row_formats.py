@@ -18,7 +18,9 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_lora.data.chat_records import CHAT_TYPES, ChatEncoder
+from megatron_lora.data.chat_fields import CHAT_TYPES, is_conversation
+from megatron_lora.data.chat_records import ChatEncoder
+from megatron_lora.data.chat_template import ChatSettings
 from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.record_fields import check_other_fields, filled_text_of, text_of
 from megatron_lora.data.text_tokens import TextTokenizer
@@ -38,11 +40,16 @@ ALPACA_WITH_INPUT = "{opening}\n\n### Instruction:\n{instruction}\n\n### Input:\
 class RecordEncoder:
     """Turns records into tokens and targets with one tokenizer; UserError says where a record stands that cannot be trained on."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chats: ChatSettings | None = None):
         if tokenizer.eos_token_id is None:
             raise UserError("base_model: its tokenizer has no eos_token, so no completion could end; name one in tokenizer_config.json")
+        self._given = tokenizer, chats
         self._texts = TextTokenizer(tokenizer)
-        self._chats = ChatEncoder(tokenizer)
+        self._chats = ChatEncoder(tokenizer, chats or ChatSettings())
+
+    def __reduce__(self):
+        """Pickle what the encoder is made of: a compiled template is no data."""
+        return RecordEncoder, self._given
 
     def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> Encoded:
         """Encode a complete record, of which at least one token is a target."""
@@ -52,11 +59,12 @@ class RecordEncoder:
             "alpaca": self._alpaca,
             "alpaca_chat": self._alpaca_chat,
         }
-        encoded = self._chats.encode(record, format, where) if format in CHAT_TYPES else encoders[format](record, where)
-        targets = np.ones_like(encoded.targets) if train_on_inputs else encoded.targets.copy()
+        chat = is_conversation(record, format)
+        encoded = self._chats.encode(record, format, train_on_inputs, where) if chat else encoders[format](record, where)
+        targets = np.ones_like(encoded.targets) if train_on_inputs and not chat else encoded.targets.copy()
         targets[:1] = False
         if not targets.any():
-            turns = ": no assistant turn has content" if format in TEMPLATE_TYPES else ""
+            turns = ": no assistant turn that is trained has content" if chat else ""
             raise UserError(f"{where}: has nothing to train on{turns}; remove the record or complete it")
         return replace(encoded, targets=targets)
 
@@ -84,7 +92,7 @@ class RecordEncoder:
             {"role": "user", "content": f"{instruction}\n{context}" if context else instruction},
             {"role": "assistant", "content": output},
         ]
-        encoded = self._chats.encode({"messages": messages}, "messages", where)
+        encoded = self._chats.encode({"messages": messages}, "messages", False, where)
         return replace(encoded, notes=notes + encoded.notes)
 
     def _pair(self, prompt: str, completion: str, subject: str, notes: tuple[str, ...]) -> Encoded:

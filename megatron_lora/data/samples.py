@@ -21,6 +21,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
+from megatron_lora.data.chat_template import chat_settings
 from megatron_lora.data.dataset_sources import Source, sources_of
 from megatron_lora.data.length_records import LengthEncoder
 from megatron_lora.data.row_formats import RecordEncoder
@@ -130,7 +131,6 @@ class _Reader:
         self._tokenizer = tokenizer
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self._vocab_size = vocab_size
-        self._encoder = None if tokenizer is None else RecordEncoder(tokenizer)
         self._fingerprint = "" if tokenizer is None else fingerprint(tokenizer)
         self._datasets: dict[tuple[Source, Settings], Dataset] = {}
         self._errors: dict[tuple[Source, Settings, str], UserError] = {}
@@ -138,8 +138,10 @@ class _Reader:
     def read(self, job: JobConfig, config: DatasetConfig, source: Source) -> Dataset:
         """Get a source's dataset; UserError for a bad record unless the job drops those."""
         if self._tokenizer is not None:
-            require_chat_template(job.name, config, self._tokenizer)
-        settings = Settings(format=config.type, train_on_inputs=job.train_on_inputs, sequence_len=job.sequence_len)
+            require_chat_template(job, config, self._tokenizer)
+        settings = Settings(
+            format=config.type, train_on_inputs=job.train_on_inputs, sequence_len=job.sequence_len, chats=chat_settings(job)
+        )
         if (source, settings) not in self._datasets:
             refused = source, settings, job.bad_rows
             if refused in self._errors:
@@ -158,16 +160,17 @@ class _Reader:
         if settings.format == "lengths":
             assert self._vocab_size is not None, "lengths become tokens of some vocabulary"
             return hold(_tokenised(source, settings, LengthEncoder(self._vocab_size), job, None))
-        assert self._tokenizer is not None and self._encoder is not None, f"no tokenizer was loaded for {source}"
+        assert self._tokenizer is not None, f"no tokenizer was loaded for {source}"
+        encoder = RecordEncoder(self._tokenizer, settings.chats)
         content = source.digest() if self._cache_dir is not None else ""
         if self._cache_dir is None or not content:
-            return hold(_tokenised(source, settings, self._encoder, job, None))
+            return hold(_tokenised(source, settings, encoder, job, None))
         key = dataset_key(content, self._fingerprint, *dataclasses.astuple(settings))
         dataset = fetch(self._cache_dir, key)
         if dataset is not None:
             return dataset
         try:
-            return store(self._cache_dir, key, _tokenised(source, settings, self._encoder, job, self._cache_dir))
+            return store(self._cache_dir, key, _tokenised(source, settings, encoder, job, self._cache_dir))
         except OSError as error:
             raise UserError(
                 f"{self._cache_dir}: tokenised data cannot be kept there ({error.strerror}); "

@@ -16,7 +16,7 @@ from typing import cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_lora.data.chat_turns import text_start
+from megatron_lora.data.chat_turns import tokens_of
 from megatron_lora.errors import UserError
 
 REPEATED = "a bos or eos that the text itself has is written once"
@@ -58,11 +58,9 @@ class TextTokenizer:
         if all(offsets[i][1] <= border or is_blank(i) for i in range(last - 1, first - 1, -1)):
             return None
         opening = self._opening or (self._bos if first else ())
-        spans = np.array(offsets[first:last], dtype=np.int64)
-        begins_after = spans[:, 0] >= border
-        for i in np.flatnonzero(~begins_after & (spans[:, 1] > border)):  # it stands across the border
-            begins_after[i] = text_start(text, *offsets[first + i]) >= border
-        merged = bool(prompt) and bool((~begins_after & (spans[:, 1] > border)).any())
+        body = tokens_of(text, ids[first:last], offsets[first:last])
+        begins_after = body.starts >= border
+        merged = bool(prompt) and bool((~begins_after & (body.ends > border)).any())
         repeated = first > (not self._opening) or len(ids) - last > (not self._tokenizer_closes)
         tokens = np.array([*opening, *ids[first:last], *self._closing], dtype=np.int32)
         in_second = np.concatenate([np.zeros(len(opening), bool), begins_after, np.ones(len(self._closing), bool)])

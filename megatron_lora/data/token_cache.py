@@ -1,9 +1,9 @@
 """Tokenised datasets on disk: each distinct one is made once, and every job, rank and later run maps it into memory.
 
-A dataset's file is named by the hash of all that decides its tokens: the bytes of the dataset file, the format, the tokenizer with its
-chat template, `train_on_inputs`, `sequence_len`, the versions of the packages that tokenise, and the sources of this room. It is a
-safetensors file, written under a temporary name and renamed, so several ranks may write it at once. It holds a checksum; a file that does
-not match it is not used. What grows with the data is spooled to disk while it is made.
+A dataset's file is named by the hash of all that decides its tokens: the bytes of the dataset file, the format, the tokenizer, the chat
+template and its settings, `train_on_inputs`, `sequence_len`, the versions of the packages that tokenise, and the sources of this room. It
+is a safetensors file, written under a temporary name and renamed, so several ranks may write it at once. It holds a checksum; a file that
+does not match it is not used. What grows with the data is spooled to disk while it is made.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def read_dataset(file: IO[bytes], check: bool = True) -> Dataset | None:
     return Dataset(**(arrays | small), **(facts | {"bad": tuple(facts["bad"])}))
 
 
-def dataset_key(content: str, tokenizer_fingerprint: str, *settings: str | int | None) -> str:
+def dataset_key(content: str, tokenizer_fingerprint: str, *settings: object) -> str:
     """Hash everything that decides a dataset's tokens; `content` is a hash of its records, and `settings` are those of the job."""
     parts = [source_digest(), content, tokenizer_fingerprint, *settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

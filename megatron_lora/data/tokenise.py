@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_lora.data.chat_template import ChatSettings
 from megatron_lora.data.dataset_sources import Source
 from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.row_files import Block
@@ -43,6 +44,7 @@ class Settings:
     format: str
     train_on_inputs: bool
     sequence_len: int
+    chats: ChatSettings
 
 
 def tokenise(source: Source, settings: Settings, encoder: Encoder, drop_bad: bool, builder: DatasetBuilder, *, pool: bool) -> None:

@@ -24,6 +24,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from fused_ops.backend import gradients
+from fused_ops.fp8 import Rounded
 from fused_ops.refill import Refill
 from fused_ops.rope import rotate_qkv
 from fused_ops.route import Route
@@ -31,6 +32,7 @@ from megatron_lora.data.microbatch import Packing
 from megatron_lora.model.backends import first_line
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
 from megatron_lora.model.norm import RMSNorm
+from megatron_lora.model.offloading import LayerInputs
 
 Attend = Callable[[Tensor, Tensor, Tensor, Packing, float, int | None], Tensor]  # q, k, v, packing, scale, window
 _TRIED_LENGTHS = (70, 1, 130)  # of the samples that an attention is tried on
@@ -41,13 +43,15 @@ class PackedRows(PackedSeqParams):
     """What Megatron passes on to every layer: the microbatch's packing, its rotary table (cos, sin) and the route to its adapters.
 
     The route goes to the linears with the rows that it describes. Under pipelining and recomputation a "current" microbatch
-    would be another one in backward. `offsets` is computed from the packing by the first layer's attention, for all layers.
+    would be another one in backward. `offsets` is computed from the packing by the first layer's attention, for all layers. `inputs` are
+    those of layers that run again in backward, where they wait in host memory.
     """
 
     packing: Packing = field(kw_only=True)
     rotary: tuple[Tensor, Tensor] | None = None
     route: Route | None = None  # None: the base model alone
     offsets: Any = None
+    inputs: LayerInputs | None = None  # None: autograd keeps them
 
 
 class MergedSelfAttention(SelfAttention):
@@ -59,12 +63,14 @@ class MergedSelfAttention(SelfAttention):
     k_layernorm: RMSNorm
     core_attention: PackedAttention  # or Transformer Engine's
 
-    def forward(self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None, rounded: Rounded | None = None
+    ) -> Tensor:
         """Return [T_local, 1, H] for normed hidden states [T_local, 1, H].
 
-        With `refill`, linear_qkv does not keep them for backward.
+        With `refill`, linear_qkv does not keep them for backward; `rounded` has them in 8 bits.
         """
-        qkv, _ = self.linear_qkv(hidden_states, packed_seq_params.route, refill)
+        qkv, _ = self.linear_qkv(hidden_states, packed_seq_params.route, refill, rounded)
         norms = None
         if self.config.qk_layernorm:
             norms = self.q_layernorm.weight, self.k_layernorm.weight, self.q_layernorm.eps

@@ -5,6 +5,8 @@
              torch    our norms and torch's attention
              te       Transformer Engine's norms, and its attention if it runs on this GPU, forward and backward
 
+    deterministic: true takes `torch` for `auto`, whose attention alone has a fixed order of sums that fits any samples
+
 Our norms are the default because they add the residual, and recompute their output in backward, in one
 kernel; Transformer Engine needs several. Linears are always ours. Versions do not tell whether cuDNN's or
 Transformer Engine's attention runs on a GPU, so it is tried once at start-up. If it fails, torch's takes
@@ -62,6 +64,11 @@ def this_machine() -> Machine:
     )
 
 
+def backend_of(config: RunConfig) -> str:
+    """Return the backend that a run takes its norms and attention from."""
+    return "torch" if config.deterministic else config.backend
+
+
 def choose(backend: str, machine: Machine) -> Backends:
     """Return what a run with `backend` uses on a machine. Raises UserError if the machine lacks it."""
     if backend == "te":
@@ -85,8 +92,9 @@ def check_backends(config: RunConfig, machine: Machine | None = None) -> None:
     Imports Transformer Engine if it is used.
     """
     machine = machine or this_machine()
-    if "te" in dataclasses.astuple(choose(config.backend, machine)):
-        import_engine(config.backend)
+    backend = backend_of(config)
+    if "te" in dataclasses.astuple(choose(backend, machine)):
+        import_engine(backend)
     elif machine.engine is not None:
         _check_harmless(machine.engine)
     if config.base_weights == "fp8" and machine.capability is not None and machine.capability < FP8_CAPABILITY:

@@ -9,7 +9,8 @@ feed-forward size, Q width of q, k and v together):
     none    every linear's input: about 4 H + Q + 3 F
     cheap   the GEMMs' outputs: about 2 H + Q + 2 F. Backward of a norm or SwiGLU computes its output again
             in the same pass, and gives it to the linear that needs it (fused_ops.refill)
-    full    the layer's input alone: H. Backward runs the layer's forward again
+    full    the layer's input alone: H. Backward runs the layer's forward again, as `cheap` and up to
+            W_down's input: no gradient depends on W_down's product
 
 All policies give the same bits: the same kernels recompute from the same numbers, and dropout masks
 depend on counters alone, not on a random generator's state. Adapter gradients are accumulated in the
@@ -18,13 +19,13 @@ linears' backward, which every policy runs once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from fused_ops.fp8 import Rounded
 from fused_ops.refill import Refill
 from fused_ops.swiglu import swiglu
 from megatron_lora.model.attention import MergedSelfAttention, PackedRows
@@ -41,7 +42,7 @@ class Mlp(Protocol):
 
 
 class DecoderLayer(TransformerLayer):
-    """Megatron's layer, built by Megatron; the stage sets `recompute`."""
+    """Megatron's layer, built by Megatron; the stage sets `recompute`, and whether the input of a `full` layer goes to the host."""
 
     input_layernorm: RMSNorm | EngineNorm
     self_attention: MergedSelfAttention
@@ -49,43 +50,62 @@ class DecoderLayer(TransformerLayer):
     mlp: Mlp
 
     recompute = "none"
+    offloads = False
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedRows, **_) -> tuple[Tensor, None]:
         """Return the layer's output [T_local, 1, H], and None for Megatron's cross-attention context."""
         if self.recompute != "full" or not torch.is_grad_enabled():
             return self._compute(hidden_states, packed_seq_params, self.recompute == "cheap"), None
-        return _Rerun.apply(hidden_states, lambda hidden: self._compute(hidden, packed_seq_params, False)), None
+        return _Rerun.apply(hidden_states, self, packed_seq_params), None
 
     def _compute(self, hidden: Tensor, rows: PackedRows, cheap: bool) -> Tensor:
         """Run the layer; if `cheap`, the linears after norms and SwiGLU do not keep their inputs."""
-        for_qkv, for_up, for_down = (Refill() if cheap else None for _ in range(3))
-        x, hidden = self.input_layernorm.add(hidden, refill=for_qkv)
-        attended = self.self_attention(x, rows, for_qkv)
-        x, hidden = self.pre_mlp_layernorm.add(attended, hidden, for_up)
-        gate_up, _ = self.mlp.linear_fc1(x, rows.route, for_up)
-        x = swiglu(gate_up, for_down)
-        out, _ = self.mlp.linear_fc2(x, rows.route, for_down)
+        down = self.mlp.linear_fc2.new_rounded()
+        hidden, x, for_down = self._up_to_down(hidden, rows, cheap, down)
+        out, _ = self.mlp.linear_fc2(x, rows.route, for_down, down)
         return hidden + out
+
+    def for_backward(self, hidden: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor]:
+        """Run the layer again for its backward: return the sum's two terms, the second without values."""
+        hidden, x, for_down = self._up_to_down(hidden, rows, cheap=True)
+        return hidden, self.mlp.linear_fc2.for_backward(x, rows.route, for_down, hidden.shape)
+
+    def _up_to_down(
+        self, hidden: Tensor, rows: PackedRows, cheap: bool, down: Rounded | None = None
+    ) -> tuple[Tensor, Tensor, Refill | None]:
+        """Run all of the layer before its last linear: return the residual, the linear's input, and its Refill if `cheap`.
+
+        Nothing outlives its last use here: this is the peak of a forward that keeps nothing. `down` gets the input in 8 bits.
+        """
+        for_qkv, for_up, for_down = (Refill() if cheap else None for _ in range(3))
+        qkv, up = self.self_attention.linear_qkv.new_rounded(), self.mlp.linear_fc1.new_rounded()
+        x, hidden = self.input_layernorm.add(hidden, None, for_qkv, qkv)
+        x, hidden = self.pre_mlp_layernorm.add(self.self_attention(x, rows, for_qkv, qkv), hidden, for_up, up)
+        x, _ = self.mlp.linear_fc1(x, rows.route, for_up, up)
+        return hidden, swiglu(x, for_down, rounded_up=up, rounded_down=down), for_down
 
 
 class _Rerun(torch.autograd.Function):
-    """Run a function of one tensor and keep only the tensor; backward runs the function again, then its backward.
+    """Run a layer and keep only its input, here or in host memory; backward runs the layer again, then its backward.
 
-    The tensor must require a gradient, otherwise autograd does not call this backward. The stage makes the
+    The input must require a gradient, otherwise autograd does not call this backward. The stage makes the
     embedding's output require one.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(hidden)
-        ctx.run = run
-        return run(hidden)
+    def forward(ctx, hidden: Tensor, layer: DecoderLayer, rows: PackedRows) -> Tensor:
+        ctx.layer, ctx.rows = layer, rows
+        if rows.inputs is None:
+            ctx.save_for_backward(hidden)
+        else:
+            ctx.place = rows.inputs.put(hidden, stays=not layer.offloads)
+        return layer._compute(hidden, rows, cheap=False)
 
     @staticmethod
     def backward(ctx, d_output: Tensor):
-        (hidden,) = ctx.saved_tensors
+        hidden = ctx.saved_tensors[0] if ctx.rows.inputs is None else ctx.rows.inputs.take(ctx.place)
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            output = ctx.run(hidden)
-        (d_hidden,) = torch.autograd.grad(output, hidden, d_output)
-        return d_hidden, None
+            terms = ctx.layer.for_backward(hidden, ctx.rows)
+        (d_hidden,) = torch.autograd.grad(terms, hidden, (d_output, d_output))
+        return d_hidden, None, None

@@ -40,7 +40,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from fused_ops.adapters import LoraGroup
-from fused_ops.fp8 import Fp8Weight, quantise_weight
+from fused_ops.fp8 import Fp8Weight, Rounded, quantise_weight
 from fused_ops.linear import Collectives, multi_lora_linear
 from fused_ops.refill import Refill
 from fused_ops.route import Route
@@ -129,10 +129,23 @@ class MultiLoraLinear:
             raise UserError(f"base_weights: 'fp8': {self.geometry.paths[0]}: {error}; use native, or fetch the model again") from None
         self.weight = None  # pyright: ignore[reportAttributeAccessIssue]  None is how torch drops a parameter
 
-    def _apply_linear(self, x: Tensor, bias: Tensor | None, route: Route | None, refill: Refill | None) -> Tensor:
+    def new_rounded(self) -> Rounded | None:
+        """Return what a norm or SwiGLU beside the linear gives rows in 8 bits to; None over a weight in 16 or 32 bits."""
+        return None if self.weight_in_8_bits is None else Rounded()
+
+    def _apply_linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        route: Route | None,
+        refill: Refill | None,
+        rounded: Rounded | None = None,
+        output_shape: torch.Size | None = None,
+    ) -> Tensor:
         """Return Y [T or T_local, N] for Megatron's x [rows, batch of 1, K]."""
         weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits
-        return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, refill=refill)
+        options = {"refill": refill, "rounded": rounded, "output_shape": output_shape}
+        return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, **options)
 
 
 class MultiLoraColumnParallelLinear(ColumnParallelLinear, MultiLoraLinear):
@@ -143,9 +156,11 @@ class MultiLoraColumnParallelLinear(ColumnParallelLinear, MultiLoraLinear):
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
         self._setup(config, tp_comm_buffer_name, "column", (ColumnCollectives, ColumnSequenceCollectives))
 
-    def forward(self, input_: Tensor, route: Route | None, refill: Refill | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, input_: Tensor, route: Route | None, refill: Refill | None = None, rounded: Rounded | None = None
+    ) -> tuple[Tensor, None]:
         """Return Y with its bias added, and None: Megatron adds a bias returned here, and there is none to add."""
-        return self._apply_linear(input_, self.bias, route, refill).unsqueeze(1), None
+        return self._apply_linear(input_, self.bias, route, refill, rounded).unsqueeze(1), None
 
 
 class MultiLoraRowParallelLinear(RowParallelLinear, MultiLoraLinear):
@@ -156,10 +171,16 @@ class MultiLoraRowParallelLinear(RowParallelLinear, MultiLoraLinear):
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
         self._setup(config, tp_comm_buffer_name, "row", (RowCollectives, RowSequenceCollectives))
 
-    def forward(self, input_: Tensor, route: Route | None, refill: Refill | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, input_: Tensor, route: Route | None, refill: Refill | None = None, rounded: Rounded | None = None
+    ) -> tuple[Tensor, None]:
         """Return Y with its bias added once, after the reduction, and None: Megatron has no bias to add."""
-        y = self._apply_linear(input_, None, route, refill)
+        y = self._apply_linear(input_, None, route, refill, rounded)
         return (y if self.bias is None else y + self.bias).unsqueeze(1), None
+
+    def for_backward(self, input_: Tensor, route: Route | None, refill: Refill | None, output_shape: torch.Size) -> Tensor:
+        """Return what `forward` returned, [T_local, 1, N], without values: to run backward again, whose gradients do not depend on them."""
+        return self._apply_linear(input_, None, route, refill, None, torch.Size((output_shape[0], output_shape[-1]))).unsqueeze(1)
 
 
 def freeze(module: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ Every row is normalised alone, and the weight is frozen, so sequence parallelism
 import torch
 from torch import Tensor
 
+from fused_ops.fp8 import Rounded
 from fused_ops.refill import Refill
 from fused_ops.rms_norm import rms_norm
 
@@ -23,9 +24,11 @@ class RMSNorm(torch.nn.Module):
         """Normalise the last dimension of x."""
         return self.add(x)[0]
 
-    def add(self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None) -> tuple[Tensor, Tensor]:
+    def add(
+        self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None, rounded: Rounded | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the normalised sum x + residual, and the sum itself, the new residual.
 
-        With `refill`, backward recomputes the former.
+        With `refill`, backward recomputes the former; with `rounded` it is also given to a linear in 8 bits.
         """
-        return rms_norm(x, self.weight, self.eps, residual, refill)
+        return rms_norm(x, self.weight, self.eps, residual, refill, rounded=rounded)

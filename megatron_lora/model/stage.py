@@ -8,7 +8,7 @@ Megatron's in these points:
     tied head      first and last stage each hold a copy (one stage: one copy); neither is trained
     gradients      no parameter requires one: adapters lie in the arena, outside the module tree
 
-    stage = build_stage(read_architecture(directory), directory, parallel, dtype=torch.bfloat16, device=device)
+    stage = build_stage(read_base_model(directory), directory, parallel, dtype=torch.bfloat16, device=device)
     hidden = stage(microbatch, received)            # received: None on the first stage
     losses = stage.losses(hidden, microbatch.labels, microbatch.targets)     # on the last stage
 """
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.data.microbatch import StageInput
-from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
 from megatron_lora.huggingface.rope import frequencies, rotary_table
 from megatron_lora.huggingface.weight_slices import Checkpoint, Part, RandomTensors, load
 from megatron_lora.model import loss
@@ -48,10 +48,12 @@ from megatron_lora.model.cudnn_attention import cudnn_attention
 from megatron_lora.model.decoder import DecoderLayer
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.model.norm import RMSNorm
+from megatron_lora.model.offloading import HostPool, LayerInputs
 from megatron_lora.model.transformer_engine import EngineAttention, EngineNorm
 from megatron_lora.parallel import compat
 from megatron_lora.parallel.partition import check_layout, layers_of_stages, recompute_of_layers
 from megatron_lora.parallel.process_groups import tensor_group
+from scheduling.cost import OFFLOADED, offloaded
 
 
 @dataclass
@@ -92,11 +94,20 @@ class Stage(torch.nn.Module):
                 linear.set_layer(layer)
                 yield linear
 
-    def set_recompute(self, recompute: str | tuple[str, ...]) -> None:
-        """Set the recomputation policy of all layers, or of each layer of the model."""
+    def set_recompute(self, recompute: str | tuple[str, ...], offload: bool = False) -> None:
+        """Set the recomputation policy of all layers, or of each layer of the model; `offload` inputs of `full` layers to host memory."""
         policies = recompute_of_layers(recompute, self.architecture.num_layers)
-        for layer, block in zip(self.layers, self.blocks, strict=True):
-            block.recompute = policies[layer]
+        own = tuple(policies[layer] for layer in self.layers)
+        for block, policy, where in zip(self.blocks, own, offloaded(own, self.is_first), strict=True):
+            block.recompute, block.offloads = policy, offload and where == OFFLOADED
+        self.host_pool = HostPool(self.device) if any(block.offloads for block in self.blocks) else None
+
+    def reserve_host_memory(self, num_rows: int) -> None:
+        """Allocate the host memory of all microbatches that may be in flight; the largest has `num_rows` rows on this rank."""
+        if self.host_pool is not None:
+            in_flight = parallel_state.get_pipeline_model_parallel_world_size() - parallel_state.get_pipeline_model_parallel_rank()
+            number = in_flight * sum(block.offloads for block in self.blocks)
+            self.host_pool.reserve(number, num_rows * self.architecture.hidden_size, self.dtype)
 
     def set_attention(self, attention: str) -> None:
         """Set who computes the attention of all layers: "cudnn" by plans that they share, else what stands in their slots."""
@@ -117,17 +128,19 @@ class Stage(torch.nn.Module):
         if self.is_first:
             assert hidden is None
             embedded = self.model.embedding(input_ids=microbatch.tokens[None], position_ids=None)
-            embedded.requires_grad_(torch.is_grad_enabled())  # otherwise the first layer's adapters get no gradient
+            if torch.is_grad_enabled():
+                embedded = _Differentiable.apply(torch.zeros((), device=self.device, requires_grad=True), embedded)
         else:
             assert hidden is not None
             embedded = None
             self.model.set_input_tensor(hidden.unsqueeze(1))
+        inputs = LayerInputs(self.host_pool) if self.host_pool is not None and torch.is_grad_enabled() else None
         out = self.model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=embedded,
-            packed_seq_params=PackedRows(qkv_format="thd", packing=packing, rotary=rotary, route=microbatch.route),
+            packed_seq_params=PackedRows(qkv_format="thd", packing=packing, rotary=rotary, route=microbatch.route, inputs=inputs),
         )
         out = out.squeeze(0 if self.is_last else 1)  # GPTModel gives [1, T, H] from its output layer, [T, 1, H] before it
         return make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True)
@@ -160,7 +173,7 @@ class Stage(torch.nn.Module):
         """Yield each part of this rank's parameters, with the name and slice of the checkpoint tensor that it is loaded from."""
         everything = slice(None)
         if self.is_first:
-            yield self._vocabulary_part(self.model.embedding.word_embeddings.weight, "model.embed_tokens.weight")
+            yield self._vocabulary_part(self.model.embedding.word_embeddings.weight, EMBEDDING)
         for layer, block in zip(self.layers, self.blocks, strict=True):
             prefix = f"model.layers.{layer}"
             norms = [(block.input_layernorm, "input_layernorm"), (block.pre_mlp_layernorm, "post_attention_layernorm")]
@@ -174,13 +187,28 @@ class Stage(torch.nn.Module):
         if self.is_last:
             yield Part(target=cast(RMSNorm, self.model.decoder.final_layernorm).weight, name="model.norm.weight", index=(everything,))
             if not (self.architecture.tied_head and self.is_first):
-                name = "model.embed_tokens.weight" if self.architecture.tied_head else "lm_head.weight"
+                name = EMBEDDING if self.architecture.tied_head else HEAD
                 yield self._vocabulary_part(head_weight(self.model), name)
 
     def _vocabulary_part(self, weight: Tensor, name: str) -> Part:
         first = self.tensor_group.rank() * weight.shape[0]
         rows = min(weight.shape[0], self.architecture.vocab_size - first)
         return Part(target=weight[:rows], name=name, index=(slice(first, first + rows), slice(None)))
+
+
+class _Differentiable(torch.autograd.Function):
+    """Lets a tensor require a gradient, which is dropped: otherwise the first layer's adapters would get none.
+
+    As a leaf, the tensor would be held by the graph for as long as the microbatch is in flight.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, None
 
 
 def head_weight(model: GPTModel) -> torch.nn.Parameter:
@@ -214,10 +242,12 @@ def build_stage(
     recompute: str | tuple[str, ...] = "none",
     base_weights: str = "native",
     backends: Backends = OURS,
+    activation_offloading: bool = False,
 ) -> Stage:
     """Build this rank's stage and load its weights: from `model_dir`'s safetensors, or random ones if not `load_weights`.
 
-    `recompute` is the policy of all layers, or of each layer of the complete model (decoder.py).
+    `recompute` is the policy of all layers, or of each layer of the complete model (decoder.py); `activation_offloading`
+    lets the inputs of `full` layers wait in host memory (offloading.py).
     `base_weights` "fp8" quantises the linears' weights, one linear after another. `backends` chooses the
     norms and the attention (backends.py). Megatron's `parallel_state` must be initialised
     (process_groups.initialize_parallel). Raises UserError where model, files and layout do not fit together.
@@ -245,11 +275,11 @@ def build_stage(
         for parameter in model.parameters():
             parameter.zero_()  # the rows that pad the vocabulary stay zero
     stage = Stage(model, architecture, layers, device)
-    stage.set_recompute(recompute)
+    stage.set_recompute(recompute, activation_offloading)
     stage.set_attention(backends.attention)
     if load_weights:
         assert model_dir is not None
-        load(stage.parts(), Checkpoint(model_dir))
+        load(stage.parts(), Checkpoint(model_dir, architecture))
     else:
         load(stage.parts(), RandomTensors(architecture, seed, dtype, device))
     if base_weights == "fp8":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.backend import gradients
+from fused_ops.fp8 import Rounded
 from fused_ops.refill import Refill, wanted
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.model.attention import PackedRows, fault_of
@@ -42,10 +43,12 @@ class EngineNorm(torch.nn.Module):
         """Normalise the last dimension of x."""
         return self.norm(x)
 
-    def add(self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None) -> tuple[Tensor, Tensor]:
+    def add(
+        self, x: Tensor, residual: Tensor | None = None, refill: Refill | None = None, rounded: Rounded | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the normalised sum x + residual, and the sum itself, the new residual.
 
-        With `refill`, backward recomputes the former.
+        With `refill`, backward recomputes the former. A linear in 8 bits rounds it itself: `rounded` stays empty.
         """
         total = x if residual is None else x + residual
         return (self.norm(total) if refill is None else _RecomputedNorm.apply(total, self.norm, refill)), total

@@ -24,7 +24,7 @@ from megatron_lora.output.job_states import OVER
 from megatron_lora.output.metrics import metrics_file, read_metrics
 from megatron_lora.output.standing import ResumePoint, resume_points
 
-RUN_KEYS_THAT_MAY_CHANGE = ("output_dir", "parallel", "microbatch_tokens", "recompute", "backend", "jobs")
+RUN_KEYS_THAT_MAY_CHANGE = ("output_dir", "parallel", "microbatch_tokens", "recompute", "activation_offloading", "backend", "jobs")
 JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "bad_rows", "save_steps")  # the records are compared by their digest
 
 
@@ -39,6 +39,22 @@ def changed_key(before: RunConfig, now: RunConfig) -> str | None:
         for name, (old, new) in _differences(old_job, jobs[old_job.name], JOB_KEYS_THAT_MAY_CHANGE).items():
             return f"jobs.{old_job.name}.{name}: {show(new)} differs from {show(old)}"
     return None
+
+
+def as_begun(before: RunConfig, now: RunConfig) -> RunConfig:
+    """Return a config with what a run began with where it says `auto`: its precision, and under `deterministic` what decides its plan.
+
+    Those are microbatch_tokens and, in the same pipeline, layers_per_stage, which depend on the memory that is free.
+    """
+    now = with_precision_of(before, now)
+    if not now.deterministic:
+        return now
+    if now.microbatch_tokens == "auto":
+        now = dataclasses.replace(now, microbatch_tokens=before.microbatch_tokens)
+    if now.parallel.layers_per_stage is None and now.parallel.pipeline == before.parallel.pipeline:
+        layers = before.parallel.layers_per_stage
+        now = dataclasses.replace(now, parallel=dataclasses.replace(now.parallel, layers_per_stage=layers))
+    return now
 
 
 def with_precision_of(before: RunConfig, now: RunConfig) -> RunConfig:

@@ -30,7 +30,7 @@ from megatron_lora.config.schema import RunConfig, dump_config, load_config
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import write_atomically
 from megatron_lora.output.job_states import OVER, after
-from megatron_lora.output.resume import check_resume, rewind, with_precision_of
+from megatron_lora.output.resume import as_begun, check_resume, rewind
 from megatron_lora.output.standing import ResumePoint, resume_points
 
 LOCK, STATUS = ".lock", "status.json"
@@ -90,7 +90,7 @@ class RunDirectory:
             # Checked again, because another run may have ended between `check` and the lock.
             remaining = check_resume(self.path, job_states(self.path), config)
             rewind(self.path, remaining)
-            config = with_precision_of(load_config(self.path / "config.yaml"), config)
+            config = as_begun(load_config(self.path / "config.yaml"), config)
             jobs |= {name: job for name, job in self.status()["jobs"].items() if name not in remaining}
         else:
             for entry in ("calibration.json", "cost.json", "plan", "jobs", "timeline.json"):
@@ -106,17 +106,6 @@ class RunDirectory:
         path = Path(config.output_dir)
         assert (path / STATUS).exists(), f"{path} was not created by RunDirectory.create"
         return cls(path, _lock(path, fcntl.LOCK_SH), False)
-
-    @property
-    def plan_dir(self) -> Path:
-        """Directory of the windows that are executed."""
-        return self.path / "plan"
-
-    def job_dir(self, name: str) -> Path:
-        """Return the directory of a job; it is created if absent."""
-        path = self.path / "jobs" / name
-        path.mkdir(parents=True, exist_ok=True)
-        return path
 
     def status(self) -> dict:
         """Return what status.json says: exit_status, reason, and jobs, which maps names to state and reason."""
@@ -185,11 +174,15 @@ def _check_available(path: Path) -> None:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"output_dir: {str(path)!r} cannot be written; choose a directory that you may write")
     if (path / LOCK).exists() and not _is_unlocked(path / LOCK):
-        raise UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
+        raise _in_use(path)
     visible = {name for name in os.listdir(path) if not name.startswith(".")}
     foreign = sorted(visible if STATUS not in visible else visible - RUN_FILES)
     if foreign:
         raise UserError(f"output_dir: {str(path)!r} holds {foreign[0]!r}, which no run wrote; choose an empty or new directory")
+
+
+def _in_use(path: Path) -> UserError:
+    return UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
 
 
 def _unusable(path: Path, error: OSError) -> UserError:
@@ -240,9 +233,7 @@ def _lock(path: Path, kind: int) -> int:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise UserError(
-            f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory"
-        ) from None
+        raise _in_use(path) from None
     except OSError as error:
         os.close(lock)
         raise UserError(f"output_dir: {str(path)!r} cannot be locked ({error.strerror}); choose another file system") from None
@@ -255,7 +246,7 @@ def _share(path: Path, lock: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if _holder(path / LOCK) == _this_process():
             return
-    raise UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
+    raise _in_use(path)
 
 
 def _this_process() -> str:

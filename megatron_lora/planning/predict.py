@@ -8,7 +8,7 @@ from megatron_lora.config.schema import RunConfig
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import layers_of_stages
 from megatron_lora.planning.devices import reference_of
-from scheduling.cost import CostModel, Device, ModelShape, head_share, stage_costs
+from scheduling.cost import CostModel, Device, ModelShape, head_share, linear_tiles, stage_costs
 from scheduling.layer_memory import Adapter
 from scheduling.memory import (
     StageMemory,
@@ -16,7 +16,6 @@ from scheduling.memory import (
     peak_bytes,
     stage_memory,
 )
-from scheduling.row_tiles import linear_tiles
 from scheduling.slot_cost import SlotCost
 
 USUAL_TOKENS = 4096  # of a usual microbatch: stands in for microbatch_tokens while that is `auto`
@@ -44,7 +43,9 @@ def cost_of(config: RunConfig, architecture: Architecture, device: Device, targe
     """
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel)]
     share = head_share_of(config, architecture, device, target_share)
-    return stage_costs(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share)
+    rows = config.parallel.tensor if config.parallel.sequence else 1
+    to_host = architecture.hidden_size * item_bytes(config, device) / rows if config.activation_offloading is True else 0.0
+    return stage_costs(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share, to_host)
 
 
 def message_and_step_seconds(config: RunConfig, architecture: Architecture, device: Device) -> tuple[float, float]:
@@ -96,7 +97,7 @@ def precision_of(config: RunConfig, device: Device) -> str:
 def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> tuple[StageMemory, ...]:
     """Return each stage's memory model, for one tensor rank.
 
-    layers_per_stage and recompute must be resolved.
+    layers_per_stage and recompute must be resolved. An activation_offloading that is not yet counts as false.
     """
     assert config.recompute != "auto", "recompute is not resolved"
     parallel, shape = config.parallel, shape_of(architecture)
@@ -115,6 +116,8 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
             sequence=parallel.sequence,
             cuda=device.name != "cpu",
             replicas=parallel.data,
+            offload=config.activation_offloading is True,
+            deterministic=config.deterministic,
         )
         for stage in range(parallel.pipeline)
     ]

@@ -1,4 +1,4 @@
-"""Resolves `precision: auto`, `layers_per_stage: null`, `microbatch_tokens: auto` and `recompute: auto`.
+"""Resolves what a config leaves open: `precision`, `layers_per_stage`, `activation_offloading`, `microbatch_tokens`, `recompute`.
 
     resolved = resolve(config, architecture, lengths, this_device(ranks_here), target_share)     # a ResolvedConfig
 
@@ -7,6 +7,7 @@ the memory model (scheduling.memory), in this order. A key that the config gives
 
     precision           bf16 on a GPU, fp32 on a CPU
     layers_per_stage    minimises the time of the slowest stage; the last stage also computes the head
+    activation_offloading   on a GPU, where not even `full` recomputation makes the run fit
     microbatch_tokens   as many as memory allows, unless larger microbatches no longer save time
     recompute           per stage, the policies that cost the least time among those that fit in memory:
                         first "cheap" layers (norms and SwiGLU run again), then as few "full" layers
@@ -60,6 +61,8 @@ def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, dev
     """
     config = dataclasses.replace(config, precision=precision_of(config, device))
     resolved = _with_layers(config, choose_layers(config, architecture, device, target_share))
+    if config.activation_offloading == "auto":
+        resolved = dataclasses.replace(resolved, activation_offloading=needs_offloading(resolved, architecture, lengths, device))
     if config.microbatch_tokens == "auto":
         resolved = dataclasses.replace(resolved, microbatch_tokens=choose_budget(resolved, architecture, lengths, device, target_share))
     if config.recompute == "auto":
@@ -83,6 +86,17 @@ def choose_layers(config: RunConfig, architecture: Architecture, device: Device,
         shape_of(architecture), reference_of(device), budget_or_usual(config), config.parallel.tensor, recompute, share
     )
     return split_layers(architecture.num_layers, config.parallel.pipeline, head_in_layers)
+
+
+def needs_offloading(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device) -> bool:
+    """Return whether a run fits on a GPU only, if at all, with the inputs of its `full` layers in host memory."""
+    if device.name == "cpu" or not config.may_run_again:
+        return False
+    recompute = "full" if config.recompute == "auto" else config.recompute
+    tried = dataclasses.replace(config, recompute=recompute, activation_offloading=False)
+    longest = max((tokens for steps in lengths for batch in steps for tokens in batch), default=1)
+    tokens = longest if config.microbatch_tokens == "auto" else int(config.microbatch_tokens)
+    return fitting_tokens(memory_of(tried, architecture, device), device) < tokens
 
 
 def choose_budget(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> int:
@@ -124,7 +138,7 @@ def choose_recompute(config: RunConfig, architecture: Architecture, device: Devi
     for stage, memory in enumerate(memory_of(dataclasses.replace(config, recompute="none"), architecture, device)):
 
         def fits(chosen: tuple[str, ...], stage: int = stage, memory: StageMemory = memory) -> bool:
-            candidate = dataclasses.replace(memory, policies=chosen)
+            candidate = memory.with_policies(chosen, config.activation_offloading is True)
             return peak_bytes(candidate, stage, config.parallel.pipeline, int(config.microbatch_tokens)) <= usable_bytes(device)
 
         num_layers = len(memory.policies)
@@ -190,12 +204,23 @@ def _policies_in_words(config: RunConfig) -> str:
 
 
 def memory_line(before: RunConfig, after: RunConfig, architecture: Architecture, device: Device) -> Sequence[str]:
-    """Return a line with each stage's predicted peak memory, and a warning where that is too much.
+    """Return a line with each stage's predicted peak memory, and a warning where that is too much; a line for host memory that is taken.
 
-    No line unless `recompute: auto`.
+    The first stands only under `recompute: auto`.
     """
-    if before.recompute != "auto":
+    lines = []
+    if before.recompute == "auto":
+        peaks = predicted_peaks(after, architecture, device)
+        line = f"predicted peak memory: {' | '.join(map(size, peaks))} of {size(device.memory_bytes)}, {RESERVED:.0%} of it to spare"
+        lines.append(line + ("; TOO MUCH: lower microbatch_tokens" if max(peaks) > usable_bytes(device) else ""))
+    return [*lines, *host_memory_line(before, after, architecture, device)]
+
+
+def host_memory_line(before: RunConfig, after: RunConfig, architecture: Architecture, device: Device) -> Sequence[str]:
+    """Return a line with the host memory of each stage's ranks where layer inputs wait there, else none."""
+    if not after.activation_offloading:
         return []
-    peaks = predicted_peaks(after, architecture, device)
-    line = f"predicted peak memory: {' | '.join(map(size, peaks))} of {size(device.memory_bytes)}, {RESERVED:.0%} of it to spare"
-    return [line + ("; TOO MUCH: lower microbatch_tokens" if max(peaks) > usable_bytes(device) else "")]
+    stages, tokens = memory_of(after, architecture, device), int(after.microbatch_tokens)
+    taken = [memory.on_host_per_token * tokens * (len(stages) - stage) for stage, memory in enumerate(stages)]
+    choice = "auto is true" if before.activation_offloading == "auto" else "true"
+    return [f"activation_offloading: {choice}; layer inputs take {' | '.join(map(size, taken))} of pinned host memory on each rank"]

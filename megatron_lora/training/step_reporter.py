@@ -82,7 +82,7 @@ class StepReporter:
             total_steps=job.num_steps,
             epoch=(steps.num_visits(done.step) + len(lengths)) / steps.per_epoch_copies,
             loss=loss,
-            learning_rate=job.learning_rate(done.step),
+            learning_rate=job.optimizer_settings().learning_rate_at(done.step),
             grad_norm=math.sqrt(square_norm) if square_norm >= 0 else math.nan,
             tokens=int(lengths.sum()),
             target_tokens=job.step_samples.num_targets(done.step),

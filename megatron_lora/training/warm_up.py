@@ -36,6 +36,7 @@ def warm_up(stage: Stage, arena: Arena, num_rows: int, multiple: int = 1) -> Non
     `num_rows` is the largest microbatch of the run. Rows are rounded up to a multiple of `multiple`, the
     number of tensor ranks under sequence parallelism. Raises UserError if one does not fit in memory.
     """
+    stage.reserve_host_memory(-(-num_rows // multiple))
     for rows in _sizes(num_rows):
         rows = -(-rows // multiple) * multiple
         try:

@@ -36,6 +36,8 @@ class Case:
     jobs: JobSpecs
     budget: int | str
     recompute: str | tuple[str, ...]
+    activation_offloading: bool
+    deterministic: bool
     base_weights: str
     backend: str
     seconds: float
@@ -89,6 +91,8 @@ def parser() -> OneLineParser:
     case.add_argument("--completion", type=float, default=0.25, help="share of each sample that is trained on")
     case.add_argument("--budget", type=budget, default=8192)
     case.add_argument("--recompute", type=recompute, default="auto", help="none, cheap, full, 20*full,60*cheap or auto: what fits")
+    case.add_argument("--activation-offloading", action="store_true", help="inputs of layers under full wait in host memory")
+    case.add_argument("--deterministic", action="store_true", help="the same bits again")
     case.add_argument("--base-weights", default="native", choices=["native", "fp8"])
     case.add_argument("--backend", default="auto", choices=["auto", "torch", "te"], help="of norms and attention")
     case.add_argument("--seconds", type=positive, default=60.0, help="about how long the run shall take, by the cost model")
@@ -123,6 +127,7 @@ def _case(chosen: argparse.Namespace) -> Case:
     words = [f"{chosen.jobs} jobs r {'/'.join(map(str, chosen.ranks))}", f"p {'/'.join(f'{p:g}' for p in chosen.dropouts)}"]
     words += [str(chosen.budget), policies_in_words(chosen.recompute)]
     words += [word for word, usual in ((chosen.base_weights, "native"), (chosen.backend, "auto")) if word != usual]
+    words += [word for word, on in (("offloaded", chosen.activation_offloading), ("deterministic", chosen.deterministic)) if on]
     how = [chosen.policy] if chosen.policy == HF_PEFT else [chosen.policy, chosen.adapters]
     given = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(Case)}
     given["jobs"] = JobSpecs(count=chosen.jobs, ranks=chosen.ranks, dropouts=chosen.dropouts, completion=chosen.completion)

@@ -85,9 +85,10 @@ def rope_case(rows, heads, kv_heads, head_dim, with_norms):
 
 def swiglu_case(rows, ffn):
     gate_up, dy = random(rows, 2 * ffn), random(rows, ffn)
+    d_gate_up, y = torch.empty_like(gate_up), torch.empty_like(dy)
     return Case(
         forward=lambda: (swiglu.forward(gate_up),),
-        backward=lambda refill: swiglu.backward(dy, gate_up, refill),
+        backward=lambda refill: (d_gate_up, swiglu.backward(dy, gate_up, refill, d_gate_up, y)),
         reference=lambda x: (swiglu.swiglu_reference(x),),
         inputs=(gate_up,),
         upstream=(dy,),

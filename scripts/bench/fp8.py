@@ -15,6 +15,7 @@ import torch
 
 from fused_ops import triton_ops
 from fused_ops.fp8 import Fp8Matrix, quantise_rows, quantise_weight
+from fused_ops.hopper_gemm import hopper_gemm
 from fused_ops.lora_gemm import gemm
 from fused_ops.timing import measure
 from scripts.bench import rig
@@ -47,8 +48,10 @@ def candidates(q, narrow):
         "floor fp8 dx": scaled_mm(dy, weight.by_input),
         "piece round X": lambda: quantise_rows(q.x),
         "piece round dY": lambda: quantise_rows(q.dy),
-        "piece Y": lambda: gemm(x, weight.by_output, None, *term, backward=False, dtype=torch.bfloat16),
-        "piece dX": lambda: gemm(dy, weight.by_input, None, *last, backward=True, dtype=torch.bfloat16),
+        "piece Y": lambda: hopper_gemm(x, weight.by_output, None, *term, backward=False),
+        "piece dX": lambda: hopper_gemm(dy, weight.by_input, None, *last, backward=True),
+        "piece Y in plain Triton": lambda: gemm(x, weight.by_output, None, *term, backward=False, dtype=torch.bfloat16),
+        "piece dX in plain Triton": lambda: gemm(dy, weight.by_input, None, *last, backward=True, dtype=torch.bfloat16),
         "piece Y without LoRA": lambda: gemm(x, weight.by_output, None, None, None, None, backward=False, dtype=torch.bfloat16),
         "piece dX without LoRA": lambda: gemm(dy, weight.by_input, None, None, None, None, backward=True, dtype=torch.bfloat16),
     }

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops.adapters import LoraGroup, padded_rank
+from fused_ops.fp8 import Rounded
 from fused_ops.linear import Collectives, multi_lora_linear
 from fused_ops.refill import Refill
 from fused_ops.route import Route
@@ -40,8 +41,13 @@ def plain_lora_linear(
     route: Route | None,
     collectives: Collectives,
     refill: Refill | None = None,
+    rounded: Rounded | None = None,
+    output_shape: torch.Size | None = None,
 ) -> Tensor:
-    """Return Y [T, N]; one tensor rank only. A norm or SwiGLU in front keeps its output (`refill` stays unused)."""
+    """Return Y [T, N]; one tensor rank only. A norm or SwiGLU in front keeps its output (`refill` and `rounded` stay unused).
+
+    Y is computed also where its shape alone is wanted, as PEFT's layers do when they run again.
+    """
     assert type(collectives) is Collectives, "plain LoRA runs on one tensor rank"
     if group is None or route is None or not route.segments:
         return multi_lora_linear(x_TK, weight_NK, bias_N, None, None)

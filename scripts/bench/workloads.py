@@ -6,6 +6,7 @@ around when more are asked for than the workload has. The last `completion` of e
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,18 @@ def write_lengths(file: Path, lengths: Sequence[int], completion: float) -> None
 
 
 def read_workload(path: Path, name: str) -> Lengths:
-    """Return the lengths [job][step][sample] of a named workload; UserError where there is none."""
+    """Return the lengths [job][step][sample] of a named workload; UserError where there is none.
+
+    A name like 16x4096 is one job with 16 samples of 4,096 tokens in each step.
+    """
+    if even := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
+        return [[[int(even[2])] * int(even[1])]]
     try:
         workloads = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--lengths: {path} cannot be read ({error}); name a JSON file of workloads") from None
     if name not in workloads:
-        raise UserError(f"--workload: {path.name} has no {name!r}; choose among {', '.join(workloads)}")
+        raise UserError(f"--workload: {path.name} has no {name!r}; choose among {', '.join(workloads)}, or say 16x4096")
     return workloads[name]["data"]
 
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from kernel_tools import compile_for_hopper, interpreted
 
+from fused_ops import fp8 as fp8_file
 from fused_ops import rms_norm as rms_norm_file
 from fused_ops import rope as rope_file
 from fused_ops import swiglu as swiglu_file
+from fused_ops.fp8 import Rounded, quantise_rows
 from fused_ops.linear import multi_lora_linear
 from fused_ops.refill import Refill
 from fused_ops.rms_norm import rms_norm, rms_norm_reference
@@ -14,6 +16,7 @@ from fused_ops.rope import rotate_qkv, rotate_qkv_reference
 from fused_ops.swiglu import swiglu, swiglu_reference
 
 EPS = 1e-5
+IN_8_BITS = {"values_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
 HEADS = [  # query heads, key and value heads, head size
     (1, 1, 8),
     (9, 3, 12),
@@ -33,7 +36,7 @@ def unwritten_is_nan(monkeypatch):
 
 @pytest.fixture(params=["reference", "triton"])
 def backend(request):
-    with interpreted(rms_norm_file, rope_file, swiglu_file):
+    with interpreted(rms_norm_file, rope_file, swiglu_file, fp8_file):
         yield request.param
 
 
@@ -95,6 +98,19 @@ def test_rotate_qkv(heads, kv_heads, head_dim, with_norms, dtype, backend):
 @pytest.mark.parametrize("shape", [(1, 2), (3, 1, 34), (2, 4200)])
 def test_swiglu(shape, dtype, backend):
     compare(lambda x: (swiglu(x, backend=backend),), lambda x: (swiglu_reference(x),), [random(*shape) * 3], dtype)
+
+
+def test_swiglu_needs_no_memory_for_its_gradients(backend):
+    """The gradient lies over gate | up, and what a Refill wants over the output's gradient."""
+    x, upstream, refill, seen = random(3, 40), random(3, 20, seed=1), Refill(), []
+    gate_up, dy = x.clone().requires_grad_(), upstream.clone()
+    y = swiglu(gate_up, refill, backend=backend)
+    y.register_hook(lambda grad: refill.defer(lambda again: seen.append(again.clone())))
+    (found,) = torch.autograd.grad(y, gate_up, dy)
+    exact = x.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(swiglu_reference(exact), exact, upstream)
+    torch.testing.assert_close(found, truth)
+    assert found.data_ptr() == gate_up.data_ptr() and torch.equal(seen[0], y.detach())
 
 
 @pytest.mark.parametrize("op", ["norm", "norm and residual", "swiglu"])
@@ -203,14 +219,15 @@ def test_rms_norm_compiles_without_spills(num_cols, add):
     rows, cols, warps = rms_norm_file._tile(num_cols)
     pointers = {"weight_ptr": "*bf16", "rstd_ptr": "*fp32", "y_ptr": "*bf16", "total_ptr": "*bf16", "num_rows": "i32", "num_cols": "i32"}
     tile = {"ADD": add, "ROWS": rows, "COLS": cols}
-    report = compile_for_hopper(
-        rms_norm_file._forward_kernel,
-        arguments={**pointers, "x_ptr": "*bf16", "residual_ptr": "*bf16", "eps": "fp32"},
-        constants=tile,
-        aligned=("num_cols",),
-        num_warps=warps,
-    )
-    check(report, 1 + add, 1 + add)
+    for fp8 in (False, True):
+        report = compile_for_hopper(
+            rms_norm_file._forward_kernel,
+            arguments={**pointers, **IN_8_BITS, "x_ptr": "*bf16", "residual_ptr": "*bf16", "eps": "fp32"},
+            constants={**tile, "FP8": fp8},
+            aligned=("num_cols",),
+            num_warps=warps,
+        )
+        check(report, 1 + add, 1 + add)
     for again in (False, True):
         report = compile_for_hopper(
             rms_norm_file._backward_kernel,
@@ -236,21 +253,69 @@ def test_rope_compiles_without_spills(heads, kv_heads, head_dim, norm, backward)
 
 
 @pytest.mark.parametrize("again", [None, False, True])
-def test_swiglu_compiles_without_spills(again):
-    arguments = {"x_ptr": "*bf16", "y_ptr": "*bf16", "num_cols": "i32", "num_blocks": "i32"}
-    kernel, constants = swiglu_file._forward_kernel, {"BLOCK": swiglu_file.BLOCK}
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_swiglu_compiles_without_spills(again, in_8_bits):
+    arguments = {"x_ptr": "*bf16", "y_ptr": "*bf16", "num_cols": "i32", "num_blocks": "i32", **IN_8_BITS}
+    block = swiglu_file.MOST_IN_REGISTERS if in_8_bits else swiglu_file.BLOCK
+    kernel, constants = swiglu_file._forward_kernel, {"BLOCK": block, "FP8": in_8_bits}
     if again is not None:
         kernel, constants = swiglu_file._backward_kernel, {**constants, "REFILL": again}
         arguments |= {"dy_ptr": "*bf16", "dx_ptr": "*bf16"}
     check(
-        compile_for_hopper(kernel, arguments=arguments, constants=constants, aligned=("num_cols",)),
+        compile_for_hopper(kernel, arguments=arguments, constants=constants, aligned=("num_cols",), num_warps=16 if in_8_bits else 4),
         2 + (again is not None),
         1 + (again is not None) + (again or 0),
+        spilled=64 if in_8_bits and again else 0,  # behind the last load
     )
 
 
-def check(report, loads, stores):
+def check(report, loads, stores, spilled=0):
     """No spills; each of `loads` and `stores` tensors is read or written 16 bytes at a time."""
-    assert report.spilled_bytes == 0 and report.registers <= 128, report.registers
+    assert report.spilled_bytes <= spilled and report.registers <= 128, report.registers
     assert report.ptx.count("ld.global.v4.b32") >= loads
     assert report.ptx.count("st.global.v4.b32") >= stores
+
+
+# ---- rows given in 8 bits to the linear beside ----
+
+
+def same_bits(ours, rows):
+    """Compare with what the linear would have made of the rows; both are interpreted, whose rounding is not a GPU's."""
+    with interpreted(fp8_file):
+        expected = quantise_rows(rows.flatten(0, -2), "triton")
+    torch.testing.assert_close(ours.scales, expected.scales, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours.values.float(), expected.values.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_a_norm_rounds_what_it_writes(with_residual):
+    x = random(37, 1, 200, dtype=torch.float16)
+    x[3], x[5, 0, 7] = 0.0, float("inf")
+    residual, rounded = random(37, 1, 200, seed=2, dtype=torch.float16) if with_residual else None, Rounded()
+    with interpreted(rms_norm_file, fp8_file):
+        y, _ = rms_norm(x, random(200, seed=1, dtype=torch.float16), EPS, residual, backend="triton", rounded=rounded)
+    same_bits(rounded.take_x(), y)
+    assert rounded.take_x() is None
+
+
+@pytest.mark.parametrize("cols", [48, 4100])
+def test_swiglu_rounds_its_output_and_its_gradient(cols):
+    gate_up, up, down = random(19, 1, 2 * cols, dtype=torch.float16).requires_grad_(), Rounded(), Rounded()
+    plain = gate_up.detach().clone().requires_grad_()
+    with interpreted(swiglu_file, fp8_file):
+        y = swiglu(gate_up, backend="triton", rounded_up=up, rounded_down=down)
+        dy = random(19, 1, cols, seed=3, dtype=torch.float16)
+        dy[4, 0, 5] = float("nan")
+        y.backward(dy.clone())
+        swiglu(plain, backend="triton").backward(dy.clone())
+    same_bits(down.take_x(), y.detach())
+    same_bits(up.take_dy(), gate_up.grad)
+    torch.testing.assert_close(gate_up.grad, plain.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_row_that_does_not_fit_into_registers_is_rounded_by_the_linear(monkeypatch):
+    monkeypatch.setattr(swiglu_file, "MOST_IN_REGISTERS", 64)
+    rounded = Rounded()
+    with interpreted(swiglu_file, fp8_file):
+        swiglu(random(5, 2 * 65, dtype=torch.float16), backend="triton", rounded_down=rounded)
+    assert rounded.take_x() is None

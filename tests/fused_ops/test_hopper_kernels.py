@@ -11,6 +11,7 @@ from gluon_on_cpu import gluon_on_cpu  # noqa: E402
 from kernel_tools import interpreted  # noqa: E402
 
 from fused_ops import reference  # noqa: E402
+from fused_ops.fp8 import quantise_rows, quantise_weight  # noqa: E402
 
 CASES = {
     "one token": {"lengths": [1], "ranks": [1], "k": 64, "n": (64,)},
@@ -63,6 +64,7 @@ def ops():
             grad_s_and_b=grad_s_and_b,
             grad_x=lambda dy, weight, ds, group, route: hopper_gemm.hopper_gemm(dy, weight, None, ds, group, route, backward=True),
             grad_a=grad_a,
+            gemm=hopper_gemm.hopper_gemm,
         )
 
 
@@ -104,6 +106,24 @@ def test_gradients_from_one_read(make_problem, ops, case):
     torch.testing.assert_close(ds[mine], expected_ds[mine], rtol=1e-5, atol=1e-4)
     for ours, theirs in zip(db, expected_db, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_products_in_8_bits(make_problem, ops, case):
+    """Y and dX over the same rounded operands, and LoRA's terms in full."""
+    p = make_problem(**CASES[case])
+    weight = quantise_weight(p.weight)
+    s = reference.down(p.x, p.group, p.route)
+    ds = reference.grad_s_and_b(p.dy, s, p.group, p.route)
+    for x, copy, term, backward in ((p.x, weight.by_output, s, False), (p.dy, weight.by_input, ds, True)):
+        rows = quantise_rows(x)
+        with poisoned():
+            found = ops.gemm(rows, copy, None, term, p.group, p.route, backward=backward)
+        if backward:
+            expected = reference.grad_x(rows.float(), copy.float().T.contiguous(), term, p.group, p.route)
+        else:
+            expected = reference.up(rows.float(), copy.float(), None, term, p.group, p.route)
+        assert (found - expected).norm() <= 2e-6 * expected.norm()
 
 
 def test_a_bias_is_added_once(make_problem, ops):

@@ -95,6 +95,23 @@ def test_warp_groups_neither_spill_nor_wait(make_problem, compiled, case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_warp_groups_in_8_bits_neither_spill_nor_wait(make_problem, compiled, case):
+    from fused_ops.fp8 import quantise_rows, quantise_weight
+    from fused_ops.hopper_gemm import hopper_gemm
+
+    p = make_problem([2048] * 4, k=512, **CASES[case][0], dtype=torch.bfloat16)
+    weight, s = quantise_weight(p.weight, "reference"), p.x.new_zeros(p.route.num_rows, p.group.width)
+    hopper_gemm(quantise_rows(p.x, "reference"), weight.by_output, p.x.new_zeros(p.weight.shape[0]), s, p.group, p.route, backward=False)
+    hopper_gemm(quantise_rows(p.dy, "reference"), weight.by_input, None, s, p.group, p.route, backward=True)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        registers, spilled, serialised = report(kernel)
+        masked_modules = p.group.num_modules if p.group.has_dropout else 1
+        assert spilled <= (512 if masked_modules == 3 else 0) and not serialised, (kernel.name, registers, spilled, serialised)
+        assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in kernel.asm["ptx"] and "setmaxnreg" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_masks_are_made_in_the_registers_that_products_read(make_problem, compiled, case):
     """No spills; nothing is masked by way of shared memory; two values are compared by one instruction."""
     from fused_ops.hopper_down import hopper_down

@@ -54,6 +54,16 @@ def run(p, **kwargs):
     return [y.detach(), x.grad, *[g.clone() for g in p.grads]]
 
 
+@pytest.mark.parametrize("mix", ["one job", "dropout", "merged"])
+def test_backward_alone_has_the_same_bits_without_a_product(make_problem, mix, monkeypatch):
+    p = make_problem(**MIXES[mix])
+    y, *gradients = run(p)
+    monkeypatch.setattr(reference, "up", None)  # a call of it would raise
+    alone, *again = run(p, output_shape=y.shape)
+    assert alone.shape == y.shape and alone.untyped_storage().nbytes() == y.element_size()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, gradients, strict=True))
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_forward_and_gradients_match_autograd_of_the_definition(make_problem, mix):
     p = make_problem(**MIXES[mix], dtype=torch.float32, first_feature=50)

@@ -49,16 +49,17 @@ def losses(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, one_process) -> tuple[Path, list[dict]]:
-    """One process: our plan, calibrated, three other policies, plain LoRA with recomputation, no adapters."""
+    """One process: our plan, calibrated, three other policies, plain LoRA with recomputation, inputs on the host, no adapters."""
     folder = tmp_path_factory.mktemp("alone")
-    cases = ["calibrate=yes", "policy=flush", "policy=round-robin", "policy=grouped", "adapters=unfused recompute=full", "adapters=none"]
+    cases = ["calibrate=yes", "policy=flush", "policy=round-robin", "policy=grouped", "adapters=unfused recompute=full"]
+    cases += ["recompute=full activation-offloading=yes deterministic=yes", "adapters=none"]
     launch([*JOBS, *files(folder), *(word for case in cases for word in ("--case", case))])
     return folder, lines(folder / "results.jsonl")
 
 
 def test_every_case_leaves_a_line_that_says_all(alone):
     _, rows = alone
-    assert len(rows) == 6 and len({row["case"] for row in rows}) == 6
+    assert len(rows) == 7 and len({row["case"] for row in rows}) == 7
     tokens = sum(sum(steps[step % 2]) for steps in WORKLOAD["tiny"]["data"] for step in range(3))
     for row in rows:
         assert {"commit", "hardware", "date", "command", "versions", "settings"} <= row.keys()
@@ -104,6 +105,7 @@ def test_hf_and_peft_run_the_same_rows(tmp_path, one_process):
 def test_workloads_go_around_and_heads_take_something_of_every_job(tmp_path):
     first, second, third, again = workloads.take(WORKLOAD["tiny"]["data"], 4)
     assert again == [first[1], first[0]] and third == [[50], [33]]
+    assert workloads.read_workload(tmp_path / "none", "3x40") == [[[40, 40, 40]]]
     assert workloads.head([first, second, third], 60) == [[[10]], [[8]], [[50]]]
     assert workloads.head([first, second, third], 1000) == [[first[0]], [second[0]], [third[0]]]
     workloads.write_lengths(tmp_path / "rows.jsonl", [40, 2], 0.25)
@@ -149,7 +151,7 @@ def test_an_old_checkout_is_run_by_its_files_and_a_new_one_as_a_package(tmp_path
     old, new = (compare_commits.command(place, "runs", 2, [], Path("out")) for place in (tmp_path, ROOT))
     assert old[1:4] == ["scripts/bench/end_to_end.py", "--steps", "2"] and new[1:3] == ["-m", "scripts.bench.end_to_end"]
     _, cases = read_options(new[3:])
-    assert [case.jobs.ranks for case in cases] == [(8, 16, 32, 64), (16,)] and cases[0].jobs.dropouts == (0.0, 0.0, 0.05, 0.05)
+    assert [case.jobs.ranks for case in cases] == [(8, 16, 32, 64)] * 2 + [(16,)] and cases[1].jobs.dropouts == (0.0, 0.0, 0.05, 0.05)
 
 
 def test_it_is_a_module(tmp_path):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fused_ops import reference, triton_ops
-from fused_ops.fp8 import quantise_rows, quantise_weight
+from fused_ops.fp8 import Rounded, quantise_rows, quantise_weight
 from fused_ops.linear import multi_lora_linear
+from fused_ops.rms_norm import rms_norm
+from fused_ops.swiglu import swiglu
 
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 pytestmark = pytest.mark.skipif(not CAPABLE, reason="needs a CUDA GPU with 8-bit tensor cores")
@@ -41,6 +43,22 @@ def test_rounding_gives_the_bits_of_its_twin(dtype, cols):
     ours, theirs = quantise_rows(x), quantise_rows(x.cpu(), "reference")
     for a, b in ((ours.values.float(), theirs.values.float()), (ours.scales, theirs.scales)):
         torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("cols", [77, 4096, 14336])
+def test_neighbours_round_to_the_bits_of_the_linear(cols):
+    generator = torch.Generator("cuda").manual_seed(cols)
+    x, weight = (torch.randn(*shape, cols, generator=generator, device="cuda").bfloat16() for shape in ((70, 1), ()))
+    x[3], x[4, 0, 7], x[5, 0, 1] = 0.0, float("inf"), float("nan")
+    norm, up, down = Rounded(), Rounded(), Rounded()
+    y, _ = rms_norm(x, weight, 1e-5, rounded=norm)
+    gate_up = torch.randn(70, 1, 2 * cols, generator=generator, device="cuda").bfloat16().requires_grad_()
+    z = swiglu(gate_up, rounded_up=up, rounded_down=down)
+    z.backward(x)
+    for rounded, rows in ((norm.take_x(), y), (down.take_x(), z), (up.take_dy(), gate_up.grad)):
+        expected = quantise_rows(rows.detach().squeeze(1))
+        for a, b in ((rounded.values.float(), expected.values.float()), (rounded.scales, expected.scales)):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("mix", MIXES)

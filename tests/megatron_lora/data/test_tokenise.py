@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from worker_functions import process_id, slow_square
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data import row_files, tokenise, worker_pool
+from megatron_lora.data.chat_template import ChatSettings
+from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.data.sample_arrays import Sample, Samples, digest_of
 from megatron_lora.data.samples import load_jobs_data
 from megatron_lora.data.tokenise import first_of_each_kind
@@ -120,3 +123,11 @@ def test_fields_without_end_do_not_fill_the_notes(tmp_path):
     asked = JobConfig(name="j", datasets=(DatasetConfig(path=str(path), type="text"),))
     notes = load_jobs_data([asked], tiny_tokenizer(), None)[0].notes
     assert len(notes) == tokenise.MOST_NOTES + 1 and notes["field 'same' is not used"] == 200 and notes["other notes"] == 151
+
+
+def test_an_encoder_of_conversations_can_be_sent_to_a_process():
+    tokenizer = tiny_tokenizer(template="{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
+    encoder = RecordEncoder(tokenizer, ChatSettings())
+    record = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    sent, own = (one.encode(record, "messages", False, "a:1") for one in (pickle.loads(pickle.dumps(encoder)), encoder))
+    assert sent.tokens.tolist() == own.tokens.tolist() and sent.targets.tolist() == own.targets.tolist()

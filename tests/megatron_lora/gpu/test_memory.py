@@ -16,6 +16,7 @@ from megatron_lora.model.backends import Backends, this_machine
 from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from megatron_lora.training.warm_up import dummy, warm_up
+from scheduling.cost import OFFLOADED
 from scheduling.layer_memory import Adapter
 from scheduling.memory import stage_memory
 
@@ -44,9 +45,12 @@ def measure(directory, recompute, num_rows, dropout, attention, device) -> tuple
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     architecture, dtype = read_architecture(directory), torch.bfloat16
     kind = {"dtype": dtype, "device": torch.device(device)}
+    offload = recompute == OFFLOADED
+    recompute = "full" if offload else recompute
     stage = build_stage(
-        architecture, None, ParallelConfig(), **kind, load_weights=False, recompute=recompute, backends=Backends(attention=attention)
-    )
+        architecture, None, ParallelConfig(), **kind, load_weights=False, recompute=recompute, backends=Backends(attention=attention),
+        activation_offloading=offload,
+    )  # fmt: skip
     specs = [AdapterSpec(r=r, scale=1.0, dropout=dropout, target_modules=frozenset(TARGET_MODULES)) for r in RANKS]
     arena = Arena(stage.linears, specs, tensor_rank=0, tensor_ranks=1, **kind)
     warm_up(stage, arena, num_rows)
@@ -55,14 +59,15 @@ def measure(directory, recompute, num_rows, dropout, attention, device) -> tuple
     data = dummy(num_rows, len(RANKS), torch.device(device))
     (stage.losses(stage(data), data.labels) * data.weights).sum().backward()
     peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
-    model = stage_memory(shape_of(architecture), (LAYERS,), 0, [Adapter(r) for r in RANKS], recompute=recompute, cuda=device == "cuda")
+    resident, policies = [Adapter(r) for r in RANKS], {"recompute": recompute, "offload": offload}
+    model = stage_memory(shape_of(architecture), (LAYERS,), 0, resident, **policies, cuda=device == "cuda")
     return peak, model.total(num_rows, num_rows)
 
 
 @pytest.mark.parametrize("attention", ["torch", "cudnn"])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("num_rows", [4096, 16384])
-@pytest.mark.parametrize("recompute", ["none", "cheap", "full", ("full",) * 3 + ("cheap",) * 3 + ("none",) * 2])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full", OFFLOADED, ("full",) * 3 + ("cheap",) * 3 + ("none",) * 2])
 def test_the_peak(recompute, num_rows, dropout, attention, directory, one_gpu):
     if attention == "cudnn" and this_machine().cudnn is None:
         pytest.skip("needs nvidia-cudnn-frontend")

@@ -27,6 +27,7 @@ from megatron_lora.parallel.messages import Links, MessageLayout
 from megatron_lora.parallel.process_groups import Position
 from megatron_lora.training.executor import Executor
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
+from scheduling.cost import OFFLOADED
 from scheduling.follow import Window
 from scheduling.pipeline import endings, with_drain
 from scheduling.planner import plan_stream
@@ -64,9 +65,12 @@ class Scene:
 
     def __init__(self, directory, recompute, dtype, device):
         self.device, self.dtype = torch.device(device), dtype
+        offload = recompute == OFFLOADED
         self.stage = build_stage(
-            read_architecture(directory), directory, ParallelConfig(), dtype=dtype, device=self.device, recompute=recompute
-        )
+            read_architecture(directory), directory, ParallelConfig(), dtype=dtype, device=self.device,
+            recompute="full" if offload else recompute, activation_offloading=offload,
+        )  # fmt: skip
+        self.stage.reserve_host_memory(80)
         specs = [
             AdapterSpec(r=r, scale=2.0, dropout=p, target_modules=frozenset(TARGET_MODULES)) for r, p in zip((8, 20), DROPOUTS, strict=True)
         ]
@@ -149,16 +153,18 @@ def test_float32_is_what_the_cpu_computes(directory, run_on):
 @on_each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_policies_give_the_same_bits_and_keep_less(dtype, device, directory, run_on):
-    none, cheap, full = (run_on(device, one_backward, directory, policy, dtype) for policy in ("none", "cheap", "full"))
-    for other in (cheap, full):
+    policies = ("none", "cheap", "full", OFFLOADED)
+    none, cheap, full, offloaded = (run_on(device, one_backward, directory, policy, dtype) for policy in policies)
+    for other in (cheap, full, offloaded):
         assert torch.equal(other["losses"], none["losses"])
         for name, gradient in none["gradients"].items():
             assert gradient.any() and torch.equal(other["gradients"][name], gradient), name
-    assert device == "cpu" or none["kept"] > cheap["kept"] > full["kept"], [kind["kept"] for kind in (none, cheap, full)]
+    kept = [kind["kept"] for kind in (none, cheap, full, offloaded)]
+    assert device == "cpu" or kept[0] > kept[1] > kept[2] > kept[3], kept
 
 
 @on_each_device
-@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full", OFFLOADED])
 def test_nothing_waits_for_the_device(recompute, device, directory, run_on):
     losses = run_on(device, train, directory, recompute, torch.bfloat16)
     assert all(np.isfinite(losses))

@@ -17,7 +17,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model import backends, transformer_engine
 from megatron_lora.model.attention import per_sample_attention
-from megatron_lora.model.backends import Backends, Machine, check_backends, choose, fall_back
+from megatron_lora.model.backends import Backends, Machine, backend_of, check_backends, choose, fall_back
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.model.stage import build_stage
 
@@ -29,6 +29,14 @@ OLD_TORCH_WITH_ENGINE = Machine(capability=(9, 0), varlen=False, engine="2.17.1"
 WITH_CUDNN = Machine(capability=(9, 0), cudnn="1.32.0")
 OLD_TORCH_WITH_CUDNN = Machine(capability=(9, 0), varlen=False, cudnn="1.32.0", engine="2.17.1")
 OURS, ENGINE, CUDNN = Backends(), Backends(norms="te", attention="te"), Backends(attention="cudnn")
+
+
+def test_a_deterministic_run_has_torchs_attention():
+    config = SimpleNamespace(backend="auto", deterministic=True, base_weights="native")
+    assert choose(backend_of(config), WITH_CUDNN) == OURS and choose(backend_of(config), CPU) == OURS
+    with pytest.raises(UserError, match="install torch 2.11 or newer"):
+        check_backends(config, OLD_TORCH_WITH_CUDNN)
+    assert backend_of(SimpleNamespace(backend="te", deterministic=False)) == "te"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,7 @@ def test_what_is_not_there_is_one_line(backend, machine, says):
 
 
 def asked(backend="auto", base_weights="native"):
-    return SimpleNamespace(backend=backend, base_weights=base_weights)
+    return SimpleNamespace(backend=backend, base_weights=base_weights, deterministic=False)
 
 
 def raiser(error):

@@ -1,11 +1,12 @@
 """The memory model against what a stage really allocates on a GPU's way through its operators (dry_gpu.py), byte for byte.
 
-Bounds are 0.5% for what is kept and 1.5% at the peak: a forgotten tensor would be 3% and more of these few layers. The partial sums of dA,
-which count little in a large microbatch and much in a small one, have a test of their own.
+Bounds are 0.5% for what is kept and 1.5% at the peak: a forgotten tensor would be 3% and more of these few layers. Partial sums of dA, dS
+and dB, which count little in a large microbatch and much in a small one, have tests of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from scheduling import memory
+from scheduling.cost import ModelShape
 from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
 from scheduling.memory import stage_memory
 
@@ -60,22 +62,36 @@ def bytes_of(tensors) -> int:
     return sum(storages.values())
 
 
-def measure(directory, parallel, recompute, dtype, adapters) -> SimpleNamespace:
+@contextlib.contextmanager
+def without_partial_sums():
+    """Leave out what dA, dS and dB take while they are summed, in the stage and in the model."""
+    with (
+        mock.patch.object(LayerMemory, "_partial", lambda *_: 0.0),
+        mock.patch.object(LayerMemory, "_shares", lambda *_: 0.0),
+        mock.patch.object(triton_ops, "grad_a", lambda *_, **__: None),
+        mock.patch.object(triton_ops, "grad_s_and_b", lambda dy, s, group, route: torch.empty_like(s)),
+    ):
+        yield
+
+
+def measure(directory, parallel, recompute, dtype, adapters, offload=False) -> SimpleNamespace:
     """Run one microbatch forward and backward on this rank; return the memory it kept and took, and the model's predictions."""
     architecture, device = read_architecture(directory), torch.device("cpu")
-    without = mock.patch.object(LayerMemory, "_partial", lambda *_: 0.0), mock.patch.object(triton_ops, "grad_a", lambda *_, **__: None)
-    with dry_gpu(), without[0], without[1]:
-        stage = build_stage(architecture, None, parallel, dtype=dtype, device=device, load_weights=False, recompute=recompute)
+    with dry_gpu(), without_partial_sums():
+        stage = build_stage(
+            architecture, None, parallel, dtype=dtype, device=device, load_weights=False, recompute=recompute, activation_offloading=offload
+        )
         specs = [AdapterSpec(r=each.rank, scale=1.0, dropout=0.0, target_modules=frozenset(each.modules)) for each in adapters]
         ranks = {"tensor_rank": stage.tensor_group.rank(), "tensor_ranks": parallel.tensor}
         arena = Arena(stage.linears, specs, **ranks, dtype=dtype, device=device)
         index = [stage.is_first, not stage.is_first].index(True) if parallel.pipeline > 1 else 0
         model = stage_memory(
             shape_of(architecture), [LAYERS // parallel.pipeline] * parallel.pipeline, index, adapters, tensor=parallel.tensor,
-            recompute=recompute, item=dtype.itemsize, sequence=parallel.sequence, cuda=False,
+            recompute=recompute, item=dtype.itemsize, sequence=parallel.sequence, cuda=False, offload=offload,
         )  # fmt: skip
         data = stage_input(LENGTHS, VOCABULARY, SEGMENTS[: len(adapters)])
         rows = ROWS // (parallel.tensor if parallel.sequence else 1)
+        stage.reserve_host_memory(rows)
         with Allocations() as allocated:
             hidden = None if stage.is_first else torch.empty(rows, 256, dtype=dtype).requires_grad_()
             out = stage(data, hidden)
@@ -118,6 +134,14 @@ def test_one_rank(kind, recompute, dtype, directory, one_process):
     found = measure(directory / kind, ParallelConfig(), recompute, dtype, BOTH)
     assert found.weights == 1 and found.adapters == found.modelled_adapters
     assert found.kept == pytest.approx(1, rel=0.002) and found.peak == pytest.approx(1, rel=0.015)
+
+
+@pytest.mark.parametrize("recompute", ["full", ("full", "full", "full", "none")])
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}, {"tp": 2, "sequence": True}])
+def test_inputs_on_the_host(layout, recompute, directory, pool):
+    parallel = ParallelConfig(pipeline=layout.get("pp", 1), tensor=layout.get("tp", 1), sequence=layout.get("sequence", False))
+    for rank in pool(**layout).run(measure, directory / "mistral", parallel, recompute, torch.bfloat16, BOTH, True):
+        assert rank.kept == pytest.approx(1, rel=0.005) and rank.peak == pytest.approx(1, rel=0.015)
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap"])
@@ -171,8 +195,8 @@ def one_linear(ranks, num_rows, num_inputs, num_outputs):
 
 
 def real_layer(ranks):
-    sizes = {"hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "ffn_size": 14336}
-    return layer_memory(**sizes, adapters=list(map(Adapter, ranks)), item=2)
+    sizes = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "ffn_size": 14336, "vocab_size": 8}
+    return layer_memory(ModelShape(**sizes), list(map(Adapter, ranks)), item=2)
 
 
 @pytest.mark.parametrize("ranks", [(16,) * 4, (8, 16, 32, 64), (128,)])

@@ -16,7 +16,7 @@ from megatron_lora.config.schema import dump_config, load_config
 from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
-from megatron_lora.output.resume import changed_key, with_precision_of
+from megatron_lora.output.resume import as_begun, changed_key, with_precision_of
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.parallel.partition import recompute_of_layers
 from megatron_lora.planning import devices
@@ -48,7 +48,7 @@ def configure(root, tmp_path):
     """Return a function overrides -> config."""
     job = {"name": "one", "datasets": [{"path": str(root / "rows.jsonl"), "type": "prompt_completion"}]}
     path = runs.write_config(tmp_path / "config.yaml", root / "model", tmp_path / "run", [job], {}, 4096)
-    return lambda *overrides: load_config(path, ["precision=auto", "recompute=none", *overrides])
+    return lambda *overrides: load_config(path, ["precision=auto", "recompute=none", "activation_offloading=false", *overrides])
 
 
 def model(root, **facts):
@@ -158,6 +158,42 @@ def test_recomputation_is_no_more_than_the_memory_asks_for(configure, root):
     tiny = dataclasses.replace(H100, memory_bytes=9e9)
     beyond = resolve(auto, large, LENGTHS, tiny)
     assert beyond.recompute == "full" and "TOO MUCH" in memory_line(auto, beyond, large, tiny)[0]
+
+
+def test_inputs_wait_on_the_host_only_where_nothing_else_fits(configure, root):
+    large = model(root, **LARGE, vocab_size=128256)
+    auto = configure("recompute=auto", "microbatch_tokens=8192", "activation_offloading=auto")
+    roomy, tight = (dataclasses.replace(H100, memory_bytes=size * 1e9) for size in (25, 20))
+    assert resolve(auto, large, LENGTHS, roomy).activation_offloading is False
+    resolved = resolve(auto, large, LENGTHS, tight)
+    assert resolved.activation_offloading is True and recompute_of_layers(resolved.recompute, 32).count("full") > 20
+    resolved = resolve(dataclasses.replace(auto, recompute="full"), large, LENGTHS, tight)
+    assert resolved.activation_offloading is True
+    (line,) = memory_line(resolved, resolved, large, tight)
+    assert line.startswith("activation_offloading: true; layer inputs take 2.1 GB")
+    peak, line = memory_line(auto, resolved, large, tight)
+    assert predicted_peaks(resolved, large, tight)[0] <= usable_bytes(tight) and peak.endswith("to spare")
+    assert line == "activation_offloading: auto is true; layer inputs take 2.1 GB of pinned host memory on each rank"
+    without = dataclasses.replace(resolved, activation_offloading=False)
+    assert predicted_peaks(without, large, tight)[0] - predicted_peaks(resolved, large, tight)[0] == 8192 * 30 * 8192  # of 32 two are there
+    cheap = configure("recompute=cheap", "microbatch_tokens=8192", "activation_offloading=auto")
+    assert resolve(cheap, large, LENGTHS, tight).activation_offloading is False  # no layer runs again
+    assert resolve(auto, large, LENGTHS, dataclasses.replace(CPU, memory_bytes=1e9)).activation_offloading is False
+    longest = resolve(configure("recompute=auto", "microbatch_tokens=auto", "activation_offloading=auto"), large, [[[8192]]], tight)
+    assert longest.activation_offloading is True and longest.microbatch_tokens == 8192
+
+
+def test_offloading_is_counted_on_every_stage_and_where_its_copies_are_slow(configure, root):
+    two = configure("recompute=full", "parallel.pipeline=2", "activation_offloading=true", "microbatch_tokens=8192")
+    for size, is_slow in ((SMALL, True), (LARGE | {"vocab_size": 128256}, False)):
+        shape = model(root, **size)
+        resolved = resolve(two, shape, LENGTHS, H100)
+        kept = dataclasses.replace(resolved, activation_offloading=False)
+        first, last = memory_of(resolved, shape, H100)
+        counts = [count - one for count, one in zip(resolved.layers_per_stage, (1, 2), strict=True)]  # the uppermost, and the received
+        assert [stage.on_host_per_token for stage in (first, last)] == [2 * shape.hidden_size * count for count in counts]
+        seconds = [max(stage.seconds(4096) for stage in cost_of(config, shape, H100).stages) for config in (resolved, kept)]
+        assert (seconds[0] > seconds[1]) == is_slow
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -272,7 +308,8 @@ def test_a_run_records_what_it_settled(parallel, root, pool, tmp_path):
     written = load_config(tmp_path / "run" / "config.yaml")
     assert isinstance(written.microbatch_tokens, int) and len(written.parallel.layers_per_stage) == parallel.get("pp", 1)
     assert written.recompute == "none"
-    opened = dataclasses.replace(written, microbatch_tokens="auto", recompute="auto", parallel=load_config(path).parallel)
+    left_open = {"microbatch_tokens": "auto", "recompute": "auto", "activation_offloading": "auto"}
+    opened = dataclasses.replace(written, **left_open, parallel=load_config(path).parallel)
     assert opened == load_config(path)
     window = json.loads((tmp_path / "run" / "plan" / "window-0000.json").read_text())
     assert max(sum(entry[3] for entry in slot) for slot in window["microbatches"]) <= written.microbatch_tokens
@@ -285,9 +322,18 @@ def test_a_resolved_config_leaves_nothing_open_and_equals_what_it_is_written_as(
     written = load_config_text(dump_config(resolved))
     assert written == resolved and resolved == written and type(written) is not ResolvedConfig
     assert resolved != dataclasses.replace(written, seed=1)
-    for key in ("precision", "microbatch_tokens", "recompute"):
+    for key in ("precision", "microbatch_tokens", "recompute", "activation_offloading"):
         with pytest.raises(AssertionError, match=key):
             ResolvedConfig.of(dataclasses.replace(written, **{key: "auto"}))
+
+
+def test_a_deterministic_run_resumes_with_what_decided_its_plan(configure):
+    open_ = ("microbatch_tokens=auto", "deterministic=true", "parallel.pipeline=2")
+    begun = configure("microbatch_tokens=1024", "deterministic=true", "parallel.pipeline=2", "parallel.layers_per_stage=[3, 1]")
+    assert as_begun(begun, configure(*open_)) == dataclasses.replace(begun, precision="auto")
+    assert as_begun(begun, configure(*open_, "deterministic=false")).microbatch_tokens == "auto"
+    given = as_begun(begun, configure("microbatch_tokens=512", "deterministic=true"))  # another layout, another budget: another plan
+    assert given.microbatch_tokens == 512 and given.parallel.layers_per_stage is None
 
 
 def test_auto_resumes_in_the_precision_that_the_run_began_with(configure):

@@ -19,7 +19,7 @@ def chosen(monkeypatch, fault: str, machine: Machine, tensor: int = 1) -> tuple[
     monkeypatch.setattr(assemble, "this_machine", lambda: machine)
     monkeypatch.setattr(assemble.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(assemble.cudnn_attention, "attention_fault", lambda *shape, num_rows: tried.append((*shape, num_rows)) or fault)
-    config = SimpleNamespace(backend="auto", parallel=ParallelConfig(tensor=tensor), microbatch_tokens=8192)
+    config = SimpleNamespace(backend="auto", deterministic=False, parallel=ParallelConfig(tensor=tensor), microbatch_tokens=8192)
     return assemble.choose_backends(config, ARCHITECTURE, torch.bfloat16, torch.device("cpu")), tried
 
 

@@ -17,8 +17,9 @@ from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.output.checkpoint import write_checkpoint
 from megatron_lora.output.standing import CheckpointState, resume_point_of
+from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.training.jobs import Job
-from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings, StageGroups, learning_rate_at
+from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings
 from megatron_lora.training.saving import start_job
 from megatron_lora.training.snapshots import SnapshotCollector, join_shards
 
@@ -72,7 +73,7 @@ def test_updates_equal_torch_adamw_with_clipping_and_schedule(dtype):
     ours = JobOptimizer(arena, 0, settings)
     theirs = [torch.nn.Parameter(arena.view(f, arena.master).clone()) for f in ours.factors]
     oracle = torch.optim.AdamW(theirs, lr=1.0, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
-    rate = learning_rate_at(settings)
+    rate = settings.learning_rate_at
     torch.manual_seed(0)
     for step in range(10):
         for factor, parameter in zip(ours.factors, theirs, strict=True):
@@ -105,7 +106,7 @@ def test_schedule_is_that_of_transformers(kind, warmup_ratio):
     warmup = math.ceil(warmup_ratio * num_steps)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
     settings = BASE | {"lr_scheduler": kind, "warmup_ratio": warmup_ratio, "num_steps": num_steps, "learning_rate": 2e-3}
-    ours = learning_rate_at(OptimizerSettings(**settings))
+    ours = OptimizerSettings(**settings).learning_rate_at
     for step in range(num_steps):
         assert ours(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-18)
         optimizer.step()

@@ -67,7 +67,8 @@ def test_neighbours_with_other_rows_and_nan_change_no_bit(parallel, scene, pool,
     mine = [job("first", scene["rows"][0], lora_dropout=0.1), job("last", scene["rows"][1], r=4)]
     broken = oracle.make_adapter(scene["model"], tmp_path / "broken", r=8, lora_alpha=16, target_modules=MODULES, seed=0)
     tensors = load_file(broken / "adapter_model.safetensors")
-    save_file({key: torch.full_like(value, torch.nan) for key, value in tensors.items()}, broken / "adapter_model.safetensors")
+    # finite, as an init_adapter has to be; NaN at its first forward
+    save_file({key: torch.full_like(value, 1e30) for key, value in tensors.items()}, broken / "adapter_model.safetensors")
     swapped = oracle.swap_words(scene["rows"][2], tmp_path / "swapped.jsonl")
     neighbours = {
         "as-is": (job("other", scene["rows"][2]), 0),

@@ -77,6 +77,6 @@ def test_a_microbatch_that_does_not_fit_is_one_line(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(warm_up, "_forward_and_backward", full)
-    stage, arena = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(factors=[[]])
+    stage, arena = SimpleNamespace(device=torch.device("cpu"), reserve_host_memory=lambda rows: None), SimpleNamespace(factors=[[]])
     with pytest.raises(UserError, match=r"^microbatch_tokens: 700 tokens do not fit \(CUDA out of memory\); use fewer"):
         warm_up.warm_up(stage, arena, 700)
