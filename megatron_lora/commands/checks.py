@@ -176,6 +176,7 @@ def read_data(config: RunConfig, model_dir: Path, architecture: Architecture) ->
 
     A job whose data are bad has a UserError there.
     """
+    from megatron_lora.data.chat_template import chat_settings
     from megatron_lora.data.samples import try_jobs_data
     from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.data.tokenizer import tokenizer_for
@@ -184,6 +185,8 @@ def read_data(config: RunConfig, model_dir: Path, architecture: Architecture) ->
     tokenizer = tokenizer_for(config.jobs, model_dir)
     for doubt in () if tokenizer is None else doubts_of(tokenizer):
         print(f"megatron-lora: warning: {doubt}", file=sys.stderr)
+    for job in config.jobs:
+        chat_settings(job)  # a template's file that is not there is the config's fault, not the data's
     data = try_jobs_data(config.jobs, tokenizer, cache_dir(), architecture.vocab_size)
     if tokenizer is not None and config.load_weights:
         good = {job.name: found for job, found in zip(config.jobs, data, strict=True) if not isinstance(found, UserError)}
