@@ -54,8 +54,8 @@ def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None
     from megatron_lora.output.job_states import exit_status
     from megatron_lora.output.run_directory import RunDirectory, job_states
 
-    check_run(load_config(config_path))
-    with RunDirectory.create(load_config(config_path)) as directory:
+    inputs = check_run(load_config(config_path))
+    with RunDirectory.create(load_config(config_path), failed=inputs.failed) as directory:
         pool(**parallel).run(train, config_path, stop_after)
         status = exit_status(job_states(directory.path).values())
         directory.finish(status)

@@ -33,7 +33,7 @@ ROOMS = {  # room of megatron_lora -> what else it may import: rooms, other pack
     "config": set(),
     "huggingface": set(),
     "parallel": {"config", "huggingface", "fused_ops"},
-    "data": {"config", "scheduling.types", "fused_ops"},
+    "data": {"config", "scheduling.types", "scheduling.job_lengths", "fused_ops"},
     "output": {"config", "huggingface"},
     "model": {"config", "huggingface", "parallel", "data.microbatch", "scheduling.cost", "scheduling.memory", "fused_ops"},
     "planning": {"config", "huggingface", "parallel", "scheduling"},

@@ -8,14 +8,15 @@ remedy. The ranks do not check again.
 """
 
 import dataclasses
-import os
+import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig
+from megatron_lora.data.dataset_sources import MAX_NAME_BYTES, sources_of
 from megatron_lora.data.steps import check_visits, count_steps
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError, one_line
@@ -27,22 +28,28 @@ from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
 
-MAX_NAME_BYTES = 255  # of a file's name, on every common file system
 SAMPLES_LOOKED_AT = 100  # of a job, for its chat template's tokens, which stand in all of them
 RANKS_PER_CORE = 4  # with more gloo ranks than this on a core, they mostly wait for each other
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What the checks have read: the model's directory and architecture, and the data of each job, in the order of the jobs."""
+    """What the checks have read: the model's directory and architecture, and the data of each job, in the order of the jobs.
+
+    `failed`: why the jobs cannot train whose data are bad; they are not among the others.
+    """
 
     model_dir: Path
     architecture: Architecture
     data: tuple
+    failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = True) -> Inputs:
-    """Check that a run can start here with `ranks_here` ranks (default: all); `owner`: check the output directory too."""
+    """Check that a run can start here with `ranks_here` ranks (default: all); `owner`: check the output directory too.
+
+    A job whose data are bad fails alone, unless all are so, or it has trained before and they were good then.
+    """
     points = {}
     if owner:
         points = RunDirectory.check(config)
@@ -50,14 +57,19 @@ def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = Tr
     check_files(config)
     check_backends(config)
     check_devices(config.parallel.world_size if ranks_here is None else ranks_here)
-    inputs = read_inputs(config)
-    for job, job_data in zip(config.jobs, inputs.data, strict=True):
+    may_fail = {job.name for job in config.jobs if points.get(job.name, ResumePoint()).checkpoint is None}
+    inputs = read_inputs(config, may_fail)
+    remaining = [job for job in config.jobs if job.name not in inputs.failed]
+    for job, job_data in zip(remaining, inputs.data, strict=True):
         check_checkpoint(job, job_data, points.get(job.name, ResumePoint()))
     return inputs
 
 
-def read_inputs(config: RunConfig) -> Inputs:
-    """Read and check model, adapters and data: all that `plan` needs, which has no ranks and no output directory."""
+def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
+    """Read and check model, adapters and data: all that `plan` needs, which has no ranks and no output directory.
+
+    Jobs of `may_fail` whose data are bad are in the inputs' `failed`, if any job is left.
+    """
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
     architecture = read_base_model(model_dir, config.load_weights)
@@ -67,11 +79,23 @@ def read_inputs(config: RunConfig) -> Inputs:
         recompute_of_layers(config.recompute, architecture.num_layers)
     for job in config.jobs:
         check_init_adapter(job, architecture)
-    data = read_data(config, model_dir, architecture)
-    for job, job_data in zip(config.jobs, data, strict=True):
+    found = list(zip(config.jobs, read_data(config, model_dir, architecture), strict=True))
+    bad = {job.name: data for job, data in found if isinstance(data, UserError)}
+    for name, error in bad.items():
+        if len(bad) == len(found) or name not in may_fail:
+            raise error
+    good = [(job, data) for job, data in found if job.name not in bad]
+    for job, job_data in good:
         check_lengths(job, job_data, config.microbatch_tokens, architecture)
-        check_visits(job, len(job_data.samples))
-    return Inputs(model_dir=model_dir, architecture=architecture, data=data)
+        check_visits(job, job_data.mixture.num_copies)
+    failed = {name: str(error) for name, error in bad.items()}
+    return Inputs(model_dir=model_dir, architecture=architecture, data=tuple(data for _, data in good), failed=failed)
+
+
+def say_failed(inputs: Inputs) -> None:
+    """Print which jobs fail before they start."""
+    for name, reason in inputs.failed.items():
+        print(f"megatron-lora: job {name} fails before it starts, the others train: {reason}", file=sys.stderr)
 
 
 def show_unread_fields(model_dir: Path, model_type: str) -> None:
@@ -89,15 +113,7 @@ def check_files(config: RunConfig) -> None:
     """Check that every dataset and adapter that the config names exists and can be read."""
     for job in config.jobs:
         for position, dataset in enumerate(job.datasets):
-            where = f"jobs.{job.name}.datasets.{position}.path"
-            path = Path(dataset.path)
-            if len(path.name.encode()) > MAX_NAME_BYTES:
-                raise UserError(f"{where}: {show(dataset.path)}: is too long a name for a file; correct the path")
-            if not path.is_file():
-                what = "is a directory; name one file in it" if path.is_dir() else f"no such file in {os.getcwd()}; correct the path"
-                raise UserError(f"{where}: {dataset.path!r}: {what}")
-            if not os.access(path, os.R_OK):
-                raise UserError(f"{where}: {dataset.path!r}: may not be read; change its permissions")
+            sources_of(dataset, f"jobs.{job.name}.datasets.{position}.path")
         if job.init_adapter is None:
             continue
         if len(Path(job.init_adapter).name.encode()) > MAX_NAME_BYTES:
@@ -156,17 +172,25 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
 
 
 def read_data(config: RunConfig, model_dir: Path, architecture: Architecture) -> tuple:
-    """Tokenise every job's datasets, or read them from the cache; warn of tokens in them that the base model does not know."""
-    from megatron_lora.data.samples import load_jobs_data
+    """Tokenise every job's datasets, or read them from the cache; warn of tokens in them that the base model does not know.
+
+    A job whose data are bad has a UserError there.
+    """
+    from megatron_lora.data.chat_template import chat_settings
+    from megatron_lora.data.samples import try_jobs_data
     from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.data.tokenizer import tokenizer_for
+    from megatron_lora.data.tokenizer_checks import doubts_of
 
     tokenizer = tokenizer_for(config.jobs, model_dir)
-    data = load_jobs_data(config.jobs, tokenizer, cache_dir(), architecture.vocab_size)
+    for doubt in () if tokenizer is None else doubts_of(tokenizer):
+        print(f"megatron-lora: warning: {doubt}", file=sys.stderr)
+    for job in config.jobs:
+        chat_settings(job)  # a template's file that is not there is the config's fault, not the data's
+    data = try_jobs_data(config.jobs, tokenizer, cache_dir(), architecture.vocab_size)
     if tokenizer is not None and config.load_weights:
-        warn_of_untrained_tokens(
-            {job.name: job_data for job, job_data in zip(config.jobs, data, strict=True)}, tokenizer, model_dir, architecture
-        )
+        good = {job.name: found for job, found in zip(config.jobs, data, strict=True) if not isinstance(found, UserError)}
+        warn_of_untrained_tokens(good, tokenizer, model_dir, architecture)
     return data
 
 
@@ -177,7 +201,7 @@ def warn_of_untrained_tokens(data: Mapping[str, Any], tokenizer, model_dir: Path
 
     added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
     used = {
-        name: {int(token) for sample in job.samples[:SAMPLES_LOOKED_AT] for token in sample.tokens} & added.keys()
+        name: {int(token) for sample in itertools.islice(job.samples, SAMPLES_LOOKED_AT) for token in sample.tokens} & added.keys()
         for name, job in data.items()
     }
     tokens = {token: added[token] for found in used.values() for token in found}
@@ -193,24 +217,23 @@ def warn_of_untrained_tokens(data: Mapping[str, Any], tokenizer, model_dir: Path
 
 def check_checkpoint(job: JobConfig, job_data, point: ResumePoint) -> None:
     """Check that a job's checkpoint is complete, and was made with the job's samples and number of steps."""
-    from megatron_lora.data.samples import digest_of
     from megatron_lora.output.checkpoint import check_tensors
 
     if point.checkpoint is None or point.state is None:
         return
     check_tensors(point.checkpoint)
-    num_steps = count_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps)
-    if (point.state.samples, point.state.num_steps) != (digest_of(job_data.samples), num_steps):
+    num_steps = count_steps(job_data.mixture.num_copies, job.global_batch_size, job.num_epochs, job.max_steps)
+    if (point.state.samples, point.state.num_steps) != (job_data.digest(), num_steps):
         raise UserError(
-            f"jobs.{job.name}.datasets: have other records, or the tokenizer makes other tokens of them, than when {point.checkpoint} "
-            "was written; restore them, or choose another output_dir"
+            f"jobs.{job.name}.datasets: have other records or weights, or the tokenizer makes other tokens of them, than when "
+            f"{point.checkpoint} was written; restore them, or choose another output_dir"
         )
 
 
 def check_lengths(job: JobConfig, data, microbatch_tokens: int | str, architecture: Architecture) -> None:
     """Check that no sample has more tokens than a microbatch or than the model has positions."""
     where = f"jobs.{job.name}"
-    longest = max(data.samples, key=lambda sample: len(sample.tokens))
+    longest = data.samples[int(data.samples.lengths.argmax())]
     tokens = len(longest.tokens)
     if isinstance(microbatch_tokens, int) and tokens > microbatch_tokens:
         raise UserError(

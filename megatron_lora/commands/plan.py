@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_lora.commands.checks import read_inputs
 from megatron_lora.config.rules import one_of
 from megatron_lora.config.schema import RunConfig, load_config
-from megatron_lora.data.steps import JobSamples, target_share
+from megatron_lora.data.sample_arrays import target_share
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import layers_of_stages
@@ -42,7 +42,7 @@ def main(config_path: str, overrides: list[str], *, policy: str, plot: str | Non
     costs = None if cost_file is None else read_calibration(Path(cost_file), "--cost")
     inputs = read_inputs(given)
     device, known, costs = choose_device(named, costs, given, inputs.architecture)
-    samples = [JobSamples.of(job, job_data.samples) for job, job_data in zip(given.jobs, inputs.data, strict=True)]
+    samples = [job_data.steps_of(job) for job, job_data in zip(given.jobs, inputs.data, strict=True)]
     lengths = [of_job.lengths() for of_job in samples]
     share = target_share((of_job.samples, of_job.steps) for of_job in samples)
     config = resolve(given, inputs.architecture, lengths, device, share)

@@ -87,11 +87,12 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
     if LAUNCHED in os.environ:
         run_directory = RunDirectory.join(config)
     else:
-        from megatron_lora.commands.checks import check_run
+        from megatron_lora.commands.checks import check_run, say_failed
         from megatron_lora.environment import environment
 
-        check_run(config)
-        run_directory = RunDirectory.create(config, environment())
+        inputs = check_run(config)
+        say_failed(inputs)
+        run_directory = RunDirectory.create(config, environment(), inputs.failed)
     with run_directory:
         _run(config, stop)
         status = exit_status(job_states(run_directory.path).values())  # of all jobs, those of earlier starts too

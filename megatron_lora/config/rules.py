@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
 
 Check = Callable[[str, object], Any]
 
@@ -76,6 +76,11 @@ def show(value: object) -> str:
     """Write a value as in YAML, on one line of at most 60 characters."""
     text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def key_name(name: str) -> str:
+    """Write a key that a user chose on one line, in quotes where it has characters that cannot be shown."""
+    return one_line(name if name.isprintable() else repr(name), 60)
 
 
 def whole_number(what: str, low: int, high: int | None = None) -> Rule:

@@ -23,6 +23,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_lora.config.schema import RunConfig, dump_config, load_config
@@ -56,8 +57,11 @@ class RunDirectory:
             raise _unusable(path, error) from None
 
     @classmethod
-    def create(cls, config: RunConfig, environment: dict | None = None) -> "RunDirectory":
-        """Lock and prepare the directory of a run, its remaining jobs queued; UserError when `check` refuses it."""
+    def create(cls, config: RunConfig, environment: dict | None = None, failed: Mapping[str, str] | None = None) -> "RunDirectory":
+        """Lock and prepare the directory of a run, its remaining jobs queued; UserError when `check` refuses it.
+
+        `failed`: names of remaining jobs that cannot start, with the reasons.
+        """
         path = Path(config.output_dir)
         cls.check(config)
         try:
@@ -65,7 +69,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, _lock(path, fcntl.LOCK_EX), created)
             try:
-                run._initialise(config, environment or {})
+                run._initialise(config, environment or {}, failed or {})
                 _share(path, run.lock)
             except BaseException as error:
                 if isinstance(error, OSError):
@@ -76,11 +80,12 @@ class RunDirectory:
             raise _unusable(path, error) from None
         return run
 
-    def _initialise(self, config: RunConfig, environment: dict) -> None:
+    def _initialise(self, config: RunConfig, environment: dict, failed: Mapping[str, str]) -> None:
         """Write the owner into the lock file, rewind the run or remove what never took a step, and write the run's files."""
         os.truncate(self.lock, 0)
         os.pwrite(self.lock, _this_process().encode(), 0)
         jobs = {job.name: _job("queued", "") for job in config.jobs}
+        jobs |= {name: _job(after("queued", "failed"), reason) for name, reason in failed.items()}
         if has_trained(self.path):
             # Checked again, because another run may have ended between `check` and the lock.
             remaining = check_resume(self.path, job_states(self.path), config)

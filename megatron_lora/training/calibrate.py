@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.data.collate import collate
-from megatron_lora.data.steps import target_share
+from megatron_lora.data.sample_arrays import target_share
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.environment import commit, versions
 from megatron_lora.files import write_atomically
@@ -102,7 +102,7 @@ def run(config: RunConfig, output: Path | None) -> None:
         cost_device = this_device(config.parallel.world_size)
         resolved = resolve(config, architecture, lengths, cost_device, share)
         cost = planner_cost(resolved, architecture, cost_device, share)
-        return cost_device, resolved, slots_to_time(resolved, cost, [steps[:PROBED_STEPS] for steps in lengths])
+        return cost_device, resolved, slots_to_time(resolved, cost, [steps.cut(min(PROBED_STEPS, len(steps))) for steps in lengths])
 
     cost_device, resolved, slots = from_first_rank(choose, host_group)
     short = as_many_layers_as_fit(resolved, architecture, cost_device)

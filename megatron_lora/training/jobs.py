@@ -14,8 +14,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_lora.config.schema import JobConfig
+from megatron_lora.data.sample_arrays import JobSamples
 from megatron_lora.data.samples import JobData, load_jobs_data
-from megatron_lora.data.steps import JobSamples
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.model.arena_region import AdapterSpec
@@ -92,7 +92,7 @@ def read_jobs(
     jobs = {}
     for number, (c, data) in enumerate(zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True)):
         point = (resume_points or {}).get(c.name, ResumePoint())
-        jobs[number] = Job(number=number, config=c, data=data, step_samples=JobSamples.of(c, data.samples), resume_point=point)
+        jobs[number] = Job(number=number, config=c, data=data, step_samples=data.steps_of(c), resume_point=point)
     return jobs
 
 

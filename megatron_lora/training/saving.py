@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lora.config.schema import JobConfig, RunConfig
-from megatron_lora.data.samples import digest_of
 from megatron_lora.data.serving import serving_advice
 from megatron_lora.files import sync
 from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, write_adapter
@@ -73,7 +72,7 @@ def writer(config: RunConfig, jobs: Jobs) -> Callable[[Snapshot], None]:
         directory = Path(config.output_dir) / "jobs" / job.config.name
         if snapshot.moments:
             if snapshot.job not in digests:
-                digests[snapshot.job] = digest_of(job.data.samples)
+                digests[snapshot.job] = job.data.digest()
             state = CheckpointState(
                 step=snapshot.step,
                 num_steps=job.num_steps,

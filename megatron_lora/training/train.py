@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig, load_config
-from megatron_lora.data.steps import target_share
+from megatron_lora.data.sample_arrays import target_share
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.huggingface.hub import resolve_base_model

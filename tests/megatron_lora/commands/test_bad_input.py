@@ -273,7 +273,11 @@ CASES = {
     "policies of no layers": (override("recompute=[]"), ["recompute: [] is not a list of policies, one per layer"]),
     "policies of too few layers": (override("recompute=[full, none]"), ["recompute: 2 policies", "4 layers", "or one word"]),
     "unknown format": (override("jobs.one.datasets.0.type=chat"), ["jobs.one.datasets.0.type: 'chat'", "messages or sharegpt"]),
-    "csv": (override("jobs.one.datasets.0.path=rows.csv"), ["jobs.one.datasets.0.path: 'rows.csv'", ".jsonl"]),
+    "an unknown ending": (override("jobs.one.datasets.0.path=rows.txt"), ["jobs.one.datasets.0.path: 'rows.txt'", ".jsonl"]),
+    "a pattern of no file": (override("jobs.one.datasets.0.path=data/*.csv"), ["path: 'data/*.csv'", "matches no file"]),
+    "split of a file": (override("jobs.one.datasets.0.split=train"), ["jobs.one.datasets.0.split: 'train' is for a hub id", "remove it"]),
+    "weight 0": (override("jobs.one.datasets.0.sampling_weight=0"), ["jobs.one.datasets.0.sampling_weight: 0", "above 0"]),
+    "bad_rows in other words": (override("jobs.one.bad_rows=skip"), ["jobs.one.bad_rows: 'skip'", "refuse or drop"]),
     "two ways to train": (
         override("defaults.train_on_inputs=true", "jobs.one.train_on=last"),
         ["jobs.one.train_on: last contradicts jobs.one.train_on_inputs: true"],
@@ -288,7 +292,7 @@ CASES = {
         override("jobs.one.val_datasets=[{path: rows.jsonl, type: text}]"),
         ["jobs.one.val_datasets: ", "is not supported yet", "use null"],
     ),
-    "a job without end": (override("jobs.one.num_epochs=1000000000000"), ["num_epochs: 1000000000000 takes", "a job may take 50000000"]),
+    "a job without end": (override("jobs.one.num_epochs=1000000000000"), ["num_epochs: 1000000000000 takes", "a job may take 400000000"]),
     # files
     "a path too long": (override("jobs.one.datasets.0.path=" + "x" * 300 + ".jsonl"), ["jobs.one.datasets.0.path:", "too long a name"]),
     "missing data": (override("jobs.one.datasets.0.path=row.jsonl"), ["jobs.one.datasets.0.path: 'row.jsonl'", "no such file"]),
@@ -299,13 +303,17 @@ CASES = {
     "broken line": (write("rows.jsonl", RECORD + "{oops\n"), ["rows.jsonl:2", "not valid JSON"]),
     "nested line": (write("rows.jsonl", RECORD + "[" * 100_000 + "\n"), ["rows.jsonl:2", "nests too deeply"]),
     "nested list": (
-        lambda scene: Path("rows.json").write_text("[" * 100_000) and ["jobs.one.datasets.0.path=rows.json"],
+        lambda scene: Path("rows.json").write_text("[" * 100_000)
+        and [f"jobs.{job}.datasets.0.path=rows.json" for job in ("one", "two")],
         ["rows.json:1", "nests too deeply"],
     ),
     "empty data": (write("rows.jsonl", ""), ["rows.jsonl", "no records"]),
     "field missing": (write("rows.jsonl", RECORD + '{"prompt": "a"}\n'), ["rows.jsonl:2", "'completion'", "add it"]),
     "empty completion": (write("rows.jsonl", RECORD + '{"prompt": "a", "completion": ""}\n'), ["rows.jsonl:2"]),
-    "wrong format": (override("jobs.one.datasets.0.type=messages"), ["chat template", "prompt_completion"]),
+    "wrong format": (
+        override("jobs.one.datasets.0.type=messages", "jobs.two.datasets.0.type=messages"),
+        ["chat template", "prompt_completion"],
+    ),
     "cut to nothing": (override("defaults.sequence_len=2"), ["jobs.one.sequence_len: 2", "raise it"]),
     "budget in words": (override("microbatch_tokens=all"), ["microbatch_tokens: 'all'", "or auto"]),
     "sample over the budget": (override("microbatch_tokens=8"), ["microbatch_tokens: 8", "of jobs.one", "jobs.one.sequence_len: 8"]),

@@ -66,12 +66,12 @@ def test_text_gets_its_special_tokens_and_one_eos():
     assert marked(with_bos, {"text": "abc"}, "text") == "<s>«abc</s>»"
 
 
-def test_prompt_completion_joins_tokens_not_texts():
+def test_prompt_and_completion_are_one_text():
     tokenizer = make_tokenizer(bos="<s>", adds_bos=True, merges=[("b", "c")])
     record = {"prompt": "ab", "completion": "cd"}
-    assert marked(tokenizer, record, "prompt_completion") == "<s>ab«cd</s>»"
+    assert marked(tokenizer, record, "prompt_completion") == "<s>abc«d</s>»"
     ids = RecordEncoder(tokenizer).encode(record, "prompt_completion", False, "").tokens
-    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<s>", "a", "b", "c", "d", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<s>", "a", "bc", "d", "</s>"]
     assert marked(tokenizer, record, "prompt_completion", train_on_inputs=True) == "<s>«abcd</s>»"
     assert marked(tokenizer, {"prompt": "", "completion": "cd"}, "prompt_completion") == "<s>«cd</s>»"
     assert marked(make_tokenizer(), {"prompt": "", "completion": "cd"}, "prompt_completion") == "c«d</s>»"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
+from megatron_lora.data.sample_arrays import JobSamples, Samples
 from megatron_lora.data.samples import JobData
-from megatron_lora.data.steps import JobSamples, job_steps
+from megatron_lora.data.steps import job_steps
 from megatron_lora.huggingface.adapter_files import AdapterFile
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec
@@ -139,8 +140,8 @@ def job_of(num_steps: int, r: int, **settings_of_job) -> Job:
     settings = {name: value for name, value in BASE.items() if name != "num_steps"}
     datasets = (DatasetConfig(path="a.jsonl", type="text"),)
     config = JobConfig(name="a", seed=3, datasets=datasets, r=r, max_steps=num_steps, **settings)
-    step_samples = JobSamples(seed=3, samples=(), steps=job_steps(1, 1, 1, num_steps, False, 0))
-    return Job(number=0, config=config, data=JobData((), 0, 0, 0, {}), step_samples=step_samples, **settings_of_job)
+    step_samples = JobSamples(seed=3, samples=Samples.of([]), steps=job_steps(1, 1, 1, num_steps, False, 0))
+    return Job(number=0, config=config, data=JobData.of(Samples.of([])), step_samples=step_samples, **settings_of_job)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

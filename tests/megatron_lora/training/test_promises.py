@@ -116,7 +116,8 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
 
     from megatron_lora.config.schema import ParallelConfig
     from megatron_lora.data.collate import collate
-    from megatron_lora.data.steps import JobSamples, Sample, job_steps
+    from megatron_lora.data.sample_arrays import JobSamples, Sample, Samples
+    from megatron_lora.data.steps import job_steps
     from megatron_lora.huggingface.adapter_files import read_adapter
     from megatron_lora.huggingface.architecture import read_architecture
     from megatron_lora.model.adapter_arena import Arena
@@ -138,7 +139,9 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
     arena = Arena(stage.linears, [spec], tensor_rank=0, tensor_ranks=1, dtype=torch.float32, device=cpu)
     arena.load(0, read_adapter(directory).weights)
     sample = Sample(record=0, tokens=tokens.numpy(), targets=(tokens > 3).numpy())
-    resident = SimpleNamespace(step_samples=JobSamples(seed=0, samples=[sample], steps=job_steps(1, 1, 1, None, False, 0)), adapter_row=0)
+    resident = SimpleNamespace(
+        step_samples=JobSamples(seed=0, samples=Samples.of([sample]), steps=job_steps(1, 1, 1, None, False, 0)), adapter_row=0
+    )
     data = collate(Microbatch((Segment(0, 0, (0,), len(tokens)),)), {0: resident}, multiple=1, device=cpu)
     ours = stage.logits(stage(data))
     assert float((theirs - base).abs().max()) > 1e-2, "the adapter changes nothing"

@@ -8,6 +8,7 @@ import oracle
 import runs
 
 from megatron_lora.config.schema import JobConfig
+from megatron_lora.data.sample_arrays import Samples
 from megatron_lora.data.samples import JobData
 from megatron_lora.training.run_reporter import RunReporter
 
@@ -34,7 +35,7 @@ def test_what_the_data_say_about_serving_stands_in_the_card(pool, tmp_path, monk
 def test_the_advice_of_jobs_that_are_done_ends_a_run(capsys):
     template = {"datasets": (), "chat_template": "chatml"}
     jobs = [
-        SimpleNamespace(name=name, state=state, config=JobConfig(name=name, **keys), data=JobData((), 0, 0, 0, {}))
+        SimpleNamespace(name=name, state=state, config=JobConfig(name=name, **keys), data=JobData.of(Samples.of([])))
         for name, state, keys in (("a", "done", template), ("b", "failed", template), ("c", "done", {"datasets": ()}))
     ]
     ended = SimpleNamespace(observers=[], directory=SimpleNamespace(close=lambda: None), jobs=dict(enumerate(jobs)))
