@@ -39,10 +39,12 @@ def assistant_spans(text: str, messages: Sequence[Mapping[str, Any]], render: Re
     floor = 0
     for number, turn in enumerate(turns):
         after = between[number + 1] if between else ""
-        end = None if position is None else _end_of(text, position, messages[turn], after, last=turn == turns[-1])
+        end = None if position is None else _end_of(text, position, messages[turn], between[number + 1 :])
         span = Span(position, end) if position is not None and end is not None else _alone(text, messages, turn, floor, render, where)
         if span.start > span.end or span.start < floor:
-            raise UserError(f"{where}: message {turn + 1} is not found in what the base model's chat template makes of the record")
+            raise UserError(
+                f"{where}: message {turn + 1} is not found in what the base model's chat template makes of the record; leave it out"
+            )
         spans[turn] = _from_its_start(text, messages[turn], span, floor, borders)
         floor = span.end
         position = span.end + len(after) if between and text.startswith(after, span.end) else None
@@ -62,9 +64,9 @@ def _between(text: str, messages: Sequence[Mapping[str, Any]], turns: Sequence[i
     return pieces[::2] if pieces[1::2] == [str(turn) for turn in turns] else []
 
 
-def _end_of(text: str, start: int, message: Mapping[str, Any], after: str, last: bool) -> int | None:
-    """Return where a turn that begins at `start` ends, if `after` follows it."""
-    content = message["content"]
+def _end_of(text: str, start: int, message: Mapping[str, Any], between: Sequence[str]) -> int | None:
+    """Return where a turn that begins at `start` ends, if the first of `between` follows it, and the others the later turns."""
+    content, after, last = message["content"], between[0], len(between) == 1
     answer = content.rpartition("</think>")[2]
     for piece in (content, content.strip(), answer, answer.strip(), answer.lstrip("\n"), content.lstrip(), content.rstrip()):
         end = start + len(piece)
@@ -73,26 +75,43 @@ def _end_of(text: str, start: int, message: Mapping[str, Any], after: str, last:
     if last:
         end = len(text) - len(after)
         return end if end >= start and text.endswith(after) else None
+    if not after.strip() or text.count(after, start) != sum(piece.count(after) for piece in between):
+        return None  # the turn itself says what follows turns, or a thought stands where a replaced turn has none
     end = text.find(after, start)
-    return end if end >= 0 and after.strip() and text.find(after, end + 1) < 0 else None
+    return end if end >= 0 else None
 
 
 def _alone(text: str, messages: Sequence[Mapping[str, Any]], turn: int, floor: int, render: Render, where: str) -> Span:
     """Find one turn by a rendering of its own, in which it is replaced."""
-    calls = "tool_calls" in messages[turn]
-    shown = render(messages[: turn + 1], False) if calls else text  # what follows a call may name it, or want it
-    following = [] if calls else messages[turn + 1 :]
+    if "tool_calls" not in messages[turn]:
+        return _differing(text, messages, turn, render, where)
+    # What follows a call may name it, or want it. Of the last turn a template may show the thought, and not of an earlier one.
+    found = []
+    for message in (messages[turn], _without_thought(messages[turn])) if thought_of(messages[turn]) else (messages[turn],):
+        until = [*messages[:turn], message]
+        shown = render(until, False)
+        span = _differing(shown, until, turn, render, where)
+        said = shown[span.start :].rstrip() if span.closed else shown[span.start : span.end]
+        position = text.find(said, floor) if said else -1
+        if position >= 0:
+            found.append(Span(position, position + len(said), span.closed))
+    return min(found, default=Span(floor, -1))
+
+
+def _differing(shown: str, messages: Sequence[Mapping[str, Any]], turn: int, render: Render, where: str) -> Span:
+    """Return where a rendering of the messages is another when one turn is replaced; closed: the turn has an end of its own."""
     marker = _absent("turn", shown)
-    before, found, after = render([*messages[:turn], _replaced(messages[turn], marker), *following], False).partition(marker)
+    before, found, after = render([*messages[:turn], _replaced(messages[turn], marker), *messages[turn + 1 :]], False).partition(marker)
     if not found or marker in after:
         raise UserError(f"{where}: the base model's chat template does not show message {turn + 1} once; leave it out of the record")
     start, suffix = common_start(shown, before), common_start(shown[::-1], after[::-1])
-    closed = suffix < len(after)  # the turn has an end of its own
-    if not calls:
-        return Span(start, len(text) - suffix, closed)
-    said = shown[start:].rstrip() if closed else shown[start : len(shown) - suffix]
-    position = text.find(said, floor) if said else -1
-    return Span(position, position + len(said), closed) if position >= 0 else Span(floor, -1)
+    return Span(start, len(shown) - suffix, closed=suffix < len(after))
+
+
+def _without_thought(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an assistant's message without what it thought."""
+    said = {name: value for name, value in message.items() if name not in ("reasoning_content", "thinking")}
+    return said | {"content": message["content"].rpartition("</think>")[2].lstrip("\n")}
 
 
 def _replaced(message: Mapping[str, Any], marker: str) -> dict[str, Any]:

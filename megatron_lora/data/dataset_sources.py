@@ -117,7 +117,7 @@ def _file_source(path: str, where: str) -> FileSource:
         raise UserError(f"{where}: {path!r}: is no kind of file that is read; use one that ends in {DATASET_FILES_IN_WORDS}")
     if not os.access(path, os.R_OK):
         raise UserError(f"{where}: {path!r}: may not be read; change its permissions")
-    return FileSource(path)
+    return FileSource(str(Path(path)))  # as errors about its records name it: without a leading ./
 
 
 def _digest(files: list[str]) -> str:

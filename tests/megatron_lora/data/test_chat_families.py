@@ -139,6 +139,30 @@ def test_random_conversations_of_scraps_of_templates(monkeypatch, name):
         )
 
 
+def random_trace(random, family):
+    """Return an agent's turns: several calls before each answer, results that repeat, thoughts in any turn."""
+
+    def turn(content, **fields):
+        thought = {"reasoning_content": random.choice(["OK", "so\nthen"])} if "thoughts" in family.holds and random.random() < 0.5 else {}
+        return says(content, **thought, **fields)
+
+    turns = []
+    for _ in range(random.randint(1, 3)):
+        turns.append(user(random.choice(["again", "OK"])))
+        for _ in range(random.choice([0, 1, 1, 2, 3])):
+            turns.append(turn("", tool_calls=calls(q=random.choice(["OK", 1]))["tool_calls"]))
+            turns.append({"role": "tool", "content": random.choice(["OK", "OK", "42"])})
+        turns.append(turn(random.choice(["OK", "done"])))
+    return turns
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "tools" in family.holds])
+def test_random_traces_of_agents(monkeypatch, name):
+    family, random = FAMILIES[name], Random(name)
+    for _ in range(40):
+        test_ids_and_targets_are_those_of_transformers(monkeypatch, name, "random", random_trace(random, family), [TOOL], "at once")
+
+
 @pytest.mark.parametrize("finds", ["at once", "one by one", "by marks"])
 @pytest.mark.parametrize(("name", "case", "messages", "tools"), CASES, ids=[f"{name}: {case}" for name, case, *_ in CASES])
 def test_ids_and_targets_are_those_of_transformers(monkeypatch, name, case, messages, tools, finds):
