@@ -9,12 +9,13 @@ A turn is not trained where it is marked so: by `weight` 0 or another name of th
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from megatron_lora.data.record_fields import missing, text_of
+from megatron_lora.data.chat_template import GIVEN_TO_TEMPLATES
+from megatron_lora.data.record_fields import HARMLESS, MEDIA, SAYS_NOTHING, check_other_fields, is_mark, missing, text_of, unused
 from megatron_lora.errors import UserError
 
 CHAT_TYPES = ("messages", "sharegpt")
@@ -31,21 +32,14 @@ MARKS = (
     *("weight", "train", "loss", "training", "trainable", "train_on_turn", "train_on_assistant"),
     *("loss_mask", "step_loss_mask", "loss_weight", "loss_scale"),
 )
-SAYS = frozenset(("role", "content", "from", "value"))
 OPPOSITE_MARK = "masked"
-MARK_WORDS = frozenset(("train", "training", "trainable", "loss", "mask", "masked", "masks", "weight", "weights"))
+ALL_MARKS = frozenset((*MARKS, OPPOSITE_MARK))
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what a turn's thoughts are called; transformers knows the same names
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-REFUSED_IN_RECORD = (
-    *("weight", "train", "loss", "mask", "masked", "mask_ranges", "loss_weight", "loss_scale", "sample_weight", "documents"),
-    *("labels", "input_ids", "completion_mask", "assistant_masks", *MEDIA),
-)
-USED_IN_TURN = frozenset(("tool_calls", "function_call", "name", "tool_call_id"))
+# Fields of a record that a conversation uses, besides those that hold its turns.
+USED_IN_RECORD = frozenset(("system", "system_prompt", "tools", "functions", "chat_template_kwargs", "enable_thinking", "loss_mask"))
+USED_IN_TURN = frozenset(("tool_calls", "function_call", "name", "tool_call_id", *THOUGHTS, *ALL_MARKS))
+USED_IN_CALL = frozenset(("id", "type", "index", "function", "name", "arguments", "parameters"))  # of either form
 REFUSED_IN_TURN = ("refusal", *MEDIA)
-HARMLESS = frozenset(
-    ("id", "_id", "uuid", "idx", "index", "message_id", "conversation_id", "prompt_id", "source", "dataset", "split", "meta", "metadata")
-    + ("tags", "category", "topic", "language", "lang", "url", "license", "title", "date", "created", "created_at", "timestamp")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +69,12 @@ def read_conversation(record: Mapping[str, object], format: str, train_on: str, 
     system = _system(record, messages, where)
     if system is not None:
         messages, marks, num_prompt = [system, *messages], [None, *marks], num_prompt and num_prompt + 1
-    for name in REFUSED_IN_RECORD:
-        if _is_set(record.get(name)) and not (name == "weight" and record[name] == 1):
-            raise UserError(f"{where}: {name!r} of a record is not supported; remove it, or give turns a 'weight' of 0 or 1")
-    used |= {"system", "system_prompt", "tools", "functions", "chat_template_kwargs", "enable_thinking", "loss_mask"}
-    _name_unused("", record, used | set(REFUSED_IN_RECORD), notes)
+    notes |= dict.fromkeys(check_other_fields(record, used | USED_IN_RECORD, where))
     speaks = [message["role"] == "assistant" for message in messages]
-    for message, mark in zip(messages, marks, strict=True):
-        if mark is True and message["role"] != "assistant":
-            notes[f"turns of {message['role']} are marked to be trained and never are"] = None
+    for index, (message, mark) in enumerate(zip(messages, marks, strict=True)):
+        if mark is True and (message["role"] != "assistant" or index < num_prompt):
+            of = "a prompt" if index < num_prompt else message["role"]
+            notes[f"turns of {of} are marked to be trained and never are"] = None
     trained = [s and mark is not False and index >= num_prompt for index, (s, mark) in enumerate(zip(speaks, marks, strict=True))]
     if train_on == "last":
         last = max((index for index, s in enumerate(speaks) if s), default=-1)
@@ -127,28 +118,31 @@ def _message(turn: Mapping[str, Any], where: str, notes: dict[str, None]) -> dic
     if len(turn) == 2 and isinstance(turn.get(content_key), str) and speaker not in CALLS:  # as most turns are
         return {"role": role, "content": text_of(turn, content_key, where)}
     message: dict[str, Any] = {"role": role}
-    calls = _calls(turn, where)
+    calls = _calls(turn, where, notes)
     if speaker in CALLS:
-        calls += _parsed_calls(_json_of(text_of(turn, content_key, where), "the turn of a call", where), where)
+        calls += _parsed_calls(_json_of(text_of(turn, content_key, where), "the turn of a call", where), where, notes)
         message["content"] = ""
     else:
-        message["content"] = "" if calls and turn.get(content_key) is None else _content(turn, content_key, where)
+        message["content"] = "" if calls and turn.get(content_key) is None else _content(turn, content_key, where, notes)
     if calls:
         message["tool_calls"] = calls
-    thoughts = next((name for name in THOUGHTS if _is_set(turn.get(name))), "")
+    thoughts = [name for name in THOUGHTS if _is_set(turn.get(name))]
     if thoughts:
-        message["reasoning_content"] = message["thinking"] = text_of(turn, thoughts, where)
+        message["reasoning_content"] = message["thinking"] = text_of(turn, thoughts[0], where)
+        if any(turn[name] != turn[thoughts[0]] for name in thoughts):
+            raise UserError(f"{where}: {' and '.join(map(repr, thoughts))} of a turn are two thoughts; keep one of them")
     message |= {name: turn[name] for name in ("name", "tool_call_id") if _is_set(turn.get(name))}
     if role != "assistant" and (calls or thoughts):
-        raise UserError(f"{where}: {'tool_calls' if calls else thoughts!r} of a turn of {role!r}; only the assistant's turns have them")
+        what = "tool_calls" if calls else repr(thoughts[0])
+        raise UserError(f"{where}: {what} of a turn of {role!r}; only the assistant's turns have them")
     for name, value in turn.items():
         if name in REFUSED_IN_TURN and _is_set(value):
             raise UserError(f"{where}: {name!r} of a turn is not supported; remove it, or write what it says into the turn's text")
-    _name_unused(" of a turn", turn, {role_key, content_key, *THOUGHTS, *MARKS, OPPOSITE_MARK, *REFUSED_IN_TURN} | USED_IN_TURN, notes)
+    _note_others(turn, "turn", {role_key, content_key, *USED_IN_TURN}, where, notes)
     return message
 
 
-def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
+def _content(turn: Mapping[str, Any], key: str, where: str, notes: dict[str, None]) -> str:
     """Get a turn's text, which may stand in parts."""
     parts = turn.get(key)
     if not isinstance(parts, list):
@@ -158,20 +152,22 @@ def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
         kind = part.get("type", "text" if "text" in part else "") if isinstance(part, dict) else "text"
         if kind not in ("text", "input_text", "output_text"):
             raise UserError(f"{where}: {key!r} has a part of type {kind!r}; write text, or parts of type 'text' alone")
-        texts.append(text_of(part if isinstance(part, dict) else {"text": part}, "text", where))
+        part = part if isinstance(part, dict) else {"text": part}
+        texts.append(text_of(part, "text", where))
+        _note_others(part, "part", ("type", "text"), where, notes)
     return "".join(texts)
 
 
-def _calls(turn: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+def _calls(turn: Mapping[str, Any], where: str, notes: dict[str, None]) -> list[dict[str, Any]]:
     """Get a turn's calls of tools, in the form of `tool_calls`."""
     calls = []
     for key in ("tool_calls", "function_call"):
         if _is_set(turn.get(key)):
-            calls += _parsed_calls(_json_of(turn[key], repr(key), where), where)
+            calls += _parsed_calls(_json_of(turn[key], repr(key), where), where, notes)
     return calls
 
 
-def _parsed_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+def _parsed_calls(calls: Any, where: str, notes: dict[str, None]) -> list[dict[str, Any]]:
     """Return calls as {type, function: {name, arguments}}, with arguments that are JSON text as what they say, as servers give them."""
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -179,7 +175,11 @@ def _parsed_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"{where}: a call is {json.dumps(call, default=str)[:40]}; write {{name, arguments}}")
-        arguments = function.get("arguments", function.get("parameters", {}))
+        _note_others(call, "call", USED_IN_CALL, where, notes)
+        arguments_key = "arguments" if _is_set(function.get("arguments")) else "parameters"
+        if function is not call:
+            _note_others(function, "call", ("name", arguments_key), where, notes)
+        arguments = function.get(arguments_key, {})
         if isinstance(arguments, str):
             try:
                 parsed = json.loads(arguments or "{}")
@@ -195,12 +195,8 @@ def _mark(turn: Mapping[str, Any], where: str) -> bool | None:
     """Return whether a turn is marked to be trained; None without a mark."""
     marks = {}
     for name, value in turn.items():
-        if value is None or name in SAYS:
-            continue
-        if name in MARKS or name == OPPOSITE_MARK:
+        if value is not None and name in ALL_MARKS:
             marks[name] = _truth(value, name, where) != (name == OPPOSITE_MARK)
-        elif _is_set(value) and MARK_WORDS & set(name.lower().split("_")):
-            raise UserError(f"{where}: {name!r} of a turn is not supported; use 'weight', which is 0 or 1 for the complete turn")
     if len(set(marks.values())) > 1:
         raise UserError(f"{where}: {' and '.join(map(repr, marks))} of a turn contradict each other; keep one of them")
     return next(iter(marks.values()), None)
@@ -256,6 +252,8 @@ def _kwargs(record: Mapping[str, object], where: str) -> dict[str, Any]:
     if not isinstance(kwargs, dict):
         raise UserError(f"{where}: 'chat_template_kwargs' is {json.dumps(kwargs, default=str)[:40]}; write an object")
     own = {"enable_thinking": record["enable_thinking"]} if record.get("enable_thinking") is not None else {}
+    for name in kwargs.keys() & GIVEN_TO_TEMPLATES:
+        raise UserError(f"{where}: {name!r} in 'chat_template_kwargs' is given to every template; remove it")
     return {**{name: value for name, value in kwargs.items() if value is not None}, **own}
 
 
@@ -270,11 +268,14 @@ def _json_of(value: Any, what: str, where: str) -> Any:
 
 
 def _is_set(value: object) -> bool:
-    return value is not None and value not in ("", [], {})
+    return value not in SAYS_NOTHING
 
 
-def _name_unused(of: str, fields: Mapping[str, Any], used: Iterable[str], notes: dict[str, None]) -> None:
-    """Note the fields that are set and do not count."""
+def _note_others(fields: Mapping[str, Any], of: str, used: Collection[str], where: str, notes: dict[str, None]) -> None:
+    """Note the fields of a part of a record that are not used; UserError for a mark, which says something about all of the turn."""
     for name, value in fields.items():
-        if name not in used and name not in HARMLESS and _is_set(value):
-            notes[f"field {name[:40]!r}{of} is not used"] = None
+        if name in used or name.lower() in HARMLESS or not _is_set(value):
+            continue
+        if is_mark(name):
+            raise UserError(f"{where}: {name!r} of a {of} is not supported; use 'weight', which is 0 or 1 for the complete turn")
+        notes[unused(name, f" of a {of}")] = None

@@ -7,17 +7,17 @@ chat_fields.py reads the fields, chat_template.py renders them, chat_turns.py fi
 trained, and left_out.py what does not show.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_lora.data.chat_fields import Conversation, read_conversation
-from megatron_lora.data.chat_template import ChatSettings, ChatTemplate
+from megatron_lora.data.chat_template import ChatSettings, ChatTemplate, Message
 from megatron_lora.data.chat_turns import assistant_spans, end_of_turn, inside, tokens_of
 from megatron_lora.data.encoded import Encoded
-from megatron_lora.data.left_out import NO_END, NO_END_IN_MARKS, TOOLS, LeftOut
+from megatron_lora.data.left_out import NAMES, NO_END, NO_END_IN_MARKS, TOOLS, LeftOut
 from megatron_lora.data.record_fields import complete
 from megatron_lora.errors import UserError
 
@@ -59,8 +59,12 @@ class ChatEncoder:
 
         notes = [*chat.notes, *(f"{name!r} is not used by the chat template" for name in self._template.unknown(chat.kwargs))]
         notes += self._left_out.notes(text, chat, spans, render, borders)
-        if chat.tools and not self._shows_tools(text, chat, where):
+        if chat.tools and not self._differs(text, chat.messages, None, chat, where):
             notes.append(TOOLS)
+        if any("name" in message for message in chat.messages):
+            nameless = [{key: value for key, value in message.items() if key != "name"} for message in chat.messages]
+            if not self._differs(text, nameless, chat.tools, chat, where):
+                notes.append(NAMES)
         if train_on_inputs:
             targets = ~inside(tokens.starts, [turns[turn] for turn in turns if chat.untrained[turn]])
         elif not any(_says_something(chat.messages[turn]) for turn in trained):
@@ -76,11 +80,11 @@ class ChatEncoder:
                 notes.append(NO_END_IN_MARKS)
         return Encoded(tokens.ids, targets, tuple(dict.fromkeys(notes)))
 
-    def _shows_tools(self, text: str, chat: Conversation, where: str) -> bool:
-        """Whether a conversation's text is another without its tools."""
+    def _differs(self, text: str, messages: Sequence[Message], tools: list[Any] | None, chat: Conversation, where: str) -> bool:
+        """Whether a conversation's text is another with these messages and tools."""
         try:
-            return self._template.render(chat.messages, None, chat.kwargs, where) != text
-        except UserError:  # it wants tools where there are calls
+            return self._template.render(messages, tools, chat.kwargs, where) != text
+        except UserError:  # it wants what is not there
             return True
 
     def _check_marks(self, chat: Conversation, where: str) -> None:

@@ -31,6 +31,11 @@ STRFTIME_NOW = (
     + "".join(f" | replace('%{letter}', '{TEMPLATE_DATE.strftime('%' + letter)}')" for letter in "aAbBdHIjmMpSyY")
     + " }}{% endmacro %}\n"
 )
+# What a template is given besides kwargs, or transformers takes as its own option: no kwargs of a job or a record.
+GIVEN_TO_TEMPLATES = frozenset(
+    ("messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message")
+    + ("return_assistant_tokens_mask",)
+)
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 

@@ -102,7 +102,7 @@ def sources_of(config: DatasetConfig, where: str) -> tuple[Source, ...]:
         raise UserError(f"{where}: {show(config.path)}: is too long a name for a file; correct the path")
     matches = [config.path]
     if glob.has_magic(config.path) and not path.exists():
-        matches = sorted(glob.glob(config.path, recursive=True))
+        matches = sorted(set(glob.glob(config.path, recursive=True)))  # one file may match `**/**` in several ways
         if not matches:
             raise UserError(f"{where}: {config.path!r}: matches no file in {os.getcwd()}; correct the pattern")
     return tuple(_file_source(match, where) for match in matches)

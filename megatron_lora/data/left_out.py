@@ -18,6 +18,7 @@ from megatron_lora.errors import UserError
 SYSTEM = "system prompt left out"
 MESSAGE = "turn of {} left out"
 TOOLS = "tools left out"
+NAMES = "names of turns left out"
 CALLS = "calls of tools left out"
 EARLIER_THOUGHTS = "thoughts of earlier turns left out"
 LAST_THOUGHT = "thought of the last turn left out"

@@ -1,7 +1,8 @@
 """The fields of a record: those that a format uses are asked for by name, and no other is ignored in silence.
 
-UserError says where the record stands that lacks a field, has something else in it, or has a field of REFUSED. A field that is neither
-used nor one of HARMLESS becomes a note (encoded.py). A field that says nothing (null, "", [], {}) is as good as absent.
+UserError says where the record stands that lacks a field, has something else in it, or has a field of REFUSED or the name of a mark
+(`loss_mask`, `sample_weight`). A field that is neither used nor one of HARMLESS becomes a note (encoded.py). A field that says nothing
+(null, "", [], {}) is as good as absent. Conversations have fields of their own besides (chat_fields.py).
 """
 
 import json
@@ -9,34 +10,17 @@ from collections.abc import Collection, Mapping
 
 from megatron_lora.errors import UserError, one_line
 
-# What people keep beside a record, and what no format of any trainer trains on.
+# What people keep beside a record or a turn, and what no format of any trainer trains on.
 HARMLESS = frozenset(
-    (
-        *("id", "_id", "idx", "index", "uid", "uuid", "__index_level_0__", "source", "origin", "dataset", "subset", "split", "url"),
-        *(
-            "license",
-            "author",
-            "date",
-            "timestamp",
-            "created_at",
-            "meta",
-            "metadata",
-            "category",
-            "topic",
-            "tags",
-            "task",
-            "lang",
-            "language",
-        ),
-    )
+    ("id", "_id", "idx", "index", "uid", "uuid", "__index_level_0__", "message_id", "conversation_id", "prompt_id", "source", "origin")
+    + ("dataset", "subset", "split", "url", "license", "author", "date", "timestamp", "created", "created_at", "meta", "metadata")
+    + ("category", "topic", "tags", "task", "lang", "language")
 )
-# What would change the prompt or the loss if it were used; other trainers use some of it.
-REFUSED = frozenset(
-    (
-        *("system", "system_prompt", "history", "tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
-        *("weight", "loss", "train", "chosen", "rejected", "input_ids", "labels", "attention_mask", "loss_mask"),
-    )
-)
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# What would change the prompt if it were used; other trainers use some of it.
+REFUSED = frozenset(("system", "system_prompt", "history", "tools", "functions", "documents", "input_ids", "labels", *MEDIA))
+# Words in the names of fields that would change the loss.
+MARK_WORDS = frozenset(("train", "training", "trainable", "loss", "mask", "masked", "masks", "weight", "weights"))
 SAYS_NOTHING = (None, "", [], {})
 
 
@@ -61,6 +45,8 @@ def complete(text: str, what: str, where: str) -> str:
 
 def missing(record: Mapping[str, object], key: str, where: str) -> UserError:
     """Return the error for a field that a record does not have."""
+    if key in record:
+        return UserError(f"{where}: {key!r} is null; remove the record or complete it")
     fields = ", ".join(map(repr, record)) or "nothing"
     return UserError(f"{where}: has no {key!r} (it has {fields}); add it, or change the dataset's type")
 
@@ -79,12 +65,21 @@ def check_other_fields(record: Mapping[str, object], used: Collection[str], wher
     for name, value in record.items():
         if name in used or value in SAYS_NOTHING or name.lower() in HARMLESS:
             continue
-        if name in REFUSED and not _says_train(name, value):
+        if is_mark(name):
+            if name not in ("weight", "train", "loss") or not isinstance(value, int | float) or value != 1:  # else it says nothing new
+                raise UserError(f"{where}: {name!r} is not used; remove it, or in a conversation give turns a 'weight' of 0 or 1")
+        elif name.lower() in REFUSED:
             raise UserError(f"{where}: {name!r} is not used by this type of dataset; remove it, or use a type that has it")
-        notes.append(f"field {one_line(repr(name), 40)} is not used")
+        else:
+            notes.append(unused(name))
     return tuple(notes)
 
 
-def _says_train(name: str, value: object) -> bool:
-    """Whether a field says that the record is trained as any other."""
-    return name in ("weight", "loss", "train") and isinstance(value, int | float) and value == 1
+def is_mark(name: str) -> bool:
+    """Whether a field's name says that it marks what is trained, or how much."""
+    return not MARK_WORDS.isdisjoint(name.lower().split("_"))
+
+
+def unused(name: str, of: str = "") -> str:
+    """Return the note about a field that is not used."""
+    return f"field {one_line(repr(name), 40)}{of} is not used"

@@ -119,10 +119,18 @@ def record_blocks(path: object, tables: Iterable[Any], done: Callable[[int], flo
     for table in tables:
         table.validate(full=True)  # else a damaged file can end the process
         for start in range(0, table.num_rows, BLOCK_RECORDS):
-            values = table.slice(start, BLOCK_RECORDS).to_pylist()
+            records = table.slice(start, BLOCK_RECORDS).to_pylist()
+            values = [{name: _without_nulls(value) for name, value in record.items()} for record in records]
             last = number + len(values)
             yield RecordBlock(str(path), list(zip(range(number, last), values, strict=True)), done(last - 1))
             number = last
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value whose objects have no fields that are null: an object of these formats has the fields of all others of its column."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _read_jsonl(path: Path) -> Iterator[Block]:
@@ -164,14 +172,14 @@ def _list_elements(path: Path, content: bytes) -> Iterator[tuple[int, object, fl
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from None
-    decoder, line, counted = json.JSONDecoder(), 1, 0  # newlines before `counted` are in `line`
+    line, counted = 1, 0  # newlines before `counted` are in `line`
     position = _skip_blanks(text, _skip_blanks(text, 0) + 1)
     closed = text[position : position + 1] == "]"
     position += closed
     while not closed:
         line, counted = line + text.count("\n", counted, position), position
         try:
-            record, end = decoder.raw_decode(text, position)
+            record, end = DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: is not valid JSON ({error.msg}); correct the record") from None
         except ValueError as error:  # a number with thousands of digits
@@ -188,6 +196,18 @@ def _list_elements(path: Path, content: bytes) -> Iterator[tuple[int, object, fl
         raise UserError(f"{path}: holds more than its list of records; keep one list per file, or use a .jsonl file")
 
 
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, which has each field once; else the last of the same name would count."""
+    value = dict(fields)
+    if len(value) < len(fields):
+        name = next(name for index, (name, _) in enumerate(fields) if name in dict(fields[:index]))
+        raise ValueError(f"an object has {name!r} twice")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _skip_blanks(text: str, position: int) -> int:
     """Return the position of the next character that is not JSON's white space."""
     while text[position : position + 1] in (" ", "\t", "\n", "\r"):
@@ -201,7 +221,9 @@ def _read_csv(path: Path) -> Iterator[Block]:
     with path.open("rb") as raw, io.TextIOWrapper(_uncompressed(path, raw), encoding="utf-8-sig", newline="") as text:
         lines = csv.reader(text, strict=True)
         names = next(lines, [])
-        if len(set(names)) < len(names) or not all(name.strip() for name in names):
+        if len(set(names)) < len(names) or not all(
+            name.strip() for name in names[1:]
+        ):  # pandas gives its index no name, and writes it first
             raise UserError(f"{path}:1: names a column twice, or leaves its name empty; write a line of distinct column names first")
         values = _csv_rows(path, lines, names)
         while block := list(itertools.islice(values, BLOCK_RECORDS)):
@@ -213,7 +235,7 @@ def _csv_rows(path: Path, lines: Any, names: Sequence[str]) -> Iterator[tuple[in
     start = lines.line_num + 1
     for cells in lines:
         if len(cells) == len(names):
-            yield start, dict(zip(names, cells, strict=True))
+            yield start, {name: cell for name, cell in zip(names, cells, strict=True) if name.strip()}
         elif cells:
             yield start, UserError(f"{path}:{start}: has {len(cells)} cells and the first line names {len(names)}; correct the row")
         start = lines.line_num + 1
@@ -265,7 +287,7 @@ def _has_pyarrow() -> bool:
 def _parse(where: str, line: bytes) -> dict | UserError:
     """Return the record of a line of JSON, or what is wrong with it."""
     try:
-        return _record(where, json.loads(line))
+        return _record(where, DECODER.decode(line.decode(json.detect_encoding(line), "surrogatepass")))
     except ValueError as error:  # also UnicodeDecodeError
         return UserError(f"{where}: is not valid JSON ({one_line(error, 120)}); write one object per line, in UTF-8")
     except RecursionError:

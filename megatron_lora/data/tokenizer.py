@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
-from megatron_lora.data.chat_template import ChatTemplate, chat_settings
+from megatron_lora.data.chat_template import GIVEN_TO_TEMPLATES, ChatTemplate, chat_settings
 from megatron_lora.data.named_templates import NAMED_TEMPLATES
 from megatron_lora.data.row_formats import TEMPLATE_TYPES
 from megatron_lora.data.tokenizer_checks import check_spaces
@@ -56,6 +56,8 @@ def require_chat_template(job: JobConfig, dataset: DatasetConfig, tokenizer: Pre
     if dataset.type not in TEMPLATE_TYPES:
         return
     template = ChatTemplate(tokenizer, chat_settings(job))
+    for name in GIVEN_TO_TEMPLATES & (job.chat_template_kwargs or {}).keys():
+        raise UserError(f"jobs.{job.name}.chat_template_kwargs: {name!r} is given to every chat template; remove it")
     try:
         unknown = template.unknown()
     except ValueError:

@@ -107,13 +107,14 @@ def test_marks_that_cannot_be_honoured_are_refused(mark, named):
 def test_a_record_may_hold_the_marks_of_its_turns():
     assert encode(messages(*FOUR, loss_mask=[0, 0, 0, 1]))[0] == MARKED
     assert encode(messages(*FOUR, loss_mask=[False, True, False, True]))[0] == BOTH
-    assert encode(messages(*FOUR, weight=1))[0] == BOTH
+    assert encode(messages(*FOUR, weight=1, train=True, loss=1.0)) == (BOTH, ())
     for fields, named in (
         ({"loss_mask": [1]}, "'loss_mask' is not a list with one mark for each of the 4 turns"),
         ({"loss_mask": [0, 0.5, 0, 1]}, "'loss_mask' of a turn is 0.5"),
-        ({"weight": 0.5}, "'weight' of a record is not supported"),
-        ({"train": False}, "'train' of a record is not supported"),
-        ({"mask_ranges": [[0, 1]]}, "'mask_ranges' of a record is not supported"),
+        ({"weight": 0.5}, "'weight' is not used; remove it, or in a conversation give turns a 'weight'"),
+        ({"train": False}, "'train' is not used"),
+        ({"mask_ranges": [[0, 1]]}, "'mask_ranges' is not used"),
+        ({"masked": True}, "'masked' is not used"),
     ):
         with pytest.raises(UserError, match=named):
             encode(messages(*FOUR, **fields))
@@ -219,13 +220,33 @@ def test_every_other_field_is_named():
     record = messages("q", "a", last={"mood": "glad", "empty": "", "id": 4}, rejected="b", none=None, score=0)
     assert encode(record)[1] == ("field 'mood' of a turn is not used", "field 'rejected' is not used", "field 'score' is not used")
     assert encode(messages("q", "a", conversations=chat("r", "b")))[1] == ("field 'conversations' is not used",)
+    parts = [{"type": "text", "text": "a", "cache_control": {"type": "x"}}]
+    assert encode(messages("q", "a", last={"content": parts}))[1] == ("field 'cache_control' of a part is not used",)
+    call = {"name": "f", "arguments": {"y": 2}, "parameters": {"x": 1}, "strict": True}
+    assert encode(messages("q", "", last={"tool_calls": [{"function": call, "mood": 1}]}), WITH_ALL)[1] == (
+        "field 'mood' of a call is not used",
+        "field 'parameters' of a call is not used",
+        "field 'strict' of a call is not used",
+    )
+
+
+def test_names_that_the_template_does_not_show_are_counted():
+    named = messages("q", "a")
+    named["messages"][0]["name"] = "B"
+    assert encode(named)[1] == ("names of turns left out",)
+    assert encode(named, WITH_ALL)[1] == ()
+
+
+def test_a_mark_to_train_a_prompt_is_named():
+    marked = {"prompt": [*chat("q"), {"role": "assistant", "content": "a", "weight": 1}], "completion": chat("q", "b")}
+    assert encode(marked, format="prompt_completion")[1] == ("turns of a prompt are marked to be trained and never are",)
 
 
 @pytest.mark.parametrize(
     ("record", "named"),
     [
-        (messages("q", "a", images=["a.png"]), "'images' of a record is not supported"),
-        (messages("q", "a", documents=[{"title": "a"}]), "'documents' of a record is not supported"),
+        (messages("q", "a", images=["a.png"]), "'images' is not used by this type of dataset"),
+        (messages("q", "a", documents=[{"title": "a"}]), "'documents' is not used by this type of dataset"),
         (messages("q", "a", last={"audio": {"id": 1}}), "'audio' of a turn is not supported"),
         (messages("q", "a", last={"refusal": "no"}), "'refusal' of a turn is not supported"),
         (messages("q", "a", last={"content": [{"type": "image_url"}]}), "'content' has a part of type 'image_url'; write text"),
@@ -245,6 +266,13 @@ def test_every_other_field_is_named():
         ({"prompt": chat("q")}, "has no 'completion'"),
         ({"messages": [{"role": "function_call", "content": "look"}]}, "the turn of a call is 'look', which is not JSON"),
         (messages("q", 3), "'content' is 3; write it as text"),
+        (messages("q", None), "'content' is null; remove the record or complete it"),
+        (messages("q", "a", history=[["x", "y"]]), "'history' is not used by this type of dataset"),
+        (messages("q", "a", assistant_masks=[1]), "'assistant_masks' is not used; remove it, or in a conversation give turns"),
+        (messages("q", "a", last={"reasoning_content": "a", "thinking": "b"}), "'reasoning_content' and 'thinking' of a turn are two"),
+        (messages("q", "a", last={"content": [{"type": "text", "text": "a", "train": False}]}), "'train' of a part is not supported"),
+        (messages("q", "a", chat_template_kwargs={"continue_final_message": True}), "'continue_final_message' in 'chat_template_kwargs'"),
+        (messages("q", "a", chat_template_kwargs={"add_generation_prompt": False}), "is given to every template; remove it"),
     ],
 )
 def test_fields_that_are_refused_by_name(record, named):

@@ -8,7 +8,8 @@ import pytest
 from byte_tokenizer import make_tokenizer
 from chat_families import FAMILIES, unmarked
 
-from megatron_lora.data.chat_fields import MARKS, REFUSED_IN_RECORD, REFUSED_IN_TURN, THOUGHTS
+from megatron_lora.data.chat_fields import MARKS, REFUSED_IN_TURN, THOUGHTS
+from megatron_lora.data.record_fields import REFUSED
 from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.errors import UserError
 
@@ -50,7 +51,8 @@ VALUES = [
 ]
 NAMES = [
     *MARKS,
-    *REFUSED_IN_RECORD,
+    *REFUSED,
+    "completion_mask",
     *REFUSED_IN_TURN,
     *THOUGHTS,
     "masked",

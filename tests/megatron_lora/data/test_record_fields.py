@@ -39,8 +39,9 @@ def test_harmless_fields_say_nothing(format, name):
 def test_fields_that_would_change_what_is_trained_are_refused(format, name):
     if name == "system" and format.startswith("alpaca"):
         return
-    with pytest.raises(UserError, match=f"^a.jsonl:3: '{name}' is not used by this type of dataset; remove it"):
-        encode({name: ["x"], **RECORDS[format]}, format)
+    for spelled in (name, name.upper()):
+        with pytest.raises(UserError, match=f"^a.jsonl:3: '{spelled}' is not used by this type of dataset; remove it"):
+            encode({spelled: ["x"], **RECORDS[format]}, format)
     for nothing in (None, "", [], {}):
         assert encode({name: nothing, **RECORDS[format]}, format).notes == ()
 
@@ -49,7 +50,8 @@ def test_fields_that_would_change_what_is_trained_are_refused(format, name):
 def test_marks_that_ask_for_what_is_done_anyway_pass_and_others_are_refused(format):
     for name, value in (("weight", 1), ("weight", 1.0), ("train", True), ("loss", True)):
         encode({name: value, **RECORDS[format]}, format)
-    for name, value in (("weight", 0), ("weight", 0.5), ("train", False), ("loss", False)):
+    others = [("sample_weight", 2), ("loss_scale", 0.1), ("Loss_Mask", [0]), ("prompt_mask", [1]), ("masked", True), ("trainable", False)]
+    for name, value in (("weight", 0), ("weight", 0.5), ("train", False), ("loss", False), *others):
         with pytest.raises(UserError, match=f"'{name}' is not used"):
             encode({name: value, **RECORDS[format]}, format)
 

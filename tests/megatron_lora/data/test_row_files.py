@@ -70,6 +70,24 @@ def test_every_kind_of_file_holds_the_same_records(tmp_path, kind, how):
     assert list(places) == [f"{path}:{first + apart * i}" for i in range(5)]
 
 
+def test_objects_of_a_column_lack_the_fields_that_others_have(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    calls = [
+        {"calls": [{"name": "f", "arguments": {"x": 1}}]},
+        {"calls": [{"name": "g", "arguments": {"y": ["z", None]}}]},
+        {"calls": None},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(calls), tmp_path / "a.parquet")
+    assert [record for _, record in read_records(tmp_path / "a.parquet")] == calls
+
+
+def test_the_index_column_of_pandas_is_no_field(tmp_path):
+    (tmp_path / "a.csv").write_text(",a,b\n0,1,2\n1,3,4\n")
+    assert [record for _, record in read_records(tmp_path / "a.csv")] == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_follow_each_other_and_say_how_far_they_are(tmp_path, kind):
     many = [{"prompt": str(i), "completion": "x" * 700} for i in range(4500)]
@@ -162,6 +180,7 @@ def test_a_pattern_names_its_files_in_order(tmp_path, monkeypatch):
         (tmp_path / name).write_text('{"text": "a"}\n')
     assert [str(source) for source in sources_of(config("[ab].jsonl"), "k")] == ["a.jsonl", "b.jsonl"]
     assert [str(source) for source in sources_of(config("**/*.jsonl"), "k")] == ["[x].jsonl", "a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    assert [str(source) for source in sources_of(config("**/**/c.jsonl"), "k")] == ["deep/c.jsonl"], "once, however often it matches"
     assert [str(source) for source in sources_of(config("[x].jsonl"), "k")] == ["[x].jsonl"], "a file of that very name"
     for path, said in (
         ("*.csv", "matches no file"),

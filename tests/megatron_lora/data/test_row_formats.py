@@ -217,7 +217,7 @@ def test_an_empty_turn_among_others_is_trained_to_end():
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'content' has a part of type 'image'"),
         ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"a": 1}]}]}, r"a call is \{\"a\": 1\}; write"),
         ("messages", {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "'weight' of a turn is 0.5; use 0 or 1"),
-        ("messages", {**chat("a", "b"), "images": ["a.png"]}, "'images' of a record is not supported"),
+        ("messages", {**chat("a", "b"), "images": ["a.png"]}, "'images' is not used by this type of dataset"),
         ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]}, "'from' is 'alien'; use one of system, developer"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +106,8 @@ def test_nested_records_of_a_parquet_file(tmp_path, tokenizer):
         ("a.jsonl", '{"text": "a"}\n[1]\n', r"a.jsonl:2: holds \[1\] where a record is an object"),
         ("a.jsonl", '{"text": "a"}\n{"text": ""}\n', r"a.jsonl:2: 'text' is empty"),
         ("a.jsonl", "\n \n", r"a.jsonl: holds no records"),
+        ("a.jsonl", '{"text": "a", "text": "b"}\n', r"a.jsonl:1: is not valid JSON \(an object has 'text' twice\)"),
+        ("a.json", '[{"text": "a"},\n{"text": "a", "x": {"y": 1, "y": 2}}]', r"a.json:2: is not valid JSON \(an object has 'y' twice\)"),
         ("a.json", "[]", r"a.json: holds no records"),
         ("a.json", '{"text":\n "a"}', r"a.json:1: is not valid JSON"),
         ("a.json", '[{"text": "a"},\n\n{"text": ""}]', r"a.json:3: 'text' is empty"),
@@ -125,6 +128,16 @@ def test_broken_files_name_their_place(tmp_path, tokenizer, name, content, named
         load_job_data(job(tmp_path / name, type="text"), tokenizer, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert not any((tmp_path / "cache").glob("*"))
+
+
+def test_errors_name_a_file_once_however_its_path_is_written(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("a.jsonl"), [{"text": "ok"}, {"text": ""}])
+    for path in ("./a.jsonl", ".//a.jsonl", "./*.jsonl"):
+        with pytest.raises(UserError, match="^a.jsonl:2: 'text' is empty"):
+            load_job_data(job(path, type="text"), tokenizer, tmp_path / "cache")
+        dropped = load_job_data(job(path, type="text", bad_rows="drop"), tokenizer, tmp_path / "cache")
+        assert dropped.bad == ("a.jsonl:2: 'text' is empty; remove the record or complete it",)
 
 
 def test_json_may_be_laid_out_in_any_way(tmp_path):
