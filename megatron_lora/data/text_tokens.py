@@ -6,8 +6,8 @@
     tokens = opening + body + closing
 
 A body that begins with tokens of the opening loses them and the white space before them; likewise at its end. So
-`"<s>hello</s>\n"` gives what `"hello"` gives, but for the mark of a word that some tokenizers write at a text's very start alone. Where the tokenizer writes no bos, a text that begins with one keeps it. Special tokens
-inside a text stay.
+`"<s>hello</s>\n"` gives what `"hello"` gives, but for the mark of a word that some tokenizers write at a text's very start alone.
+Where the tokenizer writes no bos, a text that begins with one keeps it. Special tokens inside a text stay.
 """
 
 from collections.abc import Callable, Sequence
