@@ -15,21 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.named_templates import NAMED_TEMPLATES
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
 
 Message = Mapping[str, Any]
 # The date given to templates that print today's: equal records must give equal tokens on any day. Llama's templates default to it.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 # Templates call strftime_now(format). Transformers passes them data, not functions, so ours is a macro (whose newline jinja trims).
 STRFTIME_NOW = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('%{letter}', '{TEMPLATE_DATE.strftime('%' + letter)}')" for letter in "aAbBdHIjmMpSyY")
-    + " }}{% endmacro %}\n"
+    "{% macro strftime_now(format) %}{% set date = format"
+    + "".join(
+        f" | replace('%{code}', '{TEMPLATE_DATE.strftime('%' + code)}')" for code in (*"aAbBdeDFHIjmMpRSTyYZ", "-d", "-m", "-H", "-I")
+    )
+    + " %}{% if '%' in date %}{{ raise_exception('it asks for the date as ' + format + ', which is not supported') }}{% endif %}"
+    + "{{ date }}{% endmacro %}\n"
 )
 # What a template is given besides kwargs, or transformers takes as its own option: no kwargs of a job or a record.
 GIVEN_TO_TEMPLATES = frozenset(
@@ -76,13 +80,16 @@ def chat_settings(job: JobConfig) -> ChatSettings:
     if name is None or name in NAMED_TEMPLATES:
         return ChatSettings(NAMED_TEMPLATES.get(name or ""), kwargs, job.train_on)
     try:
-        return ChatSettings(Path(name).read_text(encoding="utf-8"), kwargs, job.train_on)
+        text = Path(name).read_text(encoding="utf-8")
+        reason = "" if text.strip() else "it is empty"
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        text, reason = "", str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"
+    if reason:
         raise UserError(
             f"jobs.{job.name}.chat_template: {name!r} cannot be read ({reason}); name a file that holds a template, or one of "
             f"{', '.join(NAMED_TEMPLATES)}"
-        ) from None
+        )
+    return ChatSettings(text, kwargs, job.train_on)
 
 
 class ChatTemplate:
@@ -128,11 +135,13 @@ class ChatTemplate:
                 **{**self._tokenizer.special_tokens_map, **self._kwargs, **kwargs},
             )
         except Exception as error:  # the template is the model's own program: whatever it raises, it refuses this record
+            reason = one_line(str(error).strip().rstrip(".") or type(error).__name__, 200)
+            if isinstance(error, TemplateSyntaxError):
+                line = error.lineno - self.text(tools).startswith(STRFTIME_NOW)
+                raise UserError(f"{where}: the chat template cannot be read ({reason} in its line {line}); correct it") from None
             roles = ", ".join(message["role"] for message in messages[:6]) + (", ..." if len(messages) > 6 else "")
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{where}: the base model's chat template refuses this conversation of {roles}: {reason.rstrip('.')}; "
-                "change the record's roles"
+                f"{where}: the chat template refuses this conversation of {roles}: {reason}; change the record, or the template"
             ) from None
         return texts[0], [Span(int(start), int(end), closed=True) for start, end in (marks[0] if marks else [])]
 

@@ -42,9 +42,7 @@ def assistant_spans(text: str, messages: Sequence[Mapping[str, Any]], render: Re
         end = None if position is None else _end_of(text, position, messages[turn], between[number + 1 :])
         span = Span(position, end) if position is not None and end is not None else _alone(text, messages, turn, floor, render, where)
         if span.start > span.end or span.start < floor:
-            raise UserError(
-                f"{where}: message {turn + 1} is not found in what the base model's chat template makes of the record; leave it out"
-            )
+            raise UserError(f"{where}: message {turn + 1} is not found in what the chat template makes of the record; leave it out")
         spans[turn] = _from_its_start(text, messages[turn], span, floor, borders)
         floor = span.end
         position = span.end + len(after) if between and text.startswith(after, span.end) else None
@@ -103,7 +101,7 @@ def _differing(shown: str, messages: Sequence[Mapping[str, Any]], turn: int, ren
     marker = _absent("turn", shown)
     before, found, after = render([*messages[:turn], _replaced(messages[turn], marker), *messages[turn + 1 :]], False).partition(marker)
     if not found or marker in after:
-        raise UserError(f"{where}: the base model's chat template does not show message {turn + 1} once; leave it out of the record")
+        raise UserError(f"{where}: the chat template does not show message {turn + 1} once; leave it out of the record")
     start, suffix = common_start(shown, before), common_start(shown[::-1], after[::-1])
     return Span(start, len(shown) - suffix, closed=suffix < len(after))
 

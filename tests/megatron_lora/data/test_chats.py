@@ -8,7 +8,7 @@ from byte_tokenizer import make_tokenizer
 from chat_families import FAMILIES, unmarked
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
-from megatron_lora.data.chat_template import ChatSettings, chat_settings
+from megatron_lora.data.chat_template import TEMPLATE_DATE, ChatSettings, chat_settings
 from megatron_lora.data.left_out import NO_THOUGHT
 from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.data.samples import load_jobs_data
@@ -425,5 +425,27 @@ def test_a_job_may_bring_its_chat_template(tmp_path):
         trained()
     with pytest.raises(UserError, match="jobs.j.chat_template_kwargs: the chat template does not use 'stile'"):
         trained(chat_template=own, chat_template_kwargs={"stile": "!"})
+    with pytest.raises(UserError, match="jobs.j.chat_template_kwargs: 'add_generation_prompt' is given to every chat template"):
+        trained(chat_template="chatml", chat_template_kwargs={"add_generation_prompt": True})
+    (tmp_path / "own.jinja").write_text("\n{% for m in messages %}{{ m.content }")
+    with pytest.raises(UserError, match=r"^.*a.jsonl:1: the chat template cannot be read \(unexpected '}' in its line 2\); correct it$"):
+        trained(chat_template=own)
+    (tmp_path / "own.jinja").write_text(" \n")
+    with pytest.raises(UserError, match=r"jobs.j.chat_template: '.*own.jinja' cannot be read \(it is empty\)"):
+        trained(chat_template=own)
     with pytest.raises(UserError, match=r"jobs.j.chat_template: 'nowhere' cannot be read \(No such file.*one of chatml"):
         chat_settings(job_of(path, chat_template="nowhere"))
+
+
+@pytest.mark.parametrize("format", ["%d %b %Y", "%-d/%-m/%y %H:%M", "%A, %B %e", "%F %T", "100"])
+def test_the_date_that_a_template_prints(format):
+    dated = "{{ strftime_now('FORMAT') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}".replace("FORMAT", format)
+    text = TEMPLATE_DATE.strftime(format)
+    assert encode(messages("q", "a"), dated)[0] == f"{text}<user>q<end><assistant>«a<end>»"
+
+
+def test_a_date_that_is_not_known_is_refused():
+    with pytest.raises(
+        UserError, match=r"refuses this conversation of user, assistant: it asks for the date as %s, which is not supported"
+    ):
+        encode(messages("q", "a"), "{{ strftime_now('%s') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}")

@@ -238,7 +238,7 @@ def test_records_that_cannot_be_trained_on(format, record, named):
         (MISTRAL, chat("q", "a") | {"messages": [{"role": "assistant", "content": "a"}]}, "of assistant: Conversation roles must"),
         ("{{ messages[0]['content'] }}", chat("q", "a"), "does not show message 2 once"),
         ("{{ messages[1]['content'] * 2 }}", chat("q", "a"), "does not show message 2 once"),
-        ("{% for m in messages %}{{ m['content'] }}", chat("q", "a"), "refuses this conversation"),
+        ("{% for m in messages %}{{ m['content'] }}", chat("q", "a"), r"the chat template cannot be read \(Unexpected end of template"),
     ],
 )
 def test_templates_that_do_not_take_a_conversation(template, record, named):
