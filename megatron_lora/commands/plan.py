@@ -7,9 +7,10 @@ its share of the work; its gain is its time alone divided by that. The last line
 one by one divided by the time together.
 """
 
+import dataclasses
 from pathlib import Path
 
-from megatron_lora.commands.checks import read_inputs
+from megatron_lora.commands.checks import read_inputs, say_failed
 from megatron_lora.config.rules import one_of
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.data.sample_arrays import target_share
@@ -40,7 +41,9 @@ def main(config_path: str, overrides: list[str], *, policy: str, plot: str | Non
         check_plot_path(plot)
     given = load_config(config_path, overrides)
     costs = None if cost_file is None else read_calibration(Path(cost_file), "--cost")
-    inputs = read_inputs(given)
+    inputs = read_inputs(given, may_fail={job.name for job in given.jobs})
+    say_failed(inputs)
+    given = dataclasses.replace(given, jobs=tuple(job for job in given.jobs if job.name not in inputs.failed))
     device, known, costs = choose_device(named, costs, given, inputs.architecture)
     samples = [job_data.steps_of(job) for job, job_data in zip(given.jobs, inputs.data, strict=True)]
     lengths = [of_job.lengths() for of_job in samples]

@@ -79,6 +79,17 @@ def test_the_others_train_to_their_end_and_the_run_ends_with_3(scene, pool):
     assert len(runs.losses_of(Path("runs/out"), "three")) == 2 and not Path("runs/out/jobs/two").exists()
 
 
+def test_plan_is_of_the_jobs_that_train(scene, capsys):
+    write(scene, '{"prompt": "w1"}')
+    assert main(["plan", "config.yaml"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("megatron-lora: job two fails before it starts, the others train: odd.jsonl:3: has no 'completion'")
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(("one ", "two", "three"))] == ["one", "three", "one"]
+    write(scene, "{}")
+    Path("rows.jsonl").write_text("{}\n")
+    assert main(["plan", "config.yaml"]) == 2
+
+
 @pytest.mark.parametrize("bad", [*list(BAD_LINES)[:3], None])
 def test_where_all_jobs_are_bad_nothing_is_written(scene, bad, monkeypatch, capfd):
     monkeypatch.setattr(launch, "start_ranks", lambda *arguments: pytest.fail("torchrun was started"))
