@@ -164,6 +164,13 @@ def _quarters(b_acc):
 
 
 @gluon.jit
+def _column_scales(scales_ptr, i_col, num_cols):
+    """Return the scales of a quarter's columns."""
+    o_col = i_col + gl.arange(0, QUARTER, COLUMNS)
+    return gl.load(scales_ptr + o_col, o_col < num_cols, 0.0)
+
+
+@gluon.jit
 def _multiplier(
     common, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
     FP8: gl.constexpr, PDL: gl.constexpr, GROUP: gl.constexpr,
@@ -187,8 +194,9 @@ def _multiplier(
         next_row, next_col = _tile_origin(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
         next_owner = gl.load(tiles_ptr + next_row // BM * 4 + 2)
         o_row = i_row + GROUP * WM + gl.arange(0, WM, ROWS)
-        if FP8:
+        if FP8:  # scales are loaded ahead: those of the rows and of the first quarter before the products, of the others a quarter ahead
             b_row_scales = gl.load(scales[0] + o_row, o_row < num_rows, 0.0)
+            b_next_scales = _column_scales(scales[1], i_col, num_cols)
         b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD, FP8, GROUP)
         if not FP8:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
             if (owner >= 0) & (not DROPOUT):
@@ -203,7 +211,10 @@ def _multiplier(
             b_part = parts[i_part]
             o_col = i_col + i_part * QUARTER + gl.arange(0, QUARTER, COLUMNS)
             if FP8:
-                b_part *= gl.expand_dims(b_row_scales, 1) * gl.expand_dims(gl.load(scales[1] + o_col, o_col < num_cols, 0.0), 0)
+                b_scales = b_next_scales
+                if i_part < 3:
+                    b_next_scales = _column_scales(scales[1], i_col + (i_part + 1) * QUARTER, num_cols)
+                b_part *= gl.expand_dims(b_row_scales, 1) * gl.expand_dims(b_scales, 0)
             b_hash = b_keys
             if DROPOUT:
                 b_hash = mask_hash(b_keys, first_feature + i_col + i_part * QUARTER)
