@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 from gluon_on_cpu import gluon_on_cpu  # noqa: E402
 from kernel_tools import interpreted  # noqa: E402
 
-from fused_ops import reference  # noqa: E402
-from fused_ops.fp8 import quantise_rows, quantise_weight  # noqa: E402
+from fused_ops.lora import reference  # noqa: E402
+from fused_ops.lora.fp8 import quantise_rows, quantise_weight  # noqa: E402
 
 CASES = {
     "one token": {"lengths": [1], "ranks": [1], "k": 64, "n": (64,)},
@@ -44,7 +44,10 @@ GRADIENTS = {  # of dS and dB alone: blocks of 64 rows, tiles of 256 columns, tw
 def ops():
     """Return the operators with every kernel that Hopper has of its own, on the CPU; each GEMM has two programs for all its tiles."""
     with gluon_on_cpu():
-        from fused_ops import hopper_down, hopper_gemm, hopper_grad_a, hopper_grad_sb
+        from fused_ops.lora.hopper import down as hopper_down
+        from fused_ops.lora.hopper import gemm as hopper_gemm
+        from fused_ops.lora.hopper import grad_a as hopper_grad_a
+        from fused_ops.lora.hopper import grad_sb as hopper_grad_sb
     hopper_gemm.num_processors = lambda device: 2
 
     def down(x, group, route):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_ops.route import make_route
+from fused_ops.lora.route import make_route
 
 
 def route_of(pairs, tail=0):

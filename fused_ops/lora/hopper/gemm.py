@@ -1,4 +1,4 @@
-"""The frozen GEMM with LoRA, as lora_gemm.py, written for Hopper's warp groups: Y = X W^T (+ bias) + S B^T, dX = dY W + M * (dS A).
+"""The frozen GEMM with LoRA, as triton/gemm.py, written for Hopper's warp groups: Y = X W^T (+ bias) + S B^T, dX = dY W + M * (dS A).
 
 Programs are persistent, one for each multiprocessor. Each takes every n-th tile of [BM, BN], for n programs. One warp loads: it goes
 through a tile's steps in order and fills a ring of STAGES buffers in shared memory by TMA, up to tiles ahead of the two warp groups that
@@ -27,11 +27,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fused_ops.adapters import LoraGroup
-from fused_ops.early_launch import pdl
-from fused_ops.fp8 import Fp8Matrix
-from fused_ops.hopper_layouts import describe, shared
-from fused_ops.hopper_lora import (
+from fused_ops.launch.early_launch import pdl
+from fused_ops.launch.shapes import num_processors
+from fused_ops.lora.adapters import LoraGroup
+from fused_ops.lora.fp8 import Fp8Matrix
+from fused_ops.lora.hopper.gemm_lora import (
     BM,
     BN,
     COLUMNS,
@@ -55,11 +55,11 @@ from fused_ops.hopper_lora import (
     owner_ranks,
     product,
 )  # fmt: skip
-from fused_ops.hopper_names import async_load, async_store
-from fused_ops.hopper_ring import ring_barriers
-from fused_ops.lora_gemm import lora_term
-from fused_ops.route import Route
-from fused_ops.shapes import num_processors
+from fused_ops.lora.hopper.layouts import describe, shared
+from fused_ops.lora.hopper.names import async_load, async_store
+from fused_ops.lora.hopper.ring import ring_barriers
+from fused_ops.lora.route import Route
+from fused_ops.lora.triton.gemm import lora_term
 
 BK, BK_OF_8_BITS = gl.constexpr(64), gl.constexpr(128)  # inner block, of as many bytes in 8 bits
 BYTES = gl.constexpr((BM.value + BN.value) * 128)  # of a step
@@ -295,7 +295,7 @@ def hopper_gemm(
     route: Route,
     backward: bool,
 ) -> Tensor:
-    """Return what lora_gemm.gemm returns, for tensors that `suits_hopper`.
+    """Return what triton/gemm.py's gemm returns, for tensors that `suits_hopper`.
 
     The input in 16 bits must be older than S: blocks of it are loaded while the kernel that computes S still runs.
     """

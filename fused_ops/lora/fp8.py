@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_ops.backend import backend_name
-from fused_ops.optional_triton import tl, triton
+from fused_ops.launch.backend import backend_name
+from fused_ops.launch.optional_triton import tl, triton
 
 DTYPE = torch.float8_e4m3fn
 _MAX_COLUMNS = 32768  # that a program keeps in registers; longer rows are read twice

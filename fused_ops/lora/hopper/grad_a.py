@@ -1,4 +1,4 @@
-"""dA = dS^T (M * X) with dropout, as lora_grad.py, on Hopper: masks are computed in the registers that the tensor cores read.
+"""dA = dS^T (M * X) with dropout, as triton/grad.py, on Hopper: masks are computed in the registers that the tensor cores read.
 
 A program owns one item (some rows of one segment, `Route.items`), a block of columns and RANK columns of S for each module, and keeps its
 sums in registers, as dA^T = (M * X)^T dS. One warp fills a ring of blocks of X and dS by TMA. The others read X transposed from there, so
@@ -18,15 +18,15 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
-from fused_ops.early_launch import pdl
-from fused_ops.hopper_dropout import drop_rows, half_of, level_of, mix, pair_keys
-from fused_ops.hopper_layouts import describe
-from fused_ops.hopper_names import async_load
-from fused_ops.hopper_ring import release_loaded, ring_barriers
-from fused_ops.route import Route
-from fused_ops.shapes import num_processors, rank_class
-from fused_ops.skinny_config import item_rows
+from fused_ops.launch.early_launch import pdl
+from fused_ops.launch.shapes import num_processors, rank_class
+from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.lora.hopper.dropout import drop_rows, half_of, level_of, mix, pair_keys
+from fused_ops.lora.hopper.layouts import describe
+from fused_ops.lora.hopper.names import async_load
+from fused_ops.lora.hopper.ring import release_loaded, ring_barriers
+from fused_ops.lora.route import Route
+from fused_ops.lora.triton.skinny_config import item_rows
 
 BM, WARPS, STAGES = gl.constexpr(32), gl.constexpr(4), gl.constexpr(8)
 _FIELDS, _FIELDS_TL = gl.constexpr(ADAPTER_FIELDS), tl.constexpr(ADAPTER_FIELDS)
@@ -222,7 +222,7 @@ def _add_items_kernel(
 
 
 def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False) -> None:
-    """Add dA into the group's gradients, as lora_grad.grad_a: for X [T, K] and dS [T, width] that `suits_hopper`, and dropout."""
+    """Add dA into the group's gradients, as triton/grad.py's grad_a: for X [T, K] and dS [T, width] that `suits_hopper`, and dropout."""
     num_rows, num_cols = x_TK.shape
     modules, width = group.num_modules, group.width
     rank = rank_class(group.max_padded_rank, 64 if modules == 1 else 32)

@@ -1,4 +1,4 @@
-"""The hash of fused_ops.dropout where the kernel knows which two values share a register: both are handled at once.
+"""The hash of fused_ops.lora.dropout where the kernel knows which two values share a register: both are handled at once.
 
     drop_features     bfloat16, an even feature and the next one: x hashes both, and one 16-bit half of h belongs to each
     drop_rows         bfloat16, one feature of two rows: a half of either row's h, chosen by the feature's parity
@@ -12,7 +12,7 @@ meant here depends on the kernel's layouts; the tests on a GPU check it.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fused_ops.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
+from fused_ops.lora.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
 
 _FEATURE, _M1 = (gl.constexpr(value & 0xFFFFFFFF) for value in (FEATURE, MULTIPLY_1))
 _MODULES = gl.constexpr(tuple(value & 0xFFFFFFFF for value in MODULE_MULTIPLY))

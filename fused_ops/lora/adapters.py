@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fused_ops.dropout import MAX_MODULES, quantised_p, threshold
-from fused_ops.route import upload
+from fused_ops.lora.dropout import MAX_MODULES, quantised_p, threshold
+from fused_ops.lora.route import upload
 
 RANK_ALIGN = 16
 MAX_RANK = 256
@@ -48,7 +48,7 @@ class AdapterTable:
 
     @cached_property
     def thresholds(self) -> tuple[int, ...]:
-        """Return each adapter's dropout level of 1024 (see fused_ops.dropout)."""
+        """Return each adapter's dropout level of 1024 (see fused_ops.lora.dropout)."""
         return tuple(threshold(p) for p in self.dropouts)
 
     @cached_property

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 
-from fused_ops.triton_version import compiles_gluon
+from fused_ops.launch.triton_version import compiles_gluon
 
 
 def rank_class(rank: int, limit: int = 256) -> int:
@@ -26,7 +26,7 @@ def uses_tma(*tensors: torch.Tensor) -> bool:
 
 
 def suits_hopper(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Return whether hopper_*.py can serve: bfloat16 rows that TMA can address, a Hopper GPU, a Triton known to compile them."""
+    """Return whether lora/hopper can serve: bfloat16 rows that TMA can address, a Hopper GPU, a Triton known to compile them."""
     on_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
     described = [tensor for tensor in (x, *others) if len(tensor)]
     return on_hopper and compiles_gluon() and x.dtype == torch.bfloat16 and len(x) > 0 and uses_tma(*described)

@@ -1,12 +1,12 @@
-"""The kernels' side of fused_ops.dropout: the same hash, the same bits, on blocks of rows and columns, in any layout.
+"""The kernels' side of fused_ops.lora.dropout: the same hash, the same bits, on blocks of rows and columns, in any layout.
 
-hopper_dropout.py does the same for kernels that know which two values share a register, several times faster.
+hopper/dropout.py does the same for kernels that know which two values share a register, several times faster.
 """
 
 import triton
 import triton.language as tl
 
-from fused_ops.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
+from fused_ops.lora.dropout import FEATURE, MODULE_MULTIPLY, MULTIPLY_1
 
 _FEATURE = tl.constexpr(FEATURE & 0xFFFFFFFF)
 _M1 = tl.constexpr(MULTIPLY_1 & 0xFFFFFFFF)

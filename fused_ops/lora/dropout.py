@@ -10,7 +10,7 @@
 
 Two neighbouring features and all modules of a merged linear share x, and the two features one h: as 16-bit halves of one register they are
 masked and compared together. A half of at most 14 bits is a finite float16, and float16 compares as its bits do, so that two comparisons
-are one instruction, whose result masks two bfloat16 values at once (triton_dropout.py): some 8 instructions for two values, 4 more for each
+are one instruction, whose result masks two bfloat16 values at once (triton/dropout.py): some 8 instructions for two values, 4 more for each
 further module. The keys are well mixed on the host, so the hash needs no further rounds. The low bits of a product do not depend on the
 high bits of x; adding the rotated x mends that. A mask depends on its job's seed, the sample, the epoch, the position and the feature; not
 on neighbours, microbatches, ranks or recomputation. `row_keys` computes the keys of a sample; `keep_mask` is the twin of the kernels.

@@ -1,24 +1,25 @@
-"""The GPU's operators, under the names of fused_ops.reference, each by the kernel that fits: what `linear.py` calls on CUDA."""
+"""The GPU's operators, under the names of fused_ops.lora.reference, each by the kernel that fits: what `linear.py` calls on CUDA."""
 
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fused_ops import lora_down, lora_grad
-from fused_ops.adapters import LoraGroup
-from fused_ops.cache_keys import fix_cache_keys
-from fused_ops.fp8 import Fp8Matrix, Fp8Weight, quantise_rows
-from fused_ops.lora_gemm import gemm
-from fused_ops.route import Route
-from fused_ops.shapes import suits_hopper
-from fused_ops.triton_version import compiles_gluon
+from fused_ops.launch.cache_keys import fix_cache_keys
+from fused_ops.launch.shapes import suits_hopper
+from fused_ops.launch.triton_version import compiles_gluon
+from fused_ops.lora.adapters import LoraGroup
+from fused_ops.lora.fp8 import Fp8Matrix, Fp8Weight, quantise_rows
+from fused_ops.lora.route import Route
+from fused_ops.lora.triton import down as lora_down
+from fused_ops.lora.triton import grad as lora_grad
+from fused_ops.lora.triton.gemm import gemm
 
 if TYPE_CHECKING or compiles_gluon():  # else `suits_hopper` is never true, and a Triton that is not known may fail to import them
-    from fused_ops.hopper_down import hopper_down
-    from fused_ops.hopper_gemm import hopper_gemm
-    from fused_ops.hopper_grad_a import hopper_grad_a
-    from fused_ops.hopper_grad_sb import MAX_HOPPER_RANK, hopper_grad_s_and_b
+    from fused_ops.lora.hopper.down import hopper_down
+    from fused_ops.lora.hopper.gemm import hopper_gemm
+    from fused_ops.lora.hopper.grad_a import hopper_grad_a
+    from fused_ops.lora.hopper.grad_sb import MAX_HOPPER_RANK, hopper_grad_s_and_b
 
 __all__ = ["down", "grad_a", "grad_s_and_b", "grad_x", "up"]
 
@@ -40,7 +41,7 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
 
 
 def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False) -> None:
-    """Add dA = dS^T (M * X) into the group's gradients; beside the last tiles of dX with `after_dx` (lora_grad.py)."""
+    """Add dA = dS^T (M * X) into the group's gradients; beside the last tiles of dX with `after_dx` (triton/grad.py)."""
     if group.has_dropout and suits_hopper(x_TK, ds_TR):
         hopper_grad_a(x_TK, ds_TR, group, route, after_dx)
     else:

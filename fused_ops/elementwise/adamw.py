@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fused_ops.optional_triton import tl, triton
+from fused_ops.launch.optional_triton import tl, triton
 
 CHUNK = 4096
 _WIDTH = 10

@@ -7,7 +7,7 @@ sums as that allows. Without TMA the pipeline is shallower and several programs 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fused_ops.optional_triton import triton
+from fused_ops.launch.optional_triton import triton
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.backend import backend_name, gradients
-from fused_ops.optional_triton import tl, triton
+from fused_ops.launch.backend import backend_name, gradients
+from fused_ops.launch.optional_triton import tl, triton
 
 Table = tuple[Tensor, Tensor]  # cos and sin, [T, d/2]
 HeadNorms = tuple[Tensor, Tensor, float]  # weights of q and of k [d], eps

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.backend import backend_name, gradients
-from fused_ops.fp8 import Fp8Matrix, Rounded, empty_rows, magnitude, row_scale
-from fused_ops.optional_triton import tl, triton
-from fused_ops.refill import Refill, wanted
+from fused_ops.launch.backend import backend_name, gradients
+from fused_ops.launch.optional_triton import tl, triton
+from fused_ops.lora.fp8 import Fp8Matrix, Rounded, empty_rows, magnitude, row_scale
+from fused_ops.lora.refill import Refill, wanted
 
 BLOCK = 2048
 MOST_IN_REGISTERS = 16384  # columns of a row that is also rounded to 8 bits, for which it must be there as a whole

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.adapters import LoraGroup, padded_rank
-from fused_ops.dropout import keep_mask
-from fused_ops.fp8 import Fp8Matrix, Fp8Weight, multiply_reference
-from fused_ops.route import Route
+from fused_ops.lora.adapters import LoraGroup, padded_rank
+from fused_ops.lora.dropout import keep_mask
+from fused_ops.lora.fp8 import Fp8Matrix, Fp8Weight, multiply_reference
+from fused_ops.lora.route import Route
 
 _WIDENED = 1024  # rows of a 16-bit weight that are converted to float32 at a time
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.backend import backend_name, gradients
-from fused_ops.fp8 import Rounded, empty_rows, magnitude, row_scale
-from fused_ops.optional_triton import tl, triton
-from fused_ops.refill import Refill, wanted
+from fused_ops.launch.backend import backend_name, gradients
+from fused_ops.launch.optional_triton import tl, triton
+from fused_ops.lora.fp8 import Rounded, empty_rows, magnitude, row_scale
+from fused_ops.lora.refill import Refill, wanted
 
 MAX_COLUMNS = 32768
 

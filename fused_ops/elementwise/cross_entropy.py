@@ -14,8 +14,8 @@ no logit is kept in float32. A row's sums are combined from those of its blocks 
 import torch
 from torch import Tensor
 
-from fused_ops.backend import backend_name
-from fused_ops.optional_triton import tl, triton
+from fused_ops.launch.backend import backend_name
+from fused_ops.launch.optional_triton import tl, triton
 
 BLOCK = 4096
 WARPS = 8

@@ -1,6 +1,6 @@
 """The skinny products that make S and dS: out [T, r] = c' (M * V) L^T, one read of V.
 
-S takes V = X and L = A; dS takes V = the module's columns of dY and L = B (high ranks only, see lora_grad.py). A program owns up
+S takes V = X and L = A; dS takes V = the module's columns of dY and L = B (high ranks only, see triton/grad.py). A program owns up
 to BM rows of one segment (`Route.items`) and RANK rows of L. Rows of V do not mix, nor do rows of L: TMA loads complete blocks,
 neighbours' rows included, and only what belongs to the item and the adapter is written. Where few rows would leave multiprocessors
 idle, the inner dimension is cut among several programs; the last one to arrive adds all float32 partial sums in ascending order.
@@ -15,12 +15,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
-from fused_ops.early_launch import pdl
-from fused_ops.route import Route
-from fused_ops.shapes import num_processors, rank_class, uses_tma
-from fused_ops.skinny_config import DownConfig, down_config, splits
-from fused_ops.triton_dropout import column_keys, hash_bits, keep
+from fused_ops.launch.early_launch import pdl
+from fused_ops.launch.shapes import num_processors, rank_class, uses_tma
+from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.lora.route import Route
+from fused_ops.lora.triton.dropout import column_keys, hash_bits, keep
+from fused_ops.lora.triton.skinny_config import DownConfig, down_config, splits
 
 _FIELDS = tl.constexpr(ADAPTER_FIELDS)
 

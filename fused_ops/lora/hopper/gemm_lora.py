@@ -1,4 +1,4 @@
-"""What LoRA adds to the pipeline of hopper_gemm.py: 16 ranks a step, loaded by the loading warp, multiplied by each warp group.
+"""What LoRA adds to the pipeline of hopper/gemm.py: 16 ranks a step, loaded by the loading warp, multiplied by each warp group.
 
     add_owner      a tile of one adapter without dropout: the ranks are steps like any other, acc += S L
     add_product    a tile of one adapter with dropout or in 8 bits: the product of a quarter of the columns is computed, masked, and added
@@ -12,10 +12,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from fused_ops.adapters import ADAPTER_FIELDS
-from fused_ops.hopper_dropout import KEEPS_NONE, add_kept, level_of, mix, pair_keys
-from fused_ops.hopper_layouts import shared
-from fused_ops.hopper_names import as_block, async_load
+from fused_ops.lora.adapters import ADAPTER_FIELDS
+from fused_ops.lora.hopper.dropout import KEEPS_NONE, add_kept, level_of, mix, pair_keys
+from fused_ops.lora.hopper.layouts import shared
+from fused_ops.lora.hopper.names import as_block, async_load
 
 BM, BN, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(16)  # rows and columns of a tile, ranks of a step
 WM, WARPS = gl.constexpr(64), gl.constexpr(4)  # rows and warps of a warp group

@@ -1,4 +1,4 @@
-"""S = c' (M * X) A^T with dropout, as lora_down.py, on Hopper: masks are computed in the registers that the tensor cores read.
+"""S = c' (M * X) A^T with dropout, as triton/down.py, on Hopper: masks are computed in the registers that the tensor cores read.
 
 A program owns up to BM rows of one segment (`Route.items`), RANK ranks of each module, and a share of the inner dimension. One warp
 fills a ring of blocks of X and A by TMA. The others read X from there as the operand of their products, 16 rows a warp, hash each value
@@ -16,14 +16,14 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
-from fused_ops.early_launch import pdl
-from fused_ops.hopper_dropout import drop_features, level_of, mix, pair_keys
-from fused_ops.hopper_layouts import describe
-from fused_ops.hopper_names import async_load
-from fused_ops.hopper_ring import release_loaded, ring_barriers
-from fused_ops.route import Route
-from fused_ops.shapes import num_processors, rank_class
+from fused_ops.launch.early_launch import pdl
+from fused_ops.launch.shapes import num_processors, rank_class
+from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.lora.hopper.dropout import drop_features, level_of, mix, pair_keys
+from fused_ops.lora.hopper.layouts import describe
+from fused_ops.lora.hopper.names import async_load
+from fused_ops.lora.hopper.ring import release_loaded, ring_barriers
+from fused_ops.lora.route import Route
 
 BM, BK, WARPS = gl.constexpr(64), gl.constexpr(64), gl.constexpr(4)
 _FIELDS = gl.constexpr(ADAPTER_FIELDS)
@@ -159,7 +159,7 @@ def _add_shares_kernel(
 
 
 def hopper_down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
-    """Return S [T, width] in x's dtype, as lora_down.down: for X [T, K] and A that `suits_hopper`, and a group with dropout."""
+    """Return S [T, width] in x's dtype, as triton/down.py's down: for X [T, K] and A that `suits_hopper`, and a group with dropout."""
     s_TR = torch.empty(x_TK.shape[0], group.width, dtype=x_TK.dtype, device=x_TK.device)
     num_rows, num_inner = x_TK.shape
     modules = group.num_modules

@@ -2,7 +2,7 @@
 
     for key, fields, milliseconds in tune(): ...
 
-In 16 bits a product without a LoRA term has a choice (hopper_gemm.py has none where there is one); over 8-bit operands every kind has.
+In 16 bits a product without a LoRA term has a choice (hopper/gemm.py has none where there is one); over 8-bit operands every kind has.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from fused_ops import triton_ops
-from fused_ops.adapters import AdapterTable, LoraGroup
-from fused_ops.fp8 import quantise_rows, quantise_weight
-from fused_ops.gemm_config import GemmConfig, choice_key
-from fused_ops.lora_gemm import gemm
-from fused_ops.route import make_route
-from fused_ops.timing import measure
+from fused_ops.launch.timing import measure
+from fused_ops.lora import fused
+from fused_ops.lora.adapters import AdapterTable, LoraGroup
+from fused_ops.lora.fp8 import quantise_rows, quantise_weight
+from fused_ops.lora.route import make_route
+from fused_ops.lora.triton.gemm import gemm
+from fused_ops.lora.triton.gemm_config import GemmConfig, choice_key
 
 SHAPES = (  # features in, columns of each module: linears of Llama 8B and 70B, Qwen 32B
     (4096, (4096,)),
@@ -68,7 +68,7 @@ def _tune_8_bits(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, column
     narrow = quantise_weight(weight)
     for dropout in (0.0, 0.1):
         group, route = _adapters(x.shape[1], columns, dropout)
-        s = triton_ops.down(x, group, route)
+        s = fused.down(x, group, route)
         for backward, value, matrix in ((False, x, narrow.by_output), (True, dy, narrow.by_input)):
             if dropout and not backward:
                 continue  # the mask is in S already

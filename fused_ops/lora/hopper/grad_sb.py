@@ -1,4 +1,4 @@
-"""dS = c' dY B and dB = dY^T S from one read of dY, as lora_grad_sb.py, on Hopper, for ranks up to 64.
+"""dS = c' dY B and dB = dY^T S from one read of dY, as triton/grad_sb.py, on Hopper, for ranks up to 64.
 
 A program owns one item (some rows of one segment, `Route.items`) and two blocks of 256 columns of one module, and holds their B in shared
 memory. One warp fills a ring of tiles of dY [64, 256] by TMA, with the rows' S beside the first tile of a row block. The other warp groups
@@ -25,14 +25,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
-from fused_ops.early_launch import pdl
-from fused_ops.hopper_layouts import describe
-from fused_ops.hopper_names import async_load, thread_barrier
-from fused_ops.hopper_ring import ring_barriers
-from fused_ops.route import Route
-from fused_ops.shapes import num_processors, rank_class
-from fused_ops.skinny_config import item_rows
+from fused_ops.launch.early_launch import pdl
+from fused_ops.launch.shapes import num_processors, rank_class
+from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.lora.hopper.layouts import describe
+from fused_ops.lora.hopper.names import async_load, thread_barrier
+from fused_ops.lora.hopper.ring import ring_barriers
+from fused_ops.lora.route import Route
+from fused_ops.lora.triton.skinny_config import item_rows
 
 MAX_HOPPER_RANK = 64
 BM, BC, WARPS = gl.constexpr(64), gl.constexpr(256), gl.constexpr(4)  # rows and columns of a tile of dY, warps of a group
@@ -325,7 +325,7 @@ def _finish_kernel(
 
 
 def hopper_grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
-    """Return dS and add dB, as lora_grad.grad_s_and_b: for dY [T, N] and S [T, width] that `suits_hopper`, and padded ranks up to 64."""
+    """Return dS and add dB, as grad_s_and_b in triton/grad.py: for dY [T, N] and S [T, width] that `suits_hopper`, and ranks up to 64."""
     ds_TR = torch.empty_like(s_TR)
     num_rows, device, modules = dy_TN.shape[0], dy_TN.device, group.num_modules
     rank, block = rank_class(group.max_padded_rank), 2 * BC.value

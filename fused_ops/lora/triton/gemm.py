@@ -21,13 +21,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
-from fused_ops.fp8 import Fp8Matrix
-from fused_ops.gemm_config import GemmConfig, gemm_config
-from fused_ops.route import Route
-from fused_ops.shapes import num_processors, uses_tma
-from fused_ops.triton_dropout import column_keys, hash_bits, keep
-from fused_ops.triton_version import adds_ranks_ahead
+from fused_ops.launch.shapes import num_processors, uses_tma
+from fused_ops.launch.triton_version import adds_ranks_ahead
+from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.lora.fp8 import Fp8Matrix
+from fused_ops.lora.route import Route
+from fused_ops.lora.triton.dropout import column_keys, hash_bits, keep
+from fused_ops.lora.triton.gemm_config import GemmConfig, gemm_config
 
 _FIELDS = tl.constexpr(ADAPTER_FIELDS)
 RANK = 16  # ranks of one product of the LoRA term

@@ -15,12 +15,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
-from fused_ops.early_launch import pdl
-from fused_ops.lora_down import arrive_last
-from fused_ops.route import Route
-from fused_ops.shapes import num_processors, rank_class, uses_tma
-from fused_ops.skinny_config import SharesConfig, item_rows, shares_config
+from fused_ops.launch.early_launch import pdl
+from fused_ops.launch.shapes import num_processors, rank_class, uses_tma
+from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.lora.route import Route
+from fused_ops.lora.triton.down import arrive_last
+from fused_ops.lora.triton.skinny_config import SharesConfig, item_rows, shares_config
 
 MAX_FUSED_RANK = 32
 _FIELDS = tl.constexpr(ADAPTER_FIELDS)

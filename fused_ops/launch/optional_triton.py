@@ -1,6 +1,6 @@
 """`triton` and `triton.language` where Triton is installed; elsewhere stand-ins, so that modules with kernels can be imported.
 
-    from fused_ops.optional_triton import tl, triton
+    from fused_ops.launch.optional_triton import tl, triton
 
 A stand-in has every attribute that a kernel's definition uses, and is a decorator. Launching such a kernel raises RuntimeError.
 No CPU run launches one, since `backend.backend_name` chooses the references there.

@@ -17,12 +17,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fused_ops import reference
-from fused_ops.adapters import LoraGroup
-from fused_ops.backend import backend_name
-from fused_ops.fp8 import Fp8Matrix, Fp8Weight, Rounded
-from fused_ops.refill import Refill
-from fused_ops.route import Route
+from fused_ops.launch.backend import backend_name
+from fused_ops.lora import reference
+from fused_ops.lora.adapters import LoraGroup
+from fused_ops.lora.fp8 import Fp8Matrix, Fp8Weight, Rounded
+from fused_ops.lora.refill import Refill
+from fused_ops.lora.route import Route
 
 
 class Collectives:
@@ -60,9 +60,9 @@ def backend_for(device: torch.device, backend: str | None = None) -> ModuleType:
     """Return the module of operators for a device: Triton kernels on CUDA, plain torch elsewhere, unless `backend` names one."""
     if backend_name(device, backend) == "reference":
         return reference
-    from fused_ops import triton_ops
+    from fused_ops.lora import fused
 
-    return triton_ops
+    return fused
 
 
 def multi_lora_linear(

@@ -7,8 +7,8 @@ added to the gradient arena directly; else each item writes its partial sum in f
 of them in ascending order.
 
     grad_a          X once, all modules (without dropout as one, WIDE); AHEAD: beside dX's last tiles (early_launch.py)
-    grad_s_and_b    dY once for ranks up to 32 (lora_grad_sb.py); above that dS by `lora_down.down_module`, dB by the kernel of dA
-                    (on Hopper triton_ops.py takes hopper_grad_sb.py up to rank 64)
+    grad_s_and_b    dY once for ranks up to 32 (triton/grad_sb.py); above that dS by `down_module`, dB by the kernel of dA
+                    (on Hopper fused.py takes hopper/grad_sb.py up to rank 64)
 """
 
 import torch
@@ -18,14 +18,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_ops.adapters import ADAPTER_FIELDS, LoraGroup
-from fused_ops.early_launch import pdl
-from fused_ops.lora_down import arrive_last, down_module
-from fused_ops.lora_grad_sb import MAX_FUSED_RANK, grad_s_and_b_fused
-from fused_ops.route import Route
-from fused_ops.shapes import rank_class, uses_tma
-from fused_ops.skinny_config import RowsConfig, rows_config
-from fused_ops.triton_dropout import column_keys, hash_bits, keep
+from fused_ops.launch.early_launch import pdl
+from fused_ops.launch.shapes import rank_class, uses_tma
+from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.lora.route import Route
+from fused_ops.lora.triton.down import arrive_last, down_module
+from fused_ops.lora.triton.dropout import column_keys, hash_bits, keep
+from fused_ops.lora.triton.grad_sb import MAX_FUSED_RANK, grad_s_and_b_fused
+from fused_ops.lora.triton.skinny_config import RowsConfig, rows_config
 
 _FIELDS = tl.constexpr(ADAPTER_FIELDS)
 
