@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from triton.language import constexpr
 
 PATIENCE_S = 20.0
 
@@ -71,7 +72,7 @@ for _name in ["add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshif
 
 def raw(value):
     """Return a value as numpy needs it; a plain int gets the type of the other operand."""
-    return value.array if isinstance(value, Value) else int(value) if type(value) is ConstInt else value
+    return value.array if isinstance(value, Value) else int(value.value) if isinstance(value, ConstInt | constexpr) else value
 
 
 class Pointer:
@@ -100,7 +101,7 @@ class Layout:
 class Descriptor:
     """A tensor as TMA addresses it, and the box of a copy."""
 
-    layout = Layout()
+    layout, dtype = Layout(), np.float32
 
     def __init__(self, tensor: torch.Tensor, box):
         self.bytes = 1 if tensor.dtype == torch.float8_e4m3fn else 2  # of an element on the device

@@ -14,10 +14,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fused_ops.launch.optional_triton import tl, triton
+from fused_ops.launch.optional_triton import constants, tl, triton
 
 CHUNK = 4096
 _WIDTH = 10
+CHUNK_FIELDS, SETTINGS = constants(3, _WIDTH)
 
 
 def make_chunks(ranges: Iterable[tuple[int, int, int]]) -> Tensor:
@@ -29,15 +30,9 @@ def make_chunks(ranges: Iterable[tuple[int, int, int]]) -> Tensor:
 
 
 def adamw_(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    compute: Tensor,
-    chunks: Tensor,
-    settings: Tensor,
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, compute: Tensor, chunks: Tensor, settings: Tensor,
     backend: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Apply one AdamW step in place to the listed chunks and zero their gradients.
 
     All but `compute` are float32 and flat; chunks int64 [n, 3] and settings float32 [jobs, 10] on the arena's device.
@@ -66,13 +61,19 @@ def adamw_reference_(
 
 
 @triton.jit
+def _load_row(row_ptr, NUM: tl.constexpr):
+    values = ()
+    for i in tl.static_range(NUM):
+        values += (tl.load(row_ptr + i),)
+    return values
+
+
+@triton.jit
 def _adamw_kernel(master_ptr, grad_ptr, avg_ptr, sq_ptr, compute_ptr, chunks_ptr, settings_ptr, BLOCK: tl.constexpr):
     i_chunk = tl.program_id(0)
-    first, length = tl.load(chunks_ptr + i_chunk * 3), tl.load(chunks_ptr + i_chunk * 3 + 1)
-    row_ptr = settings_ptr + tl.load(chunks_ptr + i_chunk * 3 + 2) * 10
-    step_size, beta1, beta2, epsilon = tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
-    decay, clip, correction2_root, apply = tl.load(row_ptr + 4), tl.load(row_ptr + 5), tl.load(row_ptr + 6), tl.load(row_ptr + 7)
-    one_minus_beta1, one_minus_beta2 = tl.load(row_ptr + 8), tl.load(row_ptr + 9)
+    first, length, job = _load_row(chunks_ptr + i_chunk * CHUNK_FIELDS, CHUNK_FIELDS)
+    row = _load_row(settings_ptr + job * SETTINGS, SETTINGS)
+    step_size, beta1, beta2, epsilon, decay, clip, correction2_root, apply, one_minus_beta1, one_minus_beta2 = row
     for start in range(0, length, BLOCK):
         o = start + tl.arange(0, BLOCK)
         m_in = o < length

@@ -38,4 +38,10 @@ else:
 
         triton = tl = _Absent()
 
-__all__ = ["tl", "triton"]
+
+def constants(*numbers: int) -> tuple[Any, ...]:
+    """Return numbers as kernels may read them from a module: tl.constexpr, whose number is `.value`."""
+    return tuple(tl.constexpr(number) for number in numbers)  # pyright: ignore[reportCallIssue]  Any above
+
+
+__all__ = ["constants", "tl", "triton"]

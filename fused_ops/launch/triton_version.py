@@ -33,7 +33,7 @@ def compiles_gluon(version: tuple[int, ...] = VERSION) -> bool:
 
 
 def adds_ranks_ahead(version: tuple[int, ...] = VERSION) -> bool:
-    """Return whether the GEMM in plain Triton has registers for its first ranks as a product without a mask (lora/triton/gemm.py).
+    """Return whether the GEMM in plain Triton has registers for its first ranks as a product without a mask.
 
     From 3.7 on ptxas serialises the whole product for it (C7511), so that a tile of one adapter takes the masked product like others.
     """

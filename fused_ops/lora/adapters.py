@@ -14,12 +14,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fused_ops.launch.optional_triton import constants
 from fused_ops.lora.dropout import MAX_MODULES, quantised_p, threshold
 from fused_ops.lora.route import upload
 
 RANK_ALIGN = 16
 MAX_RANK = 256
-ADAPTER_FIELDS = 16
+# Columns of `LoraGroup.adapter_table`, as its kernels read them; A_ROW to S_COLUMN are module 0's, MODULE_FIELDS before the next one's.
+LORA_RANK, LEVEL, S_WIDTH, FIRST_A_ROW, A_ROW, B_ROW, S_COLUMN = constants(*range(7))
+MODULE_FIELDS, ADAPTER_FIELDS = constants(3, 16)
 
 
 def padded_rank(r: int) -> int:
@@ -113,15 +116,15 @@ class LoraGroup:
 
     @cached_property
     def adapter_table(self) -> Tensor:
-        """Return int32 [adapters, 16] on the device: padded rank, threshold, width, first A row; A row, B row, S column per module."""
+        """Return int32 [adapters, 16] on the device: padded rank, dropout level, width, first A row; A row, B row, S column per module."""
         rows = []
         for adapter, r in enumerate(self.adapters.ranks):
             first = min((row for row in self.a_rows[adapter] if row >= 0), default=-1)
             row = [padded_rank(r), self.adapters.thresholds[adapter], self.widths[adapter], first]
             for module in range(self.num_modules):
                 row += [self.a_rows[adapter][module], self.b_rows[adapter][module], self.s_column(adapter, module)]
-            rows.append(row + [-1] * (ADAPTER_FIELDS - len(row)))
-        return upload(torch.tensor(rows, dtype=torch.int32).view(-1, ADAPTER_FIELDS), self.a_RK.device)
+            rows.append(row + [-1] * (16 - len(row)))
+        return upload(torch.tensor(rows, dtype=torch.int32).view(-1, 16), self.a_RK.device)
 
     @cached_property
     def scale_table(self) -> Tensor:

@@ -36,6 +36,11 @@ class Fp8Matrix:
         return self.values.float() * self.scales[:, None]
 
 
+def parts(matrix: Tensor | Fp8Matrix) -> tuple[Tensor, Tensor | None]:
+    """Return a matrix's values, and its scales if it is in 8 bits."""
+    return (matrix.values, matrix.scales) if isinstance(matrix, Fp8Matrix) else (matrix, None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8Weight:
     """A frozen weight [N, K] for both directions: by_output [N, K] for X W^T, by_input [K, N] for dY W."""
@@ -112,9 +117,8 @@ class Rounded:
 
 def empty_rows(like: Tensor) -> Fp8Matrix:
     """Return a matrix [rows, C] for the rows of a tensor [..., C], not yet written."""
-    shape = like.numel() // like.shape[-1], like.shape[-1]
-    scales = torch.empty(shape[0], dtype=torch.float32, device=like.device)
-    return Fp8Matrix(values=torch.empty(shape, dtype=DTYPE, device=like.device), scales=scales)
+    shape = like.shape[:-1].numel(), like.shape[-1]
+    return Fp8Matrix(values=like.new_empty(shape, dtype=DTYPE), scales=like.new_empty(shape[0], dtype=torch.float32))
 
 
 @triton.jit
@@ -160,12 +164,10 @@ def _quantise_kernel(x_ptr, values_ptr, scales_ptr, num_cols, COLS: tl.constexpr
 
 def _launch(x_RC: Tensor) -> Fp8Matrix:
     """Launch a program per row."""
-    num_rows, num_cols = x_RC.shape
-    values = torch.empty(num_rows, num_cols, dtype=DTYPE, device=x_RC.device)
-    scales = torch.empty(num_rows, dtype=torch.float32, device=x_RC.device)
+    (num_rows, num_cols), rounded = x_RC.shape, empty_rows(x_RC)
     if num_rows:
         one_block = num_cols <= _MAX_COLUMNS
         cols = triton.next_power_of_2(max(num_cols, 16)) if one_block else 8192
         warps = min(16, max(1, cols // 512))
-        _quantise_kernel[(num_rows,)](x_RC, values, scales, num_cols, COLS=cols, ONE_BLOCK=one_block, num_warps=warps)
-    return Fp8Matrix(values=values, scales=scales)
+        _quantise_kernel[(num_rows,)](x_RC, rounded.values, rounded.scales, num_cols, COLS=cols, ONE_BLOCK=one_block, num_warps=warps)
+    return rounded

@@ -2,14 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fused_ops.launch.cache_keys import fix_cache_keys
 from fused_ops.launch.shapes import suits_hopper
 from fused_ops.launch.triton_version import compiles_gluon
 from fused_ops.lora.adapters import LoraGroup
-from fused_ops.lora.fp8 import Fp8Matrix, Fp8Weight, quantise_rows
+from fused_ops.lora.fp8 import Fp8Matrix, Fp8Weight, parts, quantise_rows
 from fused_ops.lora.route import Route
 from fused_ops.lora.triton import down as lora_down
 from fused_ops.lora.triton import grad as lora_grad
@@ -49,50 +48,27 @@ def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx
 
 
 def up(
-    x_TK: Tensor,
-    weight_NK: Tensor | Fp8Weight,
-    bias_N: Tensor | None,
-    s_TR: Tensor | None,
-    group: LoraGroup | None,
-    route: Route | None,
+    x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
     x8: Fp8Matrix | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return Y [T, N] = X W^T (+ bias) + S B^T; `x8`: X in 8 bits, if a neighbour has rounded it."""
-    if isinstance(weight_NK, Fp8Weight):
-        return _gemm(x8 or quantise_rows(x_TK, "triton"), weight_NK.by_output, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
-    return _gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False, dtype=x_TK.dtype)
+    return _gemm(x_TK, x8, weight_NK, bias_N, s_TR, group, route, backward=False)
 
 
 def grad_x(
-    dy_TN: Tensor,
-    weight_NK: Tensor | Fp8Weight,
-    ds_TR: Tensor | None,
-    group: LoraGroup | None,
-    route: Route | None,
+    dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
     dy8: Fp8Matrix | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return dX [T, K] = dY W + M * (dS A); `dy8`: dY in 8 bits, if a neighbour has rounded it."""
-    if isinstance(weight_NK, Fp8Weight):
-        return _gemm(dy8 or quantise_rows(dy_TN, "triton"), weight_NK.by_input, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
-    return _gemm(dy_TN, weight_NK, None, ds_TR, group, route, backward=True, dtype=dy_TN.dtype)
+    return _gemm(dy_TN, dy8, weight_NK, None, ds_TR, group, route, backward=True)
 
 
-def _gemm(
-    input_TI: Tensor | Fp8Matrix,
-    weight: Tensor | Fp8Matrix,
-    bias_O: Tensor | None,
-    s_TR: Tensor | None,
-    group: LoraGroup | None,
-    route: Route | None,
-    backward: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    read = (each.values if isinstance(each, Fp8Matrix) else each for each in (input_TI, weight))
-    if (
-        s_TR is not None
-        and group is not None
-        and route is not None  # None together
-        and suits_hopper(s_TR, *read, *((group.a_RK,) if backward else group.b_RN))
-    ):
-        return hopper_gemm(input_TI, weight, bias_O, s_TR, group, route, backward)
-    return gemm(input_TI, weight, bias_O, s_TR, group, route, backward, dtype)
+def _gemm(x_TI: Tensor, x8: Fp8Matrix | None, weight: Tensor | Fp8Weight, bias_O, s_TR, group, route, backward: bool) -> Tensor:
+    """Return the product by the kernel that fits; over a weight in 8 bits X is rounded, if no neighbour has."""
+    if isinstance(weight, Fp8Weight):
+        operands = (x8 or quantise_rows(x_TI, "triton"), weight.by_input if backward else weight.by_output)
+    else:
+        operands = (x_TI, weight)
+    if s_TR is not None and suits_hopper(s_TR, *(parts(each)[0] for each in operands), *((group.a_RK,) if backward else group.b_RN)):
+        return hopper_gemm(*operands, bias_O, s_TR, group, route, backward)
+    return gemm(*operands, bias_O, s_TR, group, route, backward, x_TI.dtype)

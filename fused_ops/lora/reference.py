@@ -30,14 +30,9 @@ def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
 
 
 def up(
-    x_TK: Tensor,
-    weight_NK: Tensor | Fp8Weight,
-    bias_N: Tensor | None,
-    s_TR: Tensor | None,
-    group: LoraGroup | None,
-    route: Route | None,
+    x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
     x8: Fp8Matrix | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return Y [T, N] = X W^T (+ bias) + S B^T; X is rounded here if the weight is, whatever `x8` has."""
     if s_TR is None or group is None or route is None:
         return _frozen(x_TK, weight_NK, bias_N)
@@ -60,13 +55,9 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
 
 
 def grad_x(
-    dy_TN: Tensor,
-    weight_NK: Tensor | Fp8Weight,
-    ds_TR: Tensor | None,
-    group: LoraGroup | None,
-    route: Route | None,
+    dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
     dy8: Fp8Matrix | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return dX [T, K] = dY W + M * (dS A); dY is rounded here if the weight is, whatever `dy8` has."""
     if ds_TR is None or group is None or route is None:
         return _frozen_grad(dy_TN, weight_NK)

@@ -4,10 +4,11 @@ Invariants: segments are ascending, disjoint, inside [0, num_rows), and name eac
 (no padding); a row in no segment is base-only. One route serves all layers of a stage, forward and backward. Its device tables
 are made on first use from host numbers alone, through pinned memory, so that nothing waits for the device:
 
-    tiles(block)       [ceil(T / block), 2]   first and end index into `segment_table` of the segments that meet a tile of the row grid
-    owned_tiles(block) [ceil(T / block), 4]   the same, then the adapter of all rows of the tile (-1: there is none), and 0
-    items(block)       [n, 6]                 (first row, end row, adapter, segment, first item, end item) of blocks that start at segment
-                                              starts: rows of one job each; the last two delimit the items of the same segment
+    segment_table    [n, 4]                first row, end row, adapter, 0
+    tiles(block)     [ceil(T / block), 4]  first and end index into `segment_table` of the segments that meet a tile of the row grid, the
+                                           adapter of all rows of the tile (-1: there is none), 0
+    items(block)     [n, 6]                first row, end row, adapter, segment, first item, end item of blocks that start at segment
+                                           starts: rows of one job each; the last two delimit the items of the same segment
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_ops.launch.optional_triton import constants
+
+# Columns of the tables, as kernels read them.
+FIRST, END, ADAPTER = constants(0, 1, 2)  # of segments and items
+SEGMENT, FIRST_ITEM, END_ITEM = constants(3, 4, 5)  # of items
+FIRST_SEGMENT, END_SEGMENT, OWNER = constants(0, 1, 2)  # of tiles
+SEGMENT_FIELDS, TILE_FIELDS, ITEM_FIELDS = constants(4, 4, 6)
+
 
 class Route:
     """Rows to adapters for one microbatch. Build with `make_route`; immutable but for the caches of its tables."""
@@ -27,7 +36,7 @@ class Route:
         self.num_rows = num_rows
         self.segments = tuple(segment for segment in segments if segment[1] > segment[0])
         self.row_keys = row_keys
-        self._tables: dict[tuple, Any] = {}  # tensors, and the routes of parts of the rows
+        self._tables: dict[tuple, Any] = {}  # tensors, numbers, and the routes of parts of the rows
 
     @property
     def device(self) -> torch.device:
@@ -40,12 +49,8 @@ class Route:
         return self._upload([(first, end, adapter, 0) for first, end, adapter in self.segments], 4)
 
     def tiles(self, block: int) -> Tensor:
-        """Return int32 [ceil(T / block), 2]: which segments meet each tile of `block` rows."""
-        return self._cached(("tiles", block), lambda: self._upload(_tiles(self.num_rows, self.segments, block), 2))
-
-    def owned_tiles(self, block: int) -> Tensor:
-        """Return int32 [ceil(T / block), 4]: as `tiles`, then the adapter of all rows of the tile (-1: there is none), and 0."""
-        return self._cached(("owned", block), lambda: self._upload(_owned_tiles(self.num_rows, self.segments, block), 4))
+        """Return int32 [ceil(T / block), 4]: which segments meet each tile of `block` rows, and the adapter that has all of them."""
+        return self._cached(("tiles", block), lambda: self._upload(_tiles(self.num_rows, self.segments, block), 4))
 
     def items(self, block: int) -> Tensor:
         """Return int32 [n, 6]: (first row, end row, adapter, segment, first item, end item) of at most `block` rows each."""
@@ -59,6 +64,14 @@ class Route:
     def num_items(self, block: int) -> int:
         """Return how many items of at most `block` rows there are."""
         return sum(-(-(end - first) // block) for first, end, _ in self.segments)
+
+    def item_rows(self, num_blocks: int, programs: int) -> int:
+        """Return the fewest rows of an item for which at most `programs` are needed, one for each item and block of columns.
+
+        More programs than run at once need a second wave, and more partial sums; fewer leave multiprocessors idle.
+        """
+        fits = (rows for rows in range(256, 2048, 64) if self.num_items(rows) * num_blocks <= programs)
+        return self._cached(("item rows", num_blocks, programs), lambda: next(fits, 2048))  # every linear asks
 
     def rows(self, first: int, end: int) -> "Route":
         """Return the route of rows [first, end) alone, renumbered from 0; the same object when those are all rows."""
@@ -108,7 +121,7 @@ def _check(num_rows: int, segments, row_keys: Tensor) -> None:
         previous_end = end
 
 
-def _tiles(num_rows: int, segments, block: int) -> list[tuple[int, int]]:
+def _tiles(num_rows: int, segments, block: int) -> list[tuple[int, ...]]:
     tiles, low, high = [], 0, 0
     for start in range(0, num_rows, block):
         while low < len(segments) and segments[low][1] <= start:
@@ -116,16 +129,9 @@ def _tiles(num_rows: int, segments, block: int) -> list[tuple[int, int]]:
         high = max(high, low)
         while high < len(segments) and segments[high][0] < start + block:
             high += 1
-        tiles.append((low, high))
+        one = high == low + 1 and segments[low][0] <= start and segments[low][1] >= min(start + block, num_rows)
+        tiles.append((low, high, segments[low][2] if one else -1, 0))
     return tiles
-
-
-def _owned_tiles(num_rows: int, segments, block: int) -> list[tuple[int, ...]]:
-    owned = []
-    for i, (low, high) in enumerate(_tiles(num_rows, segments, block)):
-        one = high == low + 1 and segments[low][0] <= i * block and segments[low][1] >= min((i + 1) * block, num_rows)
-        owned.append((low, high, segments[low][2] if one else -1, 0))
-    return owned
 
 
 def _items(segments, block: int) -> list[tuple[int, ...]]:

@@ -48,6 +48,7 @@ def ops():
         from fused_ops.lora.hopper import gemm as hopper_gemm
         from fused_ops.lora.hopper import grad_a as hopper_grad_a
         from fused_ops.lora.hopper import grad_sb as hopper_grad_sb
+        from fused_ops.lora.triton import grad_sb_sums
     hopper_gemm.num_processors = lambda device: 2
 
     def down(x, group, route):
@@ -60,7 +61,7 @@ def ops():
         fits = group.max_padded_rank <= hopper_grad_sb.MAX_HOPPER_RANK
         return (hopper_grad_sb.hopper_grad_s_and_b if fits else reference.grad_s_and_b)(dy, s, group, route)
 
-    with interpreted(hopper_down, hopper_grad_a, hopper_grad_sb):
+    with interpreted(hopper_down, hopper_grad_a, grad_sb_sums):
         yield SimpleNamespace(
             down=down,
             up=lambda x, weight, bias, s, group, route: hopper_gemm.hopper_gemm(x, weight, bias, s, group, route, backward=False),

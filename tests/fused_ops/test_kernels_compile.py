@@ -71,7 +71,7 @@ def test_no_spills_and_no_serialised_products(make_problem, compiled, case):
         if kernel.name != "_gemm_kernel":  # C7513: products of masked registers, 16 columns each, take turns; memory is what they wait for
             serialised = [code for code in serialised if code != "C7513"]
         assert not serialised, (kernel.name, registers, serialised)
-        if kernel.name != "_sum_shares_kernel":
+        if kernel.name != "_finish_kernel":
             assert "wgmma.mma_async" in kernel.asm["ptx"] or "mma.sync" in kernel.asm["ptx"], kernel.name
         if kernel.name == "_gemm_kernel":
             assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.bulk.tensor" in kernel.asm["ptx"]

@@ -18,20 +18,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.launch.early_launch import pdl
 from fused_ops.launch.shapes import num_processors, rank_class
-from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.lora.adapters import A_ROW, ADAPTER_FIELDS, LEVEL, LORA_RANK, MODULE_FIELDS, S_COLUMN, S_WIDTH, LoraGroup
 from fused_ops.lora.hopper.dropout import drop_features, level_of, mix, pair_keys
 from fused_ops.lora.hopper.layouts import describe
+from fused_ops.lora.hopper.masked import ACC_COLUMNS, ACC_ROWS, LEFT, LEFT_COLUMNS, LEFT_ROWS, RIGHT, WARPS, first_ranks, zeros
 from fused_ops.lora.hopper.names import async_load
 from fused_ops.lora.hopper.ring import release_loaded, ring_barriers
-from fused_ops.lora.route import Route
+from fused_ops.lora.route import ADAPTER, END, FIRST, ITEM_FIELDS, Route
 
-BM, BK, WARPS = gl.constexpr(64), gl.constexpr(64), gl.constexpr(4)
-_FIELDS = gl.constexpr(ADAPTER_FIELDS)
-_FIELDS_TL = tl.constexpr(ADAPTER_FIELDS)
-_ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, 8]))
-_X, _A = (gl.constexpr(gl.DotOperandLayout(operand, _ACC.value, k_width=2)) for operand in (0, 1))
-_ROWS, _FEATURES = gl.constexpr(gl.SliceLayout(1, _X.value)), gl.constexpr(gl.SliceLayout(0, _X.value))
-_OUT_ROWS, _OUT_RANKS = gl.constexpr(gl.SliceLayout(1, _ACC.value)), gl.constexpr(gl.SliceLayout(0, _ACC.value))
+BM, BK = gl.constexpr(64), gl.constexpr(64)
 
 
 @gluon.jit
@@ -56,37 +51,32 @@ def _multiplier(
 ):  # fmt: skip
     """Multiply every block, and write what belongs to the item and the adapter."""
     x_bufs, a_bufs, full_bars, empty_bars = ring
-    rank, level, scale = gl.load(adapter_ptr), level_of(gl.load(adapter_ptr + 1)), gl.load(scale_ptr)
-    o_row = first + gl.arange(0, BM, _ROWS)
+    rank, level, scale = gl.load(adapter_ptr + LORA_RANK), level_of(gl.load(adapter_ptr + LEVEL)), gl.load(scale_ptr)
+    o_row = first + gl.arange(0, BM, LEFT_ROWS)
     b_keys = gl.expand_dims(gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True), 1)
-    b_acc0 = gl.zeros([BM, RANK], gl.float32, _ACC)
-    b_acc1, b_acc2 = b_acc0, b_acc0
+    b_accs = zeros(MODULES, BM, RANK)
     for i in range(num_blocks):
         stage = i % STAGES
-        b_pairs = gl.expand_dims(pair_keys(first_feature + (begin + i) * BK + gl.arange(0, BK, _FEATURES)), 0)
+        b_pairs = gl.expand_dims(pair_keys(first_feature + (begin + i) * BK + gl.arange(0, BK, LEFT_COLUMNS)), 0)
         b_hash = mix(b_keys, b_pairs)
         mbarrier.wait(full_bars.index(stage), (i // STAGES) & 1)
-        b_x = x_bufs.index(stage).load(_X)
-        b_a0 = a_bufs.index(stage * MODULES).permute((1, 0)).load(_A)
-        b_acc0 = mma_v2(drop_features(b_x, b_hash, level, 0), b_a0, b_acc0)
-        if MODULES > 1:
-            b_a1 = a_bufs.index(stage * MODULES + 1).permute((1, 0)).load(_A)
-            b_acc1 = mma_v2(drop_features(b_x, b_hash, level, 1), b_a1, b_acc1)
-        if MODULES > 2:
-            b_a2 = a_bufs.index(stage * MODULES + 2).permute((1, 0)).load(_A)
-            b_acc2 = mma_v2(drop_features(b_x, b_hash, level, 2), b_a2, b_acc2)
+        b_x = x_bufs.index(stage).load(LEFT)
+        b_sums = ()
+        for m in gl.static_range(MODULES):
+            b_a = a_bufs.index(stage * MODULES + m).permute((1, 0)).load(RIGHT)
+            b_sums += (mma_v2(drop_features(b_x, b_hash, level, m), b_a, b_accs[m]),)
+        b_accs = b_sums
         release_loaded(empty_bars.index(stage))
-    accs = (b_acc0, b_acc1, b_acc2)
     for m in gl.static_range(MODULES):
-        column = gl.load(adapter_ptr + 6 + 3 * m)
+        column = gl.load(adapter_ptr + S_COLUMN + m * MODULE_FIELDS)
         ranks = gl.where(column >= 0, rank, 0)
-        _put(out_ptr, partial_ptr, num_rows, out_stride, first, end, column, ranks, i_rank, scale, accs[m], RANK)
+        _put(out_ptr, partial_ptr, num_rows, out_stride, first, end, column, ranks, i_rank, scale, b_accs[m], RANK)
 
 
 @gluon.jit
 def _put(out_ptr, partial_ptr, num_rows, out_stride, first, end, column, rank, i_rank, scale, b_acc, RANK: gl.constexpr):
     """Write one module's columns: of S where the inner dimension is not cut, else of this share's partial sums."""
-    o_row, o_r = first + gl.arange(0, BM, _OUT_ROWS), i_rank + gl.arange(0, RANK, _OUT_RANKS)
+    o_row, o_r = first + gl.arange(0, BM, ACC_ROWS), i_rank + gl.arange(0, RANK, ACC_COLUMNS)
     at = gl.expand_dims(o_row.to(gl.int64), 1) * out_stride + gl.expand_dims(column + o_r, 0)
     m_in = gl.expand_dims(o_row < end, 1) & gl.expand_dims(o_r < rank, 0)
     if gl.num_programs(1) == 1:
@@ -109,31 +99,22 @@ def _hopper_down_kernel(
         gdc_wait()
         gdc_launch_dependents()
 
-    item_ptr = items_ptr + gl.program_id(0) * 6
-    first, end, adapter = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
-    adapter_ptr = adapters_ptr + adapter * _FIELDS
+    item_ptr = items_ptr + gl.program_id(0) * ITEM_FIELDS
+    first, end, adapter = gl.load(item_ptr + FIRST), gl.load(item_ptr + END), gl.load(item_ptr + ADAPTER)
+    adapter_ptr = adapters_ptr + adapter * ADAPTER_FIELDS
     i_rank = gl.program_id(2) * RANK
-    a_rows = (max(gl.load(adapter_ptr + 4), 0) + i_rank,)
-    if MODULES > 1:
-        a_rows += (max(gl.load(adapter_ptr + 7), 0) + i_rank,)
-    if MODULES > 2:
-        a_rows += (max(gl.load(adapter_ptr + 10), 0) + i_rank,)
+    a_rows = first_ranks(adapter_ptr, i_rank, A_ROW, MODULES)
     begin = gl.program_id(1) * share_blocks
     num_blocks = min(share_blocks, gl.cdiv(num_inner, BK) - begin)
-    num_blocks = gl.where(i_rank < gl.load(adapter_ptr), num_blocks, 0)
+    num_blocks = gl.where(i_rank < gl.load(adapter_ptr + LORA_RANK), num_blocks, 0)
     gl.warp_specialize(
         [
-            (
-                _multiplier,
-                (
-                    ring, out_ptr, partial_ptr, adapter_ptr, scales_ptr + adapter, keys_ptr, num_rows, out_stride, first_feature,
-                    num_blocks, first, end, begin, i_rank, RANK, MODULES, STAGES,
-                ),
-            ),
+            (_multiplier, (
+                ring, out_ptr, partial_ptr, adapter_ptr, scales_ptr + adapter, keys_ptr, num_rows, out_stride, first_feature,
+                num_blocks, first, end, begin, i_rank, RANK, MODULES, STAGES,
+            )),
             (_loader, (ring, (x_desc, a_desc), num_blocks, first, begin, a_rows, RANK, MODULES, STAGES)),
-        ],
-        [1],
-        [24],
+        ], [1], [24],
     )  # fmt: skip
 
 
@@ -146,12 +127,12 @@ def _add_shares_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    item_ptr = items_ptr + tl.program_id(0) * 6
-    first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    item_ptr = items_ptr + tl.program_id(0) * ITEM_FIELDS
+    first, end, adapter = tl.load(item_ptr + FIRST), tl.load(item_ptr + END), tl.load(item_ptr + ADAPTER)
     o_col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     o_row = first + tl.arange(0, BM)
     at = o_row.to(tl.int64)[:, None] * stride + o_col[None, :]
-    m_in = (o_row < end)[:, None] & (o_col < tl.load(adapters_ptr + adapter * _FIELDS_TL + 2))[None, :]
+    m_in = (o_row < end)[:, None] & (o_col < tl.load(adapters_ptr + adapter * ADAPTER_FIELDS + S_WIDTH))[None, :]
     b_sum = tl.zeros([BM, COLUMNS], tl.float32)
     for i in tl.range(num_shares, num_stages=1):
         b_sum += tl.load(partial_ptr + i * num_rows.to(tl.int64) * stride + at, m_in, 0.0)

@@ -14,7 +14,7 @@ In 8 bits (fp8.py) both directions read the copy of W whose rows are outputs. A 
 rows and columns before LoRA, which is in 16 bits, is added.
 
 Names: input [T, I] times weight gives output [T, O]; L is B transposed (forward: of each module, in its own columns) or A (backward).
-`Route.owned_tiles` has the adapter of every row tile inside one segment, so that the multiplying warps need no chain of loads: what the
+`Route.tiles` has the adapter of every row tile inside one segment, so that the multiplying warps need no chain of loads: what the
 next tile needs is fetched while the present one is computed. ptxas serialises the products (C7515) if anything but a product or zero
 defines an accumulator before the loop: hence LoRA comes last. The loading warp may then also fill the ring while the kernel that computes
 S still runs (early_launch.py).
@@ -30,8 +30,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fused_ops.launch.early_launch import pdl
 from fused_ops.launch.shapes import num_processors
 from fused_ops.lora.adapters import LoraGroup
-from fused_ops.lora.fp8 import Fp8Matrix
-from fused_ops.lora.hopper.gemm_lora import (
+from fused_ops.lora.fp8 import Fp8Matrix, parts
+from fused_ops.lora.hopper.gemm_lora import adapter_level, add_masked, add_owner, add_product, load_ranks, module_in_tile, owner_ranks
+from fused_ops.lora.hopper.gemm_tile import (
     BM,
     BN,
     COLUMNS,
@@ -45,27 +46,18 @@ from fused_ops.lora.hopper.gemm_lora import (
     STAGES,
     WARPS,
     WM,
-    adapter_level,
-    add_masked,
-    add_owner,
-    add_product,
-    load_ranks,
     mask_hash,
-    module_in_tile,
-    owner_ranks,
     product,
-)  # fmt: skip
-from fused_ops.lora.hopper.layouts import describe, shared
+)
+from fused_ops.lora.hopper.layouts import describe
 from fused_ops.lora.hopper.names import async_load, async_store
 from fused_ops.lora.hopper.ring import ring_barriers
-from fused_ops.lora.route import Route
-from fused_ops.lora.triton.gemm import lora_term
+from fused_ops.lora.route import ADAPTER, END_SEGMENT, FIRST_SEGMENT, OWNER, SEGMENT_FIELDS, TILE_FIELDS, Route
+from fused_ops.lora.term import term_of_a, term_of_b, three
 
 BK, BK_OF_8_BITS = gl.constexpr(64), gl.constexpr(128)  # inner block, of as many bytes in 8 bits
 BYTES = gl.constexpr((BM.value + BN.value) * 128)  # of a step
 TOGETHER = gl.constexpr(8)  # row tiles that share the columns of W in the cache
-_INPUT, _FORWARD_WEIGHT, _BACKWARD_WEIGHT, _OUTPUT = shared(WM, BK), shared(HALF, BK), shared(BK, HALF), shared(WM, QUARTER)
-_INPUT_OF_8_BITS, _WEIGHT_OF_8_BITS = (shared(rows, BK_OF_8_BITS, in_8_bits=True) for rows in (WM, HALF))
 _ACC, _ACC_OF_8_BITS = product(HALF), product(HALF, 32)
 
 # Larger weights are not launched early: it made 4096 x 28672 slower by 2.5%, left 14336 x 4096 and 8192 x 8192 as they were, and made
@@ -110,8 +102,8 @@ def _loader(
             step += 1
         if PDL:  # the kernel before computed S from the input, so the input and the frozen weight are older than it
             gdc_wait()
-        tile_ptr = tiles_ptr + i_row // BM * 4
-        i_low, i_high, owner = gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2)
+        tile_ptr = tiles_ptr + i_row // BM * TILE_FIELDS
+        i_low, i_high, owner = gl.load(tile_ptr + FIRST_SEGMENT), gl.load(tile_ptr + END_SEGMENT), gl.load(tile_ptr + OWNER)
         if (owner >= 0) & (not DROPOUT) & (not FP8):
             for m in gl.static_range(1 if WIDE else MODULES):
                 l_desc = l_descs[0 if BACKWARD else m]
@@ -121,15 +113,14 @@ def _loader(
         else:
             for part in range(4):
                 for i_segment in range(i_low, i_high):
-                    adapter = gl.load(segments_ptr + i_segment * 4 + 2)
+                    adapter = gl.load(segments_ptr + i_segment * SEGMENT_FIELDS + ADAPTER)
                     for m in gl.static_range(1 if WIDE else MODULES):
                         l_desc = l_part_descs[0 if BACKWARD else m]
                         ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
                         l_col += part * QUARTER
                         for i_rank in range(0, ranks, RANK):
-                            step = load_ranks(
-                                ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_col, 1, QUARTER, LORA_PART
-                            )
+                            s_at, l_at = s_col + i_rank, l_row + i_rank
+                            step = load_ranks(ring, step, s_desc, l_desc, i_row, s_at, l_at, l_col, 1, QUARTER, LORA_PART)
 
 
 @gluon.jit
@@ -178,21 +169,22 @@ def _multiplier(
     num_tiles, stride = gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)
     step = 0
     i_row, i_col = _tile_origin(gl.program_id(0), num_rows, num_cols)
-    owner = gl.load(tiles_ptr + i_row // BM * 4 + 2)
+    owner = gl.load(tiles_ptr + i_row // BM * TILE_FIELDS + OWNER)
     for i_tile in range(gl.program_id(0), num_tiles, stride):
         # Loaded before the products and used after them. Triton 3.6 carries from tile to tile only what is read outside branches.
-        i_low, i_high = gl.load(tiles_ptr + i_row // BM * 4), gl.load(tiles_ptr + i_row // BM * 4 + 1)
-        module_ranks = owner_ranks(adapters_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
+        tile_ptr = tiles_ptr + i_row // BM * TILE_FIELDS
+        i_low, i_high = gl.load(tile_ptr + FIRST_SEGMENT), gl.load(tile_ptr + END_SEGMENT)
+        module_ranks, ranks = owner_ranks(adapters_ptr, owner, i_col, starts, stops, BACKWARD, MODULES, WIDE)
         level = adapter_level(adapters_ptr, max(owner, 0))
         next_row, next_col = _tile_origin(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
-        next_owner = gl.load(tiles_ptr + next_row // BM * 4 + 2)
+        next_owner = gl.load(tiles_ptr + next_row // BM * TILE_FIELDS + OWNER)
         o_row = i_row + GROUP * WM + gl.arange(0, WM, ROWS)
         if FP8:
             b_row_scales = gl.load(scales[0] + o_row, o_row < num_rows, 0.0)
         b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD, FP8, GROUP)
         if not FP8:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
             if (owner >= 0) & (not DROPOUT):
-                b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, module_ranks[0] + module_ranks[1] + module_ranks[2], GROUP)
+                b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, ranks, GROUP)
         b_part0, b_part1 = _quarters(b_acc0)
         b_part2, b_part3 = _quarters(b_acc1)
         parts = (b_part0, b_part1, b_part2, b_part3)
@@ -209,23 +201,9 @@ def _multiplier(
                 b_hash = mask_hash(b_keys, first_feature + i_col + i_part * QUARTER)
             if owner < 0:
                 b_part, step = add_masked(
-                    ring,
-                    step,
-                    b_part,
-                    tables,
-                    i_low,
-                    i_high,
-                    b_hash,
-                    o_row,
-                    i_col,
-                    starts,
-                    stops,
-                    BACKWARD,
-                    MODULES,
-                    WIDE,
-                    DROPOUT,
-                    GROUP,
-                )
+                    ring, step, b_part, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops,
+                    BACKWARD, MODULES, WIDE, DROPOUT, GROUP,
+                )  # fmt: skip
             elif DROPOUT or FP8:
                 b_part, step = add_product(ring, step, b_part, b_hash, module_ranks, level, MODULES, DROPOUT, GROUP)
             if HAS_BIAS:
@@ -247,81 +225,52 @@ def _hopper_kernel(
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
     FP8: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    if FP8:
-        a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, WM, BK_OF_8_BITS], _INPUT_OF_8_BITS)
+    INNER: gl.constexpr = BK_OF_8_BITS if FP8 else BK
+    a_bufs = gl.allocate_shared_memory(input_desc.dtype, [2 * STAGES, WM, INNER], input_desc.layout)
+    if BACKWARD and not FP8:
+        b_bufs = gl.allocate_shared_memory(weight_desc.dtype, [2 * STAGES, INNER, HALF], weight_desc.layout)
     else:
-        a_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, WM, BK], _INPUT)
-    if FP8:
-        b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, HALF, BK_OF_8_BITS], _WEIGHT_OF_8_BITS)
-    elif BACKWARD:
-        b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, BK, HALF], _BACKWARD_WEIGHT)
-    else:
-        b_bufs = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, HALF, BK], _FORWARD_WEIGHT)
-    output_bufs = gl.allocate_shared_memory(gl.bfloat16, [4, WM, QUARTER], _OUTPUT)
+        b_bufs = gl.allocate_shared_memory(weight_desc.dtype, [2 * STAGES, HALF, INNER], weight_desc.layout)
+    output_bufs = gl.allocate_shared_memory(gl.bfloat16, [4, WM, QUARTER], output_desc.layout)
     full_bars, empty_bars = ring_barriers(STAGES, 2)
     ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, adapters_ptr)
     sizes = (num_rows, num_cols, num_inner)
     descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2))
-    common = (
-        output_desc,
-        output_bufs,
-        ring,
-        tables,
-        sizes,
-        starts,
-        stops,
-        bias_ptr,
-        keys_ptr,
-        first_feature,
-        (row_scales_ptr, column_scales_ptr),
-    )
+    scales = (row_scales_ptr, column_scales_ptr)
+    common = (output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature, scales)
     gl.warp_specialize(
         [
             (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, 0)),
             (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, 1)),
             (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT, FP8, PDL)),
-        ],
-        [WARPS, 1],
-        [240, 24],
-    )
+        ], [WARPS, 1], [240, 24],
+    )  # fmt: skip
 
 
 def hopper_gemm(
-    input_TI: Tensor | Fp8Matrix,
-    weight: Tensor | Fp8Matrix,
-    bias_O: Tensor | None,
-    s_TR: Tensor,
-    group: LoraGroup,
-    route: Route,
+    input_TI: Tensor | Fp8Matrix, weight: Tensor | Fp8Matrix, bias_O: Tensor | None, s_TR: Tensor, group: LoraGroup, route: Route,
     backward: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return what triton/gemm.py's gemm returns, for tensors that `suits_hopper`.
 
     The input in 16 bits must be older than S: blocks of it are loaded while the kernel that computes S still runs.
     """
-    fp8 = isinstance(input_TI, Fp8Matrix)
-    scales = (input_TI.scales, weight.scales) if isinstance(input_TI, Fp8Matrix) and isinstance(weight, Fp8Matrix) else (None, None)
-    values, weight = (each.values if isinstance(each, Fp8Matrix) else each for each in (input_TI, weight))
+    (values, row_scales), (weight, column_scales) = parts(input_TI), parts(weight)
+    fp8 = row_scales is not None
     inner_first, inner = backward and not fp8, (BK_OF_8_BITS if fp8 else BK).value
     (num_rows, num_inner), num_cols = values.shape, weight.shape[1 if inner_first else 0]
     out_TO = torch.empty(num_rows, num_cols, dtype=s_TR.dtype, device=values.device)
-    term = lora_term(group, backward)
-    longest = max(term.factors, key=len)  # replaces a module that no adapter targets: a descriptor needs rows
-    factors = [tensor if len(tensor) else longest for tensor in term.factors]
+    term = term_of_a(group) if backward else term_of_b(group)
     starts, stops = zip(*group.columns, strict=True)
-
-    def three(values):  # descriptors cannot be passed in a tuple
-        return [*values, *[None] * (3 - len(values))]
-
     tiles = -(-num_rows // BM.value) * -(-num_cols // BN.value)
     early = bool(route.segments) and not fp8 and num_cols * num_inner <= MAX_EARLY_WEIGHTS
     _hopper_kernel[(min(num_processors(values.device), tiles),)](
         describe(values, WM.value, inner),
         describe(weight, inner, HALF.value) if inner_first else describe(weight, HALF.value, inner),
         describe(out_TO, WM.value, QUARTER.value), describe(s_TR, WM.value, RANK.value),
-        *three([describe(tensor, RANK.value, HALF.value) for tensor in factors]),
-        *three([describe(tensor, RANK.value, QUARTER.value) for tensor in factors]),
-        *scales, bias_O, route.owned_tiles(BM.value), route.segment_table, group.adapter_table, route.row_keys,
+        *three([describe(tensor, RANK.value, HALF.value) for tensor in term.with_rows]),
+        *three([describe(tensor, RANK.value, QUARTER.value) for tensor in term.with_rows]),
+        row_scales, column_scales, bias_O, route.tiles(BM.value), route.segment_table, group.adapter_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
         FP8=fp8, num_warps=WARPS.value, maxnreg=168, **pdl(values, early),

@@ -12,37 +12,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from fused_ops.lora.adapters import ADAPTER_FIELDS
-from fused_ops.lora.hopper.dropout import KEEPS_NONE, add_kept, level_of, mix, pair_keys
-from fused_ops.lora.hopper.layouts import shared
+from fused_ops.lora.adapters import A_ROW, ADAPTER_FIELDS, B_ROW, FIRST_A_ROW, LEVEL, LORA_RANK, MODULE_FIELDS, S_COLUMN, S_WIDTH
+from fused_ops.lora.hopper.dropout import KEEPS_NONE, add_kept, level_of
+from fused_ops.lora.hopper.gemm_tile import BM, BN, HALF, LORA, LORA_PART, PART, QUARTER, RANK, STAGES, WM, S
 from fused_ops.lora.hopper.names import as_block, async_load
-
-BM, BN, RANK = gl.constexpr(128), gl.constexpr(256), gl.constexpr(16)  # rows and columns of a tile, ranks of a step
-WM, WARPS = gl.constexpr(64), gl.constexpr(4)  # rows and warps of a warp group
-HALF, QUARTER = gl.constexpr(128), gl.constexpr(64)  # columns of one accumulator, and of a masked product
-STAGES = gl.constexpr(4)  # buffers of the ring
-_FIELDS = gl.constexpr(ADAPTER_FIELDS)
-
-
-def product(columns: gl.constexpr, depth: int = 16) -> gl.constexpr:
-    """Return the layout of a warp group's product of the given number of columns; an instruction sums over `depth`: 16, or 32 in 8 bits."""
-    return gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, columns.value, depth]))
-
-
-S, LORA, LORA_PART = shared(WM, RANK), shared(RANK, HALF), shared(RANK, QUARTER)
-PART = product(QUARTER)
-ROWS, COLUMNS = gl.constexpr(gl.SliceLayout(1, PART.value)), gl.constexpr(gl.SliceLayout(0, PART.value))
+from fused_ops.lora.route import ADAPTER, END, FIRST, SEGMENT_FIELDS
 
 
 @gluon.jit
 def module_in_tile(adapters_ptr, adapter, i_col, start, stop, i_module: gl.constexpr, BACKWARD: gl.constexpr, WIDE: gl.constexpr):
     """Return (ranks, first row of L, first column of S, column of L) of an adapter's module in the tile at i_col; ranks 0: none."""
-    adapter_ptr = adapters_ptr + adapter * _FIELDS
+    adapter_ptr = adapters_ptr + adapter * ADAPTER_FIELDS
     if WIDE:
-        ranks, l_row, s_col = gl.load(adapter_ptr + 2), gl.load(adapter_ptr + 3), 0
+        ranks, l_row, s_col = gl.load(adapter_ptr + S_WIDTH), gl.load(adapter_ptr + FIRST_A_ROW), 0
     else:
-        ranks, s_col = gl.load(adapter_ptr), gl.load(adapter_ptr + 6 + 3 * i_module)
-        l_row = gl.load(adapter_ptr + (4 if BACKWARD else 5) + 3 * i_module)
+        module_ptr = adapter_ptr + i_module * MODULE_FIELDS
+        ranks, s_col = gl.load(adapter_ptr + LORA_RANK), gl.load(module_ptr + S_COLUMN)
+        l_row = gl.load(module_ptr + (A_ROW if BACKWARD else B_ROW))
     if BACKWARD:
         l_col = i_col
     else:
@@ -53,15 +39,13 @@ def module_in_tile(adapters_ptr, adapter, i_col, start, stop, i_module: gl.const
 
 @gluon.jit
 def owner_ranks(adapters_ptr, owner, i_col, starts, stops, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr):
-    """Return how many ranks each module of the owner of the tile at i_col adds to it, as three numbers."""
-    adapter = max(owner, 0)
-    ranks0, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[0], stops[0], 0, BACKWARD, WIDE)
-    ranks1, ranks2 = ranks0 * 0, ranks0 * 0
-    if MODULES > 1:
-        ranks1, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[1], stops[1], 1, BACKWARD, WIDE)
-    if MODULES > 2:
-        ranks2, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[2], stops[2], 2, BACKWARD, WIDE)
-    return ranks0, ranks1, ranks2
+    """Return how many ranks each module of the owner of the tile at i_col adds to it, and how many they add together."""
+    found, total = (), 0
+    for m in gl.static_range(MODULES):
+        ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, max(owner, 0), i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+        found += (ranks,)
+        total += ranks
+    return found, total
 
 
 @gluon.jit
@@ -113,16 +97,9 @@ def _product(ring, step, ranks, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def mask_hash(b_keys, first_feature):
-    """Return the hash x of every (row key, feature), features first_feature (even) and on; neighbours share it."""
-    b_pairs = pair_keys(first_feature + gl.arange(0, QUARTER, COLUMNS))
-    return mix(gl.expand_dims(b_keys, 1), gl.expand_dims(b_pairs, 0))
-
-
-@gluon.jit
 def adapter_level(adapters_ptr, adapter):
     """Return the level that an adapter's hashes must reach to be kept."""
-    return level_of(gl.load(adapters_ptr + adapter * _FIELDS + 1))
+    return level_of(gl.load(adapters_ptr + adapter * ADAPTER_FIELDS + LEVEL))
 
 
 @gluon.jit
@@ -145,9 +122,9 @@ def add_masked(
     """Return a quarter of the accumulator plus the products of all segments, each masked by its rows and its dropout."""
     tiles_ptr, segments_ptr, adapters_ptr = tables
     for i_segment in range(i_low, i_high):
-        segment_ptr = segments_ptr + i_segment * 4
-        m_keep = gl.expand_dims((o_row >= gl.load(segment_ptr)) & (o_row < gl.load(segment_ptr + 1)), 1)
-        adapter = gl.load(segment_ptr + 2)
+        segment_ptr = segments_ptr + i_segment * SEGMENT_FIELDS
+        m_keep = gl.expand_dims((o_row >= gl.load(segment_ptr + FIRST)) & (o_row < gl.load(segment_ptr + END)), 1)
+        adapter = gl.load(segment_ptr + ADAPTER)
         for m in gl.static_range(1 if WIDE else MODULES):
             ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
             b_product, step = _product(ring, step, ranks, GROUP)

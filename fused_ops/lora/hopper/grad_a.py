@@ -20,21 +20,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.launch.early_launch import pdl
 from fused_ops.launch.shapes import num_processors, rank_class
-from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.lora.adapters import A_ROW, ADAPTER_FIELDS, FIRST_A_ROW, LEVEL, LORA_RANK, MODULE_FIELDS, S_COLUMN, S_WIDTH, LoraGroup
 from fused_ops.lora.hopper.dropout import drop_rows, half_of, level_of, mix, pair_keys
 from fused_ops.lora.hopper.layouts import describe
+from fused_ops.lora.hopper.masked import ACC_COLUMNS, ACC_ROWS, LEFT, LEFT_COLUMNS, LEFT_ROWS, RIGHT, RIGHT_ROWS, WARPS, first_ranks, zeros
 from fused_ops.lora.hopper.names import async_load
 from fused_ops.lora.hopper.ring import release_loaded, ring_barriers
-from fused_ops.lora.route import Route
-from fused_ops.lora.triton.skinny_config import item_rows
+from fused_ops.lora.route import ADAPTER, END, END_ITEM, FIRST, FIRST_ITEM, ITEM_FIELDS, Route
 
-BM, WARPS, STAGES = gl.constexpr(32), gl.constexpr(4), gl.constexpr(8)
-_FIELDS, _FIELDS_TL = gl.constexpr(ADAPTER_FIELDS), tl.constexpr(ADAPTER_FIELDS)
-_ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, 8]))
-_X, _S = (gl.constexpr(gl.DotOperandLayout(operand, _ACC.value, k_width=2)) for operand in (0, 1))
-_X_ROWS, _S_ROWS = gl.constexpr(gl.SliceLayout(0, _X.value)), gl.constexpr(gl.SliceLayout(1, _S.value))
-_FEATURES = gl.constexpr(gl.SliceLayout(1, _X.value))
-_OUT_COLUMNS, _OUT_RANKS = gl.constexpr(gl.SliceLayout(1, _ACC.value)), gl.constexpr(gl.SliceLayout(0, _ACC.value))
+BM, STAGES = gl.constexpr(32), gl.constexpr(8)
 
 
 @gluon.jit
@@ -55,42 +49,28 @@ def _loader(ring, descs, num_blocks, first, i_col, s_cols, BC: gl.constexpr, RAN
 @gluon.jit
 def _keys(keys_ptr, i_row, num_rows):
     """Return the row keys of a block, [1, BM]."""
-    o_row = min(i_row, num_rows - 1) + gl.arange(0, BM, _X_ROWS)
+    o_row = min(i_row, num_rows - 1) + gl.arange(0, BM, LEFT_COLUMNS)
     return gl.expand_dims(gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True), 0)
 
 
 @gluon.jit
-def _s_rows(s_buf, i_row, end, MASKED: gl.constexpr):
-    """Return dS [BM, RANK] of a block; rows beyond the item's end are zero."""
-    b_s = s_buf.load(_S)
-    if MASKED:
-        b_s = gl.where(gl.expand_dims(i_row + gl.arange(0, BM, _S_ROWS) < end, 1), b_s, 0.0)
-    return b_s
-
-
-@gluon.jit
-def _add_block(
-    ring, i, accs, b_keys, b_pairs, halves, level, i_row, end, BC: gl.constexpr, MODULES: gl.constexpr, MASKED: gl.constexpr
-):  # fmt: skip
-    """Return the accumulators [BC, RANK] plus the products of the program's block i."""
+def _add_block(ring, i, b_accs, b_keys, b_pairs, halves, level, i_row, end, MODULES: gl.constexpr, MASKED: gl.constexpr):
+    """Return the accumulators [BC, RANK] plus the products of the program's block i; MASKED where it may go beyond the item's end."""
     x_bufs, s_bufs, full_bars, empty_bars = ring
-    b_acc0, b_acc1, b_acc2 = accs
     stage = i % STAGES
     b_hash = mix(b_keys, b_pairs)
     mbarrier.wait(full_bars.index(stage), (i // STAGES) & 1)
-    b_x = x_bufs.index(stage).permute((1, 0)).load(_X)
+    b_x = x_bufs.index(stage).permute((1, 0)).load(LEFT)
     if MASKED:
-        b_x = gl.where(gl.expand_dims(i_row + gl.arange(0, BM, _X_ROWS) < end, 0), b_x, 0.0)
-    b_s0 = _s_rows(s_bufs.index(stage * MODULES), i_row, end, MASKED)
-    b_acc0 = mma_v2(drop_rows(b_x, b_hash, level, halves, 0), b_s0, b_acc0)
-    if MODULES > 1:
-        b_s1 = _s_rows(s_bufs.index(stage * MODULES + 1), i_row, end, MASKED)
-        b_acc1 = mma_v2(drop_rows(b_x, b_hash, level, halves, 1), b_s1, b_acc1)
-    if MODULES > 2:
-        b_s2 = _s_rows(s_bufs.index(stage * MODULES + 2), i_row, end, MASKED)
-        b_acc2 = mma_v2(drop_rows(b_x, b_hash, level, halves, 2), b_s2, b_acc2)
+        b_x = gl.where(gl.expand_dims(i_row + gl.arange(0, BM, LEFT_COLUMNS) < end, 0), b_x, 0.0)
+    b_sums = ()
+    for m in gl.static_range(MODULES):
+        b_s = s_bufs.index(stage * MODULES + m).load(RIGHT)
+        if MASKED:
+            b_s = gl.where(gl.expand_dims(i_row + gl.arange(0, BM, RIGHT_ROWS) < end, 1), b_s, 0.0)
+        b_sums += (mma_v2(drop_rows(b_x, b_hash, level, halves, m), b_s, b_accs[m]),)
     release_loaded(empty_bars.index(stage))
-    return b_acc0, b_acc1, b_acc2
+    return b_sums
 
 
 @gluon.jit
@@ -98,7 +78,7 @@ def _put(
     grad_ptr, partial_ptr, i_item, alone, width, a_row, s_col, rank, i_rank, i_col, num_cols, b_acc, BC: gl.constexpr, RANK: gl.constexpr
 ):
     """Add a segment's only item to grad [row + r, column]; write one of several to partial [item, column of S + r, column]."""
-    o_col, o_r = i_col + gl.arange(0, BC, _OUT_COLUMNS), i_rank + gl.arange(0, RANK, _OUT_RANKS)
+    o_col, o_r = i_col + gl.arange(0, BC, ACC_ROWS), i_rank + gl.arange(0, RANK, ACC_COLUMNS)
     m_in = gl.expand_dims(o_col < num_cols, 1) & gl.expand_dims(o_r < rank, 0)
     at = gl.expand_dims(o_r.to(gl.int64), 0) * num_cols + gl.expand_dims(o_col, 1)
     if alone:
@@ -114,49 +94,34 @@ def _multiplier(
     BC: gl.constexpr, RANK: gl.constexpr, MODULES: gl.constexpr, PDL: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Multiply every block, and add or write the sums."""
-    rank, level = gl.load(adapter_ptr), level_of(gl.load(adapter_ptr + 1))
-    o_feature = gl.arange(0, BC, _FEATURES)
+    rank, level = gl.load(adapter_ptr + LORA_RANK), level_of(gl.load(adapter_ptr + LEVEL))
+    o_feature = gl.arange(0, BC, LEFT_ROWS)
     b_pairs = gl.expand_dims(pair_keys(first_feature + i_col + o_feature), 1)
     halves = gl.expand_dims(half_of(o_feature), 1)
     num_full, num_blocks = (end - first) // BM, gl.cdiv(end - first, BM)
-    b_acc0 = gl.zeros([BC, RANK], gl.float32, _ACC)
-    b_acc1, b_acc2 = b_acc0, b_acc0
+    b_accs = zeros(MODULES, BC, RANK)
     b_keys = _keys(keys_ptr, first, num_rows)
     for i in range(num_full):
         i_row = first + i * BM
         b_next = _keys(keys_ptr, i_row + BM, num_rows)
-        b_acc0, b_acc1, b_acc2 = _add_block(
-            ring, i, (b_acc0, b_acc1, b_acc2), b_keys, b_pairs, halves, level, i_row, end, BC, MODULES, MASKED=False
-        )
+        b_accs = _add_block(ring, i, b_accs, b_keys, b_pairs, halves, level, i_row, end, MODULES, MASKED=False)
         b_keys = b_next
     for i in range(num_full, num_blocks):
         i_row = first + i * BM
-        b_acc0, b_acc1, b_acc2 = _add_block(
-            ring,
-            i,
-            (b_acc0, b_acc1, b_acc2),
-            _keys(keys_ptr, i_row, num_rows),
-            b_pairs,
-            halves,
-            level,
-            i_row,
-            end,
-            BC,
-            MODULES,
-            MASKED=True,
-        )
-    alone = gl.load(item_ptr + 5) - gl.load(item_ptr + 4) == 1
+        b_last = _keys(keys_ptr, i_row, num_rows)
+        b_accs = _add_block(ring, i, b_accs, b_last, b_pairs, halves, level, i_row, end, MODULES, MASKED=True)
+    alone = gl.load(item_ptr + END_ITEM) - gl.load(item_ptr + FIRST_ITEM) == 1
     if PDL and AHEAD:
         # No other kernel uses the gradients, so that a segment's only item is added now; the last program waits for all.
         is_last = (gl.program_id(0) == gl.num_programs(0) - 1) & (gl.program_id(1) == gl.num_programs(1) - 1)
         if (not alone) | is_last:
             gdc_wait()
-    accs = (b_acc0, b_acc1, b_acc2)
     for m in gl.static_range(MODULES):
-        a_row, s_col = gl.load(adapter_ptr + 4 + 3 * m), gl.load(adapter_ptr + 6 + 3 * m)
+        module_ptr = adapter_ptr + m * MODULE_FIELDS
+        a_row, s_col = gl.load(module_ptr + A_ROW), gl.load(module_ptr + S_COLUMN)
         ranks = gl.where((s_col >= 0) & (first < end), rank, 0)
         _put(
-            grad_ptr, partial_ptr, gl.program_id(1), alone, width, a_row, s_col, ranks, i_rank, i_col, num_cols, accs[m], BC, RANK
+            grad_ptr, partial_ptr, gl.program_id(1), alone, width, a_row, s_col, ranks, i_rank, i_col, num_cols, b_accs[m], BC, RANK
         )  # fmt: skip
 
 
@@ -173,29 +138,20 @@ def _hopper_rows_kernel(
         gdc_wait()
         gdc_launch_dependents()
 
-    item_ptr = items_ptr + gl.program_id(1) * 6
-    first, end, adapter = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
-    adapter_ptr = adapters_ptr + adapter * _FIELDS
+    item_ptr = items_ptr + gl.program_id(1) * ITEM_FIELDS
+    first, end, adapter = gl.load(item_ptr + FIRST), gl.load(item_ptr + END), gl.load(item_ptr + ADAPTER)
+    adapter_ptr = adapters_ptr + adapter * ADAPTER_FIELDS
     i_col, i_rank = gl.program_id(0) * BC, gl.program_id(2) * RANK
-    end = gl.where(i_rank < gl.load(adapter_ptr), end, first)
-    s_cols = (max(gl.load(adapter_ptr + 6), 0) + i_rank,)
-    if MODULES > 1:
-        s_cols += (max(gl.load(adapter_ptr + 9), 0) + i_rank,)
-    if MODULES > 2:
-        s_cols += (max(gl.load(adapter_ptr + 12), 0) + i_rank,)
+    end = gl.where(i_rank < gl.load(adapter_ptr + LORA_RANK), end, first)
+    s_cols = first_ranks(adapter_ptr, i_rank, S_COLUMN, MODULES)
     gl.warp_specialize(
         [
-            (
-                _multiplier,
-                (
-                    ring, grad_ptr, partial_ptr, item_ptr, adapter_ptr, keys_ptr, num_rows, num_cols, width, first_feature,
-                    first, end, i_col, i_rank, BC, RANK, MODULES, PDL, AHEAD,
-                ),
-            ),
+            (_multiplier, (
+                ring, grad_ptr, partial_ptr, item_ptr, adapter_ptr, keys_ptr, num_rows, num_cols, width, first_feature,
+                first, end, i_col, i_rank, BC, RANK, MODULES, PDL, AHEAD,
+            )),
             (_loader, (ring, (x_desc, s_desc), gl.cdiv(end - first, BM), first, i_col, s_cols, BC, RANK, MODULES)),
-        ],
-        [1],
-        [24],
+        ], [1], [24],
     )  # fmt: skip
 
 
@@ -207,17 +163,17 @@ def _add_items_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    item_ptr = items_ptr + tl.program_id(1) * 6
-    adapter_ptr = adapters_ptr + tl.load(item_ptr + 2) * _FIELDS_TL
-    i_low, i_high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
+    item_ptr = items_ptr + tl.program_id(1) * ITEM_FIELDS
+    adapter_ptr = adapters_ptr + tl.load(item_ptr + ADAPTER) * ADAPTER_FIELDS
+    i_low, i_high = tl.load(item_ptr + FIRST_ITEM), tl.load(item_ptr + END_ITEM)
     if (tl.program_id(1) == i_low) & (i_high - i_low > 1):
         o_r, o_col = tl.program_id(2) * RANKS + tl.arange(0, RANKS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        m_in = (o_r < tl.load(adapter_ptr + 2))[:, None] & (o_col < num_cols)[None, :]
+        m_in = (o_r < tl.load(adapter_ptr + S_WIDTH))[:, None] & (o_col < num_cols)[None, :]
         at = o_r.to(tl.int64)[:, None] * num_cols + o_col[None, :]
         b_sum = tl.zeros([RANKS, COLUMNS], tl.float32)
         for i_item in tl.range(i_low, i_high, num_stages=1):
             b_sum += tl.load(partial_ptr + i_item * width.to(tl.int64) * num_cols + at, m_in, 0.0)
-        grad_at = grad_ptr + tl.load(adapter_ptr + 3).to(tl.int64) * num_cols + at
+        grad_at = grad_ptr + tl.load(adapter_ptr + FIRST_A_ROW).to(tl.int64) * num_cols + at
         tl.store(grad_at, tl.load(grad_at, m_in, 0.0) + b_sum, m_in)
 
 
@@ -228,7 +184,7 @@ def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, a
     rank = rank_class(group.max_padded_rank, 64 if modules == 1 else 32)
     columns = 128 if modules * rank <= 64 else 64
     num_blocks, num_ranks = triton.cdiv(num_cols, columns), triton.cdiv(group.max_padded_rank, rank)
-    rows = item_rows(route.segments, num_blocks, 2 * num_processors(x_TK.device))
+    rows = route.item_rows(num_blocks, 2 * num_processors(x_TK.device))
     num_items = route.num_items(rows)
     if not num_items:
         return

@@ -10,15 +10,10 @@ compute both products of a tile from there:
 Up to rank 32 one warp group does all. Rank 64 takes two: each keeps db of its own tile, and half the ranks of ds, so that a share
 still covers 512 columns. The last rows of an item, if they fill no block, are masked in shared memory in both operands of dB, since
 0 * NaN is NaN. Columns beyond the module's meet zeros of B; ranks beyond the adapter's are computed and not written. A segment of one item
-is added to the gradient arena directly; else each item writes its partial sum. A second kernel adds the shares of dS and the partial
-sums of dB, each in ascending order.
+is added to the gradient arena directly; else each item writes its partial sum (triton/grad_sb_sums.py).
 """
 
-from itertools import accumulate
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,19 +21,16 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.launch.early_launch import pdl
-from fused_ops.launch.shapes import num_processors, rank_class
-from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
+from fused_ops.lora.adapters import ADAPTER_FIELDS, B_ROW, LORA_RANK, MODULE_FIELDS, S_COLUMN, LoraGroup
 from fused_ops.lora.hopper.layouts import describe
 from fused_ops.lora.hopper.names import async_load, thread_barrier
 from fused_ops.lora.hopper.ring import ring_barriers
-from fused_ops.lora.route import Route
-from fused_ops.lora.triton.skinny_config import item_rows
+from fused_ops.lora.route import ADAPTER, END, END_ITEM, FIRST, FIRST_ITEM, ITEM_FIELDS, Route
+from fused_ops.lora.triton.grad_sb_sums import finish, make_sums
 
 MAX_HOPPER_RANK = 64
 BM, BC, WARPS = gl.constexpr(64), gl.constexpr(256), gl.constexpr(4)  # rows and columns of a tile of dY, warps of a group
 TILES = {16: 6, 32: 5, 64: 4}  # of the ring, by ranks: what 227 KB of shared memory hold beside B
-SUM_ROWS, SUM_COLUMNS, SUM_RANKS = 32, 128, 16  # of a program of the second kernel: rows of dS; columns and ranks of dB
-_FIELDS, _FIELDS_TL = gl.constexpr(ADAPTER_FIELDS), tl.constexpr(ADAPTER_FIELDS)
 _BLOCK = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS.value, 1], [1, 0]))  # of B and dY between registers and shared memory
 _BLOCK_ROWS, _BLOCK_COLUMNS = gl.constexpr(gl.SliceLayout(1, _BLOCK.value)), gl.constexpr(gl.SliceLayout(0, _BLOCK.value))
 
@@ -202,17 +194,18 @@ def _hopper_grad_sb_kernel(
         gdc_launch_dependents()
 
     i_block, i_item = gl.program_id(0), gl.program_id(1)
-    item_ptr = items_ptr + i_item * 6
-    first, end, adapter = gl.load(item_ptr), gl.load(item_ptr + 1), gl.load(item_ptr + 2)
-    alone = gl.load(item_ptr + 5) - gl.load(item_ptr + 4) == 1
+    item_ptr = items_ptr + i_item * ITEM_FIELDS
+    first, end, adapter = gl.load(item_ptr + FIRST), gl.load(item_ptr + END), gl.load(item_ptr + ADAPTER)
+    alone = gl.load(item_ptr + END_ITEM) - gl.load(item_ptr + FIRST_ITEM) == 1
     # Which module these columns belong to: module m has the blocks from ends[m - 1] to ends[m].
     i_module, i_first = 0, 0
     for m in gl.static_range(1, MODULES):
         i_module, i_first = gl.where(i_block >= ends[m - 1], m, i_module), gl.where(i_block >= ends[m - 1], ends[m - 1], i_first)
     i_col, num_cols = (i_block - i_first) * (2 * BC), _of_module(sizes, i_module, MODULES)
-    adapter_ptr = adapters_ptr + adapter * _FIELDS
-    rank = gl.multiple_of(gl.load(adapter_ptr), 16)
-    b_row, s_col = gl.load(adapter_ptr + 5 + 3 * i_module), gl.load(adapter_ptr + 6 + 3 * i_module)
+    adapter_ptr = adapters_ptr + adapter * ADAPTER_FIELDS
+    rank = gl.multiple_of(gl.load(adapter_ptr + LORA_RANK), 16)
+    module_ptr = adapter_ptr + i_module * MODULE_FIELDS
+    b_row, s_col = gl.load(module_ptr + B_ROW), gl.load(module_ptr + S_COLUMN)
     # An adapter that does not target the module has no rows here and writes nothing.
     rank, end = gl.where(b_row >= 0, rank, 0), gl.where(b_row >= 0, end, first)
     b_offset = b_row.to(gl.int64) * num_cols
@@ -225,132 +218,29 @@ def _hopper_grad_sb_kernel(
     extent = (gl.cdiv(end - first, BM), first, i_dy, s_col)
     if GROUPS == 1:
         gl.warp_specialize(
-            [
-                (_multiplier, (common, RANK, STAGES, GROUPS, 0)),
-                (_loader, (ring, dy_desc, s_desc, extent, RANK, STAGES)),
-            ],
-            [1],
-            [24],
+            [(_multiplier, (common, RANK, STAGES, GROUPS, 0)), (_loader, (ring, dy_desc, s_desc, extent, RANK, STAGES))], [1], [24]
         )
     else:
         gl.warp_specialize(
             [
-                (_multiplier, (common, RANK, STAGES, GROUPS, 0)),
-                (_multiplier, (common, RANK, STAGES, GROUPS, 1)),
+                (_multiplier, (common, RANK, STAGES, GROUPS, 0)), (_multiplier, (common, RANK, STAGES, GROUPS, 1)),
                 (_loader, (ring, dy_desc, s_desc, extent, RANK, STAGES)),
-            ],
-            [WARPS, 1],
-            [240, 24],
-        )
-
-
-@triton.jit
-def _sum(ptr, step, low, high, m_in, b_sum, AT_ONCE: tl.constexpr):
-    """Return b_sum plus the blocks low to high at ptr, a step apart, in ascending order; AT_ONCE loads at a time."""
-    for i in tl.range(low, high, AT_ONCE, num_stages=1):
-        blocks = ()
-        for j in tl.static_range(AT_ONCE):
-            m_here = tl.full(b_sum.shape, i + j, tl.int32) < high  # a block: the interpreter makes no mask of a scalar
-            blocks += (tl.load(ptr + (i + j) * step, m_in & m_here, 0.0),)
-        for j in tl.static_range(AT_ONCE):
-            b_sum += blocks[j]
-    return b_sum
-
-
-@triton.jit
-def _sum_shares(
-    i, ds_ptr, share_ptr, items_ptr, adapters_ptr, scales_ptr, ends, num_rows, width,
-    BM: tl.constexpr, RANK: tl.constexpr, MODULES: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """dS [rows, S column + r] = c' times the sum of the shares of one module's blocks of columns."""
-    item_ptr, i_module = items_ptr + i // MODULES * 6, i % MODULES
-    first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
-    rank, s_col = tl.load(adapters_ptr + adapter * _FIELDS_TL), tl.load(adapters_ptr + adapter * _FIELDS_TL + 6 + 3 * i_module)
-    low, high = 0, ends[0]
-    for m in tl.static_range(1, MODULES):
-        low, high = tl.where(i_module == m, ends[m - 1], low), tl.where(i_module == m, ends[m], high)
-    o_row, o_r = first + tl.arange(0, BM), tl.arange(0, RANK)
-    m_in = (o_row < end)[:, None] & (o_r < tl.multiple_of(rank, 16))[None, :]
-    if s_col >= 0:
-        share_at = share_ptr + o_row.to(tl.int64)[:, None] * RANK + o_r[None, :]
-        b_ds = _sum(share_at, num_rows.to(tl.int64) * RANK, low, high, m_in, tl.zeros([BM, RANK], tl.float32), AT_ONCE)
-        ds_at = ds_ptr + o_row.to(tl.int64)[:, None] * tl.multiple_of(width, 16) + (tl.multiple_of(s_col, 16) + o_r)[None, :]
-        tl.store(ds_at, (b_ds * tl.load(scales_ptr + adapter)).to(ds_ptr.dtype.element_ty), m_in)
-
-
-@triton.jit
-def _add_partials(
-    i, grad_ptrs, partial_ptr, items_ptr, adapters_ptr, sizes, ends,
-    COLUMNS: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, MODULES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """grad [B row + r, column] += the sum over a segment's several items of partial [item, r, column of all modules' blocks]."""
-    stride = ends[MODULES - 1] * BLOCK
-    num_chunks = stride // COLUMNS * (RANK // RANKS)
-    i_item, i_chunk = i // num_chunks, i % num_chunks
-    item_ptr = items_ptr + i_item * 6
-    adapter_ptr = adapters_ptr + tl.load(item_ptr + 2) * _FIELDS_TL
-    low, high = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
-    o_partial, i_rank = i_chunk // (RANK // RANKS) * COLUMNS, i_chunk % (RANK // RANKS) * RANKS
-    grad_ptr, b_row, i_col, num_cols = grad_ptrs[0], tl.load(adapter_ptr + 5), o_partial, sizes[0]
-    for m in tl.static_range(1, MODULES):
-        if o_partial >= ends[m - 1] * BLOCK:
-            grad_ptr, b_row, i_col, num_cols = grad_ptrs[m], tl.load(adapter_ptr + 5 + 3 * m), o_partial - ends[m - 1] * BLOCK, sizes[m]
-    if (i_item == low) & (high - low > 1) & (b_row >= 0) & (i_rank < tl.load(adapter_ptr)):
-        o_r, o_col = i_rank + tl.arange(0, RANKS).to(tl.int64)[:, None], tl.arange(0, COLUMNS)[None, :]
-        m_in = tl.broadcast_to(i_col + o_col < num_cols, [RANKS, COLUMNS])
-        grad_at = grad_ptr + b_row.to(tl.int64) * num_cols + o_r * num_cols + i_col + o_col
-        b_grad = tl.load(grad_at, m_in, 0.0)
-        at = partial_ptr + o_r * stride + o_partial + o_col
-        b_sum = _sum(at, stride.to(tl.int64) * RANK, low, high, m_in, tl.zeros([RANKS, COLUMNS], tl.float32), 4)
-        tl.store(grad_at, b_grad + b_sum, m_in)
-
-
-@triton.jit(do_not_specialize=["num_sums", "num_rows", "width"])
-def _finish_kernel(
-    ds_ptr, grad_ptrs, share_ptr, partial_ptr, sum_items_ptr, items_ptr, adapters_ptr, scales_ptr, sizes, ends, num_sums, num_rows, width,
-    BM: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, MODULES: tl.constexpr, BLOCK: tl.constexpr,
-    AT_ONCE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The first num_sums programs make dS, further ones add the partial sums of dB to the gradients."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    i = tl.program_id(0)
-    if i < num_sums:
-        _sum_shares(
-            i, ds_ptr, share_ptr, sum_items_ptr, adapters_ptr, scales_ptr, ends, num_rows, width, BM, RANK, MODULES, AT_ONCE
+            ], [WARPS, 1], [240, 24],
         )  # fmt: skip
-    else:
-        _add_partials(i - num_sums, grad_ptrs, partial_ptr, items_ptr, adapters_ptr, sizes, ends, COLUMNS, RANKS, RANK, MODULES, BLOCK)
 
 
 def hopper_grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
     """Return dS and add dB, as grad_s_and_b in triton/grad.py: for dY [T, N] and S [T, width] that `suits_hopper`, and ranks up to 64."""
-    ds_TR = torch.empty_like(s_TR)
-    num_rows, device, modules = dy_TN.shape[0], dy_TN.device, group.num_modules
-    rank, block = rank_class(group.max_padded_rank), 2 * BC.value
-    starts, sizes = tuple(start for start, _ in group.columns), tuple(stop - start for start, stop in group.columns)
-    ends = tuple(accumulate(triton.cdiv(size, block) for size in sizes))
-    rows = item_rows(route.segments, ends[-1], num_processors(device))
-    num_items = route.num_items(rows)
-    if not num_items:
+    ds_TR, sums = torch.empty_like(s_TR), make_sums(dy_TN, group, route, 2 * BC.value)
+    if not sums.num_items:
         return ds_TR
-    several = num_items if num_items > len(route.segments) else 0
-    share = torch.empty(ends[-1], num_rows, rank, dtype=torch.float32, device=device)
-    partial = torch.empty(several, rank, ends[-1] * block, dtype=torch.float32, device=device)
+    rank, starts = sums.rank, tuple(start for start, _ in group.columns)
     groups = 2 if rank == 64 else 1
-    _hopper_grad_sb_kernel[(ends[-1], num_items)](
-        describe(dy_TN, BM.value, BC.value), describe(s_TR, BM.value, rank), group.b_RN, group.grad_b_RN, share, partial,
-        route.items(rows), group.adapter_table, starts, sizes, ends, num_rows,
-        MODULES=modules, RANK=rank, STAGES=TILES[rank], GROUPS=groups, num_warps=WARPS.value, maxnreg=168 if groups == 2 else 128,
-        **pdl(dy_TN),
+    _hopper_grad_sb_kernel[(sums.ends[-1], sums.num_items)](
+        describe(dy_TN, BM.value, BC.value), describe(s_TR, BM.value, rank), group.b_RN, group.grad_b_RN, sums.shares, sums.partials,
+        route.items(sums.item_rows), group.adapter_table, starts, sums.sizes, sums.ends, len(dy_TN),
+        MODULES=group.num_modules, RANK=rank, STAGES=TILES[rank], GROUPS=groups, num_warps=WARPS.value,
+        maxnreg=168 if groups == 2 else 128, **pdl(dy_TN),
     )  # fmt: skip
-    num_sums = route.num_items(SUM_ROWS) * modules
-    num_chunks = several * (ends[-1] * block // SUM_COLUMNS) * (rank // SUM_RANKS)
-    _finish_kernel[(num_sums + num_chunks,)](
-        ds_TR, group.grad_b_RN, share, partial, route.items(SUM_ROWS), route.items(rows), group.adapter_table, group.scale_table,
-        sizes, ends, num_sums, num_rows, group.width,
-        BM=SUM_ROWS, COLUMNS=SUM_COLUMNS, RANKS=SUM_RANKS, RANK=rank, MODULES=modules, BLOCK=block, AT_ONCE=8 if rank == 16 else 4,
-        num_warps=4, **pdl(dy_TN),
-    )  # fmt: skip
+    finish(sums, ds_TR, group, route, partials=True)
     return ds_TR

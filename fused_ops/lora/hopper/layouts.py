@@ -13,9 +13,9 @@ def _layout(in_8_bits: bool, *block: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), gl.float8e4nv if in_8_bits else gl.bfloat16)
 
 
-def shared(*block: gl.constexpr, in_8_bits: bool = False) -> gl.constexpr:
-    """Return the layout of a block [rows, columns] in shared memory."""
-    return gl.constexpr(_layout(in_8_bits, *(size.value for size in block)))
+def shared(*block: gl.constexpr) -> gl.constexpr:
+    """Return the layout of a block [rows, columns] of bfloat16 in shared memory."""
+    return gl.constexpr(_layout(False, *(size.value for size in block)))
 
 
 def describe(tensor: Tensor, *box: int) -> TensorDescriptor:

@@ -13,16 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_ops.launch.early_launch import pdl
 from fused_ops.launch.shapes import num_processors, rank_class, uses_tma
-from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
-from fused_ops.lora.route import Route
+from fused_ops.lora.adapters import A_ROW, ADAPTER_FIELDS, B_ROW, LEVEL, LORA_RANK, S_WIDTH, LoraGroup
+from fused_ops.lora.route import ADAPTER, END, FIRST, ITEM_FIELDS, Route
+from fused_ops.lora.term import LoraTerm, term_of_a, term_of_module
 from fused_ops.lora.triton.dropout import column_keys, hash_bits, keep
-from fused_ops.lora.triton.skinny_config import DownConfig, down_config, splits
-
-_FIELDS = tl.constexpr(ADAPTER_FIELDS)
+from fused_ops.lora.triton.parts import arrive_last, described, module_fields, zeros
+from fused_ops.lora.triton.skinny_config import down_config, splits
 
 
 @triton.jit
@@ -58,40 +57,22 @@ def _lora_rows(lora, lora_stride, row, o_r, rank, i_rank, i_k, num_inner, BK: tl
         return tl.load(at, (o_k < num_inner)[:, None] & (o_r < rank)[None, :], 0.0)
 
 
-@triton.jit
-def arrive_last(counter_ptr, num_programs):
-    """Count this program in; return whether it was the last of num_programs, whose stores it then sees, and reset the counter."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_programs - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    tl.debug_barrier()
-    return last
-
-
 @triton.jit(do_not_specialize=["first_feature", "num_rows", "split_blocks", "out_stride"])
 def _down_kernel(
     value, lora, out_ptr, partial_ptr, counters_ptr, items_ptr, adapters_ptr, scales_ptr, keys_ptr,
     num_rows, num_inner, split_blocks, value_stride, lora_stride, out_stride, first_feature,
-    ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr,
+    ROW_FIELD: tl.constexpr, MODULE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr,
     MODULES: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, NUM_STAGES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    item_ptr = items_ptr + tl.program_id(0) * 6
-    first, end, adapter = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    item_ptr = items_ptr + tl.program_id(0) * ITEM_FIELDS
+    first, end, adapter = tl.load(item_ptr + FIRST), tl.load(item_ptr + END), tl.load(item_ptr + ADAPTER)
     first_row = first.to(tl.int64)
-    adapter_ptr = adapters_ptr + adapter * _FIELDS
-    rank, column0, row0 = tl.load(adapter_ptr + (2 if WIDE else 0)), 0, tl.load(adapter_ptr + (3 if WIDE else ROW_FIELD))
-    if not WIDE:
-        column0 = tl.load(adapter_ptr + COLUMN_FIELD)
-    column1, column2, row1, row2 = column0, column0, row0, row0
-    if MODULES > 1:
-        row1, column1 = tl.load(adapter_ptr + ROW_FIELD + 3), tl.load(adapter_ptr + COLUMN_FIELD + 3)
-    if MODULES > 2:
-        row2, column2 = tl.load(adapter_ptr + ROW_FIELD + 6), tl.load(adapter_ptr + COLUMN_FIELD + 6)
-    rank0, rank1, rank2 = tl.where(row0 >= 0, rank, 0), tl.where(row1 >= 0, rank, 0), tl.where(row2 >= 0, rank, 0)
+    adapter_ptr = adapters_ptr + adapter * ADAPTER_FIELDS
+    rank = tl.load(adapter_ptr + (S_WIDTH if WIDE else LORA_RANK))
+    rows, columns, ranks = module_fields(adapter_ptr, rank, ROW_FIELD, MODULE, MODULES, WIDE)
     i_rank = tl.program_id(2) * RANK
     o_r = i_rank + tl.arange(0, RANK)
     first_block = tl.program_id(1) * split_blocks
@@ -102,12 +83,8 @@ def _down_kernel(
     m_row = o_row < end
     if DROPOUT:
         b_keys = tl.load(keys_ptr + o_row, m_row, 0).to(tl.uint32, bitcast=True)
-        threshold = tl.load(adapter_ptr + 1).to(tl.uint32)
-    b_acc0 = tl.zeros([BM, RANK], tl.float32)
-    if MODULES > 1:
-        b_acc1 = tl.zeros([BM, RANK], tl.float32)
-    if MODULES > 2:
-        b_acc2 = tl.zeros([BM, RANK], tl.float32)
+        level = tl.load(adapter_ptr + LEVEL).to(tl.uint32)
+    b_accs = zeros(MODULES, BM, RANK)
     for i_block in tl.range(first_block, end_block, num_stages=NUM_STAGES):
         i_k = i_block * BK
         o_k = i_k + tl.arange(0, BK)
@@ -116,78 +93,51 @@ def _down_kernel(
         else:
             at = value + o_row.to(tl.int64)[:, None] * value_stride + o_k[None, :]
             b_v = tl.load(at, m_row[:, None] & (o_k < num_inner)[None, :], 0.0)
-        b_v0, b_v1, b_v2 = b_v, b_v, b_v
         if DROPOUT:
             b_hash = hash_bits(b_keys, column_keys(tl.arange(0, BK), first_feature + i_k))
-            b_v0 = tl.where(keep(b_hash, threshold, 0), b_v, 0.0)
-            if MODULES > 1:
-                b_v1 = tl.where(keep(b_hash, threshold, 1), b_v, 0.0)
-            if MODULES > 2:
-                b_v2 = tl.where(keep(b_hash, threshold, 2), b_v, 0.0)
-        b_l0 = _lora_rows(lora, lora_stride, row0, o_r, rank0, i_rank, i_k, num_inner, BK, TMA)
-        b_acc0 = tl.dot(b_v0, b_l0, b_acc0, input_precision="ieee")
-        if MODULES > 1:
-            b_l1 = _lora_rows(lora, lora_stride, row1, o_r, rank1, i_rank, i_k, num_inner, BK, TMA)
-            b_acc1 = tl.dot(b_v1, b_l1, b_acc1, input_precision="ieee")
-        if MODULES > 2:
-            b_l2 = _lora_rows(lora, lora_stride, row2, o_r, rank2, i_rank, i_k, num_inner, BK, TMA)
-            b_acc2 = tl.dot(b_v2, b_l2, b_acc2, input_precision="ieee")
-    _put(out_ptr, partial_ptr, first_row, m_row, num_rows, out_stride, column0, o_r, rank0, scale, b_acc0, BM)
-    if MODULES > 1:
-        _put(out_ptr, partial_ptr, first_row, m_row, num_rows, out_stride, column1, o_r, rank1, scale, b_acc1, BM)
-    if MODULES > 2:
-        _put(out_ptr, partial_ptr, first_row, m_row, num_rows, out_stride, column2, o_r, rank2, scale, b_acc2, BM)
+        b_kept, b_sums = (), ()
+        for m in tl.static_range(MODULES):
+            b_kept += (tl.where(keep(b_hash, level, m), b_v, 0.0) if DROPOUT else b_v,)
+        for m in tl.static_range(MODULES):
+            b_l = _lora_rows(lora, lora_stride, rows[m], o_r, ranks[m], i_rank, i_k, num_inner, BK, TMA)
+            b_sums += (tl.dot(b_kept[m], b_l, b_accs[m], input_precision="ieee"),)
+        b_accs = b_sums
+    for m in tl.static_range(MODULES):
+        _put(out_ptr, partial_ptr, first_row, m_row, num_rows, out_stride, columns[m], o_r, ranks[m], scale, b_accs[m], BM)
     if tl.num_programs(1) > 1:  # noqa: SIM102  Triton's `and` calls both sides
         if arrive_last(counters_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.num_programs(1)):
-            _add_splits(out_ptr, partial_ptr, first_row, m_row, num_rows, out_stride, column0, o_r, rank0, scale, BM)
-            if MODULES > 1:
-                _add_splits(out_ptr, partial_ptr, first_row, m_row, num_rows, out_stride, column1, o_r, rank1, scale, BM)
-            if MODULES > 2:
-                _add_splits(out_ptr, partial_ptr, first_row, m_row, num_rows, out_stride, column2, o_r, rank2, scale, BM)
+            for m in tl.static_range(MODULES):
+                _add_splits(out_ptr, partial_ptr, first_row, m_row, num_rows, out_stride, columns[m], o_r, ranks[m], scale, BM)
 
 
-def down(x_TK: Tensor, group: LoraGroup, route: Route, config: DownConfig | None = None) -> Tensor:
+def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
     """Return S [T, width] in x's dtype; rows and columns that belong to no adapter are not written."""
     s_TR = torch.empty(x_TK.shape[0], group.width, dtype=x_TK.dtype, device=x_TK.device)
-    wide = not group.has_dropout
-    num_modules = 1 if wide else group.num_modules
-    largest_rank = group.width if wide else group.max_padded_rank
-    limit = 128 if num_modules == 1 else 64
-    _launch(
-        x_TK, group.a_RK, s_TR, group, route, 4, 6, num_modules, largest_rank, limit, group.has_dropout, wide, group.first_feature, config
-    )
+    _launch(x_TK, s_TR, group, route, term_of_a(group), A_ROW.value)
     return s_TR
 
 
-def down_module(dy_TN: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, module: int, config: DownConfig | None = None) -> None:
+def down_module(dy_TN: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, module: int) -> None:
     """Write dS = c' dY B of one module into its columns of ds_TR."""
-    start, stop = group.columns[module]
-    row, column, largest_rank = 5 + 3 * module, 6 + 3 * module, group.max_padded_rank
-    _launch(dy_TN[:, start:stop], group.b_RN[module], ds_TR, group, route, row, column, 1, largest_rank, 128, False, False, 0, config)
+    _launch(dy_TN[:, slice(*group.columns[module])], ds_TR, group, route, term_of_module(group, module), B_ROW.value)
 
 
-def _launch(
-    value, lora, out, group, route, row_field, column_field, num_modules, largest_rank, limit, dropout, wide, first_feature, config
-):
-    num_rows, num_inner = value.shape
-    rank, tma = rank_class(largest_rank, limit), uses_tma(value, lora)
-    config = config or down_config(num_rows, num_inner, rank, num_modules, dropout, value.element_size(), tma)
-    num_items, num_ranks = route.num_items(config.rows), triton.cdiv(largest_rank, rank)
+def _launch(value: Tensor, out: Tensor, group: LoraGroup, route: Route, term: LoraTerm, row_field: int) -> None:
+    (lora,), (num_rows, num_inner) = term.factors, value.shape
+    rank, tma = rank_class(term.width, 128 if term.num_modules == 1 else 64), uses_tma(value, lora)
+    config = down_config(rank, term.num_modules, term.dropout, value.element_size(), tma)
+    num_items, num_ranks = route.num_items(config.rows), triton.cdiv(term.width, rank)
     if not num_items:
         return
     num_splits = splits(num_rows, num_inner, config, num_processors(value.device))
     split_blocks = triton.cdiv(num_inner, num_splits * config.inner)
     num_splits = triton.cdiv(num_inner, split_blocks * config.inner)
     partial = torch.empty(num_splits if num_splits > 1 else 0, *out.shape, dtype=torch.float32, device=value.device)
-    tensors = (value, lora)
-    if tma:
-        boxes = ([config.rows, config.inner], [rank, config.inner])
-        tensors = tuple(TensorDescriptor.from_tensor(t, box) for t, box in zip(tensors, boxes, strict=True))
     _down_kernel[(num_items, num_splits, num_ranks)](
-        *tensors, out, partial, route.counters(num_items * num_ranks), route.items(config.rows), group.adapter_table,
-        group.scale_table, route.row_keys,
-        num_rows, num_inner, split_blocks, value.stride(0), lora.stride(0), out.stride(0), first_feature,
-        ROW_FIELD=row_field, COLUMN_FIELD=column_field, BM=config.rows, BK=config.inner, RANK=rank,
-        MODULES=num_modules, DROPOUT=dropout, WIDE=wide, NUM_STAGES=config.stages, TMA=tma,
+        *described(tma, (value, config.rows, config.inner), (lora, rank, config.inner)), out, partial,
+        route.counters(num_items * num_ranks), route.items(config.rows), group.adapter_table, group.scale_table, route.row_keys,
+        num_rows, num_inner, split_blocks, value.stride(0), lora.stride(0), out.stride(0), group.first_feature,
+        ROW_FIELD=row_field, MODULE=term.first_module, BM=config.rows, BK=config.inner, RANK=rank,
+        MODULES=term.num_modules, DROPOUT=term.dropout, WIDE=term.wide, NUM_STAGES=config.stages, TMA=tma,
         num_warps=config.warps, **pdl(value),
     )  # fmt: skip

@@ -13,23 +13,21 @@ Names: input [T, I] times weight gives output [T, O]; weight is [O, I] forward a
 dropout, dX treats the modules of an adapter as one: their rows of A, and their columns of dS, are adjacent (WIDE).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_ops.launch.shapes import num_processors, uses_tma
 from fused_ops.launch.triton_version import adds_ranks_ahead
-from fused_ops.lora.adapters import ADAPTER_FIELDS, LoraGroup
-from fused_ops.lora.fp8 import Fp8Matrix
-from fused_ops.lora.route import Route
+from fused_ops.lora.adapters import A_ROW, ADAPTER_FIELDS, B_ROW, FIRST_A_ROW, LEVEL, LORA_RANK, MODULE_FIELDS, S_COLUMN, S_WIDTH, LoraGroup
+from fused_ops.lora.fp8 import Fp8Matrix, parts
+from fused_ops.lora.route import ADAPTER, END, END_SEGMENT, FIRST, FIRST_SEGMENT, SEGMENT_FIELDS, TILE_FIELDS, Route
+from fused_ops.lora.term import LoraTerm, term_of_a, term_of_b, three
 from fused_ops.lora.triton.dropout import column_keys, hash_bits, keep
 from fused_ops.lora.triton.gemm_config import GemmConfig, gemm_config
+from fused_ops.lora.triton.parts import described
 
-_FIELDS = tl.constexpr(ADAPTER_FIELDS)
 RANK = 16  # ranks of one product of the LoRA term
 
 
@@ -44,18 +42,18 @@ def _add_lora(
         b_columns = column_keys(tl.arange(0, o_col.shape[0]), i_col + first_feature)
     i_segment = i_low
     while i_segment < i_high:  # `while`, since only the K loop may be a nested `for` of the flattened tile loop
-        first, end = tl.load(segments_ptr + i_segment * 4), tl.load(segments_ptr + i_segment * 4 + 1)
-        adapter_ptr = adapters_ptr + tl.load(segments_ptr + i_segment * 4 + 2) * _FIELDS
+        first, end = tl.load(segments_ptr + i_segment * SEGMENT_FIELDS + FIRST), tl.load(segments_ptr + i_segment * SEGMENT_FIELDS + END)
+        adapter_ptr = adapters_ptr + tl.load(segments_ptr + i_segment * SEGMENT_FIELDS + ADAPTER) * ADAPTER_FIELDS
         m_row = (o_row >= first) & (o_row < end)
         if DROPOUT:
             b_keys = tl.load(keys_ptr + o_row, m_row, 0).to(tl.uint32, bitcast=True)
-            b_threshold = tl.where(m_row, tl.load(adapter_ptr + 1), 1024).to(tl.uint32)  # 1024: no element of the row is kept
+            b_threshold = tl.where(m_row, tl.load(adapter_ptr + LEVEL), 1024).to(tl.uint32)  # 1024: no element of the row is kept
         for i_module in tl.static_range(1 if WIDE else MODULES):
             if WIDE:
-                rank, l_row, s_col = tl.load(adapter_ptr + 2), tl.load(adapter_ptr + 3), 0
+                rank, l_row, s_col = tl.load(adapter_ptr + S_WIDTH), tl.load(adapter_ptr + FIRST_A_ROW), 0
             else:
-                rank, s_col = tl.load(adapter_ptr), tl.load(adapter_ptr + 6 + 3 * i_module)
-                l_row = tl.load(adapter_ptr + (4 if BACKWARD else 5) + 3 * i_module)
+                rank, s_col = tl.load(adapter_ptr + LORA_RANK), tl.load(adapter_ptr + S_COLUMN + i_module * MODULE_FIELDS)
+                l_row = tl.load(adapter_ptr + (A_ROW if BACKWARD else B_ROW) + i_module * MODULE_FIELDS)
             start, stop = (0, num_cols) if BACKWARD else (starts[i_module], stops[i_module])
             lora = factors[0 if BACKWARD else i_module]
             if (l_row >= 0) & (done < rank) & (i_col + o_col.shape[0] > start) & (i_col < stop):
@@ -94,11 +92,15 @@ def _load_owner(
 
     Zeros in both operands add nothing to any row.
     """
-    i_low, i_high = tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1)
-    segment_ptr = segments_ptr + i_low * 4
+    i_low, i_high = tl.load(tiles_ptr + i_m * TILE_FIELDS + FIRST_SEGMENT), tl.load(tiles_ptr + i_m * TILE_FIELDS + END_SEGMENT)
+    segment_ptr = segments_ptr + i_low * SEGMENT_FIELDS
     m_one = i_low + 1 == i_high
-    first, end, adapter = tl.load(segment_ptr, m_one, 0), tl.load(segment_ptr + 1, m_one, 0), tl.load(segment_ptr + 2, m_one, 0)
-    adapter_ptr = adapters_ptr + adapter * _FIELDS
+    first, end, adapter = (
+        tl.load(segment_ptr + FIRST, m_one, 0),
+        tl.load(segment_ptr + END, m_one, 0),
+        tl.load(segment_ptr + ADAPTER, m_one, 0),
+    )
+    adapter_ptr = adapters_ptr + adapter * ADAPTER_FIELDS
     start, stop, offset, i_module = 0, num_cols, offset1 * 0, 0
     if (not BACKWARD) and MODULES > 1:
         for i in tl.static_range(1, MODULES):
@@ -110,10 +112,10 @@ def _load_owner(
         for i in tl.static_range(1, MODULES):
             start, stop = tl.where(i_module == i, starts[i], start), tl.where(i_module == i, stops[i], stop)
     if WIDE:
-        rank, l_row, s_col = tl.load(adapter_ptr + 2), tl.load(adapter_ptr + 3), 0
+        rank, l_row, s_col = tl.load(adapter_ptr + S_WIDTH), tl.load(adapter_ptr + FIRST_A_ROW), 0
     else:
-        rank, s_col = tl.load(adapter_ptr), tl.multiple_of(tl.load(adapter_ptr + 6 + 3 * i_module), 16)
-        l_row = tl.load(adapter_ptr + (4 if BACKWARD else 5) + 3 * i_module)
+        rank, s_col = tl.load(adapter_ptr + LORA_RANK), tl.multiple_of(tl.load(adapter_ptr + S_COLUMN + i_module * MODULE_FIELDS), 16)
+        l_row = tl.load(adapter_ptr + (A_ROW if BACKWARD else B_ROW) + i_module * MODULE_FIELDS)
     owned = m_one & (first <= i_row) & (end >= min(i_row + o_row.shape[0], num_rows)) & (l_row >= 0)
     owned = owned & (i_col >= start) & (min(i_col + o_col.shape[0], num_cols) <= stop)
     o_r = tl.arange(0, RANK)
@@ -218,109 +220,58 @@ def _gemm_kernel(
                 b_part = tl.dot(b_s, l_parts[i_part], b_part, input_precision="ieee")
             if LORA:
                 b_part = _add_lora(
-                    b_part, i_m * BM, i_col, o_row, o_col, num_cols, tl.load(tiles_ptr + i_m * 2), tl.load(tiles_ptr + i_m * 2 + 1), done,
-                    s, s_stride, factors, l_strides, starts, stops, segments_ptr, adapters_ptr, keys_ptr, first_feature,
+                    b_part, i_m * BM, i_col, o_row, o_col, num_cols,
+                    tl.load(tiles_ptr + i_m * TILE_FIELDS + FIRST_SEGMENT), tl.load(tiles_ptr + i_m * TILE_FIELDS + END_SEGMENT),
+                    done, s, s_stride, factors, l_strides, starts, stops, segments_ptr, adapters_ptr, keys_ptr, first_feature,
                     BACKWARD, MODULES, RANK, DROPOUT, WIDE, TMA,
                 )  # fmt: skip
             _store(output, bias_ptr, b_part, i_m * BM, i_col, o_row, o_col, num_rows, num_cols, o_stride, HAS_BIAS, TMA)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraTerm:
-    """What a GEMM adds: `factors` (forward: B of each module, backward: A), the number of modules, and the largest rank (0: nothing)."""
-
-    factors: tuple[Tensor, ...] = ()
-    num_modules: int = 1
-    width: int = 0
-    dropout: bool = False
-    wide: bool = False
-
-    def operands(self, s_TR: Tensor | None, rows: int, columns: int, tma: bool) -> list:
-        """Return S and three L as a kernel takes them: descriptors of [rows, 16] and [16, columns], or the tensors themselves."""
-        factors = list(self.factors)
-        if tma and factors:
-            longest = max(factors, key=len)  # replaces a module that no adapter targets: a descriptor needs rows
-            s_TR = TensorDescriptor.from_tensor(s_TR, [rows, RANK])
-            factors = [TensorDescriptor.from_tensor(t if len(t) else longest, [RANK, columns]) for t in factors]
-        return [s_TR, *factors, *[None] * (3 - len(factors))]  # descriptors cannot be passed in a tuple
-
-    def tables(self, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None, rows: int) -> list:
-        """Return a kernel's arguments from s_ptr to keys_ptr: addresses, the modules' columns, and the tables of the route."""
-        if group is None:
-            return [None, None, 0, 0, (), (), (), None, None, None, None]
-        first = self.factors[0]
-        offsets = [(t.data_ptr() - first.data_ptr()) // t.element_size() for t in self.factors[1:]]
-        strides, columns = tuple(t.stride(0) for t in self.factors), zip(*group.columns, strict=True)
-        return [
-            s_TR, first, *[*offsets, 0, 0][:2], strides, *columns,
-            route.tiles(rows), route.segment_table, group.adapter_table, route.row_keys,
-        ]  # fmt: skip
-
-
-def lora_term(group: LoraGroup | None, backward: bool) -> LoraTerm:
-    """Return what a group adds to Y or, backward, to dX."""
-    if group is None:
-        return LoraTerm()
-    dropout = backward and group.has_dropout
-    wide = backward and not dropout
-    return LoraTerm(
-        factors=(group.a_RK,) if backward else tuple(group.b_RN),
-        num_modules=1 if wide else group.num_modules,
-        width=group.width if wide else group.max_padded_rank,
-        dropout=dropout,
-        wide=wide,
-    )
-
-
 def gemm(
-    input_TI: Tensor | Fp8Matrix,
-    weight: Tensor | Fp8Matrix,
-    bias_O: Tensor | None,
-    s_TR: Tensor | None,
-    group: LoraGroup | None,
-    route: Route | None,
-    backward: bool,
-    dtype: torch.dtype | None = None,
-    config: GemmConfig | None = None,
-) -> Tensor:
+    input_TI: Tensor | Fp8Matrix, weight: Tensor | Fp8Matrix, bias_O: Tensor | None,
+    s_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
+    backward: bool, dtype: torch.dtype | None = None, config: GemmConfig | None = None,
+) -> Tensor:  # fmt: skip
     """Return input W^T (+ bias) + S B^T, or with `backward` input W + M * (S A), in `dtype` (None: the input's).
 
     Of 8-bit matrices, `weight` is the copy whose rows are outputs, in both directions. s_TR, group and route are None together.
     """
-    fp8 = isinstance(input_TI, Fp8Matrix)
-    row_scales, column_scales = (input_TI.scales, weight.scales) if isinstance(input_TI, Fp8Matrix) else (None, None)
-    values, weight = (each.values if isinstance(each, Fp8Matrix) else each for each in (input_TI, weight))
+    (values, row_scales), (weight, column_scales) = parts(input_TI), parts(weight)
+    fp8 = row_scales is not None
     inner_first = backward and not fp8  # the weight's rows lie along the reduced dimension
     (num_rows, num_inner), num_cols = values.shape, weight.shape[1 if inner_first else 0]
     out_TO = torch.empty(num_rows, num_cols, dtype=dtype or values.dtype, device=values.device)
     if num_rows == 0:
         return out_TO
-    term, lora = lora_term(group, backward), group is not None
+    term = LoraTerm() if group is None else term_of_a(group) if backward else term_of_b(group)
     tma = uses_tma(values, weight, out_TO, *(t for t in term.factors if len(t)))
     if config is None:
         small = not tma or out_TO.dtype == torch.float32
         config = gemm_config(values, num_cols, backward, small, term.width, term.dropout, group.num_modules if group is not None else 0)
-    tiles = -(-num_rows // config.rows) * -(-num_cols // config.columns)
-    part, matrices = config.columns // config.parts, (values, weight, out_TO)
-    if tma:
-        weight_box = (config.inner, config.columns) if inner_first else (config.columns, config.inner)
-        boxes = (config.rows, config.inner), weight_box, (config.rows, part)
-        matrices = tuple(TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(matrices, boxes, strict=True))
+    tiles, part = -(-num_rows // config.rows) * -(-num_cols // config.columns), config.columns // config.parts
+    weight_box = (config.inner, config.columns) if inner_first else (config.columns, config.inner)
+    matrices = described(tma, (values, config.rows, config.inner), (weight, *weight_box), (out_TO, config.rows, part))
+    s_desc, l_descs, factors, columns, tables = None, [], (None, 0, 0, ()), ((), ()), (None, None, None, None)
+    if s_TR is not None and group is not None and route is not None:
+        columns, first = zip(*group.columns, strict=True), term.factors[0]
+        offsets = [(each.data_ptr() - first.data_ptr()) // each.element_size() for each in term.factors[1:]]
+        factors = first, *[*offsets, 0, 0][:2], tuple(each.stride(0) for each in term.factors)
+        tables = route.tiles(config.rows), route.segment_table, group.adapter_table, route.row_keys
+        s_desc, l_descs = s_TR, term.factors
+        if tma:
+            s_desc, *l_descs = described(tma, (s_TR, config.rows, RANK), *((each, RANK, part) for each in term.with_rows))
+    # More ranks in one product leave too few registers, and ptxas serialises.
+    first = RANK if term.factors and tma and not term.dropout and (fp8 or adds_ranks_ahead()) else 0
     programs = min(num_processors(values.device), tiles) if config.persistent else tiles
     _gemm_kernel[(programs,)](
-        *matrices, row_scales, column_scales, bias_O,
-        *term.operands(s_TR, config.rows, part, tma), *term.tables(s_TR, group, route, config.rows),
+        *matrices, row_scales, column_scales, bias_O, s_desc, *three(l_descs), s_TR, *factors, *columns, *tables,
         num_rows, num_cols, num_inner, values.stride(0), weight.stride(0), out_TO.stride(0),
         s_TR.stride(0) if s_TR is not None else 0, group.first_feature if group is not None else 0,
         BM=config.rows, BN=config.columns, BK=config.inner, GROUP=config.group, PARTS=config.parts, NUM_STAGES=config.stages,
-        NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=lora,
-        MODULES=term.num_modules, RANK=RANK, FIRST=ranks_ahead(term, tma) if fp8 or adds_ranks_ahead() else 0,
+        NUM_PROGRAMS=programs if config.persistent else 0, FLATTEN=config.flatten, BACKWARD=backward, LORA=group is not None,
+        MODULES=term.num_modules, RANK=RANK, FIRST=first,
         DROPOUT=term.dropout, WIDE=term.wide, HAS_BIAS=bias_O is not None, TMA=tma, FP8=fp8, INNER_FIRST=inner_first,
         num_warps=config.warps,
     )  # fmt: skip
     return out_TO
-
-
-def ranks_ahead(term: LoraTerm, tma: bool) -> int:
-    """Return how many ranks of a tile with one adapter are added in one product; more leave too few registers, and ptxas serialises."""
-    return RANK if term.factors and tma and not term.dropout else 0

@@ -5,7 +5,6 @@ sums as that allows. Without TMA the pipeline is shallower and several programs 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from fused_ops.launch.optional_triton import triton
 
@@ -39,17 +38,15 @@ class RowsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharesConfig:
-    """dS and dB from one read: rows of a step, columns of a program, stages, warps; rows and warps of the sum."""
+    """dS and dB from one read: rows of a step, columns of a program, stages, warps."""
 
     rows: int = 64
     columns: int = 512
     stages: int = 3
     warps: int = 8
-    sum_rows: int = 32
-    sum_warps: int = 4
 
 
-def down_config(num_rows: int, num_inner: int, rank: int, num_modules: int, dropout: bool, item_size: int, tma: bool) -> DownConfig:
+def down_config(rank: int, num_modules: int, dropout: bool, item_size: int, tma: bool) -> DownConfig:
     """Return how to cut S (or dS) of a rank block."""
     if not tma or item_size > 2:
         inner = 64 if item_size <= 2 else 32
@@ -63,7 +60,7 @@ def down_config(num_rows: int, num_inner: int, rank: int, num_modules: int, drop
     return DownConfig(stages=5 if rank <= 64 else 4)
 
 
-def rows_config(num_rows: int, num_cols: int, rank: int, num_modules: int, dropout: bool, item_size: int, tma: bool) -> RowsConfig:
+def rows_config(rank: int, num_modules: int, dropout: bool, item_size: int, tma: bool) -> RowsConfig:
     """Return how to cut dA (or dB) of a rank block."""
     wide = rank * num_modules > 64
     if not tma or item_size > 2:
@@ -80,17 +77,6 @@ def shares_config(num_cols: int, rank: int, item_size: int, tma: bool) -> Shares
         columns = 256 if num_cols <= 8192 or item_size > 2 else 512
         return SharesConfig(columns=columns, stages=3 if item_size <= 2 else 2)
     return SharesConfig(columns=512 if rank <= 16 else 256)
-
-
-@lru_cache(maxsize=256)  # every linear calls it, for the same few microbatches
-def item_rows(segments: tuple[tuple[int, int, int], ...], num_blocks: int, programs: int) -> int:
-    """Return the fewest rows of an item for which at most `programs` are needed, one for each item and block of columns.
-
-    More programs than run at once need a second wave, and more partial sums; fewer leave multiprocessors idle.
-    """
-    lengths = [end - first for first, end, _ in segments]
-    fits = (rows for rows in range(256, 2048, 64) if sum(-(-length // rows) for length in lengths) * num_blocks <= programs)
-    return next(fits, 2048)
 
 
 def splits(num_rows: int, num_inner: int, config: DownConfig, processors: int) -> int:
