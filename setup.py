@@ -26,6 +26,7 @@ setup(
         "cudnn": ["nvidia-cudnn-frontend>=1.32"],
         "dev": ["pytest", "hypothesis", "ruff", "basedpyright>=1.40,<1.41", "setuptools", "peft", "accelerate", "pyarrow"],
         "gguf": ["gguf", "accelerate"],
+        "hub": ["datasets", "pyarrow"],
         "parquet": ["pyarrow"],
         "te": ["transformer-engine[core-cu13,pytorch]>=2.14"],  # with torch for CUDA 12: transformer-engine[core-cu12,pytorch]
         "wandb": ["wandb"],

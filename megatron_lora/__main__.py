@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
         command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
     plan.add_argument("--plot", metavar="FILE", help="also draw the plan, stage by stage, into a new .png, .svg or .pdf")
-    plan.add_argument("--policy", metavar="NAME", help="ours (default), or for comparison flush, round-robin, grouped, greedy")
+    plan.add_argument("--policy", default="ours", metavar="NAME", help="ours (default), or to compare flush, round-robin, grouped, greedy")
     plan.add_argument("--device", metavar="NAME", help="predict for h100, h200, a100 or cpu (default: this machine's GPU, else h100)")
     plan.add_argument("--cost", metavar="FILE", help="take seconds from a table that calibrate has written (default: this machine's own)")
     calibrate.add_argument("--output", metavar="FILE", help="write the table here (default: below the cache directory, where it is found)")
@@ -105,11 +105,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Call the command; returns the exit status."""
-    if arguments.command == "train":
-        from megatron_lora.commands import rank
+    if arguments.command in ("train", "calibrate"):
         from megatron_lora.environment import allocator_settings
 
         os.environ.update(allocator_settings(os.environ))  # before CUDA starts; the ranks inherit it
+    if arguments.command == "train":
+        from megatron_lora.commands import rank
 
         if rank.under_torchrun():
             return rank.main(arguments.config, arguments.overrides)
@@ -119,13 +120,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "plan":
         from megatron_lora.commands import plan
 
-        options = plan.Options(policy=arguments.policy, plot=arguments.plot, device=arguments.device, cost=arguments.cost)
-        return plan.main(arguments.config, arguments.overrides, options)
+        options = {"policy": arguments.policy, "plot": arguments.plot, "device_name": arguments.device, "cost_file": arguments.cost}
+        return plan.main(arguments.config, arguments.overrides, **options)
     if arguments.command == "calibrate":
         from megatron_lora.commands import calibrate
-        from megatron_lora.environment import allocator_settings
 
-        os.environ.update(allocator_settings(os.environ))
         return calibrate.main(arguments.config, arguments.overrides, arguments.output)
     if arguments.command == "report":
         from megatron_lora.commands import report

@@ -17,7 +17,7 @@ from scheduling.plan_json import stream_to_json
 from scheduling.planner import plan_stream
 from scheduling.slot_cost import efficiency, even_slot_estimate
 from scheduling.types import PlanError
-from scheduling.windows import plan_windows
+from scheduling.windows import WindowPlanner
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def _plan(workload: dict, effort: int, window: int | None) -> dict:
         stream = plan_stream(lengths, num_stages, capacity, effort=effort)
     else:
         stream = ()
-        for planned in plan_windows(lengths, num_stages, capacity, window, effort=effort):
+        for planned in WindowPlanner(num_stages, capacity, window, effort=effort).plan_all(lengths):
             times.setdefault("first_window_seconds", round(time.perf_counter() - start, 4))
             stream += planned
     times["seconds"] = round(time.perf_counter() - start, 4)

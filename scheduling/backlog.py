@@ -80,11 +80,6 @@ class Backlog:
     later_steps: list[int] = field(default_factory=list)
 
     @property
-    def fixed(self) -> float:
-        """Time of every slot in addition to its samples' time."""
-        return self.cost.fixed
-
-    @property
     def total_time(self) -> float:
         """Time of all remaining samples, listed or later, without the slots' fixed part."""
         return sum(self.times) + sum(self.later_time)

@@ -18,11 +18,12 @@ Where a device carries MeasuredCosts, a stage is the sum of its measured layers 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
-from scheduling.layer_memory import OFFLOADED, offloaded
-from scheduling.slot_cost import SlotCost
+from scheduling.slot_cost import TILE_ROWS, SlotCost
+
+OFFLOADED = "offloaded"  # a `full` layer whose input waits in host memory (`offloaded`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,17 @@ DEVICES = {
         Device(name="cpu", flops_per_s=5.0e10, memory_bytes=8e9, layer_launch_s=1e-3, segment_s=0.0, processors=0),
     )
 }
+
+
+def pass_features(samples: Iterable[tuple[int, int]], multiple: int = 1) -> tuple[int, int, int]:
+    """Return what a pass's time depends on, of samples as (tokens, rank of the adapter): sums of rows, squared lengths, rank-tokens.
+
+    Rows are rounded up to a `multiple`.
+    """
+    tokens, squares, rank_tokens = 0, 0, 0
+    for length, rank in samples:
+        tokens, squares, rank_tokens = tokens + length, squares + length * length, rank_tokens + length * rank
+    return -(-tokens // multiple) * multiple, squares, rank_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +168,12 @@ class CostModel:
     def token_seconds(self, mean_rank: float = 0.0) -> float:
         """Return seconds, forward plus backward on the slowest stage, per token-equivalent of a slot."""
         return max(sum(one.per_token + mean_rank * one.per_rank_token for one in (stage.forward, stage.backward)) for stage in self.stages)
+
+    def pass_times(self, slots: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[list[list[float]], list[list[float]]]:
+        """Return the seconds of forwards and backwards, [stage][slot]; a slot's are those of the slowest of its parts (pass_features)."""
+        passes = [[stage.forward for stage in self.stages], [stage.backward for stage in self.stages]]
+        forward, backward = ([[max(one.seconds(*part) for part in parts) for parts in slots] for one in stages] for stages in passes)
+        return forward, backward
 
     def to_json(self) -> list[dict]:
         """Return plain data for a JSON file."""
@@ -258,9 +276,8 @@ def recomputing(cost: StageCost, policy: str) -> StageCost:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One timed pass of one stage."""
+    """One timed pass."""
 
-    stage: int
     backward: bool
     tokens: float
     squares: float
@@ -268,21 +285,15 @@ class Measurement:
     seconds: float
 
 
-def refine(model: CostModel, measurements: Sequence[Measurement]) -> CostModel:
-    """Refit each measured pass of each stage to its timings; coefficients that the timings cannot separate keep their ratio.
+def refine(cost: StageCost, measurements: Sequence[Measurement]) -> StageCost:
+    """Refit the passes of a stage, or of a part of one, to their timings; coefficients that the timings cannot separate keep their ratio.
 
     Least squares over scale factors of the model's four terms, kept >= 0 and pulled weakly to their common scale. Errors are relative to
     the model's times (relative to the measured ones they would favour quick passes). A pass that took 5 times as long as others, relative
     to the model, is ignored: it compiled a kernel, or the machine was busy.
     """
-    stages = []
-    for index, stage in enumerate(model.stages):
-        both = []
-        for backward, cost in ((False, stage.forward), (True, stage.backward)):
-            rows = [m for m in measurements if m.stage == index and m.backward == backward and m.seconds > 0]
-            both.append(_refit(cost, rows) if rows else cost)
-        stages.append(StageCost(*both))
-    return CostModel(tuple(stages))
+    rows = {backward: [m for m in measurements if m.backward == backward and m.seconds > 0] for backward in (False, True)}
+    return StageCost(*(_refit(one, rows[b]) if rows[b] else one for b, one in ((False, cost.forward), (True, cost.backward))))
 
 
 _PULL = 1e-3  # weight of the pull to the common scale, relative to one measurement
@@ -346,3 +357,41 @@ def head_share(target_share: float, tokens: int, chunk_rows: int) -> float:
     """
     height = min(chunk_rows, tokens)
     return min(tokens, max(height, target_share * tokens + height / 2)) / tokens
+
+
+TILE_COLUMNS = 256  # of the GEMMs
+_MAX_TILES = 256  # of rows: 32,768 tokens
+
+
+def linear_tiles(shape: ModelShape, device: Device, tensor: int = 1) -> tuple[float, ...]:
+    """Return SlotCost.tiles: the time of a layer's linears, forward and backward, by row tiles, in tokens that fill every wave of tiles.
+
+    The device computes `processors` tiles of a GEMM at a time, and an incomplete last wave takes as long as a full one: 4,096 rows of 5,120
+    columns are 640 tiles, five waves of 132, as many as 3,329 rows need. Empty where the device has no tiles.
+    """
+    if not device.processors:
+        return ()
+    query, key_value = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
+    ffn = shape.ffn_size // tensor
+    hidden = shape.hidden_size
+    forward = [(hidden, query + 2 * key_value), (query, hidden), (hidden, 2 * ffn), (ffn, hidden)]
+    products = [*forward, *((columns, inner) for inner, columns in forward)]  # dX has the weight's sides the other way around
+    wave = device.processors * TILE_ROWS * TILE_COLUMNS
+    weights = sum(inner * columns for inner, columns in products)
+
+    def tokens(row_tiles: int) -> float:
+        waves = ((inner, -(-row_tiles * -(-columns // TILE_COLUMNS) // device.processors)) for inner, columns in products)
+        return sum(inner * count for inner, count in waves) * wave / weights
+
+    return tuple(map(tokens, range(_MAX_TILES + 1)))
+
+
+def offloaded(policies: Sequence[str], is_first: bool) -> tuple[str, ...]:
+    """Return a stage's policies with OFFLOADED for the `full` layers whose input waits in host memory.
+
+    The input of the uppermost stays, since its backward comes first, and so does the stage's own unless it `is_first`: it was received,
+    and the executor holds it.
+    """
+    full = [layer for layer, policy in enumerate(policies) if policy == "full"]
+    leaving = set(full[:-1]) - (set() if is_first else {0})
+    return tuple(OFFLOADED if layer in leaving else policy for layer, policy in enumerate(policies))

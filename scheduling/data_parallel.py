@@ -21,46 +21,32 @@ BALANCE = 0.05  # a replica may be this much slower than the mean
 _NODES = 20_000  # of the exact search
 
 
-@dataclass(frozen=True, slots=True)
-class BatchSplit:
-    """One global batch over the replicas: [replica][round] -> sample, or None; `excess` is slowest / mean - 1.
+def split_batch(batch: Sequence[int], num_replicas: int, cost: SlotCost | None = None) -> np.ndarray:
+    """Split the samples of one global batch (token counts) into parts of nearly equal time: int32 [replica, round] -> sample, or -1.
 
-    `proven`: this split's excess is over BALANCE, and no partition has one within it.
+    The slowest part is at most BALANCE above the mean, unless no split is (or the search has given up).
     """
-
-    rounds: tuple[tuple[int | None, ...], ...]
-    excess: float
-    proven: bool
-
-
-def split_batch(batch: Sequence[int], num_replicas: int, cost: SlotCost | None = None) -> BatchSplit:
-    """Split the samples of one global batch (token counts) into num_replicas parts of nearly equal time."""
     cost = cost or SlotCost()
     times = [cost.sample(tokens) for tokens in batch]
     order = sorted(range(len(batch)), key=lambda sample: (-times[sample], sample))
-    dealt: list[list[int | None]] = [[] for _ in range(num_replicas)]
+    parts: list[list[int]] = [[] for _ in range(num_replicas)]
     loads = [0.0] * num_replicas
     for start in range(0, len(order), num_replicas):
         taken = order[start : start + num_replicas]
         behind = sorted(range(num_replicas), key=lambda replica: (loads[replica], replica))
-        for replica, sample in zip(behind, [*taken, *[None] * (num_replicas - len(taken))], strict=True):
-            dealt[replica].append(sample)
-            loads[replica] += 0.0 if sample is None else times[sample]
-    excess, proven = _excess(loads), False
-    if excess > BALANCE:
-        found, proven = _search(times, order, num_replicas)
-        if found is not None:
-            dealt = _align(found)
-            excess = _excess([sum(times[sample] for sample in part) for part in found])
-    return BatchSplit(tuple(map(tuple, dealt)), excess, proven)
+        for replica, sample in zip(behind, taken, strict=False):
+            parts[replica].append(sample)
+            loads[replica] += times[sample]
+    if max(loads) * num_replicas / sum(loads) - 1 > BALANCE:
+        parts = _search(times, order, num_replicas) or parts
+    dealt = np.full((num_replicas, max(map(len, parts))), -1, np.int32)
+    for row, part in zip(dealt, parts, strict=True):
+        row[: len(part)] = part
+    return dealt
 
 
-def _excess(loads: Sequence[float]) -> float:
-    return max(loads) * len(loads) / sum(loads) - 1
-
-
-def _search(times: Sequence[float], order: Sequence[int], num_replicas: int) -> tuple[list[list[int]] | None, bool]:
-    """Search, depth first, for a partition within BALANCE; return it or None, and whether None is proven."""
+def _search(times: Sequence[float], order: Sequence[int], num_replicas: int) -> list[list[int]] | None:
+    """Search, depth first, for a partition within BALANCE; return it, None if there is none or it takes too many nodes."""
     ceiling = sum(times) / num_replicas * (1 + BALANCE)
     loads, parts, nodes = [0.0] * num_replicas, [[] for _ in range(num_replicas)], 0
 
@@ -83,15 +69,7 @@ def _search(times: Sequence[float], order: Sequence[int], num_replicas: int) -> 
             loads[replica] = load
         return False
 
-    if assign(0):
-        return parts, False
-    return None, nodes <= _NODES
-
-
-def _align(parts: Sequence[Sequence[int]]) -> list[list[int | None]]:
-    """Turn partitions, whose samples are longest first, into rounds."""
-    depth = max(map(len, parts))
-    return [[*part, *[None] * (depth - len(part))] for part in parts]
+    return parts if assign(0) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +88,8 @@ class DealtJob:
         none = np.full((num_replicas, 1), -1, np.int32)
         for batch in lengths:
             split = split_batch(batch, num_replicas, cost)
-            samples += [np.array([[-1 if k is None else k for k in dealt] for dealt in split.rounds], np.int32), none]
-            rounds.append([max(batch[k] for k in dealt if k is not None) for dealt in zip(*split.rounds, strict=True)])
+            samples += [split, none]
+            rounds.append([max(batch[k] for k in dealt if k >= 0) for dealt in split.T.tolist()])
         return cls(lengths, read_lengths(0, rounds), np.concatenate([none[:, :0], *samples], axis=1))
 
     def samples_of(self, segment: Segment, replica: int) -> list[int]:
@@ -125,25 +103,22 @@ class DealtJob:
         return Segment(segment.job, segment.step, tuple(samples), sum(batch[sample] for sample in samples))
 
 
-def replica_part(microbatch: Microbatch, jobs: Mapping[int, DealtJob] | Sequence[DealtJob], replica: int) -> Microbatch:
-    """Turn a slot of rounds into one replica's slot of samples; a job has an empty segment where the replica has no sample of it."""
-    return Microbatch(tuple(jobs[segment.job].part(segment, replica) for segment in microbatch.segments))
-
-
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """A workload's jobs over the replicas. `rounds` [job][step][round] -> tokens of the round's longest sample: what is planned."""
+    """Jobs, by number, over the replicas."""
 
-    lengths: tuple[JobLengths, ...]
-    rounds: tuple[JobLengths, ...]
-    jobs: tuple[DealtJob, ...]
+    jobs: Mapping[int, DealtJob]
+
+    @property
+    def rounds(self) -> tuple[JobLengths, ...]:
+        """What is planned: [job][step][round] -> tokens of the round's longest sample."""
+        return tuple(job.rounds for job in self.jobs.values())
 
     def part(self, microbatch: Microbatch, replica: int) -> Microbatch:
-        """Turn a slot of rounds into one replica's slot of samples (see replica_part)."""
-        return replica_part(microbatch, self.jobs, replica)
+        """Turn a slot of rounds into one replica's slot of samples; a job has an empty segment where the replica has no sample of it."""
+        return Microbatch(tuple(self.jobs[segment.job].part(segment, replica) for segment in microbatch.segments))
 
 
 def deal(lengths: Lengths, num_replicas: int, cost: SlotCost | None = None) -> Dealt:
     """Split every global batch over the replicas."""
-    jobs = tuple(DealtJob.of(steps, num_replicas, cost) for steps in read_all(lengths))
-    return Dealt(tuple(job.lengths for job in jobs), tuple(job.rounds for job in jobs), jobs)
+    return Dealt({number: DealtJob.of(steps, num_replicas, cost) for number, steps in enumerate(read_all(lengths))})

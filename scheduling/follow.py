@@ -38,18 +38,17 @@ class Follower:
         num_stages: int,
         capacity: int,
         delay: int = 0,
-        first_steps: Sequence[int] = (),
         max_endings: int = MAX_ENDINGS,
     ):
-        """Begin before the first slot of a stream over `lengths`, each job at its first step (0 where none are given)."""
+        """Begin before the first slot of a stream over `lengths` [job][step][sample]; jobs may join as well."""
         self.gap = num_stages + delay
         self.capacity = capacity
         self.max_endings = max_endings
         self.num_slots = 0
         self.jobs: dict[int, _JobProgress] = {}
         self.numbers = Numbers()
-        for job, (steps, first_step) in enumerate(zip(lengths, first_steps or [0] * len(lengths), strict=True)):
-            self.join(job, steps, first_step)
+        for job, steps in enumerate(lengths):
+            self.join(job, steps)
 
     def join(self, job: int, steps: Sequence[Sequence[int]], first_step: int = 0) -> None:
         """Add a job from the next window on; the number of a departed one is refused until its last slot has drained."""

@@ -17,8 +17,8 @@ import numpy as np
 
 from scheduling.types import Lengths, PlanError
 
-_NUMBER = np.dtype(">i4")
-LARGEST = int(np.iinfo(_NUMBER).max)
+NUMBER = np.dtype(">i4")
+LARGEST = int(np.iinfo(NUMBER).max)
 
 
 class JobLengths(Sequence[list[int]]):
@@ -54,7 +54,7 @@ class JobLengths(Sequence[list[int]]):
     def array(self, step: int) -> np.ndarray:
         """Return the tokens of a step's samples as a view, int32 [samples]; IndexError outside 0 .. num_steps - 1."""
         span = self.span(step)
-        return np.frombuffer(self.key, _NUMBER, span.stop - span.start, _NUMBER.itemsize * span.start)
+        return np.frombuffer(self.key, NUMBER, span.stop - span.start, NUMBER.itemsize * span.start)
 
     def span(self, step: int) -> slice:
         """Return the places of a step's samples in the key; IndexError outside 0 .. num_steps - 1."""
@@ -64,18 +64,18 @@ class JobLengths(Sequence[list[int]]):
 
     def cut(self, num_steps: int) -> JobLengths:
         """Return the first `num_steps` steps."""
-        return JobLengths(self.key[: _NUMBER.itemsize * self._first(num_steps)], self.ends[:num_steps].copy())
+        return JobLengths(self.key[: NUMBER.itemsize * self._first(num_steps)], self.ends[:num_steps].copy())
 
     def from_step(self, first: int) -> JobLengths:
         """Return the steps from `first` on, renumbered from 0."""
         start = self._first(first)
-        return JobLengths(self.key[_NUMBER.itemsize * start :], self.ends[first:] - start)
+        return JobLengths(self.key[NUMBER.itemsize * start :], self.ends[first:] - start)
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
         """Return, of every step, its tokens and the sum of its samples' squared tokens: int64 [num_steps] each."""
         if not len(self.ends):
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        tokens = np.frombuffer(self.key, _NUMBER).astype(np.int64)
+        tokens = np.frombuffer(self.key, NUMBER).astype(np.int64)
         firsts = np.concatenate([[0], self.ends[:-1] + 1])
         return np.add.reduceat(tokens, firsts), np.add.reduceat(tokens * tokens, firsts)
 
@@ -90,7 +90,7 @@ def read_lengths(job: int, steps: Sequence[Sequence[int]], capacity: int = LARGE
     Raises PlanError, naming job, step and sample, where no plan can exist: empty steps, empty samples, samples over the budget.
     """
     lengths = steps if isinstance(steps, JobLengths) else _packed(job, steps)
-    tokens = np.frombuffer(lengths.key, _NUMBER)
+    tokens = np.frombuffer(lengths.key, NUMBER)
     if tokens.size and tokens.max() > capacity:
         step = int(np.searchsorted(lengths.ends, int(np.argmax(tokens > capacity))))
         _refuse(job, step, lengths[step], capacity)
@@ -114,7 +114,7 @@ def _packed(job: int, steps: Sequence[Sequence[int]]) -> JobLengths:
     if wrong.any():
         step = int(np.searchsorted(ends, int(np.argmax(wrong))))
         _refuse(job, step, steps[step], LARGEST)
-    return JobLengths(tokens.astype(_NUMBER).tobytes(), ends)
+    return JobLengths(tokens.astype(NUMBER).tobytes(), ends)
 
 
 def _refuse(job: int, step: int, batch: Sequence[int], capacity: int) -> None:

@@ -21,8 +21,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scheduling.cost import OFFLOADED, ModelShape
+
 POLICIES = ("none", "cheap", "full")
-OFFLOADED = "offloaded"  # a `full` layer whose input waits in host memory (`offloaded`)
 MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 MODULES = tuple(module for modules in MERGED.values() for module in modules)
 _RANK_ALIGN = 16  # an adapter has its rank in rows, rounded up to this
@@ -134,46 +135,24 @@ class LayerMemory:
         return 4 * items * self.widths[linear] / self.item * num_bytes / self.item / tokens
 
 
-def offloaded(policies: Sequence[str], is_first: bool) -> tuple[str, ...]:
-    """Return a stage's policies with OFFLOADED for the `full` layers whose input waits in host memory.
-
-    The input of the uppermost stays, since its backward comes first, and so does the stage's own unless it `is_first`: it was received,
-    and the executor holds it.
-    """
-    full = [layer for layer, policy in enumerate(policies) if policy == "full"]
-    leaving = set(full[:-1]) - (set() if is_first else {0})
-    return tuple(OFFLOADED if layer in leaving else policy for layer, policy in enumerate(policies))
-
-
 def layer_memory(
-    *,
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    ffn_size: int,
-    adapters: Sequence[Adapter],
-    item: int,
-    tensor: int = 1,
-    sequence: bool = False,
-    head_norms: bool = False,
-    deterministic: bool = False,
+    shape: ModelShape, adapters: Sequence[Adapter], item: int, tensor: int = 1, sequence: bool = False, deterministic: bool = False
 ) -> LayerMemory:
-    """Derive a layer's sizes from its shape; `item` is the bytes of a number of the compute dtype.
+    """Derive a layer's sizes from the model's shape; `item` is the bytes of a number of the compute dtype.
 
     Flash attention in a fixed order (`deterministic`) has a copy of dQ for each program that works on a head at once.
     """
     local = tensor if sequence else 1
-    query, key_value, ffn = num_heads * head_dim // tensor, num_kv_heads * head_dim // tensor, ffn_size // tensor
-    outputs = {"qkv": (query, key_value, key_value), "o": (hidden_size,), "up": (ffn, ffn), "down": (hidden_size,)}
-
+    query, key_value = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
+    hidden, ffn = shape.hidden_size, shape.ffn_size // tensor
+    outputs = {"qkv": (query, key_value, key_value), "o": (hidden,), "up": (ffn, ffn), "down": (hidden,)}
     return LayerMemory(
-        hidden=hidden_size * item / local,
-        gathered=hidden_size * item,
+        hidden=hidden * item / local,
+        gathered=hidden * item,
         query=query * item,
         key_value=key_value * item,
         ffn=ffn * item,
-        sums=4 * num_heads / tensor,
+        sums=4 * shape.num_heads / tensor,
         statistics=4 / local,
         item=item,
         widths={
@@ -183,8 +162,8 @@ def layer_memory(
         blocks={name: sum(-(-size // _SHARE_COLUMNS) for size in sizes) for name, sizes in outputs.items()},
         largest_rank=max((adapter.rows for adapter in adapters), default=0),
         num_jobs=len(adapters),
-        head_norms=head_norms,
-        grouped=num_heads != num_kv_heads,
-        sums_of_dq=-(-_PROGRAMS * tensor // num_heads) if deterministic else 1,
+        head_norms=shape.qk_norm,
+        grouped=shape.num_heads != shape.num_kv_heads,
+        sums_of_dq=-(-_PROGRAMS * tensor // shape.num_heads) if deterministic else 1,
         sequence=sequence,
     )

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from scheduling.cost import Device, ModelShape, stage_policies
-from scheduling.layer_memory import OFFLOADED, Adapter, LayerMemory, layer_memory, offloaded
+from scheduling.cost import OFFLOADED, Device, ModelShape, offloaded, stage_policies
+from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 
@@ -131,15 +131,7 @@ def stage_memory(
     A tied matrix counts on the first and on the last stage. With `offload`, inputs of `full` layers wait in host memory.
     """
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
-    layer = layer_memory(
-        **{name: getattr(shape, name) for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size")},
-        adapters=adapters,
-        item=item,
-        tensor=tensor,
-        sequence=sequence,
-        head_norms=shape.qk_norm,
-        deterministic=deterministic,
-    )
+    layer = layer_memory(shape, adapters, item, tensor, sequence, deterministic)
     head_rows = -(-shape.vocab_size // tensor)
     linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor
     norms = (2 * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * item

@@ -65,7 +65,7 @@ class _Job:
 
 def fill(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout:
     """Lay out slot by slot towards `num_slots` even ones; stops at the horizon, continues beyond `num_slots` when gaps force it to."""
-    slot_time = max(1.0, backlog.total_time / num_slots)
+    slot_time, fixed = max(1.0, backlog.total_time / num_slots), backlog.cost.fixed
     jobs = [_Job(backlog, index, slot_time) for index in range(len(backlog.jobs))]
     shares = ramp(num_slots, backlog.num_stages, not backlog.recent)
     remaining_time, remaining_shares = backlog.total_time, math.fsum(shares)
@@ -75,7 +75,7 @@ def fill(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout
         slot = len(layout)
         target = slot_time
         if slot < num_slots:
-            target = (remaining_time + backlog.fixed * (num_slots - slot)) * shares[slot] / max(remaining_shares, 0.5) - backlog.fixed
+            target = (remaining_time + fixed * (num_slots - slot)) * shares[slot] / max(remaining_shares, 0.5) - fixed
             remaining_shares -= shares[slot]
         ready = [index for index in open_jobs if jobs[index].free_at <= slot]
         ready.sort(key=lambda index: (not jobs[index].started, -jobs[index].paths[jobs[index].group - jobs[index].first], index))
@@ -191,7 +191,7 @@ def spread(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layo
         return None
     num_slots = max(end for _, end in allowed) + 1
     shares = ramp(num_slots, backlog.num_stages, not backlog.recent)
-    loads, room, layout = [backlog.fixed] * num_slots, [backlog.capacity] * num_slots, [[] for _ in range(num_slots)]
+    loads, room, layout = [backlog.cost.fixed] * num_slots, [backlog.capacity] * num_slots, [[] for _ in range(num_slots)]
     for item in sorted(range(len(backlog.tokens)), key=lambda item: (-backlog.tokens[item], item)):
         first, end = allowed[backlog.group_of[item]]
         if horizon is not None and first >= horizon:

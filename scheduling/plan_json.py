@@ -9,12 +9,11 @@ from scheduling.types import Lengths, Microbatch, Segment, Stream
 
 def stream_to_json(stream: Stream, lengths: Lengths | Mapping[int, Sequence[Sequence[int]]]) -> list[list[list[int]]]:
     """Return a stream as plain lists, one [job, step, sample, tokens] per sample."""
-    return [[entry for segment in microbatch.segments for entry in _entries(segment, lengths)] for microbatch in stream]
-
-
-def _entries(segment: Segment, lengths: Lengths | Mapping[int, Sequence[Sequence[int]]]) -> list[list[int]]:
-    batch = lengths[segment.job][segment.step]
-    return [[segment.job, segment.step, sample, batch[sample]] for sample in segment.samples]
+    microbatches = []
+    for microbatch in stream:
+        batches = ((s, lengths[s.job][s.step]) for s in microbatch.segments)
+        microbatches.append([[s.job, s.step, sample, batch[sample]] for s, batch in batches for sample in s.samples])
+    return microbatches
 
 
 def stream_from_json(microbatches: Sequence[Sequence[Sequence[int]]]) -> Stream:

@@ -20,7 +20,7 @@ import numpy as np
 
 from scheduling.job_lengths import JobLengths
 from scheduling.timing import makespan
-from scheduling.types import Lengths, Microbatch, Stream
+from scheduling.types import Lengths, Stream
 
 TILE_ROWS = 128  # of the GEMMs
 _GRAINS = 1024  # in a token
@@ -66,17 +66,14 @@ class SlotCost:
 
 def slot_times(stream: Stream, lengths: Lengths, cost: SlotCost) -> list[float]:
     """Return the predicted time of every slot (evaluation slots: by their tokens alone)."""
-    return [_slot_time(microbatch, lengths, cost) for microbatch in stream]
-
-
-def _slot_time(microbatch: Microbatch, lengths: Lengths, cost: SlotCost) -> float:
-    if microbatch.evaluate:
-        return microbatch.num_tokens + cost.overhead(microbatch.num_tokens, len(microbatch.segments))
-    packed = []
-    for segment in microbatch.segments:
-        batch = lengths[segment.job][segment.step]
-        packed += [batch[sample] for sample in segment.samples]
-    return cost.slot(packed, len(microbatch.segments))
+    times = []
+    for slot in stream:
+        if slot.evaluate:
+            times.append(slot.num_tokens + cost.overhead(slot.num_tokens, len(slot.segments)))
+        else:
+            batches = ((s.samples, lengths[s.job][s.step]) for s in slot.segments)
+            times.append(cost.slot([batch[sample] for samples, batch in batches for sample in samples], len(slot.segments)))
+    return times
 
 
 def work_time(lengths: Lengths, cost: SlotCost) -> float:

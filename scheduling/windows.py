@@ -95,6 +95,13 @@ class WindowPlanner:
         self._advance(backlog, window)
         return to_stream(backlog, window)
 
+    def plan_all(self, lengths: Lengths) -> Iterator[Stream]:
+        """Yield the windows of a run whose jobs have samples of `lengths` [job][step][sample] and do not change."""
+        for job, steps in enumerate(lengths):
+            self.join(job, steps)
+        while self.jobs:
+            yield self.plan()
+
     def _advance(self, backlog: Backlog, window: Layout) -> None:
         """Move every job's progress past a window."""
         slot_of = {item: slot for slot, items in enumerate(window) for item in items}
@@ -118,24 +125,6 @@ class WindowPlanner:
 
     def _remove(self, number: int) -> None:
         self.numbers.release(number, self.jobs.pop(number).progress.ready)
-
-
-def plan_windows(
-    lengths: Lengths,
-    num_stages: int,
-    capacity: int,
-    num_slots: int = WINDOW_SLOTS,
-    delay: int = 0,
-    effort: int = 1,
-    cost: SlotCost | None = None,
-    max_endings: int = MAX_ENDINGS,
-) -> Iterator[Stream]:
-    """Yield the windows of a run whose jobs do not change."""
-    planner = WindowPlanner(num_stages, capacity, num_slots, delay, effort, cost, max_endings=max_endings)
-    for job, steps in enumerate(lengths):
-        planner.join(job, steps)
-    while planner.jobs:
-        yield planner.plan()
 
 
 def _known(backlog: Backlog, tail: Stream, joined: list[int]) -> Layout | None:

@@ -21,7 +21,7 @@ def write_config(path: Path, model: Path, output_dir: Path, jobs: list[dict], pa
     return path
 
 
-def train(config_path: Path, stop_after: int | None = None) -> int:
+def train(config_path: Path, stop_after: int | None = None) -> None:
     """Run a config on this rank; top level, so that pool ranks can import it.
 
     The last rank is asked to stop once it has checked `stop_after` times whether it is.
@@ -44,20 +44,20 @@ def train(config_path: Path, stop_after: int | None = None) -> int:
         def requested(self, value: bool) -> None:
             assert not value
 
-    return run(load_config(config_path), StopAfter())
+    run(load_config(config_path), StopAfter())
 
 
 def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None) -> int:
-    """Run a config on pool ranks as the launcher would: check, make the directory, record the end. Returns the ranks' one exit status."""
+    """Run a config on pool ranks as the launcher would: check, make the directory, record the end. Returns the run's exit status."""
     from megatron_lora.commands.checks import check_run
     from megatron_lora.config.schema import load_config
-    from megatron_lora.output.run_directory import RunDirectory
+    from megatron_lora.output.job_states import exit_status
+    from megatron_lora.output.run_directory import RunDirectory, job_states
 
-    check_run(load_config(config_path))
-    with RunDirectory.create(load_config(config_path)) as directory:
-        statuses = set(pool(**parallel).run(train, config_path, stop_after))
-        assert len(statuses) == 1, statuses
-        status = statuses.pop()
+    inputs = check_run(load_config(config_path))
+    with RunDirectory.create(load_config(config_path), failed=inputs.failed) as directory:
+        pool(**parallel).run(train, config_path, stop_after)
+        status = exit_status(job_states(directory.path).values())
         directory.finish(status)
     return status
 

@@ -8,37 +8,48 @@ remedy. The ranks do not check again.
 """
 
 import dataclasses
-import os
+import itertools
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig
+from megatron_lora.data.dataset_sources import MAX_NAME_BYTES, sources_of
 from megatron_lora.data.steps import check_visits, count_steps
 from megatron_lora.environment import num_cores
-from megatron_lora.errors import UserError
-from megatron_lora.huggingface.architecture import Architecture, read_architecture
+from megatron_lora.errors import UserError, one_line
+from megatron_lora.huggingface.architecture import Architecture, unread_fields
 from megatron_lora.huggingface.hub import resolve_base_model
-from megatron_lora.huggingface.weight_files import check_weights
+from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.model.backends import check_backends
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
 
-MAX_NAME_BYTES = 255  # of a file's name, on every common file system
+SAMPLES_LOOKED_AT = 100  # of a job, for its chat template's tokens, which stand in all of them
 RANKS_PER_CORE = 4  # with more gloo ranks than this on a core, they mostly wait for each other
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What the checks have read: the model's directory and architecture, and the data of each job, in the order of the jobs."""
+    """What the checks have read: the model's directory and architecture, and the data of each job, in the order of the jobs.
+
+    `failed`: why the jobs cannot train whose data are bad; they are not among the others.
+    """
 
     model_dir: Path
     architecture: Architecture
     data: tuple
+    failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = True) -> Inputs:
-    """Check that a run can start here with `ranks_here` ranks (default: all); `owner`: check the output directory too."""
+    """Check that a run can start here with `ranks_here` ranks (default: all); `owner`: check the output directory too.
+
+    A job whose data are bad fails alone, unless all are so, or it has trained before and they were good then.
+    """
     points = {}
     if owner:
         points = RunDirectory.check(config)
@@ -46,44 +57,63 @@ def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = Tr
     check_files(config)
     check_backends(config)
     check_devices(config.parallel.world_size if ranks_here is None else ranks_here)
-    inputs = read_inputs(config)
-    for job, job_data in zip(config.jobs, inputs.data, strict=True):
+    may_fail = {job.name for job in config.jobs if points.get(job.name, ResumePoint()).checkpoint is None}
+    inputs = read_inputs(config, may_fail)
+    remaining = [job for job in config.jobs if job.name not in inputs.failed]
+    for job, job_data in zip(remaining, inputs.data, strict=True):
         check_checkpoint(job, job_data, points.get(job.name, ResumePoint()))
     return inputs
 
 
-def read_inputs(config: RunConfig) -> Inputs:
-    """Read and check model, adapters and data: all that `plan` needs, which has no ranks and no output directory."""
+def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
+    """Read and check model, adapters and data: all that `plan` needs, which has no ranks and no output directory.
+
+    Jobs of `may_fail` whose data are bad are in the inputs' `failed`, if any job is left.
+    """
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
-    architecture = read_architecture(model_dir)
+    architecture = read_base_model(model_dir, config.load_weights)
+    show_unread_fields(model_dir, architecture.model_type)
     check_layout(architecture, config.parallel)
     if config.recompute != "auto":
         recompute_of_layers(config.recompute, architecture.num_layers)
-    if config.load_weights:
-        check_weights(model_dir, architecture)
     for job in config.jobs:
         check_init_adapter(job, architecture)
-    data = read_data(config, model_dir, architecture.vocab_size)
-    for job, job_data in zip(config.jobs, data, strict=True):
+    found = list(zip(config.jobs, read_data(config, model_dir, architecture), strict=True))
+    bad = {job.name: data for job, data in found if isinstance(data, UserError)}
+    for name, error in bad.items():
+        if len(bad) == len(found) or name not in may_fail:
+            raise error
+    good = [(job, data) for job, data in found if job.name not in bad]
+    for job, job_data in good:
         check_lengths(job, job_data, config.microbatch_tokens, architecture)
-        check_visits(job, len(job_data.samples))
-    return Inputs(model_dir=model_dir, architecture=architecture, data=data)
+        check_visits(job, job_data.mixture.num_copies)
+    failed = {name: str(error) for name, error in bad.items()}
+    return Inputs(model_dir=model_dir, architecture=architecture, data=tuple(data for _, data in good), failed=failed)
+
+
+def say_failed(inputs: Inputs) -> None:
+    """Print which jobs fail before they start."""
+    for name, reason in inputs.failed.items():
+        print(f"megatron-lora: job {name} fails before it starts, the others train: {reason}", file=sys.stderr)
+
+
+def show_unread_fields(model_dir: Path, model_type: str) -> None:
+    """Print one line that names the fields of config.json that neither transformers nor this trainer reads, if there are any."""
+    fields = unread_fields(model_dir)
+    if fields:
+        print(
+            f"megatron-lora: base_model: {model_dir / 'config.json'}: not read for a {model_type}, by transformers either: "
+            + one_line(", ".join(fields), 400),
+            file=sys.stderr,
+        )
 
 
 def check_files(config: RunConfig) -> None:
     """Check that every dataset and adapter that the config names exists and can be read."""
     for job in config.jobs:
         for position, dataset in enumerate(job.datasets):
-            where = f"jobs.{job.name}.datasets.{position}.path"
-            path = Path(dataset.path)
-            if len(path.name.encode()) > MAX_NAME_BYTES:
-                raise UserError(f"{where}: {show(dataset.path)}: is too long a name for a file; correct the path")
-            if not path.is_file():
-                what = "is a directory; name one file in it" if path.is_dir() else f"no such file in {os.getcwd()}; correct the path"
-                raise UserError(f"{where}: {dataset.path!r}: {what}")
-            if not os.access(path, os.R_OK):
-                raise UserError(f"{where}: {dataset.path!r}: may not be read; change its permissions")
+            sources_of(dataset, f"jobs.{job.name}.datasets.{position}.path")
         if job.init_adapter is None:
             continue
         if len(Path(job.init_adapter).name.encode()) > MAX_NAME_BYTES:
@@ -114,13 +144,15 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
     """Check that a job's `init_adapter` has its rank, scale and modules, and fits this base model; imports torch."""
     if job.init_adapter is None:
         return
-    from megatron_lora.huggingface.adapter_files import check_adapter, read_adapter
+    from megatron_lora.huggingface.adapter_files import check_adapter, check_modules, read_adapter
 
     where = f"jobs.{job.name}"
     try:
         adapter = read_adapter(job.init_adapter)
     except UserError as error:
         raise UserError(f"{where}.init_adapter: {error}") from None
+    named = f"{where}.init_adapter: {job.init_adapter!r}"
+    check_modules(named, adapter, architecture.module_sizes)
     for key in ("r", "lora_alpha", "use_rslora"):
         wanted, found = getattr(job, key), getattr(adapter, key)
         if wanted != found:
@@ -128,44 +160,80 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
     if set(adapter.target_modules) != set(job.target_modules):
         found = ", ".join(module for module in architecture.module_sizes if module in adapter.target_modules)
         raise UserError(f"{where}.target_modules: differ from those in init_adapter {job.init_adapter!r}; set [{found}]")
-    sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
-    shapes = {
-        architecture.module_path(layer, module): (num_out, num_in)
+    paths = {
+        (layer, module): architecture.module_path(layer, module)
         for layer in range(architecture.num_layers)
-        for module, (num_in, num_out) in sizes.items()
+        for module in architecture.module_sizes
     }
-    check_adapter(f"{where}.init_adapter: {job.init_adapter!r}", adapter, shapes)
+    sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
+    shapes = {path: (sizes[module][1], sizes[module][0]) for (_, module), path in paths.items() if module in sizes}
+    others = [*(path for path in paths.values() if path not in shapes), "model.embed_tokens", "lm_head"]
+    check_adapter(named, adapter, shapes, others)
 
 
-def read_data(config: RunConfig, model_dir: Path, vocab_size: int) -> tuple:
-    """Tokenise every job's datasets, or read them from the cache."""
-    from megatron_lora.data.samples import load_jobs_data
+def read_data(config: RunConfig, model_dir: Path, architecture: Architecture) -> tuple:
+    """Tokenise every job's datasets, or read them from the cache; warn of tokens in them that the base model does not know.
+
+    A job whose data are bad has a UserError there.
+    """
+    from megatron_lora.data.chat_template import chat_settings
+    from megatron_lora.data.samples import try_jobs_data
     from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.data.tokenizer import tokenizer_for
+    from megatron_lora.data.tokenizer_checks import doubts_of
 
-    return load_jobs_data(config.jobs, tokenizer_for(config.jobs, model_dir), cache_dir(), vocab_size)
+    tokenizer = tokenizer_for(config.jobs, model_dir)
+    for doubt in () if tokenizer is None else doubts_of(tokenizer):
+        print(f"megatron-lora: warning: {doubt}", file=sys.stderr)
+    for job in config.jobs:
+        chat_settings(job)  # a template's file that is not there is the config's fault, not the data's
+    data = try_jobs_data(config.jobs, tokenizer, cache_dir(), architecture.vocab_size)
+    if tokenizer is not None and config.load_weights:
+        good = {job.name: found for job, found in zip(config.jobs, data, strict=True) if not isinstance(found, UserError)}
+        warn_of_untrained_tokens(good, tokenizer, model_dir, architecture)
+    return data
+
+
+def warn_of_untrained_tokens(data: Mapping[str, Any], tokenizer, model_dir: Path, architecture: Architecture) -> None:
+    """Warn of added tokens, such as a chat template's, in the first samples of a job's data whose rows the base model never trained."""
+    from megatron_lora.huggingface.untrained_tokens import untrained_tokens
+    from megatron_lora.huggingface.weight_slices import Checkpoint
+
+    added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
+    used = {
+        name: {int(token) for sample in itertools.islice(job.samples, SAMPLES_LOOKED_AT) for token in sample.tokens} & added.keys()
+        for name, job in data.items()
+    }
+    tokens = {token: added[token] for found in used.values() for token in found}
+    untrained = untrained_tokens(Checkpoint(model_dir, architecture), architecture, tokens, added) if tokens else []
+    if untrained:
+        jobs = [name for name, found in used.items() if {added[token] for token in found} & set(untrained)]
+        print(
+            f"megatron-lora: warning: base_model: has untrained rows for {', '.join(untrained)}, which stand in the data of "
+            f"{', '.join(jobs)}; such tokens can hardly be learnt: use an instruct model, or chat_template: plain",
+            file=sys.stderr,
+        )
 
 
 def check_checkpoint(job: JobConfig, job_data, point: ResumePoint) -> None:
     """Check that a job's checkpoint is complete, and was made with the job's samples and number of steps."""
-    from megatron_lora.data.samples import digest_of
     from megatron_lora.output.checkpoint import check_tensors
 
     if point.checkpoint is None or point.state is None:
         return
     check_tensors(point.checkpoint)
-    num_steps = count_steps(len(job_data.samples), job.global_batch_size, job.num_epochs, job.max_steps)
-    if (point.state.samples, point.state.num_steps) != (digest_of(job_data.samples), num_steps):
+    num_steps = count_steps(job_data.mixture.num_copies, job.global_batch_size, job.num_epochs, job.max_steps)
+    if (point.state.samples, point.state.num_steps) != (job_data.digest(), num_steps):
         raise UserError(
-            f"jobs.{job.name}.datasets: have other records, or the tokenizer makes other tokens of them, than when {point.checkpoint} "
-            "was written; restore them, or choose another output_dir"
+            f"jobs.{job.name}.datasets: have other records or weights, or the tokenizer makes other tokens of them, than when "
+            f"{point.checkpoint} was written; restore them, or choose another output_dir"
         )
 
 
 def check_lengths(job: JobConfig, data, microbatch_tokens: int | str, architecture: Architecture) -> None:
     """Check that no sample has more tokens than a microbatch or than the model has positions."""
     where = f"jobs.{job.name}"
-    longest = max(data.samples, key=lambda sample: len(sample.tokens))
+    longest = data.samples[int(data.samples.lengths.argmax())]
     tokens = len(longest.tokens)
     if isinstance(microbatch_tokens, int) and tokens > microbatch_tokens:
         raise UserError(

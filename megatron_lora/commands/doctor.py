@@ -125,19 +125,8 @@ def backends() -> list[Finding]:
             "torch's attention, in a fixed order of sums" if cuda else "no cost, CPU sums have a fixed order",
             "3 to 8% less speed on an H200 than cuDNN's, and what the fixed order takes" if cuda else "",
         ),
-        *_cudnn(here.cudnn, cuda, INSTALL_CUDNN),
-        *_engine(here.engine, cuda, INSTALL_ENGINE),
+        *(_extras(here.cudnn, here.engine, INSTALL_CUDNN, INSTALL_ENGINE) if cuda else []),
     ]
-
-
-def _cudnn(found: str | None, cuda: bool, install: str) -> list[Finding]:
-    """Report what cuDNN's attention is used for here."""
-    if not cuda:
-        return []
-    if found is None:
-        cost = f"torch's attention takes its place, 3 to 8% less speed on an H200; {install}"
-        return [Finding("cuDNN's attention", "missing", cost)]
-    return [Finding("cuDNN's attention", f"nvidia-cudnn-frontend {found}", "for backend: auto, where it works when a run starts")]
 
 
 def hopper_kernels(capability: tuple[int, int] | None, version: tuple[int, ...] = VERSION) -> str:
@@ -150,13 +139,18 @@ def hopper_kernels(capability: tuple[int, int] | None, version: tuple[int, ...] 
     )
 
 
-def _engine(found: str | None, cuda: bool, install: str) -> list[Finding]:
-    """Report what Transformer Engine is used for here."""
-    if not cuda:
-        return []
-    if found is None:
-        return [Finding("backend te", "missing", f"nothing: our norms and torch's attention take its place; {install}")]
-    return [Finding("backend te", found, "for backend: te; its norms, and its attention where that works when a run starts")]
+def _extras(cudnn: str | None, engine: str | None, install_cudnn: str, install_engine: str) -> list[Finding]:
+    """Report what cuDNN's attention and Transformer Engine are used for on a GPU."""
+    no_cudnn = f"torch's attention takes its place, 3 to 8% less speed on an H200; {install_cudnn}"
+    no_engine = f"nothing: our norms and torch's attention take its place; {install_engine}"
+    return [
+        Finding("cuDNN's attention", f"nvidia-cudnn-frontend {cudnn}", "for backend: auto, where it works when a run starts")
+        if cudnn
+        else Finding("cuDNN's attention", "missing", no_cudnn),
+        Finding("backend te", engine, "for backend: te; its norms, and its attention where that works when a run starts")
+        if engine
+        else Finding("backend te", "missing", no_engine),
+    ]
 
 
 def apex() -> list[Finding]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.output.metrics import metrics_file, read_metrics
-from scheduling.cost import CostModel
+from scheduling.cost import CostModel, pass_features
 from scheduling.plan_json import stream_from_json
 from scheduling.simulate import Event, Timeline, simulate
 from scheduling.types import Op, Stream
@@ -158,15 +158,9 @@ class FinishedRun:
         """Return the run as it was predicted when it began."""
         multiple = self.config.parallel.row_multiple
         ranks = {job.name: job.r for job in self.config.jobs}
-        features = []
-        for entries in self.slots:
-            tokens = sum(entry[3] for entry in entries)
-            ranked = sum(entry[3] * ranks[self.cost["jobs"][entry[0]]] for entry in entries)
-            features.append((-(-tokens // multiple) * multiple, sum(entry[3] ** 2 for entry in entries), ranked))
-        stages = CostModel.from_json(self.cost["stages"]).stages
-        forward = [[stage.forward.seconds(*slot) for slot in features] for stage in stages]
-        backward = [[stage.backward.seconds(*slot) for slot in features] for stage in stages]
-        return self._simulated(forward, backward, self.cost["hop_s"], self.cost["step_s"])
+        samples = ([(tokens, ranks[self.cost["jobs"][job]]) for job, _, _, tokens in slot] for slot in self.slots)
+        times = CostModel.from_json(self.cost["stages"]).pass_times([[pass_features(slot, multiple)] for slot in samples])
+        return self._simulated(*times, self.cost["hop_s"], self.cost["step_s"])
 
     def replayed(self) -> Timeline:
         """Return the plan with the time that each pass took; what the real run takes beyond it is messages, launches and late plans."""
@@ -175,7 +169,7 @@ class FinishedRun:
 
     def _simulated(self, forward: Sequence, backward: Sequence, hop_s: float, step_s: float) -> Timeline:
         delay = self.config.parallel.norm_delay
-        return simulate(self.stream, self.num_stages, forward, backward, hop_s=hop_s, step_s=step_s, delay=delay)
+        return simulate(self.stream, forward, backward, hop_s, step_s, delay)
 
     def real(self) -> Timeline:
         """Return what ran on the first rank of each stage."""
@@ -187,7 +181,7 @@ class FinishedRun:
             for e in self.spans[rank]
             if e["cat"] in WORK
         ]
-        return Timeline(self.num_stages, self.makespan_s, tuple(events), ())
+        return Timeline(self.num_stages, self.makespan_s, tuple(events))
 
 
 def _check_cost(cost: dict, names: set[str], num_stages: int) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_lora.commands.checks import check_run
+from megatron_lora.commands.checks import check_run, say_failed
 from megatron_lora.commands.rank import LAUNCHED
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.environment import environment, num_cores
@@ -45,11 +45,12 @@ def train(config_path: str, overrides: list[str]) -> int:
     config = load_config(config_path, overrides)
     nodes = find_nodes(os.environ)
     ranks_here = split_ranks(config, nodes)
-    check_run(config, ranks_here, owner=nodes.index == 0)
+    inputs = check_run(config, ranks_here, owner=nodes.index == 0)
     command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides]
     if nodes.index > 0:
         return report_ending(start_ranks(command, ranks_here, lock=None))
-    with RunDirectory.create(config, environment()) as run:
+    say_failed(inputs)
+    with RunDirectory.create(config, environment(), inputs.failed) as run:
         ending = start_ranks(command, ranks_here, run.lock)
         recorded = run.status()["exit_status"]
         if recorded is not None:

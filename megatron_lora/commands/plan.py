@@ -7,13 +7,12 @@ its share of the work; its gain is its time alone divided by that. The last line
 one by one divided by the time together.
 """
 
-import dataclasses
 from pathlib import Path
 
 from megatron_lora.commands.checks import read_inputs
 from megatron_lora.config.rules import one_of
 from megatron_lora.config.schema import RunConfig, load_config
-from megatron_lora.data.steps import JobSamples, target_share
+from megatron_lora.data.sample_arrays import target_share
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import layers_of_stages
@@ -24,42 +23,32 @@ from megatron_lora.planning.plan_picture import check_plot_path, draw
 from megatron_lora.planning.predict import cost_of, memory_of, message_and_step_seconds, planner_cost
 from megatron_lora.planning.resolve import describe, host_memory_line, resolve
 from scheduling.cost import DEVICES, Device
+from scheduling.data_parallel import deal
 from scheduling.memory import RESERVED
 from scheduling.policies import POLICIES, Runs
-from scheduling.windows import plan_windows
+from scheduling.windows import WindowPlanner
 
 MIN_GAIN = 0.02  # a smaller gain is reported as none
 DETERMINISTIC = "deterministic: true; attention is torch's, in a fixed order of sums, which the seconds do not count"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The options of the command line besides the config; None is the default of each."""
-
-    policy: str | None = None
-    plot: str | None = None
-    device: str | None = None
-    cost: str | None = None
-
-
-def main(config_path: str, overrides: list[str], options: Options | None = None) -> int:
-    """Print the plan of a config, and draw it into the file `options.plot`; returns 0."""
-    options = options or Options()
-    policy = one_of(*POLICIES)("--policy", options.policy or "ours")
-    named = None if options.device is None else named_device("--device", options.device)
-    if options.plot is not None:
-        check_plot_path(options.plot)
+def main(config_path: str, overrides: list[str], *, policy: str, plot: str | None, device_name: str | None, cost_file: str | None) -> int:
+    """Print the plan of a config, and draw it into the file `plot`; returns 0."""
+    one_of(*POLICIES)("--policy", policy)
+    named = None if device_name is None else named_device("--device", device_name)
+    if plot is not None:
+        check_plot_path(plot)
     given = load_config(config_path, overrides)
-    costs = None if options.cost is None else read_calibration(Path(options.cost), "--cost")
+    costs = None if cost_file is None else read_calibration(Path(cost_file), "--cost")
     inputs = read_inputs(given)
     device, known, costs = choose_device(named, costs, given, inputs.architecture)
-    samples = [JobSamples.of(job, job_data.samples) for job, job_data in zip(given.jobs, inputs.data, strict=True)]
+    samples = [job_data.steps_of(job) for job, job_data in zip(given.jobs, inputs.data, strict=True)]
     lengths = [of_job.lengths() for of_job in samples]
     share = target_share((of_job.samples, of_job.steps) for of_job in samples)
     config = resolve(given, inputs.architecture, lengths, device, share)
     cost = cost_of(config, inputs.architecture, device, share)
     weights = planner_cost(config, inputs.architecture, device, share)
-    workload = Workload.of(config, lengths, cost, weights)
+    workload = Workload(config=config, dealt=deal(lengths, config.parallel.data, weights), cost=cost, weights=weights)
     seconds = message_and_step_seconds(config, inputs.architecture, device)
     together, solo = (forecast(runs_of(each, workload), workload, *seconds) for each in (policy, "flush"))
     lines = [*describe(given, config), *table(config, policy, workload, solo, together), ""]
@@ -67,8 +56,8 @@ def main(config_path: str, overrides: list[str], options: Options | None = None)
     lines += [*host_memory_line(given, config, inputs.architecture, device), *[DETERMINISTIC][: config.deterministic], ""]
     lines += [basis(device, known, costs, share), *advice(config, policy, solo, together)]
     print("\n".join(lines))
-    if options.plot is not None:
-        draw(options.plot, [("predicted", together.timeline)], together.stream, [job.name for job in config.jobs], "seconds")
+    if plot is not None:
+        draw(plot, [("predicted", together.timeline)], together.stream, [job.name for job in config.jobs], "seconds")
     return 0
 
 
@@ -95,12 +84,12 @@ def choose_device(
 
 def runs_of(policy: str, workload: Workload) -> Runs:
     """Plan the workload by a policy: `ours` as training does, in rolling windows with the planner's weights; others with the real cost."""
-    stages, capacity = workload.num_stages, workload.capacity
+    jobs, parallel, rounds = workload.config.jobs, workload.config.parallel, workload.dealt.rounds
+    stages, capacity = parallel.pipeline, workload.config.microbatch_tokens
     if policy != "ours":
-        real = workload.cost.slot_cost(sum(workload.ranks) / len(workload.ranks))
-        return POLICIES[policy](workload.planned, stages, capacity, real)
-    windows = plan_windows(workload.planned, stages, capacity, delay=workload.delay, cost=workload.weights)
-    return (tuple(microbatch for window in windows for microbatch in window),)
+        return POLICIES[policy](rounds, stages, capacity, workload.cost.slot_cost(sum(job.r for job in jobs) / len(jobs)))
+    planner = WindowPlanner(stages, capacity, delay=parallel.norm_delay, cost=workload.weights)
+    return (sum(planner.plan_all(rounds), ()),)
 
 
 def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, together: Forecast) -> list[str]:
@@ -119,9 +108,10 @@ def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, to
         return " ".join([f"{name:{width}}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))])
 
     gains = gains_of(solo, together)
-    for job, steps in enumerate(workload.lengths):
-        lines.append(row(names[job], len(steps), solo.of_job(job), gains[job]))
-    steps = sum(map(len, workload.lengths))
+    steps_of = [len(dealt.lengths) for dealt in workload.dealt.jobs.values()]
+    for job, steps in enumerate(steps_of):
+        lines.append(row(names[job], steps, solo.of_job(job), gains[job]))
+    steps = sum(steps_of)
     lines.append(row(names[-2], steps, solo.figures, None))
     lines.append(row(names[-1], steps, together.figures, solo.figures.seconds / together.figures.seconds))
     return lines

@@ -14,11 +14,16 @@ from megatron_lora.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from megatron_lora.data.encoded import Encoded
+
 GREEN, PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 
 def main(config_path: str, overrides: list[str], job_name: str, num_samples: int) -> int:
-    """Print the first records of a job, targets in green on a terminal and between « and » elsewhere; returns 0."""
+    """Print the first records of a job, targets in green on a terminal and between « and » elsewhere, and what is wrong with others.
+
+    Returns 0; UserError where a bad record would fail the job.
+    """
     if num_samples < 1:
         raise UserError(f"--samples: {num_samples} is too few; use a whole number of at least 1")
     config = load_config(config_path, overrides)
@@ -26,6 +31,8 @@ def main(config_path: str, overrides: list[str], job_name: str, num_samples: int
     if job_name not in jobs:
         raise UserError(f"--job: no job is called {job_name!r}{suggest(job_name, jobs)}; the jobs are {', '.join(jobs)}")
     from megatron_lora.commands.checks import check_files
+    from megatron_lora.data.samples import read_all_records
+    from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.data.tokenizer import load_tokenizer
     from megatron_lora.huggingface.hub import resolve_base_model
 
@@ -33,8 +40,17 @@ def main(config_path: str, overrides: list[str], job_name: str, num_samples: int
     for dataset in jobs[job_name].datasets:
         if dataset.type == "lengths":
             raise UserError(f"--job: {job_name!r} trains on random tokens of the lengths in {dataset.path!r}, which are no text to show")
-    for record in preview_records(jobs[job_name], load_tokenizer(resolve_base_model(config.base_model)), num_samples):
+    from megatron_lora.data.tokenizer_checks import doubts_of
+
+    job, tokenizer = jobs[job_name], load_tokenizer(resolve_base_model(config.base_model))
+    for record in preview_records(job, tokenizer, num_samples):
         print(show_preview(record, color=sys.stdout.isatty()))
+    data = read_all_records(job, tokenizer, cache_dir())
+    print(f"{job_name}: {data.describe()}", *doubts_of(tokenizer), sep="\n")
+    if data.num_bad:
+        print(f"bad records, the first of each kind:\n{chr(10).join(data.bad)}")
+    if data.num_bad and job.bad_rows == "refuse":
+        raise UserError(data.bad[0])
     return 0
 
 
@@ -59,36 +75,48 @@ class PreviewRecord:
 
 
 def preview_records(job: JobConfig, tokenizer: PreTrainedTokenizerBase, num_records: int = 3) -> tuple[PreviewRecord, ...]:
-    """Encode the first records of a job's datasets exactly as training does, with the same errors."""
-    from megatron_lora.data.row_files import read_records
+    """Encode the first good records of a job's datasets exactly as training does."""
+    from megatron_lora.data.chat_template import chat_settings
+    from megatron_lora.data.dataset_sources import sources_of
     from megatron_lora.data.row_formats import RecordEncoder
     from megatron_lora.data.tokenizer import require_chat_template
+
+    encoder = RecordEncoder(tokenizer, chat_settings(job))
+    preview: list[PreviewRecord] = []
+    number = 0
+    for position, dataset in enumerate(job.datasets):
+        require_chat_template(job, dataset, tokenizer)
+        for source in sources_of(dataset, f"jobs.{job.name}.datasets.{position}.path"):
+            for where, record in (row for block in source.blocks() for row in block.rows()):
+                number += 1
+                if isinstance(record, UserError):
+                    continue
+                try:
+                    encoded = encoder.encode(record, dataset.type, job.train_on_inputs, where)
+                except UserError:
+                    continue  # listed with all others of its kind
+                preview.append(_preview_record(job, tokenizer, where, number - 1, encoded))
+                if len(preview) == num_records:
+                    return tuple(preview)
+    return tuple(preview)
+
+
+def _preview_record(job: JobConfig, tokenizer: PreTrainedTokenizerBase, where: str, number: int, encoded: Encoded) -> PreviewRecord:
+    """Cut a record and turn its tokens back into text."""
 
     def text_of(tokens: list[int]) -> str:
         return cast(str, tokenizer.decode(tokens))  # a list of texts is what lists of lists give
 
-    encoder = RecordEncoder(tokenizer)
-    preview: list[PreviewRecord] = []
-    for dataset in job.datasets:
-        require_chat_template(job.name, dataset, tokenizer)
-        for where, record in itertools.islice(read_records(dataset.path), num_records - len(preview)):
-            encoded = encoder.encode(record, dataset.type, job.train_on_inputs, where)
-            kept = list(zip(*(part[: job.sequence_len].tolist() for part in (encoded.tokens, encoded.targets)), strict=True))
-            spans = [(target, text_of([token for token, _ in span])) for target, span in itertools.groupby(kept, key=lambda pair: pair[1])]
-            texts = [(token, text_of([token]), target) for token, target in kept]
-            preview.append(
-                PreviewRecord(
-                    where=where,
-                    record=len(preview),
-                    spans=tuple(spans),
-                    token_texts=tuple(texts),
-                    num_tokens_uncut=len(encoded.tokens),
-                    notes=encoded.notes,
-                )
-            )
-        if len(preview) == num_records:
-            break
-    return tuple(preview)
+    kept = list(zip(*(part[: job.sequence_len].tolist() for part in (encoded.tokens, encoded.targets)), strict=True))
+    spans = [(target, text_of([token for token, _ in span])) for target, span in itertools.groupby(kept, key=lambda pair: pair[1])]
+    return PreviewRecord(
+        where=where,
+        record=number,
+        spans=tuple(spans),
+        token_texts=tuple((token, text_of([token]), target) for token, target in kept),
+        num_tokens_uncut=len(encoded.tokens),
+        notes=encoded.notes,
+    )
 
 
 def show_preview(record: PreviewRecord, color: bool) -> str:

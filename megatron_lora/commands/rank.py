@@ -30,22 +30,16 @@ def under_torchrun() -> bool:
 
 def main(config_path: str, overrides: list[str]) -> int:
     """Train as one rank; returns the exit status, or ends the process on an exception."""
-    rank, launched, stop = int(os.environ["RANK"]), LAUNCHED in os.environ, StopRequest()
-
-    def work() -> int:
-        config = load_config(config_path, overrides)
-        return _run_first_rank(config, launched, stop) if rank == 0 else _run(config, stop)
-
-    status = _as_rank(work, stop)
-    return 0 if launched or rank > 0 else status
+    stop = StopRequest()
+    status = _as_rank(lambda: _train(_load(config_path, overrides), stop), stop)
+    return 0 if LAUNCHED in os.environ else status
 
 
 def calibrate(config_path: str, overrides: list[str], output: str | None) -> int:
     """Calibrate as one rank; returns 0, or ends the process on an exception."""
 
     def work() -> int:
-        config = load_config(config_path, overrides)
-        _check_world_size(config)
+        config = _load(config_path, overrides)
         import torch.distributed as dist
 
         from megatron_lora.training import calibrate
@@ -73,17 +67,32 @@ def _as_rank(work: Callable[[], int], stop: StopRequest) -> int:
         _exit_now(error, 1)
 
 
-def _run_first_rank(config: RunConfig, launched: bool, stop: StopRequest) -> int:
-    """Train as rank 0, which locks the output directory and records how the run ended."""
-    if launched:
+def _load(config_path: str, overrides: list[str]) -> RunConfig:
+    """Load the config; UserError unless torchrun started as many ranks as it needs."""
+    config = load_config(config_path, overrides)
+    parallel, needed, started = config.parallel, config.parallel.world_size, int(os.environ["WORLD_SIZE"])
+    if started != needed:
+        raise UserError(
+            f"parallel: pipeline {parallel.pipeline} x tensor {parallel.tensor} x data {parallel.data} needs {needed} ranks and "
+            f"torchrun started {started}; start it with --nproc-per-node {needed}, or run megatron-lora train without torchrun"
+        )
+    return config
+
+
+def _train(config: RunConfig, stop: StopRequest) -> int:
+    """Train, and return the run's status as rank 0, which locks the output directory and records how the run ended; others return 0."""
+    if os.environ["RANK"] != "0":
+        _run(config, stop)
+        return 0
+    if LAUNCHED in os.environ:
         run_directory = RunDirectory.join(config)
     else:
-        from megatron_lora.commands.checks import check_run
+        from megatron_lora.commands.checks import check_run, say_failed
         from megatron_lora.environment import environment
 
-        _check_world_size(config)
-        check_run(config)
-        run_directory = RunDirectory.create(config, environment())
+        inputs = check_run(config)
+        say_failed(inputs)
+        run_directory = RunDirectory.create(config, environment(), inputs.failed)
     with run_directory:
         _run(config, stop)
         status = exit_status(job_states(run_directory.path).values())  # of all jobs, those of earlier starts too
@@ -91,28 +100,14 @@ def _run_first_rank(config: RunConfig, launched: bool, stop: StopRequest) -> int
     return status
 
 
-def _run(config: RunConfig, stop: StopRequest) -> int:
-    """Check the number of ranks and call train.py."""
-    _check_world_size(config)
+def _run(config: RunConfig, stop: StopRequest) -> None:
     import torch.distributed as dist
 
     from megatron_lora.training import train
 
-    status = train.run(config, stop)
+    train.run(config, stop)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return status
-
-
-def _check_world_size(config: RunConfig) -> None:
-    """Raise UserError unless torchrun started as many ranks as the config needs."""
-    needed, started = config.parallel.world_size, int(os.environ["WORLD_SIZE"])
-    if started != needed:
-        parallel = config.parallel
-        raise UserError(
-            f"parallel: pipeline {parallel.pipeline} x tensor {parallel.tensor} x data {parallel.data} needs {needed} ranks and "
-            f"torchrun started {started}; start it with --nproc-per-node {needed}, or run megatron-lora train without torchrun"
-        )
 
 
 def _exit_now(error: BaseException, status: int) -> NoReturn:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
 
 Check = Callable[[str, object], Any]
 
@@ -76,6 +76,11 @@ def show(value: object) -> str:
     """Write a value as in YAML, on one line of at most 60 characters."""
     text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def key_name(name: str) -> str:
+    """Write a key that a user chose on one line, in quotes where it has characters that cannot be shown."""
+    return one_line(name if name.isprintable() else repr(name), 60)
 
 
 def whole_number(what: str, low: int, high: int | None = None) -> Rule:
@@ -183,6 +188,18 @@ def subset_of(what: str, choices: tuple[str, ...]) -> Rule:
             if chosen.count(word) > 1:
                 raise UserError(f"{path}: {word!r} is in the list twice; remove one of the two")
         return tuple(word for word in choices if word in chosen)
+
+    return rule
+
+
+def mapping_of(what: str) -> Rule:
+    """Accept a mapping of names to values of YAML's own types."""
+
+    @accepts(f"a mapping of {what} to values")
+    def rule(path: str, value: object) -> dict[str, object]:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"{path}: {show(value)} is not a mapping of {what} to values; write {{name: value}}")
+        return value
 
     return rule
 

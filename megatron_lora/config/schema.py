@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_lora.config.dataset_paths import DATASET_TYPES, check_hub_keys, dataset_path
 from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.rules import (
     OTHER_WORDS,
@@ -22,8 +23,10 @@ from megatron_lora.config.rules import (
     accepts,
     auto_or,
     job_name,
+    key_name,
     later,
     list_of,
+    mapping_of,
     null_or,
     number,
     one_of,
@@ -32,6 +35,7 @@ from megatron_lora.config.rules import (
     show,
     subset_of,
     suggest,
+    text,
     truth,
     whole_number,
 )
@@ -40,8 +44,6 @@ from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DATASET_TYPES = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "lengths")
-DATASET_FILES = (".json", ".jsonl", ".parquet")
 SEED = whole_number("a seed", 0, 2**32 - 1)
 
 
@@ -53,15 +55,6 @@ def key(default: object, rule: Rule, meaning: str, unit: str = "") -> Any:
 def required(rule: Rule, meaning: str, unit: str = "") -> Any:
     """Declare a key that every config must set."""
     return dataclasses.field(metadata={"rule": rule, "meaning": meaning, "unit": unit})
-
-
-@accepts(f"the path of a file that ends in {', '.join(DATASET_FILES)}")
-def dataset_file(path: str, value: object) -> str:
-    """Accept the path of a file of records."""
-    name = path_of("the path of a dataset")(path, value)
-    if not name.endswith(DATASET_FILES):
-        raise UserError(f"{path}: {show(value)} is no kind of file that is read; use one that ends in {', '.join(DATASET_FILES)}")
-    return name
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,16 +128,25 @@ def parallel(path: str, value: object) -> ParallelConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetConfig:
-    """One file of records and their format."""
+    """Records of one format: a file, several, or a data set of the hub."""
 
-    path: str = required(dataset_file, "file of records, from the directory in which the command runs")
+    path: str = required(dataset_path, "file of records or pattern (`*`, `?`, `**`), from the directory of the command; or a hub id")
     type: str = required(one_of(*DATASET_TYPES), "format of its records: [data.md](data.md)")
+    name: str | None = key(None, null_or(text("the name of a hub data set's configuration")), "of a hub id: its configuration")
+    split: str | None = key(None, null_or(text("the name of a split")), "of a hub id: its split (`train[:1000]`); null: `train`")
+    sampling_weight: float = key(
+        1.0,
+        number("a sampling weight", 0, 1000, above=True),
+        "how often an epoch takes each sample: 2 twice, 0.1 a tenth of them, drawn anew each epoch; 2.5 twice and half of them again",
+    )
 
 
 @accepts("a mapping of `path` and `type`")
 def dataset(path: str, value: object) -> DatasetConfig:
     """Accept a mapping of DatasetConfig's keys."""
-    return _build(DatasetConfig, path, value)
+    config = _build(DatasetConfig, path, value)
+    check_hub_keys(path, config.path, {"name": config.name, "split": config.split})
+    return config
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +159,22 @@ class JobConfig:
     val_datasets: tuple[DatasetConfig, ...] | None = key(
         None, later(null_or(list_of("{path, type}", dataset)), off=None), "validation data"
     )
+    bad_rows: str = key(
+        "refuse",
+        one_of("refuse", "drop"),
+        "`refuse`: a record that cannot be trained on fails the job before it starts; `drop`: such records are counted and left out",
+    )
     train_on_inputs: bool = key(
         False, truth(), "false: the loss counts completions and assistant turns alone; true: every token but the first of a sample"
+    )
+    train_on: str = key("all", one_of("all", "last"), "which assistant turns of a record the loss counts: all, or the last one alone")
+    chat_template: str | None = key(
+        None,
+        null_or(path_of("a file that holds a chat template, or the name of one")),
+        "in place of the base model's: a file, or the name of [one of ours](data.md#chat-templates); null: the base model's",
+    )
+    chat_template_kwargs: dict[str, Any] | None = key(
+        None, null_or(mapping_of("names that a chat template uses")), "what the chat template is given besides messages and tools"
     )
     sequence_len: int = key(
         2048, whole_number("a sequence length in tokens", 2), "longer samples are cut at the right, and counted", "tokens"
@@ -323,6 +339,8 @@ def _load_jobs(defaults: object, jobs: object, seed: int) -> tuple[JobConfig, ..
         if name and name.lower() in built:
             raise UserError(f"{where}.name: two jobs have this name (upper and lower case count as the same); rename one")
         config = _build(JobConfig, where, defaults | job)
+        if config.train_on == "last" and config.train_on_inputs:
+            raise UserError(f"{where}.train_on: last contradicts {where}.train_on_inputs: true; keep one of them")
         built[config.name.lower()] = config if config.seed is not None else dataclasses.replace(config, seed=seed)
     return tuple(built.values())
 
@@ -361,7 +379,7 @@ def _check_keys(kind: type, path: str, tree: dict, extra: tuple[str, ...] = ()) 
         if home and (meant == name or not hint):
             hint = f" here; {'it' if meant == name else meant} is a key of {home}"
         listed = "" if hint else f"; the keys are {', '.join(sorted(known))}"
-        raise UserError(f"{path}.{name}".lstrip(".") + f": unknown key{hint}{listed}")
+        raise UserError(f"{path}.{key_name(name)}".lstrip(".") + f": unknown key{hint}{listed}")
 
 
 def _names(kind: type) -> frozenset[str]:

@@ -1,89 +1,96 @@
-"""A record that is a conversation, in either way of writing it, to its tokens and targets.
+"""A record that is a conversation, in any way of writing it, to its tokens and targets.
 
     messages    {messages: [{role, content}]}
     sharegpt    {conversations: [{from, value}]}
 
-Both become the messages that the tokenizer's chat template knows; chat_turns.py renders them and finds the turns.
+chat_fields.py reads the fields, chat_template.py renders them, chat_turns.py finds the turns that are
+trained, and left_out.py what does not show.
 """
 
-import json
 from collections.abc import Mapping
-from types import MappingProxyType
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_lora.data.chat_turns import closing_tokens, encode_chat
+from megatron_lora.data.chat_fields import Conversation, read_conversation
+from megatron_lora.data.chat_template import ChatSettings, ChatTemplate
+from megatron_lora.data.chat_turns import assistant_spans, end_of_turn, inside, tokens_of
 from megatron_lora.data.encoded import Encoded
-from megatron_lora.data.record_fields import missing, text_of
+from megatron_lora.data.left_out import NO_END, NO_END_IN_MARKS, TOOLS, LeftOut
+from megatron_lora.data.record_fields import complete
 from megatron_lora.errors import UserError
-
-CHAT_TYPES = ("messages", "sharegpt")
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = MappingProxyType(
-    {
-        "system": "system",
-        "human": "user",
-        "user": "user",
-        "gpt": "assistant",
-        "chatgpt": "assistant",
-        "assistant": "assistant",
-        "model": "assistant",
-        "tool": "tool",
-    }
-)
-# Fields that ask for a different training, and that this trainer does not support.
-REFUSED_IN_RECORD = ("tools", "functions", "system")
-REFUSED_IN_MESSAGE = ("tool_calls", "function_call", "reasoning_content", "thinking", "weight", "train")
 
 
 class ChatEncoder:
     """Turns conversations into tokens and targets with one tokenizer; UserError says where a record stands that cannot be trained on."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings):
         self._tokenizer = tokenizer
-        self._closing = closing_tokens(tokenizer)
+        self._template = ChatTemplate(tokenizer, settings)
+        self._left_out = LeftOut()
+        self._train_on = settings.train_on
+        added = tokenizer.added_tokens_decoder
+        bos, eos = (cast(int, token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))  # None, if there is none, is no token
+        # The tokens that can end a turn: the added ones and eos, without a bos that is not also the eos.
+        self._closing = frozenset({*added, eos} - ({bos} - {eos}))
 
-    def encode(self, record: Mapping[str, object], format: str, where: str) -> Encoded:
-        """Encode a record of one of CHAT_TYPES; its targets are all False where no assistant turn has content."""
-        list_key, role_key, content_key = {
-            "messages": ("messages", "role", "content"),
-            "sharegpt": ("conversations", "from", "value"),
-        }[format]
-        turns = [(_role(turn, role_key, where), turn) for turn in _turns(record, list_key, where)]
-        messages = [{"role": role, "content": text_of(turn, content_key, where)} for role, turn in turns]
-        ids, targets = encode_chat(self._tokenizer, messages, self._closing, where)
-        if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-            targets = np.zeros_like(targets)
-        return Encoded(np.asarray(ids, dtype=np.int32), targets)
+    def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> Encoded:
+        """Encode a conversation; its targets are all False where no assistant turn that is trained says anything."""
+        chat = read_conversation(record, format, self._train_on, where)
+        if train_on_inputs:
+            self._check_marks(chat, where)
+        text, marks = self._template.render_marked(chat.messages, chat.tools, chat.kwargs, where)
+        complete(text, "the conversation", where)  # also what a tool or a call says
+
+        def render(messages, prompt: bool) -> str:
+            return self._template.render(messages, chat.tools, chat.kwargs, where, prompt)
+
+        borders = self._template.borders(chat.kwargs)
+        assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if marks is not None and len(marks) == len(assistants):
+            spans = dict(zip(assistants, marks, strict=True))
+        else:
+            spans = assistant_spans(text, chat.messages, render, borders, where)
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = tokens_of(text, encoding["input_ids"], encoding["offset_mapping"])
+        turns = {turn: (span.start, end_of_turn(tokens, span, borders, self._closing)) for turn, span in spans.items()}
+        trained, others = ([turn for turn in turns if chat.trained[turn] == is_trained] for is_trained in (True, False))
+
+        notes = [*chat.notes, *(f"{name!r} is not used by the chat template" for name in self._template.unknown(chat.kwargs))]
+        notes += self._left_out.notes(text, chat, spans, render, borders)
+        if chat.tools and not self._shows_tools(text, chat, where):
+            notes.append(TOOLS)
+        if train_on_inputs:
+            targets = ~inside(tokens.starts, [turns[turn] for turn in turns if chat.untrained[turn]])
+        elif not any(_says_something(chat.messages[turn]) for turn in trained):
+            targets = np.zeros(len(tokens.ids), dtype=bool)
+        elif marks is None:
+            targets = inside(tokens.starts, [turns[turn] for turn in trained])
+            if not borders.closing and all(turns[turn][1] == spans[turn].end and not spans[turn].closed for turn in trained):
+                notes.append(NO_END)
+        else:
+            kept = [mark for mark in marks if not any(mark.start <= turns[turn][0] < mark.end for turn in others)]
+            targets = inside(tokens.starts, kept)
+            if borders.closing and any(text.startswith(borders.closing, mark.end) for mark in kept):
+                notes.append(NO_END_IN_MARKS)
+        return Encoded(tokens.ids, targets, tuple(dict.fromkeys(notes)))
+
+    def _shows_tools(self, text: str, chat: Conversation, where: str) -> bool:
+        """Whether a conversation's text is another without its tools."""
+        try:
+            return self._template.render(chat.messages, None, chat.kwargs, where) != text
+        except UserError:  # it wants tools where there are calls
+            return True
+
+    def _check_marks(self, chat: Conversation, where: str) -> None:
+        """Raise UserError for a turn of another role that is marked untrained where everything is trained."""
+        for message, untrained in zip(chat.messages, chat.untrained, strict=True):
+            if untrained and message["role"] != "assistant":
+                raise UserError(
+                    f"{where}: a turn of {message['role']!r} is marked untrained; set train_on_inputs: false, or remove the mark"
+                )
 
 
-def _turns(record: Mapping[str, object], key: str, where: str) -> list[Mapping[str, object]]:
-    """Get a conversation's turns; UserError for a field that asks for something unsupported."""
-    turns = record.get(key)
-    if turns is None:
-        raise missing(record, key, where)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"{where}: {key!r} is {json.dumps(turns, default=str)[:40]}; write a list of turns")
-    if not turns:
-        raise UserError(f"{where}: {key!r} is empty; remove the record or complete it")
-    _refuse(record, REFUSED_IN_RECORD, where)
-    for turn in turns:
-        _refuse(turn, REFUSED_IN_MESSAGE, where)
-    return turns
-
-
-def _refuse(fields: Mapping[str, object], names: tuple[str, ...], where: str) -> None:
-    """Raise UserError for a field that is set and would be ignored."""
-    for name in names:
-        if fields.get(name) not in (None, "", [], {}):
-            raise UserError(f"{where}: {name!r} is not supported; remove it, or write what it says into the turns' text")
-
-
-def _role(turn: Mapping[str, object], key: str, where: str) -> str:
-    """Get who speaks, as the role that chat templates know."""
-    roles: Mapping[str, str] = SHAREGPT_ROLES if key == "from" else dict(zip(ROLES, ROLES, strict=True))
-    speaker = text_of(turn, key, where)
-    if speaker not in roles:
-        raise UserError(f"{where}: {key!r} is {speaker!r}; use one of {', '.join(roles)}")
-    return roles[speaker]
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))

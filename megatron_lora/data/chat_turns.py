@@ -1,117 +1,194 @@
-"""Chat templates: a conversation to text, and which characters of that text an assistant wrote.
+"""Which characters of a rendered conversation an assistant wrote.
 
-Most templates do not mark assistant turns. They also trim contents, insert default system prompts
-and drop thoughts. So a turn is found by rendering the conversation once more, with turn i's content
-replaced by a marker. That gives `before + marker + after`, and the turn is what stands between
-`before` and `after` in the real text:
+A template with generation marks says so itself. Most have none. They also trim contents, insert
+default system prompts and drop thoughts. So turns are found by rendering the conversation once more,
+with the content of every assistant turn replaced by a marker. That gives
 
-    text == before + turn + after.
+    probe == between[0] + marker + between[1] + marker + ... + between[n],    and turns are what stands in the text where
 
-Where a template derives more than one piece from a turn (thoughts and answer), the turn is
-everything that differs. A turn includes its end-of-turn token: the first added token of the
-tokenizer after the content, if only white space stands between them.
+    text  == between[0] + turn   + between[1] + turn   + ... + between[n].
+
+Where a template writes something else around a turn because of what the turn says, that turn alone
+is replaced: it is everything in which the two texts differ. For calls of tools, that is done with the
+conversation up to them, since templates may want a call before its result.
+
+A turn ends with what the template writes after every answer (Borders.closing), or where it writes
+nothing, with an added token that follows. It begins at the thought that the record wrote.
 """
 
-import datetime
-import os
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
+from megatron_lora.data.chat_template import Borders, Span
 from megatron_lora.errors import UserError
 
-Message = Mapping[str, str]
-# The date given to templates that print today's: equal records must give equal tokens on any day. Llama's templates default to it.
-TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
-# Templates call strftime_now(format). Transformers passes them data, not functions, so ours is a macro (whose newline jinja trims).
-STRFTIME_NOW = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('%{letter}', '{TEMPLATE_DATE.strftime('%' + letter)}')" for letter in "aAbBdHIjmMpSyY")
-    + " }}{% endmacro %}\n"
-)
+Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # (messages, up to the prompt for an answer) -> text
+THOUGHT_TAGS = ("<think>", "<thinking>", "<thought>", "[THINK]", "<|START_THINKING|>")
 
 
-def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """List the tokens that can end a turn: the added ones and eos, without a bos that is not also the eos."""
-    bos, eos = (cast(int, token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))  # None, if there is none, is no token
-    return frozenset({*tokenizer.added_tokens_decoder, eos} - ({bos} - {eos}))
+def assistant_spans(text: str, messages: Sequence[Mapping[str, Any]], render: Render, borders: Borders, where: str) -> dict[int, Span]:
+    """Find each assistant message's content in the rendered `text`: number of the message -> its span, in order."""
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    between = _between(text, messages, turns, render)
+    spans: dict[int, Span] = {}
+    position = len(between[0]) if between and text.startswith(between[0]) else None
+    floor = 0
+    for number, turn in enumerate(turns):
+        after = between[number + 1] if between else ""
+        end = None if position is None else _end_of(text, position, messages[turn], after, last=turn == turns[-1])
+        span = Span(position, end) if position is not None and end is not None else _alone(text, messages, turn, floor, render, where)
+        if span.start > span.end or span.start < floor:
+            raise UserError(f"{where}: message {turn + 1} is not found in what the base model's chat template makes of the record")
+        spans[turn] = _from_its_start(text, messages[turn], span, floor, borders)
+        floor = span.end
+        position = span.end + len(after) if between and text.startswith(after, span.end) else None
+    return spans
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], closing: frozenset[int], where: str
-) -> tuple[list[int], np.ndarray]:
-    """Tokenise a conversation: ids [L], and bool [L] for those of assistant turns; UserError begins with `where`."""
-    text = render(tokenizer, messages, where)
-    spans = assistant_spans(text, messages, lambda probe: render(tokenizer, probe, where), where)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    starts = np.array([text_start(text, start, end) for start, end in offsets], dtype=np.int64)
-    return ids, inside(starts, [(start, end_of_turn(text, ids, offsets, end, closing)) for start, end in spans])
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
-    """Apply the tokenizer's chat template to a conversation; UserError when the template refuses it."""
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = STRFTIME_NOW + template
+def _between(text: str, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], render: Render) -> list[str]:
+    """Return what stands around the turns where all of them are replaced by markers; empty where that does not show each once."""
+    stem = _absent("turn", text)
+    probe = [
+        _replaced(message, f"{stem}x{index}x") if message["role"] == "assistant" else message for index, message in enumerate(messages)
+    ]
     try:
-        conversation = [dict(message) for message in messages]
-        return cast(str, tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False))
-    except Exception as error:  # the template is the model's own program: whatever it raises, it refuses this record
-        roles = ", ".join(message["role"] for message in messages[:6]) + (", ..." if len(messages) > 6 else "")
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{where}: the base model's chat template refuses this conversation of {roles}: {reason.rstrip('.')}; change the record's roles"
-        ) from None
+        pieces = re.split(rf"{stem}x(\d+)x", render(probe, False))
+    except UserError:  # it looks at calls of tools, which are replaced too
+        return []
+    return pieces[::2] if pieces[1::2] == [str(turn) for turn in turns] else []
 
 
-def assistant_spans(
-    text: str, messages: Sequence[Message], render_again: Callable[[Sequence[Message]], str], where: str
-) -> list[tuple[int, int]]:
-    """Find the characters (start, end) of each assistant turn's content in the rendered `text`, in order."""
-    marker = "turn0"
-    while marker in text:
-        marker = f"turn{int(marker[4:]) + 1}"
-    spans = [(0, 0)]
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        probe = [*messages[:index], {**message, "content": marker}, *messages[index + 1 :]]
-        before, found, after = render_again(probe).partition(marker)
-        if not found or marker in after:
-            raise UserError(f"{where}: the base model's chat template does not show message {index + 1} once; leave it out of the record")
-        start = len(os.path.commonprefix((text, before)))
-        end = len(text) - len(os.path.commonprefix((text[::-1], after[::-1])))
-        if start > end or start < spans[-1][1]:
-            raise UserError(f"{where}: message {index + 1} is not found in what the base model's chat template makes of the record")
-        spans.append((start, end))
-    return spans[1:]
-
-
-def text_start(text: str, start: int, end: int) -> int:
-    """Return the character at which a token's text starts, after the spaces that mark the start of a word (" yes" is one token)."""
-    piece = text[start:end]
-    word = piece.lstrip(" ")
-    return end - len(word) if word else start
-
-
-def end_of_turn(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], end: int, closing: frozenset[int]) -> int:
-    """Return the end of a turn whose content ends at character `end`, with the end-of-turn token if the template writes one."""
-    first = int(np.searchsorted([start for start, _ in offsets], end))
-    for token, (start, stop) in zip(ids[first:], offsets[first:], strict=True):
-        if text[end:start].strip():
+def _end_of(text: str, start: int, message: Mapping[str, Any], after: str, last: bool) -> int | None:
+    """Return where a turn that begins at `start` ends, if `after` follows it."""
+    content = message["content"]
+    answer = content.rpartition("</think>")[2]
+    for piece in (content, content.strip(), answer, answer.strip(), answer.lstrip("\n"), content.lstrip(), content.rstrip()):
+        end = start + len(piece)
+        if text.startswith(piece, start) and text.startswith(after, end) and (not last or end + len(after) == len(text)):
             return end
+    if last:
+        end = len(text) - len(after)
+        return end if end >= start and text.endswith(after) else None
+    end = text.find(after, start)
+    return end if end >= 0 and after.strip() and text.find(after, end + 1) < 0 else None
+
+
+def _alone(text: str, messages: Sequence[Mapping[str, Any]], turn: int, floor: int, render: Render, where: str) -> Span:
+    """Find one turn by a rendering of its own, in which it is replaced."""
+    calls = "tool_calls" in messages[turn]
+    shown = render(messages[: turn + 1], False) if calls else text  # what follows a call may name it, or want it
+    following = [] if calls else messages[turn + 1 :]
+    marker = _absent("turn", shown)
+    before, found, after = render([*messages[:turn], _replaced(messages[turn], marker), *following], False).partition(marker)
+    if not found or marker in after:
+        raise UserError(f"{where}: the base model's chat template does not show message {turn + 1} once; leave it out of the record")
+    start, suffix = common_start(shown, before), common_start(shown[::-1], after[::-1])
+    closed = suffix < len(after)  # the turn has an end of its own
+    if not calls:
+        return Span(start, len(text) - suffix, closed)
+    said = shown[start:].rstrip() if closed else shown[start : len(shown) - suffix]
+    position = text.find(said, floor) if said else -1
+    return Span(position, position + len(said), closed) if position >= 0 else Span(floor, -1)
+
+
+def _replaced(message: Mapping[str, Any], marker: str) -> dict[str, Any]:
+    """Return an assistant's message that says `marker` alone."""
+    return {name: value for name, value in message.items() if name in ("role", "name")} | {"content": marker}
+
+
+def _absent(stem: str, text: str) -> str:
+    """Return `stem` with the first number with which it does not stand in the text."""
+    number = 0
+    while f"{stem}{number}" in text:
+        number += 1
+    return f"{stem}{number}"
+
+
+def _from_its_start(text: str, message: Mapping[str, Any], span: Span, floor: int, borders: Borders) -> Span:
+    """Let a turn begin with what leads to its text, or where the thought is opened that the record wrote and the template shows."""
+    if not shows_thought(message, text[span.start : span.end]):
+        led = text.endswith(borders.lead, floor, span.start) and not span.closed
+        return span._replace(start=span.start - len(borders.lead)) if led else span
+    opened = text.rfind(borders.opening, floor, span.start) if borders.opening else -1
+    if opened >= 0:
+        return span._replace(start=opened + len(borders.opening))
+    head = text[floor : span.start].rstrip()
+    tag = next((tag for tag in THOUGHT_TAGS if head.endswith(tag)), "")
+    return span._replace(start=floor + len(head) - len(tag)) if tag else span
+
+
+def thought_of(message: Mapping[str, Any]) -> str:
+    """Return the thought that an assistant's message holds, in a field or before </think>; empty without one."""
+    if message.get("reasoning_content"):
+        return str(message["reasoning_content"]).strip()
+    before, found, _ = message["content"].partition("</think>")
+    return before.rpartition("<think>")[2].strip() if found else ""
+
+
+def shows_thought(message: Mapping[str, Any], said: str) -> bool:
+    """Whether what a template makes of a message, `said`, has the message's thought before its answer."""
+    thought, answer = thought_of(message), message["content"].rpartition("</think>")[2].strip()
+    return bool(thought) and thought in said[: max(0, said.rfind(answer))]
+
+
+def common_start(one: str, other: str) -> int:
+    """Return how many characters two texts share at their start, by comparing halves."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while low + 1 < high:  # one[:low] == other[:low] and one[:high] != other[:high]
+        middle = (low + high) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
+    return low
+
+
+class Tokens(NamedTuple):
+    """A text's tokens: ids [L], and the characters where each one's text starts and ends [L]."""
+
+    text: str
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def tokens_of(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Tokens:
+    """Return the tokens of a text; a token's text starts after the spaces that mark the start of a word (" yes" is one token)."""
+    spans = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets)).reshape(-1, 2)
+    starts, ends = spans[:, 0], spans[:, 1]
+    letters = np.frombuffer(f"{text}.".encode("utf-32-le", "surrogatepass"), dtype=np.uint32)  # one more, for a token at the end
+    words, spaces = starts.copy(), letters[starts] == ord(" ")
+    while spaces.any():
+        words[spaces] += 1
+        spaces &= words < ends
+        spaces &= letters[words] == ord(" ")
+    return Tokens(text, np.asarray(ids, dtype=np.int32), np.where(words < ends, words, starts), ends)
+
+
+def end_of_turn(tokens: Tokens, span: Span, borders: Borders, closing: frozenset[int]) -> int:
+    """Return where a turn ends with its mark: Borders.closing, or a token of `closing` that follows."""
+    text, end = tokens.text, span.end
+    if span.closed:
+        return end
+    if borders.closing and text.startswith(borders.closing, end):
+        return end + len(borders.closing)
+    first = int(np.searchsorted(tokens.starts, end))
+    for index in range(first, len(tokens.ids)):
+        start, stop = int(tokens.starts[index]), int(tokens.ends[index])
+        if text[end:start].strip():
+            break
         if text[start:stop].strip():
-            return stop if token in closing else end
+            return stop if int(tokens.ids[index]) in closing else end
     return end
 
 
-def inside(positions: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+def inside(positions: np.ndarray, spans: Sequence[tuple[int, ...]]) -> np.ndarray:
     """Return which positions [L] lie in one of the ascending, disjoint half-open spans: bool [L]."""
     if not spans:
         return np.zeros(len(positions), dtype=bool)
-    starts, ends = np.array(spans, dtype=np.int64).T
+    starts, ends = np.array(spans, dtype=np.int64)[:, :2].T
     span = np.searchsorted(starts, positions, side="right") - 1
     return (span >= 0) & (positions < ends[span])

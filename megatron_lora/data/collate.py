@@ -17,7 +17,7 @@ import torch
 from fused_ops.lora.dropout import row_keys
 from fused_ops.lora.route import make_route
 from megatron_lora.data.microbatch import Packing, StageInput
-from megatron_lora.data.steps import JobSamples
+from megatron_lora.data.sample_arrays import JobSamples
 from scheduling.types import Microbatch
 
 NO_LABEL = -100

@@ -1,9 +1,43 @@
-"""The fields of a record: each is asked for by name, and UserError says where the record stands that has none, or something else in it."""
+"""The fields of a record: those that a format uses are asked for by name, and no other is ignored in silence.
+
+UserError says where the record stands that lacks a field, has something else in it, or has a field of REFUSED. A field that is neither
+used nor one of HARMLESS becomes a note (encoded.py). A field that says nothing (null, "", [], {}) is as good as absent.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
+
+# What people keep beside a record, and what no format of any trainer trains on.
+HARMLESS = frozenset(
+    (
+        *("id", "_id", "idx", "index", "uid", "uuid", "__index_level_0__", "source", "origin", "dataset", "subset", "split", "url"),
+        *(
+            "license",
+            "author",
+            "date",
+            "timestamp",
+            "created_at",
+            "meta",
+            "metadata",
+            "category",
+            "topic",
+            "tags",
+            "task",
+            "lang",
+            "language",
+        ),
+    )
+)
+# What would change the prompt or the loss if it were used; other trainers use some of it.
+REFUSED = frozenset(
+    (
+        *("system", "system_prompt", "history", "tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
+        *("weight", "loss", "train", "chosen", "rejected", "input_ids", "labels", "attention_mask", "loss_mask"),
+    )
+)
+SAYS_NOTHING = (None, "", [], {})
 
 
 def text_of(record: Mapping[str, object], key: str, where: str) -> str:
@@ -13,11 +47,16 @@ def text_of(record: Mapping[str, object], key: str, where: str) -> str:
         raise missing(record, key, where)
     if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} is {json.dumps(value, default=str)[:40]}; write it as text")
+    return complete(value, repr(key), where)
+
+
+def complete(text: str, what: str, where: str) -> str:
+    """Return a text that is made of complete characters; UserError otherwise, which calls it `what`."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {key!r} holds half of a character (a lone surrogate escape); remove it") from None
-    return value
+        raise UserError(f"{where}: {what} holds half of a character (a lone surrogate escape); remove it") from None
+    return text
 
 
 def missing(record: Mapping[str, object], key: str, where: str) -> UserError:
@@ -32,3 +71,20 @@ def filled_text_of(record: Mapping[str, object], key: str, where: str) -> str:
     if not value.strip():
         raise UserError(f"{where}: {key!r} is empty; remove the record or complete it")
     return value
+
+
+def check_other_fields(record: Mapping[str, object], used: Collection[str], where: str) -> tuple[str, ...]:
+    """Return a note for each field that says something and is not used; UserError for one that would change what is trained."""
+    notes = []
+    for name, value in record.items():
+        if name in used or value in SAYS_NOTHING or name.lower() in HARMLESS:
+            continue
+        if name in REFUSED and not _says_train(name, value):
+            raise UserError(f"{where}: {name!r} is not used by this type of dataset; remove it, or use a type that has it")
+        notes.append(f"field {one_line(repr(name), 40)} is not used")
+    return tuple(notes)
+
+
+def _says_train(name: str, value: object) -> bool:
+    """Whether a field says that the record is trained as any other."""
+    return name in ("weight", "loss", "train") and isinstance(value, int | float) and value == 1

@@ -2,62 +2,83 @@
 
 Records are numbered through a job's datasets in order, before anything is dropped; this number
 identifies the sample. Records longer than `sequence_len` are cut at the right, and those that lose
-all their targets are dropped. Both are counted.
+all their targets are dropped. Both are counted. Records that cannot be trained on fail the job, or
+with `bad_rows: drop` are counted and listed.
 
     tokenizer = load_tokenizer("models/SmolLM2-135M-Instruct")
     first, second = load_jobs_data(config.jobs, tokenizer, cache_dir)       # a file that two jobs share is tokenised once
     first.samples[0].tokens[first.samples[0].targets]                        # the tokens it is trained to predict
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
+from megatron_lora.data.chat_template import chat_settings
+from megatron_lora.data.dataset_sources import Source, sources_of
 from megatron_lora.data.length_records import LengthEncoder
-from megatron_lora.data.row_files import read_records
 from megatron_lora.data.row_formats import RecordEncoder
-from megatron_lora.data.steps import Sample
-from megatron_lora.data.token_cache import Dataset, dataset_key, fetch, fingerprint, store
+from megatron_lora.data.sample_arrays import JobSamples, Samples, digest_of
+from megatron_lora.data.steps import Mixture
+from megatron_lora.data.token_cache import Dataset, DatasetBuilder, dataset_key, fetch, fingerprint, hold, store
+from megatron_lora.data.tokenise import Settings, tokenise
 from megatron_lora.data.tokenizer import require_chat_template
 from megatron_lora.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class JobData:
     """A job's samples in file order; `num_truncated` of its records were cut, and `num_dropped` were left without a target and dropped.
 
-    `notes` says how many records each note was made of (encoded.py).
+    `notes` says how many records each note was made of (encoded.py). `num_bad` records were left
+    out because they cannot be trained on; `bad` has the errors of the first of each kind.
     """
 
-    samples: tuple[Sample, ...]
+    samples: Samples
+    mixture: Mixture
     num_records: int
-    num_truncated: int
-    num_dropped: int
-    notes: Mapping[str, int]
+    num_truncated: int = 0
+    num_dropped: int = 0
+    num_bad: int = 0
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    bad: tuple[str, ...] = ()
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sample."""
-        return tuple(len(sample) for sample in self.samples)
+    @classmethod
+    def of(cls, samples: Samples) -> JobData:
+        """Take samples as the data of a job."""
+        return cls(samples=samples, mixture=Mixture((len(samples),), (1.0,)), num_records=len(samples))
+
+    def digest(self) -> str:
+        """Return a hash of what decides the steps of a job: its samples, and how they are mixed where weights are set."""
+        digest = digest_of(self.samples)
+        return digest if set(self.mixture.weights) == {1.0} else hashlib.sha256(f"{digest} {self.mixture}".encode()).hexdigest()
+
+    def steps_of(self, job: JobConfig) -> JobSamples:
+        """Return the samples in the steps that a job's config asks for."""
+        return JobSamples.of(job, self.samples, self.mixture)
 
     @property
     def num_targets(self) -> int:
         """Targets of all samples, over which an epoch's loss is averaged."""
-        return sum(int(sample.targets.sum()) for sample in self.samples)
+        return int(self.samples.num_targets.sum())
 
     def describe(self) -> str:
         """Describe the data in one line: samples, tokens, targets, cut and dropped records."""
-        text = f"{len(self.samples):,} samples, {sum(self.lengths):,} tokens, {self.num_targets:,} targets"
+        text = f"{len(self.samples):,} samples, {self.samples.lengths.sum():,} tokens, {self.num_targets:,} targets"
+        mixed = self.mixture.num_copies != len(self.samples)
+        drawn = f", of which an epoch takes {self.mixture.num_copies:,} by their sampling_weight" if mixed else ""
         cut = f", {self.num_truncated:,} cut at sequence_len" if self.num_truncated else ""
         dropped = f", {self.num_dropped:,} dropped: no target before the cut" if self.num_dropped else ""
+        bad = f", {self.num_bad:,} bad records left out, as {'; '.join(self.bad[:1])}" if self.num_bad else ""
         noted = "".join(f"; {note} ({count:,} of {self.num_records:,} records)" for note, count in self.notes.items())
-        return text + cut + dropped + noted
+        return text + drawn + cut + dropped + bad + noted
 
 
 def load_jobs_data(
@@ -70,11 +91,37 @@ def load_jobs_data(
     """Load the data of each job, or its validation data; a file that several jobs use with the same settings is read once.
 
     `tokenizer` may be None where all datasets are lengths, which need `vocab_size`. `cache_dir`
-    None stores nothing on disk. A token that is not below `vocab_size`, the base model's, is a
+    None keeps nothing on disk. A token that is not below `vocab_size`, the base model's, is a
     UserError.
     """
+    found = try_jobs_data(jobs, tokenizer, cache_dir, vocab_size, validation)
+    for data in found:
+        if isinstance(data, UserError):
+            raise data
+    return tuple(data for data in found if isinstance(data, JobData))
+
+
+def try_jobs_data(
+    jobs: Sequence[JobConfig],
+    tokenizer: PreTrainedTokenizerBase | None,
+    cache_dir: str | Path | None,
+    vocab_size: int | None = None,
+    validation: bool = False,
+) -> tuple[JobData | UserError, ...]:
+    """Load as `load_jobs_data` does; a job whose data cannot be used gets the error that says why."""
     reader = _Reader(tokenizer, cache_dir, vocab_size)
-    return tuple(_load_job(job, reader, vocab_size, validation) for job in jobs)
+    found: list[JobData | UserError] = []
+    for job in jobs:
+        try:
+            found.append(_load_job(job, reader, vocab_size, validation))
+        except UserError as error:
+            found.append(error)
+    return tuple(found)
+
+
+def read_all_records(job: JobConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> JobData:
+    """Load a job's data as `bad_rows: drop` does, even if nothing is left then: what `preview` tells of all records."""
+    return _gather(dataclasses.replace(job, bad_rows="drop"), _Reader(tokenizer, cache_dir, None), None, "datasets", job.datasets)
 
 
 class _Reader:
@@ -82,107 +129,112 @@ class _Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, cache_dir: str | Path | None, vocab_size: int | None):
         self._tokenizer = tokenizer
-        self._cache_dir = cache_dir
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self._vocab_size = vocab_size
-        self._encoder = None if tokenizer is None else RecordEncoder(tokenizer)
         self._fingerprint = "" if tokenizer is None else fingerprint(tokenizer)
-        self._datasets: dict[tuple[str, str, bool, int], Dataset] = {}
+        self._datasets: dict[tuple[Source, Settings], Dataset] = {}
+        self._errors: dict[tuple[Source, Settings, str], UserError] = {}
 
-    def read(self, job: JobConfig, dataset: DatasetConfig) -> Dataset:
-        settings = (dataset.path, dataset.type, job.train_on_inputs, job.sequence_len)
-        if settings not in self._datasets and dataset.type == "lengths":
-            assert self._vocab_size is not None, "lengths become tokens of some vocabulary"
-            self._datasets[settings] = tokenise(*settings[:2], LengthEncoder(self._vocab_size), *settings[2:])
-        elif settings not in self._datasets:
-            assert self._tokenizer is not None, f"no tokenizer was loaded for {dataset.path}"
-            require_chat_template(job.name, dataset, self._tokenizer)
-            self._datasets[settings] = self._fetch(*settings)
-        return self._datasets[settings]
-
-    def _fetch(self, path: str, format: str, train_on_inputs: bool, sequence_len: int) -> Dataset:
-        assert self._encoder is not None
-        if self._cache_dir is None or not Path(path).is_file():
-            return tokenise(path, format, self._encoder, train_on_inputs, sequence_len)
-        key = dataset_key(path, self._fingerprint, format, train_on_inputs, sequence_len)
-        dataset = fetch(self._cache_dir, key)
-        if dataset is None:
-            dataset = tokenise(path, format, self._encoder, train_on_inputs, sequence_len)
+    def read(self, job: JobConfig, config: DatasetConfig, source: Source) -> Dataset:
+        """Get a source's dataset; UserError for a bad record unless the job drops those."""
+        if self._tokenizer is not None:
+            require_chat_template(job, config, self._tokenizer)
+        settings = Settings(
+            format=config.type, train_on_inputs=job.train_on_inputs, sequence_len=job.sequence_len, chats=chat_settings(job)
+        )
+        if (source, settings) not in self._datasets:
+            refused = source, settings, job.bad_rows
+            if refused in self._errors:
+                raise self._errors[refused]
             try:
-                store(self._cache_dir, key, dataset)
-            except OSError as error:
-                raise UserError(
-                    f"{self._cache_dir}: tokenised data cannot be kept there ({error.strerror}); "
-                    "set MEGATRON_LORA_CACHE to a directory that you may write, with space left"
-                ) from None
+                self._datasets[source, settings] = self._get(job, source, settings)
+            except UserError as error:
+                self._errors[refused] = error
+                raise
+        dataset = self._datasets[source, settings]
+        if dataset.num_bad and job.bad_rows == "refuse":
+            raise UserError(f"{source}{dataset.bad[0]}")
         return dataset
 
+    def _get(self, job: JobConfig, source: Source, settings: Settings) -> Dataset:
+        if settings.format == "lengths":
+            assert self._vocab_size is not None, "lengths become tokens of some vocabulary"
+            return hold(_tokenised(source, settings, LengthEncoder(self._vocab_size), job, None))
+        assert self._tokenizer is not None, f"no tokenizer was loaded for {source}"
+        encoder = RecordEncoder(self._tokenizer, settings.chats)
+        content = source.digest() if self._cache_dir is not None else ""
+        if self._cache_dir is None or not content:
+            return hold(_tokenised(source, settings, encoder, job, None))
+        key = dataset_key(content, self._fingerprint, *dataclasses.astuple(settings))
+        dataset = fetch(self._cache_dir, key)
+        if dataset is not None:
+            return dataset
+        try:
+            return store(self._cache_dir, key, _tokenised(source, settings, encoder, job, self._cache_dir))
+        except OSError as error:
+            raise UserError(
+                f"{self._cache_dir}: tokenised data cannot be kept there ({error.strerror}); "
+                "set MEGATRON_LORA_CACHE to a directory that you may write, with space left"
+            ) from None
 
-def tokenise(path: str | Path, format: str, encoder: RecordEncoder | LengthEncoder, train_on_inputs: bool, sequence_len: int) -> Dataset:
-    """Encode, cut and count the records of one file."""
-    kept: list[tuple[int, np.ndarray, np.ndarray]] = []
-    notes: Counter[str] = Counter()
-    num_records = num_truncated = num_dropped = 0
-    for where, record in read_records(path):
-        encoded = encoder.encode(record, format, train_on_inputs, where)
-        notes.update(encoded.notes)
-        cut_tokens, cut_targets = encoded.tokens[:sequence_len], encoded.targets[:sequence_len]
-        if cut_targets.any():
-            kept.append((num_records, cut_tokens, cut_targets))
-            num_truncated += len(encoded.tokens) > sequence_len
-        else:
-            num_dropped += 1
-        num_records += 1
-    if not num_records:
-        raise UserError(f"{path}: holds no records; give a file with at least one")
-    return Dataset(
-        tokens=np.concatenate([np.empty(0, np.int32), *(tokens for _, tokens, _ in kept)]),
-        targets=np.concatenate([np.empty(0, bool), *(targets for _, _, targets in kept)]),
-        offsets=np.cumsum([0, *(len(tokens) for _, tokens, _ in kept)], dtype=np.int64),
-        records=np.array([number for number, _, _ in kept], dtype=np.int64),
-        num_records=num_records,
-        num_truncated=num_truncated,
-        num_dropped=num_dropped,
-        notes=dict(notes),
-    )
+
+def _tokenised(
+    source: Source, settings: Settings, encoder: RecordEncoder | LengthEncoder, job: JobConfig, directory: Path | None
+) -> DatasetBuilder:
+    builder = DatasetBuilder(directory)
+    pool = isinstance(encoder, RecordEncoder)  # lengths are numbered through their file
+    tokenise(source, settings, encoder, job.bad_rows == "drop", builder, pool=pool)
+    return builder
 
 
 def _load_job(job: JobConfig, reader: _Reader, vocab_size: int | None, validation: bool) -> JobData:
-    """Concatenate the samples of a job's datasets."""
+    """Concatenate the samples of a job's datasets, of which at least one must be left."""
     key, configs = ("val_datasets", job.val_datasets or ()) if validation else ("datasets", job.datasets)
-    samples: list[Sample] = []
-    notes: Counter[str] = Counter()
-    num_records = num_truncated = num_dropped = 0
-    for config in configs:
-        dataset = reader.read(job, config)
-        _check_vocabulary(job, config, dataset, vocab_size)
-        samples += [Sample(num_records + number, tokens, targets) for number, tokens, targets in dataset]
-        num_records += dataset.num_records
-        num_truncated += dataset.num_truncated
-        num_dropped += dataset.num_dropped
-        notes.update(dataset.notes)
-    if configs and not samples:
+    data = _gather(job, reader, vocab_size, key, configs)
+    if configs and not len(data.samples) and data.num_bad == data.num_records:
+        raise UserError(f"jobs.{job.name}.{key}: all of their {data.num_records} records are bad, as {data.bad[0]}")
+    if configs and not len(data.samples):
         raise UserError(
-            f"jobs.{job.name}.sequence_len: {job.sequence_len} leaves no target token in any of the {num_records} records of its {key}; "
-            "raise it"
+            f"jobs.{job.name}.sequence_len: {job.sequence_len} leaves no target token in any of the "
+            f"{data.num_records - data.num_bad} records of its {key}; raise it"
         )
-    return JobData(tuple(samples), num_records, num_truncated, num_dropped, notes)
+    return data
 
 
-def digest_of(samples: Iterable[Sample]) -> str:
-    """Return a SHA-256 of a job's samples, in their order: record numbers, tokens and targets."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.record} {len(sample.tokens)} ".encode())
-        digest.update(sample.tokens.tobytes())
-        digest.update(sample.targets.tobytes())
-    return digest.hexdigest()
+def _gather(job: JobConfig, reader: _Reader, vocab_size: int | None, key: str, configs: Sequence[DatasetConfig]) -> JobData:
+    """Concatenate the samples of datasets."""
+    parts: list[tuple[int, Dataset]] = []
+    sizes: list[int] = []
+    notes: Counter[str] = Counter()
+    bad: list[str] = []
+    num_records = 0
+    for position, config in enumerate(configs):
+        sizes.append(0)
+        for source in sources_of(config, f"jobs.{job.name}.{key}.{position}.path"):
+            dataset = reader.read(job, config, source)
+            _check_vocabulary(job, source, dataset, vocab_size)
+            parts.append((num_records, dataset))
+            sizes[-1] += len(dataset.records)
+            num_records += dataset.num_records
+            notes.update(dataset.notes)
+            bad += [f"{source}{error}" for error in dataset.bad]
+    datasets = [dataset for _, dataset in parts]
+    return JobData(
+        samples=Samples(parts),
+        mixture=Mixture(tuple(sizes), tuple(config.sampling_weight for config in configs)),
+        num_records=num_records,
+        num_truncated=sum(dataset.num_truncated for dataset in datasets),
+        num_dropped=sum(dataset.num_dropped for dataset in datasets),
+        num_bad=sum(dataset.num_bad for dataset in datasets),
+        notes=notes,
+        bad=tuple(bad),
+    )
 
 
-def _check_vocabulary(job: JobConfig, config: DatasetConfig, dataset: Dataset, vocab_size: int | None) -> None:
+def _check_vocabulary(job: JobConfig, source: Source, dataset: Dataset, vocab_size: int | None) -> None:
     """Raise UserError for tokens for which the base model has no embedding."""
-    largest = int(dataset.tokens.max(initial=-1))
-    if vocab_size is not None and largest >= vocab_size:
+    if vocab_size is not None and dataset.largest_token >= vocab_size:
         raise UserError(
-            f"jobs.{job.name}.datasets: {config.path} gives token {largest} and base_model has {vocab_size}; "
+            f"jobs.{job.name}.datasets: {source} gives token {dataset.largest_token} and base_model has {vocab_size}; "
             "use the tokenizer that belongs to the base model"
         )

@@ -1,27 +1,36 @@
-"""Tokenised datasets on disk: each distinct one is made once, and every job, rank and later run reads it back.
+"""Tokenised datasets on disk: each distinct one is made once, and every job, rank and later run maps it into memory.
 
-A dataset's file is named by the hash of all that decides its tokens: the bytes of the dataset file,
-the format, the tokenizer with its chat template, `train_on_inputs`, `sequence_len`, and the
-versions of the packages that tokenise. It is written under a temporary name and renamed, so several
-ranks may write it at once. It holds a checksum; a file that does not match it is not used.
+A dataset's file is named by the hash of all that decides its tokens: the bytes of the dataset file, the format, the tokenizer, the chat
+template and its settings, `train_on_inputs`, `sequence_len`, the versions of the packages that tokenise, and the sources of this room. It
+is a safetensors file, written under a temporary name and renamed, so several ranks may write it at once. It holds a checksum; a file that
+does not match it is not used. What grows with the data is spooled to disk while it is made.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import functools
 import hashlib
 import json
+import mmap
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-FORMAT = 2
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+IN_MEMORY_BYTES = 1 << 26  # of tokens, before they are spooled to disk
+MOST_HEADER_BYTES = 1 << 24
+LAYOUT = {"offsets": ("I64", np.int64), "records": ("I64", np.int64), "num_targets": ("I32", np.int32), "tokens": ("I32", np.int32)}
+LAYOUT["targets"] = ("BOOL", np.bool_)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,95 +41,195 @@ class Dataset:
     targets: np.ndarray  # [sum of lengths] bool
     offsets: np.ndarray  # [samples + 1] int64
     records: np.ndarray  # [samples] int64
+    num_targets: np.ndarray  # [samples] int32
+    num_records: int
+    num_truncated: int = 0
+    num_dropped: int = 0  # without a target before the cut
+    num_bad: int = 0
+    largest_token: int = -1
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    bad: tuple[str, ...] = ()  # of the bad records, the first of each kind: what follows the file's name in their errors
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Chunk:
+    """What consecutive records of a file become; the fields are Dataset's, `records` counted from the chunk's first."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    lengths: np.ndarray  # [samples] int64
+    records: np.ndarray
     num_records: int
     num_truncated: int
     num_dropped: int
-    notes: Mapping[str, int]
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield (record number, tokens, targets) of every sample."""
-        for index, number in enumerate(self.records.tolist()):
-            span = slice(*self.offsets[index : index + 2])
-            yield number, self.tokens[span], self.targets[span]
+    num_bad: int
+    notes: Counter[str]
+    bad: list[str]
 
 
-def dataset_key(path: str | Path, tokenizer_fingerprint: str, format: str, train_on_inputs: bool, sequence_len: int) -> str:
-    """Hash everything that decides a dataset's tokens."""
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = [FORMAT, content, Path(path).suffix, tokenizer_fingerprint, format, train_on_inputs, sequence_len]
+class DatasetBuilder:
+    """Puts chunks together to a file, of which only what is kept per sample is in memory meanwhile."""
+
+    def __init__(self, directory: Path | None):
+        """Spool to a directory, which need not exist yet; None: the system's for temporary files."""
+        self._directory = directory
+        spool = functools.partial(tempfile.SpooledTemporaryFile, IN_MEMORY_BYTES, dir=None if directory is None else str(directory))
+        self._spools = {"tokens": spool(), "targets": spool()}
+        self._small: dict[str, list[np.ndarray]] = {"lengths": [], "records": [], "num_targets": []}
+        self._counts: Counter[str] = Counter()
+        self._largest = -1
+        self.notes: Counter[str] = Counter()
+        self.bad: list[str] = []
+
+    def add(self, chunk: Chunk) -> None:
+        """Append a chunk."""
+        if self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        self._spools["tokens"].write(chunk.tokens.astype(np.int32, copy=False).tobytes())
+        self._spools["targets"].write(chunk.targets.tobytes())
+        starts = np.cumsum(chunk.lengths) - chunk.lengths
+        num_targets = np.add.reduceat(chunk.targets, starts, dtype=np.int32) if len(starts) else np.empty(0, np.int32)
+        self._small["lengths"].append(chunk.lengths)
+        self._small["records"].append(chunk.records + self._counts["num_records"])
+        self._small["num_targets"].append(num_targets)
+        self._counts.update({name: getattr(chunk, name) for name in ("num_records", "num_truncated", "num_dropped", "num_bad")})
+        self._largest = max(self._largest, int(chunk.tokens.max(initial=-1)))
+        self.notes.update(chunk.notes)
+        self.bad += chunk.bad
+
+    @property
+    def num_records(self) -> int:
+        """Records so far."""
+        return self._counts["num_records"]
+
+    def write(self, file: IO[bytes]) -> None:
+        """Write the dataset as a safetensors file."""
+        joined = {name: np.concatenate([np.empty(0, np.int64), *arrays]) for name, arrays in self._small.items()}
+        small = {
+            "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(joined["lengths"], dtype=np.int64)]),
+            "records": joined["records"],
+            "num_targets": joined["num_targets"].astype(np.int32),
+        }
+        entries, end = {}, 0
+        sizes = {name: array.nbytes for name, array in small.items()} | {name: spool.tell() for name, spool in self._spools.items()}
+        for name, (code, kind) in LAYOUT.items():
+            shape = [sizes[name] // np.dtype(kind).itemsize]
+            entries[name] = {"dtype": code, "shape": shape, "data_offsets": [end, end + sizes[name]]}
+            end += sizes[name]
+        facts = dict(self._counts) | {"largest_token": self._largest, "notes": self.notes, "bad": self.bad}
+        header = {"__metadata__": {"facts": json.dumps(facts), "sha256": "0" * 64}, **entries}
+        start = len(_header_bytes(header))
+        file.write(_header_bytes(header))
+        for array in small.values():
+            file.write(array.tobytes())
+        for spool in self._spools.values():
+            spool.seek(0)
+            shutil.copyfileobj(spool, file, 1 << 20)
+            spool.close()
+        file.flush()
+        header["__metadata__"]["sha256"] = _checksum(file, header, start)
+        file.seek(0)
+        file.write(_header_bytes(header))
+        file.flush()
+
+
+def read_dataset(file: IO[bytes], check: bool = True) -> Dataset | None:
+    """Map a dataset's file into memory; None if it is damaged."""
+    try:
+        file.seek(0)
+        size = int.from_bytes(file.read(8), "little")
+        if size > MOST_HEADER_BYTES:
+            return None
+        header = json.loads(file.read(size))
+        start = 8 + size
+        if check and header["__metadata__"]["sha256"] != _checksum(file, header, start):
+            return None
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        spans = {name: slice(*(start + offset for offset in header[name]["data_offsets"])) for name in LAYOUT}
+        arrays = {name: mapped[spans[name]].view(kind) for name, (_, kind) in LAYOUT.items()}
+        facts = json.loads(header["__metadata__"]["facts"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None
+    small = {name: arrays[name].copy() for name in ("offsets", "records", "num_targets")}
+    return Dataset(**(arrays | small), **(facts | {"bad": tuple(facts["bad"])}))
+
+
+def dataset_key(content: str, tokenizer_fingerprint: str, *settings: object) -> str:
+    """Hash everything that decides a dataset's tokens; `content` is a hash of its records, and `settings` are those of the job."""
+    parts = [source_digest(), content, tokenizer_fingerprint, *settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@functools.cache
+def source_digest(room: Path = Path(__file__).parent) -> str:
+    """Hash the sources of the modules beside this one, which decide what a record becomes and how that is kept."""
+    digest = hashlib.sha256()
+    for file in sorted(room.glob("*.py")):
+        digest.update(f"{file.name} ".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash a fast tokenizer: its vocabulary and rules, its special tokens, its chat template, and the packages that run it."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     packages = [version(package) for package in ("transformers", "tokenizers", "jinja2")]
-    parts = [cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer.to_str(), tokenizer.chat_template, special, packages]
+    parts = [cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer.to_str(), tokenizer.chat_template, special, packages]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def store(directory: str | Path, key: str, dataset: Dataset) -> None:
-    """Write a dataset, completely or not at all."""
-    directory = Path(directory)
+def store(directory: Path, key: str, builder: DatasetBuilder) -> Dataset:
+    """Write a dataset, completely or not at all, and map it."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(dataset)
-    handle, temporary = tempfile.mkstemp(prefix=".dataset-", dir=directory)
-    os.close(handle)
+    with tempfile.NamedTemporaryFile(prefix=".dataset-", dir=directory, delete=False) as file:
+        try:
+            builder.write(cast(IO[bytes], file))
+            os.replace(file.name, _file(directory, key))
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+        return _just_written(cast(IO[bytes], file))
+
+
+def hold(builder: DatasetBuilder) -> Dataset:
+    """Map a dataset that no file keeps."""
+    with tempfile.TemporaryFile() as file:
+        builder.write(file)
+        return _just_written(file)
+
+
+def fetch(directory: Path, key: str) -> Dataset | None:
+    """Map a dataset that was stored; None when it is absent or damaged."""
     try:
-        save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
-        os.replace(temporary, _file(directory, key))
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def fetch(directory: str | Path, key: str) -> Dataset | None:
-    """Read a dataset back; None when it is absent or damaged."""
-    file = _file(directory, key)
-    try:
-        if not file.is_file():
-            return None
-        with safe_open(file, framework="np") as archive:
-            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 (the handle is no mapping)
-            stored = (archive.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError):
+        with _file(directory, key).open("rb") as file:
+            return read_dataset(file)
+    except OSError:
         return None
-    if stored != _checksum(tensors):
-        return None
-    num_records, num_truncated, num_dropped = tensors["counts"].tolist()
-    return Dataset(
-        tokens=tensors["tokens"],
-        targets=tensors["targets"].astype(bool),
-        offsets=tensors["offsets"],
-        records=tensors["rows"],
-        num_records=num_records,
-        num_truncated=num_truncated,
-        num_dropped=num_dropped,
-        notes=json.loads(tensors["notes"].tobytes()),
-    )
 
 
-def _file(directory: str | Path, key: str) -> Path:
-    return Path(directory) / f"{key[:40]}.safetensors"
+def _just_written(file: IO[bytes]) -> Dataset:
+    dataset = read_dataset(file, check=False)
+    assert dataset is not None, "a dataset's file that was just written cannot be read"
+    return dataset
 
 
-def _tensors(dataset: Dataset) -> dict[str, np.ndarray]:
-    counts = [dataset.num_records, dataset.num_truncated, dataset.num_dropped]
-    return {
-        "tokens": dataset.tokens,
-        "targets": dataset.targets.astype(np.uint8),
-        "offsets": dataset.offsets,
-        "rows": dataset.records,
-        "counts": np.array(counts, dtype=np.int64),
-        "notes": np.frombuffer(json.dumps(dataset.notes).encode(), dtype=np.uint8),
-    }
+def _file(directory: Path, key: str) -> Path:
+    return directory / f"{key[:40]}.safetensors"
 
 
-def _checksum(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape};".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    """Return a safetensors header with its length before it, filled up with spaces to a multiple of 8 bytes."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _checksum(file: IO[bytes], header: Mapping[str, Any], start: int) -> str:
+    """Hash a dataset's file without its own checksum; reading leaves no pages of it in this process."""
+    parts = {**header, "__metadata__": {"facts": header["__metadata__"]["facts"]}}
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    file.seek(start)
+    while content := file.read(1 << 20):
+        digest.update(content)
     return digest.hexdigest()
 
 

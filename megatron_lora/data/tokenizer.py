@@ -13,7 +13,10 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
-from megatron_lora.data.row_formats import CHAT_TYPES
+from megatron_lora.data.chat_template import ChatTemplate, chat_settings
+from megatron_lora.data.named_templates import NAMED_TEMPLATES
+from megatron_lora.data.row_formats import TEMPLATE_TYPES
+from megatron_lora.data.tokenizer_checks import check_spaces
 from megatron_lora.errors import UserError
 
 
@@ -37,6 +40,7 @@ def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"base_model: the tokenizer in {directory} cannot be loaded ({reason}); add the model's tokenizer.json") from None
     if not tokenizer.is_fast:
         raise UserError(f"base_model: the tokenizer in {directory} gives no character offsets; add the model's tokenizer.json")
+    check_spaces(tokenizer, directory)
     tokenizer.model_max_length = 2**60  # records are cut at sequence_len, so a warning about this length would mislead
     return tokenizer
 
@@ -47,14 +51,20 @@ def tokenizer_for(jobs: Iterable[JobConfig], base_model: str | Path) -> PreTrain
     return load_tokenizer(base_model) if needed else None
 
 
-def require_chat_template(job: str, dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for conversations when the tokenizer has no chat template, or several of which none is the default."""
-    if dataset.type not in CHAT_TYPES:
+def require_chat_template(job: JobConfig, dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for conversations when there is no chat template, several without a default, or kwargs that it does not use."""
+    if dataset.type not in TEMPLATE_TYPES:
         return
+    template = ChatTemplate(tokenizer, chat_settings(job))
     try:
-        tokenizer.get_chat_template()
+        unknown = template.unknown()
     except ValueError:
         raise UserError(
-            f"jobs.{job}.datasets: {dataset.path} is of type {dataset.type} and the base model's tokenizer has no chat template; "
-            "use an instruct model, or data of type prompt_completion"
+            f"jobs.{job.name}.datasets: {dataset.path} is of type {dataset.type} and the base model's tokenizer has no chat template; "
+            f"use an instruct model, data of type prompt_completion, or set jobs.{job.name}.chat_template to a file or one of "
+            f"{', '.join(NAMED_TEMPLATES)}"
         ) from None
+    if unknown:
+        raise UserError(
+            f"jobs.{job.name}.chat_template_kwargs: the chat template does not use {unknown[0]!r}; remove it, or correct its name"
+        )

@@ -4,8 +4,9 @@ An adapter adds (lora_alpha / r) * B A to a frozen linear, with A [r, K] and B [
 / sqrt(r) with rsLoRA. In memory a pair is keyed by the linear's path in the Hugging Face model,
 `model.layers.0.self_attn.q_proj`; in the file it is `base_model.model.<path>.lora_A.weight` and
 `.lora_B.weight`. Each file is written to a temporary directory, synced and renamed, so that a
-reader never sees a part of one. The reader accepts plain LoRA and refuses every other feature by
-its name, because a model without that feature would silently be wrong.
+reader never sees a part of one. The reader accepts plain LoRA of one rank and alpha, however its
+config says so (adapter_targets.py), and refuses every other feature by its name, because a model
+without that feature would silently be wrong.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,14 +23,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import sync
+from megatron_lora.huggingface.adapter_targets import Targets, read_targets
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 PREFIX = "base_model.model."
 LAYER = re.compile(r"layers\.(\d+)\.")
+LARGEST_RANK, LARGEST_ALPHA = 2**20, 1e30
 
 # peft 0.21's other fields, with the values that mean plain LoRA. The reader refuses other values, and unknown fields that are set.
 PLAIN_LORA = MappingProxyType(
@@ -74,6 +77,15 @@ DESCRIPTIVE = MappingProxyType(
         "revision": None,
     }
 )
+# Fields of PEFT that the reader accepts with any value: of an initialisation that is over, of running, or of modules that no plain LoRA
+# has here. The fields of adapter_targets.py are compared with the weights.
+WITHOUT_EFFECT = ("corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config", "runtime_config")
+MAY_BE_EMPTY = ("alora_invocation_tokens", "layer_replication", "modules_to_save", "target_parameters")  # an empty list means none
+OF_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+FUSED = {  # a linear of other models -> those of these models that it holds in one
+    **dict.fromkeys(("qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv", "wqkv", "linear_qkv"), "q_proj, k_proj and v_proj"),
+    **dict.fromkeys(("gate_up_proj", "linear_fc1", "w1_w3"), "gate_proj and up_proj"),
+}
 # Initialisations that do not change the base weights. The others (pissa, olora, corda, loftq, lora_ga) do.
 INITS_OF_UNCHANGED_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -88,12 +100,14 @@ class AdapterFile:
     target_modules: tuple[str, ...]
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     lora_dropout: float = 0.0
+    targets: Targets | None = None  # of a file that was read
 
 
-def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str) -> None:
+def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, advice: str = "") -> None:
     """Write or replace the three PEFT files in `directory`, which is created if absent; other files there stay.
 
-    `base_model` is what the readers of the directory load as its base: a hub id or a path.
+    `base_model` is what the readers of the directory load as its base: a hub id or a path. `advice` on how to serve it goes into the
+    model card.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -107,7 +121,7 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str) 
     try:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         (temporary / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        (temporary / CARD_FILE).write_text(_model_card(adapter, base_model), encoding="utf-8")
+        (temporary / CARD_FILE).write_text(_model_card(adapter, base_model, advice), encoding="utf-8")
         for name in (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE):
             sync(temporary / name)
             os.chmod(temporary / name, 0o644)
@@ -120,24 +134,42 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     """Read a PEFT directory of plain LoRA, on the CPU in the file's dtypes; UserError when it is missing, damaged or anything else."""
     directory = Path(directory)
     config = _read_config(directory)
-    r, targets = config["r"], config["target_modules"]
-    tensors = _read_tensors(directory)
-    weights = _pair(directory / WEIGHTS_FILE, tensors, r)
-    found = {path.rpartition(".")[2] for path in weights}
-    if isinstance(targets, list):
-        _check_targets(directory / WEIGHTS_FILE, weights, found, set(targets))
+    file = directory / CONFIG_FILE
+    targets = read_targets(file, config)
+    weights = _pair(directory / WEIGHTS_FILE, _read_tensors(directory))
+    _check_targets(directory / WEIGHTS_FILE, weights, targets)
+    r = _the_same(file, "rank_pattern", {targets.rank_of(path, config["r"]) for path in weights})
+    lora_alpha = _the_same(file, "alpha_pattern", {targets.alpha_of(path, config["lora_alpha"]) for path in weights})
+    _check_ranks(directory / WEIGHTS_FILE, weights, r)
     return AdapterFile(
         r=r,
-        lora_alpha=config["lora_alpha"],
+        lora_alpha=lora_alpha,
         use_rslora=bool(config.get("use_rslora", False)),
-        target_modules=tuple(sorted(found)),
+        target_modules=tuple(sorted({path.rpartition(".")[2] for path in weights})),
         weights=weights,
         lora_dropout=config.get("lora_dropout", 0.0),
+        targets=targets,
     )
 
 
-def check_adapter(where: str, adapter: AdapterFile, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise UserError for an adapter of another base model; `shapes`: the path of each linear that it must adapt -> its (N, K)."""
+def check_modules(where: str, adapter: AdapterFile, modules: Collection[str]) -> None:
+    """Raise UserError for an adapter of linears that the base model does not have; `modules`: the names of those that it has."""
+    for module in adapter.target_modules:
+        if module in FUSED:
+            raise UserError(
+                f"{where}: adapts {module}, which holds {FUSED[module]} of this base model in one linear; split its B by rows into theirs, "
+                "each with the same A, or use an adapter of this base model"
+            )
+        if module not in modules:
+            raise UserError(f"{where}: adapts {module}, and an adapter here can have {', '.join(modules)}; use an adapter of these alone")
+
+
+def check_adapter(where: str, adapter: AdapterFile, shapes: Mapping[str, tuple[int, int]], others: Collection[str] = ()) -> None:
+    """Raise UserError for an adapter of another base model, or one that is not finite.
+
+    `shapes`: the path of each linear that it must adapt -> its (N, K); `others`: the paths of the base
+    model's other modules, which it must leave alone.
+    """
     for path, (rows, columns) in shapes.items():
         if path not in adapter.weights:
             raise UserError(f"{where}: has no A and B for {path}; use an adapter of this base model with the job's target_modules")
@@ -147,9 +179,15 @@ def check_adapter(where: str, adapter: AdapterFile, shapes: Mapping[str, tuple[i
                 f"{where}: {path} maps {a_RK.shape[1]} to {b_NR.shape[0]} features and the base model's maps {columns} to {rows}; "
                 "use an adapter that was trained on this base model"
             )
+        for name, factor in (("A", a_RK), ("B", b_NR)):
+            if not torch.isfinite(factor.float()).all():
+                raise UserError(f"{where}: {name} of {path} holds NaN or infinite numbers; use an adapter of a run that did not diverge")
     extra = sorted(adapter.weights.keys() - shapes.keys())
     if extra:
         raise UserError(f"{where}: holds {extra[0]}, which this job does not train; add it to target_modules or use another adapter")
+    for path in others:
+        if adapter.targets is not None and adapter.targets.covers(path):
+            raise UserError(f"{where}: its config adapts {path}, and it holds no A and B for it; save the adapter again")
 
 
 def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
@@ -169,7 +207,7 @@ def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
     }
 
 
-def _model_card(adapter: AdapterFile, base_model: str) -> str:
+def _model_card(adapter: AdapterFile, base_model: str, advice: str) -> str:
     """Return the model card: the front matter that hubs read, what the adapter is, and how to load it."""
     num_parameters = sum(a_RK.numel() + b_NR.numel() for a_RK, b_NR in adapter.weights.values())
     base = json.dumps(base_model)
@@ -195,7 +233,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "path/of/this/directory")
 ```
-"""
+""" + (f"\n{advice}\n" if advice else "")
 
 
 def _read_config(directory: Path) -> dict:
@@ -206,39 +244,44 @@ def _read_config(directory: Path) -> dict:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not valid JSON ({error}); restore or export the adapter again") from None
+        raise UserError(f"{file}: is not valid JSON ({one_line(error, 120)}); restore or export the adapter again") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise UserError(f"{file}: peft_type: {json.dumps(kind)} cannot be trained here; use a LORA adapter")
+        raise _wrong(file, "peft_type", kind, "cannot be trained here; use a LORA adapter")
     _check_plain_lora(file, config)
-    if not isinstance(config.get("r"), int) or isinstance(config["r"], bool) or config["r"] < 1:
-        raise UserError(f"{file}: r: {json.dumps(config.get('r'))} is not a LoRA rank; use a whole number from 1")
-    alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0:
-        raise UserError(f"{file}: lora_alpha: {json.dumps(alpha)} is not a LoRA alpha; use a number above 0")
-    dropout = config.get("lora_dropout", 0.0)
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise UserError(f"{file}: lora_dropout: {json.dumps(dropout)} is not a probability; use a number from 0, below 1")
-    targets = config.get("target_modules")
-    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
-        raise UserError(f"{file}: target_modules: {json.dumps(targets)} is not a list of module names; save the adapter again")
-    return config
+    r, alpha, dropout = config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)  # PEFT's defaults
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= LARGEST_RANK:
+        raise _wrong(file, "r", r, f"is not a LoRA rank; use a whole number from 1 to {LARGEST_RANK}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < LARGEST_ALPHA:
+        raise _wrong(file, "lora_alpha", alpha, "is not a LoRA alpha; use a number above 0")
+    if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+        raise _wrong(file, "lora_dropout", dropout, "is not a probability; use a number from 0, below 1")
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise _wrong(file, "use_rslora", config["use_rslora"], "is not true or false; save the adapter again")
+    return {**config, "r": r, "lora_alpha": alpha}
+
+
+def _wrong(file: Path, key: str, value: object, what: str) -> UserError:
+    return UserError(f"{file}: {one_line(key, 80)}: {one_line(json.dumps(value), 160)} {what}")
 
 
 def _check_plain_lora(file: Path, config: Mapping[str, object]) -> None:
     """Raise UserError for each field, known or unknown, that would change what the adapter computes."""
-    known = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+    known = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora"}
     if config.get("task_type") not in ("CAUSAL_LM", None):
-        raise UserError(f"{file}: task_type: {json.dumps(config['task_type'])} is not supported; use a CAUSAL_LM adapter")
+        raise _wrong(file, "task_type", config["task_type"], "is not supported; use a CAUSAL_LM adapter")
     init = config.get("init_lora_weights", True)
     if init not in INITS_OF_UNCHANGED_BASE:
-        raise UserError(
-            f"{file}: init_lora_weights: {json.dumps(init)} means a changed base model; convert the adapter to plain LoRA with peft first"
-        )
+        raise _wrong(file, "init_lora_weights", init, "means a changed base model; convert the adapter to plain LoRA with peft first")
     for key, value in config.items():
-        if key in known or key in DESCRIPTIVE or not value or value == PLAIN_LORA.get(key):
+        if key in known or key in DESCRIPTIVE or key in WITHOUT_EFFECT or key in OF_TARGETS:
             continue
-        raise UserError(f"{file}: {key}: {json.dumps(value)} is not supported; use a plain LoRA adapter, without {key}")
+        if value == [] and key in MAY_BE_EMPTY:
+            continue
+        if value is not None and value is not False and value != PLAIN_LORA.get(key):
+            raise _wrong(file, key, value, f"is not supported; use a plain LoRA adapter, without {one_line(key, 80)}")
 
 
 def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -250,49 +293,56 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: is damaged ({error}); restore it or save the adapter again") from None
+        raise UserError(f"{file}: is damaged ({one_line(error, 160)}); restore it or save the adapter again") from None
 
 
-def _pair(file: Path, tensors: Mapping[str, torch.Tensor], r: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Match every A with its B and check their ranks."""
+def _pair(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Match every A with its B."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if match is None:
-            raise UserError(f"{file}: holds {key}, which is no A or B of a linear; use a plain LoRA adapter")
+            raise UserError(f"{file}: holds {one_line(key, 160)}, which is no A or B of a linear; use a plain LoRA adapter")
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
         raise UserError(f"{file}: holds no tensors; save the adapter again")
-    weights = {}
     for path, pair in pairs.items():
-        for name, rank_axis in (("A", 0), ("B", 1)):
-            key = f"{PREFIX}{path}.lora_{name}.weight"
+        for name in "AB":
             if name not in pair:
-                raise UserError(f"{file}: {key} is missing; save the adapter again")
-            shape = tuple(pair[name].shape)
+                raise UserError(f"{file}: {PREFIX}{path}.lora_{name}.weight is missing; save the adapter again")
+    return {path: (pair["A"], pair["B"]) for path, pair in pairs.items()}
+
+
+def _check_ranks(file: Path, weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]], r: int) -> None:
+    """Raise UserError unless every A is [r, in] and every B [out, r], in floating point."""
+    for path, pair in weights.items():
+        for name, factor, rank_axis, expected in (("A", pair[0], 0, f"[{r}, in]"), ("B", pair[1], 1, f"[out, {r}]")):
+            key, shape = f"{PREFIX}{path}.lora_{name}.weight", tuple(factor.shape)
             if len(shape) != 2 or shape[rank_axis] != r:
-                expected = f"[{r}, in]" if name == "A" else f"[out, {r}]"
                 raise UserError(f"{file}: {key} has shape {list(shape)} where r = {r} needs {expected}; save the adapter again")
-            if not pair[name].is_floating_point():
-                raise UserError(f"{file}: {key} is {pair[name].dtype}; save the adapter in a floating-point type")
-        weights[path] = (pair["A"], pair["B"])
-    return weights
+            if not factor.is_floating_point():
+                raise UserError(f"{file}: {key} is {factor.dtype}; save the adapter in a floating-point type")
 
 
-def _check_targets(file: Path, weights: Iterable[str], found: set[str], targets: set[str]) -> None:
-    """Raise UserError unless exactly the target modules have weights, all in the same layers."""
-    names = {target.rpartition(".")[2] for target in targets}
-    if found != names:
-        module = sorted(found ^ names)[0]
-        have = "has no weights" if module in names else "has weights and is not in target_modules"
-        raise UserError(f"{file}: {module} {have}; save the adapter again")
-    layers: dict[str, set[str]] = {name: set() for name in names}
+def _the_same(file: Path, key: str, values: set):
+    """Return what all linears have; UserError names the pattern that makes them differ."""
+    if len(values) > 1:
+        raise UserError(f"{file}: {key}: gives linears {sorted(values)}, and all of a job's have one; use an adapter without {key}")
+    return values.pop()
+
+
+def _check_targets(file: Path, weights: Collection[str], targets: Targets) -> None:
+    """Raise UserError for weights that the config does not adapt, and for a layer that lacks weights which it does."""
+    layers_of: dict[tuple[str, str], set[str]] = {}  # a path's parts before and after its layer's number -> layers
     for path in weights:
+        if not targets.covers(path):
+            name = path.rpartition(".")[2]
+            why = "is in exclude_modules" if targets.excludes(path) else "is not in target_modules"
+            raise UserError(f"{file}: {one_line(name, 80)} has weights and {why} (of {one_line(path, 160)}); save the adapter again")
         match = LAYER.search(path)
-        if match is None:
-            raise UserError(f"{file}: {path} is not in a transformer layer; use an adapter of the layers' linears alone")
-        layers[path.rpartition(".")[2]].add(match[1])
-    all_layers = set().union(*layers.values())
-    for name, present in layers.items():
-        if present != all_layers:
-            raise UserError(f"{file}: {name} has no weights in layer {min(all_layers - present, key=int)}; save the adapter again")
+        if match is not None:
+            layers_of.setdefault((path[: match.start(1)], path[match.end(1) :]), set()).add(match[1])
+    for layer in sorted(set().union(*layers_of.values()), key=int):
+        for (before, after), layers in layers_of.items():
+            if layer not in layers and targets.covers(before + layer + after):
+                raise UserError(f"{file}: {after.rpartition('.')[2]} has no weights in layer {layer}; save the adapter again")

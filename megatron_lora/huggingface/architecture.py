@@ -3,8 +3,8 @@
 `read_architecture(model_dir)` turns a Hugging Face `config.json` of a Llama, Mistral, Qwen2 or
 Qwen3 into an `Architecture`. A missing key has the default that transformers gives it (`DEFAULTS`).
 A value that this trainer does not support is a UserError, because a model built without it would
-silently be wrong. `tensor_shapes` says which tensors the checkpoint must hold, and `module_sizes`
-which linear layers can have an adapter.
+silently be wrong; config_fields.py says what becomes of each field. `tensor_shapes` says which
+tensors the checkpoint must hold, and `module_sizes` which linear layers can have an adapter.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
+from megatron_lora.huggingface import config_fields
 
 MERGED_LINEARS = {"qkv": ("q_proj", "k_proj", "v_proj"), "proj": ("o_proj",), "fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",)}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What transformers uses for a key that config.json does not have.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None},
@@ -32,13 +34,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 LARGEST_COUNT = 2**31 - 1  # the largest value of any count in config.json
+LARGEST_NUMBER = 1e30  # of any other number in it
 MOST_LAYERS = 10_000
-ROPE_KEYS = {  # the numbers that each kind of rotary embedding needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +54,11 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+    @property
+    def max_positions(self) -> int:
+        """The positions that YaRN stretches its original context to, which model cards leave out of max_position_embeddings; else 0."""
+        return int(self.factor * self.original_max_positions) if self.kind == "yarn" else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +109,11 @@ class Architecture:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all tensors that the checkpoint must hold, by Hugging Face name."""
         shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
+            EMBEDDING: (self.vocab_size, self.hidden_size),
             "model.norm.weight": (self.hidden_size,),
         }
         if not self.tied_head:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+            shapes[HEAD] = (self.vocab_size, self.hidden_size)
         for layer in range(self.num_layers):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 shapes[f"model.layers.{layer}.{norm}.weight"] = (self.hidden_size,)
@@ -126,18 +128,12 @@ class Architecture:
 
 def read_architecture(model_dir: str | Path) -> Architecture:
     """Read `config.json` of a Hugging Face model directory; UserError for what this trainer does not support."""
-    path = Path(model_dir) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(
-            f"base_model: {path} cannot be read; give a Hugging Face model directory with config.json and safetensors"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"base_model: {path} is not valid JSON ({error}); fetch the file again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"base_model: {path} holds no object; fetch the file again")
-    return _Reader(path, values).architecture()
+    return _Reader.of(model_dir).architecture()
+
+
+def unread_fields(model_dir: str | Path) -> tuple[str, ...]:
+    """Return the fields of `config.json` that neither this trainer nor transformers reads for the model type, sorted."""
+    return _Reader.of(model_dir).unread()
 
 
 class _Reader:
@@ -152,8 +148,23 @@ class _Reader:
         self.model_type: str = kind
         self.defaults = DEFAULTS[kind]
 
+    @classmethod
+    def of(cls, model_dir: str | Path) -> _Reader:
+        path = Path(model_dir) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise UserError(
+                f"base_model: {path} cannot be read; give a Hugging Face model directory with config.json and safetensors"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"base_model: {path} is not valid JSON ({one_line(error, 120)}); fetch the file again") from None
+        if not isinstance(values, dict):
+            raise UserError(f"base_model: {path} holds no object; fetch the file again")
+        return cls(path, values)
+
     def error(self, key: str, value: object, hint: str) -> UserError:
-        return UserError(f"base_model: {self.path}: {key} is {value!r}; {hint}")
+        return UserError(f"base_model: {self.path}: {one_line(key, 100)} is {one_line(repr(value), 160)}; {hint}")
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, self.defaults.get(key, default))
@@ -174,7 +185,7 @@ class _Reader:
 
     def number(self, values: Mapping[str, Any], key: str, prefix: str = "") -> float:
         value = values.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST_NUMBER:
             raise self.error(prefix + key, value, "a positive number is needed")
         return float(value)
 
@@ -192,6 +203,7 @@ class _Reader:
         if self.count("num_hidden_layers") > MOST_LAYERS:
             raise self.error("num_hidden_layers", self.get("num_hidden_layers"), f"at most {MOST_LAYERS:,} are supported")
         attention_bias = self.model_type in ("llama", "qwen3") and self.flag("attention_bias")
+        rope = self.rope()
         return Architecture(
             model_type=self.model_type,
             hidden_size=self.count("hidden_size"),
@@ -201,9 +213,9 @@ class _Reader:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=self.count("vocab_size"),
-            max_positions=self.count("max_position_embeddings"),
+            max_positions=max(self.count("max_position_embeddings"), rope.max_positions),
             norm_eps=self.number({"rms_norm_eps": self.get("rms_norm_eps", 1e-6)}, "rms_norm_eps"),
-            rope=self.rope(),
+            rope=rope,
             sliding_windows=self.sliding_windows(self.count("num_hidden_layers")),
             qkv_bias=attention_bias or self.model_type == "qwen2",
             o_bias=attention_bias,
@@ -213,62 +225,116 @@ class _Reader:
         )
 
     def refuse_unsupported(self) -> None:
-        if self.get("hidden_act", "silu") != "silu":
-            raise self.error("hidden_act", self.get("hidden_act"), "only silu is supported")
-        if self.get("attention_dropout"):
-            raise self.error("attention_dropout", self.get("attention_dropout"), "only 0.0 is supported")
-        if self.get("quantization_config"):
-            method = (self.get("quantization_config") or {}).get("quant_method")
-            raise self.error("quantization_config", method, "use a checkpoint in bf16 or fp32, without this key")
-        if self.get("partial_rotary_factor", 1.0) not in (1, None):
-            raise self.error("partial_rotary_factor", self.get("partial_rotary_factor"), "only 1.0 is supported")
+        """Refuse what this trainer does not compute, and what one model type honours and this one would ignore."""
+        for key, (harmless, hint) in config_fields.REFUSED.items():
+            value = self.get(key, harmless[0])
+            if value not in harmless:
+                shown = value.get("quant_method", value) if isinstance(value, dict) else value
+                raise self.error(key, shown, hint)
+        kind, biased = self.model_type, self.model_type == "qwen2"
+        if kind in ("mistral", "qwen2") and self.get("attention_bias", biased) != biased:
+            hint = "q, k and v of a qwen2 always have a bias" if biased else "the linears of a mistral have no bias"
+            raise self.error(
+                "attention_bias", self.get("attention_bias"), f"{hint}; remove the key, or use the model_type of these weights"
+            )
+        if kind != "llama" and self.get("mlp_bias"):
+            raise self.error("mlp_bias", self.get("mlp_bias"), f"the MLP of a {kind} has no bias; use the model_type of these weights")
+        if kind == "qwen3" and self.get("head_dim") is None:
+            raise self.error("head_dim", None, "a whole number of at least 1 is needed")
 
     def sliding_windows(self, num_layers: int) -> tuple[int | None, ...]:
-        window = self.get("sliding_window")
-        if self.model_type == "llama" or window is None:
-            return (None,) * num_layers
-        window = self.count("sliding_window")
-        if self.model_type == "mistral":
-            return (window,) * num_layers
-        if not self.flag("use_sliding_window"):
-            return (None,) * num_layers
-        kinds = self.get("layer_types")
-        if kinds is None:
-            first = self.get("max_window_layers")
-            if not isinstance(first, int) or first < 0:
-                raise self.error("max_window_layers", first, "a whole number of at least 0 is needed")
-            kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
-        if len(kinds) != num_layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        """Return each layer's window, as transformers does: a mistral with layer_types is a Ministral there."""
+        kinds, window = self.get("layer_types"), self.get("sliding_window")
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
+            raise self.error("sliding_window", window, "a whole number of at least 1, or null, is needed")
+        if kinds is not None and not (isinstance(kinds, list) and len(kinds) == num_layers and all(map(_is_layer_type, kinds))):
             raise self.error("layer_types", kinds, f"{num_layers} entries, each full_attention or sliding_attention, are needed")
+        if self.model_type == "llama":
+            if window is not None and window < self.count("max_position_embeddings"):
+                raise self.error("sliding_window", window, "a llama has no sliding window; remove the key, or use model_type mistral")
+            window = None
+        elif self.model_type == "mistral":
+            if window is not None and kinds is None:
+                self.refuse_window_keys_of_qwen(window)
+        else:
+            window = window if self.flag("use_sliding_window") else None
+            self.first_sliding_layer()
+        if window is not None:
+            window = self.count("sliding_window")
+        if kinds is None:
+            first = self.first_sliding_layer() if window is not None else 0
+            return tuple(window if layer >= first else None for layer in range(num_layers))
+        if window is None and "sliding_attention" in kinds:
+            raise self.error("layer_types", kinds, f"this {self.model_type} has no window for its sliding layers; correct sliding_window")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
-    def rope(self) -> Rope:
-        """Read `rope_parameters` (since transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    def first_sliding_layer(self) -> int:
+        if self.model_type == "mistral":
+            return 0
+        first = self.get("max_window_layers")
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise self.error("max_window_layers", first, "a whole number of at least 0 is needed")
+        return first
+
+    def refuse_window_keys_of_qwen(self, window: object) -> None:
+        hint = f"every layer of a mistral has the window of sliding_window {window!r}; remove this key, or set sliding_window: null"
+        for key, harmless in (("use_sliding_window", True), ("max_window_layers", 0)):
+            if self.get(key, harmless) != harmless:
+                raise self.error(key, self.get(key), hint)
+
+    def rope_values(self) -> tuple[str, dict[str, Any], str]:
+        """Return `rope_scaling` (before transformers 5) or `rope_parameters`: the key, its values, and the kind."""
         where = "rope_scaling" if self.get("rope_scaling") else "rope_parameters"
-        values = {} if self.get(where) is None else self.get(where)
-        if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-            raise self.error(where, values, "one set of numbers for all layers is supported")
-        theta = values.get("rope_theta", self.get("rope_theta", 10000.0))
+        for key in ("rope_scaling", "rope_parameters"):
+            values = {} if self.get(key) is None else self.get(key)
+            if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+                raise self.error(key, values, "one set of numbers for all layers is supported")
+        values = self.get(where) or {}
         kind = values.get("rope_type", values.get("type", "default"))
-        if kind not in ROPE_KEYS:
-            raise self.error(f"{where}.rope_type", kind, f"supported are {', '.join(ROPE_KEYS)}")
-        if values.get("partial_rotary_factor", 1.0) != 1.0:
+        if not isinstance(kind, str) or kind not in config_fields.ROPE_NUMBERS:
+            raise self.error(f"{where}.rope_type", kind, f"supported are {', '.join(config_fields.ROPE_NUMBERS)}")
+        return where, values, kind
+
+    def rope(self) -> Rope:
+        """Read the rotary embedding, with transformers' defaults."""
+        where, values, kind = self.rope_values()
+        theta = values.get("rope_theta", self.get("rope_theta", 10000.0))
+        if values.get("partial_rotary_factor") not in (1, None):
             raise self.error(f"{where}.partial_rotary_factor", values["partial_rotary_factor"], "only 1.0 is supported")
-        original_len = self.get("original_max_position_embeddings")  # at the top level it overrides the nested one, as in transformers
         values = {"original_max_position_embeddings": self.get("max_position_embeddings"), **values}
-        values.update({"original_max_position_embeddings": original_len} if original_len else {})
-        needed = {key: self.number(values, key, f"{where}.") for key in ROPE_KEYS[kind]}
-        optional: dict[str, Any] = {}
-        if kind == "yarn":
-            keys = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-            optional = {key: self.number(values, key, f"{where}.") for key in keys if values.get(key)}
-            optional["truncate"] = bool(values.get("truncate", True))
+        original = self.get("original_max_position_embeddings")  # at the top level it overrides the nested one, as in transformers
+        if original is not None and kind in ("llama3", "yarn"):
+            values["original_max_position_embeddings"] = original
+        if kind == "yarn" and "factor" in values and values["factor"] is None:
+            values["factor"] = self.count("max_position_embeddings") / self.number(values, "original_max_position_embeddings", f"{where}.")
+        needed = {key: self.number(values, key, f"{where}.") for key in config_fields.ROPE_NUMBERS[kind]}
+        if self.number({"rope_theta": theta}, "rope_theta") <= 1:
+            raise self.error("rope_theta", theta, "a number above 1 is needed")
         return Rope(
-            theta=self.number({"rope_theta": theta}, "rope_theta"),
+            theta=float(theta),
             kind=kind,
             factor=needed.get("factor", 1.0),
             original_max_positions=needed.get("original_max_position_embeddings", 0.0),
             low_freq_factor=needed.get("low_freq_factor", 1.0),
             high_freq_factor=needed.get("high_freq_factor", 4.0),
-            **optional,
+            **(self.yarn_options(where, values) if kind == "yarn" else {}),
         )
+
+    def yarn_options(self, where: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return YaRN's optional fields; 0 and null are transformers' defaults, except of attention_factor, which only null is."""
+        given = {key: values.get(key) for key in config_fields.YARN_OPTIONS}
+        truncate = values.get("truncate", True)
+        if truncate not in (True, False, None):
+            raise self.error(f"{where}.truncate", truncate, "true or false is needed")
+        options: dict[str, Any] = {"truncate": bool(truncate)}
+        for key, value in given.items():
+            if value is not None and (value != 0 or key == "attention_factor") and key != "truncate":
+                options[key] = self.number(values, key, f"{where}.")
+        return options
+
+    def unread(self) -> tuple[str, ...]:
+        return config_fields.unread(self.values, *self.rope_values())
+
+
+def _is_layer_type(kind: object) -> bool:
+    return isinstance(kind, str) and kind in ("full_attention", "sliding_attention")

@@ -1,71 +1,159 @@
-"""Checks that a model's weights are present and complete, from the headers of its safetensors files; no tensor is read.
+"""Which tensors a model directory holds, and where, from the headers of its safetensors files; no tensor is read.
 
 A safetensors file is 8 bytes (the header's length n, little-endian), n bytes of JSON (name ->
 dtype, shape, data_offsets), data. This finds a file cut short by a broken download, a missing shard
-and a tensor of another model, in milliseconds.
+and a tensor of another model, in milliseconds. Which file is taken, and which tensor it holds under
+which name, follows transformers; where transformers would leave a tensor out or make one up, this
+refuses.
+
+    architecture = read_base_model(model_dir)       # config.json and the headers
+    stored_tensors(model_dir, architecture)["lm_head.weight"].file
 """
 
+import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
+from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture, read_architecture
 
 DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes per number
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REFETCH = "fetch the model again"
+ROTARY_TABLE = re.compile(r"rotary_emb\.inv_freq")  # older checkpoints hold it; it follows from config.json
+
+QUANTISED = ("scale", "scales", "scale_inv", "zeros", "zero_point", "qweight", "absmax", "quant_map", "g_idx")  # ends of tensors' names
 
 
-class Shapes(Protocol):
-    """The part of Architecture that the checks need."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor as a file holds it: the file, its name there, and its header entry."""
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all tensors, by name."""
-        ...
+    file: Path
+    name: str
+    entry: Mapping
 
 
-def check_weights(model_dir: Path, architecture: Shapes) -> None:
-    """Raise UserError if a safetensors file is damaged, or if a tensor is missing, has another shape, or is not in the architecture.
+def read_base_model(model_dir: str | Path, load_weights: bool = True) -> Architecture:
+    """Read config.json and, for `load_weights`, check the files; UserError for what is damaged, missing or not in the architecture.
 
-    A rotary table and a copy of a tied head may be stored too. Any other tensor would silently be
-    left out of the model.
+    Where config.json ties the head to the embedding and the files hold both, the head is not tied:
+    both are loaded, as transformers does where they differ.
     """
-    found: dict[str, dict] = {}
-    for file in weight_files(model_dir):
-        found |= read_header(file)
+    architecture = read_architecture(model_dir)
+    if not load_weights:
+        return architecture
+    stored = stored_tensors(model_dir, architecture)
+    if architecture.tied_head and stored[HEAD] != stored[EMBEDDING]:
+        architecture = dataclasses.replace(architecture, tied_head=False)
     model = f"base_model: {str(model_dir)!r}"
-    shapes = architecture.tensor_shapes()
-    for name, shape in shapes.items():
-        if name not in found:
-            raise UserError(f"{model} has no tensor {name}, which its config.json calls for; {REFETCH}")
-        if tuple(found[name]["shape"]) != shape:
-            raise UserError(f"{model}: {name} has shape {found[name]['shape']} and config.json calls for {list(shape)}; {REFETCH}")
-        if found[name]["dtype"] not in DTYPES:
-            raise UserError(f"{model}: {name} is {found[name]['dtype']}; use a checkpoint in bf16, fp16 or fp32, not a quantised one")
-        first, end = found[name]["data_offsets"]
-        if end - first != math.prod(shape) * DTYPES[found[name]["dtype"]]:
-            raise UserError(f"{model}: {name} has {end - first} bytes, which are not {list(shape)} {found[name]['dtype']}; {REFETCH}")
-    for name in sorted(found.keys() - shapes.keys() - {"lm_head.weight"}):
-        if not name.endswith(".rotary_emb.inv_freq"):
-            raise UserError(f"{model} has a tensor {name} that its config.json does not call for; use the config.json of these weights")
+    for name, shape in architecture.tensor_shapes().items():
+        _check_entry(f"{model}: {stored[name].name}", stored[name].entry, shape)
+    return architecture
+
+
+def stored_tensors(model_dir: str | Path, architecture: Architecture) -> dict[str, StoredTensor]:
+    """Return where each tensor of the architecture is stored, by its full name; both matrices of a tied pair are there.
+
+    A backbone's names may lack the prefix `model.`; of a tied pair, either matrix may stand for both.
+    Raises UserError where a tensor is missing, stored twice, or not in the architecture.
+    """
+    model = f"base_model: {str(model_dir)!r}"
+    names = {*architecture.tensor_shapes(), EMBEDDING, HEAD}
+    stored: dict[str, StoredTensor] = {}
+    unknown = []
+    for file in weight_files(Path(model_dir)):
+        for name, entry in read_header(file).items():
+            full = _full_name(name, names)
+            if full in stored:
+                first = stored[full]
+                raise UserError(f"{model} holds {full} twice, as {first.name} in {first.file.name} and {name} in {file.name}; {REFETCH}")
+            if full in names:
+                stored[full] = StoredTensor(file=file, name=name, entry=entry)
+            elif not ROTARY_TABLE.search(name):
+                unknown.append(name)
+    if architecture.tied_head:
+        for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+            if name not in stored and other in stored:
+                stored[name] = stored[other]
+    for name in architecture.tensor_shapes():
+        if name not in stored:
+            raise UserError(f"{model} has no tensor {name}, which its config.json calls for; {REFETCH}{_stored_instead(unknown)}")
+    if unknown:
+        raise UserError(f"{model} has a tensor {min(unknown)} that its config.json does not call for; {_remedy(min(unknown))}")
+    return stored
+
+
+def _full_name(name: str, names: set[str]) -> str:
+    """Return the name in the causal model of a stored tensor: transformers takes a missing or superfluous `model.` as none."""
+    if name in names:
+        return name
+    for candidate in (name.removeprefix("model."), f"model.{name}"):
+        if candidate in names:
+            return candidate
+    return name
+
+
+def _stored_instead(unknown: list[str]) -> str:
+    """Return a hint for a missing tensor: the first tensor that was found under no known name."""
+    return f" (it holds {one_line(min(unknown), 100)} instead)" if unknown else ""
+
+
+def _remedy(name: str) -> str:
+    """Return what to do about a tensor that the architecture does not have."""
+    if ".lora_" in name or ".base_layer." in name:
+        return "merge the adapter into the base model with peft, or use the base model"
+    if (
+        name.endswith(("scale", "scales", "scale_inv", "zeros", "zero_point", "qweight", "absmax", "quant_map", "g_idx"))
+        or ".quant_" in name
+    ):
+        return "use a checkpoint in bf16, fp16 or fp32, not a quantised one"
+    return "use the config.json of these weights"
+
+
+def _check_entry(where: str, entry: Mapping, shape: tuple[int, ...]) -> None:
+    """Raise UserError unless a header's entry has the shape, a type that is read, and its bytes."""
+    dtype, found = entry["dtype"], list(entry["shape"])
+    if dtype not in DTYPES:
+        raise UserError(f"{where} is {one_line(dtype, 40)}; use a checkpoint in bf16, fp16 or fp32, not a quantised one")
+    if found != list(shape):
+        raise UserError(f"{where} has shape {one_line(found, 60)} and config.json calls for {list(shape)}; {REFETCH}")
+    first, end = entry["data_offsets"]
+    if end - first != math.prod(shape) * DTYPES[dtype]:
+        raise UserError(f"{where} has {end - first} bytes, which are not {found} {dtype}; {REFETCH}")
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Return the safetensors files of a model directory: the only one, or those of the index."""
-    index = model_dir / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            return [model_dir / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise UserError(f"base_model: {index} is damaged; {REFETCH}") from None
+    """Return the safetensors files of a model directory: the single one, else those of the index, as transformers chooses."""
     if (model_dir / SINGLE).is_file():
         return [model_dir / SINGLE]
-    pickled = " (its .bin files are pickles, which are not read)" if any(model_dir.glob("*.bin")) else ""
-    raise UserError(f"base_model: {str(model_dir)!r} has no {SINGLE}{pickled}; use a model saved as safetensors, or load_weights: false")
+    index = model_dir / INDEX
+    if index.is_file():
+        return [model_dir / name for name in _shards(index)]
+    others = sorted(path.name for path in model_dir.glob("*.safetensors"))
+    hint = f" (its {others[0]} is read by no name that transformers gives)" if others else ""
+    if not others and any(model_dir.glob("*.bin")):
+        hint = " (its .bin files are pickles, which are not read)"
+    raise UserError(f"base_model: {str(model_dir)!r} has no {SINGLE}{hint}; use a model saved as safetensors, or load_weights: false")
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the file names that an index lists."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        inside = all(name == os.path.basename(name) and name.endswith(".safetensors") for name in names)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"base_model: {index} is damaged; {REFETCH}") from None
+    except OSError as error:
+        raise UserError(f"base_model: {index} cannot be read ({error.strerror}); check its permissions") from None
+    if not names or not inside:
+        raise UserError(f"base_model: {index} lists no safetensors files of its own directory; {REFETCH}")
+    return names
 
 
 def read_header(path: Path) -> Mapping[str, dict]:

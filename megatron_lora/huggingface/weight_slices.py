@@ -1,9 +1,10 @@
 """The base model's weights, streamed: a rank reads only the slices that it owns.
 
 `Checkpoint.read` returns one slice of one tensor of the safetensors files, which weight_files.py
-has checked before the launch. `RandomTensors.read` returns the slice of a random tensor. It depends
+has found and checked from their headers. `RandomTensors.read` returns the slice of a random tensor. It depends
 on the seed and the tensor's name alone, so that every layout of ranks gets the same model. `load`
-fills parts of parameters from either.
+fills parts of parameters from either, and refuses numbers that are not finite: the model's outputs
+would all be NaN.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_lora.errors import UserError
-from megatron_lora.huggingface.architecture import Architecture
-from megatron_lora.huggingface.weight_files import read_header, weight_files
+from megatron_lora.errors import UserError, one_line
+from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
+from megatron_lora.huggingface.weight_files import stored_tensors
 
 Index = tuple[slice, ...]
 
@@ -41,31 +42,35 @@ class Source(Protocol):
 
 
 def load(parts: Iterable[Part], source: Source) -> None:
-    """Fill parts of parameters, one slice at a time, converting to the parameter's dtype and device."""
+    """Fill parts of parameters, one slice at a time, converting to the parameter's dtype and device; UserError for NaN or inf."""
     with torch.no_grad():
         for part in parts:
             part.target.copy_(source.read(part.name, part.index))
+            if not torch.isfinite(part.target).all():
+                raise UserError(f"base_model: the tensor {part.name} holds NaN or infinite numbers; fetch the model again")
 
 
 class Checkpoint:
     """The safetensors files of a model directory, each opened at its first use. `bytes_read` counts the bytes read of tensors."""
 
-    def __init__(self, model_dir: str | Path):
-        self.files = {name: path for path in weight_files(Path(model_dir)) for name in read_header(path)}
+    def __init__(self, model_dir: str | Path, architecture: Architecture):
+        self.stored = stored_tensors(model_dir, architecture)
+        assert not architecture.tied_head or self.stored[HEAD] == self.stored[EMBEDDING], "read_base_model says that the head is not tied"
         self.opened: dict[Path, safe_open] = {}
         self.bytes_read = 0
 
     def read(self, name: str, index: Index) -> Tensor:
-        """Return one slice of one tensor. Raises UserError naming file and tensor."""
-        path = self.files.get(name)
-        if path is None:
+        """Return one slice of one tensor, by its full name. Raises UserError naming file and tensor."""
+        stored = self.stored.get(name)
+        if stored is None:
             raise UserError(f"base_model: the tensor {name} is in none of the safetensors files; fetch the model again")
         try:
-            if path not in self.opened:
-                self.opened[path] = safe_open(path, framework="pt", device="cpu")
-            values = self.opened[path].get_slice(name)[index]
+            if stored.file not in self.opened:
+                self.opened[stored.file] = safe_open(stored.file, framework="pt", device="cpu")
+            values = self.opened[stored.file].get_slice(stored.name)[index]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"base_model: {path}: the tensor {name} cannot be read ({error}); fetch the file again") from None
+            why = one_line(error, 160)
+            raise UserError(f"base_model: {stored.file}: the tensor {stored.name} cannot be read ({why}); fetch the file again") from None
         self.bytes_read += values.nbytes
         return values
 

@@ -8,7 +8,7 @@ Megatron's in these points:
     tied head      first and last stage each hold a copy (one stage: one copy); neither is trained
     gradients      no parameter requires one: adapters lie in the arena, outside the module tree
 
-    stage = build_stage(read_architecture(directory), directory, parallel, dtype=torch.bfloat16, device=device)
+    stage = build_stage(read_base_model(directory), directory, parallel, dtype=torch.bfloat16, device=device)
     hidden = stage(microbatch, received)            # received: None on the first stage
     losses = stage.losses(hidden, microbatch.labels, microbatch.targets)     # on the last stage
 """
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.data.microbatch import StageInput
-from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
 from megatron_lora.huggingface.rope import frequencies, rotary_table
 from megatron_lora.huggingface.weight_slices import Checkpoint, Part, RandomTensors, load
 from megatron_lora.model import loss
@@ -53,7 +53,7 @@ from megatron_lora.model.transformer_engine import EngineAttention, EngineNorm
 from megatron_lora.parallel import compat
 from megatron_lora.parallel.partition import check_layout, layers_of_stages, recompute_of_layers
 from megatron_lora.parallel.process_groups import tensor_group
-from scheduling.memory import OFFLOADED, offloaded
+from scheduling.cost import OFFLOADED, offloaded
 
 
 @dataclass
@@ -173,7 +173,7 @@ class Stage(torch.nn.Module):
         """Yield each part of this rank's parameters, with the name and slice of the checkpoint tensor that it is loaded from."""
         everything = slice(None)
         if self.is_first:
-            yield self._vocabulary_part(self.model.embedding.word_embeddings.weight, "model.embed_tokens.weight")
+            yield self._vocabulary_part(self.model.embedding.word_embeddings.weight, EMBEDDING)
         for layer, block in zip(self.layers, self.blocks, strict=True):
             prefix = f"model.layers.{layer}"
             norms = [(block.input_layernorm, "input_layernorm"), (block.pre_mlp_layernorm, "post_attention_layernorm")]
@@ -187,7 +187,7 @@ class Stage(torch.nn.Module):
         if self.is_last:
             yield Part(target=cast(RMSNorm, self.model.decoder.final_layernorm).weight, name="model.norm.weight", index=(everything,))
             if not (self.architecture.tied_head and self.is_first):
-                name = "model.embed_tokens.weight" if self.architecture.tied_head else "lm_head.weight"
+                name = EMBEDDING if self.architecture.tied_head else HEAD
                 yield self._vocabulary_part(head_weight(self.model), name)
 
     def _vocabulary_part(self, weight: Tensor, name: str) -> Part:
@@ -279,7 +279,7 @@ def build_stage(
     stage.set_attention(backends.attention)
     if load_weights:
         assert model_dir is not None
-        load(stage.parts(), Checkpoint(model_dir))
+        load(stage.parts(), Checkpoint(model_dir, architecture))
     else:
         load(stage.parts(), RandomTensors(architecture, seed, dtype, device))
     if base_weights == "fp8":

@@ -114,19 +114,32 @@ class SafeStream(io.TextIOBase):
                 self._stream = None
 
 
-class LiveTable(Observer):
-    """A table of the jobs, redrawn in place a few times a second, on the caller's thread."""
+class Display(Observer):
+    """Keeps the progress of every job, by name."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
-        self._console = console
+    def __init__(self, clock: Callable[[], float]):
         self._clock = clock
-        self._drawn_at = float("-inf")
         self._jobs: dict[str, Progress] = {}
-        self._live: Live | None = None
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
         now = self._clock()
         self._jobs = {job.name: Progress(job, now) for job in jobs}
+
+    def on_status(self, job: str, state: str, reason: str) -> None:
+        self._jobs[job].state, self._jobs[job].reason = state, reason
+
+
+class LiveTable(Display):
+    """A table of the jobs, redrawn in place a few times a second, on the caller's thread."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+        super().__init__(clock)
+        self._console = console
+        self._drawn_at = float("-inf")
+        self._live: Live | None = None
+
+    def on_start(self, jobs: Sequence[JobSummary]) -> None:
+        super().on_start(jobs)
         self._live = Live(self._table(), console=self._console, auto_refresh=False)
         self._live.start()
         self._console.show_cursor(True)  # a killed run must not leave the terminal without a cursor
@@ -139,7 +152,7 @@ class LiveTable(Observer):
             self._refresh()
 
     def on_status(self, job: str, state: str, reason: str) -> None:
-        self._jobs[job].state, self._jobs[job].reason = state, reason
+        super().on_status(job, state, reason)
         self._refresh()
 
     def close(self) -> None:
@@ -194,19 +207,17 @@ def cells(job: Progress, total_tokens_per_second: float) -> list[str]:
     ]
 
 
-class PlainLines(Observer):
+class PlainLines(Display):
     """Prints a line for a job's first, last and skipped steps, for one step per interval, and for its end."""
 
     def __init__(self, stream: SafeStream, clock: Callable[[], float] = time.monotonic):
+        super().__init__(clock)
         self._stream = stream
-        self._clock = clock
-        self._jobs: dict[str, Progress] = {}
         self._shown_at: dict[str, float] = {}
         self._interval_s = LINE_INTERVAL_S
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
-        now = self._clock()
-        self._jobs = {job.name: Progress(job, now) for job in jobs}
+        super().on_start(jobs)
         self._interval_s = max(LINE_INTERVAL_S, 0.5 * len(jobs))
 
     def on_step(self, report: StepReport) -> None:
@@ -218,7 +229,7 @@ class PlainLines(Observer):
             print(line(job, sum(other.tokens_per_second for other in self._jobs.values())), file=self._stream, flush=True)
 
     def on_status(self, job: str, state: str, reason: str) -> None:
-        self._jobs[job].state, self._jobs[job].reason = state, reason
+        super().on_status(job, state, reason)
         if state not in ("queued", "running"):
             print(f"{job}: {state}{f': {reason}' if reason else ''}", file=self._stream, flush=True)
 

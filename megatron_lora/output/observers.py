@@ -5,7 +5,7 @@ for observer in observers: observer.on_step(report)
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_lora.errors import UserError
@@ -17,17 +17,14 @@ WANDB_PROJECT = "MEGATRON_LORA_WANDB"  # environment variable: the Weights & Bia
 
 
 def make_observers(output_dir: str | Path, jobs: Sequence[JobSummary], environment: Mapping[str, str] = os.environ) -> tuple[Observer, ...]:
-    """Start the observers of a run; Weights & Biases is one of them if the environment names a project."""
+    """Start the observers of a run; Weights & Biases is one of them if the environment names a project.
+
+    When one cannot start, those that have started are closed.
+    """
     observers: list[Observer] = [JsonlMetrics(output_dir), TensorBoardMetrics(output_dir)]
     if environment.get(WANDB_PROJECT):
         observers.append(WandbMetrics(output_dir, environment[WANDB_PROJECT]))
     observers.append(make_display())
-    start(observers, jobs)
-    return tuple(observers)
-
-
-def start(observers: Iterable[Observer], jobs: Sequence[JobSummary]) -> None:
-    """Give each observer the jobs; when one cannot start, close those that have started."""
     started: list[Observer] = []
     try:
         for observer in observers:
@@ -37,3 +34,4 @@ def start(observers: Iterable[Observer], jobs: Sequence[JobSummary]) -> None:
         for observer in started:
             observer.close()
         raise
+    return tuple(observers)

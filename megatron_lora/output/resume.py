@@ -25,7 +25,7 @@ from megatron_lora.output.metrics import metrics_file, read_metrics
 from megatron_lora.output.standing import ResumePoint, resume_points
 
 RUN_KEYS_THAT_MAY_CHANGE = ("output_dir", "parallel", "microbatch_tokens", "recompute", "activation_offloading", "backend", "jobs")
-JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "save_steps")  # the records are compared by their digest
+JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "bad_rows", "save_steps")  # the records are compared by their digest
 
 
 def changed_key(before: RunConfig, now: RunConfig) -> str | None:

@@ -23,6 +23,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_lora.config.schema import RunConfig, dump_config, load_config
@@ -56,8 +57,11 @@ class RunDirectory:
             raise _unusable(path, error) from None
 
     @classmethod
-    def create(cls, config: RunConfig, environment: dict | None = None) -> "RunDirectory":
-        """Lock and prepare the directory of a run, its remaining jobs queued; UserError when `check` refuses it."""
+    def create(cls, config: RunConfig, environment: dict | None = None, failed: Mapping[str, str] | None = None) -> "RunDirectory":
+        """Lock and prepare the directory of a run, its remaining jobs queued; UserError when `check` refuses it.
+
+        `failed`: names of remaining jobs that cannot start, with the reasons.
+        """
         path = Path(config.output_dir)
         cls.check(config)
         try:
@@ -65,7 +69,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, _lock(path, fcntl.LOCK_EX), created)
             try:
-                run._initialise(config, environment or {})
+                run._initialise(config, environment or {}, failed or {})
                 _share(path, run.lock)
             except BaseException as error:
                 if isinstance(error, OSError):
@@ -76,11 +80,12 @@ class RunDirectory:
             raise _unusable(path, error) from None
         return run
 
-    def _initialise(self, config: RunConfig, environment: dict) -> None:
+    def _initialise(self, config: RunConfig, environment: dict, failed: Mapping[str, str]) -> None:
         """Write the owner into the lock file, rewind the run or remove what never took a step, and write the run's files."""
         os.truncate(self.lock, 0)
         os.pwrite(self.lock, _this_process().encode(), 0)
         jobs = {job.name: _job("queued", "") for job in config.jobs}
+        jobs |= {name: _job(after("queued", "failed"), reason) for name, reason in failed.items()}
         if has_trained(self.path):
             # Checked again, because another run may have ended between `check` and the lock.
             remaining = check_resume(self.path, job_states(self.path), config)
@@ -101,17 +106,6 @@ class RunDirectory:
         path = Path(config.output_dir)
         assert (path / STATUS).exists(), f"{path} was not created by RunDirectory.create"
         return cls(path, _lock(path, fcntl.LOCK_SH), False)
-
-    @property
-    def plan_dir(self) -> Path:
-        """Directory of the windows that are executed."""
-        return self.path / "plan"
-
-    def job_dir(self, name: str) -> Path:
-        """Return the directory of a job; it is created if absent."""
-        path = self.path / "jobs" / name
-        path.mkdir(parents=True, exist_ok=True)
-        return path
 
     def status(self) -> dict:
         """Return what status.json says: exit_status, reason, and jobs, which maps names to state and reason."""
@@ -180,11 +174,15 @@ def _check_available(path: Path) -> None:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"output_dir: {str(path)!r} cannot be written; choose a directory that you may write")
     if (path / LOCK).exists() and not _is_unlocked(path / LOCK):
-        raise UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
+        raise _in_use(path)
     visible = {name for name in os.listdir(path) if not name.startswith(".")}
     foreign = sorted(visible if STATUS not in visible else visible - RUN_FILES)
     if foreign:
         raise UserError(f"output_dir: {str(path)!r} holds {foreign[0]!r}, which no run wrote; choose an empty or new directory")
+
+
+def _in_use(path: Path) -> UserError:
+    return UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
 
 
 def _unusable(path: Path, error: OSError) -> UserError:
@@ -235,9 +233,7 @@ def _lock(path: Path, kind: int) -> int:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise UserError(
-            f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory"
-        ) from None
+        raise _in_use(path) from None
     except OSError as error:
         os.close(lock)
         raise UserError(f"output_dir: {str(path)!r} cannot be locked ({error.strerror}); choose another file system") from None
@@ -250,7 +246,7 @@ def _share(path: Path, lock: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if _holder(path / LOCK) == _this_process():
             return
-    raise UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
+    raise _in_use(path)
 
 
 def _this_process() -> str:

@@ -27,7 +27,7 @@ class CheckpointState:
     num_steps: int  # of the complete job
     num_updates: int  # steps that Adam has counted: those that were not skipped
     skipped_in_a_row: int
-    samples: str  # data.samples.digest_of the job's samples
+    samples: str  # data.samples.JobData.digest of the job
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,16 +38,15 @@ class Timeline:
         return event
 
     @contextmanager
-    def span(self, name: str, index: int) -> Iterator[None]:
-        """Record the time that the block takes on the device."""
+    def span(self, name: str, index: int = 0) -> Iterator[None]:
+        """Record the time that the block takes on the device, without waiting for it."""
         start = self._now()
         yield
         self.spans.append((name, index, start, self._now()))
 
     def events(self, rank: int, stage: int) -> list[dict]:
         """Return the spans as complete events of the Chrome trace format, times in microseconds; waits for the device."""
-        if self.cuda:
-            torch.cuda.synchronize()
+        self.wait()
         now_us, before = self.origin_s * 1e6, self.origin
         events = []
         for name, index, start, end in self.spans:
@@ -55,6 +54,19 @@ class Timeline:
             duration = self._microseconds(start, end)
             events.append({"name": f"{name} {index}", "cat": name, "ph": "X", "ts": now_us, "dur": duration, "pid": stage, "tid": rank})
         return events
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Return the seconds of all spans by their names, in order; waits for the device."""
+        self.wait()
+        found: dict[str, list[float]] = {}
+        for name, _, start, end in self.spans:
+            found.setdefault(name, []).append(self._microseconds(start, end) / 1e6)
+        return found
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
 
     def _microseconds(self, start: Any, end: Any) -> float:
         if self.cuda:

@@ -19,16 +19,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
 
-__all__ = [
-    "attention_variables_kept",
-    "all_gather_single",
-    "patch_current_device",
-    "patch_for_cpu",
-    "patch_rng_fork",
-    "quieten_gpt_model",
-    "reduce_scatter_single",
-]
-
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 

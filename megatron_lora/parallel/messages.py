@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,14 +33,9 @@ class MessageLayout:
     dtype: torch.dtype
 
     @property
-    def header_floats(self) -> int:
-        """Length of the header in fp32 numbers, rounded up so that the body is aligned to 16 bytes."""
-        return -(-(FIRST_VERDICT + 2 * self.max_endings) // 4) * 4
-
-    @property
     def header_items(self) -> int:
-        """Length of the header in numbers of the compute dtype."""
-        return self.header_floats * 4 // self.dtype.itemsize
+        """Length of the header in numbers of the compute dtype; it is fp32, rounded up so that the body is aligned to 16 bytes."""
+        return -(-(FIRST_VERDICT + 2 * self.max_endings) // 4) * 16 // self.dtype.itemsize
 
     def empty(self, num_rows: int, device: torch.device) -> Message:
         """Return an uninitialised message with `num_rows` rows (0: header alone)."""
@@ -84,55 +78,21 @@ class Message:
         return self.header[first : first + self.layout.max_endings]
 
 
-class Work(Protocol):
-    """A send in progress: `is_completed` once its buffer may be reused.
-
-    `wait` makes the current stream (CPU: the host) wait for it.
-    """
-
-    def is_completed(self) -> bool: ...
-
-    def wait(self) -> object: ...
-
-
-class Arrival(Protocol):
-    """A posted receive: `wait` makes the current stream (CPU: the host) wait for the message."""
-
-    def wait(self) -> object: ...
-
-
-class Link:
-    """Either end of a link: a process group of two."""
+class Sender:
+    """The sending end of a link: posts sends, and keeps their buffers until they are complete."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int):
         self.group = group
         self.peer = peer
-
-    def send(self, tensor: Tensor) -> Work:
-        """Start to send a tensor."""
-        work = dist.isend(tensor, self.peer, group=self.group)
-        assert work is not None
-        return work
-
-    def receive(self, tensor: Tensor) -> Arrival:
-        """Start to receive the next message into a tensor."""
-        work = dist.irecv(tensor, self.peer, group=self.group)
-        assert work is not None
-        return work
-
-
-class Sender:
-    """The sending end of a link: posts sends, and keeps their buffers until they are complete."""
-
-    def __init__(self, link: Link):
-        self.link = link
-        self.pending: deque[tuple[Work, Tensor]] = deque()
+        self.pending: deque[tuple[dist.Work, Tensor]] = deque()
 
     def post(self, message: Message) -> None:
         """Start to send a message."""
         while self.pending and self.pending[0][0].is_completed():
             self.pending.popleft()
-        self.pending.append((self.link.send(message.buffer), message.buffer))
+        work = dist.isend(message.buffer, self.peer, group=self.group)
+        assert work is not None
+        self.pending.append((work, message.buffer))
 
     def drain(self) -> None:
         """Wait until all messages are sent."""
@@ -143,25 +103,28 @@ class Sender:
 class Receiver:
     """The receiving end of a link: receives are posted in the order of slots, and taken in the same order."""
 
-    def __init__(self, link: Link, layout: MessageLayout, device: torch.device):
-        self.link = link
+    def __init__(self, group: dist.ProcessGroup, peer: int, layout: MessageLayout, device: torch.device):
+        self.group = group
+        self.peer = peer
         self.layout = layout
         self.device = device
         self.ahead = device.type != "cuda"  # whether the next receive is posted before its message is needed (executor.py)
-        self.posted: deque[tuple[int, Arrival, Message]] = deque()
+        self.posted: deque[tuple[int, dist.Work, Message]] = deque()
         self.next_slot = 0  # the slot whose receive is posted next
 
     def post(self, num_rows: int) -> None:
         """Post the receive of the next slot's message, which has `num_rows` rows."""
         message = self.layout.empty(num_rows, self.device)
-        self.posted.append((self.next_slot, self.link.receive(message.buffer), message))
+        work = dist.irecv(message.buffer, self.peer, group=self.group)
+        assert work is not None
+        self.posted.append((self.next_slot, work, message))
         self.next_slot += 1
 
     def take(self, slot: int) -> Message:
         """Wait for the oldest posted message, which must be that of `slot`, and return it."""
         expected, arrival, message = self.posted.popleft()
         assert expected == slot, f"the next message is of slot {expected}, not {slot}"
-        arrival.wait()
+        arrival.wait()  # on a GPU the current stream waits, and not the host
         return message
 
 
@@ -181,18 +144,6 @@ class Links:
                 sender.drain()
 
 
-def _open(group: dist.ProcessGroup, sender: int, receiver: int, device: torch.device) -> None:
-    """Send one number, so that NCCL connects the two ranks now.
-
-    NCCL connects ranks at their first message, and both wait for it. All links do so here, in the same order on every rank.
-    """
-    number = torch.zeros(1, device=device)
-    if dist.get_rank() == sender:
-        dist.send(number, receiver, group=group)
-    elif dist.get_rank() == receiver:
-        dist.recv(number, sender, group=group)
-
-
 def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torch.device) -> Links:
     """Connect the stages of all pipelines, and return this rank's ends. Collective: every rank passes the same list.
 
@@ -202,20 +153,22 @@ def connect(pipeline_ranks: list[list[int]], layout: MessageLayout, device: torc
     forward_in = forward_out = backward_in = backward_out = None
     for ranks in pipeline_ranks:
         for before, after in zip(ranks[:-1], ranks[1:], strict=True):
-            forward, backward = _link(before, after, device), _link(after, before, device)
-            if forward is None or backward is None:
-                continue
+            forward, backward = _group_of_two(before, after, device), _group_of_two(after, before, device)
             if rank == before:
-                forward_out, backward_in = Sender(forward), Receiver(backward, layout, device)
-            else:
-                forward_in, backward_out = Receiver(forward, layout, device), Sender(backward)
+                forward_out, backward_in = Sender(forward, after), Receiver(backward, after, layout, device)
+            elif rank == after:
+                forward_in, backward_out = Receiver(forward, before, layout, device), Sender(backward, before)
     return Links(forward_in, forward_out, backward_in, backward_out)
 
 
-def _link(sender: int, receiver: int, device: torch.device) -> Link | None:
-    """Connect two ranks in one direction. Collective over all ranks; only these two get an end, the others None."""
-    group = new_group(sorted((sender, receiver)))
-    if dist.get_rank() not in (sender, receiver):
-        return None
-    _open(group, sender, receiver, device)
-    return Link(group, sender + receiver - dist.get_rank())
+def _group_of_two(sender: int, receiver: int, device: torch.device) -> dist.ProcessGroup:
+    """Make the process group of a link, and send one number through it. Collective over all ranks; the others cannot use it.
+
+    NCCL connects ranks at their first message, and both wait for it. All links do so here, in the same order on every rank.
+    """
+    group, number = new_group(sorted((sender, receiver))), torch.zeros(1, device=device)
+    if dist.get_rank() == sender:
+        dist.send(number, receiver, group=group)
+    elif dist.get_rank() == receiver:
+        dist.recv(number, sender, group=group)
+    return group

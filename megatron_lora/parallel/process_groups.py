@@ -8,9 +8,10 @@ Ranks are numbered tensor-first: rank = t + tensor * (d + data * p) for tensor r
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.errors import UserError
 from megatron_lora.parallel.compat import patch_for_cpu
+
+T = TypeVar("T")
 
 
 def rank_timeout() -> timedelta:
@@ -89,18 +92,29 @@ def pipelines(parallel: ParallelConfig) -> list[list[int]]:
     return [[parallel.rank_at(stage, replica, tensor_rank) for stage in stages] for replica, tensor_rank in places]
 
 
-def stage_groups(parallel: ParallelConfig) -> dict[str, dist.ProcessGroup | None]:
-    """Return the groups "tensor", "data" and "both" of the ranks that hold this rank's stage.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageGroups:
+    """The process groups of the ranks that hold the same stage; None where a group would have one rank."""
 
-    A group of one rank is None.
-    """
-    both = parallel.ranks_per_stage > 1
-    groups = {
-        "tensor": tensor_group() if parallel.tensor > 1 else None,
-        "data": parallel_state.get_data_parallel_group() if parallel.data > 1 else None,
-        "both": parallel_state.get_tensor_and_data_parallel_group() if both else None,
-    }
-    return cast(dict[str, dist.ProcessGroup | None], groups)
+    tensor: dist.ProcessGroup | None = None  # the tensor ranks of this replica
+    data: dist.ProcessGroup | None = None  # the ranks with this tensor rank, one of each replica
+    both: dist.ProcessGroup | None = None  # all tensor ranks of all replicas
+
+
+def stage_groups(parallel: ParallelConfig) -> StageGroups:
+    """Return the groups of the ranks that hold this rank's stage."""
+    return StageGroups(
+        tensor=tensor_group() if parallel.tensor > 1 else None,
+        data=cast(dist.ProcessGroup, parallel_state.get_data_parallel_group()) if parallel.data > 1 else None,
+        both=cast(dist.ProcessGroup, parallel_state.get_tensor_and_data_parallel_group()) if parallel.ranks_per_stage > 1 else None,
+    )
+
+
+def from_first_rank(make: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """Return on every rank of a gloo group of all ranks what `make` returns on the first, which alone calls it."""
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made, 0, group=group)
+    return cast(T, made[0])
 
 
 def destroy_parallel() -> None:

@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
@@ -33,12 +34,11 @@ RUN_FILE = "calibration.json"  # of a run's directory
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """A table: its subject (`subject_of`), the costs, the links to the neighbours in "stage" and "tensor", and how it was measured."""
+    """A table: its subject (`subject_of`), the costs, and how it was measured."""
 
     subject: Mapping[str, object]
     costs: MeasuredCosts
-    links: Mapping[str, Link]
-    about: Mapping[str, object]  # date, commit, packages, memory_bytes, fit_error
+    about: Mapping[str, Any]  # date, commit, packages, memory_bytes, fit_error, turns
 
     def describe(self) -> str:
         """Return whose calibration it is, for messages."""
@@ -53,7 +53,7 @@ class Calibration:
             "layers": {policy: dataclasses.asdict(cost) for policy, cost in costs.layers},
             "head": dataclasses.asdict(costs.head),
             "step_s": costs.step_s,
-            "links": {name: dataclasses.asdict(link) for name, link in self.links.items()},
+            "links": {} if costs.hop is None else {"stage": dataclasses.asdict(costs.hop)},
             "about": dict(self.about),
         }
         return json.dumps(tree, indent=1) + "\n"
@@ -75,18 +75,18 @@ def read_calibration(path: Path, option: str = "calibration") -> Calibration:
     """Read a table; UserError names the option for a file that holds none."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        links = {name: Link(**_figures(link)) for name, link in tree["links"].items()}
+        hop = tree["links"].get("stage")
         costs = MeasuredCosts(
             layers=tuple((policy, _stage_cost(cost)) for policy, cost in tree["layers"].items()),
             head=_stage_cost(tree["head"]),
             **_figures({"step_s": tree["step_s"]}),
-            hop=links.get("stage"),
+            hop=None if hop is None else Link(**_figures(hop)),
         )
         _figures({"memory_bytes": tree["about"]["memory_bytes"]})
         named = "device" in tree["of"] and "date" in tree["about"]
         if tree["format"] != FORMAT or not named or not {"none", "cheap", "full"} <= tree["layers"].keys():
             raise ValueError("another format")
-        return Calibration(subject=tree["of"], costs=costs, links=links, about=tree["about"])
+        return Calibration(subject=tree["of"], costs=costs, about=tree["about"])
     except OSError as error:
         raise UserError(f"{option}: {str(path)!r} cannot be read ({error.strerror}); name a file of megatron-lora calibrate") from None
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -146,7 +146,7 @@ def calibrated(device: Device, table: Calibration | None) -> Device:
 
 def device_of(table: Calibration) -> Device:
     """Return the device that a table was measured on, which this machine need not have."""
-    return calibrated(device_like(str(table.subject["device"]), float(str(table.about["memory_bytes"]))), table)
+    return calibrated(device_like(str(table.subject["device"]), float(table.about["memory_bytes"])), table)
 
 
 def predicted_cost(

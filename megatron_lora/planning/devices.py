@@ -49,9 +49,12 @@ def device_like(name: str, memory_bytes: float) -> Device:
     return dataclasses.replace(like, name=name, memory_bytes=memory_bytes)
 
 
-def this_device(ranks_here: int) -> Device:
-    """Return the device of one of this machine's `ranks_here` ranks: its GPU, or the CPU with a share of the memory."""
-    share = max(0.0, machine_bytes() / ranks_here - PROCESS_BYTES)
+def this_device(world_size: int) -> Device:
+    """Return the device of one of a run's `world_size` ranks on this machine: its GPU, or the CPU with a share of the memory.
+
+    torchrun says how many ranks are on this machine; without it all are.
+    """
+    share = max(0.0, machine_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) - PROCESS_BYTES)
     return this_gpu() or dataclasses.replace(DEVICES["cpu"], memory_bytes=share)
 
 

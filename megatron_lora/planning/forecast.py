@@ -11,72 +11,38 @@ import dataclasses
 from collections.abc import Iterable
 from functools import cached_property
 
-from megatron_lora.config.schema import RunConfig
-from scheduling.cost import CostModel
-from scheduling.data_parallel import Dealt, deal
+from megatron_lora.config.resolved import ResolvedConfig
+from scheduling.cost import CostModel, pass_features
+from scheduling.data_parallel import Dealt
 from scheduling.memory import tokens_in_flight
 from scheduling.policies import Runs
 from scheduling.simulate import Timeline, simulate_runs
 from scheduling.slot_cost import SlotCost
-from scheduling.types import Lengths, Microbatch, Segment, Stream
+from scheduling.types import Microbatch, Segment, Stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
     """What is to be trained, and on which pipeline."""
 
-    dealt: Dealt  # the lengths [job][step][sample] of all samples, dealt to the replicas
-    ranks: tuple[int, ...]  # [job] -> rank of its adapter
-    num_stages: int
-    num_replicas: int
-    capacity: int  # tokens of a microbatch at most
-    delay: int  # slots that a gradient norm takes to be summed within a stage (Position.delay)
-    row_multiple: int  # what a microbatch's rows are rounded up to
+    config: ResolvedConfig
+    dealt: Dealt  # all jobs' samples, dealt to the replicas; the planner sees their rounds
     cost: CostModel  # times the replay
     weights: SlotCost  # what the planner and the dealing minimise
 
-    @classmethod
-    def of(cls, config: RunConfig, lengths: Lengths, cost: CostModel, weights: SlotCost) -> Workload:
-        """Return the workload of a resolved config."""
-        parallel = config.parallel
-        return cls(
-            dealt=deal(lengths, parallel.data, weights),
-            ranks=tuple(job.r for job in config.jobs),
-            num_stages=parallel.pipeline,
-            num_replicas=parallel.data,
-            capacity=int(config.microbatch_tokens),
-            delay=parallel.norm_delay,
-            row_multiple=parallel.row_multiple,
-            cost=cost,
-            weights=weights,
-        )
-
-    @property
-    def lengths(self) -> Lengths:
-        """Tokens of all samples, [job][step][sample]."""
-        return self.dealt.lengths
-
-    @property
-    def planned(self) -> Lengths:
-        """What the planner sees: rounds of one sample per replica, each as long as its longest sample."""
-        return self.dealt.rounds
-
-    def parts(self, slot: Microbatch) -> list[tuple[float, float, float]]:
+    def parts(self, slot: Microbatch) -> list[tuple[int, int, int]]:
         """Return (rows, sum of squared lengths, sum of rows x rank) of a slot on each replica."""
-        return [self._features(self.dealt.part(slot, replica)) for replica in range(self.num_replicas)]
-
-    def _features(self, part: Microbatch) -> tuple[float, float, float]:
-        squares = sum(tokens**2 for s in part.segments for tokens in self._tokens(s, s.samples))
-        ranked = sum(segment.num_tokens * self.ranks[segment.job] for segment in part.segments)
-        return -(-part.num_tokens // self.row_multiple) * self.row_multiple, squares, ranked
+        parts = (self.dealt.part(slot, replica) for replica in range(self.config.parallel.data))
+        samples = ([(tokens, self.config.jobs[s.job].r) for s in part.segments for tokens in self._tokens(s, s.samples)] for part in parts)
+        return [pass_features(of_replica, self.config.parallel.row_multiple) for of_replica in samples]
 
     def tokens_of(self, slot: Microbatch) -> int:
         """Return a slot's tokens on all replicas together."""
-        replicas = range(self.num_replicas)
+        replicas = range(self.config.parallel.data)
         return sum(sum(self._tokens(s, self.dealt.jobs[s.job].samples_of(s, replica))) for s in slot.segments for replica in replicas)
 
     def _tokens(self, segment: Segment, samples: Iterable[int]) -> list[int]:
-        batch = self.lengths[segment.job][segment.step]
+        batch = self.dealt.jobs[segment.job].lengths[segment.step]
         return [batch[sample] for sample in samples]
 
 
@@ -106,7 +72,7 @@ class Forecast:
     @cached_property
     def figures(self) -> Figures:
         """The figures of all runs together."""
-        w, timeline = self.workload, self.timeline
+        w, timeline, parallel = self.workload, self.timeline, self.workload.config.parallel
         busy = [slot for slot in self.stream if not slot.is_noop]
         parts = [w.parts(slot) for slot in busy]
         times = [max(max(stage.seconds(*part) for part in of_slot) for stage in w.cost.stages) for of_slot in parts]
@@ -115,10 +81,10 @@ class Forecast:
             tokens=tokens,
             slots=len(self.stream),
             noops=len(self.stream) - len(busy),
-            fill=tokens / (len(self.stream) * w.capacity * w.num_replicas),
+            fill=tokens / (len(self.stream) * w.config.microbatch_tokens * parallel.data),
             uneven=1 - sum(times) / len(times) / max(times),
             padding=1 - tokens / rows,
-            bubble=sum(map(timeline.bubble, range(w.num_stages))) / w.num_stages,
+            bubble=sum(map(timeline.bubble, range(parallel.pipeline))) / parallel.pipeline,
             seconds=timeline.makespan_s,
         )
 
@@ -131,7 +97,7 @@ class Forecast:
 
         A slot's time is divided among its jobs by their tokens.
         """
-        work = [0.0] * len(self.workload.lengths)
+        work = [0.0] * len(self.workload.dealt.jobs)
         for slot in self.stream:
             seconds = sum(stage.seconds(*part) for part in self.workload.parts(slot) for stage in self.workload.cost.stages)
             for segment in slot.segments:
@@ -140,7 +106,7 @@ class Forecast:
 
     def tokens_in_flight(self, stage: int) -> int:
         """Return the most tokens in flight on a stage at any time; an upper bound for each replica."""
-        return max(tokens_in_flight(run, stage, self.workload.num_stages) for run in self.runs)
+        return max(tokens_in_flight(run, stage, self.workload.config.parallel.pipeline) for run in self.runs)
 
     @property
     def largest_slot(self) -> int:
@@ -153,12 +119,6 @@ def forecast(runs: Runs, workload: Workload, hop_s: float = 0.0, step_s: float =
 
     `hop_s` (between stages) and `step_s` (optimizer step) are as in simulate().
     """
-    timed = []
-    for run in runs:
-        slots = [workload.parts(slot) for slot in run]
-        stages = workload.cost.stages
-        forward = tuple(tuple(max(stage.forward.seconds(*part) for part in parts) for parts in slots) for stage in stages)
-        backward = tuple(tuple(max(stage.backward.seconds(*part) for part in parts) for parts in slots) for stage in stages)
-        timed.append((run, forward, backward))
-    stream, timeline = simulate_runs(timed, workload.num_stages, workload.delay if len(runs) == 1 else 0, hop_s, step_s)
+    timed = [(run, *workload.cost.pass_times([workload.parts(slot) for slot in run])) for run in runs]
+    stream, timeline = simulate_runs(timed, workload.config.parallel.norm_delay if len(runs) == 1 else 0, hop_s, step_s)
     return Forecast(runs, workload, stream, timeline)

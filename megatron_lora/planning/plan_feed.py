@@ -27,14 +27,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 import scheduling
 from megatron_lora.files import write_atomically
-from scheduling.data_parallel import DealtJob, replica_part
+from scheduling.data_parallel import Dealt, deal
 from scheduling.follow import Follower, Window
-from scheduling.job_lengths import read_all
 from scheduling.plan_json import stream_from_json
 from scheduling.slot_cost import SlotCost
 from scheduling.types import MAX_ENDINGS, NOOP, Lengths
@@ -74,8 +72,7 @@ class PlanFeed:
         at `first_steps`, by default at step 0; the first rank writes windows into `plan_dir`.
         """
         firsts = first_steps or [0] * len(lengths)
-        jobs = read_all(lengths)
-        self.dealt = {job: DealtJob.of(steps, settings.num_replicas, settings.cost) for job, steps in enumerate(jobs)}
+        self.dealt = deal(lengths, settings.num_replicas, settings.cost)
         self.first_steps = dict(enumerate(firsts))
         self.settings = settings
         self.replica = replica
@@ -97,7 +94,7 @@ class PlanFeed:
         """Yield the windows, waiting for each. The last one ends with the no-ops that drain the pipeline."""
         s = self.settings
         follower = Follower([], s.num_stages, s.capacity, s.delay, max_endings=s.max_endings)
-        for job, dealt in self.dealt.items():
+        for job, dealt in self.dealt.jobs.items():
             follower.join(job, dealt.rounds, self.first_steps[job])
         chain = hashlib.sha256()
         while not self.all_read:
@@ -110,8 +107,8 @@ class PlanFeed:
             for job in message["left"]:
                 follower.leave(job)
             ended = follower.follow(stream)
-            own = tuple(replica_part(microbatch, self.dealt, self.replica) for microbatch in stream)
-            self.dealt = {job: dealt for job, dealt in self.dealt.items() if job in follower.jobs}
+            own = tuple(self.dealt.part(microbatch, self.replica) for microbatch in stream)
+            self.dealt = Dealt({job: dealt for job, dealt in self.dealt.jobs.items() if job in follower.jobs})
             yield Window(own, ended)
             if message["last"]:
                 follower.finish()
@@ -142,7 +139,7 @@ class PlanFeed:
         """Plan window after window; write each to its file and send it."""
         planner = _planner()
         try:
-            join = {job: list(dealt.rounds.from_step(self.first_steps[job])) for job, dealt in self.dealt.items()}
+            join = {job: list(dealt.rounds.from_step(self.first_steps[job])) for job, dealt in self.dealt.jobs.items()}
             settings = asdict(self.settings)
             del settings["num_replicas"]
             request = json.dumps(settings) + "\n"  # before the first window's
@@ -158,7 +155,7 @@ class PlanFeed:
                 text = json.dumps(message | {"microbatches": slots, "sha256": chain.hexdigest()})
                 if slots:
                     write_atomically(self.plan_dir / f"window-{number:04d}.json", text + "\n")
-                _broadcast(text, self.group)
+                dist.broadcast_object_list([text], 0, group=self.group)
                 self.ready.put(text)
                 number, last = number + 1, message["last"]
         finally:
@@ -168,9 +165,10 @@ class PlanFeed:
     def _receive_all(self) -> None:
         last = False
         while not last:
-            text = _broadcast(None, self.group)
-            last = json.loads(text)["last"]
-            self.ready.put(text)
+            received = [""]
+            dist.broadcast_object_list(received, 0, group=self.group)
+            last = json.loads(received[0])["last"]
+            self.ready.put(received[0])
 
 
 def _planner() -> subprocess.Popen[str]:
@@ -192,14 +190,3 @@ def _ask(planner: subprocess.Popen[str], request: str) -> str:
     if not answer:
         raise RuntimeError(f"the planning process ended with status {planner.wait()}")
     return answer
-
-
-def _broadcast(text: str | None, group: dist.ProcessGroup) -> str:
-    """Send a text from the first rank to all ranks, and return it on each."""
-    payload = bytearray(text.encode() if text is not None else b"")
-    size = torch.tensor([len(payload)])
-    dist.broadcast(size, 0, group=group)
-    if text is None:
-        payload = bytearray(int(size))
-    dist.broadcast(torch.frombuffer(payload, dtype=torch.uint8), 0, group=group)
-    return payload.decode()

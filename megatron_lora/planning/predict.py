@@ -8,7 +8,7 @@ from megatron_lora.config.schema import RunConfig
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import layers_of_stages
 from megatron_lora.planning.devices import reference_of
-from scheduling.cost import CostModel, Device, ModelShape, head_share, stage_costs
+from scheduling.cost import CostModel, Device, ModelShape, head_share, linear_tiles, stage_costs
 from scheduling.layer_memory import Adapter
 from scheduling.memory import (
     StageMemory,
@@ -16,7 +16,6 @@ from scheduling.memory import (
     peak_bytes,
     stage_memory,
 )
-from scheduling.row_tiles import linear_tiles
 from scheduling.slot_cost import SlotCost
 
 USUAL_TOKENS = 4096  # of a usual microbatch: stands in for microbatch_tokens while that is `auto`

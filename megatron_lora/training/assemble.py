@@ -1,12 +1,14 @@
-"""Assembles a rank's parts: its backends, the arena of its adapters, its executor."""
+"""Assembles a rank's parts: its backends, its stage with the jobs that are resident on it, its executor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import ParallelConfig, RunConfig
 from megatron_lora.data.collate import collate, num_rows
 from megatron_lora.huggingface.architecture import Architecture
@@ -14,12 +16,13 @@ from megatron_lora.model import cudnn_attention, transformer_engine
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.backends import Backends, backend_of, choose, fall_back, import_engine, this_machine
-from megatron_lora.model.stage import Stage
+from megatron_lora.model.stage import Stage, build_stage
 from megatron_lora.output.timeline import Timeline
-from megatron_lora.parallel.messages import Links, MessageLayout
-from megatron_lora.parallel.process_groups import position_of
+from megatron_lora.parallel.messages import MessageLayout, connect
+from megatron_lora.parallel.process_groups import pipelines, position_of, stage_groups
 from megatron_lora.training.executor import Executor, StepDone
 from megatron_lora.training.jobs import Jobs
+from megatron_lora.training.saving import start_job
 from scheduling.types import Microbatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -60,29 +63,56 @@ def make_arena(stage: Stage, parallel: ParallelConfig, adapters: Sequence[Adapte
     )
 
 
+def make_resident(
+    config: ResolvedConfig, architecture: Architecture, model_dir: Path, jobs: Jobs, device: torch.device
+) -> tuple[Stage, Arena]:
+    """Build this rank's stage, and an arena in which all jobs are resident, each where it starts or resumes."""
+    dtype = DTYPES[config.precision]
+    stage = build_stage(
+        architecture,
+        model_dir,
+        config.parallel,
+        dtype=dtype,
+        device=device,
+        load_weights=config.load_weights,
+        seed=config.seed,
+        recompute=config.recompute,
+        base_weights=config.base_weights,
+        activation_offloading=config.activation_offloading,
+        backends=choose_backends(config, architecture, dtype, device),
+    )
+    arena = make_arena(stage, config.parallel, [job.adapter_spec() for job in jobs.values()])
+    groups = stage_groups(config.parallel)
+    for row, job in enumerate(jobs.values()):
+        start_job(job, arena, row, groups)
+    return stage, arena
+
+
 def make_executor(
     stage: Stage,
     parallel: ParallelConfig,
-    links: Links,
-    layout: MessageLayout,
+    max_endings: int,
     *,
     jobs: Jobs,
     on_step: Callable[[StepDone], None],
     on_forward: Callable[[Microbatch], None],
-    timeline: Timeline,
 ) -> Executor:
-    """Make the executor of this rank's stage."""
-    multiple = parallel.row_multiple
+    """Connect this rank's stage to those beside it, and make its executor.
+
+    Collective. At most `max_endings` steps end in a slot.
+    """
+    multiple, device = parallel.row_multiple, stage.device
+    layout = MessageLayout(max_endings=max_endings, hidden_size=stage.architecture.hidden_size, dtype=stage.dtype)
     return Executor(
         stage,
         position_of(parallel),
-        links,
+        connect(pipelines(parallel), layout, device),
         layout,
-        load=lambda microbatch: collate(microbatch, jobs, multiple=multiple, device=stage.device),
+        load=lambda microbatch: collate(microbatch, jobs, multiple=multiple, device=device),
         num_rows=lambda microbatch: num_rows(microbatch, multiple) // multiple,
         jobs=jobs,
         on_step=on_step,
         on_forward=on_forward,
-        timeline=timeline,
-        device=stage.device,
+        timeline=Timeline(device),
+        device=device,
     )

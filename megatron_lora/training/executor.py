@@ -25,45 +25,21 @@ earlier in the plan's order than anything that the neighbour may itself be waiti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_lora.data.microbatch import StageInput
+from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import SLOT, Links, Message, MessageLayout, Receiver
 from megatron_lora.parallel.process_groups import Position
+from megatron_lora.training.jobs import Jobs
 from scheduling.follow import Window
 from scheduling.pipeline import Ending, final_backwards, window_actions
 from scheduling.types import Action, Microbatch, Op
-
-
-class StageModel(Protocol):
-    """What the executor needs of a stage's model (megatron_lora.model.stage.Stage)."""
-
-    def __call__(self, microbatch: StageInput, hidden: Tensor | None) -> Tensor: ...
-
-    def losses(self, hidden: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor: ...
-
-
-class StageOptimizer(Protocol):
-    """What the executor needs of a job's optimizer on this rank (megatron_lora.training.optimizer.JobOptimizer)."""
-
-    def start_reduction(self, loss: Tensor) -> None: ...
-
-    def finish_reduction(self) -> tuple[Tensor, Tensor]: ...
-
-    def step(self, step: int, square_norm: Tensor) -> None: ...
-
-
-class StageJob(Protocol):
-    """What the executor uses of a job (training.jobs.Job)."""
-
-    @property
-    def optimizer(self) -> StageOptimizer: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +87,14 @@ class Executor:
 
     def __init__(
         self,
-        model: StageModel,
+        model: Stage,
         position: Position,
         links: Links,
         layout: MessageLayout,
         *,
         load: Callable[[Microbatch], StageInput],
         num_rows: Callable[[Microbatch], int],
-        jobs: Mapping[int, StageJob],
+        jobs: Jobs,
         on_step: Callable[[StepDone], None],
         on_forward: Callable[[Microbatch], None],
         timeline: Timeline,
@@ -255,7 +231,8 @@ class Executor:
             self.links.forward_out.post(message)
 
     def _backward(self, slot: int) -> None:
-        message = self._gradient_message(slot)
+        receiver = self.links.backward_in  # None on the last stage, which makes the message
+        message = self.layout.blank(slot, 0, self.device) if receiver is None else self._take(receiver, "wait B", slot)
         gradient = None
         if slot in self.in_flight:  # not for a no-op
             in_flight = self.in_flight.pop(slot)
@@ -277,12 +254,6 @@ class Executor:
         if gradient is not None:
             outgoing.body.copy_(gradient)
         self.links.backward_out.post(outgoing)
-
-    def _gradient_message(self, slot: int) -> Message:
-        """Receive the gradient message of a slot; the last stage makes it."""
-        if self.links.backward_in is None:
-            return self.layout.blank(slot, 0, self.device)
-        return self._take(self.links.backward_in, "wait B", slot)
 
     def _add_own_part(self, message: Message, ended_at: int) -> None:
         """Add this stage's part to the sums of the steps that ended at slot `ended_at`: squared norms, and on the last stage losses."""

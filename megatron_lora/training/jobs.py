@@ -8,19 +8,19 @@ A job is *resident* while it has an adapter row and an optimizer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_lora.config.schema import JobConfig
+from megatron_lora.data.sample_arrays import JobSamples
 from megatron_lora.data.samples import JobData, load_jobs_data
-from megatron_lora.data.steps import JobSamples
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.output.standing import ResumePoint
-from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings, learning_rate_at
+from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,16 +63,6 @@ class Job:
         """Optimizer steps of the job."""
         return len(self.step_samples.steps)
 
-    def outcome(self) -> str:
-        """Return the job's state where the run ends now: failed, done, or paused. Waits for the device."""
-        if self.optimizer.has_failed():
-            return "failed"
-        return "done" if self.steps_taken == self.num_steps else "paused"
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, from 0."""
-        return learning_rate_at(self.optimizer_settings())(step)
-
     def adapter_spec(self) -> AdapterSpec:
         """Return the settings that the arena needs."""
         c = self.config
@@ -80,18 +70,8 @@ class Job:
 
     def optimizer_settings(self) -> OptimizerSettings:
         """Return the settings that the optimizer needs."""
-        c = self.config
-        return OptimizerSettings(
-            learning_rate=c.learning_rate,
-            lr_scheduler=c.lr_scheduler,
-            warmup_ratio=c.warmup_ratio,
-            num_steps=self.num_steps,
-            weight_decay=c.weight_decay,
-            adam_beta1=c.adam_beta1,
-            adam_beta2=c.adam_beta2,
-            adam_epsilon=c.adam_epsilon,
-            max_grad_norm=c.max_grad_norm,
-        )
+        keys = (field.name for field in fields(OptimizerSettings) if field.name != "num_steps")
+        return OptimizerSettings(num_steps=self.num_steps, **{key: getattr(self.config, key) for key in keys})
 
 
 Jobs = Mapping[int, Job]  # by number
@@ -112,7 +92,7 @@ def read_jobs(
     jobs = {}
     for number, (c, data) in enumerate(zip(configs, load_jobs_data(configs, tokenizer, cache_dir, vocab_size), strict=True)):
         point = (resume_points or {}).get(c.name, ResumePoint())
-        jobs[number] = Job(number=number, config=c, data=data, step_samples=JobSamples.of(c, data.samples), resume_point=point)
+        jobs[number] = Job(number=number, config=c, data=data, step_samples=data.steps_of(c), resume_point=point)
     return jobs
 
 

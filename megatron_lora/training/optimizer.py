@@ -10,7 +10,6 @@ all its later steps are skipped too. The device decides all of this, so the host
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from fused_ops.elementwise.adamw import adamw_, make_chunks
 from fused_ops.lora.route import upload
 from megatron_lora.model.adapter_arena import Arena, Factor
+from megatron_lora.parallel.process_groups import StageGroups
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -38,32 +38,20 @@ class OptimizerSettings:
     adam_epsilon: float
     max_grad_norm: float | None
 
-
-def learning_rate_at(settings: OptimizerSettings) -> Callable[[int], float]:
-    """Return step (from 0) -> learning rate: the formulas of `transformers.get_scheduler`, warm-up steps = ceil(ratio * steps)."""
-    warmup = math.ceil(settings.warmup_ratio * settings.num_steps)
-    after = max(1, settings.num_steps - warmup)
-
-    def factor(step: int) -> float:
+    def learning_rate_at(self, step: int) -> float:
+        """Return a step's learning rate, from 0: by the formulas of `transformers.get_scheduler`, warm-up steps = ceil(ratio * steps)."""
+        warmup = math.ceil(self.warmup_ratio * self.num_steps)
+        after = max(1, self.num_steps - warmup)
         if step < warmup:
-            return step / max(1, warmup)
-        if settings.lr_scheduler == "constant":
-            return 1.0
-        if settings.lr_scheduler == "linear":
-            return max(0.0, (settings.num_steps - step) / after)
-        assert settings.lr_scheduler == "cosine", settings.lr_scheduler
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / after)))
-
-    return lambda step: settings.learning_rate * factor(step)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageGroups:
-    """The process groups of the ranks that hold the same stage; None where a group would have one rank."""
-
-    tensor: dist.ProcessGroup | None = None  # the tensor ranks of this replica
-    data: dist.ProcessGroup | None = None  # the ranks with this tensor rank, one of each replica
-    both: dist.ProcessGroup | None = None  # all tensor ranks of all replicas
+            factor = step / max(1, warmup)
+        elif self.lr_scheduler == "constant":
+            factor = 1.0
+        elif self.lr_scheduler == "linear":
+            factor = max(0.0, (self.num_steps - step) / after)
+        else:
+            assert self.lr_scheduler == "cosine", self.lr_scheduler
+            factor = max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / after)))
+        return self.learning_rate * factor
 
 
 class JobOptimizer:
@@ -74,7 +62,6 @@ class JobOptimizer:
         self.arena = arena
         self.settings = settings
         self.groups = groups or StageGroups()
-        self.learning_rate = learning_rate_at(settings)
         self.factors: list[Factor] = arena.factors[adapter_row]
         device = arena.grad.device
         self.num_updates = torch.zeros((), dtype=torch.float64, device=device)  # Adam's t: steps that were applied
@@ -125,7 +112,7 @@ class JobOptimizer:
         self.skipped_in_a_row.copy_(torch.where(finite & alive, 0, self.skipped_in_a_row + 1))
         apply = finite & alive
         self.num_updates += apply
-        row = self._setting_row(self.learning_rate(step), square_norm, apply)
+        row = self._setting_row(self.settings.learning_rate_at(step), square_norm, apply)
         a = self.arena
         adamw_(a.master, a.grad, a.exp_avg, a.exp_avg_sq, a.compute, self.chunks, row[None])
 

@@ -10,85 +10,62 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from megatron_lora.data.microbatch import StageInput
 from megatron_lora.model.stage import Stage
+from megatron_lora.output.timeline import Timeline
 from scheduling.types import Lengths, Microbatch, Segment
 
-T = TypeVar("T")
+Work = Callable[[Timeline], object]  # times its parts as spans of the timeline
 
 
-class Stopwatch:
-    """Times work on a device by its name, without waiting for it."""
+def in_turns(device: torch.device, works: Sequence[Work], choose: Callable[[float], tuple[int, int]]) -> list[dict[str, float]]:
+    """Return the median seconds of what each work times, [{name: seconds}], over some turns of the first works.
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._spans: list[tuple[str, Any, Any]] = []
-
-    def time(self, name: str, work: Callable[[], T]) -> T:
-        """Return what the work returns; on a GPU it is launched, and timed from when the device begins it."""
-        begin = self._now()
-        result = work()
-        self._spans.append((name, begin, self._now()))
-        return result
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> dict[str, list[float]]:
-        """Wait for the device; return the seconds of everything timed so far, {name: [seconds in order]}."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        found: dict[str, list[float]] = {}
-        for name, begin, end in self._spans:
-            found.setdefault(name, []).append(begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin)
-        return found
-
-
-def in_turns(device: torch.device, works: Sequence[Callable[[Stopwatch], object]], repeats: int) -> list[dict[str, float]]:
-    """Return the median seconds of what each work times, [{name: seconds}], over `repeats` turns of them all; two before are not counted.
-
-    The first of the two may compile kernels and is waited for; the second lets the host get ahead.
+    `choose` returns how many works and turns these are, given the seconds of the first work alone. One turn before is not counted,
+    which may compile kernels and is waited for, and on a GPU a second, which lets the host get ahead.
     """
-    for work in works:
-        work(Stopwatch(device))
-    watches = [Stopwatch(device) for _ in works]
-    Stopwatch(device).seconds()
-    for _ in range(repeats + 1):
-        for work, watch in zip(works, watches, strict=True):
+
+    def once(work: Work) -> float:
+        begin, watch = time.perf_counter(), Timeline(device)
+        work(watch)
+        watch.wait()
+        return time.perf_counter() - begin
+
+    num_works, num_turns = choose(once(works[0]))
+    for work in works[1:num_works]:
+        once(work)
+    ahead = int(device.type == "cuda")
+    watches = [Timeline(device) for _ in works[:num_works]]
+    for _ in range(ahead + num_turns):
+        for work, watch in zip(works, watches, strict=False):
             work(watch)
-    return [{name: statistics.median(times[1:]) for name, times in watch.seconds().items()} for watch in watches]
+    return [{name: statistics.median(times[ahead:]) for name, times in watch.seconds().items()} for watch in watches]
 
 
-def time_parts(stage: Stage, load: Callable[[], StageInput], multiple: int, watch: Stopwatch) -> None:
+def time_parts(stage: Stage, load: Callable[[], StageInput], multiple: int, watch: Timeline) -> None:
     """Time "forward" and "backward" of a stage's layers over a microbatch, and on the last stage "loss" and "loss's backward".
 
     Its input is random; `multiple` is the tensor ranks over which rows are cut (sequence parallelism), else 1. Adapter gradients are added
     to the arena.
     """
-
-    def forward() -> tuple[StageInput, Tensor]:
+    with watch.span("forward"):
         data, hidden = load(), None
         if not stage.is_first:
             rows = data.tokens.shape[0] // multiple
             hidden = torch.randn(rows, stage.architecture.hidden_size, dtype=stage.dtype, device=stage.device).requires_grad_()
-        return data, stage(data, hidden)
-
-    data, output = watch.time("forward", forward)
+        output = stage(data, hidden)
     gradient = torch.ones_like(output)
     if stage.is_last:
         top = output.detach().requires_grad_()
-        loss = watch.time("loss", lambda: (stage.losses(top, data.labels, data.targets) * data.weights).sum())
-        (gradient,) = watch.time("loss's backward", lambda: torch.autograd.grad(loss, top))
-    watch.time("backward", lambda: output.backward(gradient))
+        with watch.span("loss"):
+            loss = (stage.losses(top, data.labels, data.targets) * data.weights).sum()
+        with watch.span("loss's backward"):
+            (gradient,) = torch.autograd.grad(loss, top)
+    with watch.span("backward"):
+        output.backward(gradient)
 
 
 def probe_slots(lengths: Lengths, capacity: int) -> tuple[Microbatch, ...]:
@@ -96,13 +73,13 @@ def probe_slots(lengths: Lengths, capacity: int) -> tuple[Microbatch, ...]:
     pool = [(tokens, job, sample) for job, steps in enumerate(lengths) for sample, tokens in enumerate(steps[0]) if tokens <= capacity]
     mixed = sorted(pool, key=lambda item: (item[2], item[1]))
     last = max(job for _, job, _ in pool)
-    wanted = [
-        (mixed, capacity),
-        (sorted(pool), capacity),
-        (sorted(pool, reverse=True), capacity),
-        (mixed, capacity // 2),
+    wanted = [  # the most telling first
         (mixed, capacity // 4),
+        (sorted(pool, reverse=True), capacity),
+        (sorted(pool), capacity),
+        (mixed, capacity // 2),
         ([item for item in mixed if item[1] == last], capacity),
+        (mixed, capacity),
     ]
     slots = [_fill(items, size) for items, size in wanted]
     return tuple(dict.fromkeys(slot for slot in slots if slot.num_tokens))

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_lora.config.schema import RunConfig
+from megatron_lora.data.serving import serving_advice
 from megatron_lora.output.job_states import OVER, after
 from megatron_lora.output.metrics import JobSummary, Observer, StepReport
 from megatron_lora.output.observers import make_observers
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job, Jobs
-from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, learning_rate_at
+from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW
 from megatron_lora.training.step_reporter import StepReporter
 
 Written = queue.SimpleQueue[tuple[int, int]]  # (job, steps taken) of each saved job whose files are on disk
@@ -55,6 +56,10 @@ class RunReporter:
         for observer in self.observers:
             observer.close()
         self.directory.close()
+        for job in self.jobs.values():
+            advice = serving_advice(job.config, job.data) if job.state == "done" else ""
+            if advice:
+                print(f"{job.name}: {advice}", flush=True)
 
     def on_step(self, done: StepDone, written: Written, *, wait: bool = False) -> None:
         """Queue the report of a step, and update the states of jobs whose adapters were `written`.
@@ -108,8 +113,8 @@ class RunReporter:
 
 def _warn_of_no_learning(job: Job) -> None:
     """Warn of a learning rate that is 0 in all of a job's steps: its adapter would never change."""
-    rate, name = learning_rate_at(job.optimizer_settings()), job.name
-    if any(rate(step) > 0 for step in range(job.num_steps)):
+    settings, name = job.optimizer_settings(), job.name
+    if any(settings.learning_rate_at(step) > 0 for step in range(job.num_steps)):
         return
     key, cure = ("warmup_ratio", "use 0, or more steps") if job.config.learning_rate > 0 else ("learning_rate", "use a number above 0")
     value = getattr(job.config, key)

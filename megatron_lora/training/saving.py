@@ -11,27 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lora.config.schema import JobConfig, RunConfig
-from megatron_lora.data.samples import digest_of
+from megatron_lora.data.serving import serving_advice
 from megatron_lora.files import sync
 from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, write_adapter
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.output.checkpoint import read_checkpoint, write_checkpoint
 from megatron_lora.output.metrics import metrics_file
 from megatron_lora.output.standing import CheckpointState
+from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job, Jobs
-from megatron_lora.training.optimizer import JobOptimizer, StageGroups
+from megatron_lora.training.optimizer import JobOptimizer
 from megatron_lora.training.snapshots import Snapshot, SnapshotCollector, Weights
 
 
 class Saver:
     """Decides which jobs are saved after a step, and at the end of a run that was stopped: the same on every rank."""
 
-    def __init__(
-        self,
-        jobs: Jobs,
-        collector: SnapshotCollector,
-    ) -> None:
+    def __init__(self, jobs: Jobs, collector: SnapshotCollector):
         self.jobs = jobs
         self.collector = collector
 
@@ -75,7 +72,7 @@ def writer(config: RunConfig, jobs: Jobs) -> Callable[[Snapshot], None]:
         directory = Path(config.output_dir) / "jobs" / job.config.name
         if snapshot.moments:
             if snapshot.job not in digests:
-                digests[snapshot.job] = digest_of(job.data.samples)
+                digests[snapshot.job] = job.data.digest()
             state = CheckpointState(
                 step=snapshot.step,
                 num_steps=job.num_steps,
@@ -85,7 +82,7 @@ def writer(config: RunConfig, jobs: Jobs) -> Callable[[Snapshot], None]:
             )
             sync(metrics_file(config.output_dir, job.config.name))
             write_checkpoint(directory, adapter, config.base_model, snapshot.moments, state)
-        write_adapter(directory, adapter, config.base_model)
+        write_adapter(directory, adapter, config.base_model, serving_advice(job.config, job.data))
 
     return write
 

@@ -75,16 +75,16 @@ class StepReporter:
         job = self.jobs[done.job]
         square_norm, loss = done.values.tolist()
         steps = job.step_samples.steps
-        lengths = [len(job.data.samples[index].tokens) for _, index in steps[done.step]]
+        lengths = job.data.samples.lengths[steps.batch(done.step)]
         return StepReport(
             job=job.name,
             step=done.step + 1,
             total_steps=job.num_steps,
-            epoch=(steps.num_visits(done.step) + len(lengths)) / len(job.data.samples),
+            epoch=(steps.num_visits(done.step) + len(lengths)) / steps.per_epoch_copies,
             loss=loss,
-            learning_rate=job.learning_rate(done.step),
+            learning_rate=job.optimizer_settings().learning_rate_at(done.step),
             grad_norm=math.sqrt(square_norm) if square_norm >= 0 else math.nan,
-            tokens=sum(lengths),
+            tokens=int(lengths.sum()),
             target_tokens=job.step_samples.num_targets(done.step),
             samples=len(lengths),
             seconds=done.seconds,

@@ -15,7 +15,6 @@ the host, over gloo: the plan (plan_feed.py), stop requests and the rest (`host_
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -26,31 +25,27 @@ import torch.distributed as dist
 
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig, load_config
-from megatron_lora.data.steps import target_share
+from megatron_lora.data.sample_arrays import target_share
 from megatron_lora.data.token_cache import cache_dir
-from megatron_lora.huggingface.architecture import Architecture, read_architecture
+from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.huggingface.hub import resolve_base_model
-from megatron_lora.model.stage import build_stage
-from megatron_lora.output import standing
-from megatron_lora.output.job_states import exit_status
+from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.output.run_directory import RunDirectory, has_trained, job_states
-from megatron_lora.output.standing import ResumePoint
+from megatron_lora.output.standing import resume_points
 from megatron_lora.output.timeline import Timeline, write_timeline
-from megatron_lora.parallel.messages import MessageLayout, connect
-from megatron_lora.parallel.process_groups import Position, initialize_parallel, new_group, pipelines, position_of, stage_groups
+from megatron_lora.parallel.process_groups import Position, from_first_rank, initialize_parallel, new_group, position_of
 from megatron_lora.planning.calibration import calibrated, keep_calibration, predicted_cost
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost
 from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
-from megatron_lora.training.assemble import DTYPES, choose_backends, make_arena, make_executor
+from megatron_lora.training.assemble import make_executor, make_resident
 from megatron_lora.training.determinism import determinism
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job, read_jobs_in_turn
-from megatron_lora.training.optimizer import StageGroups
 from megatron_lora.training.run_reporter import RunReporter
-from megatron_lora.training.saving import Saver, start_job, writer
+from megatron_lora.training.saving import Saver, writer
 from megatron_lora.training.snapshots import SnapshotCollector
 from megatron_lora.training.stop_request import StopRequest
 from megatron_lora.training.warm_up import warm_up
@@ -60,26 +55,30 @@ from scheduling.types import Lengths
 LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
 
 
-def run(config: RunConfig, stop: StopRequest) -> int:
-    """Train a config's remaining jobs, as one rank of the run; return the run's exit status.
+def run(config: RunConfig, stop: StopRequest) -> None:
+    """Train a config's remaining jobs, as one rank of the run; status.json then says how each job ended.
 
-    A job remains until it is over (job_states.OVER). Status 0: all are over and none has failed; 3:
-    some have failed; 75: the run was stopped on request, and the state of every unfinished job is
-    saved. The output directory must exist. Raises UserError for wrong input.
+    A job remains until it is over (job_states.OVER). If the run was stopped on request, the state of
+    every unfinished job is saved. The output directory must exist. Raises UserError for wrong input.
     """
     with determinism(config.deterministic):
-        return _train(config, stop)
+        _train(config, stop)
 
 
-def _train(config: RunConfig, stop: StopRequest) -> int:
+def _train(config: RunConfig, stop: StopRequest) -> None:
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
     host_group = new_group(backend="gloo")
-    config = _recorded_config(config, host_group)
+    path = Path(config.output_dir)
+    # The config that was checked and written there: other ranks may lie on machines whose copy of the user's file is another.
+    recorded = from_first_rank(lambda: load_config(path / "config.yaml"), host_group)
+    assert recorded.parallel.world_size == config.parallel.world_size
+    config = recorded
+    # Name -> where the job resumes (its newest checkpoint, or its start) of the jobs that remain.
+    remaining = from_first_rank(lambda: resume_points(config, job_states(path)), host_group)
 
     model_dir = resolve_base_model(config.base_model)
-    architecture = read_architecture(model_dir)
-    remaining = _remaining_jobs(config, host_group)
+    architecture = read_base_model(model_dir, config.load_weights)
     jobs = read_jobs_in_turn(config.jobs, model_dir, architecture.vocab_size, host_group, remaining)
     share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
     lengths = [job.step_samples.lengths() for job in jobs.values()]
@@ -87,24 +86,7 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
     position = position_of(config.parallel)
     feed = _start_planning(config, lengths, position, slot_cost, [job.resume_point.step for job in jobs.values()])
 
-    stage = build_stage(
-        architecture,
-        model_dir,
-        config.parallel,
-        dtype=DTYPES[config.precision],
-        device=device,
-        load_weights=config.load_weights,
-        seed=config.seed,
-        recompute=config.recompute,
-        activation_offloading=config.activation_offloading,
-        base_weights=config.base_weights,
-        backends=choose_backends(config, architecture, DTYPES[config.precision], device),
-    )
-    arena = make_arena(stage, config.parallel, [job.adapter_spec() for job in jobs.values()])
-    groups = StageGroups(**stage_groups(config.parallel))
-    for row, job in enumerate(jobs.values()):
-        start_job(job, arena, row, groups)
-
+    stage, arena = make_resident(config, architecture, model_dir, jobs, device)
     # When a failure is noticed depends on time, and with it the first window without the job. Its steps are skipped in any case.
     remove = (lambda number: None) if config.deterministic else feed.remove
     with RunReporter(config, jobs, remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
@@ -115,7 +97,7 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
         def on_step(done: StepDone) -> None:
             job = jobs[done.job]
             # Reading the norm waits for the device, once per job.
-            if done.job in unchecked and job.optimizer.learning_rate(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
+            if done.job in unchecked and job.optimizer.settings.learning_rate_at(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
                 unchecked.remove(done.job)
                 _warn_of_unmoved(job)
             if reporter is not None:  # a step that a checkpoint follows is reported before the checkpoint is written
@@ -124,17 +106,13 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
 
         if on_gpu:
             warm_up(stage, arena, config.microbatch_tokens, config.parallel.row_multiple)
-        timeline = Timeline(device)
-        layout = MessageLayout(max_endings=feed.settings.max_endings, hidden_size=architecture.hidden_size, dtype=stage.dtype)
         executor = make_executor(
             stage,
             config.parallel,
-            connect(pipelines(config.parallel), layout, device),
-            layout,
+            feed.settings.max_endings,
             jobs=jobs,
             on_step=on_step,
             on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
-            timeline=timeline,
         )
         stop_group = new_group(backend="gloo")
         executor.run(until_stopped(feed, stop, stop_group, position.num_stages, position.gap))
@@ -145,29 +123,7 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
         collector.finish()
         if reporter is not None:
             reporter.finish(collector.written, stopped=stopped)
-    _save_timeline(config, timeline, position, host_group)
-    return exit_status(job.outcome() for job in jobs.values())
-
-
-def _recorded_config(config: RunConfig, host_group: dist.ProcessGroup) -> RunConfig:
-    """Return the config that was checked and written into the output directory, as the first rank reads it there.
-
-    Other ranks may lie on machines whose copy of the user's file is another.
-    """
-    recorded: list = [load_config(Path(config.output_dir) / "config.yaml")] if dist.get_rank() == 0 else [None]
-    dist.broadcast_object_list(recorded, 0, group=host_group)
-    assert recorded[0].parallel.world_size == config.parallel.world_size
-    return recorded[0]
-
-
-def _remaining_jobs(config: RunConfig, host_group: dist.ProcessGroup) -> dict[str, ResumePoint]:
-    """Return name -> where the job resumes (its newest checkpoint, or its start) of the jobs that remain.
-
-    The first rank reads this from the output directory and sends it to the others.
-    """
-    found: list = [standing.resume_points(config, job_states(Path(config.output_dir)))] if dist.get_rank() == 0 else [None]
-    dist.broadcast_object_list(found, 0, group=host_group)
-    return found[0]
+    _save_timeline(config, executor.timeline, position, host_group)
 
 
 def _start_planning(
@@ -218,20 +174,17 @@ def resolve_together(
     ranks have more or less. `host_group` is a gloo group of all ranks; `lengths` and `target_share`
     are as in planning.resolve; `names` are those of the jobs that remain.
     """
-    chosen: list = [None, None]
-    if dist.get_rank() == 0:
-        device, path = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size))), Path(config.output_dir)
+
+    def choose() -> tuple[ResolvedConfig, SlotCost]:
+        device, path = this_device(config.parallel.world_size), Path(config.output_dir)
         table, basis = keep_calibration(path, has_trained(path), cache_dir(), config, architecture, device)
         device = calibrated(device, table)
         resolved = resolve(config, architecture, lengths, device, target_share)
         with RunDirectory.join(config) as directory:
             directory.write_resolved(resolved, predicted_cost(resolved, architecture, device, target_share, table, names))
-        for line in [
-            *filter(None, [basis]),
-            *describe(config, resolved, target_share),
-            *memory_line(config, resolved, architecture, device),
-        ]:
+        chosen = [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]
+        for line in [*filter(None, [basis]), *chosen]:
             print(line, flush=True)
-        chosen = [resolved, planner_cost(resolved, architecture, device, target_share)]
-    dist.broadcast_object_list(chosen, 0, group=host_group)
-    return chosen[0], chosen[1]
+        return resolved, planner_cost(resolved, architecture, device, target_share)
+
+    return from_first_rank(choose, host_group)

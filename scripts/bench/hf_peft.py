@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.collate import NO_LABEL
-from megatron_lora.data.steps import Sample
+from megatron_lora.data.sample_arrays import Sample
 from megatron_lora.training.jobs import Job, read_jobs
 from scripts.bench.cases import Case
 from scripts.bench.model_shapes import hf_config
@@ -180,7 +180,7 @@ def measure(options: argparse.Namespace, case: Case, config: RunConfig) -> dict:
         found.append(timed_steps(trainer, batches, max(case.seconds, LEAST_SECONDS) / len(jobs), case.steps))
         print(f"  {job.config.name}: {found[-1]['tokens'] / found[-1]['seconds']:,.0f} tokens/s", flush=True)
         model = trainer.model.unload()
-    per_job = [sum(job.data.lengths) for job in jobs]
+    per_job = [int(job.data.samples.lengths.sum()) for job in jobs]
     seconds = sum(tokens * each["seconds"] / each["tokens"] for tokens, each in zip(per_job, found, strict=True))
     return {
         "tokens": sum(each["tokens"] for each in found),

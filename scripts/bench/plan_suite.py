@@ -25,7 +25,7 @@ from scheduling.policies import POLICIES, runs_efficiency
 from scheduling.simulate import simulate_runs
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
 from scheduling.validate import replay
-from scheduling.windows import plan_windows
+from scheduling.windows import WindowPlanner
 from scripts.bench.stamp import RESULTS, append_line, stamp
 from scripts.one_line import OneLineParser
 
@@ -117,7 +117,7 @@ def scale(workloads: dict) -> list[dict]:
     workload = {"stages": 8, "capacity": 8192, "data": lengths}
     plan, seconds = planned(workload)
     start = time.perf_counter()
-    next(plan_windows(lengths, 8, 8192))
+    next(WindowPlanner(8, 8192).plan_all(lengths))
     line = {
         "case": "100 jobs x 100 steps x 32 samples",
         "slots": len(plan["microbatches"]),
@@ -135,7 +135,8 @@ def charts(workloads: dict) -> None:
     lengths, num_stages, capacity = [steps[:4] for steps in workload["data"]], workload["stages"], workload["capacity"]
     for name in ("flush", "ours"):
         runs = POLICIES[name](lengths, num_stages, capacity, SlotCost())
-        stream, timeline = simulate_runs([(stream, slot_times(stream, lengths, SlotCost())) for stream in runs], num_stages)
+        times = [[slot_times(stream, lengths, SlotCost())] * num_stages for stream in runs]
+        stream, timeline = simulate_runs(list(zip(runs, times, times, strict=True)))
         draw(str(RESULTS / f"gantt-{name}.png"), [("predicted", timeline)], stream, [f"job {job}" for job in range(len(lengths))])
         print(f"gantt-{name}.png: {timeline.makespan_s:.0f} token times, {1 - timeline.bubble(0):.1%} busy")
 

@@ -22,10 +22,11 @@ import torch.distributed as dist
 from megatron_lora.commands.finished_run import FinishedRun
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.environment import environment
-from megatron_lora.output.run_directory import RunDirectory
+from megatron_lora.output.job_states import exit_status
+from megatron_lora.output.run_directory import RunDirectory, job_states
 from megatron_lora.parallel.process_groups import initialize_parallel
 from megatron_lora.planning.plan_feed import PlanSettings
-from megatron_lora.training import calibrate, train
+from megatron_lora.training import assemble, calibrate, train
 from megatron_lora.training.stop_request import StopRequest
 from scheduling.data_parallel import deal
 from scheduling.follow import Follower, Window
@@ -55,10 +56,11 @@ def trained(
             gc.collect()  # what it held would count as taken when the run looks for free memory
             torch.cuda.empty_cache()
         with RunDirectory.create(config, environment()) if first else nullcontext() as directory:
-            status = train.run(config, StopRequest())
+            train.run(config, StopRequest())
             if directory is not None:
+                status = exit_status(job_states(directory.path).values())
                 directory.finish(status)
-    assert status == 0, f"{config.output_dir}: the run ended with status {status}"
+                assert status == 0, f"{config.output_dir}: the run ended with status {status}"
     return FinishedRun.read(Path(config.output_dir)) if first else None
 
 
@@ -66,13 +68,13 @@ def trained(
 def substituted(policy: str, adapters: str, around: AbstractContextManager) -> Iterator[None]:
     """Put a policy's plan in the place of ours and a kind of adapters in the place of the fused ones; `around` the executor's run."""
 
-    def stage(*arguments, before=train.build_stage, **keywords):
+    def stage(*arguments, before=assemble.build_stage, **keywords):
         built = before(*arguments, **keywords)
         if adapters != "none":
             use_adapters(built, adapters)
         return built
 
-    def arena(stage, *arguments, before=train.make_arena, **keywords):
+    def arena(stage, *arguments, before=assemble.make_arena, **keywords):
         made = before(stage, *arguments, **keywords)
         if adapters == "none":
             use_adapters(stage, "none")
@@ -89,9 +91,8 @@ def substituted(policy: str, adapters: str, around: AbstractContextManager) -> I
         return made
 
     with ExitStack() as stack:
-        for module in (train, calibrate):
-            stack.enter_context(mock.patch.object(module, "build_stage", stage))
-            stack.enter_context(mock.patch.object(module, "make_arena", arena))
+        stack.enter_context(mock.patch.object(assemble, "build_stage", stage))
+        stack.enter_context(mock.patch.object(assemble, "make_arena", arena))
         stack.enter_context(mock.patch.object(train, "make_executor", executor))
         if policy != "ours":
             stack.enter_context(mock.patch.object(train, "PlanFeed", partial(PolicyFeed, policy)))

@@ -18,7 +18,7 @@ from scheduling.serve import serve
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch, PlanError, Segment
 from scheduling.validate import replay
-from scheduling.windows import plan_windows
+from scheduling.windows import WindowPlanner
 
 CAPACITY = 64
 WORKLOADS = st.lists(st.lists(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=5), min_size=1, max_size=4), min_size=1, max_size=4)
@@ -120,4 +120,4 @@ def test_served_windows_are_those_planned_here_at_the_same_cost(lengths, num_sta
     requests = [json.dumps(settings | {"cost": asdict(cost)}), json.dumps({"join": dict(enumerate(lengths)), "leave": []})]
     requests += [json.dumps({"join": {}, "leave": []})] * 1000
     served = [stream_from_json(json.loads(answer)["microbatches"]) for answer in serve(requests)]
-    assert served == list(plan_windows(lengths, cost=cost, **settings))
+    assert served == list(WindowPlanner(cost=cost, **settings).plan_all(lengths))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduling.backlog import OpenJob
-from scheduling.data_parallel import DealtJob, replica_part, split_batch
+from scheduling.data_parallel import Dealt, DealtJob, split_batch
 from scheduling.job_lengths import JobLengths, read_lengths
 from scheduling.slot_cost import SlotCost, in_grains
 from scheduling.types import Microbatch, PlanError, Segment
@@ -66,15 +66,15 @@ def test_a_dealt_job_is_its_splits_in_arrays(steps, num_replicas):
     job = DealtJob.of(lengths, num_replicas)
     assert isinstance(job.rounds, JobLengths) and len(job.rounds) == len(steps)
     for step, batch in enumerate(steps):
-        split, rounds = split_batch(batch, num_replicas), tuple(range(len(job.rounds[step])))
-        dealt = list(zip(*split.rounds, strict=True))
-        assert job.rounds[step] == [max(batch[k] for k in each if k is not None) for each in dealt]
+        split, rounds = split_batch(batch, num_replicas).tolist(), tuple(range(len(job.rounds[step])))
+        dealt = list(zip(*split, strict=True))
+        assert job.rounds[step] == [max(batch[k] for k in each if k >= 0) for each in dealt]
         for replica in range(num_replicas):
             for chosen in (rounds, rounds[1::2]):
                 segment = Segment(5, step, chosen, 0)
-                samples = tuple(sorted(k for one in chosen if (k := split.rounds[replica][one]) is not None))
+                samples = tuple(sorted(k for one in chosen if (k := split[replica][one]) >= 0))
                 expected = Microbatch((Segment(5, step, samples, sum(batch[k] for k in samples)),))
-                assert replica_part(Microbatch((segment,)), {5: job}, replica) == expected
+                assert Dealt({5: job}).part(Microbatch((segment,)), replica) == expected
 
 
 def test_a_visit_takes_a_dozen_bytes():

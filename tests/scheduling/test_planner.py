@@ -13,20 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.backlog import costs_of, open_backlog, to_stream
-from scheduling.cost import DEVICES, ModelShape
+from scheduling.cost import DEVICES, ModelShape, linear_tiles
 from scheduling.data_parallel import deal
 from scheduling.packing import _fit, _fit_tokens, fill, first_fit, ramp, spread
 from scheduling.plan_json import stream_to_json
 from scheduling.planner import best_stretch, plan_stream
 from scheduling.policies import POLICIES, greedy, runs_efficiency, runs_time
-from scheduling.row_tiles import linear_tiles
 from scheduling.search import _Search, _with_ends, anneal, without_gaps
 from scheduling.serve import serve
 from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
 from scheduling.subset_sum import SubsetSums
 from scheduling.timing import makespan
 from scheduling.validate import replay
-from scheduling.windows import WindowPlanner, plan_windows
+from scheduling.windows import WindowPlanner
 
 LENGTHS = Path(__file__).resolve().parents[2] / "scripts/bench/lengths.json"
 CAPACITY, COST = 64, SlotCost(per_square=1e-3, fixed=2.0)
@@ -90,7 +89,7 @@ def test_planner_fills_whole_waves_and_keeps_jobs_together():
     lengths = [steps[:14] for steps in json.loads(LENGTHS.read_text())["het-s2"]["data"]]
     spans = {}
     for name, cost in (("blind", blind), ("real", real)):
-        stream = tuple(microbatch for window in plan_windows(lengths, 2, 4096, cost=cost) for microbatch in window)
+        stream = tuple(microbatch for window in WindowPlanner(2, 4096, cost=cost).plan_all(lengths) for microbatch in window)
         replay(stream, lengths, 2, 4096, 0)
         spans[name] = makespan(slot_times(stream, lengths, real), 2)
     assert spans["real"] < 0.99 * spans["blind"], spans
@@ -196,7 +195,7 @@ def test_windows_join_to_one_correct_stream(lengths, num_stages, delay, num_slot
         stream += window
     replay(stream, lengths, num_stages, CAPACITY, delay)
     if lookahead == 128:
-        assert stream == sum(plan_windows(lengths, num_stages, CAPACITY, num_slots, delay, 1, COST), ())
+        assert stream == sum(WindowPlanner(num_stages, CAPACITY, num_slots, delay, 1, COST).plan_all(lengths), ())
 
 
 @given(WORKLOADS, STAGES)
@@ -233,7 +232,7 @@ def test_the_small_suite_beats_the_greedy_and_stays_near_the_estimate():
         reached = efficiency(stream, lengths, num_stages)
         plain = runs_efficiency(greedy(lengths, num_stages, capacity, SlotCost()), lengths, num_stages)
         assert reached >= max(plain + 0.005, workload["at_least"]), (reached, plain)
-        windows = sum(plan_windows(lengths, num_stages, capacity, 8), ())
+        windows = sum(WindowPlanner(num_stages, capacity, 8).plan_all(lengths), ())
         assert efficiency(windows, lengths, num_stages) >= reached - 0.01
         assert tuple(digest(stream_to_json(each, lengths)) for each in (stream, windows)) == PLANS[name]
         assert reached <= even_slot_estimate(lengths, num_stages, capacity) * 1.04  # ramps count in short runs

@@ -21,11 +21,11 @@ def one_job_per_slot(costs):
 @given(COSTS, STAGES)
 def test_recursion_equals_the_event_simulation(costs, num_stages):
     """The simulation adds the drain slots that deliver the last verdicts; they cost nothing but do take their turns."""
-    timeline = simulate(one_job_per_slot(costs), num_stages, costs)
+    timeline = simulate(one_job_per_slot(costs), [costs] * num_stages, [costs] * num_stages)
     while costs and not costs[-1]:
         costs = costs[:-1]
     assert makespan(costs + [0.0] * num_stages, num_stages) == pytest.approx(timeline.makespan_s)
-    assert timeline.busy_s(0) == pytest.approx(2 * sum(costs))
+    assert (1 - timeline.bubble(0)) * timeline.makespan_s == pytest.approx(2 * sum(costs))
 
 
 @given(COSTS, STAGES, st.data())
@@ -39,19 +39,19 @@ def test_unrolled_rounds_and_tails_equal_the_plain_ones(costs, num_stages, data)
 
 
 def test_an_even_stream_by_hand():
-    timeline = simulate(one_job_per_slot([1.0] * 6), 3, [1.0] * 6)
+    timeline = simulate(one_job_per_slot([1.0] * 6), [[1.0] * 6] * 3, [[1.0] * 6] * 3)
     assert timeline.makespan_s == 2 * (6 + 3 - 1)
     assert timeline.bubble(1) == pytest.approx(0.25)
-    first = next(span for span in timeline.steps if span.job == 0)
-    assert (first.start_s, first.end_s) == (0.0, 6.0)  # through three stages and back, then the STEP before F3
+    first = next(event for event in timeline.events if event.op is Op.STEP)
+    assert (first.index, first.end_s) == (0, 6.0)  # through three stages and back, then the STEP before F3
 
 
 def test_uneven_stages_and_hops_take_longer():
     stream, even = one_job_per_slot([1.0] * 6), [[1.0] * 6] * 2
     slow_last = [[1.0] * 6, [1.5] * 6]
-    assert simulate(stream, 2, slow_last).makespan_s == pytest.approx(1 + 6 * 3 + 1)
-    assert simulate(stream, 2, even, hop_s=0.1).makespan_s > simulate(stream, 2, even).makespan_s
-    assert simulate(stream, 2, even, [[2.0] * 6] * 2).makespan_s == pytest.approx(3 * (6 + 1))
+    assert simulate(stream, slow_last, slow_last).makespan_s == pytest.approx(1 + 6 * 3 + 1)
+    assert simulate(stream, even, even, hop_s=0.1).makespan_s > simulate(stream, even, even).makespan_s
+    assert simulate(stream, even, [[2.0] * 6] * 2).makespan_s == pytest.approx(3 * (6 + 1))
 
 
 def test_efficiency_of_even_full_slots_is_the_estimate():
@@ -60,4 +60,4 @@ def test_efficiency_of_even_full_slots_is_the_estimate():
     cost = SlotCost(per_square=2**-10, fixed=50.0)
     assert slot_times(stream, lengths, cost)[0] == pytest.approx(64 + 64 * 64 * 2**-10 + 50)
     assert efficiency(stream, lengths, 4, cost) == pytest.approx(even_slot_estimate(lengths, 4, 64, cost), abs=1e-6)
-    assert [action.op for action in simulate(stream[:1], 1, [1.0]).events][:3] == [Op.FORWARD, Op.BACKWARD, Op.STEP]
+    assert [action.op for action in simulate(stream[:1], [[1.0]], [[1.0]]).events][:3] == [Op.FORWARD, Op.BACKWARD, Op.STEP]

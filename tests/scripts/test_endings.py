@@ -20,7 +20,7 @@ def test_a_config_of_every_shape_is_checked_without_weights_or_tokenizer(shape, 
     config = endings.config_of(options("--shape", shape), tmp_path)
     (tmp_path / "config.yaml").write_text(json.dumps(config | {"output_dir": str(tmp_path / "run")}))
     inputs = read_inputs(load_config(tmp_path / "config.yaml"))
-    assert [max(data.lengths) for data in inputs.data] == [30, 10]
+    assert [data.samples.lengths.max() for data in inputs.data] == [30, 10]
 
 
 def test_a_killed_rank_is_seen_to_end_the_run(monkeypatch):

@@ -19,6 +19,8 @@ from megatron_lora.__main__ import main
 from megatron_lora.commands import launch
 from megatron_lora.output.run_directory import RunDirectory
 
+INDEX = "model.safetensors.index.json"
+
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
@@ -185,6 +187,23 @@ def chat_template(text: str):
     return spoil
 
 
+def adapter_tensors(change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = Path("adapter/adapter_model.safetensors")
+    save_file(change(load_file(file)), file)
+
+
+def poisoned_adapter(scene: dict) -> list[str]:
+    adapter_tensors(lambda tensors: {name: tensor * float("nan") for name, tensor in tensors.items()})
+    return []
+
+
+def fused_adapter(scene: dict) -> list[str]:
+    adapter_tensors(lambda tensors: {name.replace(".q_proj", ".qkv_proj"): tensor for name, tensor in tensors.items()})
+    return adapter_config(target_modules=["qkv_proj", "v_proj"])(scene)
+
+
 def adapter_config(**changes):
     def spoil(scene: dict) -> list[str]:
         values = json.loads(Path("adapter/adapter_config.json").read_text())
@@ -254,7 +273,17 @@ CASES = {
     "policies of no layers": (override("recompute=[]"), ["recompute: [] is not a list of policies, one per layer"]),
     "policies of too few layers": (override("recompute=[full, none]"), ["recompute: 2 policies", "4 layers", "or one word"]),
     "unknown format": (override("jobs.one.datasets.0.type=chat"), ["jobs.one.datasets.0.type: 'chat'", "messages or sharegpt"]),
-    "csv": (override("jobs.one.datasets.0.path=rows.csv"), ["jobs.one.datasets.0.path: 'rows.csv'", ".jsonl"]),
+    "an unknown ending": (override("jobs.one.datasets.0.path=rows.txt"), ["jobs.one.datasets.0.path: 'rows.txt'", ".jsonl"]),
+    "a pattern of no file": (override("jobs.one.datasets.0.path=data/*.csv"), ["path: 'data/*.csv'", "matches no file"]),
+    "split of a file": (override("jobs.one.datasets.0.split=train"), ["jobs.one.datasets.0.split: 'train' is for a hub id", "remove it"]),
+    "weight 0": (override("jobs.one.datasets.0.sampling_weight=0"), ["jobs.one.datasets.0.sampling_weight: 0", "above 0"]),
+    "bad_rows in other words": (override("jobs.one.bad_rows=skip"), ["jobs.one.bad_rows: 'skip'", "refuse or drop"]),
+    "two ways to train": (
+        override("defaults.train_on_inputs=true", "jobs.one.train_on=last"),
+        ["jobs.one.train_on: last contradicts jobs.one.train_on_inputs: true"],
+    ),
+    "turns of another kind": (override("defaults.train_on=first"), ["defaults.train_on: 'first'", "use all or last"]),
+    "kwargs in a list": (override("defaults.chat_template_kwargs=[a]"), ["defaults.chat_template_kwargs: ['a']", "write {name: value}"]),
     # later features
     "replicas": (override("parallel.data=0"), ["parallel.data: 0"]),
     "eval": (override("defaults.eval_steps=10"), ["defaults.eval_steps: 10 is not supported yet", "use 0"]),
@@ -263,7 +292,7 @@ CASES = {
         override("jobs.one.val_datasets=[{path: rows.jsonl, type: text}]"),
         ["jobs.one.val_datasets: ", "is not supported yet", "use null"],
     ),
-    "a job without end": (override("jobs.one.num_epochs=1000000000000"), ["num_epochs: 1000000000000 takes", "a job may take 50000000"]),
+    "a job without end": (override("jobs.one.num_epochs=1000000000000"), ["num_epochs: 1000000000000 takes", "a job may take 400000000"]),
     # files
     "a path too long": (override("jobs.one.datasets.0.path=" + "x" * 300 + ".jsonl"), ["jobs.one.datasets.0.path:", "too long a name"]),
     "missing data": (override("jobs.one.datasets.0.path=row.jsonl"), ["jobs.one.datasets.0.path: 'row.jsonl'", "no such file"]),
@@ -274,13 +303,17 @@ CASES = {
     "broken line": (write("rows.jsonl", RECORD + "{oops\n"), ["rows.jsonl:2", "not valid JSON"]),
     "nested line": (write("rows.jsonl", RECORD + "[" * 100_000 + "\n"), ["rows.jsonl:2", "nests too deeply"]),
     "nested list": (
-        lambda scene: Path("rows.json").write_text("[" * 100_000) and ["jobs.one.datasets.0.path=rows.json"],
+        lambda scene: Path("rows.json").write_text("[" * 100_000)
+        and [f"jobs.{job}.datasets.0.path=rows.json" for job in ("one", "two")],
         ["rows.json:1", "nests too deeply"],
     ),
     "empty data": (write("rows.jsonl", ""), ["rows.jsonl", "no records"]),
     "field missing": (write("rows.jsonl", RECORD + '{"prompt": "a"}\n'), ["rows.jsonl:2", "'completion'", "add it"]),
     "empty completion": (write("rows.jsonl", RECORD + '{"prompt": "a", "completion": ""}\n'), ["rows.jsonl:2"]),
-    "wrong format": (override("jobs.one.datasets.0.type=messages"), ["chat template", "prompt_completion"]),
+    "wrong format": (
+        override("jobs.one.datasets.0.type=messages", "jobs.two.datasets.0.type=messages"),
+        ["chat template", "prompt_completion"],
+    ),
     "cut to nothing": (override("defaults.sequence_len=2"), ["jobs.one.sequence_len: 2", "raise it"]),
     "budget in words": (override("microbatch_tokens=all"), ["microbatch_tokens: 'all'", "or auto"]),
     "sample over the budget": (override("microbatch_tokens=8"), ["microbatch_tokens: 8", "of jobs.one", "jobs.one.sequence_len: 8"]),
@@ -308,8 +341,19 @@ CASES = {
     "tensor without shape": (weights_entry(lambda entry: entry.pop("shape")), ["base_model: ", "damaged", "fetch the model again"]),
     "tensor without dtype": (weights_entry(lambda entry: entry.pop("dtype")), ["base_model: ", "damaged", "fetch the model again"]),
     "tensor of another size": (weights_entry(lambda entry: entry.update(dtype="F16")), ["model.norm.weight has 256 bytes", "[64] F16"]),
-    "index of numbers": (write("model/model.safetensors.index.json", '{"weight_map": {"a": 1}}'), ["index.json is damaged"]),
+    "index of numbers": (
+        lambda scene: remove("model/model.safetensors")(scene) + write(f"model/{INDEX}", '{"weight_map": {"a": 1}}')(scene),
+        ["index.json is damaged"],
+    ),
     "template that divides by zero": (chat_template("{{ 1 / 0 }}"), ["rows.jsonl:1", "chat template refuses", "division by zero"]),
+    "template that is missing": (
+        override("jobs.one.datasets.0.type=messages", "jobs.one.chat_template=no.jinja"),
+        ["jobs.one.chat_template: 'no.jinja' cannot be read", "No such file", "chatml"],
+    ),
+    "kwargs that the template does not use": (
+        lambda scene: [*chat_template("{{ messages }}")(scene), "jobs.one.chat_template_kwargs={think: no}"],
+        ["jobs.one.chat_template_kwargs: the chat template does not use 'think'"],
+    ),
     # the layout
     "more stages than layers": (override("parallel.pipeline=5"), ["parallel.pipeline: 5 stages", "4 layers", "fewer"]),
     "layers do not add up": (
@@ -326,6 +370,8 @@ CASES = {
     "adapter of another scale": (override("jobs.two.lora_alpha=16"), ["jobs.two.lora_alpha: 16.0 differs from 8", "set lora_alpha: 8"]),
     "adapter of other modules": (override("jobs.two.target_modules=[q_proj]"), ["jobs.two.target_modules", "set [q_proj, v_proj]"]),
     "adapter that is DoRA": (adapter_config(use_dora=True), ["jobs.two.init_adapter: ", "use_dora: true", "not supported"]),
+    "adapter that diverged": (poisoned_adapter, ["jobs.two.init_adapter: 'adapter': A of model.layers.0.self_attn.q_proj holds NaN"]),
+    "adapter of a fused linear": (fused_adapter, ["jobs.two.init_adapter: 'adapter': adapts qkv_proj, which holds q_proj, k_proj and"]),
     "damaged adapter": (write("adapter/adapter_model.safetensors", "no tensors"), ["jobs.two.init_adapter: ", "is damaged", "again"]),
     "nested adapter config": (write("adapter/adapter_config.json", "[" * 100_000), ["jobs.two.init_adapter: ", "is not valid JSON"]),
     # the output directory

@@ -57,10 +57,10 @@ def measure(path: Path, output: Path | None) -> None:
         calibrate.run(load_config(path), output)
 
 
-def train(path: Path, stop_after: int | None) -> int:
+def train(path: Path, stop_after: int | None) -> None:
     """Train as runs.train does, with the same cache."""
     with mock.patch.dict(os.environ, {"MEGATRON_LORA_CACHE": str(path.parent / "cache")}):
-        return TRAIN(path, stop_after)
+        TRAIN(path, stop_after)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -69,10 +69,17 @@ def test_a_table_is_measured_in_every_layout(config, pool, tmp_path, layout):
     pool(**LAYOUTS[layout]).run(measure, config, tmp_path / "table.json")
     table = read_calibration(tmp_path / "table.json")
     assert dict(table.costs.layers).keys() == {"none", "cheap", "full"} and table.costs.step_s > 0
-    assert table.links.keys() == {"pp": {"stage"}, "tp": {"tensor"}, "dp": set()}[layout]
     assert (table.costs.hop is not None) == (layout == "pp") and table.about["fit_error"] >= 0
+    assert all(slots >= 1 and turns >= 2 for slots, turns in table.about["turns"].values())
     for _, cost in [*table.costs.layers, ("head", table.costs.head)]:
         assert cost.forward.seconds(64, 64 * 16, 64 * 8) > 0 < cost.backward.seconds(64, 64 * 16, 64 * 8)
+
+
+@pytest.mark.parametrize(("slot_s", "timed"), [(0.01, (12, 5)), (0.5, (12, 5)), (0.8, (7, 5)), (1.5, (6, 3)), (60.0, (6, 2))])
+def test_fewer_slots_then_fewer_turns_are_timed_where_they_take_long(slot_s, timed):
+    assert calibrate.EFFORTS["none"].within(12, slot_s, 60.0) == timed
+    assert calibrate.EFFORTS["none"].within(2, slot_s, 60.0)[0] == 2
+    assert calibrate.EFFORTS["none"].within(12, slot_s, -1.0) == (6, 2)
 
 
 def test_plan_and_train_take_the_table_and_a_run_resumes_with_its_own(config, pool, tmp_path, capsys):

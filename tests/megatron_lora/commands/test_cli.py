@@ -7,6 +7,7 @@ the ways that matter without loading a model.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from waiting import wait_for
 
 from megatron_lora.__main__ import EXAMPLES, main
 from megatron_lora.commands import doctor, launch, rank, torchrun
 from megatron_lora.commands.rank import LAUNCHED
-from megatron_lora.config.schema import load_config
+from megatron_lora.config.schema import ParallelConfig, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model import backends
@@ -367,13 +369,10 @@ def test_a_plan_in_figures_by_hand():
 
     def workload(num_stages: int, replicas: int = 1) -> Workload:
         return Workload(
+            config=SimpleNamespace(
+                parallel=ParallelConfig(pipeline=num_stages, data=replicas), jobs=[SimpleNamespace(r=8)] * 2, microbatch_tokens=200
+            ),
             dealt=deal(lengths, replicas),
-            ranks=(8, 8),
-            num_stages=num_stages,
-            num_replicas=replicas,
-            capacity=200,
-            delay=0,
-            row_multiple=1,
             cost=CostModel((StageCost(second, second),) * num_stages),
             weights=SlotCost(),
         )
@@ -409,6 +408,18 @@ def test_preview_marks_what_the_loss_counts(scene, materials, capsys):
     for record in records:
         assert record["prompt"] in out and f"«{record['completion'].strip()}" in out.replace("« ", "«")
     assert out.count("«") == 2 and "\x1b" not in out
+
+
+@pytest.mark.parametrize("matrix", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tokens_that_the_base_model_never_trained_are_named(scene, materials, capsys, matrix):
+    shutil.copytree(materials / "model", "own")
+    tensors = load_file("own/model.safetensors")
+    for scale, named in ((1.0, False), (1e-3, True)):
+        tensors[matrix][2] *= scale  # of </s>, which ends each record
+        save_file(tensors, "own/model.safetensors", metadata={"format": "pt"})
+        assert main(["plan", "config.yaml", "base_model=own"]) == 0
+        warning = "warning: base_model: has untrained rows for </s>, which stand in the data of a, b; such tokens can hardly be learnt"
+        assert (warning in capsys.readouterr().err) == named
 
 
 def test_doctor_names_versions_and_backends(capsys):

@@ -61,7 +61,7 @@ def run(tmp_path) -> Path:
 
 def predicted():
     forward = [PER_TOKEN * sum(entry[3] for entry in slot) for slot in SLOTS]
-    return simulate(stream_from_json(SLOTS), 2, forward, [2 * time for time in forward], step_s=STEP_S)
+    return simulate(stream_from_json(SLOTS), [forward] * 2, [[2 * time for time in forward]] * 2, step_s=STEP_S)
 
 
 def test_real_and_predicted_differ_by_the_stall_alone(run, tmp_path, capsys):

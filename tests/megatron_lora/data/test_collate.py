@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from megatron_lora.data.collate import NO_LABEL, collate
-from megatron_lora.data.steps import JobSamples, Sample, job_steps
+from megatron_lora.data.sample_arrays import JobSamples, Sample, Samples
+from megatron_lora.data.steps import job_steps
 from scheduling.types import Microbatch, Segment
 
 MASKS = ([False, True, True], [False, False, True, False, True], [False, True])
@@ -14,7 +15,7 @@ MASKS = ([False, True, True], [False, False, True, False, True], [False, True])
 
 def resident(samples, adapter_row=0):
     """Return a job whose only step takes all samples."""
-    step_samples = JobSamples(seed=0, samples=samples, steps=job_steps(len(samples), len(samples), 1, None, False, 0))
+    step_samples = JobSamples(seed=0, samples=Samples.of(samples), steps=job_steps(len(samples), len(samples), 1, None, False, 0))
     return SimpleNamespace(step_samples=step_samples, adapter_row=adapter_row)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
-from megatron_lora.data.samples import digest_of, load_jobs_data
+from megatron_lora.data.sample_arrays import digest_of
+from megatron_lora.data.samples import load_jobs_data
 from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.errors import UserError
 
@@ -26,7 +27,7 @@ def test_a_record_is_a_sample_of_its_length_whose_last_tokens_are_targets(tmp_pa
     asked = job(tmp_path / "a.jsonl", [{"tokens": 9, "targets": 3}, {"tokens": 5}, {"tokens": 9, "targets": 3}])
     assert tokenizer_for([asked], tmp_path / "nowhere") is None
     loaded = loaded_data(asked, None, None, VOCABULARY)
-    assert loaded.lengths == (9, 5, 9) and [sample.targets.sum() for sample in loaded.samples] == [3, 4, 3]
+    assert loaded.samples.lengths.tolist() == [9, 5, 9] and [sample.targets.sum() for sample in loaded.samples] == [3, 4, 3]
     assert loaded.samples[0].targets.tolist() == [False] * 6 + [True] * 3 and not loaded.samples[1].targets[0]
     assert not np.array_equal(loaded.samples[0].tokens, loaded.samples[2].tokens), "records of one length differ"
     assert digest_of(loaded.samples) == digest_of(loaded_data(asked, None, tmp_path / "cache", VOCABULARY).samples)
@@ -41,9 +42,9 @@ def test_tokens_spread_over_the_whole_vocabulary(tmp_path):
 def test_cuts_and_train_on_inputs_are_those_of_all_rows(tmp_path):
     rows = [{"tokens": 30, "targets": 4}, {"tokens": 6, "targets": 1}]
     cut = loaded_data(job(tmp_path / "a.jsonl", rows, sequence_len=10), None, None, VOCABULARY)
-    assert (cut.lengths, cut.num_dropped) == ((6,), 1)
+    assert (cut.samples.lengths.tolist(), cut.num_dropped) == ([6], 1)
     every = loaded_data(job(tmp_path / "a.jsonl", rows, sequence_len=10, train_on_inputs=True), None, None, VOCABULARY)
-    assert (every.lengths, every.num_truncated, every.num_targets) == ((10, 6), 1, 14)
+    assert (every.samples.lengths.tolist(), every.num_truncated, every.num_targets) == ([10, 6], 1, 14)
 
 
 @pytest.mark.parametrize(

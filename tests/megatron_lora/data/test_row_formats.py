@@ -6,8 +6,7 @@ Targets stand between « and », so that an expectation reads as what the model 
 import itertools
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from byte_tokenizer import make_tokenizer
 
 from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.errors import UserError
@@ -35,25 +34,6 @@ QWEN3 = (
     "{{ '<|im_start|>' + m['role'] + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
 )
 NO_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-
-
-def make_tokenizer(template=None, merges=(), added=(), bos=None, eos="</s>", words=False, adds_bos=False):
-    """Build a tokenizer of single bytes, joined by `merges`; `words` makes it one of sentencepiece's kind ('▁' before words)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["▁"]
-    specials = [*added, *([bos] if bos else []), eos]
-    vocab = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges), *specials])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    if words:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        tokenizer.decoder = decoders.Metaspace()
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.decoder = decoders.ByteLevel()
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocab[bos])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, additional_special_tokens=list(added), chat_template=template
-    )
 
 
 def chatml(**options):
@@ -86,12 +66,12 @@ def test_text_gets_its_special_tokens_and_one_eos():
     assert marked(with_bos, {"text": "abc"}, "text") == "<s>«abc</s>»"
 
 
-def test_prompt_completion_joins_tokens_not_texts():
+def test_prompt_and_completion_are_one_text():
     tokenizer = make_tokenizer(bos="<s>", adds_bos=True, merges=[("b", "c")])
     record = {"prompt": "ab", "completion": "cd"}
-    assert marked(tokenizer, record, "prompt_completion") == "<s>ab«cd</s>»"
+    assert marked(tokenizer, record, "prompt_completion") == "<s>abc«d</s>»"
     ids = RecordEncoder(tokenizer).encode(record, "prompt_completion", False, "").tokens
-    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<s>", "a", "b", "c", "d", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<s>", "a", "bc", "d", "</s>"]
     assert marked(tokenizer, record, "prompt_completion", train_on_inputs=True) == "<s>«abcd</s>»"
     assert marked(tokenizer, {"prompt": "", "completion": "cd"}, "prompt_completion") == "<s>«cd</s>»"
     assert marked(make_tokenizer(), {"prompt": "", "completion": "cd"}, "prompt_completion") == "c«d</s>»"
@@ -180,10 +160,10 @@ def test_tokens_that_merge_across_the_border():
     assert marked(chatml(merges=merges), chat("q", "ok!"), "messages").endswith("assistant\no«k!<|im_end|>»\n")
     assert marked(make_tokenizer(NO_END, merges=merges), chat("q", "x"), "messages") == "user: q\nassistant: «x\n»"
 
-    # What the template writes between a content and the next added token makes that token no end of the turn, merged or not.
+    # All that the template writes between a content and the next turn ends the turn, merged or not.
     bracketed = "{% for m in messages %}{{ '[' + m['content'] + ']' + eos_token }}{% endfor %}"
-    assert marked(make_tokenizer(bracketed), chat("q", "ab"), "messages") == "[q]</s>[«ab»]</s>"
-    assert marked(make_tokenizer(bracketed, merges=[("b", "]")]), chat("q", "ab"), "messages") == "[q]</s>[«ab]»</s>"
+    assert marked(make_tokenizer(bracketed), chat("q", "ab"), "messages") == "[q]</s>[«ab]</s>»"
+    assert marked(make_tokenizer(bracketed, merges=[("b", "]")]), chat("q", "ab"), "messages") == "[q]</s>[«ab]</s>»"
 
 
 def test_thoughts_are_trained_where_the_template_shows_them():
@@ -191,7 +171,7 @@ def test_thoughts_are_trained_where_the_template_shows_them():
     thinking = "<think>\nhm\n</think>\n\nyes"
     assert marked(tokenizer, chat("a", thinking, "b", thinking), "messages") == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>»\n"
-        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n<think>\n«hm\n</think>\n\nyes<|im_end|>»\n"
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n«<think>\nhm\n</think>\n\nyes<|im_end|>»\n"
     )
     assert marked(tokenizer, chat("a", "yes"), "messages").endswith("assistant\n<think>\n\n</think>\n\n«yes<|im_end|>»\n")
 
@@ -230,15 +210,15 @@ def test_an_empty_turn_among_others_is_trained_to_end():
         ("messages", {"conversations": []}, "has no 'messages'"),
         ("messages", {"messages": []}, "'messages' is empty"),
         ("messages", {"messages": "hi"}, "write a list of turns"),
-        ("messages", {"messages": [{"role": "user", "content": "a"}]}, "no assistant turn has content"),
-        ("messages", chat("a", " "), "no assistant turn has content"),
+        ("messages", {"messages": [{"role": "user", "content": "a"}]}, "no assistant turn that is trained has content"),
+        ("messages", chat("a", " "), "no assistant turn that is trained has content"),
         ("messages", {"messages": [{"role": "bot", "content": "a"}]}, "'role' is 'bot'; use one of system,"),
         ("messages", {"messages": [{"role": "user"}]}, "has no 'content'"),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "write it as text"),
-        ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "'tool_calls' is not supported"),
-        ("messages", {"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "'weight' is not supported"),
-        ("messages", {**chat("a", "b"), "tools": [{"name": "f"}]}, "'tools' is not supported"),
-        ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]}, "'from' is 'alien'; use one of system, human"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'content' has a part of type 'image'"),
+        ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"a": 1}]}]}, r"a call is \{\"a\": 1\}; write"),
+        ("messages", {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "'weight' of a turn is 0.5; use 0 or 1"),
+        ("messages", {**chat("a", "b"), "images": ["a.png"]}, "'images' of a record is not supported"),
+        ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]}, "'from' is 'alien'; use one of system, developer"),
     ],
 )
 def test_records_that_cannot_be_trained_on(format, record, named):

@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_lora.commands.preview import preview_records, show_preview
 from megatron_lora.config.schema import DatasetConfig, JobConfig
-from megatron_lora.data import row_files, samples
+from megatron_lora.data import dataset_sources, row_files, token_cache
+from megatron_lora.data.sample_arrays import target_share
 from megatron_lora.data.samples import load_jobs_data
-from megatron_lora.data.steps import job_steps, target_share
+from megatron_lora.data.steps import job_steps
+from megatron_lora.data.token_cache import fingerprint, source_digest
 from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.errors import UserError
 
@@ -77,7 +79,7 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path, tokenizer, name):
     loaded = load_job_data(job(write(tmp_path / name, PAIRS)), tokenizer, None)
     assert texts(tokenizer, loaded) == ["abcd</s>", "abcdefx</s>", "along answer</s>"]
     assert [tokenizer.decode(sample.tokens[sample.targets]) for sample in loaded.samples] == ["cd</s>", "x</s>", "long answer</s>"]
-    assert loaded.lengths == (5, 8, 13) and loaded.num_targets == 3 + 2 + 12
+    assert loaded.samples.lengths.tolist() == [5, 8, 13] and loaded.num_targets == 3 + 2 + 12
     assert loaded.samples[0].tokens.dtype == np.int32 and loaded.samples[0].targets.dtype == bool
 
 
@@ -104,15 +106,15 @@ def test_nested_records_of_a_parquet_file(tmp_path, tokenizer):
         ("a.jsonl", '{"text": "a"}\n{"text": ""}\n', r"a.jsonl:2: 'text' is empty"),
         ("a.jsonl", "\n \n", r"a.jsonl: holds no records"),
         ("a.json", "[]", r"a.json: holds no records"),
-        ("a.json", '{"text": "a"}', r"a.json: does not hold a list of records"),
+        ("a.json", '{"text":\n "a"}', r"a.json:1: is not valid JSON"),
         ("a.json", '[{"text": "a"},\n\n{"text": ""}]', r"a.json:3: 'text' is empty"),
         ("a.json", '[{"text": "a"},\n{"text" "b"}]', r"a.json:2: is not valid JSON"),
         ("a.json", '[{"text": "a"}\n', r"a.json:1: the record is not followed by"),
         ("a.json", '[{"text": "a"},\n', r"a.json:2: is not valid JSON"),
         ("a.json", '[{"text": "a"}] x', r"a.json: holds more than its list"),
-        ("a.json", b"\xff", r"a.json: is not UTF-8"),
+        ("a.json", b"[\xff", r"a.json: is not UTF-8"),
         ("a.parquet", "PAR1 no", r"a.parquet: is not a readable Parquet file"),
-        ("a.csv", "text\na", r"a.csv: is no kind of file that is read"),
+        ("a.txt", "text\na", r"a.txt': is no kind of file that is read"),
     ],
 )
 def test_broken_files_name_their_place(tmp_path, tokenizer, name, content, named):
@@ -122,7 +124,7 @@ def test_broken_files_name_their_place(tmp_path, tokenizer, name, content, named
     with pytest.raises(UserError, match=named) as caught:
         load_job_data(job(tmp_path / name, type="text"), tokenizer, tmp_path / "cache")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "cache").exists()
+    assert not any((tmp_path / "cache").glob("*"))
 
 
 def test_json_may_be_laid_out_in_any_way(tmp_path):
@@ -132,7 +134,7 @@ def test_json_may_be_laid_out_in_any_way(tmp_path):
 
 
 def test_missing_files_and_a_missing_pyarrow(tmp_path, tokenizer, monkeypatch):
-    with pytest.raises(UserError, match=r"nowhere.jsonl: does not exist"):
+    with pytest.raises(UserError, match=r"nowhere.jsonl': no such file in"):
         load_job_data(job(tmp_path / "nowhere.jsonl"), tokenizer, tmp_path / "cache")
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -156,7 +158,7 @@ def test_ids_are_rows_of_the_concatenated_files_before_anything_is_dropped(tmp_p
 
 def test_a_sample_of_just_the_right_length_is_whole(tmp_path, tokenizer):
     loaded = load_job_data(job(write(tmp_path / "a.jsonl", PAIRS[:1]), sequence_len=5), tokenizer, None)
-    assert (loaded.lengths, loaded.num_truncated, loaded.num_dropped) == ((5,), 0, 0)
+    assert (loaded.samples.lengths.tolist(), loaded.num_truncated, loaded.num_dropped) == ([5], 0, 0)
 
 
 def test_a_cut_that_leaves_nothing_is_refused(tmp_path, tokenizer):
@@ -178,7 +180,7 @@ def test_tokens_beyond_the_base_model_are_refused(tmp_path, tokenizer):
 def count_reads(monkeypatch):
     """Count how often files are tokenised."""
     reads = []
-    monkeypatch.setattr(samples, "read_records", lambda path: reads.append(str(path)) or row_files.read_records(path))
+    monkeypatch.setattr(dataset_sources, "read_blocks", lambda path: reads.append(str(path)) or row_files.read_blocks(path))
     return reads
 
 
@@ -210,12 +212,42 @@ def test_whatever_changes_the_tokens_is_another_dataset(tmp_path, tokenizer, cou
     assert len(count_reads) == 5
 
 
+@pytest.mark.parametrize("change", ["", "# a comment\n", "X = 1\n"])
+def test_other_sources_make_another_dataset(tmp_path, change, monkeypatch):
+    room = shutil.copytree(token_cache.__file__.rpartition("/")[0], tmp_path / "data")
+    before = source_digest(room)
+    for name in ("chat_turns.py", "row_formats.py", "text_tokens.py", "row_files.py", "token_cache.py"):
+        source_digest.cache_clear()
+        file = room / name
+        content = file.read_text()
+        file.write_text(content + change)
+        assert (source_digest(room) == before) == (change == "")
+        file.write_text(content)
+    source_digest.cache_clear()
+    (room / "a_new_module.py").write_text("")
+    assert source_digest(room) != before
+    source_digest.cache_clear()
+    assert source_digest() == before, "the key is made from the sources that run"
+    key = token_cache.dataset_key("content", "tokenizer", "text")
+    monkeypatch.setattr(token_cache, "source_digest", lambda: "others")
+    assert token_cache.dataset_key("content", "tokenizer", "text") != key
+
+
+@pytest.mark.parametrize("package", ["transformers", "tokenizers", "jinja2"])
+def test_other_versions_of_what_tokenises_make_another_dataset(tokenizer, monkeypatch, package):
+    before = fingerprint(tokenizer)
+    version = token_cache.version
+    monkeypatch.setattr(token_cache, "version", lambda name: "0.0" if name == package else version(name))
+    assert fingerprint(tokenizer) != before
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:50], lambda b: b"", lambda b: b[:-3] + b"\x7f" + b[-2:], lambda b: b"\xff" * len(b)])
 def test_a_damaged_cache_is_made_again(tmp_path, tokenizer, count_reads, damage):
     path, cache = write(tmp_path / "a.jsonl", PAIRS), tmp_path / "cache"
     first = load_job_data(job(path), tokenizer, cache)
     (entry,) = cache.iterdir()
     whole = entry.read_bytes()
+    entry.unlink()  # the first samples stay mapped
     entry.write_bytes(damage(whole))
     assert same(first, load_job_data(job(path), tokenizer, cache))
     assert len(count_reads) == 2 and entry.read_bytes() == whole

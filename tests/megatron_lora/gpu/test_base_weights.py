@@ -102,7 +102,7 @@ def each_linear(directory, base_weights, given, device) -> list[dict]:
     seen = [{} for _ in stage.linears]
 
     def note(into: dict, _, inputs, outputs) -> None:
-        into |= {"x": inputs[0].detach(), "y": outputs[0].detach()}
+        into |= {"x": inputs[0].detach(), "y": outputs[0].detach().clone()}  # SwiGLU's backward overwrites what it read
         for name, tensor in (("dx", inputs[0]), ("dy", outputs[0])):  # norms, attention and SwiGLU each feed one linear
             tensor.register_hook(partial(into.__setitem__, name))
 

@@ -23,7 +23,7 @@ from megatron_lora.model.attention import can_varlen, per_sample_attention, varl
 from megatron_lora.model.stage import build_stage
 from megatron_lora.training.determinism import determinism
 from megatron_lora.training.warm_up import dummy
-from scheduling.layer_memory import OFFLOADED
+from scheduling.cost import OFFLOADED
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])

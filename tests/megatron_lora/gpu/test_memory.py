@@ -16,7 +16,8 @@ from megatron_lora.model.backends import Backends, this_machine
 from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from megatron_lora.training.warm_up import dummy, warm_up
-from scheduling.layer_memory import OFFLOADED, Adapter
+from scheduling.cost import OFFLOADED
+from scheduling.layer_memory import Adapter
 from scheduling.memory import stage_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -16,7 +16,8 @@ from tiny import random_factor, save_model
 
 from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
 from megatron_lora.data.collate import collate
-from megatron_lora.data.steps import JobSamples, Sample, job_steps
+from megatron_lora.data.sample_arrays import JobSamples, Sample, Samples
+from megatron_lora.data.steps import job_steps
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec
@@ -26,8 +27,8 @@ from megatron_lora.parallel.messages import Links, MessageLayout
 from megatron_lora.parallel.process_groups import Position
 from megatron_lora.training.executor import Executor
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
+from scheduling.cost import OFFLOADED
 from scheduling.follow import Window
-from scheduling.layer_memory import OFFLOADED
 from scheduling.pipeline import endings, with_drain
 from scheduling.planner import plan_stream
 from scheduling.types import Microbatch, Segment
@@ -56,7 +57,7 @@ def job_rows(job: int) -> JobSamples:
     for row in range(8):
         tokens = generator.integers(0, 61, generator.integers(3, 40)).astype(np.int32)
         samples.append(Sample(row, tokens, np.arange(len(tokens)) > 1))
-    return JobSamples(seed=job, samples=samples, steps=job_steps(8, 2, 1, None, False, 0))
+    return JobSamples(seed=job, samples=Samples.of(samples), steps=job_steps(8, 2, 1, None, False, 0))
 
 
 class Scene:

@@ -1,5 +1,6 @@
 """PEFT directories, with peft itself as the oracle on both sides, and every way in which one can be unusable."""
 
+import dataclasses
 import json
 import os
 
@@ -8,7 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_lora.errors import UserError
-from megatron_lora.huggingface.adapter_files import AdapterFile, check_adapter, read_adapter, write_adapter
+from megatron_lora.huggingface.adapter_files import (
+    DESCRIPTIVE,
+    OF_TARGETS,
+    PLAIN_LORA,
+    WITHOUT_EFFECT,
+    AdapterFile,
+    check_adapter,
+    check_modules,
+    read_adapter,
+    write_adapter,
+)
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -137,13 +148,20 @@ def test_the_card_survives_a_hub_parser(tmp_path):
     ("changes", "named"),
     [
         ({"use_dora": True}, "use_dora: true"),
-        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
-        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 3}}, r"alpha_pattern: gives linears \[3, 6\]"),
+        ({"rank_pattern": {"q_proj": 3}}, r"rank_pattern: gives linears \[3, 4\]"),
+        ({"exclude_modules": ["q_proj"]}, "q_proj has weights and is in exclude_modules"),
+        ({"exclude_modules": "(q_proj"}, r"exclude_modules: \(q_proj is no regular expression"),
+        ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern: .* is no regular expression"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+        ({"layers_to_transform": "0"}, "layers_to_transform"),
+        ({"kasa_config": {}}, "kasa_config"),
+        ({"use_rslora": "yes"}, "use_rslora"),
         ({"bias": "all"}, 'bias: "all"'),
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_to_transform": [0]}, r"down_proj has weights and is not in target_modules \(of model.layers.1"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"some_future_feature": {"on": 1}}, "some_future_feature"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
@@ -155,7 +173,6 @@ def test_the_card_survives_a_hub_parser(tmp_path):
         ({"lora_dropout": 1.5}, "lora_dropout: 1.5"),
         ({"target_modules": None}, "target_modules: null"),
         ({"target_modules": ["q_proj", "v_proj"]}, "down_proj has weights and is not in target_modules"),
-        ({"target_modules": [*TARGETS, "k_proj"]}, "k_proj has no weights"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(saved, changes, named):
@@ -218,3 +235,145 @@ def test_an_adapter_of_another_model_is_refused():
         check_adapter("jobs.a.init_adapter", adapter, {path: (15, 5), "model.layers.1.self_attn.q_proj": (15, 5)})
     with pytest.raises(UserError, match="which this job does not train"):
         check_adapter("jobs.a.init_adapter", adapter, {})
+
+
+LAYERS_OF_ALL = [0, 1]
+SAYS_NOTHING_NEW = {  # fields that say what the weights say anyway
+    "exclude_modules of other modules": {"exclude_modules": ["lm_head", "vision_tower", "k_proj"]},
+    "exclude_modules of targets without weights": {"target_modules": [*TARGETS, "lm_head", "o_proj"],
+                                                   "exclude_modules": ["lm_head", "o_proj"]},
+    "exclude_modules as an expression": {"exclude_modules": r".*(embed_tokens|lm_head|visual).*"},
+    "target_modules as an expression": {"target_modules": r"model\.layers\.\d+\.(mlp\.down|self_attn\.[qv])_proj"},
+    "an expression and exclusions": {"target_modules": r".*_proj", "exclude_modules": r".*(k|o|gate|up)_proj"},
+    "all-linear and exclusions": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "o_proj", "gate_proj", "up_proj"]},
+    "complete paths": {"target_modules": [f"model.layers.{i}.{block}" for i in (0, 1)
+                                          for block in ("mlp.down_proj", "self_attn.q_proj", "self_attn.v_proj")]},
+    "every layer": {"layers_to_transform": LAYERS_OF_ALL},
+    "every layer, by name": {"layers_to_transform": LAYERS_OF_ALL, "layers_pattern": "layers"},
+    "a rank pattern of the rank": {"rank_pattern": {"q_proj": 4, "no_such": 9}},
+    "a rank pattern of every linear": {"r": 16, "rank_pattern": {"_proj": 4, ".*_proj": 4}},
+    "an alpha pattern of the alpha": {"alpha_pattern": {"layers.1.self_attn.v_proj": 6}},
+    "an alpha pattern of every linear": {"lora_alpha": 99, "alpha_pattern": {"[a-z]*_proj": 6}},
+    "empty lists": {"modules_to_save": [], "target_parameters": [], "alora_invocation_tokens": [], "layers_to_transform": []},
+    "eva": {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99}},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "configs of other initialisations": {"loftq_config": {"loftq_bits": 4}, "corda_config": {"corda_method": "ipm"}},
+    "weight tying without a tied target": {"ensure_weight_tying": True},
+    "what describes it": {"revision": "main", "inference_mode": False, "peft_version": "0.11.0", "base_model_name_or_path": "x/y",
+                          "auto_mapping": {"base_model_class": "LlamaForCausalLM"}, "qalora_group_size": 32, "megatron_core": "elsewhere"},
+}  # fmt: skip
+SHAPES = {"q_proj": (16, 16), "v_proj": (8, 16), "down_proj": (16, 24)}
+OTHERS = ["model.embed_tokens", "lm_head", *(f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "ko"),
+          *(f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up"))]  # fmt: skip
+
+
+def check_against_the_base(adapter):
+    """Check an adapter as a job's init_adapter is, against `tiny_llama`."""
+    blocks = {"q_proj": "self_attn", "v_proj": "self_attn", "down_proj": "mlp"}
+    shapes = {f"model.layers.{i}.{blocks[name]}.{name}": shape for i in (0, 1) for name, shape in SHAPES.items()}
+    check_adapter("jobs.a.init_adapter", adapter, shapes, OTHERS)
+
+
+@pytest.mark.parametrize("name", SAYS_NOTHING_NEW)
+def test_fields_that_the_weights_answer_are_accepted(name, saved):
+    directory, logits = saved
+    edit_config(directory, **SAYS_NOTHING_NEW[name])
+    adapter = read_adapter(directory)
+    check_against_the_base(adapter)
+    assert (adapter.r, adapter.lora_alpha, adapter.target_modules) == (4, 6, TARGETS)
+    again = peft.PeftModel.from_pretrained(tiny_llama(), directory).eval()
+    assert torch.equal(again(TOKENS).logits, logits)
+
+
+@pytest.mark.parametrize("changes, missing", [
+    ({"target_modules": [*TARGETS, "k_proj"]}, "model.layers.0.self_attn.k_proj"),
+    ({"target_modules": [*TARGETS, "lm_head"]}, "lm_head"),
+    ({"target_modules": r".*(q|k|v|down)_proj"}, "model.layers.0.self_attn.k_proj"),
+    ({"target_modules": "all-linear"}, "model.layers.0.self_attn.k_proj"),
+    ({"target_modules": "all-linear", "exclude_modules": ["k_proj", "o_proj", "gate_proj"]}, "model.layers.0.mlp.up_proj"),
+])  # fmt: skip
+def test_linears_that_would_start_anew_are_named(saved, changes, missing):
+    """PEFT gives them fresh factors, with a warning."""
+    directory, _ = saved
+    edit_config(directory, **changes)
+    with pytest.raises(UserError, match=f"its config adapts {missing}, and it holds no A and B for it"):
+        check_against_the_base(read_adapter(directory))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key, dtype", [
+    ("layers.0.self_attn.q_proj.lora_A", torch.float32),
+    ("layers.1.mlp.down_proj.lora_B", torch.float32),
+    ("layers.1.self_attn.v_proj.lora_A", torch.bfloat16),
+])  # fmt: skip
+def test_factors_that_are_not_finite_are_refused(saved, key, dtype, value):
+    directory, _ = saved
+
+    def poison(tensors):
+        name = f"base_model.model.model.{key}.weight"
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name][2, 3] = value
+
+    edit_tensors(directory, poison)
+    path, _, factor = f"model.{key}".rpartition(".lora_")
+    with pytest.raises(UserError, match=f"{factor} of {path} holds NaN or infinite numbers"):
+        check_against_the_base(read_adapter(directory))
+
+
+@pytest.mark.parametrize("module, remedy", [
+    ("qkv_proj", "adapts qkv_proj, which holds q_proj, k_proj and v_proj of this base model in one linear; split its B by rows"),
+    ("gate_up_proj", "adapts gate_up_proj, which holds gate_proj and up_proj of this base model in one linear"),
+    ("query_key_value", "which holds q_proj, k_proj and v_proj"),
+    ("lm_head", "adapts lm_head, and an adapter here can have q_proj, v_proj, down_proj; use an adapter of these alone"),
+    ("kv_a_proj", "adapts kv_a_proj, and an adapter here can have"),
+])  # fmt: skip
+def test_linears_of_other_models_are_explained(tmp_path, module, remedy):
+    weights = {f"model.layers.{i}.self_attn.{module}": (torch.ones(2, 5), torch.ones(15, 2)) for i in (0, 1)}
+    write_adapter(tmp_path, AdapterFile(r=2, lora_alpha=4, use_rslora=False, target_modules=(module,), weights=weights), "b")
+    with pytest.raises(UserError) as caught:
+        check_modules("jobs.a.init_adapter: 'dir'", read_adapter(tmp_path), SHAPES)
+    assert remedy in str(caught.value) and str(caught.value).startswith("jobs.a.init_adapter: 'dir': ")
+
+
+FIELDS_READ = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora"}
+ANOTHER_VALUE = {  # of each field of plain LoRA that is refused
+    "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 2}, "bias": "all", "fan_in_fan_out": True, "kasa_config": {"beta": 1e-4},
+    "layer_replication": [[0, 1], [0, 2]], "lora_bias": True, "megatron_config": {"a": 1}, "modules_to_save": ["lm_head"],
+    "monteclora_config": {"num_samples": 2}, "target_parameters": ["mlp.down_proj.weight"], "trainable_token_indices": [1],
+    "use_bdlora": {"nblocks": 2}, "use_dora": True, "use_qalora": True, "velora_config": {"num_groups": 2},
+}  # fmt: skip
+
+
+def test_every_field_of_pefts_config_has_a_place(saved):
+    directory, _ = saved
+    original = (directory / "adapter_config.json").read_text()
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    refused = PLAIN_LORA.keys() - {*WITHOUT_EFFECT, *OF_TARGETS}
+    assert fields <= FIELDS_READ | {*DESCRIPTIVE, *WITHOUT_EFFECT, *OF_TARGETS} | refused, "adapter_files.py does not know these of PEFT"
+    assert refused == ANOTHER_VALUE.keys()
+    for key, value in ANOTHER_VALUE.items():
+        edit_config(directory, **{key: value})
+        with pytest.raises(UserError, match=f"{key}: .* is not supported; use a plain LoRA adapter, without {key}"):
+            read_adapter(directory)
+        (directory / "adapter_config.json").write_text(original)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": 12}, {"use_rslora": True}, {"rank_pattern": {".*_proj": 4}, "r": 2, "use_rslora": True}]
+)
+def test_the_scale_is_pefts(saved, tmp_path, changes):
+    directory, logits = saved
+    edit_config(directory, **changes)
+    adapter = read_adapter(directory)
+    write_adapter(tmp_path / "ours", adapter, "some/base")
+    theirs, ours = (
+        peft.PeftModel.from_pretrained(tiny_llama(), path).eval()(TOKENS).logits for path in (directory, directory.with_name("ours"))
+    )
+    assert torch.equal(ours, theirs) and not torch.allclose(theirs, logits, atol=1e-3)
+
+
+def test_advice_on_serving_stands_in_the_card(tmp_path):
+    write_adapter(tmp_path / "a", views_of_one_storage(), "b")
+    write_adapter(tmp_path / "b", views_of_one_storage(), "b", "Serve it cold.")
+    plain, advised = ((tmp_path / name / "README.md").read_text() for name in "ab")
+    assert advised == plain + "\nServe it cold.\n"

@@ -10,7 +10,7 @@ from tiny import KINDS, attach_adapters, save_model, stage_input, train_step
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
-from megatron_lora.huggingface.weight_files import check_weights
+from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.huggingface.weight_slices import Checkpoint, load
 from megatron_lora.model.stage import build_stage
 
@@ -102,7 +102,7 @@ def test_layouts_equal_one_rank(kind, layout, models, one_process, pool):
 def coverage(directory, parallel):
     """Load a stage anew; return (bytes read, bytes of its parameters without padding, bytes that were never filled)."""
     stage = build(directory, parallel, load_weights=False, seed=3)
-    checkpoint = Checkpoint(directory)
+    checkpoint = Checkpoint(directory, read_architecture(directory))
     for parameter in stage.parameters():
         parameter.fill_(float("nan"))
     load(stage.parts(), checkpoint)
@@ -178,10 +178,10 @@ def test_a_tensor_without_a_place_in_the_model_is_refused(kind, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     harmless = {"lm_head.weight": torch.zeros(61, 48), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     save_file(harmless | tensors, tmp_path / "model.safetensors")
-    check_weights(tmp_path, read_architecture(tmp_path))
+    read_base_model(tmp_path)
     save_file(tensors | {"model.layers.0.mlp.gate_proj.scale": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="has a tensor model.layers.0.mlp.gate_proj.scale that its config.json does not call for"):
-        check_weights(tmp_path, read_architecture(tmp_path))
+        read_base_model(tmp_path)
 
 
 def test_samples_never_see_each_other(models, one_process):
@@ -228,4 +228,4 @@ def vocabulary_sizes(directory):
 def test_a_missing_tensor_is_named(models, one_process):
     directory, _ = models("llama")
     with pytest.raises(UserError, match="the tensor model.layers.3.no_such.weight is in none of the safetensors files"):
-        Checkpoint(directory).read("model.layers.3.no_such.weight", (slice(None),))
+        Checkpoint(directory, read_architecture(directory)).read("model.layers.3.no_such.weight", (slice(None),))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,12 @@ def states(run: RunDirectory) -> dict[str, str]:
     return {name: job["state"] for name, job in run.status()["jobs"].items()}
 
 
+def job_dir(run: RunDirectory) -> Path:
+    """Make the directory of job a."""
+    (run.path / "jobs" / "a").mkdir(parents=True)
+    return run.path / "jobs" / "a"
+
+
 def snapshot(path) -> dict:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
@@ -32,7 +39,7 @@ def test_a_run_records_config_environment_and_states(tmp_path):
     with RunDirectory.create(config(tmp_path / "run"), {"python": "3"}) as run:
         assert load_config(run.path / "config.yaml") == config(tmp_path / "run")
         assert json.loads((run.path / "env.json").read_text()) == {"python": "3"}
-        assert run.plan_dir.is_dir() and states(run) == {"a": "queued", "b": "queued"}
+        assert (run.path / "plan").is_dir() and states(run) == {"a": "queued", "b": "queued"}
         with RunDirectory.join(config(tmp_path / "run")) as worker:
             worker.set_job("a", "running")
             worker.set_job("b", "failed", "loss is not finite")
@@ -86,11 +93,11 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 def test_a_run_that_never_took_a_step_may_be_taken_over_and_leaves_nothing_behind(tmp_path):
     path = tmp_path / "run"
     with RunDirectory.create(config(path)) as run:
-        (run.plan_dir / "window-0000.json").write_text("{}")
-        (run.job_dir("a") / "metrics.jsonl").write_text("")
+        (run.path / "plan" / "window-0000.json").write_text("{}")
+        (job_dir(run) / "metrics.jsonl").write_text("")
         run.finish(1, "crashed")
     with RunDirectory.create(config(path)) as run:
-        assert not list(run.plan_dir.iterdir()) and run.status()["exit_status"] is None and not (path / "jobs").exists()
+        assert not list((run.path / "plan").iterdir()) and run.status()["exit_status"] is None and not (path / "jobs").exists()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +107,7 @@ def test_a_run_that_never_took_a_step_may_be_taken_over_and_leaves_nothing_behin
 def test_a_finished_run_is_refused_by_what_it_is_and_not_touched(tmp_path, end, words):
     path = tmp_path / "run"
     with RunDirectory.create(config(path)) as run:
-        (run.job_dir("a") / "metrics.jsonl").write_text('{"step": 1}\n')
+        (job_dir(run) / "metrics.jsonl").write_text('{"step": 1}\n')
         for name, state in end.items():
             run.set_job(name, state)
         run.discard()  # takes nothing away from a run that has trained
@@ -116,7 +123,7 @@ def test_discard_takes_a_directory_away_that_it_made_and_empties_one_that_was_th
     (tmp_path / "there").mkdir()
     for name in ("made", "there"):
         with RunDirectory.create(config(tmp_path / name)) as run:
-            run.job_dir("a")
+            job_dir(run)
             run.discard()
     assert not (tmp_path / "made").exists()
     assert list((tmp_path / "there").iterdir()) == []
@@ -174,4 +181,4 @@ def test_what_an_earlier_run_left_is_replaced_whatever_it_is(tmp_path, entry):
     other = tmp_path / "run" / entry
     other.mkdir() if entry == "timeline.json" else other.write_text("x")
     with RunDirectory.create(config(tmp_path / "run")) as run:
-        assert run.plan_dir.is_dir() and run.job_dir("a").is_dir()
+        assert (run.path / "plan").is_dir() and job_dir(run).is_dir()

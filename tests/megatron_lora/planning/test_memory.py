@@ -28,6 +28,7 @@ from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from scheduling import memory
+from scheduling.cost import ModelShape
 from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
 from scheduling.memory import stage_memory
 
@@ -194,8 +195,8 @@ def one_linear(ranks, num_rows, num_inputs, num_outputs):
 
 
 def real_layer(ranks):
-    sizes = {"hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "ffn_size": 14336}
-    return layer_memory(**sizes, adapters=list(map(Adapter, ranks)), item=2)
+    sizes = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "ffn_size": 14336, "vocab_size": 8}
+    return layer_memory(ModelShape(**sizes), list(map(Adapter, ranks)), item=2)
 
 
 @pytest.mark.parametrize("ranks", [(16,) * 4, (8, 16, 32, 64), (128,)])

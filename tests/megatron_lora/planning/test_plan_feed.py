@@ -53,7 +53,7 @@ def test_a_feed_keeps_what_its_resident_jobs_need_alone(one_process, tmp_path):
     ended, resident = [], []
     for window in feed:
         ended += window.ended
-        resident.append(set(feed.dealt))
+        resident.append(set(feed.dealt.jobs))
         if len(resident) == 1:
             feed.remove(0)
     feed.close()

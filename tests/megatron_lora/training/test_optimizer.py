@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
+from megatron_lora.data.sample_arrays import JobSamples, Samples
 from megatron_lora.data.samples import JobData
-from megatron_lora.data.steps import JobSamples, job_steps
+from megatron_lora.data.steps import job_steps
 from megatron_lora.huggingface.adapter_files import AdapterFile
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.output.checkpoint import write_checkpoint
 from megatron_lora.output.standing import CheckpointState, resume_point_of
+from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.training.jobs import Job
-from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings, StageGroups, learning_rate_at
+from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings
 from megatron_lora.training.saving import start_job
 from megatron_lora.training.snapshots import SnapshotCollector, join_shards
 
@@ -71,7 +73,7 @@ def test_updates_equal_torch_adamw_with_clipping_and_schedule(dtype):
     ours = JobOptimizer(arena, 0, settings)
     theirs = [torch.nn.Parameter(arena.view(f, arena.master).clone()) for f in ours.factors]
     oracle = torch.optim.AdamW(theirs, lr=1.0, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
-    rate = learning_rate_at(settings)
+    rate = settings.learning_rate_at
     torch.manual_seed(0)
     for step in range(10):
         for factor, parameter in zip(ours.factors, theirs, strict=True):
@@ -104,7 +106,7 @@ def test_schedule_is_that_of_transformers(kind, warmup_ratio):
     warmup = math.ceil(warmup_ratio * num_steps)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
     settings = BASE | {"lr_scheduler": kind, "warmup_ratio": warmup_ratio, "num_steps": num_steps, "learning_rate": 2e-3}
-    ours = learning_rate_at(OptimizerSettings(**settings))
+    ours = OptimizerSettings(**settings).learning_rate_at
     for step in range(num_steps):
         assert ours(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-18)
         optimizer.step()
@@ -138,8 +140,8 @@ def job_of(num_steps: int, r: int, **settings_of_job) -> Job:
     settings = {name: value for name, value in BASE.items() if name != "num_steps"}
     datasets = (DatasetConfig(path="a.jsonl", type="text"),)
     config = JobConfig(name="a", seed=3, datasets=datasets, r=r, max_steps=num_steps, **settings)
-    step_samples = JobSamples(seed=3, samples=(), steps=job_steps(1, 1, 1, num_steps, False, 0))
-    return Job(number=0, config=config, data=JobData((), 0, 0, 0, {}), step_samples=step_samples, **settings_of_job)
+    step_samples = JobSamples(seed=3, samples=Samples.of([]), steps=job_steps(1, 1, 1, num_steps, False, 0))
+    return Job(number=0, config=config, data=JobData.of(Samples.of([])), step_samples=step_samples, **settings_of_job)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

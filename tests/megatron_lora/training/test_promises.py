@@ -67,7 +67,8 @@ def test_neighbours_with_other_rows_and_nan_change_no_bit(parallel, scene, pool,
     mine = [job("first", scene["rows"][0], lora_dropout=0.1), job("last", scene["rows"][1], r=4)]
     broken = oracle.make_adapter(scene["model"], tmp_path / "broken", r=8, lora_alpha=16, target_modules=MODULES, seed=0)
     tensors = load_file(broken / "adapter_model.safetensors")
-    save_file({key: torch.full_like(value, torch.nan) for key, value in tensors.items()}, broken / "adapter_model.safetensors")
+    # finite, as an init_adapter has to be; NaN at its first forward
+    save_file({key: torch.full_like(value, 1e30) for key, value in tensors.items()}, broken / "adapter_model.safetensors")
     swapped = oracle.swap_words(scene["rows"][2], tmp_path / "swapped.jsonl")
     neighbours = {
         "as-is": (job("other", scene["rows"][2]), 0),
@@ -115,7 +116,8 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
 
     from megatron_lora.config.schema import ParallelConfig
     from megatron_lora.data.collate import collate
-    from megatron_lora.data.steps import JobSamples, Sample, job_steps
+    from megatron_lora.data.sample_arrays import JobSamples, Sample, Samples
+    from megatron_lora.data.steps import job_steps
     from megatron_lora.huggingface.adapter_files import read_adapter
     from megatron_lora.huggingface.architecture import read_architecture
     from megatron_lora.model.adapter_arena import Arena
@@ -137,7 +139,9 @@ def test_peft_computes_the_trainers_own_logits(scene, one_process, pool, tmp_pat
     arena = Arena(stage.linears, [spec], tensor_rank=0, tensor_ranks=1, dtype=torch.float32, device=cpu)
     arena.load(0, read_adapter(directory).weights)
     sample = Sample(record=0, tokens=tokens.numpy(), targets=(tokens > 3).numpy())
-    resident = SimpleNamespace(step_samples=JobSamples(seed=0, samples=[sample], steps=job_steps(1, 1, 1, None, False, 0)), adapter_row=0)
+    resident = SimpleNamespace(
+        step_samples=JobSamples(seed=0, samples=Samples.of([sample]), steps=job_steps(1, 1, 1, None, False, 0)), adapter_row=0
+    )
     data = collate(Microbatch((Segment(0, 0, (0,), len(tokens)),)), {0: resident}, multiple=1, device=cpu)
     ours = stage.logits(stage(data))
     assert float((theirs - base).abs().max()) > 1e-2, "the adapter changes nothing"

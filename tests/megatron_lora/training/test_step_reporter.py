@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig, RunConfig
+from megatron_lora.data.sample_arrays import JobSamples, Sample, Samples
 from megatron_lora.data.samples import JobData
-from megatron_lora.data.steps import MOST_VISITS, JobSamples, Sample, Steps, check_visits
+from megatron_lora.data.steps import MOST_VISITS, Mixture, Steps, check_visits
 from megatron_lora.errors import UserError
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.timeline import Timeline
@@ -32,10 +33,10 @@ def make_job(name: str, num_steps: int, number: int = 0, **settings) -> Job:
     config = JobConfig(
         name=name, seed=0, datasets=(DatasetConfig(path="a.jsonl", type="text"),), global_batch_size=2, max_steps=num_steps, **settings
     )
-    samples = tuple(Sample(i, np.arange(i + 2, dtype=np.int32), np.arange(i + 2) > 0) for i in range(4))
-    steps = OwnStepOnly(4, 2, num_steps, False, 0)
+    samples = Samples.of(Sample(i, np.arange(i + 2, dtype=np.int32), np.arange(i + 2) > 0) for i in range(4))
+    steps = OwnStepOnly(Mixture((4,), (1.0,)), 2, num_steps, False, 0)
     step_samples = JobSamples(seed=0, samples=samples, steps=steps)
-    return Job(number=number, config=config, data=JobData(samples, len(samples), 0, 0, {}), step_samples=step_samples)
+    return Job(number=number, config=config, data=JobData.of(samples), step_samples=step_samples)
 
 
 def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> None:

@@ -1,0 +1,148 @@
+"""What becomes of each field of a base model's config.json: used, refused, without effect, or shown as not read.
+
+`USED` names the fields that architecture.py reads. `REFUSED` names fields that would change what the
+model computes and are not supported, with the values that change nothing. `WITHOUT_EFFECT` names
+fields that do not change the logits, in transformers either. Any other field is not read, by
+transformers' classes of these models either, and a run names it once. docs/models.md shows these
+tables, and a test walks every field of transformers' config classes through them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+USED: dict[str, str] = {
+    "model_type": "llama, mistral, qwen2 or qwen3",
+    "vocab_size": "",
+    "hidden_size": "",
+    "intermediate_size": "",
+    "num_hidden_layers": "",
+    "num_attention_heads": "",
+    "num_key_value_heads": "",
+    "head_dim": "",
+    "max_position_embeddings": "no record may be longer; YaRN gives factor times the original length",
+    "rms_norm_eps": "",
+    "hidden_act": "silu, or its other name swish",
+    "tie_word_embeddings": "where the files hold both matrices, both are loaded",
+    "attention_bias": "llama, qwen3; another value than the model type has is refused for mistral and qwen2",
+    "mlp_bias": "llama; true is refused for the others",
+    "sliding_window": "mistral, qwen2, qwen3; one that is shorter than the positions is refused for llama",
+    "use_sliding_window": "qwen2, qwen3; false beside a window is refused for mistral",
+    "max_window_layers": "qwen2, qwen3; another number than 0 beside a window is refused for mistral",
+    "layer_types": "all; sliding layers are refused where the model type has no window",
+    "rope_parameters": "default, linear, llama3, yarn; one set for all layers",
+    "rope_scaling": "the older name of rope_parameters; it goes before it",
+    "rope_theta": "where rope_parameters does not have it",
+    "original_max_position_embeddings": "goes before the one in rope_parameters",
+}
+# The values that change nothing, and the hint for any other.
+REFUSED: dict[str, tuple[tuple, str]] = {
+    "hidden_act": (("silu", "swish"), "only silu is supported"),
+    "attention_dropout": ((0, None), "only 0.0 is supported"),
+    "quantization_config": ((None,), "use a checkpoint in bf16 or fp32, without this key"),
+    "compression_config": ((None, {}), "use a checkpoint in bf16 or fp32, without this key"),
+    "partial_rotary_factor": ((1, None), "only 1.0 is supported"),
+    "is_causal": ((True,), "a model that also sees later tokens cannot be trained to predict them; use a causal one"),
+    "attention_chunk_size": ((None,), "attention in chunks is not supported; use a model without it"),
+    "per_layer_config": ((None, {}), "layers that differ are not supported; use a model of equal layers"),
+    "text_config": ((None,), "use a model of text alone, with its own config.json"),
+    "decoder": ((None,), "use a model of text alone, with its own config.json"),
+    "generator": ((None,), "use a model of text alone, with its own config.json"),
+    "text_encoder": ((None,), "use a model of text alone, with its own config.json"),
+    "vision_config": ((None,), "use a model of text alone, with its own config.json"),
+    "audio_config": ((None,), "use a model of text alone, with its own config.json"),
+    "is_encoder_decoder": ((False, None), "use a model that is a decoder alone"),
+    "add_cross_attention": ((False, None), "use a model that is a decoder alone"),
+    "pruned_heads": ((None, {}), "use a model with all of its heads"),
+    "transformers_weights": ((None,), "rename the file that it names to model.safetensors, and remove the key"),
+    "configuration_files": (([],), "give the directory one config.json, without this key"),
+    "attribute_map": (({},), "write the fields under their own names, without this key"),
+}
+WITHOUT_EFFECT: dict[str, str] = {
+    "architectures": "the causal model of the model type is built",
+    "dtype": "the key precision decides",
+    "torch_dtype": "the key precision decides",
+    "initializer_range": "weights are loaded",
+    "pretraining_tp": "the same sums, in parts",
+    "chunk_size_feed_forward": "the same sums, in parts",
+    "bos_token_id": "the tokenizer's is used",
+    "eos_token_id": "the tokenizer's is used",
+    "pad_token_id": "samples are packed without padding",
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict", "use_cache", "gradient_checkpointing"), "of running"),
+    **dict.fromkeys(("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"), "of running"),
+    **dict.fromkeys(("id2label", "label2id", "problem_type", "num_labels", "classifier_dropout"), "of classifiers"),
+    **dict.fromkeys(
+        ("transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "tokenizer_class", "unsloth_version", "unsloth_fixed"),
+        "a description",
+    ),
+    **dict.fromkeys(
+        (
+            *(
+                "max_length",
+                "min_length",
+                "do_sample",
+                "early_stopping",
+                "num_beams",
+                "num_beam_groups",
+                "diversity_penalty",
+                "temperature",
+            ),
+            *("temperature", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "length_penalty"),
+            *("encoder_repetition_penalty", "exponential_decay_length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+            *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id"),
+            *("forced_eos_token_id", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens", "assistant_lookbehind"),
+            *("assistant_confidence_threshold", "num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind"),
+        ),
+        "of generation",
+    ),
+}
+# The numbers that each kind of rotary embedding needs, and those that it may have.
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+ROPE_OF_ALL = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+
+
+def unread(values: Mapping[str, Any], rope_key: str, rope: Mapping[str, Any], rope_kind: str) -> tuple[str, ...]:
+    """Return the fields of a config.json, and of its rotary embedding, that nothing reads, sorted.
+
+    A field that another one goes before is among them where the two differ.
+    """
+    known = USED.keys() | REFUSED.keys() | WITHOUT_EFFECT.keys()
+    known_rope = {*ROPE_OF_ALL, *ROPE_NUMBERS[rope_kind], *(YARN_OPTIONS if rope_kind == "yarn" else ())}
+    found = [*(values.keys() - known), *(f"{rope_key}.{key}" for key in rope.keys() - known_rope)]
+    length, theta = "original_max_position_embeddings", values.get("rope_theta")
+    if "rope_theta" in values and rope.get("rope_theta", theta) != theta:
+        found.append("rope_theta")
+    if values.get(length) is not None and length in ROPE_NUMBERS[rope_kind] and rope.get(length, values[length]) != values[length]:
+        found.append(f"{rope_key}.{length}")
+    if rope.get("type", rope_kind) != rope_kind:
+        found.append(f"{rope_key}.type")
+    other = values.get("rope_parameters")
+    if rope_key == "rope_scaling" and other and _comparable(other, theta) != _comparable(rope, theta):
+        found.append("rope_parameters")
+    return tuple(sorted(found))
+
+
+def _comparable(rope: Mapping[str, Any], theta: object) -> dict[str, Any]:
+    """Return a rotary embedding's fields with one name for its kind, and the base frequency that it has."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return {**rope, "rope_theta": rope.get("rope_theta", theta), "type": kind, "rope_type": kind}
+
+
+def table() -> str:
+    """Return the Markdown table of docs/models.md."""
+    rows = [(key, "used", note) for key, note in USED.items() if key not in REFUSED]
+    for key, (harmless, hint) in REFUSED.items():
+        unless = " or ".join(f"`{json.dumps(value)}`" for value in harmless)
+        rows.append((key, "used", USED[key]) if key in USED else (key, "refused", f"unless {unless}: {hint}"))
+    rows += [(key, "without effect", note) for key, note in WITHOUT_EFFECT.items()]
+    lines = [f"| `{key}` | {verdict} | {note} |" for key, verdict, note in rows]
+    return "\n".join(["| field of config.json | is | note |", "|---|---|---|", *lines])
