@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_lora", "megatron_lora.*", "fused_ops", "fused_ops.*", "scheduling", "scheduling.*"]),
-    package_data={"fused_ops": ["*.json"]},
+    package_data={"fused_ops.lora.triton": ["*.json"]},
     install_requires=[
         "torch>=2.8",
         "megatron-core>=0.16.1,<0.20",

@@ -15,10 +15,11 @@ from unittest import mock
 
 import torch
 
-from fused_ops import early_launch, triton_ops
-from fused_ops.fp8 import quantise_weight
-from fused_ops.lora_gemm import gemm
-from fused_ops.route import make_route
+from fused_ops.launch import early_launch
+from fused_ops.lora import fused
+from fused_ops.lora.fp8 import quantise_weight
+from fused_ops.lora.route import make_route
+from fused_ops.lora.triton.gemm import gemm
 from scripts.bench.kernels import MIXES, SHAPES
 from scripts.one_line import OneLineParser
 from tests.fused_ops.conftest import build_problem
@@ -36,8 +37,8 @@ JOBS = [((16,) * 4, (0.0,) * 4), ((8, 16, 32, 64), (0.0, 0.0, 0.05, 0.05)), ((4,
 
 def launch(problem, weight=None) -> None:
     """Launch every operator of a linear, forward and backward; that of dA also as it is where something lies between dX and it."""
-    problem.steps(triton_ops, weight)
-    triton_ops.grad_a(problem.x, problem.x.new_empty(problem.route.num_rows, problem.group.width), problem.group, problem.route)
+    problem.steps(fused, weight)
+    fused.grad_a(problem.x, problem.x.new_empty(problem.route.num_rows, problem.group.width), problem.group, problem.route)
 
 
 def stretched(k, columns, ranks, dropouts, rows=ROWS, lengths=None):

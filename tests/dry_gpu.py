@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from fused_ops import cross_entropy, linear, rms_norm, rope, swiglu
+from fused_ops.elementwise import cross_entropy, rms_norm, rope, swiglu
+from fused_ops.lora import linear
 from megatron_lora.model import attention
 from megatron_lora.parallel import compat
 

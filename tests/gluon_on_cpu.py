@@ -1,11 +1,11 @@
 """Gluon kernels on a CPU: blocks are numpy arrays, partitions of warps are threads, TMA copies boxes, and barriers count.
 
     with gluon_on_cpu():
-        from fused_ops.hopper_gemm import hopper_gemm          # a fresh import; float32 CPU tensors in place of bfloat16
+        from fused_ops.lora.hopper.gemm import hopper_gemm          # a fresh import; float32 CPU tensors in place of bfloat16
 
 What is checked is what a kernel's logic gets wrong: which box goes into which buffer, who waits for whom (a deadlock ends after PATIENCE_S,
 a box of another size than its barrier expects is one), boundaries, masks. Layouts, swizzles and instructions are not: those need a GPU.
-Values of 16 bits are kept in float32. The inline assembly of hopper_dropout.py is told by its instructions and done in numpy.
+Values of 16 bits are kept in float32. The inline assembly of hopper/dropout.py is told by its instructions and done in numpy.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from triton.language import constexpr
 
 PATIENCE_S = 20.0
 
@@ -71,7 +72,7 @@ for _name in ["add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshif
 
 def raw(value):
     """Return a value as numpy needs it; a plain int gets the type of the other operand."""
-    return value.array if isinstance(value, Value) else int(value) if type(value) is ConstInt else value
+    return value.array if isinstance(value, Value) else int(value.value) if isinstance(value, ConstInt | constexpr) else value
 
 
 class Pointer:
@@ -100,7 +101,7 @@ class Layout:
 class Descriptor:
     """A tensor as TMA addresses it, and the box of a copy."""
 
-    layout = Layout()
+    layout, dtype = Layout(), np.float32
 
     def __init__(self, tensor: torch.Tensor, box):
         self.bytes = 1 if tensor.dtype == torch.float8_e4m3fn else 2  # of an element on the device
@@ -336,7 +337,7 @@ def _fields(x, multiply):
 
 
 def _assembly(asm, constraints, args, dtype, pure, pack):
-    """Do what the assembly of hopper_dropout.py does to pairs along the last axis."""
+    """Do what the assembly of hopper/dropout.py does to pairs along the last axis."""
     args = [raw(each) for each in args]
     if pack == 1:
         assert "mov.b32 $0, $1;" in asm
@@ -415,14 +416,14 @@ def gluon_on_cpu() -> Iterator[None]:
     }
     import triton.experimental as experimental
 
-    import fused_ops
+    from fused_ops import lora
 
     with (
         mock.patch.dict(sys.modules, fakes),
         mock.patch.object(experimental, "gluon", fakes[f"{root}.gluon"], create=True),
-        mock.patch.dict(vars(fused_ops)),  # a package has its modules as attributes too
+        mock.patch.dict(vars(lora)),  # a package has its modules as attributes too
     ):
-        for known, prefix in ((sys.modules, "fused_ops.hopper"), (vars(fused_ops), "hopper")):
-            for name in [name for name in known if name.startswith(prefix)]:
-                del known[name]
+        for name in [name for name in sys.modules if name.startswith("fused_ops.lora.hopper")]:
+            del sys.modules[name]
+        vars(lora).pop("hopper", None)
         yield

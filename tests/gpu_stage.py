@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from tiny import attach_adapters, stage_input
 
-from fused_ops.adapters import LoraGroup
-from fused_ops.route import make_route
+from fused_ops.lora.adapters import LoraGroup
+from fused_ops.lora.route import make_route
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.data.microbatch import Packing, StageInput
 from megatron_lora.huggingface.architecture import read_architecture

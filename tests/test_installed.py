@@ -86,5 +86,5 @@ def test_every_command_works_without_triton(folder):
     assert run(folder, *command, "preview", "config.yaml", "--job", "one", path=path)
     run(folder, *command, "train", "config.yaml", path=path)
     check_trained(folder)
-    blocked = run(folder, sys.executable, "-c", "from fused_ops.optional_triton import tl; print(type(tl).__name__)", path=path)
+    blocked = run(folder, sys.executable, "-c", "from fused_ops.launch.optional_triton import tl; print(type(tl).__name__)", path=path)
     assert blocked == "_Absent\n"

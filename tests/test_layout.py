@@ -40,6 +40,7 @@ ROOMS = {  # room of megatron_lora -> what else it may import: rooms, other pack
     "training": {"config", "huggingface", "parallel", "data", "output", "model", "planning", "scheduling", "fused_ops"},
     "commands": {"config", "huggingface", "parallel", "data", "output", "model", "planning", "training", "scheduling", "fused_ops"},
 }
+OPERATORS = {"launch": {"launch"}, "lora": {"launch", "lora"}, "elementwise": {"launch", "lora", "elementwise"}}  # the same of fused_ops
 MAX_LINES, MAX_PRODUCT_LINES, MAX_FUNCTION_LINES = 500, 400, 80
 
 
@@ -104,6 +105,14 @@ def test_rooms_import_what_their_table_allows():
             inside = target.removeprefix("megatron_lora.")
             rooms = {".".join(inside.split(".")[:end]) for end in (1, 2)}  # the whole room, or that one module
             assert rooms & (allowed | ROOT_MODULES), f"{name} imports {target}, above its room"
+
+
+def test_rooms_of_operators_import_what_their_table_allows():
+    known = modules()
+    for name, file in known.items():
+        if name.startswith("fused_ops."):
+            for target in imported(file) & known.keys() - {"fused_ops"}:
+                assert target.split(".")[1] in OPERATORS[name.split(".")[1]], f"{name} imports {target}, above its room"
 
 
 def test_functions_fit_a_screen():

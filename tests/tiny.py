@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
-from fused_ops.adapters import AdapterTable, LoraGroup
-from fused_ops.route import make_route
+from fused_ops.lora.adapters import AdapterTable, LoraGroup
+from fused_ops.lora.route import make_route
 from megatron_lora.data.microbatch import Packing, StageInput
 
 BASE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 61, "max_position_embeddings": 128}

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from fused_ops.triton_version import FIRST, LAST, VERSION, compiles_gluon
+from fused_ops.launch.triton_version import FIRST, LAST, VERSION, compiles_gluon
 from megatron_lora.environment import PACKAGES, commit, devices, num_cores, version
 from megatron_lora.planning.devices import machine_bytes, size
 

@@ -15,13 +15,13 @@ def main(output: str | None) -> int:
     """Measure, print and keep the choices of this GPU; returns 0."""
     import torch
 
-    from fused_ops.gemm_config import CHOICES
+    from fused_ops.lora.triton.gemm_config import CHOICES
 
     file = CHOICES if output is None else Path(output)
     if not torch.cuda.is_available():
         raise UserError("tune: measures kernels of a GPU, and this machine shows none; run it where one is visible")
     choices = _read(file)
-    from fused_ops.tune import tune
+    from fused_ops.lora.triton.tune import tune
 
     device = torch.cuda.get_device_name()
     for key, fields, times in tune():

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from fused_ops.dropout import row_keys
-from fused_ops.route import make_route
+from fused_ops.lora.dropout import row_keys
+from fused_ops.lora.route import make_route
 from megatron_lora.data.microbatch import Packing, StageInput
 from megatron_lora.data.sample_arrays import JobSamples
 from scheduling.types import Microbatch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fused_ops.route import Route
+    from fused_ops.lora.route import Route
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ For longer contexts the frequencies are lowered. "linear" divides all of them by
 "llama3" divides those whose wavelength is longer than the context of pre-training. "yarn" (Peng et
 al., 2023) divides those that rotate less than a number of times over that context, and also scales
 cos and sin. The table [T, d/2] is made once per microbatch from its positions, and all layers of
-the stage share it; fused_ops.rope applies it.
+the stage share it; fused_ops.elementwise.rope applies it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fused_ops.adapters import AdapterTable
+from fused_ops.lora.adapters import AdapterTable
 from megatron_lora.model.arena_region import FREE_ROW, AdapterSpec, Factor, NoRoom, Place, Region
 from megatron_lora.model.linears import MultiLoraLinear
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fused_ops.adapters import AdapterTable, LoraGroup, padded_rank
+from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
 from megatron_lora.model.linears import LinearGeometry
 
 ALIGN = 64  # elements; every region starts on a multiple of it: 128 bytes in 16 bits

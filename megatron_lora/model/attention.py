@@ -23,11 +23,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from fused_ops.backend import gradients
-from fused_ops.fp8 import Rounded
-from fused_ops.refill import Refill
-from fused_ops.rope import rotate_qkv
-from fused_ops.route import Route
+from fused_ops.elementwise.rope import rotate_qkv
+from fused_ops.launch.backend import gradients
+from fused_ops.lora.fp8 import Rounded
+from fused_ops.lora.refill import Refill
+from fused_ops.lora.route import Route
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.model.backends import first_line
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear

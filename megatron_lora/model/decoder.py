@@ -8,7 +8,7 @@ feed-forward size, Q width of q, k and v together):
 
     none    every linear's input: about 4 H + Q + 3 F
     cheap   the GEMMs' outputs: about 2 H + Q + 2 F. Backward of a norm or SwiGLU computes its output again
-            in the same pass, and gives it to the linear that needs it (fused_ops.refill)
+            in the same pass, and gives it to the linear that needs it (fused_ops.lora.refill)
     full    the layer's input alone: H. Backward runs the layer's forward again, as `cheap` and up to
             W_down's input: no gradient depends on W_down's product
 
@@ -25,9 +25,9 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from fused_ops.fp8 import Rounded
-from fused_ops.refill import Refill
-from fused_ops.swiglu import swiglu
+from fused_ops.elementwise.swiglu import swiglu
+from fused_ops.lora.fp8 import Rounded
+from fused_ops.lora.refill import Refill
 from megatron_lora.model.attention import MergedSelfAttention, PackedRows
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
 from megatron_lora.model.norm import RMSNorm

@@ -1,6 +1,6 @@
 """Megatron's column- and row-parallel linears with a frozen weight and the LoRA adapters of many jobs.
 
-Both are megatron-core's own layers with another forward: `fused_ops.linear.multi_lora_linear`
+Both are megatron-core's own layers with another forward: `fused_ops.lora.linear.multi_lora_linear`
 computes Y = X W^T + bias and adds to each segment's rows the LoRA term of its job's adapter; its
 backward accumulates dA and dB. The microbatch's route says which rows belong to which adapter.
 Collectives around it:
@@ -24,7 +24,7 @@ How the linear gets what Megatron does not pass it: its adapters are views of th
 which the arena sets (`adapters`). The route is an argument of its forward, passed down with the
 packed rows (attention.PackedRows). With a `Refill` (recompute: cheap) the linear does not keep X
 for backward. The norm or SwiGLU that made X recomputes it in its own backward, and dA is computed
-then (fused_ops.refill).
+then (fused_ops.lora.refill).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from fused_ops.adapters import LoraGroup
-from fused_ops.fp8 import Fp8Weight, Rounded, quantise_weight
-from fused_ops.linear import Collectives, multi_lora_linear
-from fused_ops.refill import Refill
-from fused_ops.route import Route
+from fused_ops.lora.adapters import LoraGroup
+from fused_ops.lora.fp8 import Fp8Weight, Rounded, quantise_weight
+from fused_ops.lora.linear import Collectives, multi_lora_linear
+from fused_ops.lora.refill import Refill
+from fused_ops.lora.route import Route
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import MERGED_LINEARS
 from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
@@ -119,7 +119,7 @@ class MultiLoraLinear:
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 
     def quantise(self) -> None:
-        """Replace the frozen weight by one in 8 bits (fused_ops.fp8).
+        """Replace the frozen weight by one in 8 bits (fused_ops.lora.fp8).
 
         Raises UserError where it is not finite.
         """

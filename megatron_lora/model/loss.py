@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fused_ops.cross_entropy import scatter_scaled, softmax_residual_, softmax_sums
+from fused_ops.elementwise.cross_entropy import scatter_scaled, softmax_residual_, softmax_sums
 from megatron_lora.parallel.collectives import all_reduce, gather_rows, scatter_rows
 from scheduling.memory import loss_chunk_rows
 

@@ -1,4 +1,4 @@
-"""RMS normalisation in place of Megatron's norms: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (fused_ops.rms_norm).
+"""RMS normalisation in place of Megatron's norms: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (fused_ops).
 
 Every row is normalised alone, and the weight is frozen, so sequence parallelism needs no communication.
 """
@@ -6,9 +6,9 @@ Every row is normalised alone, and the weight is frozen, so sequence parallelism
 import torch
 from torch import Tensor
 
-from fused_ops.fp8 import Rounded
-from fused_ops.refill import Refill
-from fused_ops.rms_norm import rms_norm
+from fused_ops.elementwise.rms_norm import rms_norm
+from fused_ops.lora.fp8 import Rounded
+from fused_ops.lora.refill import Refill
 
 
 class RMSNorm(torch.nn.Module):

@@ -14,9 +14,9 @@ import importlib
 import torch
 from torch import Tensor
 
-from fused_ops.backend import gradients
-from fused_ops.fp8 import Rounded
-from fused_ops.refill import Refill, wanted
+from fused_ops.launch.backend import gradients
+from fused_ops.lora.fp8 import Rounded
+from fused_ops.lora.refill import Refill, wanted
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.model.attention import PackedRows, fault_of
 

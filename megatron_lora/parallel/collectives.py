@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_ops.linear import Collectives
+from fused_ops.lora.linear import Collectives
 from megatron_lora.parallel import compat
 
 

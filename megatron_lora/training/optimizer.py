@@ -1,4 +1,4 @@
-"""One job's AdamW: schedule, clipping, update of fp32 master weights (fused_ops.adamw has the formulas).
+"""One job's AdamW: schedule, clipping, update of fp32 master weights (fused_ops.elementwise.adamw has the formulas).
 
     clip = min(1, max_norm / (norm + 1e-6))       norm over all of the adapter's parameters, on all stages and tensor ranks
 
@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_ops.adamw import adamw_, make_chunks
-from fused_ops.route import upload
+from fused_ops.elementwise.adamw import adamw_, make_chunks
+from fused_ops.lora.route import upload
 from megatron_lora.model.adapter_arena import Arena, Factor
 from megatron_lora.parallel.process_groups import StageGroups
 

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_ops.adamw import adamw_
-from fused_ops.route import make_route
+from fused_ops.elementwise.adamw import adamw_
+from fused_ops.lora.route import make_route
 from megatron_lora.data.microbatch import Packing, StageInput
 from megatron_lora.errors import UserError
 from megatron_lora.model.adapter_arena import Arena

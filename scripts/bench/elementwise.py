@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fused_ops import rms_norm, rope, swiglu
-from fused_ops.timing import measure
+from fused_ops.elementwise import rms_norm, rope, swiglu
+from fused_ops.launch.timing import measure
 from scripts.bench import rig
 from scripts.one_line import whole
 

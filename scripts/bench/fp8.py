@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import torch
 
-from fused_ops import triton_ops
-from fused_ops.fp8 import Fp8Matrix, quantise_rows, quantise_weight
-from fused_ops.hopper_gemm import hopper_gemm
-from fused_ops.lora_gemm import gemm
-from fused_ops.timing import measure
+from fused_ops.launch.timing import measure
+from fused_ops.lora import fused
+from fused_ops.lora.fp8 import Fp8Matrix, quantise_rows, quantise_weight
+from fused_ops.lora.hopper.gemm import hopper_gemm
+from fused_ops.lora.triton.gemm import gemm
 from scripts.bench import rig
 from scripts.bench.kernels import SHAPES, check, problem, steps
 
@@ -36,12 +36,12 @@ def scaled_mm(rows: Fp8Matrix, weight: Fp8Matrix):
 def candidates(q, narrow):
     """Return {name: what to time} of one problem in bf16 and in 8 bits."""
     x, dy, weight = quantise_rows(q.x), quantise_rows(q.dy), narrow.weight
-    s = triton_ops.down(q.x, q.group, q.route)
-    ds = triton_ops.grad_s_and_b(q.dy, s, q.group, q.route)
+    s = fused.down(q.x, q.group, q.route)
+    ds = fused.grad_s_and_b(q.dy, s, q.group, q.route)
     term, last = (s, q.group, q.route), (ds, q.group, q.route)
     return {
-        "bf16": lambda: steps(triton_ops, q),
-        "fp8": lambda: steps(triton_ops, narrow),
+        "bf16": lambda: steps(fused, q),
+        "fp8": lambda: steps(fused, narrow),
         "floor bf16 forward": lambda: q.x @ q.weight.T,
         "floor bf16 dx": lambda: q.dy @ q.weight,
         "floor fp8 forward": scaled_mm(x, weight.by_output),
@@ -61,7 +61,7 @@ def case(shape, p, rounds):
     q = problem(shape, p)
     narrow = in_8_bits(q)
     check(narrow)
-    errors = [rig.relative_error(a, b) for a, b in zip(steps(triton_ops, narrow), steps(triton_ops, q), strict=True)]
+    errors = [rig.relative_error(a, b) for a, b in zip(steps(fused, narrow), steps(fused, q), strict=True)]
     times = measure(candidates(q, narrow), rounds)
     floors = {kind: times[f"floor {kind} forward"][0] + times[f"floor {kind} dx"][0] for kind in ("bf16", "fp8")}
     return {

@@ -12,9 +12,9 @@ kernels disagree with their reference.
 
 import torch
 
-from fused_ops import reference, triton_ops
-from fused_ops.lora_gemm import gemm
-from fused_ops.timing import spread, time_rounds
+from fused_ops.launch.timing import spread, time_rounds
+from fused_ops.lora import fused, reference
+from fused_ops.lora.triton.gemm import gemm
 from scripts.bench import rig
 from tests.fused_ops.conftest import build_problem
 
@@ -52,7 +52,7 @@ def steps(ops, q):
 def check(q):
     """Stop unless the kernels agree with their reference on this very problem."""
     outs = []
-    for ops in (triton_ops, reference):
+    for ops in (fused, reference):
         q.zero_grads()
         outs.append([*steps(ops, q), *[g.clone() for g in q.grads]])
     for ours, theirs in zip(*outs, strict=True):
@@ -116,16 +116,16 @@ def candidates(q, baselines):
         "cublas dx": lambda: q.dy @ q.weight,
         "own forward": lambda: gemm(q.x, q.weight, None, None, None, None, backward=False),
         "own dx": lambda: gemm(q.dy, q.weight, None, None, None, None, backward=True),
-        "fused": lambda: steps(triton_ops, q),
+        "fused": lambda: steps(fused, q),
     }
-    s = triton_ops.down(q.x, q.group, q.route)
-    ds = triton_ops.grad_s_and_b(q.dy, s, q.group, q.route)
+    s = fused.down(q.x, q.group, q.route)
+    ds = fused.grad_s_and_b(q.dy, s, q.group, q.route)
     found |= {
-        "piece S": lambda: triton_ops.down(q.x, q.group, q.route),
-        "piece Y": lambda: triton_ops.up(q.x, q.weight, None, s, q.group, q.route),
-        "piece dS dB": lambda: triton_ops.grad_s_and_b(q.dy, s, q.group, q.route),
-        "piece dX": lambda: triton_ops.grad_x(q.dy, q.weight, ds, q.group, q.route),
-        "piece dA": lambda: triton_ops.grad_a(q.x, ds, q.group, q.route),
+        "piece S": lambda: fused.down(q.x, q.group, q.route),
+        "piece Y": lambda: fused.up(q.x, q.weight, None, s, q.group, q.route),
+        "piece dS dB": lambda: fused.grad_s_and_b(q.dy, s, q.group, q.route),
+        "piece dX": lambda: fused.grad_x(q.dy, q.weight, ds, q.group, q.route),
+        "piece dA": lambda: fused.grad_a(q.x, ds, q.group, q.route),
     }
     if baselines:
         one, _ = plain(q, [(0, q.route.num_rows, 0)])

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.adapters import LoraGroup, padded_rank
-from fused_ops.fp8 import Rounded
-from fused_ops.linear import Collectives, multi_lora_linear
-from fused_ops.refill import Refill
-from fused_ops.route import Route
+from fused_ops.lora.adapters import LoraGroup, padded_rank
+from fused_ops.lora.fp8 import Rounded
+from fused_ops.lora.linear import Collectives, multi_lora_linear
+from fused_ops.lora.refill import Refill
+from fused_ops.lora.route import Route
 from megatron_lora.model.stage import Stage
 
 ADAPTERS = ("fused", "unfused", "reference", "none")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fused_ops.adapters import AdapterTable, LoraGroup, padded_rank
-from fused_ops.dropout import row_keys
-from fused_ops.route import Route, make_route
+from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
+from fused_ops.lora.dropout import row_keys
+from fused_ops.lora.route import Route, make_route
 
 
 @dataclass

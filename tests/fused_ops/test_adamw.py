@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_tools import setting_row
 
-from fused_ops.adamw import CHUNK, adamw_, make_chunks
+from fused_ops.elementwise.adamw import CHUNK, adamw_, make_chunks
 
 JOBS = [  # (first, length), lr, weight decay, betas, clip scale
     ((0, 40), 1e-3, 0.0, (0.9, 0.999), 1.0),

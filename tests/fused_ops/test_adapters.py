@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fused_ops.adapters import AdapterTable, padded_rank
+from fused_ops.lora.adapters import AdapterTable, padded_rank
 
 
 def test_ranks_take_whole_blocks_of_16():

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = """
 import sys
-from fused_ops import triton_ops
+from fused_ops.lora import fused
 from triton.runtime.jit import JITFunction
 
 functions = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernel_tools import compile_for_hopper, interpreted
 
-from fused_ops import cross_entropy as file
-from fused_ops.cross_entropy import scatter_scaled, softmax_residual_, softmax_sums
+from fused_ops.elementwise import cross_entropy as file
+from fused_ops.elementwise.cross_entropy import scatter_scaled, softmax_residual_, softmax_sums
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
 

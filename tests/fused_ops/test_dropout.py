@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_ops.dropout import keep_mask, quantised_p, row_keys, threshold
+from fused_ops.lora.dropout import keep_mask, quantised_p, row_keys, threshold
 
 T, K = 1024, 1024
 PINNED_KEYS = [3208588772, 307793280, 3707981479, 1534118324]

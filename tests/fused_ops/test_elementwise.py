@@ -4,16 +4,16 @@ import pytest
 import torch
 from kernel_tools import compile_for_hopper, interpreted
 
-from fused_ops import fp8 as fp8_file
-from fused_ops import rms_norm as rms_norm_file
-from fused_ops import rope as rope_file
-from fused_ops import swiglu as swiglu_file
-from fused_ops.fp8 import Rounded, quantise_rows
-from fused_ops.linear import multi_lora_linear
-from fused_ops.refill import Refill
-from fused_ops.rms_norm import rms_norm, rms_norm_reference
-from fused_ops.rope import rotate_qkv, rotate_qkv_reference
-from fused_ops.swiglu import swiglu, swiglu_reference
+from fused_ops.elementwise import rms_norm as rms_norm_file
+from fused_ops.elementwise import rope as rope_file
+from fused_ops.elementwise import swiglu as swiglu_file
+from fused_ops.elementwise.rms_norm import rms_norm, rms_norm_reference
+from fused_ops.elementwise.rope import rotate_qkv, rotate_qkv_reference
+from fused_ops.elementwise.swiglu import swiglu, swiglu_reference
+from fused_ops.lora import fp8 as fp8_file
+from fused_ops.lora.fp8 import Rounded, quantise_rows
+from fused_ops.lora.linear import multi_lora_linear
+from fused_ops.lora.refill import Refill
 
 EPS = 1e-5
 IN_8_BITS = {"values_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fused_ops.fp8 import Fp8Weight, quantise_rows, quantise_weight
-from fused_ops.linear import multi_lora_linear
+from fused_ops.lora.fp8 import Fp8Weight, quantise_rows, quantise_weight
+from fused_ops.lora.linear import multi_lora_linear
 
 MIX = {"lengths": [30, 0, 17, 40], "ranks": [4, 16, 20, 8], "k": 96, "n": (48, 32), "gaps": 3}
 

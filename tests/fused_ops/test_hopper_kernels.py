@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 from gluon_on_cpu import gluon_on_cpu  # noqa: E402
 from kernel_tools import interpreted  # noqa: E402
 
-from fused_ops import reference  # noqa: E402
-from fused_ops.fp8 import quantise_rows, quantise_weight  # noqa: E402
+from fused_ops.lora import reference  # noqa: E402
+from fused_ops.lora.fp8 import quantise_rows, quantise_weight  # noqa: E402
 
 CASES = {
     "one token": {"lengths": [1], "ranks": [1], "k": 64, "n": (64,)},
@@ -44,7 +44,11 @@ GRADIENTS = {  # of dS and dB alone: blocks of 64 rows, tiles of 256 columns, tw
 def ops():
     """Return the operators with every kernel that Hopper has of its own, on the CPU; each GEMM has two programs for all its tiles."""
     with gluon_on_cpu():
-        from fused_ops import hopper_down, hopper_gemm, hopper_grad_a, hopper_grad_sb
+        from fused_ops.lora.hopper import down as hopper_down
+        from fused_ops.lora.hopper import gemm as hopper_gemm
+        from fused_ops.lora.hopper import grad_a as hopper_grad_a
+        from fused_ops.lora.hopper import grad_sb as hopper_grad_sb
+        from fused_ops.lora.triton import grad_sb_sums
     hopper_gemm.num_processors = lambda device: 2
 
     def down(x, group, route):
@@ -57,7 +61,7 @@ def ops():
         fits = group.max_padded_rank <= hopper_grad_sb.MAX_HOPPER_RANK
         return (hopper_grad_sb.hopper_grad_s_and_b if fits else reference.grad_s_and_b)(dy, s, group, route)
 
-    with interpreted(hopper_down, hopper_grad_a, hopper_grad_sb):
+    with interpreted(hopper_down, hopper_grad_a, grad_sb_sums):
         yield SimpleNamespace(
             down=down,
             up=lambda x, weight, bias, s, group, route: hopper_gemm.hopper_gemm(x, weight, bias, s, group, route, backward=False),

@@ -38,14 +38,14 @@ import json, sys
 sys.path[:0] = sys.argv[1:]
 import torch
 from conftest import build_problem
-from fused_ops import reference, triton_ops
-from fused_ops.fp8 import quantise_rows, quantise_weight
+from fused_ops.lora import fused, reference
+from fused_ops.lora.fp8 import quantise_rows, quantise_weight
 from kernel_tools import setting_row
-from fused_ops.adamw import adamw_, make_chunks
+from fused_ops.elementwise.adamw import adamw_, make_chunks
 
 torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
 torch.utils.deterministic.fill_uninitialized_memory = True
-triton_ops.quantise_rows = lambda x, backend: quantise_rows(x, "reference")  # the interpreter rounds to fp8 wrongly
+fused.quantise_rows = lambda x, backend: quantise_rows(x, "reference")  # the interpreter rounds to fp8 wrongly
 
 results = {}
 for name, case in json.loads(sys.stdin.read()).items():
@@ -53,13 +53,13 @@ for name, case in json.loads(sys.stdin.read()).items():
     case["missing"] = {tuple(pair) for pair in case.get("missing", ())}
     p = build_problem(**case, dtype=torch.float16 if half else torch.float32)
     p.weight = quantise_weight(p.weight) if fp8 else p.weight
-    ours, theirs = p.steps(triton_ops), p.steps(reference)
+    ours, theirs = p.steps(fused), p.steps(reference)
     results[name] = {k: float((ours[k] - theirs[k]).norm() / (theirs[k].norm() + 1e-30)) for k in ours}
     if name in ("merged and dropout", "fp8 merged and dropout"):
         clean, (first, end, _) = ours, p.route.segments[1]
         p.x[first:end] = float("nan")
         p.dy[first:end] = float("nan")
-        dirty = p.steps(triton_ops)
+        dirty = p.steps(fused)
         others = torch.ones(len(p.x), dtype=torch.bool)
         others[first:end] = False
         apart = all(torch.equal(clean[k][others], dirty[k][others]) for k in ("y", "dx"))

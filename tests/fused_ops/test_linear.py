@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fused_ops import reference
-from fused_ops.dropout import keep_mask, quantised_p
-from fused_ops.linear import Collectives, backend_for, multi_lora_linear
-from fused_ops.reference import multi_lora_reference
-from fused_ops.route import make_route
+from fused_ops.lora import reference
+from fused_ops.lora.dropout import keep_mask, quantised_p
+from fused_ops.lora.linear import Collectives, backend_for, multi_lora_linear
+from fused_ops.lora.reference import multi_lora_reference
+from fused_ops.lora.route import make_route
 
 MIXES = {
     "one job": {"lengths": [9], "ranks": [4]},

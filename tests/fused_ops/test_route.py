@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_ops.route import make_route
+from fused_ops.lora.route import make_route
 
 
 def route_of(pairs, tail=0):
@@ -22,14 +22,13 @@ def test_tables_are_what_they_say(pairs, tail, block):
     route, segments = route_of(pairs, tail)
     kept = [s for s in segments if s[0] < s[1]]
     assert route.segment_table[:, :3].tolist() == [list(s) for s in kept]
-    for i, (low, high) in enumerate(route.tiles(block).tolist()):
+    owners = [next((adapter for first, end, adapter in segments if first <= row < end), -1) for row in range(route.num_rows)]
+    for i, (low, high, owner, _) in enumerate(route.tiles(block).tolist()):
         rows = set(range(i * block, min((i + 1) * block, route.num_rows)))
         assert [s for s in kept if rows & set(range(s[0], s[1]))] == kept[low:high]
+        jobs = set(owners[i * block : (i + 1) * block])
+        assert owner == (jobs.pop() if len(jobs) == 1 else -1)
     assert len(route.tiles(block)) == -(-route.num_rows // block)
-    owners = [next((adapter for first, end, adapter in segments if first <= row < end), -1) for row in range(route.num_rows)]
-    for i, (*met, owner, _) in enumerate(route.owned_tiles(block).tolist()):
-        rows = set(owners[i * block : (i + 1) * block])
-        assert met == route.tiles(block)[i].tolist() and owner == (rows.pop() if len(rows) == 1 else -1)
     items = route.items(block).tolist()
     assert len(items) == route.num_items(block)
     assert all(0 < item[1] - item[0] <= block for item in items)

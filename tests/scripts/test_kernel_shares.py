@@ -57,7 +57,7 @@ def test_the_longest_kernels_by_name():
 
 
 def test_every_kernel_of_ours_is_known():
-    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "fused_ops").glob("*.py")]
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "fused_ops").rglob("*.py")]
     names = {name for source in sources for name in re.findall(r"\bjit\b[^\n]*\)?\n(?:@[^\n]*\n)*def (\w+_kernel)\(", source)}
     assert {"_gemm_kernel", "_down_kernel", "_forward_kernel"} <= names
     told_by_operator = {"_forward_kernel", "_backward_kernel"}

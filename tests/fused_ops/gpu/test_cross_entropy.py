@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ops.cross_entropy import scatter_scaled, softmax_residual_, softmax_sums
+from fused_ops.elementwise.cross_entropy import scatter_scaled, softmax_residual_, softmax_sums
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

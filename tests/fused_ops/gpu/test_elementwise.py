@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fused_ops.refill import Refill
-from fused_ops.rms_norm import rms_norm, rms_norm_reference
-from fused_ops.rope import rotate_qkv, rotate_qkv_reference
-from fused_ops.swiglu import swiglu, swiglu_reference
+from fused_ops.elementwise.rms_norm import rms_norm, rms_norm_reference
+from fused_ops.elementwise.rope import rotate_qkv, rotate_qkv_reference
+from fused_ops.elementwise.swiglu import swiglu, swiglu_reference
+from fused_ops.lora.refill import Refill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fused_ops import reference, triton_ops
-from fused_ops.fp8 import Rounded, quantise_rows, quantise_weight
-from fused_ops.linear import multi_lora_linear
-from fused_ops.rms_norm import rms_norm
-from fused_ops.swiglu import swiglu
+from fused_ops.elementwise.rms_norm import rms_norm
+from fused_ops.elementwise.swiglu import swiglu
+from fused_ops.lora import fused, reference
+from fused_ops.lora.fp8 import Rounded, quantise_rows, quantise_weight
+from fused_ops.lora.linear import multi_lora_linear
 
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 pytestmark = pytest.mark.skipif(not CAPABLE, reason="needs a CUDA GPU with 8-bit tensor cores")
@@ -66,7 +66,7 @@ def test_sums_are_as_exact_as_a_tensor_cores(make_problem, mix):
     """Both sides multiply the same 8-bit numbers; left are the output's 8 bits and the accumulator's 14."""
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
     weight = quantise_weight(p.weight)
-    ours = p.steps(triton_ops, weight)
+    ours = p.steps(fused, weight)
     for name, truth in p.steps(reference, weight).items():
         error = ours[name].float() - truth.float()
         assert error.isfinite().all(), name
@@ -77,7 +77,7 @@ def test_sums_are_as_exact_as_a_tensor_cores(make_problem, mix):
 def test_long_sums_cost_less_than_the_rounding(make_problem):
     p = make_problem([300, 212], [16, 8], k=14336, n=(512,), dtype=torch.bfloat16, device="cuda")
     weight = quantise_weight(p.weight)
-    ours, truth = (p.steps(ops, weight)["y"].float() for ops in (triton_ops, reference))
+    ours, truth = (p.steps(ops, weight)["y"].float() for ops in (fused, reference))
     rounded = p.steps(reference, p.weight)["y"].float()
     sums, rounding = ((a - b).norm() / b.norm() for a, b in ((ours, truth), (truth, rounded)))
     print(f"sums of 14336 products: {sums:.2e} relative, rounding of the operands: {rounding:.2e}")
@@ -88,8 +88,8 @@ def test_long_sums_cost_less_than_the_rounding(make_problem):
 def test_repetition_gives_the_same_bits(make_problem, mix):
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
     weight = quantise_weight(p.weight)
-    first = p.steps(triton_ops, weight)
-    assert all(torch.equal(a, b) for a, b in zip(first.values(), p.steps(triton_ops, weight).values(), strict=True))
+    first = p.steps(fused, weight)
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), p.steps(fused, weight).values(), strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -99,7 +99,7 @@ def test_what_is_not_finite_stays_with_its_job(make_problem, value):
     weight = quantise_weight(p.weight)
     first, end, _ = p.route.segments[1]
     p.x[first:end, 3], p.dy[first:end, 5] = value, value
-    got, expected = p.steps(triton_ops, weight), clean.steps(triton_ops, weight)
+    got, expected = p.steps(fused, weight), clean.steps(fused, weight)
     others = torch.ones(p.route.num_rows, dtype=torch.bool, device="cuda")
     others[first:end] = False
     for name in ("y", "dx"):
@@ -110,7 +110,7 @@ def test_what_is_not_finite_stays_with_its_job(make_problem, value):
 def test_the_autograd_function_takes_the_kernels_under_a_cuda_graph(make_problem):
     p = make_problem(**MIXES["merged and dropout"], dtype=torch.bfloat16, device="cuda")
     weight = quantise_weight(p.weight)
-    expected = p.steps(triton_ops, weight)
+    expected = p.steps(fused, weight)
     p.zero_grads()
     x = p.x.clone().requires_grad_()
     y = multi_lora_linear(x, weight, None, p.group, p.route)
@@ -118,6 +118,6 @@ def test_the_autograd_function_takes_the_kernels_under_a_cuda_graph(make_problem
     assert all(torch.equal(a, b) for a, b in zip((y, x.grad, *p.grads), expected.values(), strict=True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = p.steps(triton_ops, weight)
+        captured = p.steps(fused, weight)
     graph.replay()
     assert all(torch.equal(captured[name], value) for name, value in expected.items())

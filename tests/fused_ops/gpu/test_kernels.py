@@ -6,9 +6,10 @@ import pytest
 import torch
 from kernel_tools import setting_row
 
-from fused_ops import early_launch, reference, triton_ops
-from fused_ops.adamw import adamw_, adamw_reference_, make_chunks
-from fused_ops.linear import multi_lora_linear
+from fused_ops.elementwise.adamw import adamw_, adamw_reference_, make_chunks
+from fused_ops.launch import early_launch
+from fused_ops.lora import fused, reference
+from fused_ops.lora.linear import multi_lora_linear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -96,7 +97,7 @@ def plain_bf16(p):
 @pytest.mark.parametrize("mix", MIXES)
 def test_as_accurate_as_plain_bf16(make_problem, mix):
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
-    ours, truth, plain = p.steps(triton_ops), exact(p, make_problem, MIXES[mix]), plain_bf16(p)
+    ours, truth, plain = p.steps(fused), exact(p, make_problem, MIXES[mix]), plain_bf16(p)
     for name, value in ours.items():
         error, allowed = value.float() - truth[name], plain[name].float() - truth[name]
         tiny = 1e-6 * float(truth[name].abs().max()) + 1e-30
@@ -108,16 +109,16 @@ def test_as_accurate_as_plain_bf16(make_problem, mix):
 @pytest.mark.parametrize("mix", ["ragged", "merged and dropout"])
 def test_float32_is_float32(make_problem, mix):
     p = make_problem(**MIXES[mix], device="cuda")
-    for (name, ours), truth in zip(p.steps(triton_ops).items(), p.steps(reference).values(), strict=True):
+    for (name, ours), truth in zip(p.steps(fused).items(), p.steps(reference).values(), strict=True):
         assert (ours - truth).norm() <= 1e-5 * truth.norm(), name
 
 
 @pytest.mark.parametrize("mix", ["mixed ranks and dropout", "merged and dropout", "two modules", "forty jobs", *SEVERAL_ITEMS])
 def test_repetition_gives_the_same_bits(make_problem, mix):
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
-    first = p.steps(triton_ops)
+    first = p.steps(fused)
     for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(first.values(), p.steps(triton_ops).values(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first.values(), p.steps(fused).values(), strict=True))
 
 
 @pytest.mark.parametrize(("k", "n"), [(8192, (1024,)), (14336, (1024,)), (4096, (1024, 512))])
@@ -125,27 +126,27 @@ def test_repetition_gives_the_same_bits(make_problem, mix):
 def test_long_rings_give_the_same_bits_two_hundred_times(make_problem, k, n, length):
     """At sizes where many blocks pass through every buffer, and two programs share a multiprocessor: seen wrong nine times of ten."""
     p = make_problem([length] * 4, [16] * 4, k=k, n=n, dropouts=[0.1] * 4, dtype=torch.bfloat16, device="cuda")
-    steps = p.steps(triton_ops)
+    steps = p.steps(fused)
     truth = p.steps(reference)
     for name, value in steps.items():
         assert (value.float() - truth[name].float()).norm() < 0.01 * truth[name].float().norm(), name
-    s = triton_ops.down(p.x, p.group, p.route)
-    ds = triton_ops.grad_s_and_b(p.dy, s, p.group, p.route)
+    s = fused.down(p.x, p.group, p.route)
+    ds = fused.grad_s_and_b(p.dy, s, p.group, p.route)
     for i in range(200):
         p.zero_grads()
-        triton_ops.grad_a(p.x, ds, p.group, p.route)
+        fused.grad_a(p.x, ds, p.group, p.route)
         assert torch.equal(p.group.grad_a_RK, steps["da"]), f"dA, repetition {i}"
-        assert torch.equal(triton_ops.down(p.x, p.group, p.route), s), f"S, repetition {i}"
+        assert torch.equal(fused.down(p.x, p.group, p.route), s), f"S, repetition {i}"
 
 
 @pytest.mark.parametrize("mix", ["many tiles", "many tiles and dropout", "many tiles and ranks", *SEVERAL_ITEMS])
 def test_starting_early_changes_no_bit(make_problem, monkeypatch, mix):
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
     monkeypatch.setattr(early_launch, "ENABLED", False)
-    expected = p.steps(triton_ops)
+    expected = p.steps(fused)
     monkeypatch.setattr(early_launch, "ENABLED", True)
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(expected.values(), p.steps(triton_ops).values(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(expected.values(), p.steps(fused).values(), strict=True))
 
 
 def test_masks_are_the_references(make_problem):
@@ -154,7 +155,7 @@ def test_masks_are_the_references(make_problem):
         p = make_problem([300, 100], [16, 16], k=256, n=n, dropouts=[0.25, 0.5], scales=[0.75, 0.5], dtype=torch.bfloat16, device="cuda")
         p.x.fill_(1.0)
         p.group.a_RK.fill_(1.0)
-        assert torch.equal(triton_ops.down(p.x, p.group, p.route), reference.down(p.x, p.group, p.route))
+        assert torch.equal(fused.down(p.x, p.group, p.route), reference.down(p.x, p.group, p.route))
 
 
 def test_masks_of_dx_are_the_references(make_problem):
@@ -164,7 +165,7 @@ def test_masks_of_dx_are_the_references(make_problem):
         p.weight.zero_()
         p.group.a_RK.fill_(1.0)
         ds = p.x.new_ones(p.route.num_rows, p.group.width)
-        ours, theirs = (ops.grad_x(p.dy, p.weight, ds, p.group, p.route) for ops in (triton_ops, reference))
+        ours, theirs = (ops.grad_x(p.dy, p.weight, ds, p.group, p.route) for ops in (fused, reference))
         assert theirs.unique().numel() > 2 and torch.equal(ours, theirs)
 
 
@@ -182,7 +183,7 @@ def test_nan_stays_with_its_job(make_problem, where, dropouts):
     else:
         for m in range(2):
             p.group.b_RN[m][b0[m] : b0[m] + 32] = float("nan")
-    got, expected = p.steps(triton_ops), clean.steps(triton_ops)
+    got, expected = p.steps(fused), clean.steps(fused)
     assert any(not value.isfinite().all() for value in got.values())
     for name, cut in {
         "y": (first, end),
@@ -199,10 +200,10 @@ def test_nan_stays_with_its_job(make_problem, where, dropouts):
 @pytest.mark.parametrize("mix", ["merged and dropout", "rank 64, several items"])
 def test_under_a_cuda_graph(make_problem, mix):
     p = make_problem(**MIXES[mix], dtype=torch.bfloat16, device="cuda")
-    expected = p.steps(triton_ops)
+    expected = p.steps(fused)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = p.steps(triton_ops)
+        captured = p.steps(fused)
     for _ in range(2):
         graph.replay()
     assert all(torch.equal(captured[name], value) for name, value in expected.items())
@@ -210,7 +211,7 @@ def test_under_a_cuda_graph(make_problem, mix):
 
 def test_the_autograd_function_takes_the_kernels_on_cuda(make_problem):
     p = make_problem(**MIXES["merged and dropout"], dtype=torch.bfloat16, device="cuda")
-    expected = p.steps(triton_ops)
+    expected = p.steps(fused)
     p.zero_grads()
     x = p.x.clone().requires_grad_()
     y = multi_lora_linear(x, p.weight, None, p.group, p.route)

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from fused_ops import gemm_config, tune
-from fused_ops.gemm_config import GemmConfig
+from fused_ops.lora.triton import gemm_config, tune
+from fused_ops.lora.triton.gemm_config import GemmConfig
 from megatron_lora.__main__ import main
 
 

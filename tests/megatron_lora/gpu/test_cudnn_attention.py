@@ -13,7 +13,7 @@ import torch
 from gpu_stage import one_backward
 from tiny import save_model
 
-from fused_ops.backend import gradients
+from fused_ops.launch.backend import gradients
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.model import cudnn_attention
 from megatron_lora.model.attention import PackedRows, per_sample_attention, varlen_attention

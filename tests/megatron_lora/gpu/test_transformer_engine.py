@@ -13,8 +13,8 @@ import torch
 from gpu_stage import one_backward
 from tiny import save_model
 
-from fused_ops.backend import gradients
-from fused_ops.refill import Refill
+from fused_ops.launch.backend import gradients
+from fused_ops.lora.refill import Refill
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model import transformer_engine

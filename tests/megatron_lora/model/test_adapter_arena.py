@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_ops.adapters import padded_rank
+from fused_ops.lora.adapters import padded_rank
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec, FreeRows, NoRoom
 from megatron_lora.model.linears import LinearGeometry
@@ -60,7 +60,7 @@ def holds(arena: Arena, row: int, number: float) -> bool:
 
 
 def check_tables(arena: Arena, resident: dict[int, AdapterSpec]) -> None:
-    """Check every linear's tables against who is resident, by the operators' own words (fused_ops.adapters)."""
+    """Check every linear's tables against who is resident, by the operators' own words (fused_ops.lora.adapters)."""
     for linear in arena.linears:
         group = linear.adapters
         assert len(group.a_rows) == len(arena.factors)

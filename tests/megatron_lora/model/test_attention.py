@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import stage_input
 
-from fused_ops.rope import rotate
+from fused_ops.elementwise.rope import rotate
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.huggingface.architecture import Rope
 from megatron_lora.huggingface.rope import frequencies, rotary_table

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import save_model, stage_input, train_step
 
-from fused_ops.refill import Refill
+from fused_ops.lora.refill import Refill
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import attach_adapters, save_model, stage_input, train_step
 
-from fused_ops.backend import gradients
+from fused_ops.launch.backend import gradients
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.huggingface.architecture import read_architecture

@@ -17,10 +17,10 @@ import torch
 from dry_gpu import Allocations, dry_gpu
 from tiny import stage_input
 
-from fused_ops import triton_ops
-from fused_ops.adapters import AdapterTable, LoraGroup, padded_rank
-from fused_ops.hopper_grad_sb import hopper_grad_s_and_b
-from fused_ops.route import make_route
+from fused_ops.lora import fused
+from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
+from fused_ops.lora.hopper.grad_sb import hopper_grad_s_and_b
+from fused_ops.lora.route import make_route
 from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import Arena
@@ -68,8 +68,8 @@ def without_partial_sums():
     with (
         mock.patch.object(LayerMemory, "_partial", lambda *_: 0.0),
         mock.patch.object(LayerMemory, "_shares", lambda *_: 0.0),
-        mock.patch.object(triton_ops, "grad_a", lambda *_, **__: None),
-        mock.patch.object(triton_ops, "grad_s_and_b", lambda dy, s, group, route: torch.empty_like(s)),
+        mock.patch.object(fused, "grad_a", lambda *_, **__: None),
+        mock.patch.object(fused, "grad_s_and_b", lambda dy, s, group, route: torch.empty_like(s)),
     ):
         yield
 
@@ -206,7 +206,7 @@ def test_partial_sums_of_a_real_layer(ranks):
     x = torch.empty(num_rows, width, dtype=torch.bfloat16)
     ds = x.new_empty(num_rows, group.width)
     with dry_gpu(), Allocations() as allocated:
-        triton_ops.grad_a(x, ds, group, route)
+        fused.grad_a(x, ds, group, route)
     predicted = layer._partial("down", layer.ffn, num_rows) * num_rows
     assert allocated.peak <= 1.05 * predicted + 2**20 and predicted <= max(2 * allocated.peak, 2**26)
 

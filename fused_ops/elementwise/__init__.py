@@ -1,0 +1,1 @@
+"""The operators around the linears: norm, SwiGLU, rotary embedding, loss and optimizer, each with its plain-torch twin."""
