@@ -131,6 +131,8 @@ def _message(turn: Mapping[str, Any], where: str, notes: dict[str, None]) -> dic
         message["reasoning_content"] = message["thinking"] = text_of(turn, thoughts[0], where)
         if any(turn[name] != turn[thoughts[0]] for name in thoughts):
             raise UserError(f"{where}: {' and '.join(map(repr, thoughts))} of a turn are two thoughts; keep one of them")
+        if "</think>" in message["content"]:
+            raise UserError(f"{where}: a turn has a thought in {thoughts[0]!r} and one in its text, up to </think>; keep one of them")
     message |= {name: turn[name] for name in ("name", "tool_call_id") if _is_set(turn.get(name))}
     if role != "assistant" and (calls or thoughts):
         what = "tool_calls" if calls else repr(thoughts[0])

@@ -270,6 +270,7 @@ def test_a_mark_to_train_a_prompt_is_named():
         (messages("q", "a", history=[["x", "y"]]), "'history' is not used by this type of dataset"),
         (messages("q", "a", assistant_masks=[1]), "'assistant_masks' is not used; remove it, or in a conversation give turns"),
         (messages("q", "a", last={"reasoning_content": "a", "thinking": "b"}), "'reasoning_content' and 'thinking' of a turn are two"),
+        (messages("q", "<think>b</think>a", last={"reasoning": "b"}), "has a thought in 'reasoning' and one in its text, up to </think>"),
         (messages("q", "a", last={"content": [{"type": "text", "text": "a", "train": False}]}), "'train' of a part is not supported"),
         (messages("q", "a", chat_template_kwargs={"continue_final_message": True}), "'continue_final_message' in 'chat_template_kwargs'"),
         (messages("q", "a", chat_template_kwargs={"add_generation_prompt": False}), "is given to every template; remove it"),
