@@ -34,14 +34,13 @@ def main(config_path: str, overrides: list[str], job_name: str, num_samples: int
     from megatron_lora.data.samples import read_all_records
     from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.data.tokenizer import load_tokenizer
+    from megatron_lora.data.tokenizer_checks import doubts_of
     from megatron_lora.huggingface.hub import resolve_base_model
 
     check_files(config)
     for dataset in jobs[job_name].datasets:
         if dataset.type == "lengths":
             raise UserError(f"--job: {job_name!r} trains on random tokens of the lengths in {dataset.path!r}, which are no text to show")
-    from megatron_lora.data.tokenizer_checks import doubts_of
-
     job, tokenizer = jobs[job_name], load_tokenizer(resolve_base_model(config.base_model))
     for record in preview_records(job, tokenizer, num_samples):
         print(show_preview(record, color=sys.stdout.isatty()))

@@ -17,7 +17,7 @@ from megatron_lora.data.chat_fields import Conversation, read_conversation
 from megatron_lora.data.chat_template import ChatSettings, ChatTemplate, Message
 from megatron_lora.data.chat_turns import assistant_spans, end_of_turn, inside, tokens_of
 from megatron_lora.data.encoded import Encoded
-from megatron_lora.data.left_out import NAMES, NO_END, NO_END_IN_MARKS, TOOLS, LeftOut
+from megatron_lora.data.left_out import EMPTY_ANSWER, NAMES, NO_END, NO_END_IN_MARKS, TOOLS, LeftOut
 from megatron_lora.data.record_fields import complete
 from megatron_lora.errors import UserError
 
@@ -65,6 +65,8 @@ class ChatEncoder:
             nameless = [{key: value for key, value in message.items() if key != "name"} for message in chat.messages]
             if not self._differs(text, nameless, chat.tools, chat, where):
                 notes.append(NAMES)
+        if not all(_says_something(chat.messages[turn]) for turn in trained):
+            notes.append(EMPTY_ANSWER)
         if train_on_inputs:
             targets = ~inside(tokens.starts, [turns[turn] for turn in turns if chat.untrained[turn]])
         elif not any(_says_something(chat.messages[turn]) for turn in trained):

@@ -23,6 +23,7 @@ CALLS = "calls of tools left out"
 EARLIER_THOUGHTS = "thoughts of earlier turns left out"
 LAST_THOUGHT = "thought of the last turn left out"
 NO_THOUGHT = "no thought in an answer for which the template writes an empty one or asks for one"
+EMPTY_ANSWER = "an answer without content is trained to end at once"
 NO_END = "no end of a turn is trained, because the chat template writes none"
 NO_END_IN_MARKS = "no end of a turn is trained, because the chat template's generation marks leave it out"
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")

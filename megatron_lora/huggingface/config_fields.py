@@ -80,16 +80,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            *(
-                "max_length",
-                "min_length",
-                "do_sample",
-                "early_stopping",
-                "num_beams",
-                "num_beam_groups",
-                "diversity_penalty",
-                "temperature",
-            ),
+            *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
             *("temperature", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "length_penalty"),
             *("encoder_repetition_penalty", "exponential_decay_length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
             *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id"),

@@ -26,7 +26,6 @@ DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes per number
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REFETCH = "fetch the model again"
 ROTARY_TABLE = re.compile(r"rotary_emb\.inv_freq")  # older checkpoints hold it; it follows from config.json
-
 QUANTISED = ("scale", "scales", "scale_inv", "zeros", "zero_point", "qweight", "absmax", "quant_map", "g_idx")  # ends of tensors' names
 
 
@@ -108,10 +107,7 @@ def _remedy(name: str) -> str:
     """Return what to do about a tensor that the architecture does not have."""
     if ".lora_" in name or ".base_layer." in name:
         return "merge the adapter into the base model with peft, or use the base model"
-    if (
-        name.endswith(("scale", "scales", "scale_inv", "zeros", "zero_point", "qweight", "absmax", "quant_map", "g_idx"))
-        or ".quant_" in name
-    ):
+    if name.endswith(QUANTISED) or ".quant_" in name:
         return "use a checkpoint in bf16, fp16 or fp32, not a quantised one"
     return "use the config.json of these weights"
 

@@ -9,7 +9,7 @@ from chat_families import FAMILIES, unmarked
 
 from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data.chat_template import TEMPLATE_DATE, ChatSettings, chat_settings
-from megatron_lora.data.left_out import NO_THOUGHT
+from megatron_lora.data.left_out import EMPTY_ANSWER, NO_THOUGHT
 from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.data.samples import load_jobs_data
 from megatron_lora.data.serving import serving_advice
@@ -235,6 +235,14 @@ def test_names_that_the_template_does_not_show_are_counted():
     named["messages"][0]["name"] = "B"
     assert encode(named)[1] == ("names of turns left out",)
     assert encode(named, WITH_ALL)[1] == ()
+
+
+def test_an_empty_answer_is_counted():
+    text, notes = encode(messages("q", "", "r", "b"))
+    assert (text, notes) == ("<user>q<end><assistant>«<end>»<user>r<end><assistant>«b<end>»", (EMPTY_ANSWER,))
+    empty = messages("q", "", "r", "b")
+    empty["messages"][1]["weight"] = 0
+    assert encode(empty)[1] == ()
 
 
 def test_a_mark_to_train_a_prompt_is_named():
