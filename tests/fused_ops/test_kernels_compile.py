@@ -107,7 +107,7 @@ def test_warp_groups_in_8_bits_neither_spill_nor_wait(make_problem, compiled, ca
     for kernel in compiled:
         registers, spilled, serialised = report(kernel)
         masked_modules = p.group.num_modules if p.group.has_dropout else 1
-        assert spilled <= (512 if masked_modules == 3 else 16) and not serialised, (kernel.name, registers, spilled, serialised)
+        assert spilled <= (512 if masked_modules == 3 else 32) and not serialised, (kernel.name, registers, spilled, serialised)
         assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in kernel.asm["ptx"] and "setmaxnreg" in kernel.asm["ptx"]
 
 
