@@ -467,7 +467,8 @@ def test_doctor_does_not_take_another_apex_for_nvidias(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "version", "fits"),
     [("torch", "2.11.0+cu128", True), ("torch", "2.7.1", False), ("megatron-core", "0.16.1", True), ("megatron-core", "0.16.0", False),
-     ("megatron-core", "0.20.0", False), ("megatron-core", "0.19.2", True), ("numpy", "1.0", True)],
+     ("megatron-core", "0.20.0", False), ("megatron-core", "0.19.2", True), ("numpy", "1.0", True),
+     ("transformers", "5.15.2", False), ("transformers", "5.16.0", True)],
 )  # fmt: skip
 def test_doctor_knows_the_supported_versions(name, version, fits):
     assert (doctor.out_of_range(name, version) == "") is fits
