@@ -78,7 +78,7 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
     if config.recompute != "auto":
         recompute_of_layers(config.recompute, architecture.num_layers)
     for job in config.jobs:
-        check_init_adapter(job, architecture)
+        check_init_adapter(job, architecture, config.base_model)
     found = list(zip(config.jobs, read_data(config, model_dir, architecture), strict=True))
     bad = {job.name: data for job, data in found if isinstance(data, UserError)}
     for name, error in bad.items():
@@ -140,8 +140,11 @@ def check_devices(ranks_here: int) -> None:
         )
 
 
-def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
-    """Check that a job's `init_adapter` has its rank, scale and modules, and fits this base model; imports torch."""
+def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: str) -> None:
+    """Check that a job's `init_adapter` has its rank, scale and modules, and fits this base model; imports torch.
+
+    One that says that it was made for a base model of another name, which has the same shapes, is named in a line.
+    """
     if job.init_adapter is None:
         return
     from megatron_lora.huggingface.adapter_files import check_adapter, check_modules, read_adapter
@@ -169,6 +172,9 @@ def check_init_adapter(job: JobConfig, architecture: Architecture) -> None:
     shapes = {path: (sizes[module][1], sizes[module][0]) for (_, module), path in paths.items() if module in sizes}
     others = [*(path for path in paths.values() if path not in shapes), "model.embed_tokens", "lm_head"]
     check_adapter(named, adapter, shapes, others)
+    if adapter.base_model and Path(adapter.base_model).name != Path(base_model).name:
+        made_for = f"was made for the base model {show(adapter.base_model)}, and this run has {base_model!r}, of the same shapes"
+        print(f"megatron-lora: {named} {made_for}", file=sys.stderr)
 
 
 def read_data(config: RunConfig, model_dir: Path, architecture: Architecture) -> tuple:

@@ -100,7 +100,8 @@ class AdapterFile:
     target_modules: tuple[str, ...]
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     lora_dropout: float = 0.0
-    targets: Targets | None = None  # of a file that was read
+    targets: Targets | None = None  # of a file that was read, as is what follows
+    base_model: str = ""  # that it was made for, as it says itself
 
 
 def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, advice: str = "") -> None:
@@ -149,6 +150,7 @@ def read_adapter(directory: str | Path) -> AdapterFile:
         weights=weights,
         lora_dropout=config.get("lora_dropout", 0.0),
         targets=targets,
+        base_model=str(config.get("base_model_name_or_path") or ""),
     )
 
 

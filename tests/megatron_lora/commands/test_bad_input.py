@@ -413,6 +413,16 @@ def test_the_unspoilt_config_passes(scene, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("made_for", "named"), [("owner/other-model", True), ("elsewhere/model", False), (None, False)])
+def test_an_adapter_of_another_base_model_of_the_same_shapes_is_named(made_for, named, scene, capfd):
+    file = Path("adapter/adapter_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": made_for}))
+    Path("config.yaml").write_text(yaml.safe_dump(scene))
+    assert main(["plan", "config.yaml"]) == 0
+    line = "jobs.two.init_adapter: 'adapter' was made for the base model 'owner/other-model', and this run has 'model', of the same shapes"
+    assert (line in capfd.readouterr().err) is named
+
+
 def test_a_directory_in_use_is_refused_and_not_touched(scene, monkeypatch, capfd):
     from megatron_lora.config.schema import load_config
 
