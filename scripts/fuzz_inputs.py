@@ -53,7 +53,7 @@ def run_case(kind: str, seed: int, case: int, directory: Path, agree: bool = Fal
         outcome, message = "refused", line
         if len(line) > LONGEST_LINE or len(line.splitlines()) != 1:
             outcome = "failed"
-    except Exception as error:
+    except Exception as error:  # any but a UserError is what this script looks for
         outcome, message = "failed", "".join(traceback.format_exception(error))
     return {"kind": kind, "seed": seed, "case": case, "mutations": mutations, "outcome": outcome, "message": message}
 

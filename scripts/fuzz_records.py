@@ -244,7 +244,7 @@ def run_case(kind: str, seed: int) -> dict:
             if "\n" in line or not line or len(line) > 2000 or "\ud800" in line:
                 return case | {"outcome": "failed", "failed": f"not one line: {line!r}"}
             return case | {"outcome": "refused", "line": line[:300]}
-        except Exception:
+        except Exception:  # any but a UserError is what this script looks for
             return case | {"outcome": "failed", "failed": traceback.format_exc()}
 
 

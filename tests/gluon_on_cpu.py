@@ -5,7 +5,7 @@
 
 What is checked is what a kernel's logic gets wrong: which box goes into which buffer, who waits for whom (a deadlock ends after PATIENCE_S,
 a box of another size than its barrier expects is one), boundaries, masks. Layouts, swizzles and instructions are not: those need a GPU.
-Values of 16 bits are kept in float32. The inline assembly of hopper/dropout.py is told by its instructions and done in numpy.
+Values of 16 bits are kept in float32. The inline assembly of hopper/dropout.py is recognised by its instructions and done in numpy.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _serve(connection: Connection) -> None:
             item = connection.recv()
             try:
                 answer = (function(item), "")
-            except Exception:
+            except Exception:  # whatever it is, it is the parent's to raise, with this traceback
                 answer = (None, traceback.format_exc())
             connection.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
