@@ -10,6 +10,7 @@ quick.
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from megatron_lora import __version__
 from megatron_lora.errors import UserError
@@ -22,8 +23,32 @@ EXAMPLES = {
   torchrun --nproc-per-node 8 -m megatron_lora train CONFIG     the same, with torchrun started by hand
 
 Run it again with the same output_dir to resume a run that was stopped or has crashed.
+With --keep-alive a run whose jobs are over waits for others (megatron-lora add) until it is stopped.
 
 exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 75 stopped and saved, 128 + a signal's number""",
+    "add": """examples:
+  megatron-lora add runs/quickstart-1 job.yaml
+  megatron-lora add runs/quickstart-1 job.yaml name=second learning_rate=1e-4
+
+JOB.yaml holds one job's mapping, or jobs: with defaults:. The jobs are checked like those of a config, their data too.""",
+    "pause": """example:
+  megatron-lora pause runs/quickstart-1 summaries names""",
+    "resume": """example:
+  megatron-lora resume runs/quickstart-1 summaries
+
+A whole run that was stopped is resumed with megatron-lora train.""",
+    "cancel": """example:
+  megatron-lora cancel runs/quickstart-1 summaries
+
+A cancelled job is over. It keeps the checkpoints that it has written.""",
+    "set": """examples:
+  megatron-lora set runs/quickstart-1 summaries priority=2
+  megatron-lora set runs/quickstart-1 summaries names save_steps=100 early_stopping_patience=null
+
+Only what decides no update can be set: priority, save_steps, save_total_limit, early_stopping_patience.""",
+    "jobs": """examples:
+  megatron-lora jobs runs/quickstart-1
+  megatron-lora jobs runs/quickstart-1 --json""",
     "plan": """examples:
   megatron-lora plan configs/quickstart.yaml
   megatron-lora plan configs/quickstart.yaml --plot plan.png
@@ -39,7 +64,14 @@ Run it while nothing else runs here; plan and train use its table from then on. 
 shows plan another machine's costs.""",
     "report": """examples:
   megatron-lora report runs/quickstart-1
-  megatron-lora report runs/quickstart-1 --plot timeline.png""",
+  megatron-lora report runs/quickstart-1 --plot timeline.png
+  megatron-lora report runs/quickstart-1 --html""",
+    "watch": """examples:
+  megatron-lora watch runs/quickstart-1
+  megatron-lora watch runs/quickstart-1 --job summaries names
+  megatron-lora watch runs/quickstart-1 --once
+
+It reads the run's directory alone: Ctrl-C leaves the run as it is.""",
     "tune": """examples:
   megatron-lora tune
   megatron-lora tune --output choices.json""",
@@ -81,22 +113,51 @@ def make_parser() -> argparse.ArgumentParser:
         )
 
     train = add("train", "train the jobs of a config; starts torchrun itself, with the ranks the config needs")
+    add_jobs = add("add", "add jobs to a run, which trains them beside the others")
+    pause = add("pause", "have a run leave jobs out until they are resumed; their state is kept")
+    resume = add("resume", "have a run train jobs again that were paused on request")
+    cancel = add("cancel", "end jobs of a run for good, before they are done")
+    set_values = add("set", "change what decides no update of jobs of a run: priority, how often they are saved, when they stop early")
+    jobs = add("jobs", "show the jobs of a run: state, step, losses, share of the device, place in the queue, time left")
     plan = add("plan", "show how the jobs would share the pipeline: slots, fill, bubble, seconds, memory; needs no GPU and trains nothing")
     calibrate = add("calibrate", "time the ranks of a config on this machine, for plan and train to use in place of a table's figures")
     report = add("report", "show where the time of a run went, beside what was predicted; reads the run's directory alone")
+    watch = add(
+        "watch", "show a run in the terminal, while it trains or after it: jobs, losses, queue, events, the newest window of the plan"
+    )
     tune = add("tune", "measure how to cut matrix products on this GPU; runs that start later take the fastest")
     preview = add("preview", "show the tokens of a few samples of a job, with those that the loss counts marked")
     add("doctor", "show versions, devices, the backends that a run will use, what is missing and what that costs")
     for command in (train, plan, calibrate, preview):
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
         command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
+    train.add_argument("--keep-alive", action="store_true", help="wait for more jobs when all are over, until the run is stopped")
+    train.add_argument(
+        "--replay", type=Path, metavar="RUN", help="repeat the first start of a run from its events.jsonl, in another output_dir"
+    )
+    controls = {add_jobs: "", pause: "NAME", resume: "NAME", cancel: "NAME", set_values: "NAME | key=value"}
+    for command, words in controls.items():
+        command.add_argument("run", metavar="RUN", help="the output directory of a run")
+        if words:
+            command.add_argument("words", nargs="+", metavar=words, help="jobs of the run" + ("; what to set" if "=" in words else ""))
+        command.add_argument("--no-wait", action="store_true", help="do not wait a few seconds for the run to take the request")
+    add_jobs.add_argument("file", metavar="JOB.yaml", help="a job's mapping, or jobs: with defaults:")
+    add_jobs.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="an override such as r=32, or jobs.NAME.r=32")
+    jobs.add_argument("run", metavar="RUN", help="the output directory of a run")
+    jobs.add_argument("--json", action="store_true", help="print JSON in place of a table")
     plan.add_argument("--plot", metavar="FILE", help="also draw the plan, stage by stage, into a new .png, .svg or .pdf")
     plan.add_argument("--policy", default="ours", metavar="NAME", help="ours (default), or to compare flush, round-robin, grouped, greedy")
     plan.add_argument("--device", metavar="NAME", help="predict for h100, h200, a100 or cpu (default: this machine's GPU, else h100)")
     plan.add_argument("--cost", metavar="FILE", help="take seconds from a table that calibrate has written (default: this machine's own)")
     calibrate.add_argument("--output", metavar="FILE", help="write the table here (default: below the cache directory, where it is found)")
-    report.add_argument("run", metavar="RUN", help="the output directory of a run")
+    for command in (report, watch):
+        command.add_argument("run", metavar="RUN", help="the output directory of a run")
     report.add_argument("--plot", metavar="FILE", help="also draw what ran when, and what was predicted, into a new .png, .svg or .pdf")
+    report.add_argument(
+        "--html", nargs="?", const="", metavar="FILE", help="write a page with curves, states, accounting and a timeline (RUN/report.html)"
+    )
+    watch.add_argument("--job", nargs="+", default=[], metavar="NAME", help="show these jobs alone (default: those that train come first)")
+    watch.add_argument("--once", action="store_true", help="print one frame and end")
     tune.add_argument("--output", metavar="FILE", help="add the choices to this file (default: the one that runs read)")
     preview.add_argument("--job", required=True, metavar="NAME", help="the job whose samples are shown")
     preview.add_argument("--samples", type=int, default=3, metavar="N", help="how many samples (default: 3)")
@@ -111,12 +172,27 @@ def run(arguments: argparse.Namespace) -> int:
         os.environ.update(allocator_settings(os.environ))  # before CUDA starts; the ranks inherit it
     if arguments.command == "train":
         from megatron_lora.commands import rank
+        from megatron_lora.config.live import Live
+
+        live = Live(keep_alive=arguments.keep_alive, replay=arguments.replay)
 
         if rank.under_torchrun():
-            return rank.main(arguments.config, arguments.overrides)
+            return rank.main(arguments.config, arguments.overrides, live)
         from megatron_lora.commands import launch
 
-        return launch.train(arguments.config, arguments.overrides)
+        return launch.train(arguments.config, arguments.overrides, live)
+    if arguments.command in ("pause", "resume", "cancel", "set"):
+        from megatron_lora.commands import control
+
+        return control.control(arguments.run, arguments.command, arguments.words, not arguments.no_wait)
+    if arguments.command == "add":
+        from megatron_lora.commands import add
+
+        return add.main(arguments.run, arguments.file, arguments.overrides, not arguments.no_wait)
+    if arguments.command == "jobs":
+        from megatron_lora.commands import jobs
+
+        return jobs.main(arguments.run, arguments.json)
     if arguments.command == "plan":
         from megatron_lora.commands import plan
 
@@ -129,7 +205,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "report":
         from megatron_lora.commands import report
 
-        return report.main(arguments.run, arguments.plot)
+        return report.main(arguments.run, arguments.plot, arguments.html)
+    if arguments.command == "watch":
+        from megatron_lora.commands import watch
+
+        return watch.main(arguments.run, arguments.job, arguments.once)
     if arguments.command == "tune":
         from megatron_lora.commands import tune
 
@@ -148,10 +228,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     flags = [argument for argument in rest if argument.startswith("-")]
-    if flags or (rest and not hasattr(arguments, "overrides")):
+    several = getattr(arguments, "overrides", getattr(arguments, "words", None))
+    if flags or (rest and several is None):
         parser.error(f"unknown argument {(flags or rest)[0]!r}")
-    if rest:  # argparse stops taking overrides at the first flag
-        arguments.overrides += rest
+    if several is not None:  # argparse stops taking them at the first flag
+        several += rest
     try:
         return run(arguments)
     except UserError as error:

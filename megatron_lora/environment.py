@@ -14,19 +14,8 @@ from pathlib import Path
 from megatron_lora import __version__
 
 PACKAGES = (
-    "torch",
-    "megatron-core",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "transformer-engine",
-    "nvidia-cudnn-frontend",
-    "liger-kernel",
-    "peft",
-    "tensorboard",
-    "wandb",
+    *("torch", "megatron-core", "triton", "transformers", "tokenizers", "safetensors", "numpy"),
+    *("transformer-engine", "nvidia-cudnn-frontend", "liger-kernel", "peft", "tensorboard", "wandb"),
 )
 SETTINGS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_", "PYTORCH_", "TORCH_", "TRITON_", "SLURM_JOB_ID", "SLURM_NODELIST")
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -44,6 +33,7 @@ def environment() -> dict:
         "platform": platform.platform(),
         "host": platform.node(),
         "command": sys.argv,
+        "directory": os.getcwd(),  # from which the relative paths of the config lead
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
     }
 

@@ -38,11 +38,13 @@ class OpenJob:
     lengths: JobLengths
     times: np.ndarray  # float64 [num_steps + 1]: of all steps before each
     progress: Progress = Progress()
+    priority: float = 1.0
+    ahead: float = 0.0  # of its share, in virtual time (shares.py)
 
     @classmethod
-    def of(cls, number: int, lengths: JobLengths, cost: SlotCost) -> OpenJob:
+    def of(cls, number: int, lengths: JobLengths, cost: SlotCost, priority: float = 1.0) -> OpenJob:
         """Sum up a job that starts."""
-        return cls(number, lengths, np.concatenate([[0.0], np.cumsum(cost.steps(lengths))]))
+        return cls(number, lengths, np.concatenate([[0.0], np.cumsum(cost.steps(lengths))]), priority=priority)
 
     def cut(self, num_steps: int) -> OpenJob:
         """Return the job with its first steps alone."""
@@ -78,6 +80,13 @@ class Backlog:
     started: list[bool] = field(default_factory=list)  # whether the first group had samples in earlier windows
     later_time: list[float] = field(default_factory=list)  # of a job, beyond the groups that are listed
     later_steps: list[int] = field(default_factory=list)
+    priorities: list[float] = field(default_factory=list)  # of the jobs
+    ahead: list[float] = field(default_factory=list)  # of their shares, in virtual time
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether the jobs' priorities differ, so that they decide whose step is next."""
+        return len(set(self.priorities)) > 1
 
     @property
     def total_time(self) -> float:
@@ -127,8 +136,11 @@ def list_backlog(jobs: Collection[OpenJob], backlog: Backlog, first_slot: int = 
     With a horizon, list only the steps of each job that are likely to start within `horizon` slots.
     """
     fair_time = float("inf") if horizon is None else 8 * horizon * backlog.capacity / max(1, len(jobs))
-    for job in sorted(jobs, key=lambda job: job.sort_key(first_slot)):
-        _append_job(backlog, job, max(0, job.progress.ready - first_slot), horizon, fair_time)
+    mean = math.fsum(job.priority for job in jobs) / max(1, len(jobs))
+    shared = len({job.priority for job in jobs}) > 1
+    for job in sorted(jobs, key=lambda job: (job.sort_key(first_slot), (-job.priority, job.ahead) if shared else ())):
+        share = max(1.0, job.priority / mean) if shared else 1.0
+        _append_job(backlog, job, max(0, job.progress.ready - first_slot), horizon, fair_time * share)
     return backlog
 
 
@@ -154,6 +166,8 @@ def _append_job(backlog: Backlog, job: OpenJob, ready: int, horizon: int | None,
     backlog.started.append(bool(job.progress.taken))
     backlog.later_time.append(job.time_from(step))
     backlog.later_steps.append(len(job.lengths) - step)
+    backlog.priorities.append(job.priority)
+    backlog.ahead.append(job.ahead)
 
 
 def last_slots(backlog: Backlog, layout: Layout) -> list[int]:

@@ -20,6 +20,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
+
+import numpy as np
 
 from scheduling.slot_cost import TILE_ROWS, SlotCost
 
@@ -188,8 +191,7 @@ class CostModel:
 def stage_policies(layers: Sequence[int], recompute: str | Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Return the recomputation policy of every layer of every stage."""
     policies = (recompute,) * sum(layers) if isinstance(recompute, str) else tuple(recompute)
-    ends = [sum(layers[: stage + 1]) for stage in range(len(layers))]
-    return tuple(policies[end - count : end] for end, count in zip(ends, layers, strict=True))
+    return tuple(policies[end - count : end] for end, count in zip(accumulate(layers), layers, strict=True))
 
 
 def analytic_cost(
@@ -305,25 +307,21 @@ def _refit(cost: PassCost, rows: Sequence[Measurement]) -> PassCost:
 
     `expected` is the model's time at the common scale, the median of measured / modelled.
     """
-    names = ("per_token", "per_square", "per_rank_token", "fixed")
-    base = [getattr(cost, name) for name in names]
+    base = asdict(cost)
     modelled = [cost.seconds(m.tokens, m.squares, m.rank_tokens) for m in rows]
     common = statistics.median(m.seconds / time for m, time in zip(rows, modelled, strict=True))
     kept = [(m, common * time) for m, time in zip(rows, modelled, strict=True) if m.seconds < _SLOW * common * time]
-    goals = [m.seconds / expected for m, expected in kept]
-    shares = [
-        [term / expected for term in (base[0] * m.tokens, base[1] * m.squares, base[2] * m.rank_tokens, base[3])] for m, expected in kept
-    ]
-    scale = [common] * 4
+    times = np.array([expected for _, expected in kept])
+    goals = np.array([m.seconds for m, _ in kept]) / times
+    features = np.array([(m.tokens, m.squares, m.rank_tokens, 1.0) for m, _ in kept])
+    shares = features * list(base.values()) / times[:, None]  # of the terms in the time of each measurement
+    scale = np.full(4, common)
     for _ in range(500):
         for k in range(4):
-            rest = [
-                goal - sum(s * x for j, (s, x) in enumerate(zip(scale, row, strict=True)) if j != k)
-                for goal, row in zip(goals, shares, strict=True)
-            ]
-            curvature = sum(row[k] ** 2 for row in shares) + _PULL / common**2
-            scale[k] = max(0.0, (sum(r * row[k] for r, row in zip(rest, shares, strict=True)) + _PULL / common) / curvature)
-    return replace(cost, **{name: value * s for name, value, s in zip(names, base, scale, strict=True)})
+            rest = goals - shares @ scale + shares[:, k] * scale[k]
+            curvature = shares[:, k] @ shares[:, k] + _PULL / common**2
+            scale[k] = max(0.0, (rest @ shares[:, k] + _PULL / common) / curvature)
+    return replace(cost, **{name: float(value * s) for (name, value), s in zip(base.items(), scale, strict=True)})
 
 
 def split_layers(num_layers: int, num_stages: int, head_layers: float = 0.0) -> tuple[int, ...]:

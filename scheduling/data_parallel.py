@@ -49,40 +49,43 @@ def _search(times: Sequence[float], order: Sequence[int], num_replicas: int) -> 
     """Search, depth first, for a partition within BALANCE; return it, None if there is none or it takes too many nodes."""
     ceiling = sum(times) / num_replicas * (1 + BALANCE)
     loads, parts, nodes = [0.0] * num_replicas, [[] for _ in range(num_replicas)], 0
-
-    def assign(position: int) -> bool:
-        nonlocal nodes
-        if position == len(order):
-            return True
-        nodes += 1
-        tried = set()
-        for replica in sorted(range(num_replicas), key=lambda replica: (loads[replica], replica)):
-            load = loads[replica]
-            if load in tried or load + times[order[position]] > ceiling or nodes > _NODES:
-                continue
-            tried.add(load)
-            loads[replica] += times[order[position]]
-            parts[replica].append(order[position])
-            if assign(position + 1):
-                return True
+    trail: list[tuple[int, float]] = []  # of each sample placed so far, its replica and that one's load before
+    choices: list[list[int]] = []  # of each of them and the next, the replicas still to try, the best last
+    while len(trail) < len(order):
+        if len(choices) == len(trail):
+            nodes += 1
+            if nodes > _NODES:
+                return None
+            time = times[order[len(trail)]]
+            fullest_first = sorted(range(num_replicas), key=lambda replica: (loads[replica], replica), reverse=True)
+            choices.append(list({loads[replica]: replica for replica in fullest_first if loads[replica] + time <= ceiling}.values()))
+        if choices[-1]:
+            replica, sample = choices[-1].pop(), order[len(trail)]
+            trail.append((replica, loads[replica]))
+            loads[replica] += times[sample]
+            parts[replica].append(sample)
+        elif trail:
+            choices.pop()
+            replica, loads_before = trail.pop()
+            loads[replica] = loads_before
             parts[replica].pop()
-            loads[replica] = load
-        return False
-
-    return parts if assign(0) else None
+        else:
+            return None
+    return parts
 
 
 @dataclass(frozen=True, slots=True)
 class DealtJob:
-    """One job's global batches over the replicas, in arrays: 12 bytes a sample on one replica."""
+    """One job's global batches and validation set over the replicas, in arrays: 12 bytes a sample on one replica."""
 
     lengths: JobLengths
     rounds: JobLengths  # [step][round] -> tokens of the round's longest sample: what is planned
     samples: np.ndarray  # int32 [replica, place of a round in rounds.key] -> sample, or -1
+    validation: DealtJob | None = None  # its validation set, as one step
 
     @classmethod
-    def of(cls, lengths: JobLengths, num_replicas: int, cost: SlotCost | None = None) -> DealtJob:
-        """Split every global batch of a job over the replicas."""
+    def of(cls, lengths: JobLengths, num_replicas: int, cost: SlotCost | None = None, validation: Sequence[int] = ()) -> DealtJob:
+        """Split every global batch of a job over the replicas, and its validation samples as if they were one more."""
         rounds: list[list[int]] = []
         samples: list[np.ndarray] = []
         none = np.full((num_replicas, 1), -1, np.int32)
@@ -90,16 +93,25 @@ class DealtJob:
             split = split_batch(batch, num_replicas, cost)
             samples += [split, none]
             rounds.append([max(batch[k] for k in dealt if k >= 0) for dealt in split.T.tolist()])
-        return cls(lengths, read_lengths(0, rounds), np.concatenate([none[:, :0], *samples], axis=1))
+        held = cls.of(read_lengths(0, [validation]), num_replicas, cost) if len(validation) else None
+        return cls(lengths, read_lengths(0, rounds), np.concatenate([none[:, :0], *samples], axis=1), held)
 
-    def samples_of(self, segment: Segment, replica: int) -> list[int]:
+    @property
+    def validation_rounds(self) -> Sequence[int]:
+        """Tokens of the longest sample of each round of the validation set: what is planned."""
+        return self.validation.rounds[0] if self.validation else ()
+
+    def samples_of(self, segment: Segment, replica: int, evaluate: bool = False) -> list[int]:
         """Return the samples that a replica has in the rounds of a segment, ascending."""
-        dealt = self.samples[replica, self.rounds.span(segment.step)]
+        held, step = (self.validation, 0) if evaluate else (self, segment.step)
+        assert held is not None, f"job {segment.job} has no validation set"
+        dealt = held.samples[replica, held.rounds.span(step)]
         return sorted(sample for sample in dealt[list(segment.samples)].tolist() if sample >= 0)
 
-    def part(self, segment: Segment, replica: int) -> Segment:
+    def part(self, segment: Segment, replica: int, evaluate: bool = False) -> Segment:
         """Turn a segment of rounds into one replica's segment of samples; an empty one where the replica has none."""
-        samples, batch = self.samples_of(segment, replica), self.lengths[segment.step]
+        samples = self.samples_of(segment, replica, evaluate)
+        batch = self.validation.lengths[0] if evaluate and self.validation else self.lengths[segment.step]
         return Segment(segment.job, segment.step, tuple(samples), sum(batch[sample] for sample in samples))
 
 
@@ -116,7 +128,8 @@ class Dealt:
 
     def part(self, microbatch: Microbatch, replica: int) -> Microbatch:
         """Turn a slot of rounds into one replica's slot of samples; a job has an empty segment where the replica has no sample of it."""
-        return Microbatch(tuple(self.jobs[segment.job].part(segment, replica) for segment in microbatch.segments))
+        parts = (self.jobs[segment.job].part(segment, replica, microbatch.evaluate) for segment in microbatch.segments)
+        return Microbatch(tuple(parts), microbatch.evaluate)
 
 
 def deal(lengths: Lengths, num_replicas: int, cost: SlotCost | None = None) -> Dealt:

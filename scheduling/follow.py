@@ -1,32 +1,43 @@
-"""Follow a stream as its windows arrive: check each before it runs, and find the steps that end in each of its slots.
+"""Follow a stream as its windows arrive: check each before it runs, and find what ends in each of its slots.
 
-The rules are those of validate.replay, stated so that they need only earlier slots: every sample at most once and in its own step,
-true token counts, the budget, one segment per job and slot, at most max_endings steps that end in a slot, and the first microbatch
-of a step at least num_stages + delay slots after the last of the step before. Under pipeline.window_actions they imply a correct
-replay (a property test checks it).
+The rules are those of validate.replay, stated so that they need only earlier slots. Of steps: every sample at most once and in its own
+step, true token counts, the budget, one segment per job and slot, and the first microbatch of a step at least num_stages + delay
+indices after the last of the step before (an index counts the slots that have a backward). Of evaluations: each that is due, no other,
+with every validation sample once, between the STEP that made its version and the next. Of both: at most max_endings end in a slot.
+Under pipeline.window_actions they imply a correct replay (a property test checks it).
 
-A step ends with its last sample, found by counting: its last slot *so far* proves nothing while later windows are unknown.
+A step, or an evaluation, ends with its last sample, found by counting: its last slot *so far* proves nothing while later windows are
+unknown. An evaluation's ending is listed at the next slot that has a backward, perhaps in a later window.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from scheduling.job_lengths import JobLengths, read_lengths
+from scheduling.job_lengths import JobLengths, read_lengths, read_validation
 from scheduling.numbers import Numbers
-from scheduling.pipeline import Ending
-from scheduling.types import MAX_ENDINGS, Lengths, Microbatch, PlanError, Segment, Stream
+from scheduling.types import MAX_ENDINGS, Ending, Lengths, Microbatch, PlanError, Segment, Stream
 
 
 @dataclass(slots=True)
 class _JobProgress:
-    """One job so far: its open step, the samples of it already seen, and the first slot in which the step may start."""
+    """One job so far: its open step, its version in stream order, and the evaluations that are due, each with the samples already seen."""
 
     lengths: JobLengths
-    step: int = 0
-    taken: set[int] = field(default_factory=set)
-    ready: int = 0
+    step: int
+    version: int  # steps taken; `step` is one ahead while its STEP is still to come
+    validation: JobLengths  # one batch, or none
+    due: deque[int]  # versions to evaluate, ascending
+    taken: set[int] = field(default_factory=set)  # samples of the open step
+    evaluated: set[int] = field(default_factory=set)  # validation samples of due[0]
+    ready: int = 0  # the first index at which the open step may start
+    ended_at: int | None = None  # index at which something of it ended last
+
+    @property
+    def is_over(self) -> bool:
+        return self.step == len(self.lengths) and not self.due
 
 
 class Follower:
@@ -45,84 +56,173 @@ class Follower:
         self.capacity = capacity
         self.max_endings = max_endings
         self.num_slots = 0
+        self.num_indices = 0  # slots that have a backward
         self.jobs: dict[int, _JobProgress] = {}
         self.numbers = Numbers()
+        self.recent: deque[tuple[Ending, ...]] = deque()  # what ended at the last `gap` indices: their STEPs are still to come
+        self.unlisted: list[Ending] = []  # evaluations that have ended since the last index
         for job, steps in enumerate(lengths):
             self.join(job, steps)
 
-    def join(self, job: int, steps: Sequence[Sequence[int]], first_step: int = 0) -> None:
-        """Add a job from the next window on; the number of a departed one is refused until its last slot has drained."""
-        self.numbers.check_free(job, self.num_slots, self.jobs)
-        lengths = read_lengths(job, steps, self.capacity)
-        if first_step < len(lengths):
-            self.jobs[job] = _JobProgress(lengths, first_step)
+    def join(
+        self,
+        job: int,
+        steps: Sequence[Sequence[int]],
+        first_step: int = 0,
+        validation: Sequence[int] = (),
+        evaluate_after: Sequence[int] = (),
+    ) -> None:
+        """Add a job from the next window on; the number of a departed one is refused until its last slot has drained.
 
-    def leave(self, job: int) -> None:
-        """Remove a resident job from the next window on, after the step that it has begun."""
+        The samples of `validation`, in tokens, are evaluated after each number of steps in `evaluate_after`, which count from the job's
+        very first step and ascend; `first_step` itself: before its first step here.
+        """
+        self.numbers.check_free(job, self.num_indices, self.jobs)
+        lengths = read_lengths(job, steps, self.capacity)
+        held = read_validation(job, validation, evaluate_after, range(first_step, len(lengths) + 1), self.capacity)
+        progress = _JobProgress(lengths, first_step, first_step, held, deque(evaluate_after))
+        if not progress.is_over:
+            self.jobs[job] = progress
+
+    def leave(self, job: int, evaluate: bool = True) -> None:
+        """Remove a resident job from the next window on, after the step that it has begun and the evaluations that are due by then.
+
+        Without `evaluate`, only an evaluation that has begun is completed.
+        """
         if job not in self.jobs:
             raise PlanError(f"slot {self.num_slots}: job {job}, which is to leave, is not resident")
         progress = self.jobs[job]
         progress.lengths = progress.lengths.cut(progress.step + bool(progress.taken))
-        if not progress.taken:
-            self._remove(job)
+        progress.due = still_due(progress.due, bool(progress.evaluated), len(progress.lengths), evaluate)
+        self._remove_if_over(job)
 
     def follow(self, window: Stream) -> tuple[tuple[Ending, ...], ...]:
-        """Check the next window; return, per slot of it, the (job, step) pairs that end there, in segment order."""
-        ended = []
+        """Check the next window; return, per slot of it, what ends there: steps in segment order, then evaluations."""
+        listed = []
         for microbatch in window:
-            ended.append(self._slot(microbatch))
+            self._check_slot(microbatch)
+            listed.append(() if microbatch.evaluate else self._indexed(microbatch))
+            if microbatch.evaluate:
+                self._evaluation(microbatch)
             self.num_slots += 1
-        self.numbers.forget_before(self.num_slots)
-        return tuple(ended)
+        self.numbers.forget_before(self.num_indices)
+        return tuple(listed)
 
     def finish(self) -> None:
-        """Check that every step of every job is complete."""
+        """Check that every step and evaluation of every job is complete, and listed."""
         for job, progress in self.jobs.items():
-            raise PlanError(f"the stream ends with job {job} at step {progress.step} of {len(progress.lengths)}")
+            due = f", evaluations due after {list(progress.due)} steps" if progress.due else ""
+            raise PlanError(f"the stream ends with job {job} at step {progress.step} of {len(progress.lengths)}{due}")
+        if self.unlisted:
+            raise PlanError(f"the stream ends with an evaluation of job {self.unlisted[0].job}: append no-op slots to report it")
 
-    def _remove(self, job: int) -> None:
-        self.numbers.release(job, self.jobs.pop(job).ready)
+    def _remove_if_over(self, job: int) -> None:
+        if self.jobs[job].is_over:
+            ended_at = self.jobs.pop(job).ended_at
+            self.numbers.release(job, 0 if ended_at is None else ended_at + self.gap)
 
-    def _slot(self, microbatch: Microbatch) -> tuple[Ending, ...]:
-        slot = self.num_slots
+    def _check_slot(self, microbatch: Microbatch) -> None:
         if microbatch.num_tokens > self.capacity:
-            raise PlanError(f"slot {slot}: {microbatch.num_tokens} tokens, over the budget of {self.capacity}")
+            raise PlanError(f"slot {self.num_slots}: {microbatch.num_tokens} tokens, over the budget of {self.capacity}")
         jobs = [segment.job for segment in microbatch.segments]
         if len(set(jobs)) < len(jobs):
-            raise PlanError(f"slot {slot}: two segments of one job: {jobs}")
-        ended = tuple((segment.job, segment.step) for segment in microbatch.segments if self._segment(slot, segment))
-        if len(ended) > self.max_endings:
-            raise PlanError(f"slot {slot}: {len(ended)} steps end in it, more than max_endings = {self.max_endings}")
-        return ended
+            raise PlanError(f"slot {self.num_slots}: two segments of one job: {jobs}")
+        if microbatch.evaluate and not jobs:
+            raise PlanError(f"slot {self.num_slots}: an evaluation slot without samples")
 
-    def _segment(self, slot: int, segment: Segment) -> bool:
-        """Check one segment; return whether its step ends with it."""
-        progress = self.jobs.get(segment.job)
-        if progress is None:
-            raise PlanError(f"slot {slot}: there is no job {segment.job}, or none of its steps remains")
-        if segment.step != progress.step:
+    def _indexed(self, microbatch: Microbatch) -> tuple[Ending, ...]:
+        """Take the STEPs that come before a slot that has a backward, then its samples; return what ends in it."""
+        if len(self.recent) == self.gap:
+            self._steps(self.recent.popleft())
+        ended = [Ending(segment.job, segment.step) for segment in microbatch.segments if self._train(segment)]
+        listed = (*ended, *self.unlisted)
+        if len(listed) > self.max_endings:
+            many = f"{len(ended)} steps end in it" if not self.unlisted else f"{len(listed)} steps and evaluations end in it"
+            raise PlanError(f"slot {self.num_slots}: {many}, more than max_endings = {self.max_endings}")
+        self.recent.append(listed)
+        self.unlisted = []
+        self.num_indices += 1
+        return listed
+
+    def _steps(self, ended: tuple[Ending, ...]) -> None:
+        for job, step, evaluation in ended:
+            progress = self.jobs.get(job)
+            if evaluation or progress is None:
+                continue
+            if progress.due and progress.due[0] <= step:
+                due = progress.due[0]
+                raise PlanError(f"slot {self.num_slots}: job {job} takes step {step} before its evaluation after {due} steps is complete")
+            progress.version = step + 1
+
+    def _of(self, segment: Segment) -> _JobProgress:
+        if segment.job not in self.jobs:
+            raise PlanError(f"slot {self.num_slots}: there is no job {segment.job}, or none of its steps remains")
+        return self.jobs[segment.job]
+
+    def _train(self, segment: Segment) -> bool:
+        """Check a segment of a training slot; return whether its step ends with it."""
+        progress, slot = self._of(segment), self.num_slots
+        if segment.step != progress.step or progress.step == len(progress.lengths):
             raise PlanError(f"slot {slot}: job {segment.job} is at step {progress.step}, not {segment.step}")
-        if slot < progress.ready:
-            raise PlanError(f"slot {slot}: job {segment.job} step {segment.step} cannot begin before slot {progress.ready}")
-        batch = progress.lengths[segment.step]
-        if not segment.samples or not all(0 <= sample < len(batch) for sample in segment.samples):
-            raise PlanError(f"slot {slot}: job {segment.job} step {segment.step} has no samples {segment.samples}")
-        if len(set(segment.samples)) < len(segment.samples) or progress.taken.intersection(segment.samples):
-            raise PlanError(f"slot {slot}: job {segment.job} step {segment.step} takes a sample of {segment.samples} twice")
-        if sum(batch[sample] for sample in segment.samples) != segment.num_tokens:
-            raise PlanError(f"slot {slot}: job {segment.job} step {segment.step} does not hold {segment.num_tokens} tokens")
-        progress.taken.update(segment.samples)
-        if len(progress.taken) < len(batch):
+        if self.num_indices < progress.ready:
+            wait = progress.ready - self.num_indices
+            raise PlanError(
+                f"slot {slot}: job {segment.job} step {segment.step} cannot begin before {wait} more slots that have a backward"
+            )
+        if not self._take(segment, f"step {segment.step}", progress.lengths[segment.step], progress.taken):
             return False
-        progress.step, progress.taken, progress.ready = progress.step + 1, set(), slot + self.gap
-        if progress.step == len(progress.lengths):
-            self._remove(segment.job)
+        progress.step, progress.taken = progress.step + 1, set()
+        progress.ready, progress.ended_at = self.num_indices + self.gap, self.num_indices
+        self._remove_if_over(segment.job)
         return True
+
+    def _evaluation(self, microbatch: Microbatch) -> None:
+        """Check the segments of an evaluation slot; collect the evaluations that end with it."""
+        for segment in microbatch.segments:
+            progress = self._of(segment)
+            where = f"slot {self.num_slots}: job {segment.job}, evaluated after {segment.step} steps,"
+            if segment.step != progress.version:
+                raise PlanError(f"{where} has taken {progress.version}")
+            if not progress.due or progress.due[0] != segment.step:
+                raise PlanError(f"{where} is due after {list(progress.due)}")
+            if self._take(segment, f"evaluation after {segment.step} steps", progress.validation[0], progress.evaluated):
+                self.unlisted.append(Ending(segment.job, segment.step, True))
+                progress.due.popleft()
+                progress.evaluated, progress.ended_at = set(), self.num_indices
+                self._remove_if_over(segment.job)
+
+    def _take(self, segment: Segment, of: str, batch: Sequence[int], taken: set[int]) -> bool:
+        """Check a segment's samples of a batch and add them to those `taken`; return whether these are all."""
+        where = f"slot {self.num_slots}: job {segment.job} {of}"
+        if not segment.samples or not all(0 <= sample < len(batch) for sample in segment.samples):
+            raise PlanError(f"{where} has no samples {segment.samples}")
+        if len(set(segment.samples)) < len(segment.samples) or taken.intersection(segment.samples):
+            raise PlanError(f"{where} takes a sample of {segment.samples} twice")
+        if sum(batch[sample] for sample in segment.samples) != segment.num_tokens:
+            raise PlanError(f"{where} does not hold {segment.num_tokens} tokens")
+        taken.update(segment.samples)
+        return len(taken) == len(batch)
+
+
+def still_due(due: deque[int], begun: bool, num_steps: int, evaluate: bool) -> deque[int]:
+    """Return the evaluations that remain to a job which leaves after `num_steps` steps: those due by then, or the one begun alone."""
+    return deque(version for k, version in enumerate(due) if version <= num_steps and (evaluate or (begun and k == 0)))
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The next slots of this rank's stream, and the steps that end in each (the same on all replicas)."""
+    """The next slots of this rank's stream, what ends in each (the same on all replicas), and the (job, step) after which rows move.
+
+    `changes` is what else begins with the window, which the executor knows.
+    """
 
     stream: Stream
     ended: tuple[tuple[Ending, ...], ...]
+    moves: frozenset[tuple[int, int]] = frozenset()
+    changes: object = None
+
+    def chunks(self, num_slots: int) -> list[Window]:
+        """Cut into windows of at most this number of slots, one at least; the first has the moves of all, and the changes."""
+        firsts = range(0, max(1, len(self.stream)), num_slots)
+        cuts = [(self.stream[first : first + num_slots], self.ended[first : first + num_slots]) for first in firsts]
+        return [Window(*cuts[0], self.moves, self.changes), *(Window(*cut) for cut in cuts[1:])]

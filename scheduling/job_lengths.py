@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,15 +22,12 @@ NUMBER = np.dtype(">i4")
 LARGEST = int(np.iinfo(NUMBER).max)
 
 
+@dataclass(slots=True, eq=False)
 class JobLengths(Sequence[list[int]]):
-    """[step][sample] -> tokens of one job; not changed once made."""
+    """[step][sample] -> tokens of one job; not changed once made. See read_lengths for nested lists."""
 
-    __slots__ = ("key", "ends")
-
-    def __init__(self, key: bytes, ends: np.ndarray):
-        """Wrap a buffer as described above; see read_lengths for nested lists."""
-        self.key = key
-        self.ends = ends  # int64 [num_steps]
+    key: bytes
+    ends: np.ndarray  # int64 [num_steps]
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -95,6 +93,21 @@ def read_lengths(job: int, steps: Sequence[Sequence[int]], capacity: int = LARGE
         step = int(np.searchsorted(lengths.ends, int(np.argmax(tokens > capacity))))
         _refuse(job, step, lengths[step], capacity)
     return lengths
+
+
+def read_validation(job: int, validation: Sequence[int], evaluate_after: Sequence[int], steps: range, capacity: int) -> JobLengths:
+    """Return the lengths of a job's validation set as those of one step (of none without samples).
+
+    Raises PlanError where a sample is not in the budget, or `evaluate_after` does not ascend through `steps`.
+    """
+    if list(evaluate_after) != sorted(set(evaluate_after)) or not all(version in steps for version in evaluate_after):
+        raise PlanError(f"job {job} cannot be evaluated after {list(evaluate_after)} steps: at most {steps[-1]} steps, ascending")
+    if evaluate_after and not len(validation):
+        raise PlanError(f"job {job} is to be evaluated after {evaluate_after[0]} steps, without validation samples")
+    wrong = next((k for k, tokens in enumerate(validation) if not 0 < tokens <= capacity), None)
+    if wrong is not None:
+        raise PlanError(f"job {job} validation sample {wrong} has {validation[wrong]} tokens; the budget is 1 to {capacity}")
+    return read_lengths(job, [validation] if len(validation) else [], capacity)
 
 
 def read_all(lengths: Lengths, capacity: int = LARGEST) -> tuple[JobLengths, ...]:

@@ -26,7 +26,7 @@ from scheduling.cost import OFFLOADED, ModelShape
 POLICIES = ("none", "cheap", "full")
 MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 MODULES = tuple(module for modules in MERGED.values() for module in modules)
-_RANK_ALIGN = 16  # an adapter has its rank in rows, rounded up to this
+RANK_ALIGN = 16  # an adapter has its rank in rows, rounded up to this
 _ITEM_ROWS = 2048  # of one job, over which a program sums dA
 _FEWEST_ROWS = 256  # of one job, over which a program sums dB at least
 _PROGRAMS = 132  # rows are cut so that each program has something to sum
@@ -46,7 +46,7 @@ class Adapter:
     @property
     def rows(self) -> int:
         """Rows of each of its factors."""
-        return -(-self.rank // _RANK_ALIGN) * _RANK_ALIGN
+        return -(-self.rank // RANK_ALIGN) * RANK_ALIGN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +115,8 @@ class LayerMemory:
         up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - freed
         freed += self.hidden * (1 + (not cheap and widths["up"] > 0))
         expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK, dV of all query heads by cuDNN; torch's take half
-        attention = (
-            self.hidden + self.query + (self.query + 2 * self.key_value) + self.query * 4 / self.item * self.sums_of_dq + expanded - freed
-        )
+        sums = self.query * 4 / self.item * self.sums_of_dq
+        attention = self.hidden + self.query + (self.query + 2 * self.key_value) + sums + expanded - freed
         return max(down, swiglu, up, attention, 0.0) * tokens
 
     def _shares(self, linear: str, tokens: int) -> float:
@@ -136,10 +135,17 @@ class LayerMemory:
 
 
 def layer_memory(
-    shape: ModelShape, adapters: Sequence[Adapter], item: int, tensor: int = 1, sequence: bool = False, deterministic: bool = False
+    shape: ModelShape,
+    adapters: Sequence[Adapter],
+    item: int,
+    tensor: int = 1,
+    sequence: bool = False,
+    deterministic: bool = False,
+    residents: int | None = None,
 ) -> LayerMemory:
     """Derive a layer's sizes from the model's shape; `item` is the bytes of a number of the compute dtype.
 
+    At most `residents` jobs (None: one for each of `adapters`) are in a microbatch.
     Flash attention in a fixed order (`deterministic`) has a copy of dQ for each program that works on a head at once.
     """
     local = tensor if sequence else 1
@@ -161,7 +167,7 @@ def layer_memory(
         },
         blocks={name: sum(-(-size // _SHARE_COLUMNS) for size in sizes) for name, sizes in outputs.items()},
         largest_rank=max((adapter.rows for adapter in adapters), default=0),
-        num_jobs=len(adapters),
+        num_jobs=len(adapters) if residents is None else residents,
         head_norms=shape.qk_norm,
         grouped=shape.num_heads != shape.num_kv_heads,
         sums_of_dq=-(-_PROGRAMS * tensor // shape.num_heads) if deterministic else 1,

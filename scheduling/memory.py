@@ -13,18 +13,19 @@ Prediction and `torch.cuda.max_memory_allocated` count the same bytes. RESERVED 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from scheduling.cost import OFFLOADED, Device, ModelShape, offloaded, stage_policies
-from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
+from scheduling.layer_memory import MODULES, Adapter, LayerMemory, layer_memory
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 
 RESERVED = 0.05  # share of the memory that is free at the start, for NCCL and fragmentation: 4 of an H100's 84 GB; 3 were measured
 LOSS_CHUNK_BYTES = 300 * 10**6  # of the logits that are alive at a time
 _LOSS_ROWS = 256  # chunks are multiples of it, so that they fill the tiles of a GEMM
+_MULTIPLE = 256  # budgets are multiples of it
 _WORTH = 0.002  # efficiency that a larger budget must gain
 _STATE_BYTES = 16  # of an adapter weight: master, gradient and Adam's two moments
 _CUBLAS_BYTES = 2 * 32 * 2**20  # workspaces of the forward's and the backward's thread
@@ -124,22 +125,27 @@ def stage_memory(
     replicas: int = 1,
     offload: bool = False,
     deterministic: bool = False,
+    room: Mapping[str, int] | None = None,
+    residents: int | None = None,
 ) -> StageMemory:
-    """Model one stage with its resident `adapters`.
+    """Model one stage with its `adapters`.
 
+    At most `residents` of them (None: all) lie at once in the `room` that there is for them, module -> rank rows (None: what they take).
     `item` is the bytes of a number of the compute dtype, `weight_bytes` those of a frozen linear's weight (`item` unless it is quantised).
     A tied matrix counts on the first and on the last stage. With `offload`, inputs of `full` layers wait in host memory.
     """
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
-    layer = layer_memory(shape, adapters, item, tensor, sequence, deterministic)
+    layer = layer_memory(shape, adapters, item, tensor, sequence, deterministic, residents)
     head_rows = -(-shape.vocab_size // tensor)
     linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor
     norms = (2 * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * item
-    per_job = [_adapter_weights(shape, adapter, tensor) * num_layers for adapter in adapters]
-    summed = 4 * max(per_job, default=0) if tensor * replicas > 1 else 0  # one job's gradients while ranks sum them
+    row_bytes = {module: num_bytes * num_layers for module, num_bytes in rank_row_bytes(shape, item, tensor).items()}
+    sizes = [sum(row_bytes[module] * adapter.rows for module in adapter.modules) for adapter in adapters]
+    summed = 4 * max(sizes, default=0) / _state_bytes(item) if tensor * replicas > 1 else 0  # one job's gradients while ranks sum them
+    arena = sum(sizes) if room is None else sum(row_bytes[module] * rows for module, rows in room.items())
     memory = StageMemory(
         weights=(linears + norms) * num_layers + shape.hidden_size * item * (head_rows * (first + last) + last),
-        adapters=sum(per_job) * (_STATE_BYTES + (item if item < 4 else 0)) + summed,
+        adapters=arena + summed,
         runtime=float(_CUBLAS_BYTES if cuda else 0),
         layer=layer,
         policies=(),
@@ -151,13 +157,18 @@ def stage_memory(
     return memory.with_policies(stage_policies(layers, recompute)[stage], offload)
 
 
-def _adapter_weights(shape: ModelShape, adapter: Adapter, tensor: int) -> int:
-    """Return the weights of one job's factors in one layer on one tensor rank, its rank rounded up as the arena does."""
+def rank_row_bytes(shape: ModelShape, item: int, tensor: int = 1) -> dict[str, int]:
+    """Return module -> bytes of one rank row of its A and B^T in one layer on one tensor rank, with gradients and Adam's state."""
     query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     outputs = {"q_proj": query, "k_proj": key_value, "v_proj": key_value, "gate_proj": shape.ffn_size, "up_proj": shape.ffn_size}
     inputs = {"o_proj": query, "down_proj": shape.ffn_size}
-    columns = sum(shape.hidden_size + outputs[module] // tensor for module in adapter.modules if module in outputs)
-    return adapter.rows * (columns + sum(inputs[module] // tensor + shape.hidden_size for module in adapter.modules if module in inputs))
+    columns = {module: shape.hidden_size + (outputs | inputs)[module] // tensor for module in MODULES}
+    return {module: count * _state_bytes(item) for module, count in columns.items()}
+
+
+def _state_bytes(item: int) -> int:
+    """Return the bytes of an adapter weight, gradient and moments, with its copy in the compute dtype if that is not float32."""
+    return _STATE_BYTES + (item if item < 4 else 0)
 
 
 def tokens_in_flight(stream: Stream, stage: int, num_stages: int) -> int:
@@ -211,14 +222,9 @@ def _last(holds: Callable[[int], bool], high: int) -> int:
 
 
 def choose_capacity(
-    lengths: Lengths,
-    num_stages: int,
-    fitting: int,
-    cost: SlotCost | None = None,
-    multiple: int = 256,
-    slowdown: Callable[[int], float] | None = None,
+    lengths: Lengths, num_stages: int, fitting: int, cost: SlotCost | None = None, slowdown: Callable[[int], float] | None = None
 ) -> int:
-    """Choose microbatch_tokens: as large as memory allows and as pays off, a multiple of `multiple` where that fits.
+    """Choose microbatch_tokens: as large as memory allows and as pays off, a multiple of 256 where that fits.
 
     Larger budgets stop paying off where the even-slot estimate is flat, or where `slowdown(budget)` grows faster: the factor of time
     that the recomputation for such a budget costs. Raises ValueError when the longest sample does not fit.
@@ -226,9 +232,8 @@ def choose_capacity(
     longest = max((tokens for steps in lengths for batch in steps for tokens in batch), default=1)
     if longest > fitting:
         raise ValueError(f"the longest sample has {longest} tokens, memory allows {fitting} per microbatch")
-    sizes = sorted({longest, *range(-(-longest // multiple) * multiple, min(fitting, 32 * longest) + 1, multiple)})
-    if len(sizes) > 1 and longest % multiple:
-        sizes = sizes[1:]
+    rounded = -(-longest // _MULTIPLE) * _MULTIPLE
+    sizes = list(range(rounded, min(fitting, 32 * longest) + 1, _MULTIPLE)) or [longest]
     cost = cost or SlotCost()
     work, tokens = work_time(lengths, cost), sum(tokens for steps in lengths for batch in steps for tokens in batch)
     slow = slowdown or (lambda size: 1.0)

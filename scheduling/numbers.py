@@ -1,6 +1,9 @@
 """When a new job may take the number of a departed one: after that one's last slot has drained.
 
-    last step ends in slot e  ->  STEP stands before F(e + gap) on every stage  ->  free from slot e + gap + 1 on
+    last step ends at index e  ->  STEP stands before F(e + gap) on every stage  ->  free from index e + gap + 1 on
+
+The last evaluation likewise: its sums reach the first stage before F(e + gap). An index is a slot's place among those that have a
+backward.
 
 A new job joins with a window that begins there or later, so every action of the departed job lies
 in earlier windows. Only the numbers of jobs that departed within the last gap of slots are kept.
@@ -27,26 +30,29 @@ class Numbers:
         """Return how many numbers are kept."""
         return len(self._free_at)
 
-    def is_free(self, number: int, slot: int, resident: Container[int]) -> bool:
-        """Whether a job may join under this number before `slot`."""
-        return number >= 0 and number not in resident and slot >= self._free_at.get(number, 0)
+    def is_free(self, number: int, index: int, resident: Container[int]) -> bool:
+        """Whether a job may join under this number before `index`."""
+        return number >= 0 and number not in resident and index >= self._free_at.get(number, 0)
 
-    def first_free(self, slot: int, resident: Container[int]) -> int:
-        """Return the smallest number under which a job may join before `slot`."""
-        return next(number for number in itertools.count() if self.is_free(number, slot, resident))
+    def first_free(self, index: int, resident: Container[int]) -> int:
+        """Return the smallest number under which a job may join before `index`."""
+        return next(number for number in itertools.count() if self.is_free(number, index, resident))
 
-    def check_free(self, number: int, slot: int, resident: Container[int]) -> None:
-        """Raise PlanError unless a job may join under this number before `slot`."""
-        if not self.is_free(number, slot, resident):
-            why = "numbers begin at 0" if number < 0 else f"it is free from slot {self._free_at.get(number)} on"
+    def check_free(self, number: int, index: int, resident: Container[int]) -> None:
+        """Raise PlanError unless a job may join under this number before `index`."""
+        if not self.is_free(number, index, resident):
+            why = "numbers begin at 0" if number < 0 else f"it is free from index {self._free_at.get(number)} on"
             why = "it is resident" if number in resident else why
-            raise PlanError(f"slot {slot}: a job cannot join as number {number}: {why}")
+            raise PlanError(f"index {index}: a job cannot join as number {number}: {why}")
 
     def release(self, number: int, ready: int) -> None:
-        """Release a departed job's number; `ready` is the slot at which its next step could have begun, 0 if it has ended no step."""
-        if ready:
-            self._free_at[number] = ready + 1
+        """Release the number of a job that departs; `ready` is a gap after something of it has ended, 0 if nothing has.
 
-    def forget_before(self, slot: int) -> None:
-        """Forget the numbers that are free at `slot`."""
-        self._free_at = {number: free_at for number, free_at in self._free_at.items() if free_at > slot}
+        The last of several calls for one job counts.
+        """
+        if ready:
+            self._free_at[number] = max(ready + 1, self._free_at.get(number, 0))
+
+    def forget_before(self, index: int) -> None:
+        """Forget the numbers that are free at `index`."""
+        self._free_at = {number: free_at for number, free_at in self._free_at.items() if free_at > index}

@@ -16,6 +16,7 @@ import math
 from collections import Counter
 
 from scheduling.backlog import Backlog, Layout, last_slots
+from scheduling.shares import Turns
 from scheduling.subset_sum import SubsetSums
 
 _RESOLUTION = 512  # parts of a slot in subset sums
@@ -36,7 +37,7 @@ def ramp(num_slots: int, num_stages: int, starts_empty: bool) -> list[float]:
 class _Job:
     """A job while slots are being filled: its current group, the group's remaining items, and the critical path from there."""
 
-    __slots__ = ("group", "end", "rest", "started", "free_at", "paths", "first")
+    __slots__ = ("group", "end", "rest", "started", "free_at", "paths", "times", "first")
 
     def __init__(self, backlog: Backlog, index: int, slot_time: float):
         span = backlog.jobs[index]
@@ -47,28 +48,36 @@ class _Job:
         self.started = backlog.started[index]
         self.free_at = backlog.ready[index]
         path = backlog.later_time[index] / slot_time + backlog.later_steps[index] * (backlog.gap - 1)
-        self.paths = []  # critical path, in slots, from each group on
+        self.paths, self.times = [], []  # from each group on the critical path, in slots; the groups' times
         for group in reversed(span):
-            path += max(1.0, sum([backlog.times[item] for item in backlog.groups[group]]) / slot_time) + backlog.gap - 1
+            self.times.append(sum([backlog.times[item] for item in backlog.groups[group]]))
+            path += max(1.0, self.times[-1] / slot_time) + backlog.gap - 1
             self.paths.append(path)
         self.paths.reverse()
+        self.times.reverse()
 
-    def take(self, backlog: Backlog, items: set[int], slot: int) -> None:
-        """Remove placed items; move to the next group when none remains."""
+    def take(self, backlog: Backlog, items: set[int], slot: int) -> float:
+        """Remove placed items; move to the next group when none remains. Returns their time."""
+        time = sum([backlog.times[item] for item in self.rest if item in items])
         self.rest = [item for item in self.rest if item not in items]
         self.started = True
         if not self.rest:
             self.group, self.started, self.free_at = self.group + 1, False, slot + backlog.gap
             if self.group < self.end:
                 self.rest = list(backlog.groups[self.group])
+        return time
 
 
-def fill(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout:
-    """Lay out slot by slot towards `num_slots` even ones; stops at the horizon, continues beyond `num_slots` when gaps force it to."""
+def fill(backlog: Backlog, num_slots: int, horizon: int | None = None, by_priority: bool = False) -> Layout:
+    """Lay out slot by slot towards `num_slots` even ones; stops at the horizon, continues beyond `num_slots` when gaps force it to.
+
+    With `by_priority`, the jobs' shares decide which of those that are ready comes first (shares.py), not their critical paths.
+    """
     slot_time, fixed = max(1.0, backlog.total_time / num_slots), backlog.cost.fixed
     jobs = [_Job(backlog, index, slot_time) for index in range(len(backlog.jobs))]
     shares = ramp(num_slots, backlog.num_stages, not backlog.recent)
     remaining_time, remaining_shares = backlog.total_time, math.fsum(shares)
+    turns = Turns(dict(enumerate(backlog.priorities)), dict(enumerate(backlog.ahead))) if by_priority else None
     layout: Layout = []
     open_jobs = [index for index, job in enumerate(jobs) if job.rest]
     while open_jobs and (horizon is None or len(layout) < horizon):
@@ -78,16 +87,27 @@ def fill(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout
             target = (remaining_time + fixed * (num_slots - slot)) * shares[slot] / max(remaining_shares, 0.5) - fixed
             remaining_shares -= shares[slot]
         ready = [index for index in open_jobs if jobs[index].free_at <= slot]
-        ready.sort(key=lambda index: (not jobs[index].started, -jobs[index].paths[jobs[index].group - jobs[index].first], index))
+        ready.sort(key=lambda index: (not jobs[index].started, *_turn(jobs[index], index, turns), index))
         chosen = _fill_slot(backlog, [jobs[index] for index in ready], max(1.0, target))
         placed = set(chosen)
-        for index in ready:
-            if not placed.isdisjoint(jobs[index].rest):
-                jobs[index].take(backlog, placed, slot)
+        used = {index: jobs[index].take(backlog, placed, slot) for index in ready if not placed.isdisjoint(jobs[index].rest)}
+        if turns is not None:
+            turns.count(used, [index for index in ready if index not in used])
         remaining_time -= sum([backlog.times[item] for item in chosen])
         layout.append(chosen)
         open_jobs = [index for index in open_jobs if jobs[index].rest]
     return layout
+
+
+def fill_by_priority(backlog: Backlog, num_slots: int, horizon: int | None = None) -> Layout:
+    """Lay out as `fill` does, in the order of shares."""
+    return fill(backlog, num_slots, horizon, by_priority=True)
+
+
+def _turn(job: _Job, index: int, turns: Turns | None) -> tuple[float, ...]:
+    """Return what orders ready jobs: whose turn it is by shares, or the longest critical path."""
+    group = job.group - job.first
+    return (-job.paths[group],) if turns is None else (*turns.key(index, job.times[group]), -job.paths[group])
 
 
 def _fill_slot(backlog: Backlog, ready: list[_Job], target: float) -> list[int]:

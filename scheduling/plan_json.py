@@ -1,25 +1,39 @@
-"""Streams in and out of JSON: [[[job, step, sample, tokens], ...], ...], [] being a no-op slot."""
+"""Streams in and out of JSON: [[[job, step, sample, tokens], ...], ...], [] being a no-op slot.
+
+Which slots are evaluation slots stands beside it, as a list of their places: there `step` is the number of steps that the job has taken,
+and `sample` one of its validation set.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from scheduling.types import Lengths, Microbatch, Segment, Stream
 
 
-def stream_to_json(stream: Stream, lengths: Lengths | Mapping[int, Sequence[Sequence[int]]]) -> list[list[list[int]]]:
-    """Return a stream as plain lists, one [job, step, sample, tokens] per sample."""
+def stream_to_json(
+    stream: Stream,
+    lengths: Lengths | Mapping[int, Sequence[Sequence[int]]],
+    validation: Mapping[int, Sequence[int]] | None = None,
+) -> list[list[list[int]]]:
+    """Return a stream as plain lists, one [job, step, sample, tokens] per sample; see evaluation_slots."""
     microbatches = []
     for microbatch in stream:
-        batches = ((s, lengths[s.job][s.step]) for s in microbatch.segments)
+        held = validation if microbatch.evaluate else None
+        batches = ((s, lengths[s.job][s.step] if held is None else held[s.job]) for s in microbatch.segments)
         microbatches.append([[s.job, s.step, sample, batch[sample]] for s, batch in batches for sample in s.samples])
     return microbatches
 
 
-def stream_from_json(microbatches: Sequence[Sequence[Sequence[int]]]) -> Stream:
-    """Rebuild the stream; the samples of one job in one slot become one segment, in the order given."""
+def evaluation_slots(stream: Stream) -> list[int]:
+    """Return the places of a stream's evaluation slots."""
+    return [slot for slot, microbatch in enumerate(stream) if microbatch.evaluate]
+
+
+def stream_from_json(microbatches: Sequence[Sequence[Sequence[int]]], evaluate: Collection[int] = ()) -> Stream:
+    """Rebuild the stream, with these evaluation slots; the samples of one job in one slot become one segment, in the order given."""
     stream = []
-    for entries in microbatches:
+    for slot, entries in enumerate(microbatches):
         segments: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for job, step, sample, tokens in entries:
             segments.setdefault((job, step), []).append((sample, tokens))
@@ -28,7 +42,8 @@ def stream_from_json(microbatches: Sequence[Sequence[Sequence[int]]]) -> Stream:
                 tuple(
                     Segment(job, step, tuple(sample for sample, _ in held), sum(tokens for _, tokens in held))
                     for (job, step), held in segments.items()
-                )
+                ),
+                evaluate=slot in evaluate,
             )
         )
     return tuple(stream)

@@ -1,7 +1,8 @@
 """From sample lengths to a stream: try two constructions at several numbers of slots, then improve the best ones by local search.
 
-The candidate with the shortest predicted makespan under 1F1B wins, fill and drain included. Effort is counted in proposals of the search,
-not in seconds, and nothing depends on job numbers or hash seeds: the same workload gives the same plan.
+The candidate with the shortest predicted makespan under 1F1B wins, fill and drain included. Where jobs have different priorities, the one
+by shares wins, unless it has more no-ops or is over 1% slower. Effort is counted in proposals of the search, not in seconds, and nothing
+depends on job numbers or hash seeds: the same workload gives the same plan.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from scheduling.backlog import Backlog, Layout, costs_of, open_backlog, to_stream
-from scheduling.packing import fill, first_fit, spread
+from scheduling.packing import fill, fill_by_priority, first_fit, spread
 from scheduling.search import anneal
 from scheduling.slot_cost import SlotCost
 from scheduling.timing import makespan
@@ -25,6 +26,7 @@ _PACKING_WORK = 40_000  # items that a construction may handle in all its tries,
 _MANY_ITEMS = 4_000  # beyond these `fill` alone is tried
 _SPREAD_WORK = 400_000  # items x slots / groups that `spread` may handle: its work is items x slots of a step
 _SEARCH_WORK = 6_000_000  # proposals x (stages + 4)^2 per unit of effort: about 0.2 s
+_FAIR = 0.01  # most that priorities may cost, of the makespan
 _SEARCH_PER_ITEM = 300  # most proposals per sample and unit of effort
 
 
@@ -58,7 +60,7 @@ def plan_stream(
 
 
 def plan_backlog(backlog: Backlog, effort: int = 1, horizon: int | None = None, known: Layout | None = None) -> Layout:
-    """Return a layout of a backlog, or of its first `horizon` slots; never slower than a `known` layout of the same items."""
+    """Return a layout of a backlog, or of its first `horizon` slots; never slower than a `known` one of the same items, but for shares."""
     if not backlog.tokens:
         return []
     proposals = effort * min(_SEARCH_WORK // (backlog.num_stages + 4) ** 2, _SEARCH_PER_ITEM * len(backlog.tokens))
@@ -67,9 +69,18 @@ def plan_backlog(backlog: Backlog, effort: int = 1, horizon: int | None = None, 
     if known is not None:
         starts.append(_rate(backlog, known))
     starts.sort(key=lambda start: start.value)
+    if backlog.has_shares:
+        proposals -= proposals // 4  # as long as it takes to construct one layout more
+        fair = best_stretch(backlog, fill_by_priority, effort, horizon)
+        starts = [fair] if fair is not None and _costs_no_more(fair, starts[0]) else starts
     improved = [_improve(backlog, start, proposals // 4, seed=1) for start in starts[:2]]
     best = min(improved, key=lambda candidate: candidate.value)
     return _improve(backlog, best, proposals - len(improved) * (proposals // 4), seed=2).layout
+
+
+def _costs_no_more(fair: Candidate, best: Candidate) -> bool:
+    """Whether a layout by shares is as good as the best one without: no more no-ops, and hardly slower."""
+    return fair.value <= best.value * (1 + _FAIR) and fair.layout.count([]) <= best.layout.count([])
 
 
 def _improve(backlog: Backlog, start: Candidate, proposals: int, seed: int) -> Candidate:

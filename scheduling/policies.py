@@ -27,15 +27,10 @@ Policy = Callable[[Lengths, int, int, SlotCost], Runs]  # (lengths, stages, capa
 _SHARES = tuple(k / 32 for k in range(8, 33))  # target sizes tried, as shares of the capacity
 
 
-def runs_time(runs: Runs, lengths: Lengths, num_stages: int, cost: SlotCost) -> float:
-    """Return the summed makespans of the runs."""
-    return sum(makespan(slot_times(stream, lengths, cost), num_stages) for stream in runs)
-
-
 def runs_efficiency(runs: Runs, lengths: Lengths, num_stages: int, cost: SlotCost | None = None) -> float:
     """Return ideal time of the tokens / summed makespans."""
     cost = cost or SlotCost()
-    return 2 * work_time(lengths, cost) / runs_time(runs, lengths, num_stages, cost)
+    return 2 * work_time(lengths, cost) / sum(makespan(slot_times(stream, lengths, cost), num_stages) for stream in runs)
 
 
 def flush(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> Runs:
@@ -105,9 +100,7 @@ def _small_ends(backlog: Backlog, layout: Layout) -> Layout:
 
 def _turns(backlog: Backlog, target: float) -> Layout:
     """Cut every step into even microbatches of at most about `target` tokens, and let the jobs take turns with them."""
-    waiting: list[list[list[list[int]]]] = []  # [job][step] -> microbatches
-    for span in backlog.jobs:
-        waiting.append([_cut(backlog, backlog.groups[group], target) for group in span])
+    waiting = [[_cut(backlog, backlog.groups[group], target) for group in span] for span in backlog.jobs]  # [job][step] -> microbatches
     layout: Layout = []
     free_at, turn = [0] * len(waiting), 0
     while any(waiting):

@@ -1,13 +1,18 @@
 """Plan windows for another process, so that planning takes no time from its threads: one JSON line in, one out.
 
     python -m scheduling.serve
-    in    {"num_stages", "capacity", "delay", "num_slots", "max_endings", "cost": {SlotCost's fields}}     once
-          {"join": {job: [step][sample]}, "leave": [job, ...]}     one per window: first those that join it are added, then those that
-                                           leave are cut after the step that they have begun
-    out   {"last", "left", "microbatches"}  the window in the contract's format; `left`: who has left of those asked to, and were not over
+    in    {"num_stages", "capacity", "delay", "num_slots", "max_endings", "window_time", "cost": {SlotCost's fields}}     once
+          {"join": {job: {"steps": [step][sample], "validation": [sample], "evaluate_after": [steps taken], "priority"}},
+           "leave": {job: evaluate}, "priorities": {job: priority}}
+                                           one per window: first those that join it are added, then those that leave are cut after the
+                                           step that they have begun, with the evaluations that are due by then if `evaluate`
+    out   {"last", "left", "microbatches", "evaluate", "departed"}
+                                           the window in the contract's format, and which of its slots are evaluation slots; `left`: who
+                                           has left of those asked to, and after how many steps each ends; `departed`: of whom nothing
+                                           remains to be planned after it; `last`: whether that is so of all
 
-A job's number may be used again as scheduling.numbers says. The answers depend on the lines read and on nothing else. Ends after the
-window that nothing remains to be planned after.
+A job's number may be used again as scheduling.numbers says. The answers depend on the lines read and on nothing else. Without jobs a
+window is empty. A request may have "noops": how many no-op slots have drained the pipeline after the last window.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 
-from scheduling.plan_json import stream_to_json
+from scheduling.plan_json import evaluation_slots, stream_to_json
 from scheduling.slot_cost import SlotCost
 from scheduling.windows import WindowPlanner
 
@@ -30,16 +35,23 @@ def serve(requests: Iterable[str]) -> Iterator[str]:
     planner = WindowPlanner(cost=SlotCost(**weights | {"tiles": tuple(weights.get("tiles", ()))}), **settings)
     for line in lines:
         request = json.loads(line)
-        for job, steps in request["join"].items():
-            planner.join(int(job), steps)
-        left = [job for job in request["leave"] if job in planner.jobs]  # the last steps of the others are planned already
-        for job in left:
-            planner.leave(job)
-        lengths = planner.lengths
-        microbatches = stream_to_json(planner.plan(), lengths)
-        yield json.dumps({"last": not planner.jobs, "left": left, "microbatches": microbatches})
-        if not planner.jobs:
-            return
+        planner.idle(request.get("noops", 0))
+        for job, plan in request["join"].items():
+            planner.join(int(job), **plan)
+        for job, priority in request.get("priorities", {}).items():
+            if int(job) in planner.jobs:
+                planner.set_priority(int(job), priority)
+        before = planner.resident.union(map(int, request["join"]))
+        left = {job: planner.leave(job, evaluate) for job, evaluate in _numbered(request["leave"]).items() if job in planner.resident}
+        lengths, validation = planner.lengths, planner.evaluations.validation
+        stream = planner.plan()
+        window = {"microbatches": stream_to_json(stream, lengths, validation), "evaluate": evaluation_slots(stream)}
+        yield json.dumps({"last": not planner.resident, "left": left, **window, "departed": sorted(before - planner.resident)})
+
+
+def _numbered(jobs: dict[str, bool]) -> dict[int, bool]:
+    """Return what JSON has named by strings by numbers."""
+    return {int(job): evaluate for job, evaluate in jobs.items()}
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def simulate(stream: Stream, forward: Times, backward: Times, hop_s: float = 0.0
                 else:
                     is_backward = action.op is Op.BACKWARD
                     times = (backward if is_backward else forward)[stage]
-                    clock[stage] = start + (times[action.index] if _computes(drained[action.index], is_backward) else 0.0)
+                    clock[stage] = start + (0.0 if drained[action.index].is_noop else times[action.index])
                     done[is_backward, stage, action.index] = clock[stage]
                 events[stage].append(Event(stage, action.op, action.index, start, clock[stage]))
                 moved = True
@@ -81,10 +81,6 @@ def _arrival(done: dict[tuple[bool, int, int], float], action: Action, stage: in
     else:
         key, hop = ((True, stage + 1, action.index), hop_s) if stage + 1 < num_stages else ((False, stage, action.index), 0.0)
     return done[key] + hop if key in done else None
-
-
-def _computes(microbatch: Microbatch, is_backward: bool) -> bool:
-    return not (microbatch.is_noop or (microbatch.evaluate and is_backward))
 
 
 def simulate_runs(

@@ -10,20 +10,29 @@ with b_s(k) = f_s(k) while the pipeline fills (no such backward yet) and f_s(k) 
 b_0(n + P - 2). Since b(k-1) is all that round k needs, a change of a few neighbouring slots is timed in a few rounds: `advance` the
 head through them and add the `tails`, the longest paths from each state to the end. Uneven slots cost time only where they are
 uneven among P neighbours: makespan is convex in c, and a slow ramp is almost free.
+
+An evaluation slot of cost x before round k has a forward alone. Stage s is busy until e_s = x + max(e_{s-1}, b_s(k-1)), and F(k) waits
+for that; the backward of round k still waits for b_{s+1}(k-1), since no gradient comes of an evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 Head = tuple[float, ...]  # b_s(k - 1) for all stages s: the state before round k
 _NEVER = -1e300
 
 
-def makespan(costs: Sequence[float], num_stages: int) -> float:
-    """Return the time of a complete stream, fill and drain included, in the unit of the costs."""
-    return Clock(num_stages).advance((0.0,) * num_stages, costs, 0, len(costs) + num_stages - 1)[0]
+def makespan(costs: Sequence[float], num_stages: int, evaluations: Mapping[int, Sequence[float]] | None = None) -> float:
+    """Return the time of a complete stream, fill and drain included, in the unit of the costs.
+
+    `evaluations` are the costs of the evaluation slots that stand before a round.
+    """
+    clock, head, k = Clock(num_stages), (0.0,) * num_stages, 0
+    for at, extra in sorted((evaluations or {}).items()):
+        head, k = clock.border(clock.advance(head, costs, k, at), costs, at, at + 1, extra), at + 1
+    return max(clock.advance(head, costs, k, max(k, len(costs) + num_stages - 1)))
 
 
 class Clock:
@@ -41,23 +50,30 @@ class Clock:
         """Run rounds first .. end - 1 from the state before round `first`; returns the state before round `end`."""
         filling, num_slots = self.num_stages - 1, len(costs)
         if first < filling:
-            head = self._border(head, costs, first, min(end, filling))
+            head = self.border(head, costs, first, min(end, filling))
             first = filling
         if first < end and first < num_slots:
             head = self._steady(head, costs, first, min(end, num_slots))
             first = num_slots
-        return self._border(head, costs, first, end) if first < end else head
+        return self.border(head, costs, first, end) if first < end else head
 
-    def _border(self, head: Head, costs: Sequence[float], first: int, end: int) -> Head:
-        """Rounds of fill and drain (correct, if slower, for every round)."""
+    def border(self, head: Head, costs: Sequence[float], first: int, end: int, evaluations: Sequence[float] = ()) -> Head:
+        """Rounds of fill and drain (correct, if slower, for every round); evaluation slots of the costs `evaluations` stand before the
+        first.
+        """
         num_stages, num_slots = self.num_stages, len(costs)
-        state = [*head, _NEVER]
+        state, free = [*head, _NEVER], list(head)
+        for cost in evaluations:
+            forward = 0.0
+            for stage in range(num_stages):
+                free[stage] = forward = max(forward, free[stage]) + cost
         for k in range(first, end):
             forward = 0.0
             for stage in range(num_stages):
-                forward = max(forward, state[stage]) + costs[k] if k < num_slots else state[stage]
+                forward = max(forward, free[stage]) + costs[k] if k < num_slots else free[stage]
                 behind = k - num_stages + 1 + stage
                 state[stage] = max(forward, state[stage + 1]) + costs[behind] if 0 <= behind < num_slots else forward
+            free = state[:num_stages]
         return tuple(state[:num_stages])
 
     def tails(self, costs: Sequence[float]) -> list[Head]:
@@ -92,7 +108,7 @@ class Clock:
 
 @lru_cache
 def _unrolled(num_stages: int) -> tuple[Callable[..., Head], Callable[..., Head]]:
-    """Compile the steady rounds with the loop over stages written out: 3.5 times faster than the `_border` twins, equal in the tests."""
+    """Compile the steady rounds with the loop over stages written out: 3.5 times faster than the `border` twins, equal in the tests."""
     states = ", ".join(f"b{stage}" for stage in range(num_stages)) + ","
     ahead = [f"    {states} = head", "    for k in range(first, end):", "        c = costs[k]"]
     back = [f"    {states} = tail", "    c = costs[k]", "    onward = NEVER"]

@@ -1,7 +1,8 @@
 """The nouns of a plan: segments, microbatches, streams, actions.
 
 A *stream* is the ordered tuple of microbatches of a run, one per pipeline slot; a microbatch without segments is a *no-op* slot.
-A job's *step* is both the index of its optimizer step and the weight version that its forwards and backwards must meet.
+A job's *step* is both the number of its optimizer step and the weight version that its forwards and backwards must meet.
+The *index* of a training slot or a no-op is its place among the slots that have a backward; an evaluation slot has none.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
-MAX_ENDINGS = 32  # steps that may end in one slot, by default: what its messages have room for
+MAX_ENDINGS = 32  # steps and evaluations that may end in one slot, by default: what its messages have room for
 Lengths = Sequence[Sequence[Sequence[int]]]  # [job][step][sample] -> tokens
 
 
@@ -35,7 +37,8 @@ class Segment:
 class Microbatch:
     """One pipeline slot: at most one segment per job; without segments a no-op.
 
-    With `evaluate`, the slot is forward-only: its samples index the job's validation batch and `step` is the weight version they meet.
+    With `evaluate`, the slot is forward-only: its samples index the job's validation set and `step` is the number of steps that its
+    weights have taken.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -56,6 +59,17 @@ NOOP = Microbatch()
 Stream = tuple[Microbatch, ...]
 
 
+class Ending(NamedTuple):
+    """A step that is complete with the backward of a slot, or an evaluation whose sums ride on its gradient message.
+
+    Of an evaluation, `step` is the number of steps that its weights have taken.
+    """
+
+    job: int
+    step: int
+    evaluation: bool = False
+
+
 class Op(Enum):
     """The kinds of action of a stage."""
 
@@ -63,11 +77,12 @@ class Op(Enum):
     BACKWARD = "B"
     STEP = "S"
     EVAL = "E"
+    MOVE = "M"
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One instruction of a stage: `index` is the microbatch slot for FORWARD, BACKWARD and EVAL, the job for STEP."""
+    """One instruction of a stage: `index` is the slot for FORWARD, BACKWARD and EVAL, the job for STEP and MOVE."""
 
     op: Op
     index: int

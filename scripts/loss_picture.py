@@ -11,13 +11,13 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_lora.output.metrics import read_metrics
+from megatron_lora.output.metrics import read_evaluations, read_metrics
 
 SMOOTHING = 0.8  # weight of the past in the bold curve
 
 
 def plot_losses(files: Mapping[str, str | Path], output: str | Path) -> None:
-    """Draw the loss of each job over its steps, with its running mean in bold; UserError when a file cannot be read."""
+    """Draw the loss of each job over its steps, its running mean in bold, evaluations dashed; UserError when a file cannot be read."""
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -28,6 +28,9 @@ def plot_losses(files: Mapping[str, str | Path], output: str | Path) -> None:
         color = colors[index % len(colors)]
         axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
         axes.plot(steps, smooth(losses), color=color, linewidth=1.8, label=name, marker="o" if len(steps) == 1 else None)
+        points = [(line["step"], line["eval_loss"]) for line in read_evaluations(path) if line["eval_loss"] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), "s--", color=color, linewidth=1.4, markersize=4, label=f"{name}, validation")
     axes.set_xlabel("optimizer step of the job")
     axes.set_ylabel("loss per target token")
     axes.grid(alpha=0.25)

@@ -32,7 +32,7 @@ def default_of(field: dataclasses.Field) -> str:
     if dataclasses.is_dataclass(value):
         return ""
     if isinstance(value, tuple):
-        return "all"
+        return "all" if value else "`[]`"
     words = {None: "null", True: "true", False: "false"}
     return f"`{words[value] if value is None or isinstance(value, bool) else format(value, 'g') if isinstance(value, float) else value}`"
 

@@ -1,4 +1,4 @@
-"""Draws the loss curves of a run's jobs and prints how far each loss fell.
+"""Draws the loss curves of a run's jobs and prints how far each loss fell, and the lowest one of validation.
 
     python scripts/plot_losses.py runs/quickstart-1
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from loss_picture import plot_losses
 from one_line import OneLineParser
 
-from megatron_lora.output.metrics import read_metrics
+from megatron_lora.output.metrics import read_evaluations, read_metrics
 
 
 def mean_loss(rows: list[dict]) -> float:
@@ -31,7 +31,10 @@ def main() -> None:
         if rows:
             quarter = max(1, len(rows) // 4)
             first, last = mean_loss(rows[:quarter]), mean_loss(rows[-quarter:])
-            print(f"{name:16} loss {first:.3f} in its first {quarter} steps, {last:.3f} in its last {quarter}")
+            evaluations = [line for line in read_evaluations(file) if line["eval_loss"] is not None]
+            best = min(evaluations, key=lambda line: line["eval_loss"], default=None)
+            validation = f"; of validation {best['eval_loss']:.3f} at the lowest, after step {best['step']}" if best else ""
+            print(f"{name:16} loss {first:.3f} in its first {quarter} steps, {last:.3f} in its last {quarter}{validation}")
     plot_losses(files, run / "losses.png")
     print(f"Loss curves: {run / 'losses.png'}")
 

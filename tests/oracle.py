@@ -89,9 +89,18 @@ def encode(tokenizer, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train_alone(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train one job; returns the loss of each step and the final adapter's tensors."""
+    found = [(loss, adapter) for _, _, loss, adapter in train_stepwise(model_dir, adapter_dir, rows_path, job)]
+    return [loss for loss, _ in found[1:]], found[-1][1]
+
+
+def train_stepwise(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict):
+    """Train one job; yields, before the first step and after each, the steps taken, the model, the loss and the adapter's tensors."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+    def adapter() -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
@@ -104,7 +113,7 @@ def train_alone(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict) 
     warmup = math.ceil(job["warmup_ratio"] * num_steps)
     scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
     batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    losses = []
+    yield 0, model, math.nan, adapter()
     for step in range(num_steps):
         global_batch = batches[step % len(batches)]
         num_targets = sum(int((labels[1:] != -100).sum()) for _, labels in global_batch)
@@ -118,8 +127,23 @@ def train_alone(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict) 
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        losses.append(total)
-    return losses, get_peft_model_state_dict(model)
+        yield step + 1, model, total, adapter()
+
+
+@torch.no_grad()
+def evaluate(model, model_dir: Path, rows_path: Path) -> tuple[float, float]:
+    """Return a model's mean cross-entropy over the targets of rows, and the share of the targets that it predicts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    total, right, num_targets = 0.0, 0, 0
+    for line in rows_path.read_text().splitlines():
+        tokens, labels = encode(tokenizer, json.loads(line))
+        logits = model(input_ids=tokens[None]).logits[0, :-1].float()
+        total += float(F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum"))
+        right += int((logits.argmax(dim=1) == labels[1:]).sum())
+        num_targets += int((labels[1:] != -100).sum())
+    return total / num_targets, right / num_targets
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], kind: str) -> float:

@@ -21,13 +21,14 @@ def write_config(path: Path, model: Path, output_dir: Path, jobs: list[dict], pa
     return path
 
 
-def train(config_path: Path, stop_after: int | None = None) -> None:
+def train(config_path: Path, stop_after: int | None = None, replay: str | None = None) -> None:
     """Run a config on this rank; top level, so that pool ranks can import it.
 
-    The last rank is asked to stop once it has checked `stop_after` times whether it is.
+    The last rank is asked to stop once it has checked `stop_after` times whether it is. `replay`: the run whose events are repeated.
     """
     import torch.distributed as dist
 
+    from megatron_lora.config.live import Live
     from megatron_lora.config.schema import load_config
     from megatron_lora.training.stop_request import StopRequest
     from megatron_lora.training.train import run
@@ -44,7 +45,7 @@ def train(config_path: Path, stop_after: int | None = None) -> None:
         def requested(self, value: bool) -> None:
             assert not value
 
-    run(load_config(config_path), StopAfter())
+    run(load_config(config_path), StopAfter(), Live(replay=None if replay is None else Path(replay)))
 
 
 def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None) -> int:
@@ -64,5 +65,9 @@ def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None
 
 def losses_of(output_dir: Path, name: str) -> list[float]:
     """Return the logged loss of every step of a job."""
-    steps = [json.loads(line) for line in (output_dir / "jobs" / name / "metrics.jsonl").read_text().splitlines()]
-    return [step["loss"] for step in steps if "loss" in step]
+    return [line["loss"] for line in lines_of(output_dir, name) if "loss" in line]
+
+
+def lines_of(output_dir: Path, name: str) -> list[dict]:
+    """Return the lines of a job's metrics."""
+    return [json.loads(line) for line in (output_dir / "jobs" / name / "metrics.jsonl").read_text().splitlines()]

@@ -23,10 +23,11 @@ CHUNK_FIELDS, SETTINGS = constants(3, _WIDTH)
 
 def make_chunks(ranges: Iterable[tuple[int, int, int]]) -> Tensor:
     """Cut (first element, number of elements, settings row) ranges of the arena into chunks: int64 [n, 3] on the host."""
-    rows = []
-    for first, length, job in ranges:
-        rows += [(first + i, min(CHUNK, length - i), job) for i in range(0, length, CHUNK)]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+    first, length, job = torch.tensor(list(ranges), dtype=torch.int64).view(-1, 3).unbind(1)
+    counts = -(-length // CHUNK)
+    which = torch.repeat_interleave(counts)
+    offset = (torch.arange(len(which)) - (counts.cumsum(0) - counts)[which]) * CHUNK
+    return torch.stack([first[which] + offset, (length[which] - offset).clamp(max=CHUNK), job[which]], 1)
 
 
 def adamw_(

@@ -90,8 +90,7 @@ def softmax_sums(logits: Tensor, backend: str | None = None) -> tuple[Tensor, Te
     num_rows, num_cols = logits.shape
     num_blocks = triton.cdiv(num_cols, BLOCK)
     highest, total = torch.empty(2, num_rows, num_blocks, dtype=torch.float32, device=logits.device)
-    if num_rows:
-        _softmax_sums_kernel[(num_rows * num_blocks,)](logits, highest, total, num_cols, num_blocks, BLOCK=BLOCK, num_warps=WARPS)
+    _launch(_softmax_sums_kernel, num_rows, num_cols, logits, highest, total)
     top = highest.amax(dim=1)
     return top, (total * (highest - top[:, None]).exp_()).sum(dim=1)
 
@@ -110,12 +109,7 @@ def softmax_residual_(
             raise ValueError(f"{list(each.shape)} with strides {each.stride()} is not one number for each row of {list(logits.shape)}")
     if backend_name(logits.device, backend) == "reference":
         return softmax_residual_reference_(logits, labels, first_token, highest, total)
-    num_rows, num_cols = logits.shape
-    num_blocks = triton.cdiv(num_cols, BLOCK)
-    if num_rows:
-        _softmax_residual_kernel[(num_rows * num_blocks,)](
-            logits, labels, highest, total, num_cols, num_blocks, first_token, BLOCK=BLOCK, num_warps=WARPS
-        )
+    _launch(_softmax_residual_kernel, len(logits), logits.shape[1], logits, labels, highest, total, first_token=first_token)
     return logits
 
 
@@ -129,14 +123,16 @@ def scatter_scaled(grad: Tensor, scales: Tensor, rows: Tensor | None = None, bac
         raise ValueError(f"grad {list(grad.shape)} with strides {grad.stride()} does not fit its scales {list(scales.shape)} or rows")
     if backend_name(grad.device, backend) == "reference":
         return scatter_scaled_reference(grad, scales, rows)
-    num_cols = grad.shape[1]
-    out = torch.empty_like(grad) if rows is None else grad.new_zeros(len(scales), num_cols)
-    num_blocks = triton.cdiv(num_cols, BLOCK)
-    if grad.numel():
-        _scatter_scaled_kernel[(len(grad) * num_blocks,)](
-            grad, scales, rows, out, num_cols, num_blocks, ALL=rows is None, BLOCK=BLOCK, num_warps=WARPS
-        )
+    out = torch.empty_like(grad) if rows is None else grad.new_zeros(len(scales), grad.shape[1])
+    _launch(_scatter_scaled_kernel, len(grad), grad.shape[1], grad, scales, rows, out, ALL=rows is None)
     return out
+
+
+def _launch(kernel, num_rows: int, num_cols: int, *tensors: Tensor | None, **options: int) -> None:
+    """Launch a program for each block of columns of each row."""
+    num_blocks = triton.cdiv(num_cols, BLOCK)
+    if num_rows * num_blocks:
+        kernel[(num_rows * num_blocks,)](*tensors, num_cols, num_blocks, **options, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def _check(logits: Tensor) -> None:

@@ -8,8 +8,9 @@ S and dS carry the scales: with c' = c / (1 - p), S = c' (M * X) A^T and dS = c'
 Y += S B^T, dB = dY^T S, dA = dS^T (M * X) and dX += M * (dS A) need no further factor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,19 @@ class LoraGroup:
         _check_tensors(self)
         _check_rows(self)
 
+    def beside(self, **views: Any) -> "LoraGroup":
+        """Return the group of another linear, in which the same adapters have the same rows: one check and one table serve both.
+
+        `views` are all fields but a_rows, b_rows and adapters.
+        """
+        _ = self.width, self.max_padded_rank, self.has_dropout, self.adapter_table, self.scale_table  # made here, and copied
+        other = object.__new__(LoraGroup)
+        other.__dict__.update(self.__dict__, **views)
+        _check_tensors(other)
+        if [len(a) for a in (other.a_RK, *other.b_RN)] != [len(a) for a in (self.a_RK, *self.b_RN)]:
+            raise ValueError(f"A {list(other.a_RK.shape)} has other rows than A {list(self.a_RK.shape)}")
+        return other
+
     @property
     def num_modules(self) -> int:
         """Return how many modules the merged linear holds (1 to 3)."""
@@ -107,6 +121,11 @@ class LoraGroup:
     def has_dropout(self) -> bool:
         """Return whether any adapter has dropout."""
         return any(self.adapters.thresholds)
+
+    @cached_property
+    def without_dropout(self) -> "LoraGroup":
+        """Return the same adapters without dropout, as evaluation uses them."""
+        return replace(self, adapters=replace(self.adapters, dropouts=(0.0,) * len(self.adapters))) if self.has_dropout else self
 
     def s_column(self, adapter: int, module: int) -> int:
         """Return the first column of S of an adapter's module, -1 when the adapter does not target it."""

@@ -86,6 +86,8 @@ def multi_lora_linear(
     """
     if group is None or route is None or not route.segments or group.width == 0:
         group = route = None
+    if group is not None and route is not None and not route.dropout:
+        group = group.without_dropout
     _check(x_TK, weight_NK, bias_N, group)
     ops = backend_for(x_TK.device, backend)
     return _MultiLoraLinear.apply(x_TK, weight_NK, bias_N, group, route, collectives, ops, refill, rounded, output_shape)

@@ -3,7 +3,6 @@
 Each function takes one segment at a time and touches that segment's rows alone, so a job's numbers (NaN included) never depend on
 its neighbours. LoRA arithmetic is float32 in every compute dtype; S and dS are kept in the compute dtype, as the kernels keep them.
 Y and dX are rounded once, after LoRA's term: added to rounded numbers, a term smaller than half a step would always be lost.
-`multi_lora_reference` writes the same mathematics as one differentiable expression: its autograd gradients test the backward formulas.
 """
 
 from typing import cast
@@ -73,17 +72,6 @@ def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx
     for rows, adapter, module, columns, a_rows, _ in _parts(group, route):
         xd = _dropped(x_TK[rows].float(), group, route.row_keys[rows], adapter, module)
         group.grad_a_RK[a_rows] += ds_TR[rows, columns].float().T @ xd
-
-
-def multi_lora_reference(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, group: LoraGroup, route: Route) -> Tensor:
-    """Return Y as one expression that autograd differentiates in X, A and B: y = x W^T + c B (A (M * x) / (1 - p)), in x's dtype."""
-    y_TN = F.linear(x_TK, weight_NK, bias_N)
-    for rows, adapter, module, _, a_rows, b_rows in _parts(group, route):
-        start, stop = group.columns[module]
-        xd = _dropped(x_TK[rows], group, route.row_keys[rows], adapter, module) * group.adapters.effective_scales[adapter]
-        part = (xd @ group.a_RK[a_rows].T) @ group.b_RN[module][b_rows]
-        y_TN = y_TN + F.pad(part, (start, y_TN.shape[1] - stop, rows.start, y_TN.shape[0] - rows.stop))
-    return y_TN
 
 
 def _frozen(x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None) -> Tensor:

@@ -28,11 +28,6 @@ class Refill:
         assert self._work is None, "this Refill serves a linear already"
         self._work = work
 
-    @property
-    def is_wanted(self) -> bool:
-        """Whether work waits for X."""
-        return self._work is not None
-
     def finish(self, x: Tensor) -> None:
         """Do the work that waited for X, [T_local, K] after leading dimensions are merged."""
         assert self._work is not None, "no work waits for this X"
@@ -42,4 +37,4 @@ class Refill:
 
 def wanted(refill: Refill | None) -> bool:
     """Whether a producer's backward must recompute its output."""
-    return refill is not None and refill.is_wanted
+    return refill is not None and refill._work is not None

@@ -1,7 +1,8 @@
 """The route of a microbatch: which rows belong to which adapter, and the small tables that kernels read.
 
 Invariants: segments are ascending, disjoint, inside [0, num_rows), and name each adapter at most once; they begin and end anywhere
-(no padding); a row in no segment is base-only. One route serves all layers of a stage, forward and backward. Its device tables
+(no padding); a row in no segment is base-only. One route serves all layers of a stage, forward and backward; `dropout` says whether
+its rows meet the adapters' dropout, or none as in evaluation. Its device tables
 are made on first use from host numbers alone, through pinned memory, so that nothing waits for the device:
 
     segment_table    [n, 4]                first row, end row, adapter, 0
@@ -31,11 +32,12 @@ SEGMENT_FIELDS, TILE_FIELDS, ITEM_FIELDS = constants(4, 4, 6)
 class Route:
     """Rows to adapters for one microbatch. Build with `make_route`; immutable but for the caches of its tables."""
 
-    def __init__(self, num_rows: int, segments: tuple[tuple[int, int, int], ...], row_keys: Tensor):
+    def __init__(self, num_rows: int, segments: tuple[tuple[int, int, int], ...], row_keys: Tensor, dropout: bool = True):
         _check(num_rows, segments, row_keys)
         self.num_rows = num_rows
         self.segments = tuple(segment for segment in segments if segment[1] > segment[0])
         self.row_keys = row_keys
+        self.dropout = dropout
         self._tables: dict[tuple, Any] = {}  # tensors, numbers, and the routes of parts of the rows
 
     @property
@@ -81,7 +83,7 @@ class Route:
 
     def _cut(self, first: int, end: int) -> "Route":
         clipped = ((max(a, first) - first, min(b, end) - first, adapter) for a, b, adapter in self.segments)
-        return Route(end - first, tuple(s for s in clipped if s[0] < s[1]), self.row_keys[first:end])
+        return Route(end - first, tuple(s for s in clipped if s[0] < s[1]), self.row_keys[first:end], self.dropout)
 
     def _cached(self, key: tuple, make):
         if key not in self._tables:
@@ -92,13 +94,15 @@ class Route:
         return upload(torch.tensor(rows, dtype=torch.int32).view(-1, width), self.device)
 
 
-def make_route(num_rows: int, segments: Sequence[tuple[int, int, int]], row_keys: Tensor | np.ndarray, device) -> Route:
+def make_route(
+    num_rows: int, segments: Sequence[tuple[int, int, int]], row_keys: Tensor | np.ndarray, device, dropout: bool = True
+) -> Route:
     """Build a route: `segments` are (first row, end row, adapter), `row_keys` int32 [num_rows]. No host-device synchronisation.
 
     Raises ValueError when segments overlap, leave the rows, are out of order or repeat an adapter.
     """
     keys = torch.from_numpy(np.ascontiguousarray(row_keys)) if isinstance(row_keys, np.ndarray) else row_keys
-    return Route(num_rows, tuple((int(a), int(b), int(c)) for a, b, c in segments), upload(keys, torch.device(device)))
+    return Route(num_rows, tuple((int(a), int(b), int(c)) for a, b, c in segments), upload(keys, torch.device(device)), dropout)
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

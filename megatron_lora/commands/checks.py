@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lora.config.rules import show
-from megatron_lora.config.schema import JobConfig, RunConfig
+from megatron_lora.config.schema import RunConfig
 from megatron_lora.data.dataset_sources import MAX_NAME_BYTES, sources_of
-from megatron_lora.data.steps import check_visits, count_steps
+from megatron_lora.data.steps import check_visits
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.architecture import Architecture, unread_fields
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.model.backends import check_backends
-from megatron_lora.output.run_directory import RunDirectory
+from megatron_lora.output.run_directory import RunDirectory, with_changes
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
 
@@ -53,6 +53,7 @@ def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = Tr
     points = {}
     if owner:
         points = RunDirectory.check(config)
+        config = with_changes(config)
         config = dataclasses.replace(config, jobs=tuple(job for job in config.jobs if job.name in points))
     check_files(config)
     check_backends(config)
@@ -60,6 +61,8 @@ def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = Tr
     may_fail = {job.name for job in config.jobs if points.get(job.name, ResumePoint()).checkpoint is None}
     inputs = read_inputs(config, may_fail)
     remaining = [job for job in config.jobs if job.name not in inputs.failed]
+    from megatron_lora.training.job_checks import check_checkpoint
+
     for job, job_data in zip(remaining, inputs.data, strict=True):
         check_checkpoint(job, job_data, points.get(job.name, ResumePoint()))
     return inputs
@@ -70,6 +73,8 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
 
     Jobs of `may_fail` whose data are bad are in the inputs' `failed`, if any job is left.
     """
+    from megatron_lora.training.job_checks import check_init_adapter, check_lengths
+
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
     architecture = read_base_model(model_dir, config.load_weights)
@@ -112,8 +117,9 @@ def show_unread_fields(model_dir: Path, model_type: str) -> None:
 def check_files(config: RunConfig) -> None:
     """Check that every dataset and adapter that the config names exists and can be read."""
     for job in config.jobs:
-        for position, dataset in enumerate(job.datasets):
-            sources_of(dataset, f"jobs.{job.name}.datasets.{position}.path")
+        for key, datasets in (("datasets", job.datasets), ("val_datasets", job.val_datasets)):
+            for position, dataset in enumerate(datasets):
+                sources_of(dataset, f"jobs.{job.name}.{key}.{position}.path")
         if job.init_adapter is None:
             continue
         if len(Path(job.init_adapter).name.encode()) > MAX_NAME_BYTES:
@@ -138,43 +144,6 @@ def check_devices(ranks_here: int) -> None:
             f"parallel: needs {ranks_here} ranks, and this machine has no GPU and {num_cores()} CPU cores; "
             f"lower parallel.pipeline or parallel.tensor to at most {RANKS_PER_CORE * num_cores()} ranks"
         )
-
-
-def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: str) -> None:
-    """Check that a job's `init_adapter` has its rank, scale and modules, and fits this base model; imports torch.
-
-    One that says that it was made for a base model of another name, which has the same shapes, is named in a line.
-    """
-    if job.init_adapter is None:
-        return
-    from megatron_lora.huggingface.adapter_files import check_adapter, check_modules, read_adapter
-
-    where = f"jobs.{job.name}"
-    try:
-        adapter = read_adapter(job.init_adapter)
-    except UserError as error:
-        raise UserError(f"{where}.init_adapter: {error}") from None
-    named = f"{where}.init_adapter: {job.init_adapter!r}"
-    check_modules(named, adapter, architecture.module_sizes)
-    for key in ("r", "lora_alpha", "use_rslora"):
-        wanted, found = getattr(job, key), getattr(adapter, key)
-        if wanted != found:
-            raise UserError(f"{where}.{key}: {wanted} differs from {found} in init_adapter {job.init_adapter!r}; set {key}: {found}")
-    if set(adapter.target_modules) != set(job.target_modules):
-        found = ", ".join(module for module in architecture.module_sizes if module in adapter.target_modules)
-        raise UserError(f"{where}.target_modules: differ from those in init_adapter {job.init_adapter!r}; set [{found}]")
-    paths = {
-        (layer, module): architecture.module_path(layer, module)
-        for layer in range(architecture.num_layers)
-        for module in architecture.module_sizes
-    }
-    sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
-    shapes = {path: (sizes[module][1], sizes[module][0]) for (_, module), path in paths.items() if module in sizes}
-    others = [*(path for path in paths.values() if path not in shapes), "model.embed_tokens", "lm_head"]
-    check_adapter(named, adapter, shapes, others)
-    if adapter.base_model and Path(adapter.base_model).name != Path(base_model).name:
-        made_for = f"was made for the base model {show(adapter.base_model)}, and this run has {base_model!r}, of the same shapes"
-        print(f"megatron-lora: {named} {made_for}", file=sys.stderr)
 
 
 def read_data(config: RunConfig, model_dir: Path, architecture: Architecture) -> tuple:
@@ -218,36 +187,4 @@ def warn_of_untrained_tokens(data: Mapping[str, Any], tokenizer, model_dir: Path
             f"megatron-lora: warning: base_model: has untrained rows for {', '.join(untrained)}, which stand in the data of "
             f"{', '.join(jobs)}; such tokens can hardly be learnt: use an instruct model, or chat_template: plain",
             file=sys.stderr,
-        )
-
-
-def check_checkpoint(job: JobConfig, job_data, point: ResumePoint) -> None:
-    """Check that a job's checkpoint is complete, and was made with the job's samples and number of steps."""
-    from megatron_lora.output.checkpoint import check_tensors
-
-    if point.checkpoint is None or point.state is None:
-        return
-    check_tensors(point.checkpoint)
-    num_steps = count_steps(job_data.mixture.num_copies, job.global_batch_size, job.num_epochs, job.max_steps)
-    if (point.state.samples, point.state.num_steps) != (job_data.digest(), num_steps):
-        raise UserError(
-            f"jobs.{job.name}.datasets: have other records or weights, or the tokenizer makes other tokens of them, than when "
-            f"{point.checkpoint} was written; restore them, or choose another output_dir"
-        )
-
-
-def check_lengths(job: JobConfig, data, microbatch_tokens: int | str, architecture: Architecture) -> None:
-    """Check that no sample has more tokens than a microbatch or than the model has positions."""
-    where = f"jobs.{job.name}"
-    longest = data.samples[int(data.samples.lengths.argmax())]
-    tokens = len(longest.tokens)
-    if isinstance(microbatch_tokens, int) and tokens > microbatch_tokens:
-        raise UserError(
-            f"microbatch_tokens: {microbatch_tokens} is less than the {tokens} tokens of record {longest.record} of {where}; "
-            f"set microbatch_tokens: {tokens} or more, or {where}.sequence_len: {microbatch_tokens}"
-        )
-    if tokens > architecture.max_positions:
-        raise UserError(
-            f"{where}.sequence_len: {job.sequence_len} lets record {longest.record} have {tokens} tokens, and the model has "
-            f"{architecture.max_positions} positions; set it to at most {architecture.max_positions}"
         )

@@ -80,15 +80,11 @@ def machine() -> list[Finding]:
         return [Finding("devices", f"{num_cores()} CPU cores")]
     gpus = devices()
     threads = os.environ.get("OMP_NUM_THREADS", "the cores are divided among the ranks")
+    no_gpu = Finding("GPU", "none visible", "runs on CPU over gloo, in fp32: good for trying things out, too slow for real models")
     return [
         Finding("CPU", f"{num_cores()} cores, OMP_NUM_THREADS {threads}"),
         Finding("host memory", size(machine_bytes()), "activation_offloading keeps layer inputs there; plan says how much" if gpus else ""),
-        *(Finding(f"GPU {index}", name) for index, name in enumerate(gpus)),
-        *(
-            []
-            if gpus
-            else [Finding("GPU", "none visible", "runs on CPU over gloo, in fp32: good for trying things out, too slow for real models")]
-        ),
+        *([Finding(f"GPU {index}", name) for index, name in enumerate(gpus)] or [no_gpu]),
     ]
 
 
@@ -99,7 +95,7 @@ def backends() -> list[Finding]:
     import torch
 
     from megatron_lora.errors import UserError
-    from megatron_lora.model.backends import ATTENTION, FP8_CAPABILITY, INSTALL_CUDNN, INSTALL_ENGINE, choose, this_machine
+    from megatron_lora.model.backends import ATTENTION, FP8_CAPABILITY, choose, this_machine
 
     here = this_machine()
     cuda, triton = here.capability is not None, version("triton")
@@ -109,7 +105,13 @@ def backends() -> list[Finding]:
         attention = Finding("attention", found, "tried on the GPU when a run starts" if cuda and chosen != "torch" else "")
     except UserError as error:
         attention = Finding("attention", "none", str(error))
-    lacks_fp8 = here.capability is not None and here.capability < FP8_CAPABILITY
+    fp8 = Finding("base_weights fp8", "8-bit tensor cores" if cuda else "plain torch, for trying out")
+    if here.capability is not None and here.capability < FP8_CAPABILITY:
+        fp8 = Finding("base_weights fp8", "refused", "this GPU has no 8-bit tensor cores")
+    order = Finding("deterministic true", "no cost, CPU sums have a fixed order")
+    if cuda:
+        slower = "11% less speed than cuDNN's at samples of 4,096 tokens (8B, H200)"
+        order = Finding("deterministic true", "torch's attention, in a fixed order of sums", slower)
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     idle = "no GPU is visible, so it runs as a CPU build would" if torch.version.cuda and not cuda else ""
     return [
@@ -118,17 +120,9 @@ def backends() -> list[Finding]:
         Finding("transport", "NCCL" if cuda else "gloo"),
         attention,
         Finding("fused kernels", "Triton" if cuda and triton else "plain torch", hopper_kernels(here.capability) if triton else ""),
-        Finding(
-            "base_weights fp8",
-            "refused" if lacks_fp8 else "8-bit tensor cores" if cuda else "plain torch, for trying out",
-            "this GPU has no 8-bit tensor cores" if lacks_fp8 else "",
-        ),
-        Finding(
-            "deterministic true",
-            "torch's attention, in a fixed order of sums" if cuda else "no cost, CPU sums have a fixed order",
-            "11% less speed than cuDNN's at samples of 4,096 tokens (8B, H200)" if cuda else "",
-        ),
-        *(_extras(here.cudnn, here.engine, INSTALL_CUDNN, INSTALL_ENGINE) if cuda else []),
+        fp8,
+        order,
+        *(_extras(here.cudnn, here.engine) if cuda else []),
     ]
 
 
@@ -142,18 +136,17 @@ def hopper_kernels(capability: tuple[int, int] | None, version: tuple[int, ...] 
     )
 
 
-def _extras(cudnn: str | None, engine: str | None, install_cudnn: str, install_engine: str) -> list[Finding]:
+def _extras(cudnn: str | None, engine: str | None) -> list[Finding]:
     """Report what cuDNN's attention and Transformer Engine are used for on a GPU."""
-    no_cudnn = f"torch's attention takes its place, 3 to 8% less speed on an H200; {install_cudnn}"
-    no_engine = f"nothing: our norms and torch's attention take its place; {install_engine}"
-    return [
-        Finding("cuDNN's attention", f"nvidia-cudnn-frontend {cudnn}", "for backend: auto, where it works when a run starts")
-        if cudnn
-        else Finding("cuDNN's attention", "missing", no_cudnn),
-        Finding("backend te", engine, "for backend: te; its norms, and its attention where that works when a run starts")
-        if engine
-        else Finding("backend te", "missing", no_engine),
-    ]
+    from megatron_lora.model.backends import INSTALL_CUDNN, INSTALL_ENGINE
+
+    attention = ("missing", f"torch's attention takes its place, 3 to 8% less speed on an H200; {INSTALL_CUDNN}")
+    if cudnn:
+        attention = (f"nvidia-cudnn-frontend {cudnn}", "for backend: auto, where it works when a run starts")
+    te = ("missing", f"nothing: our norms and torch's attention take its place; {INSTALL_ENGINE}")
+    if engine:
+        te = (engine, "for backend: te; its norms, and its attention where that works when a run starts")
+    return [Finding("cuDNN's attention", *attention), Finding("backend te", *te)]
 
 
 def apex() -> list[Finding]:

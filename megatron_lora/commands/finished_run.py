@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,13 @@ from pathlib import Path
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.output.metrics import metrics_file, read_metrics
+from megatron_lora.output.run_files import read_spans, window_files
 from scheduling.cost import CostModel, pass_features
 from scheduling.plan_json import stream_from_json
 from scheduling.simulate import Event, Timeline, simulate
 from scheduling.types import Op, Stream
 
-WORK = {"F": Op.FORWARD, "B": Op.BACKWARD, "STEP": Op.STEP}
+WORK = {"F": Op.FORWARD, "E": Op.EVAL, "B": Op.BACKWARD, "STEP": Op.STEP}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class FinishedRun:
     path: Path
     config: RunConfig
     slots: list[list[list[int]]]  # as plan/ has them: [slot][sample] -> job, step, sample, tokens
+    evaluated: frozenset[int]  # evaluation slots
+    names: Mapping[int, str]  # of the jobs, by the numbers that slots have
     spans: Mapping[int, list[dict]]  # rank -> events of the Chrome trace format, microseconds
     cost: dict
 
@@ -44,23 +47,20 @@ class FinishedRun:
         """Read a directory; UserError where it is not that of a run that has ended."""
         try:
             config = load_config(path / "config.yaml")
-            windows = sorted((path / "plan").glob("window-*.json"), key=lambda file: (len(file.name), file.name))
-            slots = [slot for window in windows for slot in json.loads(window.read_text(encoding="utf-8"))["microbatches"]]
-            spans: dict[int, list[dict]] = defaultdict(list)
-            for event in json.loads((path / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]:
-                if event["ph"] == "X":
-                    spans[event["tid"]].append(event | {"index": int(event["name"].split()[-1])})
+            slots, evaluated, names = _read_windows(path)
+            spans = read_spans(path)
             cost = json.loads((path / "cost.json").read_text(encoding="utf-8"))
             _check_cost(cost, {job.name for job in config.jobs}, config.parallel.pipeline)
+            names = names or dict(enumerate(cost["jobs"]))
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             said = one_line(f"{type(error).__name__}: {error}", 200)
             raise UserError(f"{path}: is not the directory of a run that has ended ({said}); name a run's output_dir") from None
-        executed = [event["index"] for events in spans.values() for event in events if event["cat"] == "F"]
+        executed = [event["index"] for events in spans.values() for event in events if event["cat"] in ("F", "E")]
         if not executed:
             raise UserError(f"{path}: nothing was trained in the run's last start; name a run that has")
         if (num_slots := 1 + max(executed)) > len(slots):
             raise UserError(f"{path}: plan/ has {len(slots)} slots, and {num_slots} were executed; restore its windows")
-        return cls(path, config, slots[:num_slots], dict(sorted(spans.items())), cost)
+        return cls(path, config, slots[:num_slots], evaluated, names, spans, cost)
 
     @property
     def num_stages(self) -> int:
@@ -75,13 +75,14 @@ class FinishedRun:
     @cached_property
     def stream(self) -> Stream:
         """The executed slots, as the planner saw them: with several replicas, a sample stands for one of each, as long as the longest."""
-        return stream_from_json(self.slots)
+        return stream_from_json(self.slots, self.evaluated)
 
     @cached_property
     def steps(self) -> list[dict]:
         """What metrics.jsonl says of the steps of this start, job after job."""
-        taken = {(self.cost["jobs"][job], step + 1) for slot in self.slots for job, step, *_ in slot}
-        logged = ((name, line) for name in self.cost["jobs"] for line in read_metrics(metrics_file(self.path, name)))
+        trained = (entries for slot, entries in enumerate(self.slots) if slot not in self.evaluated)
+        taken = {(self.names[job], step + 1) for entries in trained for job, step, *_ in entries}
+        logged = ((name, line) for name in self.names.values() for line in read_metrics(metrics_file(self.path, name)))
         return [line | {"job": name} for name, line in logged if (name, line["step"]) in taken]
 
     @property
@@ -121,12 +122,12 @@ class FinishedRun:
         return 1 - sum(self.seconds(stage, kind) for kind in WORK) / self.makespan_s
 
     def passes(self, kind: str) -> list[list[float]]:
-        """Return the seconds of every slot's "F" or "B" on each stage, [stage][slot]; 0 where nothing ran."""
+        """Return the seconds of every slot's forward ("F", evaluation's too) or "B" on each stage, [stage][slot]; 0 where nothing ran."""
         found = [[0.0] * len(self.slots) for _ in range(self.num_stages)]
         stages = list(self.stages.values())
         for rank, events in self.spans.items():
             for event in events:
-                if event["cat"] == kind:
+                if event["cat"] == kind or (kind == "F" and event["cat"] == "E"):
                     found[self.stages[rank]][event["index"]] += event["dur"] / 1e6 / stages.count(self.stages[rank])
         return found
 
@@ -137,10 +138,10 @@ class FinishedRun:
         """
         width = self.config.parallel.tensor * self.config.parallel.data
         ends = {
-            (rank, event["cat"], event["index"]): event["ts"] + event["dur"]
+            (rank, "B" if event["cat"] == "B" else "F", event["index"]): event["ts"] + event["dur"]
             for rank, events in self.spans.items()
             for event in events
-            if event["cat"] in ("F", "B")
+            if event["cat"] in ("F", "E", "B")
         }
         shares: dict[str, list[float]] = defaultdict(list)
         for receiver, events in self.spans.items():
@@ -158,18 +159,15 @@ class FinishedRun:
         """Return the run as it was predicted when it began."""
         multiple = self.config.parallel.row_multiple
         ranks = {job.name: job.r for job in self.config.jobs}
-        samples = ([(tokens, ranks[self.cost["jobs"][job]]) for job, _, _, tokens in slot] for slot in self.slots)
+        samples = ([(tokens, ranks[self.names[job]]) for job, _, _, tokens in slot] for slot in self.slots)
         times = CostModel.from_json(self.cost["stages"]).pass_times([[pass_features(slot, multiple)] for slot in samples])
-        return self._simulated(*times, self.cost["hop_s"], self.cost["step_s"])
+        return simulate(self.stream, *times, self.cost["hop_s"], self.cost["step_s"], self.config.parallel.norm_delay)
 
     def replayed(self) -> Timeline:
         """Return the plan with the time that each pass took; what the real run takes beyond it is messages, launches and late plans."""
         taken = [event["dur"] / 1e6 for events in self.spans.values() for event in events if event["cat"] == "STEP"]
-        return self._simulated(self.passes("F"), self.passes("B"), 0.0, statistics.fmean(taken) if taken else 0.0)
-
-    def _simulated(self, forward: Sequence, backward: Sequence, hop_s: float, step_s: float) -> Timeline:
-        delay = self.config.parallel.norm_delay
-        return simulate(self.stream, forward, backward, hop_s, step_s, delay)
+        step_s, delay = statistics.fmean(taken) if taken else 0.0, self.config.parallel.norm_delay
+        return simulate(self.stream, self.passes("F"), self.passes("B"), 0.0, step_s, delay)
 
     def real(self) -> Timeline:
         """Return what ran on the first rank of each stage."""
@@ -182,6 +180,19 @@ class FinishedRun:
             if e["cat"] in WORK
         ]
         return Timeline(self.num_stages, self.makespan_s, tuple(events))
+
+
+def _read_windows(path: Path) -> tuple[list[list[list[int]]], frozenset[int], dict[int, str]]:
+    """Return the slots of all windows, with the no-ops that drain the pipeline; which are evaluation slots; and the jobs' names."""
+    slots: list[list[list[int]]] = []
+    evaluated: set[int] = set()
+    names: dict[int, str] = {}
+    for file in window_files(path):
+        window = json.loads(file.read_text(encoding="utf-8"))
+        evaluated |= {len(slots) + slot for slot in window.get("evaluate", ())}
+        slots += window["microbatches"] + [[]] * window.get("drain", 0)
+        names |= {int(number): name for number, name in window.get("jobs", {}).items()}
+    return slots, frozenset(evaluated), names
 
 
 def _check_cost(cost: dict, names: set[str], num_stages: int) -> None:

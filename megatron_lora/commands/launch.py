@@ -21,10 +21,12 @@ from pathlib import Path
 
 from megatron_lora.commands.checks import check_run, say_failed
 from megatron_lora.commands.rank import LAUNCHED
+from megatron_lora.config.live import Live
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.environment import environment, num_cores
 from megatron_lora.errors import UserError
-from megatron_lora.output.run_directory import RunDirectory, has_trained, job_states
+from megatron_lora.output.events import Replay
+from megatron_lora.output.run_directory import RunDirectory, has_begun, job_states
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_S = 3.0  # signals this close together are one request: SLURM signals both the batch script and the step
@@ -40,13 +42,15 @@ class Nodes:
     port: str = ""
 
 
-def train(config_path: str, overrides: list[str]) -> int:
+def train(config_path: str, overrides: list[str], live: Live = Live()) -> int:  # noqa: B008  it is frozen
     """Run a config to its end; returns the recorded 0, 3 or 75, 2 for wrong input that a rank found, 1 for a crash."""
     config = load_config(config_path, overrides)
+    if live.replay is not None:
+        Replay(live.replay)
     nodes = find_nodes(os.environ)
     ranks_here = split_ranks(config, nodes)
     inputs = check_run(config, ranks_here, owner=nodes.index == 0)
-    command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides]
+    command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides, *live.words()]
     if nodes.index > 0:
         return report_ending(start_ranks(command, ranks_here, lock=None))
     say_failed(inputs)
@@ -59,7 +63,7 @@ def train(config_path: str, overrides: list[str]) -> int:
         if ending.signals and not has_started and ending.status != 2:  # a rank that is asked to stop before it trains ends in its own way
             status = 75 if len(ending.signals) == 1 else 128 + ending.signals[0]
             ending = _Ending(status=status, reason=_stop_reason(ending.signals[0], "it took a step"))
-        if ending.status == 2 and not has_trained(run.path):
+        if ending.status == 2 and not has_begun(run.path):
             run.discard()
             return report_ending(ending)
         try:

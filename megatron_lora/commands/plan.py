@@ -8,12 +8,15 @@ one by one divided by the time together.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lora.commands.checks import read_inputs, say_failed
 from megatron_lora.config.rules import one_of
 from megatron_lora.config.schema import RunConfig, load_config
+from megatron_lora.data.evaluation import evaluation_steps, longest_of
 from megatron_lora.data.sample_arrays import target_share
+from megatron_lora.data.samples import JobData
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import layers_of_stages
@@ -22,7 +25,7 @@ from megatron_lora.planning.devices import named_device, size, this_device, this
 from megatron_lora.planning.forecast import Figures, Forecast, Workload, forecast
 from megatron_lora.planning.plan_picture import check_plot_path, draw
 from megatron_lora.planning.predict import cost_of, memory_of, message_and_step_seconds, planner_cost
-from megatron_lora.planning.resolve import describe, host_memory_line, resolve
+from megatron_lora.planning.resolve import adapter_memory_line, describe, host_memory_line, resolve
 from scheduling.cost import DEVICES, Device
 from scheduling.data_parallel import deal
 from scheduling.memory import RESERVED
@@ -48,13 +51,15 @@ def main(config_path: str, overrides: list[str], *, policy: str, plot: str | Non
     samples = [job_data.steps_of(job) for job, job_data in zip(given.jobs, inputs.data, strict=True)]
     lengths = [of_job.lengths() for of_job in samples]
     share = target_share((of_job.samples, of_job.steps) for of_job in samples)
-    config = resolve(given, inputs.architecture, lengths, device, share)
+    held = [*lengths, *longest_of(job_data.validation_samples for job_data in inputs.data)]  # what a microbatch must hold
+    config = resolve(given, inputs.architecture, held, device, share)
     cost = cost_of(config, inputs.architecture, device, share)
     weights = planner_cost(config, inputs.architecture, device, share)
     workload = Workload(config=config, dealt=deal(lengths, config.parallel.data, weights), cost=cost, weights=weights)
     seconds = message_and_step_seconds(config, inputs.architecture, device)
     together, solo = (forecast(runs_of(each, workload), workload, *seconds) for each in (policy, "flush"))
-    lines = [*describe(given, config), *table(config, policy, workload, solo, together), ""]
+    chosen = [*describe(given, config), *adapter_memory_line(given, config, inputs.architecture, device)]
+    lines = [*chosen, *table(config, policy, workload, solo, together), *validation_lines(config, inputs.data), ""]
     lines += stage_table(config, inputs.architecture, device, together)
     lines += [*host_memory_line(given, config, inputs.architecture, device), *[DETERMINISTIC][: config.deterministic], ""]
     lines += [basis(device, known, costs, share), *advice(config, policy, solo, together)]
@@ -112,12 +117,20 @@ def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, to
 
     gains = gains_of(solo, together)
     steps_of = [len(dealt.lengths) for dealt in workload.dealt.jobs.values()]
-    for job, steps in enumerate(steps_of):
-        lines.append(row(names[job], steps, solo.of_job(job), gains[job]))
-    steps = sum(steps_of)
-    lines.append(row(names[-2], steps, solo.figures, None))
-    lines.append(row(names[-1], steps, together.figures, solo.figures.seconds / together.figures.seconds))
-    return lines
+    lines += [row(names[job], steps, solo.of_job(job), gains[job]) for job, steps in enumerate(steps_of)]
+    lines.append(row(names[-2], sum(steps_of), solo.figures, None))
+    return [*lines, row(names[-1], sum(steps_of), together.figures, solo.figures.seconds / together.figures.seconds)]
+
+
+def validation_lines(config: RunConfig, data: Sequence[JobData]) -> list[str]:
+    """Return a line for each job with validation data, and an empty one behind them."""
+    lines = []
+    for job, job_data in zip(config.jobs, data, strict=True):
+        if times := len(evaluation_steps(job, job_data.steps_of(job).steps)):
+            samples = job_data.validation_samples
+            size = f"{len(samples):,} samples for validation, {samples.lengths.sum():,} tokens"
+            lines.append(f"{job.name}: {size}, evaluated {times} times, which the seconds do not count")
+    return [*lines, ""] if lines else []
 
 
 def gains_of(solo: Forecast, together: Forecast) -> list[float]:

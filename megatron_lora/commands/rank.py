@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_lora.commands.torchrun import die_with_parent, record_failure
+from megatron_lora.config.live import Live
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.output.job_states import exit_status
+from megatron_lora.output.report_page import write_report_page
 from megatron_lora.output.run_directory import RunDirectory, job_states
 from megatron_lora.training.stop_request import StopRequest
 
@@ -28,10 +30,10 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "LOCAL_RANK" in os.environ
 
 
-def main(config_path: str, overrides: list[str]) -> int:
+def main(config_path: str, overrides: list[str], live: Live) -> int:
     """Train as one rank; returns the exit status, or ends the process on an exception."""
     stop = StopRequest()
-    status = _as_rank(lambda: _train(_load(config_path, overrides), stop), stop)
+    status = _as_rank(lambda: _train(_load(config_path, overrides), stop, live), stop)
     return 0 if LAUNCHED in os.environ else status
 
 
@@ -79,10 +81,10 @@ def _load(config_path: str, overrides: list[str]) -> RunConfig:
     return config
 
 
-def _train(config: RunConfig, stop: StopRequest) -> int:
+def _train(config: RunConfig, stop: StopRequest, live: Live) -> int:
     """Train, and return the run's status as rank 0, which locks the output directory and records how the run ended; others return 0."""
     if os.environ["RANK"] != "0":
-        _run(config, stop)
+        _run(config, stop, live)
         return 0
     if LAUNCHED in os.environ:
         run_directory = RunDirectory.join(config)
@@ -94,18 +96,19 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
         say_failed(inputs)
         run_directory = RunDirectory.create(config, environment(), inputs.failed)
     with run_directory:
-        _run(config, stop)
+        _run(config, stop, live)
         status = exit_status(job_states(run_directory.path).values())  # of all jobs, those of earlier starts too
         run_directory.finish(status)
+        write_report_page(run_directory.path)
     return status
 
 
-def _run(config: RunConfig, stop: StopRequest) -> None:
+def _run(config: RunConfig, stop: StopRequest, live: Live) -> None:
     import torch.distributed as dist
 
     from megatron_lora.training import train
 
-    train.run(config, stop)
+    train.run(config, stop, live)
     if dist.is_initialized():
         dist.destroy_process_group()
 

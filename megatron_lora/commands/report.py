@@ -3,33 +3,61 @@
 from pathlib import Path
 
 from megatron_lora.commands.finished_run import FinishedRun
+from megatron_lora.errors import UserError
+from megatron_lora.output.report_page import write_report_page
 from megatron_lora.planning.plan_picture import check_plot_path, draw
 
-COLUMNS = {"F": "forward", "B": "backward", "STEP": "step", "wait F": "wait F", "wait B": "wait B", "wait plan": "wait plan"}  # by span
+COLUMNS = {
+    "F": "forward",
+    "E": "evaluation",
+    "B": "backward",
+    "STEP": "step",
+    "wait F": "wait F",
+    "wait B": "wait B",
+    "wait plan": "wait plan",
+}  # by span
 
 
-def main(run_path: str, plot: str | None) -> int:
-    """Print the report of a run, and draw it into the file `plot`; returns 0."""
+def main(run_path: str, plot: str | None, html: str | None = None) -> int:
+    """Print the report of a run, and draw it into the file `plot`; returns 0.
+
+    With `html` write a page into that file, or for "" into the run's report.html, also of a run that has
+    not ended; the report is printed too only where it is drawn.
+    """
     if plot is not None:
         check_plot_path(plot)
+    if html is not None:
+        print(f"Report: {write_report_page(Path(run_path), _checked(html) if html else None)}")
+        if plot is None:
+            return 0
     run = FinishedRun.read(Path(run_path))
     print("\n".join(report(run)))
     if plot is not None:
         panels = [("real", run.real()), *([("predicted", run.predicted())] if run.is_complete else [])]
-        draw(plot, panels, run.stream, run.cost["jobs"], "seconds")
+        draw(plot, panels, run.stream, [run.names.get(number, "") for number in range(1 + max(run.names))], "seconds")
     return 0
+
+
+def _checked(page: str) -> Path:
+    """Return the path of a page to write; UserError where it exists or lies in no directory."""
+    if Path(page).exists():
+        raise UserError(f"--html: {page!r} exists; choose another name, or remove it")
+    if not Path(page).absolute().parent.is_dir():
+        raise UserError(f"--html: {page!r} lies in no directory; make {str(Path(page).parent)!r} first")
+    return Path(page)
 
 
 def report(run: FinishedRun) -> list[str]:
     """Return the report, line by line."""
-    busy = [slot for slot in run.slots if slot]
+    busy = [slot for number, slot in enumerate(run.slots) if slot and number not in run.evaluated]
+    noops = len(run.slots) - len(busy) - len(run.evaluated)
     parallel, budget = run.config.parallel, int(run.config.microbatch_tokens)
     multiple = parallel.row_multiple
     rows = sum(-(-sum(entry[3] for entry in slot) // multiple) * multiple for slot in busy) * parallel.data
     lines = [
-        f"{run.path}: {len(run.cost['jobs'])} jobs, {len(run.steps)} steps, {run.tokens:,} tokens in {run.makespan_s:.2f} s: "
+        f"{run.path}: {len(run.names)} jobs, {len(run.steps)} steps, {run.tokens:,} tokens in {run.makespan_s:.2f} s: "
         f"{run.tokens / run.makespan_s:,.0f} tokens/s",
-        f"{len(run.slots)} slots, {len(run.slots) - len(busy)} of them no-ops, "
+        f"{len(run.slots)} slots, {f'{len(run.evaluated)} of them evaluations, ' if run.evaluated else ''}{noops} of them no-ops, "
         f"the others {run.tokens / (len(busy) * budget * parallel.data):.0%} full; "
         f"padding {1 - run.tokens / rows:.1%} of the rows; efficiency {_efficiency(run):.1%}, the share of all stages' time in forwards "
         "and backwards",
@@ -39,7 +67,7 @@ def report(run: FinishedRun) -> list[str]:
 
 
 def _efficiency(run: FinishedRun) -> float:
-    passes = sum(run.seconds(stage, kind) for stage in range(run.num_stages) for kind in ("F", "B"))
+    passes = sum(run.seconds(stage, kind) for stage in range(run.num_stages) for kind in ("F", "E", "B"))
     return passes / (run.num_stages * run.makespan_s)
 
 

@@ -3,8 +3,8 @@
     resolved = planning.resolve.resolve(config, ...)       # from a RunConfig that may say `auto` or null
     resolved.microbatch_tokens + 1                         # an int; `precision` is bf16 or fp32; every stage has its layers
 
-Precision, layers_per_stage, microbatch_tokens, recompute and activation_offloading are chosen. `backend: auto` stays: each
-rank resolves it on its device (model/backends.py). A resolved config equals a RunConfig with the
+Precision, layers_per_stage, microbatch_tokens, recompute, activation_offloading and adapter_memory are chosen. `backend: auto`
+stays: each rank resolves it on its device (model/backends.py). A resolved config equals a RunConfig with the
 same values, and the run's config.yaml has them.
 """
 
@@ -21,9 +21,10 @@ class ResolvedConfig(RunConfig):
 
     microbatch_tokens: int  # pyright: ignore[reportGeneralTypeIssues]  narrower than RunConfig's, which may be "auto"
     activation_offloading: bool  # pyright: ignore[reportGeneralTypeIssues]  likewise
+    adapter_memory: float  # pyright: ignore[reportGeneralTypeIssues]  likewise
 
     def __post_init__(self):
-        keys = ("precision", "microbatch_tokens", "recompute", "activation_offloading")
+        keys = ("precision", "microbatch_tokens", "recompute", "activation_offloading", "adapter_memory")
         open_keys = [name for name in keys if getattr(self, name) == "auto"]
         assert not open_keys and self.parallel.layers_per_stage is not None, f"{open_keys or 'layers_per_stage'} is not resolved"
 

@@ -20,6 +20,7 @@ from megatron_lora.errors import UserError, one_line
 Check = Callable[[str, object], Any]
 
 RECOMPUTE = ("none", "cheap", "full")
+METRICS = {"eval_loss": "min", "eval_perplexity": "min", "eval_accuracy": "max"}  # of an evaluation -> which of its values is the best
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 OTHER_WORDS = {  # what other trainers call a key of ours
@@ -30,13 +31,16 @@ OTHER_WORDS = {  # what other trainers call a key of ours
     "dropout": "lora_dropout",
     "dtype": "precision",
     "epochs": "num_epochs",
+    "evals_per_epoch": "eval_steps",
     "gradient_accumulation_steps": "global_batch_size",
     "lora_r": "r",
     "lora_target_modules": "target_modules",
     "lr": "learning_rate",
     "lr_scheduler_type": "lr_scheduler",
+    "load_best_model_at_end": "keep",
     "max_length": "sequence_len",
     "max_seq_length": "sequence_len",
+    "metric_for_best_model": "metric",
     "micro_batch_size": "microbatch_tokens",
     "model": "base_model",
     "model_name_or_path": "base_model",
@@ -46,6 +50,7 @@ OTHER_WORDS = {  # what other trainers call a key of ours
     "rank": "r",
     "steps": "max_steps",
     "tensor_parallel_size": "parallel.tensor",
+    "greater_is_better": "mode",
     "test_datasets": "val_datasets",
 }
 
@@ -240,17 +245,14 @@ def recompute(path: str, value: object) -> str | tuple[str, ...]:
     return one_of("auto", *RECOMPUTE)(path, value)
 
 
-def later(rule: Rule, *, off: object) -> Rule:
-    """Guard a key whose feature is not there yet: its value must obey `rule`, and only `off` is accepted."""
-
-    @accepts(f"only {show(off)}: **not supported yet**")
-    def guarded(path: str, value: object) -> object:
-        checked = rule(path, value)
-        if checked != off:
-            raise UserError(f"{path}: {show(value)} is not supported yet; use {show(list(off) if isinstance(off, tuple) else off)}")
-        return checked
-
-    return guarded
+@accepts("0, a share above 0 and below 1, or a whole number")
+def val_set_size(path: str, value: object) -> float | int:
+    """Accept a share of a job's records, or a number of them."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, float) and 0 <= value < 1:
+        return value
+    raise UserError(f"{path}: {show(value)} is no part of a job's records; use a share below 1 (0.02), a whole number of records, or 0")
 
 
 def suggest(word: object, known: Iterable[str]) -> str:

@@ -11,20 +11,19 @@ itself. Whether it fits the files, the model and the machine is checks.py's ques
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_lora.config.dataset_paths import DATASET_TYPES, check_hub_keys, dataset_path
+from megatron_lora.config.keys import UnknownKey, build, check_keys, key, names_of, required, values
 from megatron_lora.config.overrides import apply_override
+from megatron_lora.config.parallel_keys import ParallelConfig, parallel
 from megatron_lora.config.rules import (
-    OTHER_WORDS,
-    Rule,
+    METRICS,
     accepts,
     auto_or,
     job_name,
-    key_name,
-    later,
     list_of,
     mapping_of,
     null_or,
@@ -34,9 +33,9 @@ from megatron_lora.config.rules import (
     recompute,
     show,
     subset_of,
-    suggest,
     text,
     truth,
+    val_set_size,
     whole_number,
 )
 from megatron_lora.config.together import check_together
@@ -45,85 +44,6 @@ from megatron_lora.errors import UserError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SEED = whole_number("a seed", 0, 2**32 - 1)
-
-
-def key(default: object, rule: Rule, meaning: str, unit: str = "") -> Any:
-    """Declare a key that has a default."""
-    return dataclasses.field(default=default, metadata={"rule": rule, "meaning": meaning, "unit": unit})
-
-
-def required(rule: Rule, meaning: str, unit: str = "") -> Any:
-    """Declare a key that every config must set."""
-    return dataclasses.field(metadata={"rule": rule, "meaning": meaning, "unit": unit})
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelConfig:
-    """How a run is spread over ranks."""
-
-    pipeline: int = key(1, whole_number("a number of pipeline stages", 1), "stages that the layers are cut into", "stages")
-    tensor: int = key(
-        1,
-        whole_number("a number of tensor-parallel ranks", 1),
-        "ranks that share each layer; it must divide the model's query heads, key/value heads and feed-forward features",
-        "ranks",
-    )
-    data: int = key(1, whole_number("a number of replicas", 1), "replicas of the whole pipeline, which share each batch", "replicas")
-    sequence: bool = key(False, truth(), "true: the tensor ranks also share the activations between layers; needs `tensor` above 1")
-    layers_per_stage: tuple[int, ...] | None = key(
-        None,
-        null_or(list_of("layer counts", whole_number("a number of layers", 1))),
-        "layers of each stage, one number a stage; null: chosen so that all stages take equally long. The head counts there as "
-        "the layers that it costs for the tokens that are targets",
-        "layers",
-    )
-
-    @property
-    def world_size(self) -> int:
-        """Ranks that the run needs. Rank = t + tensor * (d + data * p) for tensor rank t, replica d and pipeline stage p."""
-        return self.pipeline * self.ranks_per_stage
-
-    @property
-    def ranks_per_stage(self) -> int:
-        """Ranks that hold parts or copies of one stage."""
-        return self.tensor * self.data
-
-    @property
-    def norm_delay(self) -> int:
-        """Slots that a stage's gradient norm takes: 1 where it is first summed over other ranks of the stage, else 0."""
-        return int(self.ranks_per_stage > 1)
-
-    @property
-    def row_multiple(self) -> int:
-        """What the rows of a microbatch are padded to a multiple of: the tensor ranks under sequence parallelism, else 1."""
-        return self.tensor if self.sequence else 1
-
-    def stage_of(self, rank: int) -> int:
-        """Return the pipeline stage of a rank."""
-        return rank // self.ranks_per_stage
-
-    def replica_of(self, rank: int) -> int:
-        """Return the replica that a rank belongs to."""
-        return rank // self.tensor % self.data
-
-    def rank_at(self, stage: int, replica: int, tensor_rank: int) -> int:
-        """Return the rank of a place in the layout."""
-        return tensor_rank + self.tensor * (replica + self.data * stage)
-
-
-@accepts("a mapping of the keys below")
-def parallel(path: str, value: object) -> ParallelConfig:
-    """Accept a mapping of ParallelConfig's keys that agree with each other."""
-    config = _build(ParallelConfig, path, {} if value is None else value)
-    if config.sequence and config.tensor == 1:
-        raise UserError(f"{path}.sequence: true needs {path}.tensor above 1, which is 1; set one of the two")
-    layers = config.layers_per_stage
-    if layers is not None and len(layers) != config.pipeline:
-        raise UserError(
-            f"{path}.layers_per_stage: {list(layers)} is for {len(layers)} stages and {path}.pipeline is {config.pipeline}; "
-            f"give {config.pipeline} layer counts, or null for stages that take equally long"
-        )
-    return config
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +64,20 @@ class DatasetConfig:
 @accepts("a mapping of `path` and `type`")
 def dataset(path: str, value: object) -> DatasetConfig:
     """Accept a mapping of DatasetConfig's keys."""
-    config = _build(DatasetConfig, path, value)
+    config = build(DatasetConfig, path, value)
     check_hub_keys(path, config.path, {"name": config.name, "split": config.split})
     return config
+
+
+@accepts("a list of {path, type}, or null")
+def validation_datasets(path: str, value: object) -> tuple[DatasetConfig, ...]:
+    """Accept datasets whose samples are taken once each; null is none."""
+    found = () if value is None else list_of("{path, type}", dataset, empty=True)(path, value)
+    for position, config in enumerate(found):
+        if config.sampling_weight != 1:
+            weight = f"{path}.{position}.sampling_weight: {config.sampling_weight:g}"
+            raise UserError(f"{weight} is for training; an evaluation takes each sample once: remove it")
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,8 +87,15 @@ class JobConfig:
     name: str = required(job_name, "names the job and its directory; unique, upper and lower case being the same")
     seed: int = key(None, null_or(SEED), "decides data order, the first values of A, and dropout; null: the run's seed")  # int once loaded
     datasets: tuple[DatasetConfig, ...] = required(list_of("{path, type}", dataset), "the job's data, in this order")
-    val_datasets: tuple[DatasetConfig, ...] | None = key(
-        None, later(null_or(list_of("{path, type}", dataset)), off=None), "validation data"
+    val_datasets: tuple[DatasetConfig, ...] = key(
+        (),
+        validation_datasets,
+        "validation data: what evaluations measure, never trained on; in the formats of `datasets`, with the same masks and cuts",
+    )
+    val_set_size: float | int = key(
+        0,
+        val_set_size,
+        "in place of `val_datasets`: a share (below 1) or a number of the records of `datasets`, drawn by the job's seed, never trained on",
     )
     bad_rows: str = key(
         "refuse",
@@ -226,13 +164,45 @@ class JobConfig:
     save_steps: int = key(
         0, whole_number("a number of steps", 0), "steps between two checkpoints; 0: only where the run is stopped", "steps"
     )
-    eval_steps: int = key(0, later(whole_number("a number of steps", 0), off=0), "steps between two evaluations", "steps")
+    save_total_limit: int | None = key(
+        None,
+        null_or(whole_number("a number of checkpoints", 1)),
+        "checkpoints kept besides the newest one and that of the best step; null: all",
+        "checkpoints",
+    )
+    eval_steps: int = key(
+        0,
+        whole_number("a number of steps", 0),
+        "steps between two evaluations, with one more at the end of the job; 0: at the end of each epoch and of the job",
+        "steps",
+    )
+    eval_on_start: bool = key(False, truth(), "true: an evaluation before the first step, too")
+    metric: str = key("eval_loss", one_of(*METRICS), "which number of an evaluation says which weights are the best")
+    mode: str = key(None, null_or(one_of("min", "max")), "whether the smallest or the largest is the best; null: as the metric needs it")
     early_stopping_patience: int | None = key(
         None,
-        later(null_or(whole_number("a number of evaluations", 1)), off=None),
-        "evaluations in a row without improvement that end the job",
+        null_or(whole_number("a number of evaluations", 1)),
+        "evaluations in a row without an improvement that end the job, at the step of the last of them; null: none do",
         "evaluations",
     )
+    early_stopping_threshold: float = key(
+        0.0, number("a difference of the metric", 0), "for `early_stopping_patience`: a smaller change of the metric is no improvement"
+    )
+    keep: str = key(
+        "best",
+        one_of("best", "last"),
+        "which weights the PEFT directory holds at the end: those of the best evaluation, or the last; without validation data the last",
+    )
+    priority: float = key(
+        1.0,
+        number("a priority", 0, above=True),
+        "share of the device's time among jobs that could use it: 2 gets twice as much as 1. The updates of a job are the same",
+    )
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the job has validation data."""
+        return bool(self.val_datasets or self.val_set_size)
 
     @property
     def scale(self) -> float:
@@ -271,6 +241,26 @@ class RunConfig:
         "true: inputs of layers that are recomputed as `full` wait in pinned host memory, and are copied while layers compute; `auto`: "
         "on a GPU, where the run would not fit otherwise. Results are the same",
     )
+    adapter_memory: float | str = key(
+        "auto",
+        auto_or(number("an amount of memory", 0, above=True)),
+        "memory of each rank for the adapters that train at the same time, with gradients and Adam's state; more jobs than fit wait in a "
+        "queue. `auto`: what activations leave",
+        "GB",
+    )
+    max_wait_s: float | None = key(
+        None,
+        null_or(number("a time in seconds", 0, above=True)),
+        "when a job has waited so long in the queue, the one that is furthest past its share makes room after its step, and is queued "
+        "again; null: a job keeps its place until it is over",
+        "seconds",
+    )
+    window_s: float = key(
+        5.0,
+        number("a time in seconds", 0, above=True),
+        "a window of the plan is no longer than this, as predicted; requests to a live run take effect at the border of one",
+        "seconds",
+    )
     deterministic: bool = key(
         False,
         truth(),
@@ -306,11 +296,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path}: holds {show(tree)}; a config is a mapping of keys to values")
     for override in overrides:
         apply_override(tree, override)
+    try:
+        return config_of(tree)
+    except UnknownKey as error:
+        homes = {RunConfig: "the top level", ParallelConfig: "parallel", JobConfig: "defaults or a job", DatasetConfig: "a dataset"}
+        raise UnknownKey(*error.missed, homes) from None
+
+
+def config_of(tree: dict) -> RunConfig:
+    """Return the config that a mapping of keys to values describes, every key checked; takes `defaults` and `jobs` out of the mapping."""
     defaults, jobs = tree.pop("defaults", None), tree.pop("jobs", None)
-    _check_keys(RunConfig, "", tree, extra=("defaults",))
+    check_keys(RunConfig, "", tree, extra=("defaults",))
     seed = SEED("seed", tree.get("seed", 0))
-    config = _values(RunConfig, "", tree, skip=("jobs",))
-    return check_together(RunConfig(**config, jobs=_load_jobs(defaults, jobs, seed)))
+    config = values(RunConfig, "", tree, skip=("jobs",))
+    return check_together(RunConfig(**config, jobs=load_jobs(defaults, jobs, seed)))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -318,15 +317,15 @@ def dump_config(config: RunConfig) -> str:
     return dump_yaml(_plain(dataclasses.asdict(config)))
 
 
-def _load_jobs(defaults: object, jobs: object, seed: int) -> tuple[JobConfig, ...]:
+def load_jobs(defaults: object, jobs: object, seed: int) -> tuple[JobConfig, ...]:
     """Merge the defaults into each job and check both under their own key paths; names are unique ignoring case."""
     defaults = {} if defaults is None else defaults
     if not isinstance(defaults, dict):
         raise UserError(f"defaults: {show(defaults)} is not a mapping of job keys to values")
     if "name" in defaults:
         raise UserError(f"defaults.name: {show(defaults['name'])} would name every job; give each entry of jobs its own name")
-    _check_keys(JobConfig, "defaults", defaults)
-    _values(JobConfig, "defaults", defaults, skip=_names(JobConfig) - defaults.keys())
+    check_keys(JobConfig, "defaults", defaults)
+    values(JobConfig, "defaults", defaults, skip=names_of(JobConfig) - defaults.keys())
     if not isinstance(jobs, list) or not jobs:
         raise UserError(f"jobs: {show(jobs)} is not a list of jobs; write at least one, with its name and datasets")
     built: dict[str, JobConfig] = {}
@@ -338,58 +337,31 @@ def _load_jobs(defaults: object, jobs: object, seed: int) -> tuple[JobConfig, ..
         where = f"jobs.{name}" if name else where
         if name and name.lower() in built:
             raise UserError(f"{where}.name: two jobs have this name (upper and lower case count as the same); rename one")
-        config = _build(JobConfig, where, defaults | job)
+        config = _with_validation_keys(where, build(JobConfig, where, defaults | job), given=defaults | job)
         if config.train_on == "last" and config.train_on_inputs:
             raise UserError(f"{where}.train_on: last contradicts {where}.train_on_inputs: true; keep one of them")
         built[config.name.lower()] = config if config.seed is not None else dataclasses.replace(config, seed=seed)
     return tuple(built.values())
 
 
-def _build(kind: type, path: str, tree: object):
-    """Make the dataclass `kind` from a mapping, every key checked."""
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: {show(tree)} is not a mapping; its keys are {', '.join(sorted(_names(kind)))}")
-    _check_keys(kind, path, tree)
-    return kind(**_values(kind, path, tree))
-
-
-def _values(kind: type, path: str, tree: dict, skip: frozenset[str] | tuple[str, ...] | set[str] = ()) -> dict:
-    """Check the value of each field of `kind` that `tree` gives; a missing one takes its default or is an error."""
-    values = {}
-    for field in dataclasses.fields(kind):
-        where = f"{path}.{field.name}".lstrip(".")
-        if field.name in skip:
-            continue
-        if field.name in tree:
-            values[field.name] = field.metadata["rule"](where, tree[field.name])
-        elif field.default is dataclasses.MISSING:
-            raise UserError(f"{where}: is missing; every {_owner(kind)} needs it")
-    return values
-
-
-def _check_keys(kind: type, path: str, tree: dict, extra: tuple[str, ...] = ()) -> None:
-    """Refuse a key that `kind` does not have, saying what was meant or where it belongs."""
-    known = _names(kind) | set(extra)
-    for name in tree:
-        if name in known:
-            continue
-        hint, meant = suggest(name, known), OTHER_WORDS.get(name.lower(), name)
-        homes = {RunConfig: "the top level", ParallelConfig: "parallel", JobConfig: "defaults or a job", DatasetConfig: "a dataset"}
-        home = next((section for other, section in homes.items() if other is not kind and meant in _names(other)), None)
-        if home and (meant == name or not hint):
-            hint = f" here; {'it' if meant == name else meant} is a key of {home}"
-        listed = "" if hint else f"; the keys are {', '.join(sorted(known))}"
-        raise UserError(f"{path}.{key_name(name)}".lstrip(".") + f": unknown key{hint}{listed}")
-
-
-def _names(kind: type) -> frozenset[str]:
-    """Names of a dataclass's fields."""
-    return frozenset(field.name for field in dataclasses.fields(kind))
-
-
-def _owner(kind: type) -> str:
-    """What a dataclass describes, in words."""
-    return {RunConfig: "config", JobConfig: "job", DatasetConfig: "dataset"}[kind]
+def _with_validation_keys(where: str, job: JobConfig, given: Collection[str]) -> JobConfig:
+    """Return a job with the `mode` and `keep` that it leaves open chosen; UserError where its keys contradict. `given`: those written."""
+    if job.val_datasets and job.val_set_size:
+        size = f"{where}.val_set_size: {show(job.val_set_size)}"
+        raise UserError(f"{size} takes records of {where}.datasets, and val_datasets are given; keep one of the two keys")
+    mode = METRICS[job.metric]
+    if job.mode not in (None, mode):
+        raise UserError(f"{where}.mode: {job.mode} contradicts {where}.metric: {job.metric}, of which {mode} is the best; remove it")
+    wanted = {"eval_steps": job.eval_steps, "eval_on_start": job.eval_on_start, "early_stopping_patience": job.early_stopping_patience}
+    if "keep" in given and job.keep == "best":
+        wanted["keep"] = job.keep
+    for name, value in wanted.items():
+        if value and not job.is_evaluated:
+            raise UserError(f"{where}.{name}: {show(value)} needs validation data; set {where}.val_datasets or val_set_size, or remove it")
+    if job.early_stopping_threshold and job.early_stopping_patience is None:
+        threshold = f"{where}.early_stopping_threshold: {job.early_stopping_threshold:g}"
+        raise UserError(f"{threshold} needs {where}.early_stopping_patience; set a number of evaluations, or remove it")
+    return dataclasses.replace(job, mode=mode, keep=job.keep if job.is_evaluated else "last")
 
 
 def _plain(value: object) -> object:

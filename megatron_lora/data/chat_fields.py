@@ -118,7 +118,10 @@ def _message(turn: Mapping[str, Any], where: str, notes: dict[str, None]) -> dic
     if len(turn) == 2 and isinstance(turn.get(content_key), str) and speaker not in CALLS:  # as most turns are
         return {"role": role, "content": text_of(turn, content_key, where)}
     message: dict[str, Any] = {"role": role}
-    calls = _calls(turn, where, notes)
+    calls: list[dict[str, Any]] = []
+    for key in ("tool_calls", "function_call"):
+        if _is_set(turn.get(key)):
+            calls += _parsed_calls(_json_of(turn[key], repr(key), where), where, notes)
     if speaker in CALLS:
         calls += _parsed_calls(_json_of(text_of(turn, content_key, where), "the turn of a call", where), where, notes)
         message["content"] = ""
@@ -158,15 +161,6 @@ def _content(turn: Mapping[str, Any], key: str, where: str, notes: dict[str, Non
         texts.append(text_of(part, "text", where))
         _note_others(part, "part", ("type", "text"), where, notes)
     return "".join(texts)
-
-
-def _calls(turn: Mapping[str, Any], where: str, notes: dict[str, None]) -> list[dict[str, Any]]:
-    """Get a turn's calls of tools, in the form of `tool_calls`."""
-    calls = []
-    for key in ("tool_calls", "function_call"):
-        if _is_set(turn.get(key)):
-            calls += _parsed_calls(_json_of(turn[key], repr(key), where), where, notes)
-    return calls
 
 
 def _parsed_calls(calls: Any, where: str, notes: dict[str, None]) -> list[dict[str, Any]]:

@@ -38,8 +38,10 @@ class ChatEncoder:
     def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> Encoded:
         """Encode a conversation; its targets are all False where no assistant turn that is trained says anything."""
         chat = read_conversation(record, format, self._train_on, where)
-        if train_on_inputs:
-            self._check_marks(chat, where)
+        for message, untrained in zip(chat.messages, chat.untrained, strict=True):
+            if train_on_inputs and untrained and message["role"] != "assistant":
+                why = f"a turn of {message['role']!r} is marked untrained"
+                raise UserError(f"{where}: {why}; set train_on_inputs: false, or remove the mark")
         text, marks = self._template.render_marked(chat.messages, chat.tools, chat.kwargs, where)
         complete(text, "the conversation", where)  # also what a tool or a call says
 
@@ -88,14 +90,6 @@ class ChatEncoder:
             return self._template.render(messages, tools, chat.kwargs, where) != text
         except UserError:  # it wants what is not there
             return True
-
-    def _check_marks(self, chat: Conversation, where: str) -> None:
-        """Raise UserError for a turn of another role that is marked untrained where everything is trained."""
-        for message, untrained in zip(chat.messages, chat.untrained, strict=True):
-            if untrained and message["role"] != "assistant":
-                raise UserError(
-                    f"{where}: a turn of {message['role']!r} is marked untrained; set train_on_inputs: false, or remove the mark"
-                )
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:

@@ -51,7 +51,7 @@ def assistant_spans(text: str, messages: Sequence[Mapping[str, Any]], render: Re
 
 def _between(text: str, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], render: Render) -> list[str]:
     """Return what stands around the turns where all of them are replaced by markers; empty where that does not show each once."""
-    stem = _absent("turn", text)
+    stem = absent("turn", text)
     probe = [
         _replaced(message, f"{stem}x{index}x") if message["role"] == "assistant" else message for index, message in enumerate(messages)
     ]
@@ -98,7 +98,7 @@ def _alone(text: str, messages: Sequence[Mapping[str, Any]], turn: int, floor: i
 
 def _differing(shown: str, messages: Sequence[Mapping[str, Any]], turn: int, render: Render, where: str) -> Span:
     """Return where a rendering of the messages is another when one turn is replaced; closed: the turn has an end of its own."""
-    marker = _absent("turn", shown)
+    marker = absent("turn", shown)
     before, found, after = render([*messages[:turn], _replaced(messages[turn], marker), *messages[turn + 1 :]], False).partition(marker)
     if not found or marker in after:
         raise UserError(f"{where}: the chat template does not show message {turn + 1} once; leave it out of the record")
@@ -117,12 +117,9 @@ def _replaced(message: Mapping[str, Any], marker: str) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name in ("role", "name")} | {"content": marker}
 
 
-def _absent(stem: str, text: str) -> str:
+def absent(stem: str, text: str) -> str:
     """Return `stem` with the first number with which it does not stand in the text."""
-    number = 0
-    while f"{stem}{number}" in text:
-        number += 1
-    return f"{stem}{number}"
+    return next(found for number in itertools.count() if (found := f"{stem}{number}") not in text)
 
 
 def _from_its_start(text: str, message: Mapping[str, Any], span: Span, floor: int, borders: Borders) -> Span:

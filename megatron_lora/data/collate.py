@@ -3,12 +3,13 @@
 Rows are in the order of the microbatch's segments and, inside a segment, of its samples. Row i of a
 sample holds token i and predicts token i + 1, so a sample's last row has no label. Every target row
 weighs 1 / (target tokens of its job's global batch), so that the sum of weighted losses over a
-step's microbatches is the step's loss.
+step's microbatches is the step's loss. A microbatch of an evaluation holds validation samples: its
+target rows weigh 1, and its route has no dropout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 from fused_ops.lora.dropout import row_keys
 from fused_ops.lora.route import make_route
 from megatron_lora.data.microbatch import Packing, StageInput
-from megatron_lora.data.sample_arrays import JobSamples
-from scheduling.types import Microbatch
+from megatron_lora.data.sample_arrays import JobSamples, Sample, Samples
+from scheduling.types import Microbatch, Segment
 
 NO_LABEL = -100
 
@@ -29,10 +30,13 @@ def num_rows(microbatch: Microbatch, multiple: int) -> int:
 
 
 class ResidentJob(Protocol):
-    """What a microbatch takes from a job: its samples and its adapter row (training.jobs.Job)."""
+    """What a microbatch takes from a job: its samples, those of validation, and its adapter row (training.jobs.Job)."""
 
     @property
     def step_samples(self) -> JobSamples: ...
+
+    @property
+    def validation_samples(self) -> Samples: ...
 
     @property
     def adapter_row(self) -> int: ...
@@ -48,19 +52,17 @@ def collate(microbatch: Microbatch, jobs: Mapping[int, ResidentJob], *, multiple
     for segment in microbatch.segments:
         if not segment.samples:
             continue  # this replica has no sample of the job here
-        job, adapter_row = jobs[segment.job].step_samples, jobs[segment.job].adapter_row
-        share = 1.0 / job.num_targets(segment.step)
-        for k in segment.samples:
-            epoch, index = job.steps[segment.step][k]
-            sample = job.samples[index]
+        job = jobs[segment.job]
+        taken = _validation_samples if microbatch.evaluate else _training_samples
+        for sample, weight, sample_keys in taken(segment, job):
             label = np.full(len(sample.tokens), NO_LABEL, dtype=np.int64)
             label[:-1] = np.where(sample.targets[1:], sample.tokens[1:], NO_LABEL)
             tokens.append(sample.tokens.astype(np.int64))
             labels.append(label)
-            weights.append(np.where(label != NO_LABEL, share, 0.0).astype(np.float32))
-            keys.append(np.asarray(row_keys(job.seed, sample.record, epoch, len(sample.tokens))))
+            weights.append(np.where(label != NO_LABEL, weight, 0.0).astype(np.float32))
+            keys.append(sample_keys)
             lengths.append(len(sample.tokens))
-        segments.append((row, row + segment.num_tokens, adapter_row))
+        segments.append((row, row + segment.num_tokens, job.adapter_row))
         numbers.append(segment.job)
         row += segment.num_tokens
     num_padding = num_rows(microbatch, multiple) - row
@@ -84,6 +86,24 @@ def collate(microbatch: Microbatch, jobs: Mapping[int, ResidentJob], *, multiple
         targets=to_device(np.flatnonzero(all_labels != NO_LABEL)),
         weights=to_device(np.concatenate(weights)),
         packing=Packing(cu_seqlens=to_device(edges), lengths=tuple(lengths), positions=to_device(positions), max_length=max(lengths)),
-        route=make_route(row + num_padding, tuple(segments), to_device(np.concatenate(keys)), device),
+        route=make_route(row + num_padding, tuple(segments), to_device(np.concatenate(keys)), device, dropout=not microbatch.evaluate),
         jobs=tuple(numbers),
     )
+
+
+Taken = Iterator[tuple[Sample, float, np.ndarray]]  # a sample, the weight of its target rows, the dropout keys of its rows
+
+
+def _training_samples(segment: Segment, resident: ResidentJob) -> Taken:
+    job = resident.step_samples
+    weight = 1.0 / job.num_targets(segment.step)
+    for k in segment.samples:
+        epoch, index = job.steps[segment.step][k]
+        sample = job.samples[index]
+        yield sample, weight, np.asarray(row_keys(job.seed, sample.record, epoch, len(sample)))
+
+
+def _validation_samples(segment: Segment, resident: ResidentJob) -> Taken:
+    for index in segment.samples:
+        sample = resident.validation_samples[index]
+        yield sample, 1.0, np.zeros(len(sample), dtype=np.int32)

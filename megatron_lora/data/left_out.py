@@ -5,14 +5,13 @@ of roles, and again with the record itself where one of its messages is not foun
 turns around it.
 """
 
-import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_lora.data.chat_fields import Conversation
 from megatron_lora.data.chat_template import Borders, Span
-from megatron_lora.data.chat_turns import Render, shows_thought, thought_of
+from megatron_lora.data.chat_turns import Render, absent, shows_thought, thought_of
 from megatron_lora.errors import UserError
 
 SYSTEM = "system prompt left out"
@@ -81,7 +80,7 @@ def _in_place(text: str, messages: list[dict[str, Any]], spans: Mapping[int, Spa
 
 def _not_shown(text: str, messages: list[dict[str, Any]], render: Render) -> list[str]:
     """List the messages whose text does not come out of the template."""
-    stem = next(f"message{number}x" for number in itertools.count() if f"message{number}x" not in text)
+    stem = absent("message", text) + "x"
     marked = [
         message | {"content": f"{message['content']}{stem}{index}x"}
         if message["role"] != "assistant" and message["content"].strip()

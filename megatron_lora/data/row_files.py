@@ -14,10 +14,12 @@ import gzip
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, cast
 
 from megatron_lora.config.dataset_paths import DATASET_FILES, DATASET_FILES_IN_WORDS
 from megatron_lora.errors import UserError, one_line
@@ -28,18 +30,9 @@ BLOCK_BYTES = 1 << 20
 BLOCK_RECORDS = 2000
 
 
-class Block(Protocol):
-    """Consecutive rows of a file; `done` is the share of the file that has been read with them."""
-
-    @property
-    def done(self) -> float: ...
-
-    def rows(self) -> Iterator[Row]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class LineBlock:
-    """Complete lines of a file of JSON lines, not parsed yet."""
+    """Complete lines of a file of JSON lines, not parsed yet; `done` is the share of the file that has been read with them."""
 
     path: str
     first_line: int
@@ -55,7 +48,7 @@ class LineBlock:
 
 @dataclass(frozen=True, slots=True)
 class RecordBlock:
-    """Values that stand where records should, with their numbers."""
+    """Values that stand where records should, with their numbers; `done` as above."""
 
     path: str
     values: Sequence[tuple[int, object]]
@@ -68,13 +61,7 @@ class RecordBlock:
             yield where, value if isinstance(value, UserError) else _record(where, value)
 
 
-def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield (where, record) for every record of a file; UserError that says where the file holds something else."""
-    for block in read_blocks(path):
-        for where, record in block.rows():
-            if isinstance(record, UserError):
-                raise record
-            yield where, record
+Block = LineBlock | RecordBlock
 
 
 def read_blocks(path: str | Path) -> Iterator[Block]:
@@ -85,8 +72,8 @@ def read_blocks(path: str | Path) -> Iterator[Block]:
     if not path.is_file():
         raise UserError(f"{path}: {'is not a file' if path.exists() else 'does not exist'}; give the path of a file of records")
     kind, compression = kind_of(path)
-    reader = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "arrow": _read_arrow}[kind]
-    if (kind in ("parquet", "arrow") or compression == "zst") and not _has_pyarrow():
+    reader = {"jsonl": _read_json, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "arrow": _read_arrow}[kind]
+    if (kind in ("parquet", "arrow") or compression == "zst") and find_spec("pyarrow") is None:
         raise UserError(f"{path}: needs the package pyarrow; pip install pyarrow, or convert the file to .jsonl")
     yield from one_line_of(path, f"a readable {NAMES[compression or kind]} file", reader(path))
 
@@ -99,18 +86,13 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 def one_line_of(subject: object, what: str, blocks: Iterable[Block]) -> Iterator[Block]:
     """Yield what a library reads; whatever it raises about a damaged file is one UserError."""
-    iterator = iter(blocks)
-    while True:
-        try:
-            block = next(iterator)
-        except StopIteration:
-            return
-        except UserError:
-            raise
-        except Exception as error:  # pyarrow, csv, gzip and zstd raise a dozen kinds, UnicodeDecodeError and OverflowError among them
-            reason = one_line(str(error) or type(error).__name__, 120)
-            raise UserError(f"{subject}: is not {what} ({reason}); restore it") from None
-        yield block
+    try:
+        yield from blocks
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow, csv, gzip and zstd raise a dozen kinds, UnicodeDecodeError and OverflowError among them
+        reason = one_line(str(error) or type(error).__name__, 120)
+        raise UserError(f"{subject}: is not {what} ({reason}); restore it") from None
 
 
 def record_blocks(path: object, tables: Iterable[Any], done: Callable[[int], float]) -> Iterator[Block]:
@@ -133,11 +115,6 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def _read_jsonl(path: Path) -> Iterator[Block]:
-    with path.open("rb") as raw:
-        yield from _line_blocks(path, raw, _uncompressed(path, raw), b"")
-
-
 def _line_blocks(path: Path, raw: BinaryIO, file: BinaryIO, start: bytes) -> Iterator[Block]:
     """Read lines; `start` has been read already, and `raw` is the file on disk, by whose position the progress is known."""
     size, first_line = max(path.stat().st_size, 1), 1
@@ -153,7 +130,7 @@ def _line_blocks(path: Path, raw: BinaryIO, file: BinaryIO, start: bytes) -> Ite
 def _read_json(path: Path) -> Iterator[Block]:
     with path.open("rb") as raw:
         file = _uncompressed(path, raw)
-        start = file.read(BLOCK_BYTES)
+        start = file.read(BLOCK_BYTES) if kind_of(path)[0] == "json" else b""  # only .json may hold a list
         if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
             yield from _list_blocks(path, start + file.read())
         else:
@@ -206,13 +183,13 @@ def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
+BLANKS = re.compile(r"[ \t\n\r]+")
 
 
 def _skip_blanks(text: str, position: int) -> int:
     """Return the position of the next character that is not JSON's white space."""
-    while text[position : position + 1] in (" ", "\t", "\n", "\r"):
-        position += 1
-    return position
+    match = BLANKS.match(text, position)
+    return match.end() if match else position
 
 
 def _read_csv(path: Path) -> Iterator[Block]:
@@ -266,22 +243,12 @@ def _read_arrow(path: Path) -> Iterator[Block]:
 
 def _uncompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     """Open the bytes that a file holds before compression."""
-    openers: dict[str, Callable[[], Any]] = {"": lambda: raw, ".gz": lambda: gzip.GzipFile(fileobj=raw), ".zst": lambda: _zstd(raw)}
-    return openers[path.suffix if path.suffix in openers else ""]()
+    compression = kind_of(path)[1]
+    if compression == "zst":
+        from pyarrow import CompressedInputStream
 
-
-def _zstd(raw: BinaryIO) -> BinaryIO:
-    from pyarrow import CompressedInputStream
-
-    return io.BufferedReader(CompressedInputStream(raw, "zstd"), BLOCK_BYTES)  # type: ignore[arg-type]  # it has readinto
-
-
-def _has_pyarrow() -> bool:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        return io.BufferedReader(CompressedInputStream(raw, "zstd"), BLOCK_BYTES)  # type: ignore[arg-type]  # it has readinto
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if compression == "gz" else raw
 
 
 def _parse(where: str, line: bytes) -> dict | UserError:

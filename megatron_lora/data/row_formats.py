@@ -53,14 +53,9 @@ class RecordEncoder:
 
     def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> Encoded:
         """Encode a complete record, of which at least one token is a target."""
-        encoders = {
-            "text": self._text,
-            "prompt_completion": self._prompt_completion,
-            "alpaca": self._alpaca,
-            "alpaca_chat": self._alpaca_chat,
-        }
+        plain = {"text": self._text, "prompt_completion": self._prompt_completion, "alpaca": self._alpaca, "alpaca_chat": self._alpaca_chat}
         chat = is_conversation(record, format)
-        encoded = self._chats.encode(record, format, train_on_inputs, where) if chat else encoders[format](record, where)
+        encoded = self._chats.encode(record, format, train_on_inputs, where) if chat else plain[format](record, where)
         targets = np.ones_like(encoded.targets) if train_on_inputs and not chat else encoded.targets.copy()
         targets[:1] = False
         if not targets.any():
@@ -100,8 +95,7 @@ class RecordEncoder:
         encoded = self._texts.encode(prompt, completion)
         if encoded is None:
             raise UserError(f"{subject} gives no tokens but special ones; remove the record or complete it")
-        tokens, targets, own_notes = encoded
-        return Encoded(tokens, targets, notes + own_notes)
+        return replace(encoded, notes=notes + encoded.notes)
 
 
 def _alpaca_fields(record: Mapping[str, object], where: str) -> tuple[str, str, str, str, tuple[str, ...]]:

@@ -35,14 +35,31 @@ class Sample:
 
 
 class Samples(Sequence[Sample]):
-    """The samples of datasets, one after the other, each with the number of its first record."""
+    """The samples of datasets, one after the other, each with the number of its first record; or some of these samples."""
 
-    def __init__(self, parts: Iterable[tuple[int, Dataset]]):
+    def __init__(self, parts: Iterable[tuple[int, Dataset]], taken: np.ndarray | None = None):
+        """Take all samples, or those with the indices `taken`."""
         self._parts = tuple(parts)
+        self._taken = taken
         sizes = [len(dataset.records) for _, dataset in self._parts]
         self._starts = np.cumsum([0, *sizes]).tolist()
-        self.lengths = np.concatenate([np.empty(0, np.int64), *(np.diff(dataset.offsets) for _, dataset in self._parts)])  # tokens of each
-        self.num_targets = np.concatenate([np.empty(0, np.int32), *(dataset.num_targets for _, dataset in self._parts)])  # of each
+        self.lengths = self._of_each(np.int64, [np.diff(dataset.offsets) for _, dataset in self._parts])  # in tokens
+        self.num_targets = self._of_each(np.int32, [dataset.num_targets for _, dataset in self._parts])
+
+    def _of_each(self, kind: type, arrays: list[np.ndarray]) -> np.ndarray:
+        """Concatenate arrays over the datasets' samples, and return the entries of those that are taken."""
+        joined = np.concatenate([np.empty(0, kind), *arrays])
+        return joined if self._taken is None else joined[self._taken]
+
+    @property
+    def records(self) -> np.ndarray:
+        """The record number of each sample, int64."""
+        return self._of_each(np.int64, [first_record + dataset.records for first_record, dataset in self._parts])
+
+    def take(self, indices: np.ndarray) -> Samples:
+        """Return the samples with these indices, of all."""
+        assert self._taken is None
+        return Samples(self._parts, indices)
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> Samples:
@@ -59,18 +76,23 @@ class Samples(Sequence[Sample]):
         return cls([(0, dataset)])
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._starts[-1] if self._taken is None else len(self._taken)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         index %= len(self)
+        if self._taken is not None:
+            index = int(self._taken[index])
         part = bisect_right(self._starts, index) - 1
         first_record, dataset = self._parts[part]
         return _sample(first_record, dataset, index - self._starts[part])
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield the samples in order."""
+        if self._taken is not None:
+            yield from map(self.__getitem__, range(len(self)))
+            return
         for first_record, dataset in self._parts:
             for index in range(len(dataset.records)):
                 yield _sample(first_record, dataset, index)

@@ -3,7 +3,8 @@
 Records are numbered through a job's datasets in order, before anything is dropped; this number
 identifies the sample. Records longer than `sequence_len` are cut at the right, and those that lose
 all their targets are dropped. Both are counted. Records that cannot be trained on fail the job, or
-with `bad_rows: drop` are counted and listed.
+with `bad_rows: drop` are counted and listed. Validation data, from `val_datasets` or drawn out of the
+job's own (evaluation.py), are read in the same way.
 
     tokenizer = load_tokenizer("models/SmolLM2-135M-Instruct")
     first, second = load_jobs_data(config.jobs, tokenizer, cache_dir)       # a file that two jobs share is tokenised once
@@ -18,11 +19,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_lora.config.rules import show
 from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data.chat_template import chat_settings
 from megatron_lora.data.dataset_sources import Source, sources_of
+from megatron_lora.data.evaluation import draw_validation
 from megatron_lora.data.length_records import LengthEncoder
 from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.data.sample_arrays import JobSamples, Samples, digest_of
@@ -38,7 +42,8 @@ class JobData:
     """A job's samples in file order; `num_truncated` of its records were cut, and `num_dropped` were left without a target and dropped.
 
     `notes` says how many records each note was made of (encoded.py). `num_bad` records were left
-    out because they cannot be trained on; `bad` has the errors of the first of each kind.
+    out because they cannot be trained on; `bad` has the errors of the first of each kind. `validation`
+    has no part in the steps; with `val_set_size` the counts are of all records, its own included.
     """
 
     samples: Samples
@@ -49,6 +54,7 @@ class JobData:
     num_bad: int = 0
     notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     bad: tuple[str, ...] = ()
+    validation: JobData | None = None
 
     @classmethod
     def of(cls, samples: Samples) -> JobData:
@@ -56,13 +62,22 @@ class JobData:
         return cls(samples=samples, mixture=Mixture((len(samples),), (1.0,)), num_records=len(samples))
 
     def digest(self) -> str:
-        """Return a hash of what decides the steps of a job: its samples, and how they are mixed where weights are set."""
+        """Return a hash of what decides steps and evaluations: the samples, how they are mixed where weights are set, and validation's."""
         digest = digest_of(self.samples)
-        return digest if set(self.mixture.weights) == {1.0} else hashlib.sha256(f"{digest} {self.mixture}".encode()).hexdigest()
+        if set(self.mixture.weights) != {1.0}:
+            digest = hashlib.sha256(f"{digest} {self.mixture}".encode()).hexdigest()
+        if self.validation is not None:
+            digest = hashlib.sha256(f"{digest} validation {self.validation.digest()}".encode()).hexdigest()
+        return digest
 
     def steps_of(self, job: JobConfig) -> JobSamples:
         """Return the samples in the steps that a job's config asks for."""
         return JobSamples.of(job, self.samples, self.mixture)
+
+    @property
+    def validation_samples(self) -> Samples:
+        """What the job is evaluated on; none without validation data."""
+        return self.validation.samples if self.validation else Samples([])
 
     @property
     def num_targets(self) -> int:
@@ -78,7 +93,8 @@ class JobData:
         dropped = f", {self.num_dropped:,} dropped: no target before the cut" if self.num_dropped else ""
         bad = f", {self.num_bad:,} bad records left out, as {'; '.join(self.bad[:1])}" if self.num_bad else ""
         noted = "".join(f"; {note} ({count:,} of {self.num_records:,} records)" for note, count in self.notes.items())
-        return text + drawn + cut + dropped + bad + noted
+        validation = "" if self.validation is None else f"; for validation {self.validation.describe()}"
+        return text + drawn + cut + dropped + bad + noted + validation
 
 
 def load_jobs_data(
@@ -86,15 +102,14 @@ def load_jobs_data(
     tokenizer: PreTrainedTokenizerBase | None,
     cache_dir: str | Path | None,
     vocab_size: int | None = None,
-    validation: bool = False,
 ) -> tuple[JobData, ...]:
-    """Load the data of each job, or its validation data; a file that several jobs use with the same settings is read once.
+    """Load the data of each job, with its validation data; a file that several jobs use with the same settings is read once.
 
     `tokenizer` may be None where all datasets are lengths, which need `vocab_size`. `cache_dir`
     None keeps nothing on disk. A token that is not below `vocab_size`, the base model's, is a
     UserError.
     """
-    found = try_jobs_data(jobs, tokenizer, cache_dir, vocab_size, validation)
+    found = try_jobs_data(jobs, tokenizer, cache_dir, vocab_size)
     for data in found:
         if isinstance(data, UserError):
             raise data
@@ -106,14 +121,13 @@ def try_jobs_data(
     tokenizer: PreTrainedTokenizerBase | None,
     cache_dir: str | Path | None,
     vocab_size: int | None = None,
-    validation: bool = False,
 ) -> tuple[JobData | UserError, ...]:
     """Load as `load_jobs_data` does; a job whose data cannot be used gets the error that says why."""
     reader = _Reader(tokenizer, cache_dir, vocab_size)
     found: list[JobData | UserError] = []
     for job in jobs:
         try:
-            found.append(_load_job(job, reader, vocab_size, validation))
+            found.append(_load_job(job, reader, vocab_size))
         except UserError as error:
             found.append(error)
     return tuple(found)
@@ -121,7 +135,11 @@ def try_jobs_data(
 
 def read_all_records(job: JobConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> JobData:
     """Load a job's data as `bad_rows: drop` does, even if nothing is left then: what `preview` tells of all records."""
-    return _gather(dataclasses.replace(job, bad_rows="drop"), _Reader(tokenizer, cache_dir, None), None, "datasets", job.datasets)
+    dropping, reader = dataclasses.replace(job, bad_rows="drop"), _Reader(tokenizer, cache_dir, None)
+    data = _gather(dropping, reader, None, "datasets", job.datasets)
+    if job.val_datasets:
+        return dataclasses.replace(data, validation=_gather(dropping, reader, None, "val_datasets", job.val_datasets))
+    return _split(job, data) if job.val_set_size else data
 
 
 class _Reader:
@@ -187,13 +205,40 @@ def _tokenised(
     return builder
 
 
-def _load_job(job: JobConfig, reader: _Reader, vocab_size: int | None, validation: bool) -> JobData:
-    """Concatenate the samples of a job's datasets, of which at least one must be left."""
-    key, configs = ("val_datasets", job.val_datasets or ()) if validation else ("datasets", job.datasets)
+def _load_job(job: JobConfig, reader: _Reader, vocab_size: int | None) -> JobData:
+    """Load a job's training and validation data, of both of which at least one sample must be left."""
+    data = _gather_some(job, reader, vocab_size, "datasets", job.datasets)
+    if job.val_datasets:
+        return dataclasses.replace(data, validation=_gather_some(job, reader, vocab_size, "val_datasets", job.val_datasets))
+    if not job.val_set_size:
+        return data
+    data = _split(job, data)
+    for samples, use in ((data.samples, "to train on"), (data.validation_samples, "for validation")):
+        if not len(samples):
+            raise UserError(
+                f"jobs.{job.name}.val_set_size: {show(job.val_set_size)} of {data.num_records} records leaves no sample {use}; "
+                "use another number, or give val_datasets"
+            )
+    return data
+
+
+def _split(job: JobConfig, data: JobData) -> JobData:
+    """Move the samples of the records that `val_set_size` draws to the validation data."""
+    is_drawn = draw_validation(data.num_records, job.val_set_size, job.seed)
+    is_validation = is_drawn[data.samples.records]
+    kept = np.flatnonzero(~is_validation)
+    sizes = np.diff(np.searchsorted(kept, np.cumsum([0, *data.mixture.sizes])))
+    mixture = Mixture(tuple(sizes.tolist()), data.mixture.weights)
+    validation = JobData.of(data.samples.take(np.flatnonzero(is_validation)))
+    return dataclasses.replace(data, samples=data.samples.take(kept), mixture=mixture, validation=validation)
+
+
+def _gather_some(job: JobConfig, reader: _Reader, vocab_size: int | None, key: str, configs: Sequence[DatasetConfig]) -> JobData:
+    """Concatenate the samples of datasets, of which at least one must be left."""
     data = _gather(job, reader, vocab_size, key, configs)
-    if configs and not len(data.samples) and data.num_bad == data.num_records:
+    if not len(data.samples) and data.num_bad == data.num_records:
         raise UserError(f"jobs.{job.name}.{key}: all of their {data.num_records} records are bad, as {data.bad[0]}")
-    if configs and not len(data.samples):
+    if not len(data.samples):
         raise UserError(
             f"jobs.{job.name}.sequence_len: {job.sequence_len} leaves no target token in any of the "
             f"{data.num_records - data.num_bad} records of its {key}; raise it"
@@ -212,7 +257,7 @@ def _gather(job: JobConfig, reader: _Reader, vocab_size: int | None, key: str, c
         sizes.append(0)
         for source in sources_of(config, f"jobs.{job.name}.{key}.{position}.path"):
             dataset = reader.read(job, config, source)
-            _check_vocabulary(job, source, dataset, vocab_size)
+            _check_vocabulary(f"jobs.{job.name}.{key}", source, dataset, vocab_size)
             parts.append((num_records, dataset))
             sizes[-1] += len(dataset.records)
             num_records += dataset.num_records
@@ -231,10 +276,10 @@ def _gather(job: JobConfig, reader: _Reader, vocab_size: int | None, key: str, c
     )
 
 
-def _check_vocabulary(job: JobConfig, source: Source, dataset: Dataset, vocab_size: int | None) -> None:
+def _check_vocabulary(where: str, source: Source, dataset: Dataset, vocab_size: int | None) -> None:
     """Raise UserError for tokens for which the base model has no embedding."""
     if vocab_size is not None and dataset.largest_token >= vocab_size:
         raise UserError(
-            f"jobs.{job.name}.datasets: {source} gives token {dataset.largest_token} and base_model has {vocab_size}; "
+            f"{where}: {source} gives token {dataset.largest_token} and base_model has {vocab_size}; "
             "use the tokenizer that belongs to the base model"
         )

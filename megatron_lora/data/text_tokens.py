@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_lora.data.chat_turns import tokens_of
+from megatron_lora.data.encoded import Encoded
 from megatron_lora.errors import UserError
 
 REPEATED = "a bos or eos that the text itself has is written once"
@@ -39,8 +40,8 @@ class TextTokenizer:
         self._openers = frozenset(self._opening or self._bos)
         self._closers = frozenset(self._closing)
 
-    def encode(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:
-        """Return the tokens [L] int32 of a text in two parts, which of them begin in the second part [L] bool, and notes.
+    def encode(self, prompt: str, completion: str) -> Encoded | None:
+        """Encode a text in two parts, of which the second has the targets.
 
         None where the text, or its second part, has nothing but white space and special tokens. A token begins where its text does,
         after the spaces that mark the start of a word.
@@ -63,8 +64,8 @@ class TextTokenizer:
         merged = bool(prompt) and bool((~begins_after & (body.ends > border)).any())
         repeated = first > (not self._opening) or len(ids) - last > (not self._tokenizer_closes)
         tokens = np.array([*opening, *ids[first:last], *self._closing], dtype=np.int32)
-        in_second = np.concatenate([np.zeros(len(opening), bool), begins_after, np.ones(len(self._closing), bool)])
-        return tokens, in_second, (REPEATED,) * repeated + (MERGED,) * merged
+        targets = np.concatenate([np.zeros(len(opening), bool), begins_after, np.ones(len(self._closing), bool)])
+        return Encoded(tokens, targets, (REPEATED,) * repeated + (MERGED,) * merged)
 
 
 def _probe(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -53,16 +53,16 @@ class Dataset:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Chunk:
-    """What consecutive records of a file become; the fields are Dataset's, `records` counted from the chunk's first."""
+    """What consecutive records of a file become; the fields are Dataset's, `records` counted from the chunk's first.
+
+    `counts` has num_records, num_truncated, num_dropped and num_bad.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
     lengths: np.ndarray  # [samples] int64
     records: np.ndarray
-    num_records: int
-    num_truncated: int
-    num_dropped: int
-    num_bad: int
+    counts: Counter[str]
     notes: Counter[str]
     bad: list[str]
 
@@ -92,7 +92,7 @@ class DatasetBuilder:
         self._small["lengths"].append(chunk.lengths)
         self._small["records"].append(chunk.records + self._counts["num_records"])
         self._small["num_targets"].append(num_targets)
-        self._counts.update({name: getattr(chunk, name) for name in ("num_records", "num_truncated", "num_dropped", "num_bad")})
+        self._counts.update(chunk.counts)
         self._largest = max(self._largest, int(chunk.tokens.max(initial=-1)))
         self.notes.update(chunk.notes)
         self.bad += chunk.bad

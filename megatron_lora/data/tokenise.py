@@ -9,17 +9,17 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
 from megatron_lora.data.chat_template import ChatSettings
 from megatron_lora.data.dataset_sources import Source
-from megatron_lora.data.encoded import Encoded
+from megatron_lora.data.length_records import LengthEncoder
 from megatron_lora.data.row_files import Block
+from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.data.token_cache import Chunk, DatasetBuilder
 from megatron_lora.data.worker_pool import map_in_order
 from megatron_lora.environment import num_cores
@@ -29,12 +29,7 @@ POOL_BYTES = 1 << 24  # of records: with fewer, starting processes takes longer 
 MOST_NOTES = 50  # of one dataset; others are counted together
 MOST_BAD_KINDS, BAD_OF_A_KIND = 20, 3  # listed
 FIRST_WORD_S, NEXT_WORD_S = 5.0, 15.0
-
-
-class Encoder(Protocol):
-    """Turns a record into tokens (RecordEncoder, LengthEncoder)."""
-
-    def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> Encoded: ...
+Encoder = RecordEncoder | LengthEncoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,20 +47,15 @@ def tokenise(source: Source, settings: Settings, encoder: Encoder, drop_bad: boo
     work = partial(encode_block, encoder, settings, str(source), drop_bad)
     workers = num_cores() if pool and source.num_bytes() >= POOL_BYTES else 1
     progress = _Progress(str(source))
-    for done, chunk in _chunks(work, source.blocks(), workers):
+    blocks = source.blocks()
+    for block, chunk in map_in_order(work, blocks, workers) if workers > 1 else ((block, work(block)) for block in blocks):
         if isinstance(chunk, UserError):
             raise chunk
         builder.add(chunk)
-        progress.tell(done)
+        progress.tell(block.done)
     if not builder.num_records:
         raise UserError(f"{source}: holds no records; give a file with at least one")
     _shorten(builder)
-
-
-def _chunks(work: Callable[[Block], Chunk | UserError], blocks: Iterable[Block], workers: int) -> Iterator[tuple[float, Chunk | UserError]]:
-    if workers == 1:
-        return ((block.done, work(block)) for block in blocks)
-    return ((block.done, chunk) for block, chunk in map_in_order(work, blocks, workers))
 
 
 def encode_block(encoder: Encoder, settings: Settings, source: str, drop_bad: bool, block: Block) -> Chunk | UserError:
@@ -73,8 +63,9 @@ def encode_block(encoder: Encoder, settings: Settings, source: str, drop_bad: bo
     tokens, targets, records = [np.empty(0, np.int32)], [np.empty(0, bool)], []
     notes: Counter[str] = Counter()
     bad: list[str] = []
-    number = num_truncated = num_dropped = 0
-    for number, (where, record) in enumerate(block.rows(), 1):  # noqa: B007 (the last one counts the records)
+    counts = Counter(num_records=0, num_truncated=0, num_dropped=0, num_bad=0)
+    for number, (where, record) in enumerate(block.rows()):
+        counts["num_records"] += 1
         try:
             if isinstance(record, UserError):
                 raise record
@@ -82,6 +73,7 @@ def encode_block(encoder: Encoder, settings: Settings, source: str, drop_bad: bo
         except UserError as error:
             if not drop_bad:
                 return error
+            counts["num_bad"] += 1
             bad.append(str(error).removeprefix(source))
             continue
         notes.update(encoded.notes)
@@ -89,19 +81,16 @@ def encode_block(encoder: Encoder, settings: Settings, source: str, drop_bad: bo
         if cut_targets.any():
             tokens.append(encoded.tokens[: settings.sequence_len])
             targets.append(cut_targets)
-            records.append(number - 1)
-            num_truncated += len(encoded.tokens) > settings.sequence_len
+            records.append(number)
+            counts["num_truncated"] += len(encoded.tokens) > settings.sequence_len
         else:
-            num_dropped += 1
+            counts["num_dropped"] += 1
     return Chunk(
         tokens=np.concatenate(tokens),
         targets=np.concatenate(targets),
         lengths=np.array([len(part) for part in tokens[1:]], dtype=np.int64),
         records=np.array(records, dtype=np.int64),
-        num_records=number,
-        num_truncated=num_truncated,
-        num_dropped=num_dropped,
-        num_bad=len(bad),
+        counts=counts,
         notes=notes,
         bad=first_of_each_kind(bad),
     )

@@ -47,7 +47,7 @@ def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
 
 def tokenizer_for(jobs: Iterable[JobConfig], base_model: str | Path) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer that the jobs' datasets need; None where all of them are lengths."""
-    needed = any(dataset.type != "lengths" for job in jobs for dataset in job.datasets)
+    needed = any(dataset.type != "lengths" for job in jobs for dataset in (*job.datasets, *job.val_datasets))
     return load_tokenizer(base_model) if needed else None
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import sync
-from megatron_lora.huggingface.adapter_targets import Targets, read_targets
+from megatron_lora.huggingface.adapter_targets import Targets, first_match, read_targets
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,46 +36,18 @@ LARGEST_RANK, LARGEST_ALPHA = 2**20, 1e30
 
 # peft 0.21's other fields, with the values that mean plain LoRA. The reader refuses other values, and unknown fields that are set.
 PLAIN_LORA = MappingProxyType(
-    {
-        "alora_invocation_tokens": None,
-        "alpha_pattern": {},
-        "arrow_config": None,
-        "bias": "none",
-        "corda_config": None,
-        "ensure_weight_tying": False,
-        "eva_config": None,
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "kasa_config": None,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
-        "lora_bias": False,
-        "lora_ga_config": None,
-        "megatron_config": None,
-        "modules_to_save": None,
-        "monteclora_config": None,
-        "rank_pattern": {},
-        "target_parameters": None,
-        "trainable_token_indices": None,
-        "use_bdlora": None,
-        "use_dora": False,
-        "use_qalora": False,
-        "velora_config": None,
-    }
+    dict.fromkeys(
+        ("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "exclude_modules", "kasa_config", "layer_replication")
+        + ("layers_pattern", "layers_to_transform", "lora_ga_config", "megatron_config", "modules_to_save", "monteclora_config")
+        + ("target_parameters", "trainable_token_indices", "use_bdlora", "velora_config")
+    )
+    | dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_qalora"), False)
+    | {"alpha_pattern": {}, "bias": "none", "loftq_config": {}, "rank_pattern": {}}
 )
 # Fields that do not change what the adapter computes.
 DESCRIPTIVE = MappingProxyType(
-    {
-        "auto_mapping": None,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "megatron_core": "megatron.core",
-        "peft_version": "0.21.2",
-        "qalora_group_size": 16,
-        "revision": None,
-    }
+    {"auto_mapping": None, "inference_mode": True, "init_lora_weights": True, "megatron_core": "megatron.core"}
+    | {"peft_version": "0.21.2", "qalora_group_size": 16, "revision": None}
 )
 # Fields of PEFT that the reader accepts with any value: of an initialisation that is over, of running, or of modules that no plain LoRA
 # has here. The fields of adapter_targets.py are compared with the weights.
@@ -139,8 +111,9 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     targets = read_targets(file, config)
     weights = _pair(directory / WEIGHTS_FILE, _read_tensors(directory))
     _check_targets(directory / WEIGHTS_FILE, weights, targets)
-    r = _the_same(file, "rank_pattern", {targets.rank_of(path, config["r"]) for path in weights})
-    lora_alpha = _the_same(file, "alpha_pattern", {targets.alpha_of(path, config["lora_alpha"]) for path in weights})
+    r = _the_same(file, "rank_pattern", {first_match(targets.rank_pattern, path, config["r"]) for path in weights})
+    alphas = {first_match(targets.alpha_pattern, path, config["lora_alpha"]) for path in weights}
+    lora_alpha = _the_same(file, "alpha_pattern", alphas)
     _check_ranks(directory / WEIGHTS_FILE, weights, r)
     return AdapterFile(
         r=r,

@@ -48,14 +48,6 @@ class Targets:
             return re.fullmatch(self.exclude_modules, path) is not None
         return _ends_with(path, self.exclude_modules)
 
-    def rank_of(self, path: str, r: int) -> int:
-        """Return the rank of the linear at `path`: that of the first pattern that fits, else `r`."""
-        return _first_match(self.rank_pattern, path, r)
-
-    def alpha_of(self, path: str, lora_alpha: float) -> float:
-        """Return the alpha of the linear at `path`: that of the first pattern that fits, else `lora_alpha`."""
-        return _first_match(self.alpha_pattern, path, lora_alpha)
-
     def _layer_of(self, path: str) -> int | None:
         for name in self.layers_pattern or (r"[^.]*",):
             match = re.match(BEFORE_LAYER.replace("{}", name), path)
@@ -123,8 +115,6 @@ def _ends_with(path: str, names: tuple[str, ...]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _first_match(patterns: Mapping[str, float], path: str, default):
-    for pattern, number in patterns.items():
-        if re.match(END_OF_PATH.replace("{}", pattern), path):
-            return number
-    return default
+def first_match(patterns: Mapping[str, float], path: str, default):
+    """Return the number of the first pattern that fits a path, of `rank_pattern` or `alpha_pattern`, else the default."""
+    return next((number for pattern, number in patterns.items() if re.match(END_OF_PATH.replace("{}", pattern), path)), default)

@@ -25,13 +25,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False},
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "use_sliding_window": False,
-        "head_dim": 128,
-    },
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False, "head_dim": 128},
 }
 LARGEST_COUNT = 2**31 - 1  # the largest value of any count in config.json
 LARGEST_NUMBER = 1e30  # of any other number in it
@@ -108,10 +102,7 @@ class Architecture:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all tensors that the checkpoint must hold, by Hugging Face name."""
-        shapes: dict[str, tuple[int, ...]] = {
-            EMBEDDING: (self.vocab_size, self.hidden_size),
-            "model.norm.weight": (self.hidden_size,),
-        }
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, self.hidden_size), "model.norm.weight": (self.hidden_size,)}
         if not self.tied_head:
             shapes[HEAD] = (self.vocab_size, self.hidden_size)
         for layer in range(self.num_layers):
@@ -128,40 +119,35 @@ class Architecture:
 
 def read_architecture(model_dir: str | Path) -> Architecture:
     """Read `config.json` of a Hugging Face model directory; UserError for what this trainer does not support."""
-    return _Reader.of(model_dir).architecture()
+    return _Reader(Path(model_dir) / "config.json").architecture()
 
 
 def unread_fields(model_dir: str | Path) -> tuple[str, ...]:
     """Return the fields of `config.json` that neither this trainer nor transformers reads for the model type, sorted."""
-    return _Reader.of(model_dir).unread()
+    reader = _Reader(Path(model_dir) / "config.json")
+    return config_fields.unread(reader.values, *reader.rope_values())
 
 
 class _Reader:
     """One config.json, with typed access; errors name the file, the key and the value."""
 
-    def __init__(self, path: Path, values: Mapping[str, Any]):
+    def __init__(self, path: Path):
         self.path = path
-        self.values = values
-        kind = values.get("model_type")
-        if not isinstance(kind, str) or kind not in DEFAULTS:
-            raise self.error("model_type", kind, f"supported are {', '.join(DEFAULTS)}")
-        self.model_type: str = kind
-        self.defaults = DEFAULTS[kind]
-
-    @classmethod
-    def of(cls, model_dir: str | Path) -> _Reader:
-        path = Path(model_dir) / "config.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            self.values = json.loads(path.read_text(encoding="utf-8"))
         except OSError:
             raise UserError(
                 f"base_model: {path} cannot be read; give a Hugging Face model directory with config.json and safetensors"
             ) from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"base_model: {path} is not valid JSON ({one_line(error, 120)}); fetch the file again") from None
-        if not isinstance(values, dict):
+        if not isinstance(self.values, dict):
             raise UserError(f"base_model: {path} holds no object; fetch the file again")
-        return cls(path, values)
+        kind = self.values.get("model_type")
+        if not isinstance(kind, str) or kind not in DEFAULTS:
+            raise self.error("model_type", kind, f"supported are {', '.join(DEFAULTS)}")
+        self.model_type: str = kind
+        self.defaults = DEFAULTS[kind]
 
     def error(self, key: str, value: object, hint: str) -> UserError:
         return UserError(f"base_model: {self.path}: {one_line(key, 100)} is {one_line(repr(value), 160)}; {hint}")
@@ -169,10 +155,10 @@ class _Reader:
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, self.defaults.get(key, default))
 
-    def count(self, key: str) -> int:
+    def count(self, key: str, least: int = 1) -> int:
         value = self.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(key, value, "a whole number of at least 1 is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.error(key, value, f"a whole number of at least {least} is needed")
         if value > LARGEST_COUNT:
             raise self.error(key, value, f"no model has more than {LARGEST_COUNT:,}; fetch the file again")
         return value
@@ -247,7 +233,8 @@ class _Reader:
         kinds, window = self.get("layer_types"), self.get("sliding_window")
         if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
             raise self.error("sliding_window", window, "a whole number of at least 1, or null, is needed")
-        if kinds is not None and not (isinstance(kinds, list) and len(kinds) == num_layers and all(map(_is_layer_type, kinds))):
+        known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+        if kinds is not None and not (known and len(kinds) == num_layers):
             raise self.error("layer_types", kinds, f"{num_layers} entries, each full_attention or sliding_attention, are needed")
         if self.model_type == "llama":
             if window is not None and window < self.count("max_position_embeddings"):
@@ -269,12 +256,7 @@ class _Reader:
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def first_sliding_layer(self) -> int:
-        if self.model_type == "mistral":
-            return 0
-        first = self.get("max_window_layers")
-        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            raise self.error("max_window_layers", first, "a whole number of at least 0 is needed")
-        return first
+        return 0 if self.model_type == "mistral" else self.count("max_window_layers", least=0)
 
     def refuse_window_keys_of_qwen(self, window: object) -> None:
         hint = f"every layer of a mistral has the window of sliding_window {window!r}; remove this key, or set sliding_window: null"
@@ -310,31 +292,17 @@ class _Reader:
         needed = {key: self.number(values, key, f"{where}.") for key in config_fields.ROPE_NUMBERS[kind]}
         if self.number({"rope_theta": theta}, "rope_theta") <= 1:
             raise self.error("rope_theta", theta, "a number above 1 is needed")
-        return Rope(
-            theta=float(theta),
-            kind=kind,
-            factor=needed.get("factor", 1.0),
-            original_max_positions=needed.get("original_max_position_embeddings", 0.0),
-            low_freq_factor=needed.get("low_freq_factor", 1.0),
-            high_freq_factor=needed.get("high_freq_factor", 4.0),
-            **(self.yarn_options(where, values) if kind == "yarn" else {}),
-        )
+        fields = {key.replace("position_embeddings", "positions"): number for key, number in needed.items()}
+        return Rope(theta=float(theta), kind=kind, **fields, **(self.yarn_options(where, values) if kind == "yarn" else {}))
 
     def yarn_options(self, where: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return YaRN's optional fields; 0 and null are transformers' defaults, except of attention_factor, which only null is."""
-        given = {key: values.get(key) for key in config_fields.YARN_OPTIONS}
         truncate = values.get("truncate", True)
         if truncate not in (True, False, None):
             raise self.error(f"{where}.truncate", truncate, "true or false is needed")
         options: dict[str, Any] = {"truncate": bool(truncate)}
-        for key, value in given.items():
-            if value is not None and (value != 0 or key == "attention_factor") and key != "truncate":
+        for key in config_fields.YARN_OPTIONS:
+            unset = (None,) if key == "attention_factor" else (None, 0)
+            if key != "truncate" and values.get(key) not in unset:
                 options[key] = self.number(values, key, f"{where}.")
         return options
-
-    def unread(self) -> tuple[str, ...]:
-        return config_fields.unread(self.values, *self.rope_values())
-
-
-def _is_layer_type(kind: object) -> bool:
-    return isinstance(kind, str) and kind in ("full_attention", "sliding_attention")

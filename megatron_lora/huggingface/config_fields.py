@@ -9,20 +9,13 @@ tables, and a test walks every field of transformers' config classes through the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 USED: dict[str, str] = {
     "model_type": "llama, mistral, qwen2 or qwen3",
-    "vocab_size": "",
-    "hidden_size": "",
-    "intermediate_size": "",
-    "num_hidden_layers": "",
-    "num_attention_heads": "",
-    "num_key_value_heads": "",
-    "head_dim": "",
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), ""),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), ""),
     "max_position_embeddings": "no record may be longer; YaRN gives factor times the original length",
     "rms_norm_eps": "",
     "hidden_act": "silu, or its other name swish",
@@ -48,14 +41,11 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "is_causal": ((True,), "a model that also sees later tokens cannot be trained to predict them; use a causal one"),
     "attention_chunk_size": ((None,), "attention in chunks is not supported; use a model without it"),
     "per_layer_config": ((None, {}), "layers that differ are not supported; use a model of equal layers"),
-    "text_config": ((None,), "use a model of text alone, with its own config.json"),
-    "decoder": ((None,), "use a model of text alone, with its own config.json"),
-    "generator": ((None,), "use a model of text alone, with its own config.json"),
-    "text_encoder": ((None,), "use a model of text alone, with its own config.json"),
-    "vision_config": ((None,), "use a model of text alone, with its own config.json"),
-    "audio_config": ((None,), "use a model of text alone, with its own config.json"),
-    "is_encoder_decoder": ((False, None), "use a model that is a decoder alone"),
-    "add_cross_attention": ((False, None), "use a model that is a decoder alone"),
+    **dict.fromkeys(
+        ("text_config", "decoder", "generator", "text_encoder", "vision_config", "audio_config"),
+        ((None,), "use a model of text alone, with its own config.json"),
+    ),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention"), ((False, None), "use a model that is a decoder alone")),
     "pruned_heads": ((None, {}), "use a model with all of its heads"),
     "transformers_weights": ((None,), "rename the file that it names to model.safetensors, and remove the key"),
     "configuration_files": (([],), "give the directory one config.json, without this key"),
@@ -63,13 +53,10 @@ REFUSED: dict[str, tuple[tuple, str]] = {
 }
 WITHOUT_EFFECT: dict[str, str] = {
     "architectures": "the causal model of the model type is built",
-    "dtype": "the key precision decides",
-    "torch_dtype": "the key precision decides",
+    **dict.fromkeys(("dtype", "torch_dtype"), "the key precision decides"),
     "initializer_range": "weights are loaded",
-    "pretraining_tp": "the same sums, in parts",
-    "chunk_size_feed_forward": "the same sums, in parts",
-    "bos_token_id": "the tokenizer's is used",
-    "eos_token_id": "the tokenizer's is used",
+    **dict.fromkeys(("pretraining_tp", "chunk_size_feed_forward"), "the same sums, in parts"),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), "the tokenizer's is used"),
     "pad_token_id": "samples are packed without padding",
     **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict", "use_cache", "gradient_checkpointing"), "of running"),
     **dict.fromkeys(("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"), "of running"),
@@ -126,14 +113,3 @@ def _comparable(rope: Mapping[str, Any], theta: object) -> dict[str, Any]:
     """Return a rotary embedding's fields with one name for its kind, and the base frequency that it has."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     return {**rope, "rope_theta": rope.get("rope_theta", theta), "type": kind, "rope_type": kind}
-
-
-def table() -> str:
-    """Return the Markdown table of docs/models.md."""
-    rows = [(key, "used", note) for key, note in USED.items() if key not in REFUSED]
-    for key, (harmless, hint) in REFUSED.items():
-        unless = " or ".join(f"`{json.dumps(value)}`" for value in harmless)
-        rows.append((key, "used", USED[key]) if key in USED else (key, "refused", f"unless {unless}: {hint}"))
-    rows += [(key, "without effect", note) for key, note in WITHOUT_EFFECT.items()]
-    lines = [f"| `{key}` | {verdict} | {note} |" for key, verdict, note in rows]
-    return "\n".join(["| field of config.json | is | note |", "|---|---|---|", *lines])

@@ -11,25 +11,19 @@ other tokens are the measure:
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
+from megatron_lora.huggingface.weight_slices import Source
 
 NUM_ORDINARY = 256
 TINY = 0.1
 EQUAL = 1e-3
 
 
-class Rows(Protocol):
-    """Where slices of tensors are read."""
-
-    def read(self, name: str, index: tuple[slice, ...]) -> Tensor: ...
-
-
-def untrained_tokens(source: Rows, architecture: Architecture, tokens: Mapping[int, str], added: Iterable[int]) -> list[str]:
+def untrained_tokens(source: Source, architecture: Architecture, tokens: Mapping[int, str], added: Iterable[int]) -> list[str]:
     """List the names of those of `tokens` (id -> name) that have an untrained row; `added`: ids of all added tokens."""
     size = architecture.vocab_size
     ids = sorted({*tokens, *added} & set(range(size)))
@@ -49,6 +43,6 @@ def untrained_tokens(source: Rows, architecture: Architecture, tokens: Mapping[i
     return [name for token, name in sorted(tokens.items()) if token in untrained]
 
 
-def _rows(source: Rows, name: str, ids: Iterable[int]) -> Tensor:
+def _rows(source: Source, name: str, ids: Iterable[int]) -> Tensor:
     """Read rows of a matrix in float32, each as a slice of its own."""
     return torch.cat([source.read(name, (slice(row, row + 1), slice(None))).float() for row in ids])

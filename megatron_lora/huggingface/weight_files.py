@@ -68,7 +68,8 @@ def stored_tensors(model_dir: str | Path, architecture: Architecture) -> dict[st
     unknown = []
     for file in weight_files(Path(model_dir)):
         for name, entry in read_header(file).items():
-            full = _full_name(name, names)
+            # transformers takes a missing or superfluous `model.` as none
+            full = next((each for each in (name, name.removeprefix("model."), f"model.{name}") if each in names), name)
             if full in stored:
                 first = stored[full]
                 raise UserError(f"{model} holds {full} twice, as {first.name} in {first.file.name} and {name} in {file.name}; {REFETCH}")
@@ -82,25 +83,11 @@ def stored_tensors(model_dir: str | Path, architecture: Architecture) -> dict[st
                 stored[name] = stored[other]
     for name in architecture.tensor_shapes():
         if name not in stored:
-            raise UserError(f"{model} has no tensor {name}, which its config.json calls for; {REFETCH}{_stored_instead(unknown)}")
+            instead = f" (it holds {one_line(min(unknown), 100)} instead)" if unknown else ""
+            raise UserError(f"{model} has no tensor {name}, which its config.json calls for; {REFETCH}{instead}")
     if unknown:
         raise UserError(f"{model} has a tensor {min(unknown)} that its config.json does not call for; {_remedy(min(unknown))}")
     return stored
-
-
-def _full_name(name: str, names: set[str]) -> str:
-    """Return the name in the causal model of a stored tensor: transformers takes a missing or superfluous `model.` as none."""
-    if name in names:
-        return name
-    for candidate in (name.removeprefix("model."), f"model.{name}"):
-        if candidate in names:
-            return candidate
-    return name
-
-
-def _stored_instead(unknown: list[str]) -> str:
-    """Return a hint for a missing tensor: the first tensor that was found under no known name."""
-    return f" (it holds {one_line(min(unknown), 100)} instead)" if unknown else ""
 
 
 def _remedy(name: str) -> str:

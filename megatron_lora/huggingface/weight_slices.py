@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,12 +32,6 @@ class Part:
     target: Tensor
     name: str
     index: Index
-
-
-class Source(Protocol):
-    """A source of slices of tensors."""
-
-    def read(self, name: str, index: Index) -> Tensor: ...
 
 
 def load(parts: Iterable[Part], source: Source) -> None:
@@ -92,3 +85,6 @@ class RandomTensors:
         key = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator(device=self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0.0, 0.02, generator=generator)[index]
+
+
+Source = Checkpoint | RandomTensors

@@ -7,25 +7,42 @@ multiple of 16 rows, and the surplus rows are zero. Kernels see a region through
 `LoraGroup`. The optimizer, the checkpoint and the PEFT files see a job through its `Factor`s, which
 are contiguous slices of the flat buffers.
 
-An adapter has an *adapter row*, its index in the tables of all linears. `add` takes it and the rank
-rows, `remove` gives them back and leaves zeros behind:
+An adapter has an *adapter row*, its index in the tables of all linears, which it keeps, and *places*:
+the rank rows that it takes in linears of each kind. They are chosen elsewhere. `add` takes the places
+and the lowest free adapter row, `remove` gives them back and leaves zeros behind, and `move` takes
+weights and moments elsewhere:
 
     arena = Arena(stage.linears, [first, second], tensor_rank=0, tensor_ranks=1, dtype=dtype, device=device)     # rows 0 and 1
     arena.remove(0)
-    row = arena.add(third)                # 0 again; NoRoom, and nothing taken, where a linear has too few rank rows free
+    row = arena.add(third, places)        # 0 again
+    arena.move(row, others)               # directly after the job's own step: none of its microbatches is in flight
+
+Values come from host memory. `draw` and `shard` make them there, in any thread, and `put` copies them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from fused_ops.lora.adapters import AdapterTable
-from megatron_lora.model.arena_region import FREE_ROW, AdapterSpec, Factor, NoRoom, Place, Region
+from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
+from megatron_lora.model.arena_region import (
+    FREE_ROW,
+    AdapterSpec,
+    Factor,
+    Places,
+    Region,
+    Room,
+    check_apart,
+    room_of,
+    shards,
+    side_by_side,
+)
 from megatron_lora.model.linears import MultiLoraLinear
 
 
@@ -41,118 +58,175 @@ class Arena:
         tensor_ranks: int,
         dtype: torch.dtype,
         device: torch.device,
-        room_for: Sequence[AdapterSpec] | None = None,
+        room: Room | None = None,
     ):
-        """Allocate room for the adapters of `room_for` at once (default: `adapters`), and add `adapters` as rows 0, 1, ..."""
-        self.tensor_ranks = tensor_ranks
+        """Allocate `room` (default: what `adapters` take), and add `adapters` side by side as rows 0, 1, ..."""
+        self.tensor_rank, self.tensor_ranks = tensor_rank, tensor_ranks
         self.linears = linears
+        self.room = dict(room_of(adapters) if room is None else room)
         self.regions: list[Region] = []
         size = 0
         for linear in linears:
-            self.regions.append(Region(linear.geometry, adapters if room_for is None else room_for, size, tensor_rank))
+            self.regions.append(Region(linear.geometry, self.room, size, tensor_rank))
             size = self.regions[-1].end
         self.master = torch.zeros(size, dtype=torch.float32, device=device)
         self.grad = torch.zeros(size, dtype=torch.float32, device=device)
         self.exp_avg = torch.zeros(size, dtype=torch.float32, device=device)
         self.exp_avg_sq = torch.zeros(size, dtype=torch.float32, device=device)
         self.compute = self.master if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device)
+        self._views = [region.views(self.compute, self.grad) for region in self.regions]
         self.specs: list[AdapterSpec] = []  # [adapter row]; FREE_ROW where it is free
-        self.places: list[list[Place | None]] = [[] for _ in linears]  # [linear][adapter row]
+        self.places: list[Places] = []  # [adapter row]; empty where it is free
         self.factors: list[list[Factor]] = []  # [adapter row]; empty where it is free
-        for spec in adapters:
-            self._take(spec)
-        self._set_tables()
+        for spec, places in zip(adapters, side_by_side(adapters), strict=True):
+            self._take(spec, places)
+        self._set_tables(self.specs, self.places)
 
-    def add(self, spec: AdapterSpec) -> int:
-        """Take a row for an adapter, all zero, and return it. Raises NoRoom, and takes nothing, where it does not fit."""
-        row = self._take(spec)
-        self._set_tables()
+    def add(self, spec: AdapterSpec, places: Places) -> int:
+        """Take the lowest free adapter row and the places, which must be free, for an adapter, all zero; return the row."""
+        row = self._take(spec, places)
+        self._set_tables(self.specs, self.places)
         return row
 
     def remove(self, row: int) -> None:
         """Give an adapter's row and rank rows back, with zeros in every buffer. No microbatch of the job may be in flight."""
-        for region, places in zip(self.regions, self.places, strict=True):
-            place = places[row]
-            assert place is not None, f"adapter row {row} is free already"
-            for part in region.slices(place):
-                for buffer in (self.master, self.grad, self.exp_avg, self.exp_avg_sq, self.compute):
-                    buffer[part].zero_()
-            region.give_back(place)
-            places[row] = None
-        self.specs[row] = FREE_ROW
-        self.factors[row] = []
-        self._set_tables()
+        assert self.specs[row] is not FREE_ROW, f"adapter row {row} is free already"
+        slices = self._slices(row)
+        for buffer in self._states(self.grad):
+            _zero([buffer[part] for part in slices])
+        self.specs[row], self.places[row], self.factors[row] = FREE_ROW, {}, []
+        self._set_tables(self.specs, self.places)
 
-    def _take(self, spec: AdapterSpec) -> int:
-        taken: list[tuple[Region, Place]] = []
-        try:
-            for region in self.regions:
-                taken.append((region, region.take(spec)))
-        except NoRoom:
-            for region, place in taken:
-                region.give_back(place)
-            raise
+    def move(self, row: int, places: Places) -> None:
+        """Move an adapter's weights and moments to other places, free or its own, and leave zeros behind.
+
+        Its gradients must be zero, and no microbatch of the job may be in flight.
+        """
+        before = self._slices(row)
+        self._place(row, self.specs[row], places)
+        moved = [(old, new) for old, new in zip(before, self._slices(row), strict=True) if old != new]
+        for buffer in self._states() if moved else ():
+            left = [buffer[old] for old, _ in moved]
+            values = torch.cat(left).split([len(part) for part in left])
+            _zero(left)
+            _copy([buffer[new] for _, new in moved], values)
+        self._set_tables(self.specs, self.places)
+
+    @contextmanager
+    def showing(self, specs: Sequence[AdapterSpec]) -> Iterator[None]:
+        """Give the linears tables of other adapters for a while, side by side in the same memory: to warm up, before anybody trains."""
+        self._set_tables(specs, side_by_side(specs))
+        yield
+        self._set_tables(self.specs, self.places)
+
+    def _take(self, spec: AdapterSpec, places: Places) -> int:
         row = next((row for row, taken_by in enumerate(self.specs) if taken_by is FREE_ROW), len(self.specs))
         if row == len(self.specs):
             self.specs.append(FREE_ROW)
+            self.places.append({})
             self.factors.append([])
-            for places in self.places:
-                places.append(None)
-        self.specs[row] = spec
-        self.factors[row] = [factor for region, place in taken for factor in region.factors(spec, place)]
-        for places, (_, place) in zip(self.places, taken, strict=True):
-            places[row] = place
+        self._place(row, spec, places)
         return row
 
-    def _set_tables(self) -> None:
-        """Give every linear new tables, of the adapters that are resident now; a microbatch in flight keeps those of its forward."""
+    def _place(self, row: int, spec: AdapterSpec, places: Places) -> None:
+        """Write down where an adapter lies."""
+        assert places.keys() == spec.target_modules, f"adapter row {row}: places {places}, targets {sorted(spec.target_modules)}"
+        others = [each for other, each in enumerate(zip(self.specs, self.places, strict=True)) if other != row]
+        check_apart(self.room, [(padded_rank(each.r), lies) for each, lies in [*others, (spec, places)]])
+        self.specs[row], self.places[row] = spec, dict(places)
+        self.factors[row] = [factor for region in self.regions for factor in region.factors(spec, region.place(spec, places))]
+
+    def _slices(self, row: int) -> list[slice]:
+        spec, places = self.specs[row], self.places[row]
+        return [part for region in self.regions for part in region.slices(region.place(spec, places))]
+
+    def _states(self, *others: Tensor) -> list[Tensor]:
+        """Return the buffers that hold an adapter's state, and `others`."""
+        return [self.master, self.exp_avg, self.exp_avg_sq, *([] if self.compute is self.master else [self.compute]), *others]
+
+    def _set_tables(self, specs: Sequence[AdapterSpec], places: Sequence[Places]) -> None:
+        """Give every linear new tables, one for all that merge the same modules; a microbatch in flight keeps those of its forward."""
         adapters = AdapterTable(
-            ranks=tuple(spec.r for spec in self.specs),
-            scales=tuple(spec.scale for spec in self.specs),
-            dropouts=tuple(spec.dropout for spec in self.specs),
+            ranks=tuple(spec.r for spec in specs),
+            scales=tuple(spec.scale for spec in specs),
+            dropouts=tuple(spec.dropout for spec in specs),
         )
-        for linear, region, places in zip(self.linears, self.regions, self.places, strict=True):
-            linear.adapters = region.group(self.compute, self.grad, places, adapters)
+        groups: dict[tuple[str, ...], LoraGroup] = {}
+        for linear, region, views in zip(self.linears, self.regions, self._views, strict=True):
+            modules = region.geometry.modules
+            if modules in groups:
+                linear.adapters = groups[modules].beside(**views)
+            else:
+                here = [region.place(spec, of_row) if of_row else None for spec, of_row in zip(specs, places, strict=True)]
+                linear.adapters = groups[modules] = region.group(views, here, adapters)
 
     def view(self, factor: Factor, buffer: Tensor) -> Tensor:
         """Return the factor's slice of a flat buffer as [r, width]."""
         return buffer[factor.start : factor.start + factor.length].view(factor.r, factor.width)
 
-    def initialise(self, adapter_row: int, seed: int) -> None:
-        """Set an adapter to PEFT's initial values: A kaiming-uniform with a = sqrt(5), B zero.
+    def draw(self, spec: AdapterSpec, seed: int) -> Tensor:
+        """Return an adapter's initial values on this rank, factor after factor, fp32 in host memory: PEFT's, A kaiming-uniform, B zero.
 
         Each A is drawn with a generator of its own, seeded by `seed` and the module's path, and for
         all K columns. The values therefore depend neither on the parallel layout nor on other jobs.
+        Any thread may draw.
         """
-        for factor in self.factors[adapter_row]:
+        flat, parts = self._host_memory(spec)
+        for factor, part in parts:
             if factor.kind == "A":
                 num_columns = factor.width * (self.tensor_ranks if factor.sharded else 1)
                 full = _kaiming_uniform(factor.r, num_columns, seed, factor.path)
-                self.view(factor, self.master).copy_(full[:, factor.first : factor.first + factor.width])
+                part.copy_(full[:, factor.first : factor.first + factor.width])
             else:
-                self.view(factor, self.master).zero_()
-        self.publish(adapter_row)
+                part.zero_()
+        return flat
+
+    def shard(self, spec: AdapterSpec, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """Return this rank's shards of full tensors, path -> (A [r, K], B [N, r]), as `draw` returns values. Any thread may call it."""
+        flat, parts = self._host_memory(spec)
+        for factor, part in parts:
+            a_rk, b_nr = tensors[factor.path]
+            part.copy_((a_rk if factor.kind == "A" else b_nr.t())[:, factor.first : factor.first + factor.width])
+        return flat
+
+    def put(self, adapter_row: int, values: Tensor, buffer: Tensor) -> None:
+        """Copy what `draw` or `shard` returned into an adapter's part of a flat buffer; masters into the compute buffer too."""
+        factors = self.factors[adapter_row]
+        for factor, part in zip(factors, values.split([factor.length for factor in factors]), strict=True):
+            self.view(factor, buffer).copy_(part.view(factor.r, factor.width), non_blocking=values.is_pinned())
+        if buffer is self.master:
+            self.publish(adapter_row)
+
+    def initialise(self, adapter_row: int, seed: int) -> None:
+        """Set an adapter to its initial values."""
+        self.put(adapter_row, self.draw(self.specs[adapter_row], seed), self.master)
 
     def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r]).
-
-        Each rank copies its shard.
-        """
-        self.fill(adapter_row, weights, self.master)
-        self.publish(adapter_row)
-
-    def fill(self, adapter_row: int, tensors: Mapping[str, tuple[Tensor, Tensor]], buffer: Tensor) -> None:
-        """Copy this rank's shards of full tensors, path -> (A [r, K], B [N, r]), into a flat buffer."""
-        for factor in self.factors[adapter_row]:
-            a_rk, b_nr = tensors[factor.path]
-            columns = a_rk if factor.kind == "A" else b_nr.t()
-            self.view(factor, buffer).copy_(columns[:, factor.first : factor.first + factor.width])
+        """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r])."""
+        self.put(adapter_row, self.shard(self.specs[adapter_row], weights), self.master)
 
     def publish(self, adapter_row: int) -> None:
         """Copy an adapter's master weights into the compute buffer, rounding them to its dtype."""
         if self.compute is not self.master:
-            for factor in self.factors[adapter_row]:
-                self.view(factor, self.compute).copy_(self.view(factor, self.master))
+            masters, copies = ([self.view(f, buffer) for f in self.factors[adapter_row]] for buffer in (self.master, self.compute))
+            _copy(copies, masters)
+
+    def _host_memory(self, spec: AdapterSpec) -> tuple[Tensor, list[tuple[Factor, Tensor]]]:
+        """Return memory on the host for an adapter's factors, and each factor with its part [r, width] of it."""
+        factors = [factor for region in self.regions for factor in shards(region.geometry, self.tensor_rank, spec)]
+        lengths = [factor.length for factor in factors]
+        flat = torch.empty(sum(lengths), pin_memory=self.master.is_cuda)
+        return flat, [(f, part.view(f.r, f.width)) for f, part in zip(factors, flat.split(lengths), strict=True)]
+
+
+def _zero(tensors: list[Tensor]) -> None:
+    if tensors:
+        torch._foreach_zero_(tensors)  # pyright: ignore[reportPrivateImportUsage]  torch has no public name for it
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor] | tuple[Tensor, ...]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]  likewise
 
 
 def _kaiming_uniform(r: int, num_features: int, seed: int, path: str) -> Tensor:

@@ -1,32 +1,44 @@
-"""One linear's region of the arena's flat buffers: which of its rank rows belong to which adapter.
+"""One linear's region of the arena's flat buffers: how many rank rows it has, and which of them an adapter takes.
 
-A region is A [R, K], then per module m its B^T [R_m, N_m]; R is the sum of all R_m. An adapter
-takes, for each module that it targets, as many rows of A and of that B^T as its padded rank. Its
-rows of A are contiguous. Which rows are free differs between linears, because adapters target
-different modules. Rows are taken first-fit, so adapters that are added to an empty region lie in
-the order of adding.
+A region is A [R, K], then per module m its B^T [R_m, N_m]; R is the sum of all R_m. R_m is the same in
+all linears that merge the same modules, on all stages: the arena's `room`. An adapter takes, for each
+module that it targets, as many rows of A and of that B^T as its padded rank; its rows of A are
+contiguous. Which rows is its `Places`, plain data that serve every linear: the first rank chooses them
+(planning/adapter_rows.py), and all ranks follow.
 
-    region = Region(linear.geometry, [spec], start=0, tensor_rank=0)      # room for these adapters at once
-    place = region.take(spec)                                             # NoRoom where it does not fit
-    region.give_back(place)
+    room = room_of(specs)                                                 # as many rows as these adapters take together
+    region = Region(linear.geometry, room, start=0, tensor_rank=0)
+    for spec, places in zip(specs, side_by_side(specs), strict=True):
+        region.factors(spec, region.place(spec, places))
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
+from megatron_lora.huggingface.architecture import MERGED_LINEARS
 from megatron_lora.model.linears import LinearGeometry
 
 ALIGN = 64  # elements; every region starts on a multiple of it: 128 bytes in 16 bits
 
+Room = Mapping[str, int]  # module -> rank rows; none of a module that is not there
+Places = Mapping[str, Sequence[int]]  # targeted module -> its first row of A, and of its B^T
 
-class NoRoom(Exception):
-    """An adapter does not fit into the free rank rows of a region."""
+
+class Adapted(Protocol):
+    """An adapter's rank and targets."""
+
+    @property
+    def r(self) -> int: ...
+
+    @property
+    def target_modules(self) -> Collection[str]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,46 +81,59 @@ class Place:
     b_rows: tuple[int, ...]
 
 
-class FreeRows:
-    """The free rows among `size`, as sorted intervals [first, end)."""
+def room_of(specs: Sequence[Adapted]) -> dict[str, int]:
+    """Return the rank rows of each module that these adapters take together."""
+    modules = {module for spec in specs for module in spec.target_modules}
+    return {module: sum(padded_rank(spec.r) for spec in specs if module in spec.target_modules) for module in modules}
 
-    def __init__(self, size: int):
-        self.size = size
-        self.intervals: list[tuple[int, int]] = [(0, size)] if size else []
 
-    def find(self, count: int) -> int | None:
-        """Return the first of `count` contiguous free rows, the lowest there are; None where there are not as many."""
-        return next((first for first, end in self.intervals if end - first >= count), None)
+def side_by_side(specs: Sequence[AdapterSpec]) -> list[Places]:
+    """Return places of these adapters one after another, without holes."""
+    found: list[Places] = []
+    ends: dict[str, int] = {}  # of a merged linear's A, and of a module's B^T
+    for spec in specs:
+        places = {}
+        for kind, modules in MERGED_LINEARS.items():
+            for module in modules:
+                if module in spec.target_modules:
+                    places[module] = (ends.get(kind, 0), ends.get(module, 0))
+                    ends[kind], ends[module] = (end + padded_rank(spec.r) for end in places[module])
+        found.append(places)
+    return found
 
-    def take(self, first: int, count: int) -> None:
-        """Take `count` rows from `first` on, which must be free."""
-        i, (low, high) = next((i, each) for i, each in enumerate(self.intervals) if each[0] <= first < each[1])
-        assert first + count <= high, f"rows {first} to {first + count} are not all free"
-        self.intervals[i : i + 1] = [each for each in ((low, first), (first + count, high)) if each[0] < each[1]]
 
-    def give_back(self, first: int, count: int) -> None:
-        """Give `count` rows back from `first` on, none of which may be free."""
-        end = first + count
-        assert first >= 0 and end <= self.size and all(high <= first or end <= low for low, high in self.intervals)
-        merged: list[tuple[int, int]] = []
-        for low, high in sorted([*self.intervals, (first, end)]):
-            if merged and merged[-1][1] == low:
-                merged[-1] = (merged[-1][0], high)
-            else:
-                merged.append((low, high))
-        self.intervals = merged
+def check_apart(room: Room, held: Sequence[tuple[int, Places]]) -> None:
+    """Assert that adapters, each its rows and its places, lie inside the room and overlap nowhere."""
+    for modules in MERGED_LINEARS.values():
+        spaces = [(0, modules), *((1, (module,)) for module in modules)]  # A, whose rows the modules share; each B^T
+        for which, shared in spaces:
+            spans = sorted((lies[m][which], lies[m][which] + rows) for rows, lies in held for m in shared if m in lies)
+            ends, firsts = [0, *(end for _, end in spans)], [*(first for first, _ in spans), sum(room.get(m, 0) for m in shared)]
+            apart = all(end <= first for end, first in zip(ends, firsts, strict=True))
+            assert apart, f"{'AB'[which]} of {', '.join(shared)}: adapters at {spans} overlap, or leave {firsts[-1]} rows"
+
+
+def shards(geometry: LinearGeometry, tensor_rank: int, spec: AdapterSpec) -> list[Factor]:
+    """Return the factors of an adapter in a linear of a tensor rank, A and B^T of each targeted module, wherever they lie (`start` 0)."""
+    found, column, k = [], geometry.parallel == "column", geometry.in_features
+    for module, path, n in zip(geometry.modules, geometry.paths, geometry.out_features, strict=True):
+        if module in spec.target_modules:
+            first_k, first_n = (0, tensor_rank * n) if column else (geometry.first_feature, 0)
+            found.append(Factor(path=path, kind="A", start=0, r=spec.r, width=k, sharded=not column, first=first_k))
+            found.append(Factor(path=path, kind="B", start=0, r=spec.r, width=n, sharded=column, first=first_n))
+    return found
 
 
 class Region:
-    """One linear's part of the flat buffers: offsets, free rows, and the views that its kernels get."""
+    """One linear's part of the flat buffers: offsets, and the views that its kernels get."""
 
-    def __init__(self, geometry: LinearGeometry, room_for: Sequence[AdapterSpec], start: int, tensor_rank: int):
-        """Lay a region out from `start` on, as large as the adapters of `room_for` take together."""
+    def __init__(self, geometry: LinearGeometry, room: Room, start: int, tensor_rank: int):
+        """Lay a region out from `start` on."""
         self.geometry = geometry
         self.tensor_rank = tensor_rank
-        targets = [sum(padded_rank(spec.r) for spec in room_for if module in spec.target_modules) for module in geometry.modules]
-        self.a_shape = (sum(targets), geometry.in_features)
-        self.b_shapes = tuple(zip(targets, geometry.out_features, strict=True))
+        rows = [room.get(module, 0) for module in geometry.modules]
+        self.a_shape = (sum(rows), geometry.in_features)
+        self.b_shapes = tuple(zip(rows, geometry.out_features, strict=True))
         self.a_start = start
         self.b_starts: list[int] = []
         end = start + math.prod(self.a_shape)
@@ -116,37 +141,11 @@ class Region:
             self.b_starts.append(end)
             end += math.prod(shape)
         self.end = -(-end // ALIGN) * ALIGN
-        self.free_a = FreeRows(self.a_shape[0])
-        self.free_b = [FreeRows(rows) for rows in targets]
 
-    def take(self, spec: AdapterSpec) -> Place:
-        """Take the rows of an adapter. Raises NoRoom, and takes none, where not enough are free."""
-        height = padded_rank(spec.r)
-        targeted = [module in spec.target_modules for module in self.geometry.modules]
-        a_first = self.free_a.find(height * sum(targeted)) if any(targeted) else 0
-        b_first = [free.find(height) if used else -1 for free, used in zip(self.free_b, targeted, strict=True)]
-        if a_first is None or None in b_first:
-            raise NoRoom(f"{self.geometry.paths[0]}: no {height} rank rows are free for each of its modules")
-        a_rows = []
-        for used in targeted:
-            a_rows.append(a_first if used else -1)
-            a_first += height if used else 0
-        place = Place(height=height, a_rows=tuple(a_rows), b_rows=tuple(row for row in b_first if row is not None))
-        for free, first in self._rows_of(place):
-            free.take(first, height)
-        return place
-
-    def give_back(self, place: Place) -> None:
-        """Give the rows of an adapter back."""
-        for free, first in self._rows_of(place):
-            free.give_back(first, place.height)
-
-    def _rows_of(self, place: Place) -> list[tuple[FreeRows, int]]:
-        rows = []
-        for free_b, a_row, b_row in zip(self.free_b, place.a_rows, place.b_rows, strict=True):
-            if a_row >= 0:
-                rows += [(self.free_a, a_row), (free_b, b_row)]
-        return rows
+    def place(self, spec: AdapterSpec, places: Places) -> Place:
+        """Return where an adapter lies here."""
+        rows = [places[module] if module in spec.target_modules else (-1, -1) for module in self.geometry.modules]
+        return Place(height=padded_rank(spec.r), a_rows=tuple(a for a, _ in rows), b_rows=tuple(b for _, b in rows))
 
     def slices(self, place: Place) -> list[slice]:
         """Return where an adapter's rows lie in the flat buffers, the surplus rows of its padded rank included."""
@@ -159,33 +158,26 @@ class Region:
 
     def factors(self, spec: AdapterSpec, place: Place) -> list[Factor]:
         """Return an adapter's factors: A and B^T of each targeted module."""
-        g, found = self.geometry, []
-        column = g.parallel == "column"
-        for path, n, b_base, a_row, b_row in zip(g.paths, g.out_features, self.b_starts, place.a_rows, place.b_rows, strict=True):
-            if a_row < 0:
-                continue
-            k = g.in_features
-            a_start, b_start = self.a_start + a_row * k, b_base + b_row * n
-            first_k, first_n = (0, self.tensor_rank * n) if column else (g.first_feature, 0)
-            found.append(Factor(path=path, kind="A", start=a_start, r=spec.r, width=k, sharded=not column, first=first_k))
-            found.append(Factor(path=path, kind="B", start=b_start, r=spec.r, width=n, sharded=column, first=first_n))
-        return found
+        starts = [part.start for part in self.slices(place)]
+        return [replace(factor, start=start) for factor, start in zip(shards(self.geometry, self.tensor_rank, spec), starts, strict=True)]
 
-    def group(self, compute: Tensor, grad: Tensor, places: Sequence[Place | None], adapters: AdapterTable) -> LoraGroup:
-        """Return the linear's views on the flat buffers; `places` and `adapters` are by adapter row, None where one is free."""
+    def views(self, compute: Tensor, grad: Tensor) -> dict[str, Any]:
+        """Return the linear's views on the flat buffers, and the geometry that its kernels need: arguments of a LoraGroup."""
 
         def cut(buffer: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
             return buffer[start : start + math.prod(shape)].view(shape)
 
+        return {
+            "a_RK": cut(compute, self.a_start, self.a_shape),
+            "b_RN": tuple(cut(compute, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
+            "grad_a_RK": cut(grad, self.a_start, self.a_shape),
+            "grad_b_RN": tuple(cut(grad, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
+            "columns": self.geometry.columns,
+            "first_feature": self.geometry.first_feature,
+        }
+
+    def group(self, views: dict[str, Any], places: Sequence[Place | None], adapters: AdapterTable) -> LoraGroup:
+        """Return the linear's adapters; `places` and `adapters` are by adapter row, None where one is free."""
         nowhere = (-1,) * len(self.geometry.modules)
-        return LoraGroup(
-            a_RK=cut(compute, self.a_start, self.a_shape),
-            b_RN=tuple(cut(compute, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
-            grad_a_RK=cut(grad, self.a_start, self.a_shape),
-            grad_b_RN=tuple(cut(grad, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
-            columns=self.geometry.columns,
-            a_rows=tuple(place.a_rows if place else nowhere for place in places),
-            b_rows=tuple(place.b_rows if place else nowhere for place in places),
-            adapters=adapters,
-            first_feature=self.geometry.first_feature,
-        )
+        a_rows, b_rows = (tuple(getattr(place, rows) if place else nowhere for place in places) for rows in ("a_rows", "b_rows"))
+        return LoraGroup(**views, a_rows=a_rows, b_rows=b_rows, adapters=adapters)

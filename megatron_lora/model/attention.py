@@ -111,18 +111,9 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 
     options = {"enable_gqa": True, "num_splits": 1}  # one split: a sample's bits do not depend on its neighbours' lengths
     known = inspect.signature(varlen_attn).parameters
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        packing.cu_seqlens,
-        packing.cu_seqlens,
-        packing.max_length,
-        packing.max_length,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        **{name: option for name, option in options.items() if name in known},
-    )
+    options = {name: option for name, option in options.items() if name in known}
+    ends, longest, behind = packing.cu_seqlens, packing.max_length, -1 if window is None else window - 1
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(behind, 0), **options)
     return cast(Tensor, out)  # a tuple only where more is asked for
 
 
@@ -146,13 +137,7 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def fault_of(
-    attend: Attend,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    windows: tuple[int | None, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    attend: Attend, heads: int, kv_heads: int, head_dim: int, windows: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
 ) -> str:
     """Try an attention on a device, forward and backward; return its fault in one line, or "" if it works.
 

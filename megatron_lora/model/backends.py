@@ -87,10 +87,7 @@ def choose(backend: str, machine: Machine) -> Backends:
 
 
 def check_backends(config: RunConfig, machine: Machine | None = None) -> None:
-    """Raise UserError if this machine lacks what `backend` or `base_weights` need.
-
-    Imports Transformer Engine if it is used.
-    """
+    """Raise UserError if this machine lacks what `backend` or `base_weights` need; imports Transformer Engine if it is used."""
     machine = machine or this_machine()
     backend = backend_of(config)
     if "te" in dataclasses.astuple(choose(backend, machine)):

@@ -20,7 +20,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,29 +56,15 @@ class SampleOffsets:
     sums: Tensor
 
 
-class Plan(Protocol):
-    """Forward and backward of a shape's attention, for a limited number of samples and rows; outputs are new tensors."""
-
-    num_samples: int
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, offsets: SampleOffsets) -> tuple[Tensor, Tensor]:
-        """Return the output [T, heads, d] and the logarithms of softmax's sums, fp32 [T, heads]."""
-        ...
-
-    def backward(self, d_out: Tensor, saved: tuple[Tensor, ...], offsets: SampleOffsets) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v; `saved` has q, k, v, the output and the sums."""
-        ...
-
-
 class PlannedAttention:
     """Attention of all layers of a stage, with the plans that they share."""
 
-    def __init__(self, compile_plan: Callable[[AttentionShape, int, int], Plan], usual_samples: tuple[int, ...] = USUAL_SAMPLES):
+    def __init__(self, compile_plan: Callable[[AttentionShape, int, int], CudnnPlan], usual_samples: tuple[int, ...] = USUAL_SAMPLES):
         """`compile_plan(shape, samples, rows)` makes a plan; those for `usual_samples` are made with the first of a shape."""
         self.compile_plan = compile_plan
         self.usual_samples = usual_samples
         self.num_rows = 0
-        self.plans: dict[tuple[AttentionShape, int], Plan] = {}
+        self.plans: dict[tuple[AttentionShape, int], CudnnPlan] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scale: float, window: int | None) -> Tensor:
         """Return [T, heads, d] of q [T, heads, d], k and v [T, kv heads, d]; torch's flash attention where an offset has no int32."""
@@ -87,20 +72,14 @@ class PlannedAttention:
         assert packing is not None
         if query.numel() + _ROW_ALIGN * query[0].numel() >= _INT32:
             return varlen_attention(query, key, value, packing, scale, window)
-        shape = AttentionShape(
-            heads=query.shape[1],
-            kv_heads=key.shape[1],
-            head_dim=query.shape[2],
-            scale=scale,
-            window=window,
-            dtype=query.dtype,
-        )
+        _, heads, head_dim = query.shape
+        shape = AttentionShape(heads=heads, kv_heads=key.shape[1], head_dim=head_dim, scale=scale, window=window, dtype=query.dtype)
         plan = self.plan(shape, len(packing.lengths), query.shape[0])
         if rows.offsets is None:  # the same for all layers
             rows.offsets = sample_offsets(packing.lengths, plan.num_samples, shape, query.device)
         return _Attention.apply(query, key, value, plan, rows.offsets)
 
-    def plan(self, shape: AttentionShape, num_samples: int, num_rows: int) -> Plan:
+    def plan(self, shape: AttentionShape, num_samples: int, num_rows: int) -> CudnnPlan:
         """Return a plan that fits a microbatch, compiled now if there is none; a larger one than any before makes all plans anew."""
         if num_rows > self.num_rows:
             self.num_rows = -(-num_rows // _ROW_ALIGN) * _ROW_ALIGN
@@ -170,19 +149,15 @@ class Cudnn:
 
 
 class CudnnPlan:
-    """The compiled graphs of both directions."""
+    """Forward and backward of a shape's attention, compiled for a limited number of samples and rows; outputs are new tensors."""
 
     def __init__(self, cudnn: Cudnn, shape: AttentionShape, num_samples: int, num_rows: int, deterministic: bool = False):
         """`deterministic` fixes the order of backward's sums; its workspace grows with samples times rows squared."""
         self.cudnn = cudnn
         self.num_samples = num_samples
         self.num_rows = num_rows
-        options = {
-            "attn_scale": shape.scale,
-            "use_causal_mask": True,
-            "use_padding_mask": True,
-            **({} if shape.window is None else {"sliding_window_length": shape.window}),
-        }
+        options = {"attn_scale": shape.scale, "use_causal_mask": True, "use_padding_mask": True}
+        options |= {} if shape.window is None else {"sliding_window_length": shape.window}
         self.ahead = ahead = _PackedGraph(cudnn, shape, num_samples, num_rows)
         self.back = back = _PackedGraph(cudnn, shape, num_samples, num_rows)
         package = cudnn.package
@@ -204,14 +179,13 @@ class CudnnPlan:
         back.make_output(self.grads[0], shape.heads, back.query_offset)
         for grad in self.grads[1:]:
             back.make_output(grad, shape.kv_heads, back.key_offset)
-        self.ahead_bytes = ahead.compile()
-        self.back_bytes = back.compile()
-        most = 4 * _WORKSPACE_NUMBERS * num_rows * shape.heads * shape.head_dim + 2**24
-        if max(self.ahead_bytes, self.back_bytes) > most and not deterministic:
-            raise RuntimeError(f"its kernels need {max(self.ahead_bytes, self.back_bytes) / 1e9:.1f} GB of workspace")
+        self.ahead_bytes, self.back_bytes = ahead.compile(), back.compile()
+        largest, most = max(self.ahead_bytes, self.back_bytes), 4 * _WORKSPACE_NUMBERS * num_rows * shape.heads * shape.head_dim + 2**24
+        if largest > most and not deterministic:
+            raise RuntimeError(f"its kernels need {largest / 1e9:.1f} GB of workspace")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, offsets: SampleOffsets) -> tuple[Tensor, Tensor]:
-        """Launch the forward; see Plan."""
+        """Return the output [T, heads, d] and the logarithms of softmax's sums, fp32 [T, heads]."""
         assert query.shape[0] <= self.num_rows and all(x.is_contiguous() for x in (query, key, value))
         out, sums = torch.empty_like(query), torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         tensors = self.ahead.bound(query, key, value, offsets) | {self.out: out, self.sums: sums}
@@ -219,7 +193,7 @@ class CudnnPlan:
         return out, sums
 
     def backward(self, d_out: Tensor, saved: tuple[Tensor, ...], offsets: SampleOffsets) -> tuple[Tensor, Tensor, Tensor]:
-        """Launch the backward; see Plan."""
+        """Return the gradients of q, k and v; `saved` has q, k, v, the output and the sums."""
         query, key, value, out, sums = saved
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         tensors = self.back.bound(query, key, value, offsets) | dict(zip(self.grads, grads, strict=True))
@@ -277,15 +251,8 @@ class _PackedGraph:
 
     def bound(self, query: Tensor, key: Tensor, value: Tensor, offsets: SampleOffsets) -> dict:
         """Return which tensor stands for which of the graph."""
-        return {
-            self.query: query,
-            self.key: key,
-            self.value: value,
-            self.lengths: offsets.lengths,
-            self.query_offset: offsets.query,
-            self.key_offset: offsets.key,
-            self.sums_offset: offsets.sums,
-        }
+        places = {self.lengths: offsets.lengths, self.query_offset: offsets.query, self.key_offset: offsets.key}
+        return {self.query: query, self.key: key, self.value: value, **places, self.sums_offset: offsets.sums}
 
 
 def cudnn_attention() -> PlannedAttention:
@@ -294,13 +261,7 @@ def cudnn_attention() -> PlannedAttention:
 
 
 def attention_fault(
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    windows: tuple[int | None, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    num_rows: int,
+    heads: int, kv_heads: int, head_dim: int, windows: tuple[int | None, ...], dtype: torch.dtype, device: torch.device, num_rows: int
 ) -> str:
     """Try cuDNN's attention on a device, in plans for `num_rows` rows; return what is wrong with it in a line, or nothing."""
     try:

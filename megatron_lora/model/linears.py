@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -53,10 +53,7 @@ CollectivesOver = Callable[[dist.ProcessGroup], Collectives]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGeometry:
-    """The shape of a linear on this rank, and of the modules that it merges.
-
-    "Local" counts are this rank's shard.
-    """
+    """The shape of a linear on this rank, and of the modules that it merges; "local" counts are this rank's shard."""
 
     modules: tuple[str, ...]  # ("q_proj", "k_proj", "v_proj")
     paths: tuple[str, ...]  # ("model.layers.0.self_attn.q_proj", ...)
@@ -74,33 +71,26 @@ class LinearGeometry:
 class MultiLoraLinear:
     """What the column- and the row-parallel layer share: geometry, adapters, and the product over [T, 1, K]."""
 
+    parallel: str  # "column" or "row"
+    kinds: tuple[CollectivesOver, CollectivesOver]  # its collectives without and with sequence parallelism
     config: Any  # a StageConfig
     tp_group: dist.ProcessGroup
     weight: torch.nn.Parameter  # None after `quantise`
     bias: torch.nn.Parameter | None
-    collectives: Collectives
-    adapters: LoraGroup | None  # of all resident jobs; None: the base model alone
     geometry: LinearGeometry
+    adapters: LoraGroup | None = None  # of all resident jobs; None: the base model alone
     weight_in_8_bits: Fp8Weight | None = None  # takes the place of `weight` after `quantise`
     operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
 
-    def _setup(self, config, role: str, parallel: str, collectives: tuple[CollectivesOver, CollectivesOver]) -> None:
-        """Freeze the parameters and choose the collectives.
-
-        `role` is Megatron's name of the linear: "qkv", "proj", "fc1" or "fc2". `collectives` has
-        the classes without and with sequence parallelism.
-        """
-        self.adapters = None
-        self.role = role
-        self.parallel = parallel
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        plain, sequence = collectives
-        if self.tp_group.size() == 1:
-            self.collectives = Collectives()  # does nothing
-        else:
-            self.collectives = (sequence if config.sequence_parallel else plain)(self.tp_group)
+    def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
+        """Build Megatron's layer, frozen; it calls the linear "qkv", "proj", "fc1" or "fc2"."""
+        kwargs["bias"] = config.architecture.has_bias(MERGED_LINEARS[tp_comm_buffer_name][0])
+        # Megatron's, of the class behind this one
+        super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)  # pyright: ignore[reportCallIssue]
+        self.role = tp_comm_buffer_name
+        freeze(cast(torch.nn.Module, self))
+        alone = self.tp_group.size() == 1
+        self.collectives = Collectives() if alone else self.kinds[config.sequence_parallel](self.tp_group)
 
     def set_layer(self, layer: int) -> None:
         """Set the layer (its index in the complete model) that the linear belongs to."""
@@ -119,10 +109,7 @@ class MultiLoraLinear:
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 
     def quantise(self) -> None:
-        """Replace the frozen weight by one in 8 bits (fused_ops.lora.fp8).
-
-        Raises UserError where it is not finite.
-        """
+        """Replace the frozen weight by one in 8 bits (fused_ops.lora.fp8); UserError where it is not finite."""
         try:
             self.weight_in_8_bits = quantise_weight(self.weight.detach())
         except ValueError as error:
@@ -133,54 +120,39 @@ class MultiLoraLinear:
         """Return what a norm or SwiGLU beside the linear gives rows in 8 bits to; None over a weight in 16 or 32 bits."""
         return None if self.weight_in_8_bits is None else Rounded()
 
-    def _apply_linear(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        route: Route | None,
-        refill: Refill | None,
-        rounded: Rounded | None = None,
-        output_shape: torch.Size | None = None,
-    ) -> Tensor:
-        """Return Y [T or T_local, N] for Megatron's x [rows, batch of 1, K]."""
+    def _apply_linear(self, x: Tensor, bias: Tensor | None, route: Route | None, **options) -> Tensor:
+        """Return Y [T or T_local, 1, N] for Megatron's x [rows, batch of 1, K]; `options` are the operator's."""
         weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits
-        options = {"refill": refill, "rounded": rounded, "output_shape": output_shape}
-        return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, **options)
+        return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, **options).unsqueeze(1)
 
 
-class MultiLoraColumnParallelLinear(ColumnParallelLinear, MultiLoraLinear):
+class MultiLoraColumnParallelLinear(MultiLoraLinear, ColumnParallelLinear):
     """linear_qkv and linear_fc1: output features sharded. [T_local, 1, K] -> ([T, 1, N_local], None)."""
 
-    def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
-        kwargs["bias"] = config.architecture.has_bias(MERGED_LINEARS[tp_comm_buffer_name][0])
-        super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
-        self._setup(config, tp_comm_buffer_name, "column", (ColumnCollectives, ColumnSequenceCollectives))
+    parallel, kinds = "column", (ColumnCollectives, ColumnSequenceCollectives)
 
     def forward(
         self, input_: Tensor, route: Route | None, refill: Refill | None = None, rounded: Rounded | None = None
     ) -> tuple[Tensor, None]:
         """Return Y with its bias added, and None: Megatron adds a bias returned here, and there is none to add."""
-        return self._apply_linear(input_, self.bias, route, refill, rounded).unsqueeze(1), None
+        return self._apply_linear(input_, self.bias, route, refill=refill, rounded=rounded), None
 
 
-class MultiLoraRowParallelLinear(RowParallelLinear, MultiLoraLinear):
+class MultiLoraRowParallelLinear(MultiLoraLinear, RowParallelLinear):
     """linear_proj and linear_fc2: input features sharded. [T, 1, K_local] -> ([T_local, 1, N], None)."""
 
-    def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
-        kwargs["bias"] = config.architecture.has_bias(MERGED_LINEARS[tp_comm_buffer_name][0])
-        super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
-        self._setup(config, tp_comm_buffer_name, "row", (RowCollectives, RowSequenceCollectives))
+    parallel, kinds = "row", (RowCollectives, RowSequenceCollectives)
 
     def forward(
         self, input_: Tensor, route: Route | None, refill: Refill | None = None, rounded: Rounded | None = None
     ) -> tuple[Tensor, None]:
         """Return Y with its bias added once, after the reduction, and None: Megatron has no bias to add."""
-        y = self._apply_linear(input_, None, route, refill, rounded)
-        return (y if self.bias is None else y + self.bias).unsqueeze(1), None
+        y = self._apply_linear(input_, None, route, refill=refill, rounded=rounded)
+        return y if self.bias is None else y + self.bias, None
 
     def for_backward(self, input_: Tensor, route: Route | None, refill: Refill | None, output_shape: torch.Size) -> Tensor:
         """Return what `forward` returned, [T_local, 1, N], without values: to run backward again, whose gradients do not depend on them."""
-        return self._apply_linear(input_, None, route, refill, None, torch.Size((output_shape[0], output_shape[-1]))).unsqueeze(1)
+        return self._apply_linear(input_, None, route, refill=refill, output_shape=torch.Size((output_shape[0], output_shape[-1])))
 
 
 def freeze(module: torch.nn.Module) -> None:

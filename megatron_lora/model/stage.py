@@ -165,6 +165,10 @@ class Stage(torch.nn.Module):
         """
         return loss.cross_entropy(hidden, labels, self.head, targets)
 
+    def evaluate(self, hidden: Tensor, labels: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return each row's cross-entropy, fp32 [T], and whether its label has the highest logit, bool [T] (label -100: 0, False)."""
+        return loss.evaluate(hidden, labels, self.head, targets)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the full logits [T, vocabulary] of the last stage; for tests."""
         return loss.logits(hidden, self.head)

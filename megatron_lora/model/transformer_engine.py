@@ -22,10 +22,7 @@ from megatron_lora.model.attention import PackedRows, fault_of
 
 
 class EngineNorm(torch.nn.Module):
-    """Transformer Engine's RMSNorm with a frozen weight [hidden_size].
-
-    Its arguments are those of Megatron's norms.
-    """
+    """Transformer Engine's RMSNorm with a frozen weight [hidden_size]; its arguments are those of Megatron's norms."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
@@ -98,20 +95,9 @@ def make_attention(heads: int, kv_heads: int, head_dim: int, scale: float) -> to
 def attend(attention: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, packing: Packing, window: int | None) -> Tensor:
     """Return [T, heads * d] of packed samples."""
     ends, longest = packing.cu_seqlens, packing.max_length
-    out = attention(
-        query,
-        key,
-        value,
-        qkv_format="thd",
-        attn_mask_type="padding_causal",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        window_size=(-1 if window is None else window - 1, 0),
-        pad_between_seqs=False,
-    )
-    return out.flatten(1)
+    samples = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+    options = {"qkv_format": "thd", "attn_mask_type": "padding_causal", "pad_between_seqs": False}
+    return attention(query, key, value, **samples, **options, window_size=(-1 if window is None else window - 1, 0)).flatten(1)
 
 
 def attention_fault(

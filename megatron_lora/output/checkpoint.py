@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from megatron_lora.errors import UserError
 from megatron_lora.files import sync
 from megatron_lora.huggingface.adapter_files import PREFIX, WEIGHTS_FILE, AdapterFile, read_adapter, write_adapter
-from megatron_lora.output.standing import STATE_FILE, CheckpointState, checkpoint_name, how_to_recover
+from megatron_lora.output.standing import STATE_FILE, Best, CheckpointState, best_name, checkpoint_name, how_to_recover
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -49,14 +49,17 @@ def write_checkpoint(job_dir: Path, adapter: AdapterFile, base_model: str, momen
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_tensors(checkpoint: Path) -> None:
-    """Raise UserError if a file of tensors is missing or, by its header, cut short."""
-    for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
+def check_tensors(checkpoint: Path, best: Best | None = None) -> None:
+    """Raise UserError if a file of tensors, of the checkpoint or of the best weights by then, is missing or, by its header, cut short."""
+    files = [checkpoint / name for name in (WEIGHTS_FILE, OPTIMIZER_FILE)]
+    if best is not None:
+        files.append(checkpoint.with_name(best_name(best.step)) / WEIGHTS_FILE)
+    for path in files:
         try:
-            with safe_open(checkpoint / name, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 file.keys()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{checkpoint / name}: is damaged ({error}); {how_to_recover(checkpoint)}") from None
+            raise UserError(f"{path}: is damaged ({error}); {how_to_recover(checkpoint)}") from None
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[Pairs, list[Pairs]]:

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from megatron_lora.output.metrics import JobSummary, Observer, StepReport
+from megatron_lora.output.metrics import EvalReport, JobSummary, Observer, StepReport
 
 RECENT_STEPS = 20
 REFRESH_S = 0.25
@@ -42,6 +42,8 @@ class Progress:
         self.state = "queued"
         self.reason = ""
         self.last: StepReport | None = None
+        self.last_evaluation: EvalReport | None = None
+        self.best = job.best
         self._recent = deque([(now, 0)], maxlen=RECENT_STEPS + 1)  # (when, tokens of the step that ended then)
 
     def add(self, report: StepReport, now: float) -> None:
@@ -50,6 +52,10 @@ class Progress:
         self._recent.append((now, report.tokens))
         if self.state == "queued":
             self.state = "running"
+
+    def add_evaluation(self, report: EvalReport) -> None:
+        """Take note of an evaluation."""
+        self.last_evaluation, self.best = report, report.best
 
     @property
     def _is_running(self) -> bool:
@@ -123,10 +129,14 @@ class Display(Observer):
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
         now = self._clock()
-        self._jobs = {job.name: Progress(job, now) for job in jobs}
+        self._jobs |= {job.name: Progress(job, now) for job in jobs}
+
+    def on_evaluation(self, report: EvalReport) -> None:
+        self._jobs[report.job].add_evaluation(report)
 
     def on_status(self, job: str, state: str, reason: str) -> None:
-        self._jobs[job].state, self._jobs[job].reason = state, reason
+        if job in self._jobs:  # else it has never joined
+            self._jobs[job].state, self._jobs[job].reason = state, reason
 
 
 class LiveTable(Display):
@@ -140,6 +150,8 @@ class LiveTable(Display):
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
         super().on_start(jobs)
+        if self._live is not None:
+            return
         self._live = Live(self._table(), console=self._console, auto_refresh=False)
         self._live.start()
         self._console.show_cursor(True)  # a killed run must not leave the terminal without a cursor
@@ -178,16 +190,21 @@ def jobs_table(jobs: Sequence[Progress], max_shown: int) -> Table:
     """Lay out the first `max_shown` jobs, with a last line that counts the others by state."""
     table = Table(title=None, expand=False)
     table.add_column("job", overflow="fold")
-    for heading in ("step", "loss", "lr", "grad norm", "tokens/s", "share", "ETA"):
+    evaluated = any(job.last_evaluation or job.best for job in jobs)
+    headings = ["step", "loss", *(["eval loss", "best"] if evaluated else []), "lr", "grad norm", "tokens/s", "share", "ETA"]
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state")
     total = sum(job.tokens_per_second for job in jobs)
     for job in jobs[:max_shown]:
         state = Text(f"{job.state}: {job.reason}" if job.reason else job.state, style=STYLES[job.state])
-        table.add_row(Text(job.name), *cells(job, total), state)
+        step, loss, *others = cells(job, total)
+        table.add_row(Text(job.name), step, loss, *(evaluation_cells(job) if evaluated else []), *others, state)
     if hidden := jobs[max_shown:]:
         counts = Counter(job.state for job in hidden)
-        table.add_row(Text(f"and {len(hidden)} more"), *[""] * 7, Text(", ".join(f"{n} {state}" for state, n in counts.items())))
+        table.add_row(
+            Text(f"and {len(hidden)} more"), *[""] * len(headings), Text(", ".join(f"{n} {state}" for state, n in counts.items()))
+        )
     return table
 
 
@@ -207,8 +224,14 @@ def cells(job: Progress, total_tokens_per_second: float) -> list[str]:
     ]
 
 
+def evaluation_cells(job: Progress) -> list[str]:
+    """Write a job's last loss of an evaluation, and the value and step of its best one."""
+    last, best = job.last_evaluation, job.best
+    return [f"{last.eval_loss:.4f}" if last else "", f"{best.value:.4f} at {best.step}" if best else ""]
+
+
 class PlainLines(Display):
-    """Prints a line for a job's first, last and skipped steps, for one step per interval, and for its end."""
+    """Prints a line for a job's first, last and skipped steps, for one step per interval, for its evaluations, and for its end."""
 
     def __init__(self, stream: SafeStream, clock: Callable[[], float] = time.monotonic):
         super().__init__(clock)
@@ -218,7 +241,7 @@ class PlainLines(Display):
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
         super().on_start(jobs)
-        self._interval_s = max(LINE_INTERVAL_S, 0.5 * len(jobs))
+        self._interval_s = max(LINE_INTERVAL_S, 0.5 * len(self._jobs))
 
     def on_step(self, report: StepReport) -> None:
         now, job = self._clock(), self._jobs[report.job]
@@ -227,6 +250,12 @@ class PlainLines(Display):
         if due or report.step == report.total_steps or report.skipped:
             self._shown_at[job.name] = now
             print(line(job, sum(other.tokens_per_second for other in self._jobs.values())), file=self._stream, flush=True)
+
+    def on_evaluation(self, report: EvalReport) -> None:
+        super().on_evaluation(report)
+        parts = [f"{report.job}: after step {report.step}: eval loss {report.eval_loss:.4f}", f"perplexity {report.eval_perplexity:.4g}"]
+        is_best = ", the best so far" if report.best is not None and report.best.step == report.step else ""
+        print(f"{', '.join(parts)}, accuracy {report.eval_accuracy:.1%}{is_best}", file=self._stream, flush=True)
 
     def on_status(self, job: str, state: str, reason: str) -> None:
         super().on_status(job, state, reason)

@@ -1,19 +1,20 @@
 """The states of a job, which may follow which (FOLLOWERS), and the run's exit status, which follows from them.
 
     queued -> running -> done | stopped | cancelled | failed      the last four are OVER: never resumed
-    queued, running <-> paused
+    queued, running <-> paused; running -> queued
 
-A `stopped` job was ended early, by its patience or its sweep; a `cancelled` one on request (neither
-is set yet). status.json records one state per job (run_directory.py). Code that changes a state
-takes the new one from `after`.
+A `stopped` job was ended early, by its patience or its sweep, also by an evaluation that it was still
+owed when it was paused; a `cancelled` one on request. A running job is queued again when it makes
+room for one that has waited too long. status.json records one state per job (run_directory.py). Code
+that changes a state takes the new one from `after`.
 """
 
 from collections.abc import Iterable
 
 FOLLOWERS = {
     "queued": ("running", "paused", "done", "stopped", "cancelled", "failed"),
-    "running": ("paused", "done", "stopped", "cancelled", "failed"),
-    "paused": ("queued", "running", "cancelled", "failed"),
+    "running": ("queued", "paused", "done", "stopped", "cancelled", "failed"),
+    "paused": ("queued", "running", "done", "stopped", "cancelled", "failed"),
     "done": (),
     "stopped": (),
     "cancelled": (),

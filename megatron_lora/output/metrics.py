@@ -1,8 +1,9 @@
-"""What a run reports: a StepReport per optimizer step of each job, passed to observers.
+"""What a run reports: a StepReport per optimizer step of each job and an EvalReport per evaluation, passed to observers.
 
 An observer gets the reports and changes nothing; no number is computed only for it. One observer is
-always there: it writes `jobs/<name>/metrics.jsonl`, one object per step, flushed line by line, in
-which a number that is not finite is null. Others show progress (display.py) and feed trackers
+always there: it writes `jobs/<name>/metrics.jsonl`, one object per step or evaluation, flushed line by
+line, in which a number that is not finite is null. An evaluation's line stands behind that of the
+step after which it was made. Others show progress (display.py) and feed trackers
 (trackers.py); observers.py starts those that a run has.
 """
 
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_lora.errors import UserError
+from megatron_lora.output.job_states import OVER
+from megatron_lora.output.standing import Best
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -40,7 +43,36 @@ class StepReport:
         """Return what metrics.jsonl says of the step; a number that is not finite becomes None."""
         fields = dataclasses.asdict(self)
         del fields["job"], fields["total_steps"]
-        return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
+        return _finite(fields)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """One evaluation of one job: the mean loss over the targets of its validation set, and the share of them that are predicted right."""
+
+    job: str
+    step: int  # steps taken; 0: before the first one
+    eval_loss: float
+    eval_accuracy: float
+    eval_tokens: int  # targets
+    eval_samples: int
+    seconds: float  # from the evaluation's first forward to its sums
+    best: Best | None = None  # of the job's evaluations, this one included
+
+    @property
+    def eval_perplexity(self) -> float:
+        """Perplexity of a target: exp(eval_loss)."""
+        return math.exp(self.eval_loss) if self.eval_loss < 700 else self.eval_loss * math.inf
+
+    def logged(self) -> dict[str, Any]:
+        """Return what metrics.jsonl says of the evaluation; a number that is not finite becomes None."""
+        names = ("step", "eval_loss", "eval_perplexity", "eval_accuracy", "eval_tokens", "eval_samples", "seconds")
+        return _finite({name: getattr(self, name) for name in names})
+
+
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """Put None in the place of numbers that are not finite."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,42 +82,52 @@ class JobSummary:
     name: str
     total_steps: int
     first_step: int = 0  # steps that earlier starts of the run have taken
+    best: Best | None = None  # of the evaluations in earlier starts
 
 
 class Observer:
     """Gets the events of a run. Each method does nothing unless a subclass overrides it."""
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
-        """Get the run's jobs, before any other event."""
+        """Get jobs that join the run, before any other event of theirs; a job that was paused joins again."""
 
     def on_step(self, report: StepReport) -> None:
         """Get the report of a step; a job's steps come in order."""
 
+    def on_evaluation(self, report: EvalReport) -> None:
+        """Get the report of an evaluation, behind that of the job's step `report.step`."""
+
     def on_status(self, job: str, state: str, reason: str) -> None:
-        """Get a job's new state: queued, running, paused, done or failed."""
+        """Get a job's new state, one of job_states.py."""
 
     def close(self) -> None:
         """Close files and connections; no event follows."""
 
 
 class JsonlMetrics(Observer):
-    """Appends every step to its job's metrics.jsonl."""
+    """Appends every step and evaluation to its job's metrics.jsonl."""
 
     def __init__(self, output_dir: str | Path):
         self._output_dir = Path(output_dir)
         self._files: dict[str, IO[str]] = {}
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
-        for job in jobs:
+        for job in (job for job in jobs if job.name not in self._files):
             path = metrics_file(self._output_dir, job.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_partial_line(path)
             self._files[job.name] = path.open("a", encoding="utf-8")
 
-    def on_step(self, report: StepReport) -> None:
+    def on_step(self, report: StepReport | EvalReport) -> None:
         file = self._files[report.job]
         file.write(json.dumps(report.logged(), allow_nan=False) + "\n")
         file.flush()
+
+    on_evaluation = on_step
+
+    def on_status(self, job: str, state: str, reason: str) -> None:
+        if state in OVER and job in self._files:
+            self._files.pop(job).close()
 
     def close(self) -> None:
         for file in self._files.values():
@@ -99,19 +141,34 @@ def metrics_file(output_dir: str | Path, job: str) -> Path:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the steps in a metrics file, without a last line that was cut off; UserError for any other broken line."""
+    """Return the steps in a metrics file, as `read_lines` finds them."""
+    return [line for line in read_lines(path) if not is_evaluation(line)]
+
+
+def read_evaluations(path: str | Path) -> list[dict[str, Any]]:
+    """Return the evaluations in a metrics file, as `read_lines` finds them."""
+    return [line for line in read_lines(path) if is_evaluation(line)]
+
+
+def is_evaluation(line: dict[str, Any]) -> bool:
+    """Whether a line of a metrics file is an evaluation's."""
+    return "eval_loss" in line
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file, without a last one that was cut off; UserError for any other broken line."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: does not exist; give the metrics.jsonl of a job that has run")
-    steps = []
+    lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:
-            steps.append(json.loads(line))
+            lines.append(json.loads(line))
         except ValueError as error:
             raise UserError(f"{path}:{number}: is not valid JSON ({error}); restore the file") from None
-    return steps
+    return lines
 
 
 def _drop_partial_line(path: Path) -> None:

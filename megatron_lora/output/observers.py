@@ -28,7 +28,8 @@ def make_observers(output_dir: str | Path, jobs: Sequence[JobSummary], environme
     started: list[Observer] = []
     try:
         for observer in observers:
-            observer.on_start(jobs)
+            if jobs:
+                observer.on_start(jobs)
             started.append(observer)
     except UserError:
         for observer in started:

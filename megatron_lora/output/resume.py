@@ -2,9 +2,11 @@
 
 A job that is done stays as it is, and so does one that has failed because its loss or gradients
 were not finite. Any other job resumes from its newest checkpoint, or from its start if it has none.
-The steps after that are taken again, so they are removed from its metrics. Layout, budget and
+The steps and evaluations after that are made anew, so they are removed from its metrics, and weights
+that were the best by a later evaluation from its directory. Layout, budget and
 recomputation may differ from those before, and jobs may be added. Every key that decides a job's
-updates must be as it was.
+updates must be as it was. Jobs that were added while the run trained are kept: the config that is
+compared has them already (run_directory.with_changes).
 
 Nothing here reads a tensor; checkpoint.py does.
 """
@@ -20,12 +22,16 @@ from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.files import write_atomically
+from megatron_lora.output.changes import SETTABLE
 from megatron_lora.output.job_states import OVER
-from megatron_lora.output.metrics import metrics_file, read_metrics
-from megatron_lora.output.standing import ResumePoint, resume_points
+from megatron_lora.output.metrics import is_evaluation, metrics_file, read_lines
+from megatron_lora.output.standing import ResumePoint, resume_points, steps_of
 
-RUN_KEYS_THAT_MAY_CHANGE = ("output_dir", "parallel", "microbatch_tokens", "recompute", "activation_offloading", "backend", "jobs")
-JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "bad_rows", "save_steps")  # the records are compared by their digest
+RUN_KEYS_THAT_MAY_CHANGE = (
+    *("output_dir", "parallel", "microbatch_tokens", "recompute", "activation_offloading", "backend", "jobs"),
+    *("adapter_memory", "max_wait_s", "window_s"),
+)
+JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "val_datasets", "bad_rows", *SETTABLE)  # records: by their digest
 
 
 def changed_key(before: RunConfig, now: RunConfig) -> str | None:
@@ -44,13 +50,15 @@ def changed_key(before: RunConfig, now: RunConfig) -> str | None:
 def as_begun(before: RunConfig, now: RunConfig) -> RunConfig:
     """Return a config with what a run began with where it says `auto`: its precision, and under `deterministic` what decides its plan.
 
-    Those are microbatch_tokens and, in the same pipeline, layers_per_stage, which depend on the memory that is free.
+    Those are microbatch_tokens, adapter_memory and, in the same pipeline, layers_per_stage, which depend on the memory that is free.
     """
     now = with_precision_of(before, now)
     if not now.deterministic:
         return now
     if now.microbatch_tokens == "auto":
         now = dataclasses.replace(now, microbatch_tokens=before.microbatch_tokens)
+    if now.adapter_memory == "auto":
+        now = dataclasses.replace(now, adapter_memory=before.adapter_memory)
     if now.parallel.layers_per_stage is None and now.parallel.pipeline == before.parallel.pipeline:
         layers = before.parallel.layers_per_stage
         now = dataclasses.replace(now, parallel=dataclasses.replace(now.parallel, layers_per_stage=layers))
@@ -91,25 +99,36 @@ def check_resume(path: Path, states: dict[str, str], config: RunConfig) -> dict[
         raise UserError(f"{changed} in {str(path / 'config.yaml')!r}, the run to resume; set it back, or choose another output_dir")
     remaining = resume_points(config, states)
     for name, point in remaining.items():
-        logged_steps(metrics_file(path, name), point.step)
+        logged_lines(metrics_file(path, name), point)
     return remaining
 
 
-def logged_steps(metrics: Path, step: int) -> list[dict]:
-    """Return the lines of a job's metrics up to and with `step`; UserError for a file that this trainer did not write."""
+def logged_lines(metrics: Path, point: ResumePoint) -> list[dict]:
+    """Return the lines of a job's metrics up to its resume point, without an evaluation there that is due.
+
+    UserError for a file that this trainer did not write.
+    """
+
+    def is_before(line: dict) -> bool:
+        step = operator.index(line["step"])
+        return step < point.step or (step == point.step and not (is_evaluation(line) and point.evaluation_due))
+
     try:
-        steps = read_metrics(metrics) if metrics.exists() else []
-        return [logged for logged in steps if operator.index(logged["step"]) <= step]
+        return [line for line in (read_lines(metrics) if metrics.exists() else []) if is_before(line)]
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{metrics}: has a line that is no step of the job; restore the file, or remove it") from None
 
 
 def rewind(path: Path, points: dict[str, ResumePoint]) -> None:
-    """Take a run's files back to where its jobs resume: cut their metrics, and move plan and timeline to `plan/start-N`."""
-    logged = {metrics_file(path, name): logged_steps(metrics_file(path, name), point.step) for name, point in points.items()}
-    for metrics, steps in logged.items():
+    """Take a run's files back to where its jobs resume: metrics, best weights; move plan and timeline to `plan/start-N`."""
+    logged = {metrics_file(path, name): logged_lines(metrics_file(path, name), point) for name, point in points.items()}
+    for metrics, lines in logged.items():
         if metrics.exists():
-            write_atomically(metrics, "".join(json.dumps(step) + "\n" for step in steps))
+            write_atomically(metrics, "".join(json.dumps(line) + "\n" for line in lines))
+    for name, point in points.items():
+        for step, best in steps_of(path / "jobs" / name, "best").items():
+            if step >= point.step + (not point.evaluation_due):
+                shutil.rmtree(best)
     plan, number = path / "plan", 1
     while (plan / f"start-{number}").exists():
         number += 1

@@ -4,11 +4,13 @@
     config.yaml   the resolved config          env.json   versions, commit, machine
     status.json   state of every job and, once the run has ended, its exit status; always a complete file
     plan/         the windows that were planned                jobs/<name>/   what a job writes
+    requests/     requests of users that wait (requests.py)    events.jsonl   those that took effect, and other events (events.py)
 
 Invariant: a directory belongs to one run. `check` writes nothing. It refuses a directory that
 another process uses, that holds files of other origin, or whose run is finished or began with
-another config (resume.py). A run that has trained and ended early is resumed. The files of a run
-that never took a step are removed. The owner prepares the directory under an exclusive lock, which
+another config (resume.py). A run that has begun (it has trained, or has requests) and ended early is
+resumed, as its events left it; requests that wait are taken then. The files of one that has not begun
+are removed. The owner prepares the directory under an exclusive lock, which
 it then turns into a shared one. The run's workers `join` with a shared lock; any other process is
 refused.
 
@@ -19,22 +21,33 @@ refused.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_lora.config.schema import RunConfig, dump_config, load_config
+from megatron_lora.config.schema import JobConfig, RunConfig, dump_config, load_config
+from megatron_lora.config.yaml_file import dump_yaml
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import write_atomically
+from megatron_lora.output.changes import Run, apply, foresee, job_mapping, states_to_start_from
+from megatron_lora.output.events import EVENTS_FILE, EventLog, read_events
 from megatron_lora.output.job_states import OVER, after
+from megatron_lora.output.requests import FOLDER, RequestFolder
 from megatron_lora.output.resume import as_begun, check_resume, rewind
-from megatron_lora.output.standing import ResumePoint, resume_points
+from megatron_lora.output.standing import Best, ResumePoint, resume_points
+from megatron_lora.output.take_requests import take_requests
 
 LOCK, STATUS = ".lock", "status.json"
-RUN_FILES = {LOCK, STATUS, "config.yaml", "env.json", "calibration.json", "cost.json", "plan", "timeline.json", "jobs"}
+OF_ONE_RUN = (
+    *("calibration.json", "cost.json", "plan", "jobs", "timeline.json", "report.html"),
+    *(EVENTS_FILE, "queue.json", "accounting.json"),
+)
+RUN_FILES = {LOCK, STATUS, "config.yaml", "env.json", FOLDER, *OF_ONE_RUN}
 
 
 class RunDirectory:
@@ -52,7 +65,10 @@ class RunDirectory:
         path = Path(config.output_dir)
         try:
             _check_available(path)
-            return check_resume(path, job_states(path), config) if has_trained(path) else resume_points(config, {})
+            if not has_begun(path):
+                return resume_points(config, {})
+            run = as_left(path, config, states_to_start_from(job_states(path)))
+            return check_resume(path, run.states, run.config)
         except OSError as error:
             raise _unusable(path, error) from None
 
@@ -84,21 +100,34 @@ class RunDirectory:
         """Write the owner into the lock file, rewind the run or remove what never took a step, and write the run's files."""
         os.truncate(self.lock, 0)
         os.pwrite(self.lock, _this_process().encode(), 0)
-        jobs = {job.name: _job("queued", "") for job in config.jobs}
-        jobs |= {name: _job(after("queued", "failed"), reason) for name, reason in failed.items()}
-        if has_trained(self.path):
+        run, over, remaining = Run(config=config, states={job.name: "queued" for job in config.jobs}), {}, {}
+        if has_begun(self.path):
+            run = self._take_requests(config)
             # Checked again, because another run may have ended between `check` and the lock.
-            remaining = check_resume(self.path, job_states(self.path), config)
+            remaining = check_resume(self.path, run.states, run.config)
             rewind(self.path, remaining)
-            config = as_begun(load_config(self.path / "config.yaml"), config)
-            jobs |= {name: job for name, job in self.status()["jobs"].items() if name not in remaining}
+            config = as_begun(load_config(self.path / "config.yaml"), run.config)
+            over = {name: job for name, job in self.status()["jobs"].items() if job["state"] in OVER}
         else:
-            for entry in ("calibration.json", "cost.json", "plan", "jobs", "timeline.json"):
+            for entry in OF_ONE_RUN:
                 _remove(self.path / entry)
+        jobs = {job.name: _job(run.states.get(job.name, "queued"), run.reasons.get(job.name, "")) for job in config.jobs}
+        for name, point in remaining.items():
+            jobs[name] = _job(run.states.get(name, "queued"), run.reasons.get(name, ""), point.step, point.best)
+        jobs |= {name: _job(after("queued", "failed"), reason) for name, reason in failed.items()} | over
         self._write_status({"exit_status": None, "reason": "", "jobs": jobs})
         write_atomically(self.path / "config.yaml", dump_config(config))
         write_atomically(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
         (self.path / "plan").mkdir(exist_ok=True)
+
+    def _take_requests(self, config: RunConfig) -> Run:
+        """Take the requests that wait, before the first window; return the run as it starts, and print what differs from the config."""
+        log = EventLog(self.path)
+        run = apply(log.events, states_to_start_from(job_states(self.path)), config)
+        run, _, lines = take_requests(RequestFolder(self.path), log, run, window=0, slot=0)
+        for line in [*lines, *_describe(run, config, self.path)]:
+            print(f"megatron-lora: {line}", file=sys.stderr)
+        return run
 
     @classmethod
     def join(cls, config: RunConfig) -> "RunDirectory":
@@ -108,14 +137,26 @@ class RunDirectory:
         return cls(path, _lock(path, fcntl.LOCK_SH), False)
 
     def status(self) -> dict:
-        """Return what status.json says: exit_status, reason, and jobs, which maps names to state and reason."""
+        """Return what status.json says: exit_status, reason, and jobs: name -> state, reason and, where known, step and best."""
         return _read_status(self.path)
 
-    def set_job(self, name: str, state: str, reason: str = "") -> None:
-        """Record the state of one job; only one process of a run may call this."""
+    def set_job(self, name: str, state: str, reason: str = "", *, step: int | None = None, best: Best | None = None) -> None:
+        """Record the state of one job, with the steps taken and the best evaluation if they are given; else those recorded stay.
+
+        Only one process of a run may call this.
+        """
         status = self.status()
         assert name in status["jobs"], name
-        status["jobs"][name] = _job(after(status["jobs"][name]["state"], state), reason)
+        status["jobs"][name] |= _job(after(status["jobs"][name]["state"], state), reason, step, best)
+        self._write_status(status)
+
+    def add_jobs(self, jobs: Sequence[JobConfig]) -> None:
+        """Add jobs, which the run does not have, to config.yaml and, queued, to status.json; after their events (events.py)."""
+        file = self.path / "config.yaml"
+        # `jobs` is the last key of the file, so its list is continued: a thousand jobs are not written anew for each that is added.
+        write_atomically(file, file.read_text(encoding="utf-8") + dump_yaml([job_mapping(job) for job in jobs]))
+        status = self.status()
+        status["jobs"] |= {job.name: _job("queued", "") for job in jobs}
         self._write_status(status)
 
     def write_resolved(self, config: RunConfig, cost: dict) -> None:
@@ -128,15 +169,15 @@ class RunDirectory:
         status = self.status() | {"exit_status": exit_status, "reason": reason}
         for name, job in status["jobs"].items():
             if job["state"] not in (*OVER, "paused"):
-                status["jobs"][name] = _job(after(job["state"], "paused"), reason or "the run ended first")
+                status["jobs"][name] = job | _job(after(job["state"], "paused"), reason or "the run ended first")
         try:
             self._write_status(status)
         except OSError:  # mostly a full disk: no space for a second file, so the first is overwritten
             (self.path / STATUS).write_text(_as_json(status), encoding="utf-8")
 
     def discard(self) -> None:
-        """Remove the files of a run that never took a step; those of a run that has trained stay."""
-        if has_trained(self.path):
+        """Remove the files of a run that has not begun."""
+        if has_begun(self.path):
             return
         for entry in RUN_FILES:
             _remove(self.path / entry)
@@ -173,7 +214,7 @@ def _check_available(path: Path) -> None:
         return
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"output_dir: {str(path)!r} cannot be written; choose a directory that you may write")
-    if (path / LOCK).exists() and not _is_unlocked(path / LOCK):
+    if is_in_use(path):
         raise _in_use(path)
     visible = {name for name in os.listdir(path) if not name.startswith(".")}
     foreign = sorted(visible if STATUS not in visible else visible - RUN_FILES)
@@ -204,6 +245,24 @@ def has_trained(path: Path) -> bool:
     return metrics or any(path.glob("jobs/*/adapter_model.safetensors")) or any(path.glob("jobs/*/checkpoint-*"))
 
 
+def has_begun(path: Path) -> bool:
+    """Whether a directory holds what must not be lost: steps or adapters of a job, or requests, taken or not."""
+    return has_trained(path) or RequestFolder(path).has_any() or any(event.id is not None for event in read_events(path))
+
+
+def as_left(path: Path, config: RunConfig, states: Mapping[str, str]) -> Run:
+    """Return the run in a directory as its events leave it, and as requests that wait will; `states` are those before them."""
+    events = read_events(path)
+    requests, _, _ = RequestFolder(path).look({event.id for event in events if event.id is not None})
+    return foresee(requests, apply(events, states, config))
+
+
+def with_changes(config: RunConfig) -> RunConfig:
+    """Return a config with the jobs that were added to the run that it resumes, and the values that were set there."""
+    path = Path(config.output_dir)
+    return as_left(path, config, {}).config if (path / STATUS).exists() and has_begun(path) else config
+
+
 def job_states(path: Path) -> dict[str, str]:
     """Return the state of every job of the run in a directory; UserError for a status.json that this trainer did not write."""
     try:
@@ -214,12 +273,25 @@ def job_states(path: Path) -> dict[str, str]:
         ) from None
 
 
+def _describe(run: Run, config: RunConfig, path: Path) -> list[str]:
+    """Say in a line how a run that is resumed differs from its config, if it does; and in another which jobs are paused."""
+    before = {job.name: job for job in config.jobs}
+    added = [job.name for job in run.config.jobs if job.name not in before]
+    changed = [job.name for job in run.config.jobs if job != before.get(job.name, job)]
+    paused = [name for name, state in run.states.items() if state == "paused"]
+    said = [f"{len(added)} jobs were added ({', '.join(added)})"] if added else []
+    said += [f"values of {', '.join(changed)} were set"] if changed else []
+    lines = [one_line(f"resumes the run as requests have left it: {'; '.join(said)}", 1000)] if said else []
+    return lines + ([one_line(f"paused on request: {', '.join(paused)}; megatron-lora resume {path} NAME", 1000)] if paused else [])
+
+
 def _as_json(status: dict) -> str:
     return json.dumps(status, indent=1) + "\n"
 
 
-def _job(state: str, reason: str) -> dict:
-    return {"state": state, "reason": reason}
+def _job(state: str, reason: str, step: int | None = None, best: Best | None = None) -> dict:
+    known = {"step": step, "best": None if best is None else dataclasses.asdict(best)}
+    return {"state": state, "reason": reason} | {key: value for key, value in known.items() if value is not None}
 
 
 def _read_status(path: Path) -> dict:
@@ -253,14 +325,16 @@ def _this_process() -> str:
     return f"process {os.getpid()} on {os.uname().nodename}"
 
 
-def _is_unlocked(lock_file: Path) -> bool:
-    """Whether no live process holds the lock."""
-    with open(lock_file, "r+b") as file:
+def is_in_use(path: Path) -> bool:
+    """Whether a live process holds the lock of a run's directory."""
+    if not (path / LOCK).exists():
+        return False
+    with open(path / LOCK, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return False
-    return True
+            return True
+    return False
 
 
 def _holder(lock_file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Where each job of a run stands: at its newest checkpoint, from which it resumes, or at its start.
+"""Where each job of a run stands: at its newest checkpoint, from which it resumes, or at its start; and what its best weights are.
 
 This is read from the output directory alone, by the checks, the first rank and the commands:
 
@@ -9,14 +9,26 @@ Nothing here reads a tensor; checkpoint.py does.
 
 import dataclasses
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
-from megatron_lora.config.schema import RunConfig
+from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.errors import UserError
 from megatron_lora.output.job_states import OVER
 
 STATE_FILE = "state.json"
+READ_AT_START = 64  # jobs: more are read when their turn in the queue nears
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Best:
+    """A job's best evaluation: the steps taken by then, and the value of its metric. The weights lie in `best-<step>/`."""
+
+    step: int
+    value: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +40,9 @@ class CheckpointState:
     num_updates: int  # steps that Adam has counted: those that were not skipped
     skipped_in_a_row: int
     samples: str  # data.samples.JobData.digest of the job
+    best: Best | None = None  # of the evaluations up to `step`
+    evaluations_without_improvement: int = 0  # in a row
+    evaluation_due: bool = False  # whether the job is to be evaluated at `step` and that is not recorded yet
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,28 +57,66 @@ class ResumePoint:
         """Steps taken."""
         return self.state.step if self.state else 0
 
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation at `step` would still have to run: what an earlier start did before a job's first step does not count."""
+        return self.state.evaluation_due if self.state else True
+
+    @property
+    def best(self) -> Best | None:
+        """The job's best evaluation so far."""
+        return self.state.best if self.state else None
+
 
 def checkpoint_name(step: int) -> str:
     """Name the directory of the checkpoint that a job wrote after `step` steps."""
     return f"checkpoint-{step}"
 
 
+def best_name(step: int) -> str:
+    """Name the directory of the best weights, those after `step` steps."""
+    return f"best-{step}"
+
+
+def steps_of(job_dir: Path, kind: str) -> dict[int, Path]:
+    """Return the directories `<kind>-<step>` of a job by their steps, ascending."""
+    found = ((re.fullmatch(rf"{kind}-(\d+)", path.name), path) for path in job_dir.glob(f"{kind}-*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
 def resume_point_of(job_dir: Path) -> ResumePoint:
     """Return a job's newest checkpoint, or its start if it has none; UserError for a checkpoint that cannot be read."""
-    steps = {int(match[1]): path for path in job_dir.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    steps = steps_of(job_dir, "checkpoint")
     if not steps:
         return ResumePoint()
-    checkpoint = steps[max(steps)]
+    step, checkpoint = steps.popitem()
+    state = read_state(checkpoint)
+    if not _is_valid(state) or state.step != step:
+        raise UserError(f"{checkpoint / STATE_FILE}: does not describe a job after {step} steps; {how_to_recover(checkpoint)}")
+    if state.best is not None and not (job_dir / best_name(state.best.step)).is_dir():
+        raise UserError(f"{job_dir / best_name(state.best.step)}: is missing, the best weights by then; {how_to_recover(checkpoint)}")
+    return ResumePoint(checkpoint=checkpoint, state=state)
+
+
+def read_state(checkpoint: Path) -> CheckpointState:
+    """Read a checkpoint's state.json, its values unchecked; UserError if it cannot be read."""
     file = checkpoint / STATE_FILE
     try:
         state = CheckpointState(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return dataclasses.replace(state, best=Best(**cast(dict, state.best))) if state.best else state
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); {how_to_recover(checkpoint)}") from None
-    numbers = (state.step, state.num_steps, state.num_updates, state.skipped_in_a_row)
-    are_counts = all(type(number) is int and number >= 0 for number in numbers)
-    if not are_counts or state.step != max(steps) or not 0 < state.step < state.num_steps:
-        raise UserError(f"{file}: does not describe a job after {max(steps)} steps; {how_to_recover(checkpoint)}")
-    return ResumePoint(checkpoint=checkpoint, state=state)
+
+
+def _is_valid(state: CheckpointState) -> bool:
+    """Whether a state's values are of their kinds, and a step or an evaluation of the job is still to come."""
+    counts = (state.step, state.num_steps, state.num_updates, state.skipped_in_a_row, state.evaluations_without_improvement)
+    if not all(type(count) is int and count >= 0 for count in counts) or type(state.evaluation_due) is not bool:
+        return False
+    best = state.best or Best(0, 0.0)
+    if type(best.step) is not int or not 0 <= best.step <= state.step or type(best.value) is not float or not math.isfinite(best.value):
+        return False
+    return 0 < state.step < state.num_steps + state.evaluation_due
 
 
 def how_to_recover(checkpoint: Path) -> str:
@@ -75,3 +128,9 @@ def resume_points(config: RunConfig, states: dict[str, str]) -> dict[str, Resume
     """Return the resume point of each job that is not over; `states` has those of the jobs that the run knows."""
     remaining = [job.name for job in config.jobs if states.get(job.name) not in OVER]
     return {name: resume_point_of(Path(config.output_dir) / "jobs" / name) for name in remaining}
+
+
+def first_jobs(config: RunConfig, points: Mapping[str, ResumePoint]) -> list[JobConfig]:
+    """Return the jobs that are read before a run starts: the first READ_AT_START of those in `points`, begun ones first."""
+    remaining = [job for job in config.jobs if job.name in points]
+    return sorted(remaining, key=lambda job: points[job.name].step == 0)[:READ_AT_START]

@@ -4,18 +4,23 @@ tensorboard --logdir OUTPUT_DIR/jobs                             a run per job, 
 MEGATRON_LORA_WANDB=my-project megatron-lora train CONFIG        a W&B run per job, grouped under the output directory's name
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_lora.errors import UserError
-from megatron_lora.output.metrics import JobSummary, Observer, StepReport
+from megatron_lora.output.job_states import OVER
+from megatron_lora.output.metrics import EvalReport, JobSummary, Observer, StepReport
 
 
-def scalars(report: StepReport) -> dict[str, float]:
-    """Return tag -> number for a step's curves, without numbers that are not finite."""
+def scalars(report: StepReport | EvalReport) -> dict[str, float]:
+    """Return tag -> number for the curves of a step or an evaluation, without numbers that are not finite."""
     logged = report.logged()
+    if isinstance(report, EvalReport):
+        names = ("loss", "perplexity", "accuracy")
+        return {f"eval/{name}": logged[f"eval_{name}"] for name in names if logged[f"eval_{name}"] is not None}
     names = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "target_tokens", "seconds")
     values = {f"train/{name}": logged[name] for name in names if logged[name] is not None}
     return {**values, "train/skipped": float(report.skipped)}
@@ -29,19 +34,24 @@ class TensorBoardMetrics(Observer):
         self._writers: dict[str, SummaryWriter] = {}
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
-        for job in jobs:  # a job that resumes takes its later steps again: those of earlier starts are not shown
+        for job in (
+            job for job in jobs if job.name not in self._writers
+        ):  # a job that resumes takes its later steps again: those of earlier starts are not shown
             purge = job.first_step + 1 if job.first_step else None
             self._writers[job.name] = SummaryWriter(str(self._jobs_dir / job.name), flush_secs=10, purge_step=purge)
 
-    def on_step(self, report: StepReport) -> None:
+    def on_step(self, report: StepReport | EvalReport) -> None:
         for tag, value in scalars(report).items():
             self._writers[report.job].add_scalar(tag, value, report.step)
 
+    on_evaluation = on_step
+
     def on_status(self, job: str, state: str, reason: str) -> None:
-        if state == "failed":
-            self._writers[job].add_text("state", f"failed: {reason}")
-        if state in ("done", "failed"):
-            self._writers[job].flush()
+        if state in OVER and job in self._writers:  # else it has never joined
+            writer = self._writers.pop(job)
+            if state == "failed":
+                writer.add_text("state", f"failed: {reason}")
+            writer.close()
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -63,7 +73,7 @@ class WandbMetrics(Observer):
         self._runs = {}
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
-        for job in jobs:
+        for job in (job for job in jobs if job.name not in self._runs):
             try:
                 self._runs[job.name] = self._wandb.init(
                     project=self._project,
@@ -83,8 +93,16 @@ class WandbMetrics(Observer):
     def on_step(self, report: StepReport) -> None:
         self._runs[report.job].log(scalars(report), step=report.step)
 
+    def on_evaluation(self, report: EvalReport) -> None:
+        self._runs[report.job].log(scalars(report), step=report.step)
+        if report.best is not None:
+            self._runs[report.job].summary["best"] = dataclasses.asdict(report.best)
+
     def on_status(self, job: str, state: str, reason: str) -> None:
-        self._runs[job].summary["state"] = f"{state}: {reason}" if reason else state
+        if job in self._runs:
+            self._runs[job].summary["state"] = f"{state}: {reason}" if reason else state
+        if state in OVER and job in self._runs:
+            self._runs.pop(job).finish()
 
     def close(self) -> None:
         for run in self._runs.values():

@@ -77,10 +77,7 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return this rank's rows of the sum over the group: [T, N] -> [T / t, N].
-
-    T must be a multiple of the group's size.
-    """
+    """Return this rank's rows of the sum over the group: [T, N] -> [T / t, N]; T must be a multiple of the group's size."""
     assert x.shape[0] % group.size() == 0, f"{x.shape[0]} rows do not divide among {group.size()} tensor-parallel ranks"
     out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
     compat.reduce_scatter_single(out, x.contiguous(), group=group)

@@ -45,13 +45,10 @@ def attention_variables_kept() -> Iterator[None]:
 
 def patch_for_cpu() -> Undo:
     """Apply all patches that a run on the CPU needs; return the function that undoes them."""
-    patches = [patch_current_device(), patch_rng_fork()]
-
-    def undo() -> None:
-        for restore in patches:
-            restore()
-
-    return undo
+    undo = contextlib.ExitStack()
+    for restore in (patch_current_device(), patch_rng_fork()):
+        undo.callback(restore)
+    return undo.close
 
 
 def patch_current_device() -> Undo:
@@ -71,9 +68,8 @@ def _no_fork(self, name=None):
 
 def _replace(owner: object, name: str, replacement: Callable) -> Undo:
     original = getattr(owner, name)  # AttributeError here: this version renamed the symbol
-    if getattr(original, "_megatron_lora_original", None) is not None:
-        original = original._megatron_lora_original
-    else:
+    if not hasattr(original, "_megatron_lora_original"):
         replacement._megatron_lora_original = original
         setattr(owner, name, replacement)
+    original = getattr(owner, name)._megatron_lora_original
     return lambda: setattr(owner, name, original)

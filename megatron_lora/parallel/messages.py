@@ -2,8 +2,11 @@
 
 There is one message per slot and direction, in one flat buffer:
 
-    header  fp32 [1 + 2 E]     the slot, E squared gradient norms and E losses (E: the most steps that may end in one slot); padded to 4
+    header  fp32 [1 + 2 E]     the slot, then for each ending (E: the most that a slot may have) two numbers; padded to 4
     body    dtype [T_local, H] activations (forward) or their gradients (backward); none for a no-op or an evaluation's gradient
+
+The two numbers of a step are its squared gradient norm and its loss; of an evaluation, how many predictions are right and the sum of
+the losses. An evaluation slot has a message forward, and none back.
 
 Both sides know the shapes from the plan. A link is one direction between two neighbouring stages, with
 a process group of its own: NCCL runs the operations of one group in order, so in a shared group a
@@ -68,12 +71,12 @@ class Message:
 
     @property
     def square_norms(self) -> Tensor:
-        """View of the squared gradient norms [E] of the steps that ended at the header's earlier slot (executor.py says which)."""
+        """View of the first numbers [E], squared gradient norms, of what ended at the header's earlier slot (executor.py says which)."""
         return self.header[FIRST_VERDICT : FIRST_VERDICT + self.layout.max_endings]
 
     @property
     def losses(self) -> Tensor:
-        """View of those steps' losses, [E]."""
+        """View of the second numbers, losses, [E]."""
         first = FIRST_VERDICT + self.layout.max_endings
         return self.header[first : first + self.layout.max_endings]
 
@@ -101,7 +104,7 @@ class Sender:
 
 
 class Receiver:
-    """The receiving end of a link: receives are posted in the order of slots, and taken in the same order."""
+    """The receiving end of a link: receives are posted in the order of the slots that have a message on it, and taken in the same order."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int, layout: MessageLayout, device: torch.device):
         self.group = group
@@ -110,15 +113,13 @@ class Receiver:
         self.device = device
         self.ahead = device.type != "cuda"  # whether the next receive is posted before its message is needed (executor.py)
         self.posted: deque[tuple[int, dist.Work, Message]] = deque()
-        self.next_slot = 0  # the slot whose receive is posted next
 
-    def post(self, num_rows: int) -> None:
-        """Post the receive of the next slot's message, which has `num_rows` rows."""
+    def post(self, slot: int, num_rows: int) -> None:
+        """Post the receive of a slot's message, which has `num_rows` rows."""
         message = self.layout.empty(num_rows, self.device)
         work = dist.irecv(message.buffer, self.peer, group=self.group)
         assert work is not None
-        self.posted.append((self.next_slot, work, message))
-        self.next_slot += 1
+        self.posted.append((slot, work, message))
 
     def take(self, slot: int) -> Message:
         """Wait for the oldest posted message, which must be that of `slot`, and return it."""

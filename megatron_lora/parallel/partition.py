@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
@@ -13,15 +15,11 @@ def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> tuple[range, 
     if counts is None:
         least, remainder = divmod(num_layers, parallel.pipeline)
         counts = tuple(least + (stage < remainder) for stage in range(parallel.pipeline))
-    ends = [sum(counts[: stage + 1]) for stage in range(len(counts))]
-    return tuple(range(end - count, end) for end, count in zip(ends, counts, strict=True))
+    return tuple(range(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True))
 
 
 def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tuple[str, ...]:
-    """Return each layer's policy; one word applies to all layers.
-
-    Raises UserError for a list whose length is not `num_layers`.
-    """
+    """Return each layer's policy; one word applies to all layers; UserError for a list whose length is not `num_layers`."""
     assert recompute != "auto", "auto is resolved before a model is built (resolve.py)"
     policies = (recompute,) * num_layers if isinstance(recompute, str) else recompute
     if len(policies) != num_layers:
@@ -33,11 +31,8 @@ def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tu
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     """Raise UserError, naming the key of `parallel`, if the model cannot be divided over the ranks."""
-    for what, size in (
-        ("query heads", architecture.num_heads),
-        ("key/value heads", architecture.num_kv_heads),
-        ("feed-forward features", architecture.ffn_size),
-    ):
+    heads = {"query heads": architecture.num_heads, "key/value heads": architecture.num_kv_heads}
+    for what, size in (heads | {"feed-forward features": architecture.ffn_size}).items():
         if size % parallel.tensor:
             raise UserError(f"parallel.tensor: {parallel.tensor} does not divide the model's {size} {what}; use a divisor of {size}")
     if parallel.pipeline > architecture.num_layers:

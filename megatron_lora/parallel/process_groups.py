@@ -125,10 +125,7 @@ def destroy_parallel() -> None:
 
 
 def position_of(parallel: ParallelConfig) -> Position:
-    """Return this rank's position.
-
-    Gradient norms take one more slot where several ranks hold a stage, and must sum them.
-    """
+    """Return this rank's position; gradient norms take one more slot where several ranks hold a stage, and must sum them."""
     return Position(stage=parallel.stage_of(dist.get_rank()), num_stages=parallel.pipeline, delay=parallel.norm_delay)
 
 

@@ -152,7 +152,7 @@ def device_of(table: Calibration) -> Device:
 def predicted_cost(
     config: RunConfig, architecture: Architecture, device: Device, target_share: float, table: Calibration | None, jobs: Sequence[str]
 ) -> dict:
-    """Return what cost.json says of a resolved run: seconds of its stages, messages and steps, and the `jobs` that remain."""
+    """Return what cost.json says of a resolved run: seconds of its stages, messages and steps, and its `jobs`."""
     hop_s, step_s = message_and_step_seconds(config, architecture, device)
     basis = f"the table figures of {device.name}" if table is None else table.describe()
     stages = cost_of(config, architecture, device, target_share).to_json()

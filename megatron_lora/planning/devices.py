@@ -17,10 +17,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def named_device(option: str, name: str) -> Device:
-    """Return a device of the table.
-
-    Raises UserError, naming the command-line `option`, for a name that is not in it.
-    """
+    """Return a device of the table; UserError, naming the command-line `option`, for a name that is not in it."""
     return DEVICES[one_of(*DEVICES)(option, name)]
 
 

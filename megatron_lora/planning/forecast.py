@@ -93,10 +93,7 @@ class Forecast:
         return forecast(tuple(run for run in self.runs if {s.job for slot in run for s in slot.segments} == {job}), self.workload).figures
 
     def shares(self) -> list[float]:
-        """Return each job's share of the compute time; the shares sum to 1.
-
-        A slot's time is divided among its jobs by their tokens.
-        """
+        """Return each job's share of the compute time, which sum to 1; a slot's time is divided among its jobs by their tokens."""
         work = [0.0] * len(self.workload.dealt.jobs)
         for slot in self.stream:
             seconds = sum(stage.seconds(*part) for part in self.workload.parts(slot) for stage in self.workload.cost.stages)
@@ -115,10 +112,7 @@ class Forecast:
 
 
 def forecast(runs: Runs, workload: Workload, hop_s: float = 0.0, step_s: float = 0.0) -> Forecast:
-    """Replay runs with the workload's cost model.
-
-    `hop_s` (between stages) and `step_s` (optimizer step) are as in simulate().
-    """
+    """Replay runs with the workload's cost model; `hop_s` (between stages) and `step_s` (optimizer step) are as in simulate()."""
     timed = [(run, *workload.cost.pass_times([workload.parts(slot) for slot in run])) for run in runs]
     stream, timeline = simulate_runs(timed, workload.config.parallel.norm_delay if len(runs) == 1 else 0, hop_s, step_s)
     return Forecast(runs, workload, stream, timeline)

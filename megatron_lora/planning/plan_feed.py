@@ -1,17 +1,21 @@
 """Feeds plan windows to the executor: the first rank plans them while earlier ones run, and every rank checks them.
 
-A window is the next few slots of the pipeline's stream. The first rank's planner is a process of its
-own (scheduling.serve), so that it does not slow the training thread. A thread sends its windows, ahead
-of those that run, to all ranks over a gloo group that only these threads use. Every rank checks each
-window against the rules of a plan (scheduling.follow) and against a SHA-256 of all windows so far that
-comes with it, so that all ranks run the same plan.
+A window is the next few slots of the pipeline's stream, and what changes at its border: jobs join and
+leave, rows of the arena are freed and move. The first rank asks its director for the changes and a
+planner for the slots; the planner is a process of its own (scheduling.serve), so that it does not slow
+the training thread. A thread sends the windows to all ranks over a gloo group that only these threads
+use. One window is planned beyond the one that runs, never two, so that changes take effect soon. Every
+rank checks each window against the rules of a plan (scheduling.follow) and against a SHA-256 of all
+windows so far that comes with it, so that all ranks run the same plan.
 
 With several replicas the planner works on rounds, each of one sample per replica
 (scheduling.data_parallel); a rank takes its replica's samples of every round.
 
-A failed job is removed: later windows are planned without it, and its part of earlier windows stays.
-The plan depends on the config, the seed, the jobs' first steps and the windows from which jobs were
-removed. `plan/window-NNNN.json` has every window with its steps.
+The plan depends on the config, the seed, and the windows in which jobs joined and left.
+`plan/window-NNNN.json` has every window with its slots.
+
+    feed = PlanFeed(settings, replica=0, plan_dir=plan_dir, group=group, director=director, crew=crew)
+    executor.run(feed)
 """
 
 from __future__ import annotations
@@ -23,22 +27,23 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
 import scheduling
 from megatron_lora.files import write_atomically
-from scheduling.data_parallel import Dealt, deal
+from scheduling.accounting import usage
+from scheduling.data_parallel import Dealt, DealtJob
 from scheduling.follow import Follower, Window
 from scheduling.plan_json import stream_from_json
 from scheduling.slot_cost import SlotCost
-from scheduling.types import MAX_ENDINGS, NOOP, Lengths
+from scheduling.types import MAX_ENDINGS, NOOP, Ending, Stream
 from scheduling.windows import WINDOW_SLOTS
-
-WINDOWS_AHEAD = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,67 +56,128 @@ class PlanSettings:
     delay: int  # slots that a gradient norm takes to be summed within a stage (Position.delay)
     cost: SlotCost
     num_slots: int = WINDOW_SLOTS  # of a window
-    max_endings: int = MAX_ENDINGS  # steps that may end in one slot
+    max_endings: int = MAX_ENDINGS  # steps and evaluations that may end in one slot
+    window_time: float | None = None  # of a window at most, in planned time; None: no bound
+
+    @property
+    def gap(self) -> int:
+        """Slots that have a backward, from the end of a step to the job's next one."""
+        return self.num_stages + self.delay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedJob:
+    """What plans know of a job that joins. Steps are counted from its very first."""
+
+    number: int
+    dealt: DealtJob
+    first_step: int = 0
+    evaluate_after: Sequence[int] = ()
+    priority: float = 1.0
+
+    def request(self) -> dict[str, Any]:
+        """Return what the planner gets, which counts steps from `first_step`."""
+        return {
+            "steps": list(self.dealt.rounds.from_step(self.first_step)),
+            "validation": list(self.dealt.validation_rounds),
+            "evaluate_after": [step - self.first_step for step in self.evaluate_after],
+            "priority": self.priority,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What changes with the next window: for the ranks (`changes`, which the feed hands on), and for the planner.
+
+    `leave`: number of a job that leaves after the step it has begun -> whether evaluations that are due
+    are made first.
+    """
+
+    changes: Any
+    leave: Mapping[int, bool] = field(default_factory=dict)
+    priorities: Mapping[int, float] = field(default_factory=dict)
+
+
+class Used(NamedTuple):
+    """What a job uses of a window: its tokens, slots and predicted time; `padding`: rows that are planned beyond its tokens."""
+
+    tokens: int
+    slots: int
+    time: float
+    padding: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A window as it was planned: its slots of rounds, what ends in each, and who leaves.
+
+    Who was asked to leave and is not in `left`, number -> steps taken then, has all its steps planned.
+    Of those who have `departed` nothing remains to be planned.
+    """
+
+    stream: Stream
+    ended: Sequence[Sequence[Ending]]
+    left: Mapping[int, int]
+    departed: frozenset[int]
+    used: Mapping[int, Used]
+
+
+class Director(Protocol):
+    """Decides, on the first rank and in the feed's thread, what changes."""
+
+    def ask(self, window: int, slot: int) -> Asked | None:
+        """Return what changes with a window that begins at `slot`; None where the run ends. May wait a little for something to do."""
+        ...
+
+    def planned(self, planned: Planned) -> tuple[Any, frozenset[tuple[int, int]], dict[str, Any]]:
+        """Return the window's completed changes, the (job, step) pairs after which the job's rows move, and what its file says of them."""
+        ...
+
+
+class Crew(Protocol):
+    """Prepares, on every rank and in the feed's thread, what the changes of a window need."""
+
+    def read(self, changes: Any) -> Sequence[PlannedJob]:
+        """Return the jobs that join, with their data; the first rank calls it before it plans the window."""
+        ...
+
+    def prepare(self, changes: Any) -> None:
+        """Make ready what the training thread will take at the window's border."""
+        ...
 
 
 class PlanFeed:
     """The windows of a run, in order. Every rank iterates over them."""
 
     def __init__(
-        self,
-        lengths: Lengths,
-        settings: PlanSettings,
-        replica: int,
-        plan_dir: Path,
-        group: dist.ProcessGroup,
-        first_steps: Sequence[int] = (),
+        self, settings: PlanSettings, replica: int, plan_dir: Path, group: dist.ProcessGroup, director: Director | None, crew: Crew
     ):
-        """Start to plan samples of `lengths` [job][step][sample], in tokens.
+        """Start to plan.
 
-        `replica` is this rank's replica, `group` a gloo group of all ranks that nothing else uses. Jobs start
-        at `first_steps`, by default at step 0; the first rank writes windows into `plan_dir`.
+        `replica` is this rank's replica, `group` a gloo group of all ranks that nothing else uses. The
+        first rank has the `director`, and writes windows into `plan_dir`.
         """
-        firsts = first_steps or [0] * len(lengths)
-        self.dealt = deal(lengths, settings.num_replicas, settings.cost)
-        self.first_steps = dict(enumerate(firsts))
+        s = settings
         self.settings = settings
         self.replica = replica
         self.plan_dir = plan_dir
         self.group = group
-        self.removed: queue.SimpleQueue[int] = queue.SimpleQueue()  # jobs to remove from the next window
+        self.director = director
+        self.crew = crew
+        self.follower = Follower([], s.num_stages, s.capacity, s.delay, max_endings=s.max_endings)
+        self.dealt: dict[int, DealtJob] = {}  # of the jobs that are followed
         self.stopping = threading.Event()
+        self.wanted = threading.Semaphore(1)  # windows that may be planned
         self.all_read = False
-        self.ready: queue.Queue[str | BaseException] = queue.Queue(maxsize=WINDOWS_AHEAD)
-        work = self._plan_all if dist.get_rank() == 0 else self._receive_all
+        self.ready: queue.SimpleQueue[Window | None | BaseException] = queue.SimpleQueue()  # None: the end
+        work = self._plan_all if director is not None else self._receive_all
         self.thread = threading.Thread(target=self._guarded, args=(work,), name="plan-feed", daemon=True)
         self.thread.start()
 
-    def remove(self, job: int) -> None:
-        """Remove a job from the windows that are still to be planned; on the first rank."""
-        self.removed.put(job)
-
     def __iter__(self) -> Iterator[Window]:
-        """Yield the windows, waiting for each. The last one ends with the no-ops that drain the pipeline."""
-        s = self.settings
-        follower = Follower([], s.num_stages, s.capacity, s.delay, max_endings=s.max_endings)
-        for job, dealt in self.dealt.jobs.items():
-            follower.join(job, dealt.rounds, self.first_steps[job])
-        chain = hashlib.sha256()
-        while not self.all_read:
-            message = self._read()
-            chain.update(json.dumps(message["microbatches"]).encode())
-            assert message["sha256"] == chain.hexdigest(), "this rank follows another plan than the first rank"
-            stream = stream_from_json(message["microbatches"])
-            if message["last"]:
-                stream += (NOOP,) * (s.num_stages + s.delay)
-            for job in message["left"]:
-                follower.leave(job)
-            ended = follower.follow(stream)
-            own = tuple(self.dealt.part(microbatch, self.replica) for microbatch in stream)
-            self.dealt = Dealt({job: dealt for job, dealt in self.dealt.jobs.items() if job in follower.jobs})
-            yield Window(own, ended)
-            if message["last"]:
-                follower.finish()
+        """Yield the windows, waiting for each. Where nothing remains to be planned, no-ops drain the pipeline."""
+        while (window := self._read()) is not None:
+            yield window
 
     def close(self) -> None:
         """End the feed; windows that were not read are dropped. All ranks must have read the same windows."""
@@ -120,14 +186,14 @@ class PlanFeed:
             self._read()
         self.thread.join()
 
-    def _read(self) -> dict:
-        """Return the next window's message; raises what the thread has raised."""
-        text = self.ready.get()
-        if isinstance(text, BaseException):
-            raise text
-        message = json.loads(text)
-        self.all_read = message["last"]
-        return message
+    def _read(self) -> Window | None:
+        """Return the next window, and have another planned; raises what the thread has raised."""
+        window = self.ready.get()
+        if isinstance(window, BaseException):
+            raise window
+        self.all_read = window is None
+        self.wanted.release()
+        return window
 
     def _guarded(self, work) -> None:
         try:
@@ -137,56 +203,143 @@ class PlanFeed:
 
     def _plan_all(self) -> None:
         """Plan window after window; write each to its file and send it."""
-        planner = _planner()
-        try:
-            join = {job: list(dealt.rounds.from_step(self.first_steps[job])) for job, dealt in self.dealt.jobs.items()}
-            settings = asdict(self.settings)
-            del settings["num_replicas"]
-            request = json.dumps(settings) + "\n"  # before the first window's
-            chain, number, last = hashlib.sha256(), 0, False
-            while not last:
-                removed = [self.removed.get() for _ in range(self.removed.qsize())]
-                message = {"last": True, "left": [], "microbatches": []}
-                if not self.stopping.is_set():
-                    message = json.loads(_ask(planner, request + json.dumps({"join": join, "leave": removed})))
-                request, join = "", {}
-                slots = [[[job, self.first_steps[job] + step, *rest] for job, step, *rest in slot] for slot in message["microbatches"]]
-                chain.update(json.dumps(slots).encode())
-                text = json.dumps(message | {"microbatches": slots, "sha256": chain.hexdigest()})
-                if slots:
-                    write_atomically(self.plan_dir / f"window-{number:04d}.json", text + "\n")
-                dist.broadcast_object_list([text], 0, group=self.group)
-                self.ready.put(text)
-                number, last = number + 1, message["last"]
-        finally:
-            planner.kill()
-            planner.wait()
+        assert self.director is not None
+        chain, number, slot = hashlib.sha256(), 0, 0
+        with _Planner(self.settings) as planner:
+            while True:
+                self.wanted.acquire()
+                asked = None if self.stopping.is_set() else self.director.ask(number, slot)
+                if asked is None or self.stopping.is_set():
+                    break
+                joined = self.crew.read(asked.changes)
+                window = planner.plan(asked, joined)
+                before = self.follower.jobs.keys() | {job.number for job in joined}
+                followed = self._follow(window, joined)
+                departed = frozenset(before - self.follower.jobs.keys())
+                changes, moves, told = self.director.planned(
+                    Planned(stream=followed.rounds, ended=followed.ended, left=dict(window["left"]), departed=departed, used=followed.used)
+                )
+                chain.update(json.dumps([window["microbatches"], window["evaluate"]]).encode())
+                window |= {"moves": sorted(moves), "sha256": chain.hexdigest()}
+                if window["microbatches"]:
+                    write_atomically(self.plan_dir / f"window-{number:04d}.json", json.dumps(window | told) + "\n")
+                dist.broadcast_object_list([json.dumps(window), changes], 0, group=self.group)
+                self._put(followed, window, changes)
+                number, slot = number + 1, slot + len(followed.rounds)
+        if not self.stopping.is_set():
+            self.follower.finish()
+        dist.broadcast_object_list(["", None], 0, group=self.group)
+        self.ready.put(None)
 
     def _receive_all(self) -> None:
-        last = False
-        while not last:
-            received = [""]
+        chain = hashlib.sha256()
+        while True:
+            received: list[Any] = ["", None]
             dist.broadcast_object_list(received, 0, group=self.group)
-            last = json.loads(received[0])["last"]
-            self.ready.put(received[0])
+            text, changes = received
+            if not text:
+                break
+            window = json.loads(text)
+            chain.update(json.dumps([window["microbatches"], window["evaluate"]]).encode())
+            assert window["sha256"] == chain.hexdigest(), "this rank follows another plan than the first rank"
+            self._put(self._follow(window, self.crew.read(changes)), window, changes)
+        self.ready.put(None)
+
+    def _follow(self, window: dict[str, Any], joined: Sequence[PlannedJob]) -> _Followed:
+        """Check a window, and find what ends in its slots."""
+        for job in joined:
+            self.follower.join(job.number, job.dealt.rounds, job.first_step, job.dealt.validation_rounds, job.evaluate_after)
+            self.dealt[job.number] = job.dealt
+        for number, evaluate in window["leave"]:
+            self.follower.leave(number, evaluate)
+        rounds = stream_from_json(window["microbatches"], window["evaluate"]) + (NOOP,) * window["drain"]
+        ended = self.follower.follow(rounds)
+        own = tuple(Dealt(self.dealt).part(microbatch, self.replica) for microbatch in rounds)
+        used = self._used(rounds) if self.director is not None else {}
+        self.dealt = {number: dealt for number, dealt in self.dealt.items() if number in self.follower.jobs}
+        return _Followed(rounds, own, ended, used)
+
+    def _used(self, rounds: Stream) -> dict[int, Used]:
+        """Return what each job uses of a window, over all replicas."""
+        replicas = self.settings.num_replicas
+        lengths = {number: dealt.rounds for number, dealt in self.dealt.items()}
+        validation = {number: dealt.validation_rounds for number, dealt in self.dealt.items()}
+        tokens: Counter[int] = Counter()
+        for slot in (Dealt(self.dealt).part(microbatch, replica) for replica in range(replicas) for microbatch in rounds):
+            tokens.update({segment.job: segment.num_tokens for segment in slot.segments})
+        found = usage(rounds, lengths, self.settings.cost, validation)
+        return {n: Used(tokens[n], each.slots, each.time, replicas * each.tokens - tokens[n]) for n, each in found.items()}
+
+    def _put(self, followed: _Followed, window: dict[str, Any], changes: Any) -> None:
+        self.crew.prepare(changes)
+        self.ready.put(Window(followed.own, followed.ended, frozenset(map(tuple, window["moves"])), changes))
 
 
-def _planner() -> subprocess.Popen[str]:
-    """Start the planning process; it imports the same packages as this one."""
-    root = str(Path(scheduling.__file__).parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "scheduling.serve"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+class _Followed(NamedTuple):
+    """A window's slots of rounds, this replica's part of them, what ends in each, and on the first rank what jobs use of it."""
+
+    rounds: Stream
+    own: Stream
+    ended: tuple[tuple[Ending, ...], ...]
+    used: dict[int, Used]
 
 
-def _ask(planner: subprocess.Popen[str], request: str) -> str:
-    """Send lines to the planner and return its answer. Raises RuntimeError if it has ended."""
-    assert planner.stdin is not None and planner.stdout is not None
-    try:
-        print(request, file=planner.stdin, flush=True)
-        answer = planner.stdout.readline()
-    except BrokenPipeError:
-        answer = ""
-    if not answer:
-        raise RuntimeError(f"the planning process ended with status {planner.wait()}")
-    return answer
+class _Planner:
+    """The planning process, and how many steps each of its jobs had taken when it joined."""
+
+    def __init__(self, settings: PlanSettings):
+        """Start it; it imports the same packages as this process."""
+        self.settings = settings
+        self.first_steps: dict[int, int] = {}
+        self.is_empty = True
+        self.drain = 0  # no-ops behind the last window's slots
+        root = str(Path(scheduling.__file__).parent.parent)
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "scheduling.serve"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+        )
+        told = asdict(settings)
+        del told["num_replicas"]
+        self.request = json.dumps(told) + "\n"  # before the first window's
+
+    def __enter__(self) -> _Planner:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def plan(self, asked: Asked, joined: Sequence[PlannedJob]) -> dict[str, Any]:
+        """Return the next window."""
+        self.first_steps |= {job.number: job.first_step for job in joined}
+        was_empty = self.is_empty and not joined
+        if was_empty:
+            return {"microbatches": [], "evaluate": [], "drain": 0, "left": [], "leave": []}
+        joining = {job.number: job.request() for job in joined}
+        answer = self._ask({"join": joining, "leave": asked.leave, "priorities": asked.priorities, "noops": self.drain})
+        self.is_empty = answer["last"]
+        # Sums of an evaluation are sent with the next slot that has a backward: one more, where that is a no-op.
+        ends_evaluating = bool(answer["evaluate"]) and answer["evaluate"][-1] == len(answer["microbatches"]) - 1
+        self.drain = self.settings.gap + ends_evaluating if self.is_empty else 0
+        left = {int(job): self.first_steps[int(job)] + steps for job, steps in answer["left"].items()}
+        return {
+            "microbatches": [[[job, self.first_steps[job] + step, *rest] for job, step, *rest in slot] for slot in answer["microbatches"]],
+            "evaluate": answer["evaluate"],
+            "drain": self.drain,
+            "left": sorted(left.items()),
+            "leave": [[job, asked.leave[job]] for job in left],
+        }
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and return the answer. Raises RuntimeError if the process has ended."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(self.request + json.dumps(request), file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise RuntimeError(f"the planning process ended with status {self.process.wait()}")
+        self.request = ""
+        return json.loads(answer)

@@ -7,13 +7,14 @@ import dataclasses
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import layers_of_stages
+from megatron_lora.planning.adapter_memory import GB, MODEST_SHARE, adapters_of, most, rooms, rows_of
 from megatron_lora.planning.devices import reference_of
 from scheduling.cost import CostModel, Device, ModelShape, head_share, linear_tiles, stage_costs
-from scheduling.layer_memory import Adapter
 from scheduling.memory import (
     StageMemory,
     loss_chunk_rows,
     peak_bytes,
+    rank_row_bytes,
     stage_memory,
 )
 from scheduling.slot_cost import SlotCost
@@ -63,12 +64,28 @@ def planner_cost(config: RunConfig, architecture: Architecture, device: Device, 
 
     layers_per_stage must be resolved.
     """
-    mean_rank, reference = sum(job.r for job in config.jobs) / len(config.jobs), reference_of(device)
+    mean_rank, reference = mean_rank_of(config), reference_of(device)
     model = cost_of(config, architecture, reference, target_share)
     most_layers = max(len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel))
     per_segment = 2 * reference.segment_s * most_layers / max(model.token_seconds(mean_rank), 1e-30)
     per_segment = min(per_segment, MAX_SEGMENT_SHARE * USUAL_TOKENS)
     return model.slot_cost(mean_rank, per_segment, linear_tiles(shape_of(architecture), reference, config.parallel.tensor))
+
+
+def window_time(config: RunConfig, architecture: Architecture, device: Device, target_share: float, window_s: float) -> float:
+    """Return the time that a window of `window_s` predicted seconds has, in the planner's unit (scheduling.accounting).
+
+    The unit is half of a token's forward and backward on the slowest stage of the reference device, as in planner_cost.
+    """
+    model = cost_of(config, architecture, reference_of(device), target_share)
+    mean_rank = mean_rank_of(config)
+    usual_s = max(stage.seconds(USUAL_TOKENS, 0.0, mean_rank * USUAL_TOKENS) for stage in model.stages)
+    return window_s * 2 * (USUAL_TOKENS + model.slot_cost(mean_rank).fixed) / max(usual_s, 1e-30)
+
+
+def mean_rank_of(config: RunConfig) -> float:
+    """Return the mean LoRA rank of the jobs."""
+    return sum(job.r for job in config.jobs) / len(config.jobs)
 
 
 def head_share_of(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> float:
@@ -94,21 +111,56 @@ def precision_of(config: RunConfig, device: Device) -> str:
     return "fp32" if device.name == "cpu" else "bf16"
 
 
+def rank_row_bytes_of(config: RunConfig, architecture: Architecture, item: int) -> dict[str, int]:
+    """Return module -> bytes of one rank row in all layers of the stage that has the most; `item` is the bytes of a number.
+
+    layers_per_stage must be resolved.
+    """
+    layers = max(len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel))
+    of_layer = rank_row_bytes(shape_of(architecture), item, config.parallel.tensor)
+    return {module: num_bytes * layers for module, num_bytes in of_layer.items()}
+
+
+def room_of(config: RunConfig, architecture: Architecture, item: int) -> dict[str, int]:
+    """Return module -> rank rows of the arena of a config whose adapter_memory is resolved."""
+    return rooms(adapters_of(config.jobs), rank_row_bytes_of(config, architecture, item), float(config.adapter_memory) * GB)
+
+
+def least_residents(config: RunConfig, architecture: Architecture, device: Device) -> int:
+    """Return beside how many of the largest jobs activations are chosen while adapter_memory is `auto` (adapter_memory.py)."""
+    modest = most(
+        adapters_of(config.jobs),
+        rank_row_bytes_of(config, architecture, item_bytes(config, device)),
+        MODEST_SHARE * device.memory_bytes,
+    )
+    return min(len(config.jobs), max(2 * (config.parallel.pipeline + config.parallel.norm_delay), modest))
+
+
 def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> tuple[StageMemory, ...]:
     """Return each stage's memory model, for one tensor rank.
 
-    layers_per_stage and recompute must be resolved. An activation_offloading that is not yet counts as false.
+    layers_per_stage and recompute must be resolved. An activation_offloading that is not yet counts as false,
+    an adapter_memory as room for `least_residents`.
     """
     assert config.recompute != "auto", "recompute is not resolved"
     parallel, shape = config.parallel, shape_of(architecture)
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, parallel)]
     item = item_bytes(config, device)
+    adapters = adapters_of(config.jobs)
+    demand = rows_of(adapters)
+    if config.adapter_memory == "auto":
+        room = rows_of(adapters, least_residents(config, architecture, device))
+    else:
+        room = room_of(config, architecture, item)
+    residents = max((-(-len(adapters) * rows // demand[module]) for module, rows in room.items() if module in demand), default=1)
     stages = [
         stage_memory(
             shape,
             layers,
             stage,
-            adapters=[Adapter(job.r, job.target_modules) for job in config.jobs],
+            adapters=list(dict.fromkeys(adapters)),
+            room=room,
+            residents=min(len(adapters), residents),
             tensor=parallel.tensor,
             recompute=config.recompute,
             item=item,

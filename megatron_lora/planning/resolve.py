@@ -1,4 +1,5 @@
-"""Resolves what a config leaves open: `precision`, `layers_per_stage`, `activation_offloading`, `microbatch_tokens`, `recompute`.
+"""Resolves what a config leaves open: `precision`, `layers_per_stage`, `activation_offloading`, `microbatch_tokens`, `recompute`,
+`adapter_memory`.
 
     resolved = resolve(config, architecture, lengths, this_device(ranks_here), target_share)     # a ResolvedConfig
 
@@ -13,6 +14,7 @@ the memory model (scheduling.memory), in this order. A key that the config gives
                         first "cheap" layers (norms and SwiGLU run again), then as few "full" layers
                         (the layer runs again) as possible
     layers_per_stage    again, if recomputation makes a stage the slowest: layers move to other stages
+    adapter_memory      as large as all jobs need, or as activations leave it (adapter_memory.py)
 
 Times are those of a reference device, the same for every GPU, so that splits and plans are the same
 on all GPUs; where the device was calibrated (calibration.py) they are its own. Memory is that of
@@ -20,6 +22,7 @@ the actual device. `target_share` is the share of tokens that are targets (data.
 the head is computed for these alone. Callers that know only lengths pass 1.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 from itertools import groupby
@@ -28,16 +31,20 @@ from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.planning.adapter_memory import GB, adapters_of, as_if_kept_alive, bytes_of, in_gb, most, rows_of
 from megatron_lora.planning.devices import reference_of, size
 from megatron_lora.planning.predict import (
     USUAL_TOKENS,
     budget_or_usual,
     cost_of,
     head_share_of,
+    item_bytes,
+    least_residents,
     memory_of,
     planner_cost,
     precision_of,
     predicted_peaks,
+    rank_row_bytes_of,
     shape_of,
 )
 from scheduling.cost import Device, head_layers, split_layers, stage_policies
@@ -54,11 +61,15 @@ from scheduling.memory import (
 from scheduling.types import Lengths
 
 
-def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0) -> ResolvedConfig:
+def resolve(
+    given: RunConfig, architecture: Architecture, lengths: Lengths, device: Device, target_share: float = 1.0, keep_alive: bool = False
+) -> ResolvedConfig:
     """Return the config with every choice made; `lengths` are those of all samples, in tokens, and `device` is one rank's.
 
-    Raises UserError where the longest sample does not fit in memory with `microbatch_tokens: auto`.
+    With `keep_alive`, an adapter_memory that is `auto` has room for jobs that are added later. Raises UserError
+    where the longest sample does not fit in memory with `microbatch_tokens: auto`.
     """
+    config = as_if_kept_alive(given) if keep_alive else given
     config = dataclasses.replace(config, precision=precision_of(config, device))
     resolved = _with_layers(config, choose_layers(config, architecture, device, target_share))
     if config.activation_offloading == "auto":
@@ -69,7 +80,27 @@ def resolve(config: RunConfig, architecture: Architecture, lengths: Lengths, dev
         resolved = dataclasses.replace(resolved, recompute=choose_recompute(resolved, architecture, device))
         if config.parallel.layers_per_stage is None:
             resolved = even_out(resolved, architecture, device, target_share)
-    return ResolvedConfig.of(resolved)
+    if config.adapter_memory == "auto":
+        resolved = dataclasses.replace(resolved, adapter_memory=choose_adapter_memory(resolved, architecture, device))
+    return ResolvedConfig.of(dataclasses.replace(resolved, jobs=given.jobs))
+
+
+def choose_adapter_memory(config: RunConfig, architecture: Architecture, device: Device) -> float:
+    """Return the GB for resident adapters: for all jobs, or for as many of the largest as activations leave memory for.
+
+    All else must be resolved. Where not even the least number of jobs fits, it is that of these.
+    """
+    adapters, least = adapters_of(config.jobs), least_residents(config, architecture, device)
+    row_bytes = rank_row_bytes_of(config, architecture, item_bytes(config, device))
+
+    def room_for(num: int) -> RunConfig:
+        return dataclasses.replace(config, adapter_memory=in_gb(bytes_of(rows_of(adapters, num), row_bytes)))
+
+    def too_many(num: int) -> bool:
+        return max(predicted_peaks(room_for(num), architecture, device)) > usable_bytes(device)
+
+    more = bisect.bisect_left(range(least + 1, len(adapters) + 1), True, key=too_many)
+    return float(room_for(least + more).adapter_memory)
 
 
 def choose_layers(config: RunConfig, architecture: Architecture, device: Device, target_share: float = 1.0) -> tuple[int, ...]:
@@ -124,7 +155,7 @@ def choose_budget(config: RunConfig, architecture: Architecture, lengths: Length
         remedy = "" if recompute_is_auto else "recompute: auto, "
         raise UserError(
             f"microbatch_tokens: auto: {error} on {device.name} with {device.memory_bytes / 1e9:.1f} GB; use more stages or tensor ranks, "
-            f"{remedy}a lower sequence_len, or a number of tokens to try it all the same"
+            f"{remedy}a lower adapter_memory, a lower sequence_len, or a number of tokens to try it all the same"
         ) from None
 
 
@@ -204,16 +235,29 @@ def _policies_in_words(config: RunConfig) -> str:
 
 
 def memory_line(before: RunConfig, after: RunConfig, architecture: Architecture, device: Device) -> Sequence[str]:
-    """Return a line with each stage's predicted peak memory, and a warning where that is too much; a line for host memory that is taken.
+    """Return a line for each kind of memory that was chosen: that of adapters, each stage's predicted peak, host memory that is taken.
 
-    The first stands only under `recompute: auto`.
+    The peak stands only under `recompute: auto`, with a warning where it is too much.
     """
-    lines = []
+    lines = [*adapter_memory_line(before, after, architecture, device)]
     if before.recompute == "auto":
         peaks = predicted_peaks(after, architecture, device)
         line = f"predicted peak memory: {' | '.join(map(size, peaks))} of {size(device.memory_bytes)}, {RESERVED:.0%} of it to spare"
         lines.append(line + ("; TOO MUCH: lower microbatch_tokens" if max(peaks) > usable_bytes(device) else ""))
     return [*lines, *host_memory_line(before, after, architecture, device)]
+
+
+def adapter_memory_line(before: RunConfig, after: RunConfig, architecture: Architecture, device: Device) -> Sequence[str]:
+    """Return a line with the memory of resident adapters where it was chosen, or where not all jobs fit at once."""
+    adapters, row_bytes = adapters_of(after.jobs), rank_row_bytes_of(after, architecture, item_bytes(after, device))
+    num, gb = most(adapters, row_bytes, float(after.adapter_memory) * GB), float(after.adapter_memory)
+    if num < len(adapters):
+        fits = f"room for {num} of the {len(adapters)} jobs at once, or for more that are not the largest; the others wait in the queue"
+    else:
+        fits = "room for all jobs at once"
+    if before.adapter_memory == "auto":
+        return [f"adapter_memory: auto is {gb:.6g}, {fits}"]
+    return [f"adapter_memory: {gb:.6g} has {fits}"] if num < len(adapters) else []
 
 
 def host_memory_line(before: RunConfig, after: RunConfig, architecture: Architecture, device: Device) -> Sequence[str]:

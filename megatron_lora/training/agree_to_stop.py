@@ -34,7 +34,7 @@ def until_stopped(windows: Iterable[Window], stop: StopRequest, group: dist.Proc
     stop.can_save = True
     previous: tuple[torch.Tensor, dist.Work] | None = None
     for window in windows:
-        for first in range(0, len(window.stream), num_slots):
+        for chunk in window.chunks(num_slots):
             num_requests = torch.tensor([stop.requested], dtype=torch.int32)
             work = dist.all_reduce(num_requests, group=group, async_op=True)
             assert work is not None
@@ -46,6 +46,6 @@ def until_stopped(windows: Iterable[Window], stop: StopRequest, group: dist.Proc
                     yield Window((NOOP,) * gap, ((),) * gap)
                     return
             previous = num_requests, work
-            yield Window(window.stream[first : first + num_slots], window.ended[first : first + num_slots])
+            yield chunk
     if previous is not None:
         previous[1].wait()

@@ -14,15 +14,17 @@ from megatron_lora.data.collate import collate, num_rows
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.model import cudnn_attention, transformer_engine
 from megatron_lora.model.adapter_arena import Arena
-from megatron_lora.model.arena_region import AdapterSpec
+from megatron_lora.model.arena_region import AdapterSpec, Room
 from megatron_lora.model.backends import Backends, backend_of, choose, fall_back, import_engine, this_machine
 from megatron_lora.model.stage import Stage, build_stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import MessageLayout, connect
 from megatron_lora.parallel.process_groups import pipelines, position_of, stage_groups
-from megatron_lora.training.executor import Executor, StepDone
+from megatron_lora.training.evaluate import EvaluationSums
+from megatron_lora.training.executor import EvaluationDone, Executor, StepDone
 from megatron_lora.training.jobs import Jobs
-from megatron_lora.training.saving import start_job
+from megatron_lora.training.saving import read_start, start_job
+from scheduling.follow import Window
 from scheduling.types import Microbatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,24 +53,10 @@ def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.
     return backends
 
 
-def make_arena(stage: Stage, parallel: ParallelConfig, adapters: Sequence[AdapterSpec]) -> Arena:
-    """Give the stage's linears an arena with room for these adapters, all zero, in rows 0, 1, ..."""
-    return Arena(
-        stage.linears,
-        adapters,
-        tensor_rank=stage.tensor_group.rank(),
-        tensor_ranks=parallel.tensor,
-        dtype=stage.dtype,
-        device=stage.device,
-    )
-
-
-def make_resident(
-    config: ResolvedConfig, architecture: Architecture, model_dir: Path, jobs: Jobs, device: torch.device
-) -> tuple[Stage, Arena]:
-    """Build this rank's stage, and an arena in which all jobs are resident, each where it starts or resumes."""
+def make_stage(config: ResolvedConfig, architecture: Architecture, model_dir: Path, device: torch.device) -> Stage:
+    """Build this rank's stage."""
     dtype = DTYPES[config.precision]
-    stage = build_stage(
+    return build_stage(
         architecture,
         model_dir,
         config.parallel,
@@ -81,10 +69,30 @@ def make_resident(
         activation_offloading=config.activation_offloading,
         backends=choose_backends(config, architecture, dtype, device),
     )
+
+
+def make_arena(stage: Stage, parallel: ParallelConfig, adapters: Sequence[AdapterSpec], room: Room | None = None) -> Arena:
+    """Give the stage's linears an arena of `room` (default: for these adapters alone), with the adapters in rows 0, 1, ..., all zero."""
+    return Arena(
+        stage.linears,
+        adapters,
+        room=room,
+        tensor_rank=stage.tensor_group.rank(),
+        tensor_ranks=parallel.tensor,
+        dtype=stage.dtype,
+        device=stage.device,
+    )
+
+
+def make_resident(
+    config: ResolvedConfig, architecture: Architecture, model_dir: Path, jobs: Jobs, device: torch.device
+) -> tuple[Stage, Arena]:
+    """Build this rank's stage, and an arena in which all jobs are resident, each where it starts or resumes."""
+    stage = make_stage(config, architecture, model_dir, device)
     arena = make_arena(stage, config.parallel, [job.adapter_spec() for job in jobs.values()])
     groups = stage_groups(config.parallel)
     for row, job in enumerate(jobs.values()):
-        start_job(job, arena, row, groups)
+        start_job(job, arena, row, groups, read_start(job, arena))
     return stage, arena
 
 
@@ -95,11 +103,15 @@ def make_executor(
     *,
     jobs: Jobs,
     on_step: Callable[[StepDone], None],
+    on_evaluation: Callable[[EvaluationDone], None],
     on_forward: Callable[[Microbatch], None],
+    on_window: Callable[[Window], None],
+    move: Callable[[int, int], None],
+    is_stopped: Callable[[], bool],
 ) -> Executor:
     """Connect this rank's stage to those beside it, and make its executor.
 
-    Collective. At most `max_endings` steps end in a slot.
+    Collective. At most `max_endings` steps and evaluations end in a slot.
     """
     multiple, device = parallel.row_multiple, stage.device
     layout = MessageLayout(max_endings=max_endings, hidden_size=stage.architecture.hidden_size, dtype=stage.dtype)
@@ -111,8 +123,13 @@ def make_executor(
         load=lambda microbatch: collate(microbatch, jobs, multiple=multiple, device=device),
         num_rows=lambda microbatch: num_rows(microbatch, multiple) // multiple,
         jobs=jobs,
+        evaluations=EvaluationSums(stage_groups(parallel).data, device),
         on_step=on_step,
+        on_evaluation=on_evaluation,
         on_forward=on_forward,
+        on_window=on_window,
+        move=move,
+        is_stopped=is_stopped,
         timeline=Timeline(device),
         device=device,
     )

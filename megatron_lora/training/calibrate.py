@@ -248,7 +248,7 @@ class _Rank:
                 start = time.perf_counter()
                 for receiver, sender in ((links.forward_in, links.forward_out), (links.backward_in, links.backward_out)):
                     if receiver is not None:
-                        receiver.post(rows)
+                        receiver.post(slot, rows)
                         receiver.take(slot)
                     if sender is not None:
                         sender.post(layout.blank(slot, rows, device))

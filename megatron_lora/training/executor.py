@@ -5,15 +5,20 @@ actions. With P stages, and the delay d = 1 where gradient norms must be summed 
 a stage (tensor or data parallelism) and d = 0 otherwise (P + d is the gap):
 
     F(t)     forward of slot t       its message's header holds the verdicts of the steps that ended at slot t - P - d
-    B(t)     backward of slot t      its message's header holds partial sums for the steps that ended at slot t - d
+    B(t)     backward of slot t      its message's header holds partial sums for what ended at slot t - d
+    MOVE(j)  the rows of job j move, directly after its STEP
     STEP(j)  optimizer step of job j with the verdict in the next forward message's header
+    EVAL(s)  forward of an evaluation slot, without a graph and without dropout; its message's header holds nothing
+
+Here t counts the slots that have a backward (their index, scheduling.rolling): evaluation slots lie between them.
 
 A verdict is a step's squared gradient norm, summed over all stages; the optimizer skips the step if
 it is not finite. The sum is made on the way: a step ends with slot e, and the gradient message of
 slot e + d collects each stage's part (and the step's loss) as it travels to the first stage. The
 first stage then has the total and sends it forward again in the header of slot e + P + d, so that
 every stage takes the step in front of that slot. This needs neither an all-reduce over stages nor a
-device synchronisation. A no-op's message is a header without a body.
+device synchronisation. A no-op's message is a header without a body. The sums of an evaluation travel to the
+first stage like those of a step: it is an ending of the next slot that has a backward.
 
 When receives are posted. On the CPU the next slot's receive is posted ahead. On a GPU a receive is
 posted only when its message is needed. A waiting NCCL receive is a running kernel, and CUDA may
@@ -25,7 +30,7 @@ earlier in the plan's order than anything that the neighbour may itself be waiti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +41,12 @@ from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import SLOT, Links, Message, MessageLayout, Receiver
 from megatron_lora.parallel.process_groups import Position
+from megatron_lora.training.evaluate import EvaluationSums
 from megatron_lora.training.jobs import Jobs
 from scheduling.follow import Window
-from scheduling.pipeline import Ending, final_backwards, window_actions
-from scheduling.types import Action, Microbatch, Op
+from scheduling.pipeline import final_backwards, window_actions
+from scheduling.rolling import RollingStream
+from scheduling.types import Action, Ending, Microbatch, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,19 @@ class StepDone:
     step: int
     square_norm: Tensor
     loss: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationDone:
+    """An evaluation that is complete, on the first stage: sums over all targets of the job's validation set, on the device.
+
+    `step` is the number of steps that the evaluated weights have taken.
+    """
+
+    job: int
+    step: int
+    loss_sum: Tensor
+    num_right: Tensor
 
 
 @dataclass(slots=True)
@@ -95,8 +115,13 @@ class Executor:
         load: Callable[[Microbatch], StageInput],
         num_rows: Callable[[Microbatch], int],
         jobs: Jobs,
+        evaluations: EvaluationSums,
         on_step: Callable[[StepDone], None],
+        on_evaluation: Callable[[EvaluationDone], None],
         on_forward: Callable[[Microbatch], None],
+        on_window: Callable[[Window], None],
+        move: Callable[[int, int], None],
+        is_stopped: Callable[[], bool] = lambda: False,
         timeline: Timeline,
         device: torch.device,
     ):
@@ -104,7 +129,10 @@ class Executor:
 
         `load(microbatch)` returns the microbatch's tensors. `num_rows(microbatch)` returns the rows
         of its activations on this rank, 0 for a no-op. `jobs[number].optimizer` takes the job's
-        steps. `on_forward` is called before each slot's forward and `on_step` after each step.
+        steps, and `evaluations` sums up what the last stage evaluates. `on_forward` is called before
+        each slot's forward, `on_step` after each step, `on_evaluation` on the first stage, and `on_window`
+        where a window begins, which may change `jobs`. `move(job, step)` moves the job's rows.
+        `is_stopped` says whether the run ends early with the window that runs now.
         """
         self.model = model
         self.position = position
@@ -113,16 +141,19 @@ class Executor:
         self.load = load
         self.num_rows = num_rows
         self.jobs = jobs
+        self.evaluations = evaluations
         self.on_step = on_step
+        self.on_evaluation = on_evaluation
         self.on_forward = on_forward
+        self.on_window = on_window
+        self.move = move
+        self.is_stopped = is_stopped
         self.timeline = timeline
         self.device = device
-        self.stream: dict[int, Microbatch] = {}  # slot -> its microbatch, of the slots that an action may still read
-        self.endings: dict[int, tuple[Ending, ...]] = {}  # the same slots -> the (job, step) pairs that end there
-        self.num_slots = 0  # of all windows so far
+        self.stream = RollingStream()  # the slots that an action may still read
         self.next_slot = 0  # the next slot to run forward
         self.next_message: Message | None = None  # forward message of `next_slot`, once a STEP or F has asked for it
-        self.verdicts: dict[int, Message] = {}  # first stage: slot where steps ended -> the gradient message with their sums
+        self.verdicts: dict[int, Message] = {}  # first stage: index where steps ended -> the gradient message with their sums
         self.in_flight: dict[int, _InFlight] = {}  # by slot
         self.losses: dict[int, Tensor] = {}  # last stage: job -> loss of its current step so far, fp32 []
         self.no_loss = torch.zeros((), dtype=torch.float32, device=device)
@@ -136,42 +167,41 @@ class Executor:
         position = self.position
         feed = iter(windows)
         while (window := self._next_window(feed)) is not None:
-            first, end = self.num_slots, self.num_slots + len(window.stream)  # the window's slots in the run's stream
-            self.stream.update(enumerate(window.stream, first))
-            self.endings.update(enumerate(window.ended, first))
-            self.num_slots = end
-            self._perform(window_actions(self.stream, self.endings, position.stage, position.num_stages, position.delay, first, end))
-            self._forget(end - position.gap)
-        self._perform(final_backwards(self.num_slots, position.stage, position.num_stages))
+            self.on_window(window)
+            slots = self.stream.append(window)
+            self._perform(window_actions(self.stream, position.stage, position.num_stages, position.delay, slots.start, slots.stop))
+            self.stream.forget(position.gap)
+        self._perform(final_backwards(self.stream, position.stage, position.num_stages))
         self.links.drain()
         assert not self.in_flight and not bool(self.misplaced), "messages and slots went out of step"
 
     def _next_window(self, feed) -> Window | None:
-        with self.timeline.span("wait plan", self.num_slots):
+        with self.timeline.span("wait plan", self.stream.num_slots):
             return next(feed, None)
 
-    def _forget(self, end: int) -> None:
-        """Drop the slots before `end`, which no later action reads, so that memory does not grow with the run."""
-        for slot in [slot for slot in self.stream if slot < end]:
-            del self.stream[slot], self.endings[slot]
-
     def _perform(self, actions: Iterable[Action]) -> None:
-        perform = {Op.FORWARD: self._forward, Op.BACKWARD: self._backward, Op.STEP: self._step}
+        perform = {
+            Op.FORWARD: self._forward,
+            Op.EVAL: self._evaluate,
+            Op.BACKWARD: self._backward,
+            Op.STEP: self._step,
+            Op.MOVE: self._move,
+        }
         for action in actions:
             perform[action.op](action.index)
 
-    def _take(self, receiver: Receiver, name: str, slot: int) -> Message:
+    def _take(self, receiver: Receiver, name: str, slot: int, following: int | None) -> Message:
         """Receive and return a slot's message; `name` is that of the wait in the timeline.
 
-        Posts the next slot's receive, if that slot is known already and receives may be posted
-        ahead.
+        Posts the receive of the `following` message's slot, if that slot is known already and
+        receives may be posted ahead.
         """
         if not receiver.posted:
-            receiver.post(self.num_rows(self.stream[slot]))
+            receiver.post(slot, self.num_rows(self.stream[slot]))
         with self.timeline.span(name, slot):
             message = receiver.take(slot)
-        if receiver.ahead and slot + 1 < self.num_slots:
-            receiver.post(self.num_rows(self.stream[slot + 1]))
+        if receiver.ahead and following is not None:
+            receiver.post(following, self.num_rows(self.stream[following]))
         self.misplaced += message.header[SLOT] != slot
         return message
 
@@ -181,25 +211,44 @@ class Executor:
         The first stage makes the message, and puts the verdicts into its header.
         """
         if self.next_message is None:
-            slot, gap = self.next_slot, self.position.gap
+            slot, index = self.next_slot, self.stream.index_of(self.next_slot)
             if self.links.forward_in is None:
                 self.next_message = self.layout.blank(slot, 0, self.device)
-                if slot >= gap and self.endings[slot - gap]:
-                    self.next_message.square_norms.copy_(self.verdicts[slot - gap].square_norms)
+                if index is not None and self.stream.ended_at(index - self.position.gap):
+                    self.next_message.square_norms.copy_(self.verdicts[index - self.position.gap].square_norms)
             else:
-                self.next_message = self._take(self.links.forward_in, "wait F", slot)
+                following = slot + 1 if slot + 1 < self.stream.num_slots else None
+                self.next_message = self._take(self.links.forward_in, "wait F", slot, following)
         return self.next_message
 
-    def _forward(self, slot: int) -> None:
+    def _index(self, slot: int) -> int:
+        """Return the place of a slot among those that have a backward."""
+        index = self.stream.index_of(slot)
+        assert index is not None
+        return index
+
+    def _begin(self, slot: int) -> tuple[Message, StageInput | None]:
+        """Consume a slot's forward message; return it and the microbatch's tensors.
+
+        A slot without tokens has none, and its message is sent on at once.
+        """
         message = self._peek()
         self.next_message, self.next_slot = None, slot + 1
-        self.verdicts.pop(slot - self.position.gap, None)
         microbatch = self.stream[slot]
         self.on_forward(microbatch)
-        if not microbatch.num_tokens:
-            self._send_forward(self._with_same_header(message, 0))
+        if microbatch.num_tokens:
+            return message, self.load(microbatch)
+        self._send_forward(self._with_same_header(message, 0))
+        return message, None
+
+    def _forward(self, slot: int) -> None:
+        message, data = self._begin(slot)
+        self.verdicts.pop(self._index(slot) - self.position.gap, None)
+        for job, step, evaluation in self.stream.endings(slot):
+            if evaluation:
+                self.jobs[job].evaluated_after = step
+        if data is None:
             return
-        data = self.load(microbatch)
         with self.timeline.span("F", slot):
             hidden = None if self.position.is_first else message.body.detach().requires_grad_()
             output = self.model(data, hidden)
@@ -211,6 +260,27 @@ class Executor:
                 in_flight.root = _Outlet.apply(output, outgoing.body, in_flight)
                 self.in_flight[slot] = in_flight
                 self._send_forward(outgoing)
+
+    def _evaluate(self, slot: int) -> None:
+        message, data = self._begin(slot)
+        if data is None:
+            return
+        with self.timeline.span("E", slot), torch.no_grad():
+            output = self.model(data, None if self.position.is_first else message.body)
+            if self.position.is_last:
+                self._add_to_evaluations(self.stream[slot], output, data)
+            else:
+                outgoing = self._with_same_header(message, output.shape[0])
+                outgoing.body.copy_(output)
+                self._send_forward(outgoing)
+
+    def _add_to_evaluations(self, microbatch: Microbatch, output: Tensor, data: StageInput) -> None:
+        """Add each segment's losses and right predictions to the sums of its job's evaluation."""
+        losses, right = self.model.evaluate(output, data.labels, data.targets)
+        steps = {segment.job: segment.step for segment in microbatch.segments}
+        assert data.route is not None
+        for job, (first, end, _) in zip(data.jobs, data.route.segments, strict=True):
+            self.evaluations.add(job, steps[job], losses[first:end].sum(), right[first:end].sum())
 
     def _loss(self, output: Tensor, data: StageInput) -> Tensor:
         """Return the microbatch's loss, and add each segment's part to the loss of its job's current step."""
@@ -231,8 +301,12 @@ class Executor:
             self.links.forward_out.post(message)
 
     def _backward(self, slot: int) -> None:
-        receiver = self.links.backward_in  # None on the last stage, which makes the message
-        message = self.layout.blank(slot, 0, self.device) if receiver is None else self._take(receiver, "wait B", slot)
+        index = self._index(slot)
+        if self.links.backward_in is None:  # on the last stage
+            message = self.layout.blank(slot, 0, self.device)
+        else:
+            following = self.stream.slot_at(index + 1) if index + 1 < self.stream.num_indices else None
+            message = self._take(self.links.backward_in, "wait B", slot, following)
         gradient = None
         if slot in self.in_flight:  # not for a no-op
             in_flight = self.in_flight.pop(slot)
@@ -243,31 +317,58 @@ class Executor:
             with self.timeline.span("B", slot):
                 root.backward()
             gradient = None if in_flight.hidden is None else in_flight.hidden.grad
-        for job, _ in self.endings[slot]:
-            self.jobs[job].optimizer.start_reduction(self.losses.pop(job, self.no_loss).clone())
-        ended_at = slot - self.position.delay
-        self._add_own_part(message, ended_at)
+        for job, step, evaluation in self.stream.endings(slot):
+            if not evaluation:
+                self.jobs[job].optimizer.start_reduction(self.losses.pop(job, self.no_loss).clone())
+            elif self.position.is_last:
+                self.evaluations.start_reduction(job, step)
+        ended_at = index - self.position.delay
+        self._add_own_part(message, self.stream.ended_at(ended_at))
         if self.links.backward_out is None:
             self.verdicts[ended_at] = self._with_same_header(message, 0)
+            self._report_evaluations(self.verdicts[ended_at], self.stream.ended_at(ended_at))
             return
         outgoing = self._with_same_header(message, 0 if gradient is None else gradient.shape[0])
         if gradient is not None:
             outgoing.body.copy_(gradient)
         self.links.backward_out.post(outgoing)
 
-    def _add_own_part(self, message: Message, ended_at: int) -> None:
-        """Add this stage's part to the sums of the steps that ended at slot `ended_at`: squared norms, and on the last stage losses."""
-        for i, (job, _) in enumerate(self.endings[ended_at] if ended_at >= 0 else ()):
-            square_norm, loss = self.jobs[job].optimizer.finish_reduction()
-            message.square_norms[i] += square_norm
-            message.losses[i] += loss
+    def _add_own_part(self, message: Message, ended: Sequence[Ending]) -> None:
+        """Add this stage's part to the two numbers of each ending: squared norms; on the last stage losses, and all of an evaluation's."""
+        for i, (job, step, evaluation) in enumerate(ended):
+            if not evaluation:
+                first, second = self.jobs[job].optimizer.finish_reduction()
+            elif self.position.is_last:
+                second, first = self.evaluations.finish_reduction(job, step)
+            else:
+                continue
+            message.square_norms[i] += first
+            message.losses[i] += second
+
+    def _report_evaluations(self, message: Message, ended: Sequence[Ending]) -> None:
+        for i, (job, step, evaluation) in enumerate(ended):
+            if evaluation:
+                self.on_evaluation(EvaluationDone(job, step, message.losses[i].clone(), message.square_norms[i].clone()))
 
     def _step(self, job: int) -> None:
+        """Take a job's step; not where a stop has cut off the evaluation before it, which comes first when the run resumes."""
         message = self._peek()
-        ended_at = self.next_slot - self.position.gap
-        i, step = next((i, step) for i, (ending_job, step) in enumerate(self.endings[ended_at]) if ending_job == job)
+        ended_at = self._index(self.next_slot) - self.position.gap
+        ended = enumerate(self.stream.ended_at(ended_at))
+        i, step = next((i, step) for i, (ending_job, step, evaluation) in ended if ending_job == job and not evaluation)
+        if self.is_stopped() and self.jobs[job].owes_evaluation(step):
+            return
         square_norm = message.square_norms[i]
         with self.timeline.span("STEP", job):
             self.jobs[job].optimizer.step(step, square_norm)
         losses = self.verdicts[ended_at].losses if self.position.is_first else message.losses
         self.on_step(StepDone(job, step, square_norm.clone(), losses[i].clone()))
+
+    def _move(self, job: int) -> None:
+        with self.timeline.span("MOVE", job):
+            self.move(job, self._last_step(job))
+
+    def _last_step(self, job: int) -> int:
+        """Return the step of a job that the next slot's verdicts decide."""
+        ended = self.stream.ended_at(self._index(self.next_slot) - self.position.gap)
+        return next(step for ending_job, step, evaluation in ended if ending_job == job and not evaluation)

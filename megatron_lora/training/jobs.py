@@ -7,6 +7,7 @@ A job is *resident* while it has an adapter row and an optimizer.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,13 +15,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_lora.config.schema import JobConfig
-from megatron_lora.data.sample_arrays import JobSamples
+from megatron_lora.data.evaluation import evaluation_steps
+from megatron_lora.data.sample_arrays import JobSamples, Samples
 from megatron_lora.data.samples import JobData, load_jobs_data
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
+from megatron_lora.training.window_changes import Leaving
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,12 +42,16 @@ class Job:
     resident_optimizer: JobOptimizer | None = None  # of its adapter on this rank, while it is resident
     state: str = "queued"  # one of output/job_states.py; kept by the first rank
     steps_taken: int = 0
-    steps_saved: int = 0  # steps taken at its last snapshot
+    steps_saved: int = 0  # steps taken at its last checkpoint
+    evaluated_after: int = -1  # steps taken at its last evaluation here that is complete
+    evaluation_steps: tuple[int, ...] = ()  # after which numbers of steps it is still to be evaluated, ascending
+    leaving: Leaving | None = None  # after which step it leaves, where that is decided
     skipped_in_a_row: int = 0  # as reported; the optimizer counts its own on the device
 
     def __post_init__(self):
         point = self.resume_point
         self.steps_taken = self.steps_saved = point.step
+        self.evaluation_steps = evaluation_steps(self.config, self.step_samples.steps, point.step, point.evaluation_due)
         self.skipped_in_a_row = point.state.skipped_in_a_row if point.state else 0
 
     @property
@@ -63,10 +70,23 @@ class Job:
         """Optimizer steps of the job."""
         return len(self.step_samples.steps)
 
+    @property
+    def validation_samples(self) -> Samples:
+        """What the job is evaluated on; none without validation data."""
+        return self.data.validation_samples
+
+    def is_evaluated_after(self, step: int) -> bool:
+        """Whether an evaluation comes after `step` steps."""
+        place = bisect_left(self.evaluation_steps, step)
+        return place < len(self.evaluation_steps) and self.evaluation_steps[place] == step
+
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after `step` steps is not complete yet."""
+        return self.is_evaluated_after(step) and self.evaluated_after < step
+
     def adapter_spec(self) -> AdapterSpec:
         """Return the settings that the arena needs."""
-        c = self.config
-        return AdapterSpec(r=c.r, scale=c.scale, dropout=c.lora_dropout, target_modules=frozenset(c.target_modules))
+        return spec_of(self.config)
 
     def optimizer_settings(self) -> OptimizerSettings:
         """Return the settings that the optimizer needs."""
@@ -75,6 +95,11 @@ class Job:
 
 
 Jobs = Mapping[int, Job]  # by number
+
+
+def spec_of(job: JobConfig) -> AdapterSpec:
+    """Return what the arena needs to know of a job's adapter."""
+    return AdapterSpec(r=job.r, scale=job.scale, dropout=job.lora_dropout, target_modules=frozenset(job.target_modules))
 
 
 def read_jobs(

@@ -62,17 +62,24 @@ class JobOptimizer:
         self.arena = arena
         self.settings = settings
         self.groups = groups or StageGroups()
-        self.factors: list[Factor] = arena.factors[adapter_row]
+        self.adapter_row = adapter_row
         device = arena.grad.device
         self.num_updates = torch.zeros((), dtype=torch.float64, device=device)  # Adam's t: steps that were applied
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        ranges = [(factor.start, factor.length, 0) for factor in self.factors]
-        chunks = make_chunks(ranges) if device.type == "cuda" else torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
-        self.chunks = chunks.to(device)
-        self.replicated = [arena.view(f, arena.grad) for f in self.factors if not f.sharded]
-        self.sharded = [arena.view(f, arena.grad) for f in self.factors if f.sharded]
         self.loss = torch.zeros((), device=device)
         self.sums: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+        self.locate()
+
+    def locate(self) -> None:
+        """Take where the adapter lies from the arena; to be called after it has moved."""
+        assert not self.sums, "the adapter moved while its gradients were summed"
+        arena, device = self.arena, self.arena.grad.device
+        self.factors: list[Factor] = arena.factors[self.adapter_row]
+        ranges = [(factor.start, factor.length, 0) for factor in self.factors]
+        chunks = make_chunks(ranges) if device.type == "cuda" else torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
+        self.chunks = upload(chunks, device)
+        self.replicated = [arena.view(f, arena.grad) for f in self.factors if not f.sharded]
+        self.sharded = [arena.view(f, arena.grad) for f in self.factors if f.sharded]
 
     def start_reduction(self, loss: Tensor) -> None:
         """Start the all-reduces of the step's gradients and of its `loss`, fp32 [], both complete on this rank.

@@ -1,29 +1,35 @@
-"""The first rank's reporter: step reports go to the observers (terminal, files, trackers), job states to status.json.
+"""The first rank's reporter: reports of steps and evaluations go to the observers (terminal, files, trackers), job states to status.json.
 
 Steps' numbers reach the host some time after the step (step_reporter.py), and a thread writes the
 adapters (snapshots.py). A job's state follows from both: it is "running" from its first report on,
-"failed" after three skipped steps in a row, and "done" once its adapter is written. Steps of a failed
-job that are already planned still run, but its optimizer skips them and they are not reported.
+"failed" after three skipped steps in a row, and "done" or "stopped" once its adapter is written.
+Of a job that is failed, or whose patience is over, steps that are already planned still run, but
+they are not reported, and nothing of them is kept.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from megatron_lora.config.schema import RunConfig
+from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.serving import serving_advice
 from megatron_lora.output.job_states import OVER, after
-from megatron_lora.output.metrics import JobSummary, Observer, StepReport
+from megatron_lora.output.metrics import EvalReport, JobSummary, Observer, StepReport
 from megatron_lora.output.observers import make_observers
 from megatron_lora.output.run_directory import RunDirectory
-from megatron_lora.training.executor import StepDone
+from megatron_lora.training.control import Control
+from megatron_lora.training.early_stopping import Criterion, Progress, judge
+from megatron_lora.training.executor import EvaluationDone, StepDone
 from megatron_lora.training.jobs import Job, Jobs
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW
-from megatron_lora.training.step_reporter import StepReporter
+from megatron_lora.training.reported import ReportBoard, Reported
+from megatron_lora.training.saving import is_saved
+from megatron_lora.training.step_reporter import Report, StepReporter
 
-Written = queue.SimpleQueue[tuple[int, int]]  # (job, steps taken) of each saved job whose files are on disk
+Written = queue.SimpleQueue[tuple[Job, str]]  # each job that is over and whose files are on disk, and its state
 
 
 class RunReporter:
@@ -32,20 +38,21 @@ class RunReporter:
     A context manager, which closes the observers also after an exception.
     """
 
-    def __init__(self, config: RunConfig, jobs: Jobs, remove: Callable[[int], None]):
+    def __init__(self, config: RunConfig, jobs: Jobs, board: ReportBoard, control: Control):
         """Join the run's directory, which must exist, and start the observers.
 
-        `remove(job number)` removes a failed job from the windows still to be planned.
+        `board` is where the writer of snapshots waits for reports. `control` hears of jobs that are
+        "failed", "stopped" or "done", and of those that have left and whose checkpoint is "saved".
         """
         self.jobs = jobs
-        self.remove = remove
-        for job in jobs.values():
-            resumes = f", resumes after step {job.resume_point.step}" if job.resume_point.step else ""
-            print(f"{job.name}: {job.data.describe()}; {job.num_steps} steps{resumes}", flush=True)
-            _warn_of_no_learning(job)
+        self.board = board
+        self.control = control
+        self.progress: dict[str, Progress] = {}
+        self.steps_reported: dict[str, int] = {}
+        self.reasons: dict[str, str] = {}  # job whose patience is over -> why it is stopped
+        self.advice: dict[str, str] = {}  # of jobs that are done, for those who serve them
         self.directory = RunDirectory.join(config)
-        summaries = [JobSummary(job.name, job.num_steps, job.resume_point.step) for job in jobs.values()]
-        self.observers: Sequence[Observer] = make_observers(config.output_dir, summaries)
+        self.observers: Sequence[Observer] = make_observers(config.output_dir, [])
         self.steps = StepReporter(jobs, self._report)
         self.on_forward = self.steps.on_forward
 
@@ -53,62 +60,122 @@ class RunReporter:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.board.close(failed=True)  # without a failure it is closed and read already
         for observer in self.observers:
             observer.close()
         self.directory.close()
-        for job in self.jobs.values():
-            advice = serving_advice(job.config, job.data) if job.state == "done" else ""
-            if advice:
-                print(f"{job.name}: {advice}", flush=True)
+        for name, advice in self.advice.items():
+            print(f"{name}: {advice}", flush=True)
 
-    def on_step(self, done: StepDone, written: Written, *, wait: bool = False) -> None:
-        """Queue the report of a step, and update the states of jobs whose adapters were `written`.
+    def join(self, job: Job) -> None:
+        """Begin to report a job that becomes resident."""
+        resumes = f", resumes after step {job.resume_point.step}" if job.resume_point.step else ""
+        print(f"{job.name}: {job.data.describe()}; {job.num_steps} steps{resumes}", flush=True)
+        _warn_of_no_learning(job)
+        self.progress[job.name] = Progress.of(job.resume_point.state)
+        self.steps.join(job)
+        summary = JobSummary(job.name, job.num_steps, job.resume_point.step, self.progress[job.name].best)
+        for observer in self.observers:
+            observer.on_start([summary])
+        self._post(job, job.resume_point.step)
 
-        With `wait` the step is reported before this returns.
-        """
-        self.steps.on_step(done)
-        if wait:
-            self.flush()
+    def on_window(self, written: Written, *, begins: bool = True) -> None:
+        """Do what waits for this thread where a window, or a part of one, `begins`; update the states of jobs that are `written`."""
+        if begins:
+            self.control.accounts.begin()
+        for _ in range(self.control.later.qsize()):
+            self.control.later.get()(self)
         self._update_states(written)
 
-    def flush(self) -> None:
-        """Report all steps so far; waits for the device."""
+    def on_step(self, done: StepDone, written: Written) -> None:
+        """Queue the report of a step, and update the states of jobs whose adapters were `written`."""
+        self.steps.on_step(done)
+        self._update_states(written)
+
+    def on_evaluation(self, done: EvaluationDone) -> None:
+        """Queue the report of an evaluation."""
+        self.steps.on_evaluation(done)
+
+    def end_reports(self) -> None:
+        """Report all steps and evaluations so far, which are the last; waits for the device."""
         self.steps.flush(wait=True)
+        self.board.close()
 
     def finish(self, written: Written, *, stopped: bool) -> None:
-        """Report the last steps and states; if the run was `stopped`, unfinished jobs become "paused"."""
-        self.flush()
-        self._update_states(written)
+        """Report the last states; if the run was `stopped`, resident jobs that are not over become "paused"."""
+        self.on_window(written, begins=False)
         for job in self.jobs.values():
-            if stopped and job.state not in OVER:
-                self._set_state(job, "paused", "the run was stopped; the same command resumes it")
+            if stopped and job.state not in OVER and job.state != "paused":
+                self._set_job(job, "paused", "the run was stopped; the same command resumes it")
+
+    def set_state(self, name: str, state: str, reason: str) -> None:
+        """Record a job's state; in the training thread."""
+        for job in self.jobs.values():
+            if job.name == name:
+                job.state = after(job.state, state)
+        if state in OVER:
+            self.board.end_job(name)
+        best = self.progress[name].best if name in self.progress else None
+        self.directory.set_job(name, state, reason, step=self.steps_reported.get(name), best=best)
+        for observer in self.observers:
+            observer.on_status(name, state, reason)
+
+    def add_jobs(self, jobs: Sequence[JobConfig]) -> None:
+        """Record jobs that were added to the run; in the training thread."""
+        self.directory.add_jobs(jobs)
 
     def _update_states(self, written: Written) -> None:
         while not written.empty():
-            number, step = written.get()
-            job = self.jobs[number]
-            if step == job.num_steps:
-                self._set_state(job, "done", "")
+            job, state = written.get()
+            if job.state in OVER:
+                continue  # cancelled meanwhile
+            self._set_job(job, state, self.reasons.get(job.name, "") if state == "stopped" else "")
+            self.control.tell(state if state in OVER else "saved", job.name, "")
+            if state == "done" and (advice := serving_advice(job.config, job.data)):
+                self.advice[job.name] = advice
 
-    def _report(self, number: int, report: StepReport) -> None:
-        job = self.jobs[number]
-        if job.state == "failed":
+    def _report(self, job: Job, report: Report) -> None:
+        if job.state in OVER or job.name in self.reasons:
             return
         if job.state == "queued":
-            self._set_state(job, "running", "")
+            self._set_job(job, "running", "")
+        if isinstance(report, StepReport):
+            self._report_step(job, report)
+        else:
+            self._report_evaluation(job, report)
+
+    def _report_evaluation(self, job: Job, report: EvalReport) -> None:
+        metric = job.config.metric
+        progress = judge(self.progress[job.name], Criterion.of(job.config), report.step, getattr(report, metric))
+        self.progress[job.name] = progress
+        for observer in self.observers:
+            observer.on_evaluation(dataclasses.replace(report, best=progress.best))
+        self._post(job, report.step)
+        if progress.over and report.step < job.num_steps:
+            best = "" if progress.best is None else f", the best after step {progress.best.step}"
+            self.reasons[job.name] = f"{progress.num_without} evaluations in a row without a better {metric}{best}"
+            self.board.end_job(job.name)
+            self.control.tell("stopped", job.name, self.reasons[job.name])
+
+    def _post(self, job: Job, step: int) -> None:
+        """Note how far a job's reports have come, and let the writer of snapshots know."""
+        self.steps_reported[job.name] = step
+        reported = Reported(step=step, evaluation_due=self.steps.is_due(job, step), progress=self.progress[job.name])
+        self.board.put(job.name, reported, snapshot=is_saved(job, step))
+
+    def _report_step(self, job: Job, report: StepReport) -> None:
         for observer in self.observers:
             observer.on_step(report)
+        self._post(job, report.step)
         job.skipped_in_a_row = job.skipped_in_a_row + 1 if report.skipped else 0
         if job.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             reason = f"the gradient norm was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step {report.step}"
-            self._set_state(job, "failed", reason)
-            self.remove(number)
+            self._set_job(job, "failed", reason)
+            self.control.tell("failed", job.name, reason)
 
-    def _set_state(self, job: Job, state: str, reason: str) -> None:
-        job.state = after(job.state, state)
-        self.directory.set_job(job.name, state, reason)
-        for observer in self.observers:
-            observer.on_status(job.name, state, reason)
+    def _set_job(self, job: Job, state: str, reason: str) -> None:
+        job.state = after(job.state, state)  # also where it has left already
+        self.set_state(job.name, state, reason)
 
 
 def _warn_of_no_learning(job: Job) -> None:

@@ -2,89 +2,148 @@
 
 A job's PEFT directory is `jobs/<name>/` itself. Every `save_steps` steps, and when a run is stopped, a
 checkpoint (checkpoint.py) is written inside it, and the adapter in the PEFT directory is replaced by
-that of the same step.
+that of the same step. Where a job is evaluated, a snapshot is taken before its result is known; it
+becomes the best weights, or the last ones where the patience is over, or nothing. At the end of a job
+the PEFT directory holds the weights that `keep` names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.serving import serving_advice
 from megatron_lora.files import sync
 from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, write_adapter
 from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.output.best import remove_outdated, write_best
 from megatron_lora.output.checkpoint import read_checkpoint, write_checkpoint
 from megatron_lora.output.metrics import metrics_file
-from megatron_lora.output.standing import CheckpointState
+from megatron_lora.output.standing import CheckpointState, best_name
 from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job, Jobs
 from megatron_lora.training.optimizer import JobOptimizer
+from megatron_lora.training.reported import ReportBoard, Reported
 from megatron_lora.training.snapshots import Snapshot, SnapshotCollector, Weights
 
 
 class Saver:
-    """Decides which jobs are saved after a step, and at the end of a run that was stopped: the same on every rank."""
+    """Decides which jobs are saved after a step, where they leave, and at the end of a run that was stopped: the same on every rank."""
 
     def __init__(self, jobs: Jobs, collector: SnapshotCollector):
         self.jobs = jobs
         self.collector = collector
 
-    def checkpoints(self, done: StepDone) -> bool:
-        """Return whether a checkpoint follows this step: every `save_steps` steps of the job, but not after its last one."""
-        job, taken = self.jobs[done.job], done.step + 1
-        every = job.config.save_steps
-        return bool(every and taken % every == 0 and taken < job.num_steps)
+    def join(self, job: Job) -> None:
+        """Take a snapshot of a job that is evaluated before its first step here."""
+        if job.is_evaluated_after(job.steps_taken):
+            self.collector.submit(job, moments=False)
+
+    def leave(self, job: Job) -> None:
+        """Save a job that leaves, and has taken its last step before that; its state is that of its leaving once it is written."""
+        assert job.leaving is not None
+        if job.leaving.saves and job.steps_taken == job.resume_point.step and not job.evaluated_after == job.steps_taken > 0:
+            self.collector.written.put((job, job.leaving.state))  # it is as it was when it joined
+        elif job.leaving.saves:
+            self._save(job, moments=True)
 
     def on_step(self, done: StepDone) -> None:
-        """Count a step; save its job if the step was its last one or a checkpoint is due."""
+        """Count a step; take a snapshot of its job where one may be wanted."""
         job = self.jobs[done.job]
         job.steps_taken = done.step + 1
-        if self.checkpoints(done) or job.steps_taken == job.num_steps:
-            self._save(job)
+        if job.leaving is not None and job.leaving.saves and job.leaving.step == job.steps_taken:
+            self._save(job, moments=True)
+        elif is_saved(job, job.steps_taken):
+            self._save(job, moments=_has_checkpoint(job, job.steps_taken))
 
     def save_unfinished(self) -> bool:
-        """Save every unfinished job that has taken steps since its last snapshot; return whether any job is unfinished.
+        """Save every unfinished job that has changed since its last checkpoint; return whether any job is unfinished.
 
-        A job is unfinished when it has steps to take and has not failed. Waits for the device.
+        A job is unfinished when it has steps to take, or an evaluation, and has not failed. Waits for
+        the device.
         """
-        unfinished = [job for job in self.jobs.values() if job.steps_taken < job.num_steps and not job.optimizer.has_failed()]
+        unfinished = [job for job in self.jobs.values() if not _is_finished(job) and not job.optimizer.has_failed()]
         for job in unfinished:
-            if job.steps_taken > job.steps_saved:
-                self._save(job)
+            # A checkpoint that says that an evaluation is due is replaced when it is not; before the first step there is none.
+            if job.steps_taken > job.steps_saved or job.steps_taken == job.evaluated_after == job.resume_point.step > 0:
+                self._save(job, moments=True)
                 self.collector.wait()  # so that only one job's state is in host memory at a time
         return bool(unfinished)
 
-    def _save(self, job: Job) -> None:
-        self.collector.submit(job, moments=job.steps_taken < job.num_steps)
-        job.steps_saved = job.steps_taken
+    def _save(self, job: Job, *, moments: bool) -> None:
+        self.collector.submit(job, moments=moments)
+        if moments:
+            job.steps_saved = job.steps_taken
 
 
-def writer(config: RunConfig, jobs: Jobs) -> Callable[[Snapshot], None]:
-    """Return the function that writes a snapshot: first a checkpoint, if the job has steps remaining, then its PEFT directory."""
-    digests: dict[int, str] = {}
+def is_saved(job: Job, step: int) -> bool:
+    """Whether a snapshot of a job is taken after `step` steps: for a checkpoint, for an evaluation, or at the job's end."""
+    return _has_checkpoint(job, step) or step == job.num_steps or job.is_evaluated_after(step)
 
-    def write(snapshot: Snapshot) -> None:
-        job = jobs[snapshot.job]
-        adapter = adapter_of(job.config, snapshot.weights)
-        directory = Path(config.output_dir) / "jobs" / job.config.name
-        if snapshot.moments:
-            if snapshot.job not in digests:
-                digests[snapshot.job] = job.data.digest()
-            state = CheckpointState(
-                step=snapshot.step,
-                num_steps=job.num_steps,
-                num_updates=snapshot.num_updates,
-                skipped_in_a_row=snapshot.skipped_in_a_row,
-                samples=digests[snapshot.job],
-            )
-            sync(metrics_file(config.output_dir, job.config.name))
-            write_checkpoint(directory, adapter, config.base_model, snapshot.moments, state)
-        write_adapter(directory, adapter, config.base_model, serving_advice(job.config, job.data))
 
-    return write
+def _has_checkpoint(job: Job, step: int) -> bool:
+    """Whether a checkpoint is due: every `save_steps` steps, but not after the last one."""
+    every = job.config.save_steps
+    return bool(every and step % every == 0 and step < job.num_steps)
+
+
+def _is_finished(job: Job) -> bool:
+    return job.steps_taken == job.num_steps and not job.owes_evaluation(job.num_steps)
+
+
+class Writer:
+    """Writes snapshots, on the first rank, in a thread of its own (snapshots.py)."""
+
+    def __init__(self, config: RunConfig, board: ReportBoard):
+        """Write into the directory of the run that `config` describes; `board` says what was reported of each job."""
+        self.config = config
+        self.board = board
+        self.digests: dict[str, str] = {}
+
+    def write(self, snapshot: Snapshot) -> str | None:
+        """Write what a snapshot is for, once its step is reported; return the state of a job that ends or leaves with it."""
+        job = snapshot.job
+        reported = self.board.wait_for(job.name, snapshot.step)
+        if reported is None:  # the job was stopped before, or has failed
+            return None
+        directory = Path(self.config.output_dir) / "jobs" / job.name
+        adapter, progress = adapter_of(job.config, snapshot.weights), reported.progress
+        sync(metrics_file(self.config.output_dir, job.name))
+        best, base_model = progress.best, self.config.base_model
+        if best is not None and best.step == snapshot.step:
+            write_best(directory, adapter, base_model, best, job.config.metric)
+        is_last = snapshot.step == job.num_steps and not reported.evaluation_due
+        is_over = is_last or progress.over
+        if is_over and job.config.keep == "best" and best is not None and best.step != snapshot.step:
+            adapter = read_adapter(directory / best_name(best.step))
+        elif snapshot.moments and not is_over:
+            write_checkpoint(directory, adapter, base_model, snapshot.moments, self._state(snapshot, reported))
+        if snapshot.moments or is_over:
+            write_adapter(directory, adapter, base_model, serving_advice(job.config, job.data))
+        remove_outdated(directory, best, job.config.save_total_limit, is_over=is_over)
+        if is_over:
+            return "done" if is_last else "stopped"
+        leaves = snapshot.moments and job.leaving is not None and job.leaving.step == snapshot.step
+        return job.leaving.state if leaves and job.leaving is not None else None
+
+    def _state(self, snapshot: Snapshot, reported: Reported) -> CheckpointState:
+        job, progress = snapshot.job, reported.progress
+        if job.name not in self.digests:
+            self.digests[job.name] = job.data.digest()
+        return CheckpointState(
+            step=snapshot.step,
+            num_steps=job.num_steps,
+            num_updates=snapshot.num_updates,
+            skipped_in_a_row=snapshot.skipped_in_a_row,
+            samples=self.digests[job.name],
+            best=progress.best,
+            evaluations_without_improvement=progress.num_without,
+            evaluation_due=reported.evaluation_due,
+        )
 
 
 def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
@@ -99,22 +158,37 @@ def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
     )
 
 
-def start_job(job: Job, arena: Arena, adapter_row: int, groups: StageGroups) -> None:
-    """Make a job resident: give it a row of the arena that holds its adapter, load its weights there, make its optimizer.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """A job's weights where it starts or resumes, and Adam's two moments if it resumes: this rank's shards, in host memory."""
 
-    They come from the job's checkpoint, with Adam's moments and step counts; without one from
-    `init_adapter`; without that they are PEFT's initial values.
+    weights: Tensor
+    moments: tuple[Tensor, ...] = ()
+
+
+def read_start(job: Job, arena: Arena) -> Start:
+    """Read or draw what `start_job` copies to the device; any thread may call it.
+
+    Values come from the job's checkpoint, with Adam's moments; without one from `init_adapter`;
+    without that they are PEFT's initial values.
     """
-    job.adapter_row = adapter_row
-    job.resident_optimizer = JobOptimizer(arena, adapter_row, job.optimizer_settings(), groups)
-    point = job.resume_point
+    point, spec = job.resume_point, job.adapter_spec()
     if point.checkpoint is not None and point.state is not None:
         weights, moments = read_checkpoint(point.checkpoint)
-        arena.load(adapter_row, weights)
-        for moment, buffer in zip(moments, (arena.exp_avg, arena.exp_avg_sq), strict=True):
-            arena.fill(adapter_row, moment, buffer)
-        job.optimizer.restore(point.state.num_updates, point.state.skipped_in_a_row)
-    elif job.config.init_adapter is not None:
-        arena.load(adapter_row, read_adapter(job.config.init_adapter).weights)
-    else:
-        arena.initialise(adapter_row, job.step_samples.seed)
+        return Start(weights=arena.shard(spec, weights), moments=tuple(arena.shard(spec, moment) for moment in moments))
+    if job.config.init_adapter is not None:
+        return Start(weights=arena.shard(spec, read_adapter(job.config.init_adapter).weights))
+    return Start(weights=arena.draw(spec, job.step_samples.seed))
+
+
+def start_job(job: Job, arena: Arena, adapter_row: int, groups: StageGroups, start: Start) -> None:
+    """Make a job resident in the row of the arena that was added for it: copy its state there, make its optimizer."""
+    job.adapter_row = adapter_row
+    job.resident_optimizer = JobOptimizer(arena, adapter_row, job.optimizer_settings(), groups)
+    arena.put(adapter_row, start.weights, arena.master)
+    if start.moments:
+        state = job.resume_point.state
+        assert state is not None
+        for moment, buffer in zip(start.moments, (arena.exp_avg, arena.exp_avg_sq), strict=True):
+            arena.put(adapter_row, moment, buffer)
+        job.optimizer.restore(state.num_updates, state.skipped_in_a_row)

@@ -3,7 +3,8 @@
 Stages take a job's step at different times, so no rank may wait for another while it takes one. Each
 rank copies the job's factors (for a checkpoint also Adam's two moments) to host memory and queues them
 for a thread, which sends them over gloo. The first rank's thread receives the parts of all ranks, joins
-the shards (A along K for row-parallel linears, B along N for column-parallel ones) and calls `write`.
+the shards (A along K for row-parallel linears, B along N for column-parallel ones) and calls `write`,
+which may wait until the snapshot's step is reported; the ranks' training threads wait for neither.
 All ranks take the same steps in the same order, so messages match by their order.
 """
 
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.model.adapter_arena import Arena, Factor
+from megatron_lora.model.arena_region import AdapterSpec, shards
+from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.training.jobs import Job
 
 Weights = dict[str, tuple[Tensor, Tensor]]  # path -> (A [r, K], B [N, r]), fp32, all shards joined
@@ -28,10 +31,10 @@ Weights = dict[str, tuple[Tensor, Tensor]]  # path -> (A [r, K], B [N, r]), fp32
 class Snapshot:
     """A job's state between two steps.
 
-    `moments` are Adam's two, shaped as the weights; empty for a finished job, of which only the weights are saved.
+    `moments` are Adam's two, shaped as the weights; empty where no checkpoint is wanted, only the weights.
     """
 
-    job: int
+    job: Job
     step: int  # steps taken
     weights: Weights
     moments: tuple[Weights, ...]
@@ -46,8 +49,8 @@ class _Part:
     On a GPU the copy to the host is complete once the event `copied` is.
     """
 
-    job: int
-    adapter_row: int
+    job: Job
+    spec: AdapterSpec
     step: int
     num_buffers: int
     values: Tensor
@@ -57,21 +60,22 @@ class _Part:
 class SnapshotCollector:
     """Sends this rank's parts of snapshots to the first rank, which writes them."""
 
-    def __init__(self, arena: Arena, write: Callable[[Snapshot], None], group: dist.ProcessGroup):
+    def __init__(self, arena: Arena, write: Callable[[Snapshot], str | None], group: dist.ProcessGroup):
         """Start the thread; collective: every rank calls this.
 
         `group` is a gloo group of all ranks that nothing else uses until `finish`. The first rank's thread
-        calls `write(snapshot)`.
+        calls `write(snapshot)`, which returns the state of a job that is over with it.
         """
         self.arena = arena
         self.write = write
         self.group = group
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        factors: list = [None] * self.world_size
-        dist.all_gather_object(factors, arena.factors, group=self.group)
-        self.factors_of_rank: Sequence[Sequence[Sequence[Factor]]] = factors
-        self.written: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (job, steps taken) whose files are on disk
+        ranks: list = [None] * self.world_size
+        own = ([region.geometry for region in arena.regions], arena.tensor_rank)
+        dist.all_gather_object(ranks, own, group=self.group)
+        self.linears_of_rank: Sequence[tuple[Sequence[LinearGeometry], int]] = ranks  # and the tensor rank
+        self.written: queue.SimpleQueue[tuple[Job, str]] = queue.SimpleQueue()  # jobs that leave with what was written, and their states
         self.failure: BaseException | None = None
         self.waiting: queue.SimpleQueue[_Part | threading.Event | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="snapshot-collector", daemon=True)
@@ -97,7 +101,7 @@ class SnapshotCollector:
         if on_gpu:
             copied = torch.cuda.Event()
             copied.record()
-        self.waiting.put(_Part(job.number, job.adapter_row, job.steps_taken, len(buffers), values, copied))
+        self.waiting.put(_Part(job, self.arena.specs[job.adapter_row], job.steps_taken, len(buffers), values, copied))
 
     def wait(self) -> None:
         """Wait until all snapshots so far are sent (on the first rank: written) and their host memory is free."""
@@ -135,7 +139,10 @@ class SnapshotCollector:
         if self.rank != 0:
             dist.send(own, 0, group=self.group)
             return
-        factors = [ranks[part.adapter_row] for ranks in self.factors_of_rank]
+        factors = [
+            [shard for geometry in linears for shard in shards(geometry, tensor_rank, part.spec)]
+            for linears, tensor_rank in self.linears_of_rank
+        ]
         flats = [own.view(part.num_buffers, -1)]
         for rank in range(1, self.world_size):
             flat = torch.empty(part.num_buffers, sum(factor.length for factor in factors[rank]))
@@ -150,8 +157,8 @@ class SnapshotCollector:
             num_updates=num_updates,
             skipped_in_a_row=skipped_in_a_row,
         )
-        self.write(snapshot)
-        self.written.put((part.job, part.step))
+        if (state := self.write(snapshot)) is not None:
+            self.written.put((part.job, state))
 
 
 def join_shards(factors_of_rank: Sequence[Sequence[Factor]], flats: Sequence[Tensor]) -> Weights:

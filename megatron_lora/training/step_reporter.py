@@ -1,8 +1,11 @@
-"""Turns the first stage's steps into reports, without waiting for the device.
+"""Turns the first stage's steps and evaluations into reports, without waiting for the device.
 
 When a step is taken on a GPU, its loss and norm are not computed yet: the host runs ahead of the
 device. Their copy to the host is queued behind that work, and the step is reported once the copy has
-arrived (on the CPU at once).
+arrived (on the CPU at once). So it is with the sums of an evaluation.
+
+While a job is evaluated after k steps, its next steps are taken. They are reported after the
+evaluation, so that a job's reports are in the order of its steps, each step followed by its evaluation.
 """
 
 from __future__ import annotations
@@ -16,51 +19,68 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lora.output.metrics import StepReport
-from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import Jobs
+from megatron_lora.output.metrics import EvalReport, StepReport
+from megatron_lora.training.executor import EvaluationDone, StepDone
+from megatron_lora.training.jobs import Job, Jobs
 from scheduling.types import Microbatch
+
+Report = StepReport | EvalReport
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    job: int
+    job: Job
     step: int
+    evaluation: bool
     seconds: float
-    values: Tensor  # host, [2]: squared norm, loss
+    values: Tensor  # host, [2]: squared norm and loss; of an evaluation the sum of losses and the number of right predictions
     ready: torch.cuda.Event | None
 
 
 class StepReporter:
-    """Reports every job's steps in the order in which they are taken."""
+    """Reports every job's steps and evaluations in order."""
 
-    def __init__(self, jobs: Jobs, report: Callable[[int, StepReport], None]):
-        """Report each step by calling `report(job number, step_report)`."""
+    def __init__(self, jobs: Jobs, report: Callable[[Job, Report], None]):
+        """Report each step and evaluation by calling `report(job, its report)`."""
         self.jobs = jobs
         self.report = report
-        self.started: dict[tuple[int, int], float] = {}  # (job, step) -> time of its first forward
+        self.started: dict[tuple[int, int, bool], float] = {}  # (job, step, whether an evaluation) -> time of its first forward
         self.pending: deque[_Pending] = deque()
+        self.due: dict[str, deque[int]] = {}  # job -> the numbers of steps whose evaluation is still to be reported
+        self.held: dict[str, deque[StepReport]] = {}  # job -> steps whose numbers are there
+
+    def join(self, job: Job) -> None:
+        """Begin to report a job."""
+        self.due[job.name] = deque(job.evaluation_steps)
+        self.held[job.name] = deque()
 
     def on_forward(self, microbatch: Microbatch) -> None:
-        """Note the time at which steps begin: with the first microbatch that has a segment of theirs."""
+        """Note the time at which steps and evaluations begin: with the first microbatch that has a segment of theirs."""
         now = time.perf_counter()
         for segment in microbatch.segments:
-            self.started.setdefault((segment.job, segment.step), now)
+            self.started.setdefault((segment.job, segment.step, microbatch.evaluate), now)
+        self.flush(wait=False)
 
     def on_step(self, done: StepDone) -> None:
-        """Queue a step's report, and report all steps whose numbers have arrived."""
-        seconds = time.perf_counter() - self.started.pop((done.job, done.step))
-        values = torch.stack([done.square_norm, done.loss])
+        """Queue a step's report, and report all whose numbers have arrived."""
+        self._queue(done.job, done.step, torch.stack([done.square_norm, done.loss]), evaluation=False)
+
+    def on_evaluation(self, done: EvaluationDone) -> None:
+        """Queue an evaluation's report, and report all whose numbers have arrived."""
+        self._queue(done.job, done.step, torch.stack([done.loss_sum, done.num_right]), evaluation=True)
+
+    def _queue(self, number: int, step: int, values: Tensor, *, evaluation: bool) -> None:
+        seconds = time.perf_counter() - self.started.pop((number, step, evaluation))
         ready = None
         if values.is_cuda:
             values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self.pending.append(_Pending(done.job, done.step, seconds, values, ready))
+        self.pending.append(_Pending(self.jobs[number], step, evaluation, seconds, values, ready))
         self.flush(wait=False)
 
     def flush(self, *, wait: bool) -> None:
-        """Report the steps whose numbers have arrived; with `wait` all steps."""
+        """Report what has arrived; with `wait` everything that is queued."""
         while self.pending:
             first = self.pending[0]
             if first.ready is not None:
@@ -69,24 +89,58 @@ class StepReporter:
                 elif not first.ready.query():
                     return
             self.pending.popleft()
-            self.report(first.job, self._build(first))
+            if first.evaluation:
+                assert self._due(first.job).popleft() == first.step, "an evaluation is reported out of turn"
+                self.report(first.job, _evaluation_report(first))
+            else:
+                self.held[first.job.name].append(_step_report(first))
+            self._report_held(first.job)
 
-    def _build(self, done: _Pending) -> StepReport:
-        job = self.jobs[done.job]
-        square_norm, loss = done.values.tolist()
-        steps = job.step_samples.steps
-        lengths = job.data.samples.lengths[steps.batch(done.step)]
-        return StepReport(
-            job=job.name,
-            step=done.step + 1,
-            total_steps=job.num_steps,
-            epoch=(steps.num_visits(done.step) + len(lengths)) / steps.per_epoch_copies,
-            loss=loss,
-            learning_rate=job.optimizer_settings().learning_rate_at(done.step),
-            grad_norm=math.sqrt(square_norm) if square_norm >= 0 else math.nan,
-            tokens=int(lengths.sum()),
-            target_tokens=job.step_samples.num_targets(done.step),
-            samples=len(lengths),
-            seconds=done.seconds,
-            skipped=not math.isfinite(square_norm),
-        )
+    def is_due(self, job: Job, step: int) -> bool:
+        """Whether the evaluation after `step` steps of a job is the next to be reported."""
+        due = self._due(job)
+        return bool(due) and due[0] == step
+
+    def _due(self, job: Job) -> deque[int]:
+        return self.due[job.name]
+
+    def _report_held(self, job: Job) -> None:
+        due, held = self._due(job), self.held[job.name]
+        while held and (not due or held[0].step <= due[0]):
+            self.report(job, held.popleft())
+
+
+def _step_report(done: _Pending) -> StepReport:
+    job = done.job
+    square_norm, loss = done.values.tolist()
+    steps = job.step_samples.steps
+    lengths = job.data.samples.lengths[steps.batch(done.step)]
+    return StepReport(
+        job=job.name,
+        step=done.step + 1,
+        total_steps=job.num_steps,
+        epoch=(steps.num_visits(done.step) + len(lengths)) / steps.per_epoch_copies,
+        loss=loss,
+        learning_rate=job.optimizer_settings().learning_rate_at(done.step),
+        grad_norm=math.sqrt(square_norm) if square_norm >= 0 else math.nan,
+        tokens=int(lengths.sum()),
+        target_tokens=job.step_samples.num_targets(done.step),
+        samples=len(lengths),
+        seconds=done.seconds,
+        skipped=not math.isfinite(square_norm),
+    )
+
+
+def _evaluation_report(done: _Pending) -> EvalReport:
+    samples = done.job.validation_samples
+    loss_sum, num_right = done.values.tolist()
+    num_targets = int(samples.num_targets.sum())
+    return EvalReport(
+        job=done.job.name,
+        step=done.step,
+        eval_loss=loss_sum / num_targets,
+        eval_accuracy=num_right / num_targets,
+        eval_tokens=num_targets,
+        eval_samples=len(samples),
+        seconds=done.seconds,
+    )

@@ -16,56 +16,73 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_lora.config.live import Live
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig, load_config
+from megatron_lora.data.evaluation import longest_of
 from megatron_lora.data.sample_arrays import target_share
+from megatron_lora.data.samples import load_jobs_data
 from megatron_lora.data.token_cache import cache_dir
+from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.huggingface.weight_files import read_base_model
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.stage import Stage
+from megatron_lora.output.changes import Run
+from megatron_lora.output.events import Replay
 from megatron_lora.output.run_directory import RunDirectory, has_trained, job_states
-from megatron_lora.output.standing import resume_points
+from megatron_lora.output.standing import first_jobs, resume_points
 from megatron_lora.output.timeline import Timeline, write_timeline
-from megatron_lora.parallel.process_groups import Position, from_first_rank, initialize_parallel, new_group, position_of
+from megatron_lora.parallel.process_groups import Position, from_first_rank, initialize_parallel, new_group, position_of, stage_groups
+from megatron_lora.planning.adapter_memory import check_fits
+from megatron_lora.planning.adapter_rows import Book
 from megatron_lora.planning.calibration import calibrated, keep_calibration, predicted_cost
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
-from megatron_lora.planning.predict import planner_cost
+from megatron_lora.planning.predict import planner_cost, rank_row_bytes_of, room_of, window_time
 from megatron_lora.planning.resolve import describe, memory_line, resolve
 from megatron_lora.training.agree_to_stop import until_stopped
-from megatron_lora.training.assemble import make_executor, make_resident
+from megatron_lora.training.assemble import DTYPES, make_arena, make_executor, make_stage
+from megatron_lora.training.control import Control
 from megatron_lora.training.determinism import determinism
 from megatron_lora.training.executor import StepDone
-from megatron_lora.training.jobs import Job, read_jobs_in_turn
+from megatron_lora.training.job_reader import JobReader, read_and_check
+from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn, spec_of
+from megatron_lora.training.reported import ReportBoard
+from megatron_lora.training.residents import Residents
 from megatron_lora.training.run_reporter import RunReporter
-from megatron_lora.training.saving import Saver, writer
+from megatron_lora.training.saving import Saver, Writer
 from megatron_lora.training.snapshots import SnapshotCollector
 from megatron_lora.training.stop_request import StopRequest
 from megatron_lora.training.warm_up import warm_up
+from megatron_lora.training.window_changes import WindowChanges
+from scheduling.follow import Window
 from scheduling.slot_cost import SlotCost
-from scheduling.types import Lengths
 
 LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
 
 
-def run(config: RunConfig, stop: StopRequest) -> None:
+def run(config: RunConfig, stop: StopRequest, live: Live = Live()) -> None:  # noqa: B008  it is frozen
     """Train a config's remaining jobs, as one rank of the run; status.json then says how each job ended.
 
     A job remains until it is over (job_states.OVER). If the run was stopped on request, the state of
     every unfinished job is saved. The output directory must exist. Raises UserError for wrong input.
     """
     with determinism(config.deterministic):
-        _train(config, stop)
+        _train(config, stop, live)
 
 
-def _train(config: RunConfig, stop: StopRequest) -> None:
+def _train(config: RunConfig, stop: StopRequest, live: Live) -> None:
     on_gpu = torch.cuda.is_available()
     device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
     host_group = new_group(backend="gloo")
@@ -74,25 +91,59 @@ def _train(config: RunConfig, stop: StopRequest) -> None:
     recorded = from_first_rank(lambda: load_config(path / "config.yaml"), host_group)
     assert recorded.parallel.world_size == config.parallel.world_size
     config = recorded
-    # Name -> where the job resumes (its newest checkpoint, or its start) of the jobs that remain.
-    remaining = from_first_rank(lambda: resume_points(config, job_states(path)), host_group)
+    states = from_first_rank(lambda: job_states(path), host_group)
+    # Name -> where the job resumes (its newest checkpoint, or its start) of the jobs that wait.
+    points = from_first_rank(lambda: resume_points(config, states), host_group)
+    points = {name: point for name, point in points.items() if states[name] == "queued"}
 
     model_dir = resolve_base_model(config.base_model)
     architecture = read_base_model(model_dir, config.load_weights)
-    jobs = read_jobs_in_turn(config.jobs, model_dir, architecture.vocab_size, host_group, remaining)
-    share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in jobs.values())
-    lengths = [job.step_samples.lengths() for job in jobs.values()]
-    config, slot_cost = resolve_together(config, architecture, lengths, share_of_targets, host_group, list(remaining))
-    position = position_of(config.parallel)
-    feed = _start_planning(config, lengths, position, slot_cost, [job.resume_point.step for job in jobs.values()])
+    first = read_jobs_in_turn(first_jobs(config, points), model_dir, architecture.vocab_size, host_group, points)
+    config, slot_cost, longest = resolve_together(config, architecture, first, host_group, list(points), live.keep_alive)
+    arena: Future[Arena] = Future()
+    residents = Residents(
+        lambda configs: load_jobs_data(configs, tokenizer_for(configs, model_dir), cache_dir(), architecture.vocab_size),
+        arena,
+        stage_groups(config.parallel),
+        config.parallel.data,
+        slot_cost,
+    )
+    residents.data = {job.name: job.data for job in first.values()}
+    control = None
+    if dist.get_rank() == 0:
+        begun = [name for name, point in points.items() if point.step]
+        control = _make_control(config, architecture, model_dir, Run(config=config, states=states), residents.data, begun, live)
+    feed = _start_planning(config, slot_cost, longest, control, residents)
+    stage = make_stage(config, architecture, model_dir, device)
+    arena.set_result(make_arena(stage, config.parallel, [], _room_of(config, architecture)))
+    if on_gpu:
+        specs = [spec_of(job) for job in config.jobs]
+        warm_up(stage, arena.result(), config.microbatch_tokens, config.parallel.row_multiple, specs)
+    timeline = _run_windows(config, stage, arena.result(), residents, control, feed, stop)
+    _save_timeline(config, timeline, position_of(config.parallel), host_group)
 
-    stage, arena = make_resident(config, architecture, model_dir, jobs, device)
-    # When a failure is noticed depends on time, and with it the first window without the job. Its steps are skipped in any case.
-    remove = (lambda number: None) if config.deterministic else feed.remove
-    with RunReporter(config, jobs, remove) if dist.get_rank() == 0 else contextlib.nullcontext() as reporter:
-        collector = SnapshotCollector(arena, writer(config, jobs), host_group)
+
+def _run_windows(
+    config: ResolvedConfig, stage: Stage, arena: Arena, residents: Residents, control: Control | None, feed: PlanFeed, stop: StopRequest
+) -> Timeline:
+    """Execute the plan's windows to their end, or until the run is stopped; save and report what jobs leave behind."""
+    jobs, board, position = residents.jobs, ReportBoard(), position_of(config.parallel)
+    with RunReporter(config, jobs, board, control) if control is not None else contextlib.nullcontext() as reporter:
+        # Ranks wait for the first one's thread, which may wait until a job is evaluated.
+        collector = SnapshotCollector(arena, Writer(config, board).write, new_group(backend="gloo", timeout=LONGEST_WINDOW))
         saver = Saver(jobs, collector)
-        unchecked = set(jobs)  # numbers of the jobs whose first update (learning rate above 0, finite norm) is still to come
+        unchecked: set[int] = set()  # numbers of the jobs whose first update (learning rate above 0, finite norm) is still to come
+
+        def on_window(window: Window) -> None:
+            if reporter is not None:
+                reporter.on_window(collector.written, begins=window.changes is not None)
+            if isinstance(window.changes, WindowChanges):
+                residents.begin(window.changes, saver)
+
+        def on_join(job: Job) -> None:
+            unchecked.add(job.number)
+            if reporter is not None:
+                reporter.join(job)
 
         def on_step(done: StepDone) -> None:
             job = jobs[done.job]
@@ -100,47 +151,91 @@ def _train(config: RunConfig, stop: StopRequest) -> None:
             if done.job in unchecked and job.optimizer.settings.learning_rate_at(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
                 unchecked.remove(done.job)
                 _warn_of_unmoved(job)
-            if reporter is not None:  # a step that a checkpoint follows is reported before the checkpoint is written
-                reporter.on_step(done, collector.written, wait=saver.checkpoints(done))
-            saver.on_step(done)  # saves the adapter after the job's last step
+            if reporter is not None:
+                reporter.on_step(done, collector.written)
+            saver.on_step(done)
 
-        if on_gpu:
-            warm_up(stage, arena, config.microbatch_tokens, config.parallel.row_multiple)
+        residents.on_join = on_join
         executor = make_executor(
             stage,
             config.parallel,
             feed.settings.max_endings,
             jobs=jobs,
             on_step=on_step,
+            on_evaluation=reporter.on_evaluation if reporter is not None else lambda done: None,
             on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
+            on_window=on_window,
+            move=residents.move,
+            is_stopped=lambda: stop.stopped,
         )
-        stop_group = new_group(backend="gloo")
-        executor.run(until_stopped(feed, stop, stop_group, position.num_stages, position.gap))
+        executor.run(until_stopped(feed, stop, new_group(backend="gloo"), position.num_stages, position.gap))
         feed.close()
         if reporter is not None:
-            reporter.flush()
+            reporter.end_reports()
         stopped = stop.stopped and saver.save_unfinished()  # False if the stop came when all jobs were finished
         collector.finish()
-        if reporter is not None:
+        if reporter is not None and control is not None:
             reporter.finish(collector.written, stopped=stopped)
-    _save_timeline(config, executor.timeline, position, host_group)
+            control.finish()
+    return executor.timeline
 
 
-def _start_planning(
-    config: ResolvedConfig, lengths: Lengths, position: Position, slot_cost: SlotCost, first_steps: Sequence[int]
-) -> PlanFeed:
-    """Start to plan the jobs' steps from `first_steps` on, in the background, while the model is built."""
+def _make_control(
+    config: ResolvedConfig,
+    architecture: Architecture,
+    model_dir: Path,
+    run: Run,
+    read: Collection[str],
+    begun: Collection[str],
+    live: Live,
+) -> Control:
+    """Return what decides, on the first rank, which jobs join and leave; `read` and `begun` are names of jobs."""
+    room = _room_of(config, architecture)
+    row_bytes = rank_row_bytes_of(config, architecture, DTYPES[config.precision].itemsize)
+    check = partial(
+        read_and_check,
+        output_dir=config.output_dir,
+        base_model=config.base_model,
+        model_dir=model_dir,
+        architecture=architecture,
+        budget=config.microbatch_tokens,
+        cache_dir=cache_dir(),
+    )
+    return Control(
+        Path(config.output_dir),
+        run,
+        Book(room),
+        JobReader(check),
+        read=read,
+        begun=begun,
+        gap=position_of(config.parallel).gap,
+        check_fits=lambda job: check_fits(job.name, job, room, row_bytes, float(config.adapter_memory)),
+        num_devices=config.parallel.world_size,
+        keep_alive=live.keep_alive,
+        max_wait_s=config.max_wait_s,
+        replay=None if live.replay is None else Replay(live.replay),
+    )
+
+
+def _room_of(config: ResolvedConfig, architecture: Architecture) -> dict[str, int]:
+    """Return the arena's rank rows of each module."""
+    return room_of(config, architecture, DTYPES[config.precision].itemsize)
+
+
+def _start_planning(config: ResolvedConfig, slot_cost: SlotCost, longest: float, control: Control | None, residents: Residents) -> PlanFeed:
+    """Start to plan in the background, while the model is built."""
     parallel = config.parallel
     settings = PlanSettings(
         num_stages=parallel.pipeline,
         num_replicas=parallel.data,
         capacity=config.microbatch_tokens,
-        delay=position.delay,
+        delay=position_of(parallel).delay,
         cost=slot_cost,
+        window_time=longest,
     )
     replica = parallel.replica_of(dist.get_rank())
     group = new_group(backend="gloo", timeout=LONGEST_WINDOW)
-    return PlanFeed(lengths, settings, replica, Path(config.output_dir) / "plan", group, first_steps)
+    return PlanFeed(settings, replica, Path(config.output_dir) / "plan", group, control, residents)
 
 
 def _warn_of_unmoved(job: Job) -> None:
@@ -161,30 +256,33 @@ def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, ho
 
 
 def resolve_together(
-    config: RunConfig,
-    architecture: Architecture,
-    lengths: Lengths,
-    target_share: float,
-    host_group: dist.ProcessGroup,
-    names: Sequence[str],
-) -> tuple[ResolvedConfig, SlotCost]:
-    """Return the resolved config and the planner's cost model; the first rank makes both for all ranks.
+    config: RunConfig, architecture: Architecture, first: Jobs, host_group: dist.ProcessGroup, names: Sequence[str], keep_alive: bool
+) -> tuple[ResolvedConfig, SlotCost, float]:
+    """Return the resolved config, the planner's cost model and a window's longest planned time; the first rank makes them for all ranks.
 
     It also prints and records what was chosen. The memory of its own device decides, even if other
-    ranks have more or less. `host_group` is a gloo group of all ranks; `lengths` and `target_share`
-    are as in planning.resolve; `names` are those of the jobs that remain.
+    ranks have more or less. `host_group` is a gloo group of all ranks; `first` are the jobs that have
+    been read, `names` those of all that remain.
     """
+    share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in first.values())
+    lengths: list[Sequence[Sequence[int]]] = [job.step_samples.lengths() for job in first.values()]
+    lengths += longest_of(job.validation_samples for job in first.values())
+    read = {job.name for job in first.values()}
+    lengths += [[[min(job.sequence_len, architecture.max_positions)]] for job in config.jobs if job.name in names and job.name not in read]
 
-    def choose() -> tuple[ResolvedConfig, SlotCost]:
+    def choose() -> tuple[ResolvedConfig, SlotCost, float]:
         device, path = this_device(config.parallel.world_size), Path(config.output_dir)
         table, basis = keep_calibration(path, has_trained(path), cache_dir(), config, architecture, device)
         device = calibrated(device, table)
-        resolved = resolve(config, architecture, lengths, device, target_share)
+        resolved = resolve(config, architecture, lengths, device, share_of_targets, keep_alive)
         with RunDirectory.join(config) as directory:
-            directory.write_resolved(resolved, predicted_cost(resolved, architecture, device, target_share, table, names))
-        chosen = [*describe(config, resolved, target_share), *memory_line(config, resolved, architecture, device)]
+            directory.write_resolved(
+                resolved, predicted_cost(resolved, architecture, device, share_of_targets, table, [job.name for job in config.jobs])
+            )
+        chosen = [*describe(config, resolved, share_of_targets), *memory_line(config, resolved, architecture, device)]
         for line in [*filter(None, [basis]), *chosen]:
             print(line, flush=True)
-        return resolved, planner_cost(resolved, architecture, device, target_share)
+        longest = window_time(resolved, architecture, device, share_of_targets, resolved.window_s)
+        return resolved, planner_cost(resolved, architecture, device, share_of_targets), longest
 
     return from_first_rank(choose, host_group)

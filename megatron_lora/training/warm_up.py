@@ -6,7 +6,12 @@ same time, and the first step is as fast as the others. A microbatch that is too
 fails here, before any training. No message is in flight during the warm-up, so loading a kernel cannot
 deadlock with a kernel that waits for a message (executor.py).
 
-    warm_up(stage, arena, num_rows=4096)        # before the executor runs; every rank of a stage calls it with the same numbers
+    warm_up(stage, arena, num_rows=4096, adapters=specs)        # before the executor runs; the same on every rank of a stage
+
+Kernels are compiled for the largest rank among the resident adapters, in classes (16, 32, 64, ...), for the
+modules that these target, and with or without dropout. As residents come and go, any adapter may be the
+largest, and one with dropout beside it or not. Hence a round for each such variant besides the one with
+those that are resident.
 
 No state changes. Adapter gradients are zero before and are zeroed after; dropout uses no random
 generator; the optimizer's kernel runs over no elements.
@@ -15,41 +20,62 @@ generator; the optimizer's kernel runs over no elements.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fused_ops.elementwise.adamw import adamw_
+from fused_ops.launch.shapes import rank_class
 from fused_ops.lora.route import make_route
 from megatron_lora.data.microbatch import Packing, StageInput
 from megatron_lora.errors import UserError
 from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import FREE_ROW, AdapterSpec, room_of
 from megatron_lora.model.stage import Stage
 
 SMALLEST_ROWS = 1024  # smaller microbatches use the same kernels
 _SAMPLE_TOKENS = 1024
 
 
-def warm_up(stage: Stage, arena: Arena, num_rows: int, multiple: int = 1) -> None:
+def warm_up(stage: Stage, arena: Arena, num_rows: int, multiple: int = 1, adapters: Sequence[AdapterSpec] = ()) -> None:
     """Run a stage over dummy microbatches of `num_rows`, `num_rows` / 2, ... rows; parameters, adapters and generators stay as they are.
 
+    `adapters` are those that will or may come, besides those that are resident. Those that can never fit are left out.
     `num_rows` is the largest microbatch of the run. Rows are rounded up to a multiple of `multiple`, the
     number of tensor ranks under sequence parallelism. Raises UserError if one does not fit in memory.
     """
     stage.reserve_host_memory(-(-num_rows // multiple))
-    for rows in _sizes(num_rows):
-        rows = -(-rows // multiple) * multiple
-        try:
-            _forward_and_backward(stage, dummy(rows, len(arena.factors), stage.device), rows // multiple)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split(". ")[0]
-            raise UserError(
-                f"microbatch_tokens: {rows} tokens do not fit ({reason}); use fewer, or recompute: auto, or more ranks"
-            ) from None
+    resident = [spec for spec in arena.specs if spec is not FREE_ROW]
+    rounds = [resident, *([variant] for variant in variants([*resident, *adapters]) if variants(resident) != [variant])]
+    for shown in rounds:
+        if not shown or any(rows > arena.room.get(module, 0) for module, rows in room_of(shown).items()):
+            continue
+        with arena.showing(shown):
+            for rows in _sizes(num_rows):
+                _try(stage, -(-rows // multiple) * multiple, multiple, len(shown))
     arena.grad.zero_()
     nothing = torch.zeros(1, 3, dtype=torch.int64, device=stage.device)
     settings = torch.zeros(1, 10, dtype=torch.float32, device=stage.device)
     adamw_(arena.master, arena.grad, arena.exp_avg, arena.exp_avg_sq, arena.compute, nothing, settings)
+
+
+def variants(adapters: Sequence[AdapterSpec]) -> list[AdapterSpec]:
+    """Return an adapter for each kind of kernels that any of these need, alone or as the largest beside others."""
+    dropout = max((spec.dropout for spec in adapters), default=0.0)
+    found: dict[tuple[int, frozenset[str], bool], AdapterSpec] = {}
+    for spec in adapters:
+        for p in (spec.dropout, dropout):
+            found.setdefault((rank_class(spec.r), spec.target_modules, p > 0), replace(spec, dropout=p))
+    return list(found.values())
+
+
+def _try(stage: Stage, rows: int, multiple: int, num_jobs: int) -> None:
+    try:
+        _forward_and_backward(stage, dummy(rows, num_jobs, stage.device), rows // multiple)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise UserError(f"microbatch_tokens: {rows} tokens do not fit ({reason}); use fewer, or recompute: auto, or more ranks") from None
 
 
 def _sizes(num_rows: int) -> Sequence[int]:

@@ -17,12 +17,11 @@ from scheduling.policies import POLICIES
 from scheduling.types import Lengths
 from scripts.bench.model_shapes import SHAPES
 from scripts.bench.plain_lora import ADAPTERS
-from scripts.bench.stamp import RESULTS
-from scripts.bench.workloads import SUITE, JobSpecs
-from scripts.one_line import OneLineParser, folder, numbers, output_file, positive, share, whole
+from scripts.bench.stamp import ROOT, result_options
+from scripts.bench.workloads import SUITE
+from scripts.one_line import OneLineParser, folder, numbers, positive, share, whole
 
 HF_PEFT = "hf-peft"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +32,10 @@ class Case:
     policy: str
     adapters: str
     workload: str
-    jobs: JobSpecs
+    jobs: int
+    ranks: tuple[int, ...]
+    dropouts: tuple[float, ...]
+    completion: float
     budget: int | str
     recompute: str | tuple[str, ...]
     activation_offloading: bool
@@ -74,10 +76,8 @@ def parser() -> OneLineParser:
     launch.add_argument("--layers", type=numbers(whole), help="of each stage, 38,26; default: by the cost model")
     launch.add_argument("--lengths", type=Path, default=SUITE, help="file of workloads")
     launch.add_argument("--case", action="append", dest="cases", help="key=value words; may be given several times")
-    launch.add_argument("--output", type=output_file, default=RESULTS / "end_to_end.jsonl")
     launch.add_argument("--runs", type=folder, default=ROOT / "runs" / "bench", help="folder of the runs' directories, made anew")
-    launch.add_argument("--hardware", help="as tables shall say it; default: the devices' names")
-    launch.add_argument("--commit", help="where the checkout cannot tell it")
+    result_options(launch, "end_to_end.jsonl")
     launch.add_argument("--peak-tflops", type=positive, default=989.0, help="of one device, dense, for MFU")
     launch_names = [action.dest for action in launch._group_actions]
     case = found.add_argument_group("case")
@@ -130,7 +130,6 @@ def _case(chosen: argparse.Namespace) -> Case:
     words += [word for word, on in (("offloaded", chosen.activation_offloading), ("deterministic", chosen.deterministic)) if on]
     how = [chosen.policy] if chosen.policy == HF_PEFT else [chosen.policy, chosen.adapters]
     given = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(Case)}
-    given["jobs"] = JobSpecs(count=chosen.jobs, ranks=chosen.ranks, dropouts=chosen.dropouts, completion=chosen.completion)
     given["name"] = chosen.name or f"{chosen.shape} {chosen.workload}, " + ", ".join([*how, *words, layout_name(chosen)])
     return Case(**given)
 
@@ -160,5 +159,5 @@ def check(options: argparse.Namespace, case: Case, workload: Lengths) -> None:
         raise UserError(f"--policy: {HF_PEFT} runs on one device")
     if case.profile and not torch.cuda.is_available():
         raise UserError("--profile: measures kernels of a GPU, and none is visible")
-    if not 0 < case.jobs.completion <= 1:
-        raise UserError(f"--completion: {case.jobs.completion:g} is no share; use a number above 0 and up to 1")
+    if not 0 < case.completion <= 1:
+        raise UserError(f"--completion: {case.completion:g} is no share; use a number above 0 and up to 1")

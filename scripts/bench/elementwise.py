@@ -121,8 +121,7 @@ def check(name, case):
     exact = [x.float().requires_grad_() for x in case.inputs]
     outputs = case.reference(*exact)
     grads = torch.autograd.grad(outputs, exact, [dy.float() for dy in case.upstream])
-    found = [*zip(case.forward(), outputs, strict=False), (case.backward(False)[0], grads[0])]
-    for ours, theirs in found:
+    for ours, theirs in [*zip(case.forward(), outputs, strict=False), (case.backward(False)[0], grads[0])]:
         error = rig.relative_error(ours, theirs)
         assert error < 0.01, f"{name}: the kernel is off by {error:.3g} relative: fix it before timing it"
 

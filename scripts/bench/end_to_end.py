@@ -43,7 +43,7 @@ from scripts.bench.kernel_shares import Profiled  # noqa: E402
 from scripts.bench.model_shapes import write_config  # noqa: E402
 from scripts.bench.stamp import append_line, stamp  # noqa: E402
 from scripts.bench.trained import trained  # noqa: E402
-from scripts.bench.workloads import head, read_workload, take  # noqa: E402
+from scripts.bench.workloads import head, job_configs, read_workload, take  # noqa: E402
 
 PROFILED_TOKENS = 4 * 8192
 
@@ -76,9 +76,10 @@ def launch(options: Namespace, cases: list[Case]) -> None:
     for number, (case, workload) in enumerate(zip(cases, workloads, strict=True), 1):
         if os.environ.get("RANK", "0") == "0":
             print(f"case {number} of {len(cases)}: {case.name}", flush=True)
-        config = config_of(options, case, take(workload, case.jobs.count))
+        lengths = take(workload, case.jobs)
+        config = config_of(options, case, lengths)
         try:
-            results = measure(options, case, config)
+            results = measure(options, case, config, lengths)
         except torch.cuda.OutOfMemoryError as error:
             if config.parallel.world_size > 1:
                 raise
@@ -109,11 +110,11 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
         "deterministic": case.deterministic,
         "base_weights": case.base_weights,
         "backend": case.backend,
-        "jobs": case.jobs.configs(lengths, 1, own),
+        "jobs": job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion),
     }
     if steps is None:
         steps = case.steps or steps_for(case, lengths, load(own, tree), read_architecture(own / "model"))
-    return load(own, tree | {"jobs": case.jobs.configs(lengths, steps, own)})
+    return load(own, tree | {"jobs": [job | {"max_steps": steps} for job in tree["jobs"]]})
 
 
 def load(folder: Path, tree: dict) -> RunConfig:
@@ -125,14 +126,14 @@ def load(folder: Path, tree: dict) -> RunConfig:
 def steps_for(case: Case, lengths, config: RunConfig, architecture: Architecture) -> int:
     """Return how many steps of every job fill the time, by the table's figures and a pipeline that never waits."""
     device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
-    resolved = resolve(config, architecture, lengths, device, case.jobs.completion)
+    resolved = resolve(config, architecture, lengths, device, case.completion)
     mean_rank = statistics.fmean(job.r for job in config.jobs)
-    token_s = cost_of(resolved, architecture, device, case.jobs.completion).token_seconds(mean_rank) / config.parallel.data
+    token_s = cost_of(resolved, architecture, device, case.completion).token_seconds(mean_rank) / config.parallel.data
     per_step = statistics.fmean(sum(sum(steps[k % len(steps)]) for steps in lengths) for k in range(len(lengths[0])))
     return max(1, math.ceil(case.seconds / (per_step * token_s)))
 
 
-def measure(options: Namespace, case: Case, config: RunConfig) -> dict | None:
+def measure(options: Namespace, case: Case, config: RunConfig, lengths) -> dict | None:
     """Return a case's figures on the first rank, None on the others."""
     architecture = read_architecture(config.base_model)
     peak_flops = options.peak_tflops * 1e12 * config.parallel.world_size
@@ -147,8 +148,7 @@ def measure(options: Namespace, case: Case, config: RunConfig) -> dict | None:
     dist.all_gather_object(peaks, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
     found = None if run is None else figures(run, architecture, case.adapters, peaks, peak_flops) | {"gauges": gauges}
     if case.profile:
-        workload = take(read_workload(options.lengths, case.workload), case.jobs.count)
-        few = config_of(options, case, head(workload, PROFILED_TOKENS), 1, "-profile")
+        few = config_of(options, case, head(lengths, PROFILED_TOKENS), 1, "-profile")
         profiled = Profiled()
         trained(few, policy=case.policy, adapters=case.adapters, around=profiled)
         shares: list = [None] * config.parallel.world_size

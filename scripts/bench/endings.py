@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from scripts.bench.model_shapes import SHAPES, write_config
-from scripts.bench.stamp import RESULTS, append_line, stamp
-from scripts.bench.workloads import JobSpecs
-from scripts.one_line import OneLineParser, numbers, output_file, whole
+from scripts.bench.stamp import append_line, result_options, stamp
+from scripts.bench.workloads import job_configs
+from scripts.one_line import OneLineParser, numbers, whole
 from tests.living_run import FAILED, HUNG, KILLED, LivingRun
 
 PATIENCE_S = 60
@@ -36,9 +36,7 @@ def parser() -> OneLineParser:
         found.add_argument(f"--{name}", type=whole, default=1)
     found.add_argument("--ways", type=numbers(str), default=tuple(LIMITS_S))
     found.add_argument("--longest", type=whole, default=2048, help="tokens of a sample, at most")
-    found.add_argument("--output", type=output_file, default=RESULTS / "endings.jsonl")
-    found.add_argument("--hardware")
-    found.add_argument("--commit")
+    result_options(found, "endings.jsonl")
     return found
 
 
@@ -47,10 +45,9 @@ def config_of(options: argparse.Namespace, folder: Path) -> dict:
     (folder / "model").mkdir()
     write_config(options.shape, folder / "model")
     lengths = [[[max(2, options.longest >> k) for k in range(4)]], [[max(2, options.longest // 3)] * 4]]
-    specs = JobSpecs(count=2, ranks=(16,), dropouts=(0.0,))
     parallel = {name: getattr(options, name) for name in ("pipeline", "tensor", "data")} | {"sequence": options.tensor > 1}
     config = {"base_model": str(folder / "model"), "load_weights": False, "parallel": parallel, "microbatch_tokens": options.longest}
-    return config | {"jobs": specs.configs(lengths, 100_000, folder)}
+    return config | {"jobs": job_configs(lengths, 100_000, folder, ranks=(16,))}
 
 
 def ended(options: argparse.Namespace, way: str) -> dict:

@@ -22,11 +22,6 @@ from scripts.bench import rig
 from scripts.bench.kernels import SHAPES, check, problem, steps
 
 
-def in_8_bits(q):
-    """Return the same problem over a weight in 8 bits."""
-    return replace(q, weight=quantise_weight(q.weight))
-
-
 def scaled_mm(rows: Fp8Matrix, weight: Fp8Matrix):
     """Return what computes rows weight^T with torch._scaled_mm."""
     scales = rows.scales[:, None].contiguous(), weight.scales[None, :].contiguous()
@@ -59,7 +54,7 @@ def candidates(q, narrow):
 
 def case(shape, p, rounds):
     q = problem(shape, p)
-    narrow = in_8_bits(q)
+    narrow = replace(q, weight=quantise_weight(q.weight))  # the same problem over a weight in 8 bits
     check(narrow)
     errors = [rig.relative_error(a, b) for a, b in zip(steps(fused, narrow), steps(fused, q), strict=True)]
     times = measure(candidates(q, narrow), rounds)
@@ -81,10 +76,8 @@ def main():
         for p in (0.0, 0.1):
             row = case(shape, p, options.rounds)
             told = f"{shape:12s} p={p} bf16 {row['bf16_ms']:.3f} ms fp8 {row['fp8_ms']:.3f} ms speedup {row['speedup']:.2f} "
-            told += f"over the fp8 floor {row['ratio']:.2f} errors {row['error_y']:.3f} {row['error_dx']:.3f}\n    "
-            rig.keep(
-                options, row, told + " ".join(f"{name.removeprefix('piece ')} {t[0] * 1000:.1f}" for name, t in row["times_ms"].items())
-            )
+            told += f"over the fp8 floor {row['ratio']:.2f} errors {row['error_y']:.3f} {row['error_dx']:.3f}"
+            rig.keep(options, row, f"{told}\n    {rig.pieces(row)}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-FIELDS = ("clocks.sm", "power.draw")
-
 
 @contextmanager
 def gauged(wanted: bool = True) -> Iterator[dict[str, list[float]]]:
@@ -21,7 +19,7 @@ def gauged(wanted: bool = True) -> Iterator[dict[str, list[float]]]:
     if not wanted or shutil.which("nvidia-smi") is None:
         yield found
         return
-    query = ["nvidia-smi", f"--query-gpu=index,{','.join(FIELDS)}", "--format=csv,noheader,nounits", "--loop=1"]
+    query = ["nvidia-smi", "--query-gpu=index,clocks.sm,power.draw", "--format=csv,noheader,nounits", "--loop=1"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         query.append(f"--id={visible}")
     with subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -38,12 +36,7 @@ def gauged(wanted: bool = True) -> Iterator[dict[str, list[float]]]:
 
 def means(text: str) -> dict[str, list[float]]:
     """Return the means of nvidia-smi's lines "index, MHz, W" for each GPU; the last line may be cut off, and is left out."""
-    samples: dict[int, list[tuple[float, float]]] = {}
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):
-            index, clock, power = line.split(",")
-            samples.setdefault(int(index), []).append((float(clock), float(power)))
-    columns = [list(zip(*samples[index], strict=True)) for index in sorted(samples)]
-    if not columns:
-        return {}
-    return {name: [round(statistics.fmean(of_gpu[field]), 1) for of_gpu in columns] for field, name in enumerate(("sm_mhz", "power_w"))}
+    rows = [list(map(float, line.split(","))) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    of_gpus = [[row for row in rows if row[0] == index] for index in sorted({row[0] for row in rows})]
+    names = ("sm_mhz", "power_w") if rows else ()
+    return {name: [round(statistics.fmean(row[k] for row in of_gpu), 1) for of_gpu in of_gpus] for k, name in enumerate(names, 1)}

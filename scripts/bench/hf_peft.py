@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.collate import NO_LABEL
 from megatron_lora.data.sample_arrays import Sample
 from megatron_lora.training.jobs import Job, read_jobs
 from scripts.bench.cases import Case
-from scripts.bench.model_shapes import hf_config
+from scripts.bench.model_shapes import values_of
 
 Batching = Callable[[Sequence[Sample], int], list[list[Sample]]]
 LEAST_SECONDS = 20.0  # of all jobs together
@@ -35,40 +36,23 @@ def padded(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
     return batches
 
 
-def single(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
-    """Give every sample a forward of its own."""
-    return [[sample] for sample in samples]
-
-
-BATCHINGS: dict[str, Batching] = {"padded": padded, "single": single}
+BATCHINGS: dict[str, Batching] = {"padded": padded, "single": lambda samples, budget: [[sample] for sample in samples]}
 
 
 def tensors(batch: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return tokens, labels and attention mask [samples, longest]; no mask where nothing is padded."""
-    longest = max(map(len, batch))
-    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-    labels = torch.full((len(batch), longest), NO_LABEL)
-    mask = torch.zeros(len(batch), longest, dtype=torch.int64)
-    for row, sample in enumerate(batch):
-        values = torch.from_numpy(sample.tokens).long()
-        tokens[row, : len(sample)] = values
-        labels[row, : len(sample)] = torch.where(torch.from_numpy(sample.targets), values, NO_LABEL)
-        mask[row, : len(sample)] = 1
-    needed = mask if any(len(sample) < longest for sample in batch) else None
-    return tokens.to(device), labels.to(device), needed if needed is None else needed.to(device)
+    tokens = pad_sequence([torch.from_numpy(sample.tokens).long() for sample in batch], batch_first=True)
+    targets = pad_sequence([torch.from_numpy(sample.targets) for sample in batch], batch_first=True)
+    mask = pad_sequence([torch.ones(len(sample), dtype=torch.int64) for sample in batch], batch_first=True)
+    return tokens.to(device), torch.where(targets, tokens, NO_LABEL).to(device), None if mask.all() else mask.to(device)
 
 
 def fresh_adapter(base_model, job: JobConfig, checkpointing: bool):
     """Return the model with a new adapter of the job's settings on it, in the model's dtype; its `unload` takes it off."""
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(
-        r=job.r,
-        lora_alpha=job.lora_alpha,
-        lora_dropout=job.lora_dropout,
-        target_modules=list(job.target_modules),
-        task_type="CAUSAL_LM",
-    )
+    given = {name: getattr(job, name) for name in ("r", "lora_alpha", "lora_dropout")}
+    lora = LoraConfig(**given, target_modules=list(job.target_modules), task_type="CAUSAL_LM")
     model = get_peft_model(base_model, lora, autocast_adapter_dtype=False)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -82,16 +66,15 @@ class PeftTrainer:
         """Train `model`, which has the adapter; by the job's schedule where `num_steps` are known, in bf16 autocast where asked."""
         self.model, self.device, self.job, self.autocast = model.train(), device, job, autocast
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=job.learning_rate,
-            betas=(job.adam_beta1, job.adam_beta2),
-            eps=job.adam_epsilon,
-            weight_decay=job.weight_decay,
-            fused=fused,
-        )
-        self.scheduler = None if num_steps is None else schedule(self.optimizer, job, num_steps)
+        betas, fused = (job.adam_beta1, job.adam_beta2), device.type == "cuda"
+        adam = {"lr": job.learning_rate, "betas": betas, "eps": job.adam_epsilon, "weight_decay": job.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.parameters, **adam, fused=fused)
+        self.scheduler = None
+        if num_steps is not None:
+            from transformers import get_scheduler
+
+            kind, warmup = {"constant": "constant_with_warmup"}.get(job.lr_scheduler, job.lr_scheduler), job.warmup_ratio * num_steps
+            self.scheduler = get_scheduler(kind, self.optimizer, num_warmup_steps=math.ceil(warmup), num_training_steps=num_steps)
 
     def step(self, batches: Sequence[Sequence[Sample]]) -> Tensor:
         """Take one optimizer step over a global batch, [] its loss on the device."""
@@ -112,24 +95,17 @@ class PeftTrainer:
         return total
 
 
-def schedule(optimizer: torch.optim.Optimizer, job: JobConfig, num_steps: int):
-    """Return transformers' schedule for a job's keys."""
-    from transformers import get_scheduler
-
-    kind = {"constant": "constant_with_warmup"}.get(job.lr_scheduler, job.lr_scheduler)
-    return get_scheduler(kind, optimizer, num_warmup_steps=math.ceil(job.warmup_ratio * num_steps), num_training_steps=num_steps)
-
-
 def build(shape: str, num_layers: int | None, device: torch.device, dtype: torch.dtype):
     """Return a transformers model of random weights, made on the device."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on Hopper; it plans anew, for seconds a step, at every new shape
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return AutoModelForCausalLM.from_config(hf_config(shape, num_layers), attn_implementation="sdpa")
+            config = AutoConfig.for_model(**values_of(shape, num_layers))
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     finally:
         torch.set_default_dtype(before)
 
@@ -144,18 +120,17 @@ def global_batches(job: Job, batching: Batching, budget: int) -> Iterator[list[l
 def timed_steps(trainer: PeftTrainer, batches: Iterator, seconds: float, steps: int | None) -> dict:
     """Train for `seconds` (or `steps`); return real and padded tokens, steps and seconds."""
     tokens = rows = taken = 0
-    losses = []
     _synchronise(trainer.device)
     start = time.perf_counter()
     while taken < (steps or 1) or (steps is None and time.perf_counter() - start < seconds):
         batch = next(batches)
-        losses.append(trainer.step(batch))
+        loss = trainer.step(batch)
         tokens += sum(len(sample) for part in batch for sample in part)
         rows += sum(len(part) * max(map(len, part)) for part in batch)
         taken += 1
         _synchronise(trainer.device)
     spent = time.perf_counter() - start
-    return {"tokens": tokens, "rows": rows, "steps": taken, "seconds": spent, "last_loss": float(losses[-1])}
+    return {"tokens": tokens, "rows": rows, "steps": taken, "seconds": spent, "last_loss": float(loss)}
 
 
 def _synchronise(device: torch.device) -> None:

@@ -113,6 +113,7 @@ def operators_around(events: Sequence[dict]) -> dict[int, tuple[str, ...]]:
 def kind_of(kernel: dict, operators: Sequence[str]) -> str:
     """Name the kind of one kernel, copy or fill."""
     name = kernel["name"]
+    is_gemm = any(part in name.lower() for part in GEMMS)
     for kind, parts in BY_KERNEL:
         if any(part in name.lower() for part in parts):
             return kind
@@ -121,9 +122,5 @@ def kind_of(kernel: dict, operators: Sequence[str]) -> str:
             if any(part in operator for part in parts):
                 return kind
         if any(part in operator for part in LINEARS):
-            return "GEMM" if _is_gemm(name) else "LoRA"
-    return "GEMM" if _is_gemm(name) else "copies" if kernel["cat"] != "kernel" else "other"
-
-
-def _is_gemm(name: str) -> bool:
-    return any(part in name.lower() for part in GEMMS)
+            return "GEMM" if is_gemm else "LoRA"
+    return "GEMM" if is_gemm else "copies" if kernel["cat"] != "kernel" else "other"

@@ -16,6 +16,7 @@ from fused_ops.launch.timing import spread, time_rounds
 from fused_ops.lora import fused, reference
 from fused_ops.lora.triton.gemm import gemm
 from scripts.bench import rig
+from scripts.bench.plain_lora import expression
 from tests.fused_ops.conftest import build_problem
 
 SHAPES = {  # name: K, columns of each module, targets of the ratio at p = 0 and 0.1
@@ -61,32 +62,19 @@ def check(q):
 
 
 def plain(q, segments):
-    """Return PEFT's forward and backward in bf16 for the given (first, end, slot), with torch's own dropout."""
-    weight, group = q.weight, q.group
-    adapters = []
+    """Return PEFT's forward and backward in bf16 for the given (first, end, slot), with torch's own dropout; and the forward alone."""
+    group, made = q.group, {}
     for _, _, slot in segments:
-        r = group.adapters.ranks[slot]
-        for m, (start, stop) in enumerate(group.columns):
-            a = group.a_RK[group.a_rows[slot][m] :][:r].detach().clone().requires_grad_()
-            b = group.b_RN[m][group.b_rows[slot][m] :][:r].T.contiguous().requires_grad_()
-            adapters.append((slot, start, stop, a, b))
-    p, num_modules = group.adapters.dropouts[0], len(group.columns)
+        for m, (a_row, b_row) in enumerate(zip(group.a_rows[slot], group.b_rows[slot], strict=True)):
+            rows = (group.a_RK[a_row:], group.b_RN[m][b_row:])
+            made[slot, m] = [each[: group.adapters.ranks[slot]].clone().requires_grad_() for each in rows]
 
     def forward(x):
-        y = x @ weight.T
-        parts = []
-        for i, (first, end, slot) in enumerate(segments):
-            scale, rows = group.adapters.scales[slot], x[first:end]
-            mine = adapters[i * num_modules : (i + 1) * num_modules]
-            deltas = [(torch.nn.functional.dropout(rows, p) if p else rows) @ a.T @ b.T * scale for _, _, _, a, b in mine]
-            parts.append(y[first:end] + (deltas[0] if num_modules == 1 else torch.cat(deltas, 1)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    leaves = [t for *_, a, b in adapters for t in (a, b)]
+        return expression(x, q.weight, None, group, segments, lambda slot, m: made[slot, m])
 
     def run(fn=forward):
         x = q.x.detach().requires_grad_()
-        return torch.autograd.grad(fn(x), [x, *leaves], q.dy)
+        return torch.autograd.grad(fn(x), [x, *(factor for pair in made.values() for factor in pair)], q.dy)
 
     return run, forward
 
@@ -111,16 +99,14 @@ def grouped(q):
 
 
 def candidates(q, baselines):
+    s = fused.down(q.x, q.group, q.route)
+    ds = fused.grad_s_and_b(q.dy, s, q.group, q.route)
     found = {
         "cublas forward": lambda: q.x @ q.weight.T,
         "cublas dx": lambda: q.dy @ q.weight,
         "own forward": lambda: gemm(q.x, q.weight, None, None, None, None, backward=False),
         "own dx": lambda: gemm(q.dy, q.weight, None, None, None, None, backward=True),
         "fused": lambda: steps(fused, q),
-    }
-    s = fused.down(q.x, q.group, q.route)
-    ds = fused.grad_s_and_b(q.dy, s, q.group, q.route)
-    found |= {
         "piece S": lambda: fused.down(q.x, q.group, q.route),
         "piece Y": lambda: fused.up(q.x, q.weight, None, s, q.group, q.route),
         "piece dS dB": lambda: fused.grad_s_and_b(q.dy, s, q.group, q.route),
@@ -131,10 +117,9 @@ def candidates(q, baselines):
         one, _ = plain(q, [(0, q.route.num_rows, 0)])
         loop, forward = plain(q, q.route.segments)
         compiled = torch.compile(forward)
-        others = {"torch one adapter": one, "torch loop": loop, "torch.compile loop": lambda: loop(compiled)}
+        found |= {"torch one adapter": one, "torch loop": loop, "torch.compile loop": lambda: loop(compiled)}
         if len(q.group.columns) == 1 and not q.group.has_dropout:
-            others["torch._grouped_mm"] = grouped(q)
-        found |= others
+            found["torch._grouped_mm"] = grouped(q)
     return found
 
 
@@ -170,9 +155,8 @@ def main():
         target = f" (target {row['target']})" if row["target"] else ""
         others = " ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
         low_high = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
-        told = f"{shape:12s} p={p} {mix:17s} floor {row['floor_ms']:.3f} ms ratio {row['ratio']:.3f} {low_high}{target} {others}\n    "
-        pieces = " ".join(f"{name.removeprefix('piece ')} {t[0] * 1000:.1f}" for name, t in row["times_ms"].items())
-        rig.keep(options, row, told + pieces)
+        told = f"{shape:12s} p={p} {mix:17s} floor {row['floor_ms']:.3f} ms ratio {row['ratio']:.3f} {low_high}{target} {others}"
+        rig.keep(options, row, f"{told}\n    {rig.pieces(row)}")
 
 
 if __name__ == "__main__":

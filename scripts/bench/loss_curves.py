@@ -23,17 +23,15 @@ import torch
 
 from megatron_lora.config.schema import JobConfig, ParallelConfig, RunConfig, load_config
 from megatron_lora.data.tokenizer import load_tokenizer
-from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.parallel.process_groups import destroy_parallel
 from megatron_lora.training.jobs import Job, read_jobs
 from scripts.bench.hf_peft import PeftTrainer, fresh_adapter
-from scripts.bench.stamp import RESULTS, append_line, stamp
+from scripts.bench.stamp import RESULTS, ROOT, append_line, result_options, stamp
 from scripts.bench.trained import trained
-from scripts.one_line import OneLineParser, output_file, whole
+from scripts.one_line import OneLineParser, ended, output_file, whole
 
-ROOT = Path(__file__).resolve().parents[2]
 Curves = dict[str, list[list[float]]]  # name of the run -> [job][step]
 
 
@@ -99,29 +97,18 @@ def compare(curves: Curves, theirs: list[list[list[float]]], exact: list[list[fl
     for run, losses in (curves | {"peft": means}).items():
         for job, name in enumerate(names):
             spread = max(max(step) - min(step) for step in zip(*(repeat[job] for repeat in theirs), strict=True))
-            from_peft, from_reference, from_exact = (farthest(losses[job], other[job]) for other in (means, curves["reference"], exact))
-            found.setdefault(run, {})[name] = {
-                "from_peft": from_peft,
-                "from_reference": from_reference,
-                "from_exact": from_exact,
-                "spread": spread,
-                "within": max(from_reference, from_exact) <= 2 * spread,
-            }
+            others = {"from_peft": means, "from_reference": curves["reference"], "from_exact": exact}
+            line = {key: max(abs(a - b) for a, b in zip(losses[job], other[job], strict=True)) for key, other in others.items()}
+            within = max(line["from_reference"], line["from_exact"]) <= 2 * spread
+            found.setdefault(run, {})[name] = line | {"spread": spread, "within": within}
     return found
-
-
-def farthest(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return the largest distance of two curves in any step."""
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 
 def draw(curves: Curves, theirs: list[list[list[float]]], exact: list[list[float]], names: Sequence[str], path: Path) -> None:
     """Draw a panel per job: the band of peft's runs, the exact curve, and ours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     for job, (name, axes) in enumerate(zip(names, figure.subplots(-(-len(names) // 2), 2, squeeze=False).flat, strict=False)):
         steps = range(1, len(theirs[0][job]) + 1)
         every = list(zip(*(repeat[job] for repeat in theirs), strict=True))
@@ -129,9 +116,7 @@ def draw(curves: Curves, theirs: list[list[list[float]]], exact: list[list[float
         axes.plot(steps, exact[job], color="black", linestyle=":", linewidth=1.8, label="peft in float32")
         for run, losses in curves.items():
             axes.plot(steps, losses[job], linewidth=1.2, label=run)
-        axes.set_title(name)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
+        axes.set(title=name, xlabel="step", ylabel="loss")
         axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -156,14 +141,12 @@ def parser() -> OneLineParser:
     found.add_argument("--processes", type=whole, default=1, help="in which runs of peft go side by side")
     found.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     found.add_argument("--fp8", action="store_true", help="also over a base in 8 bits")
-    found.add_argument("--output", type=output_file, default=RESULTS / "loss_curves.jsonl")
     found.add_argument("--figure", type=picture, default=RESULTS / "loss_curves.png")
-    found.add_argument("--hardware")
-    found.add_argument("--commit")
+    result_options(found, "loss_curves.jsonl")
     return found
 
 
-def run(options) -> dict:
+def run(options) -> None:
     """Train everything; keep the line and the figure."""
     overrides = [f"microbatch_tokens={options.budget}", *([f"base_model={options.model}"] if options.model else [])]
     given = load_config(options.config, overrides)
@@ -198,17 +181,11 @@ def run(options) -> dict:
         print(f"  {name}: largest distances from peft (its spread), the reference, peft in float32:", flush=True)
         for job, v in of_jobs.items():
             print(f"    {job}: {v['from_peft']:.2g} ({v['spread']:.2g}), {v['from_reference']:.2g}, {v['from_exact']:.2g}", flush=True)
-    return found
 
 
 def main(arguments: list[str]) -> int:
     """Run the comparison; returns the exit status."""
-    try:
-        run(parser().parse_args(arguments))
-    except UserError as error:
-        print(f"loss_curves.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: run(parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

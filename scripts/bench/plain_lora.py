@@ -26,11 +26,16 @@ ADAPTERS = ("fused", "unfused", "reference", "none")
 def use_adapters(stage: Stage, kind: str) -> None:
     """Let the stage's linears compute their adapters in one of the ways of ADAPTERS; "none" takes the adapters away."""
     assert kind in ADAPTERS, kind
-    operator = {"unfused": plain_lora_linear, "reference": partial(multi_lora_linear, backend="reference")}.get(kind, multi_lora_linear)
+    others = {"unfused": plain_lora_linear, "reference": partial(multi_lora_linear, backend="reference"), "none": frozen_linear}
     for linear in stage.linears:
-        linear.operator = operator
-        if kind == "none":
-            linear.adapters = None
+        linear.operator = others.get(kind, multi_lora_linear)
+
+
+def frozen_linear(
+    x_TK: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup | None, route: Route | None, *arguments, **options
+) -> Tensor:
+    """Return Y [T, N] of the frozen linear alone."""
+    return multi_lora_linear(x_TK, weight, bias, None, None, *arguments, **options)
 
 
 def plain_lora_linear(
@@ -59,44 +64,45 @@ class _PlainLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TK, weight_NK, bias_N, group, route):
+        used: list[tuple[Tensor, Tensor]] = []  # factors, and where their gradients go
+
+        def factors(slot: int, module: int) -> list[Tensor]:
+            rank, a_row, b_row = padded_rank(group.adapters.ranks[slot]), group.a_rows[slot][module], group.b_rows[slot][module]
+            rows = (group.a_RK, group.grad_a_RK, a_row), (group.b_RN[module], group.grad_b_RN[module], b_row)
+            # .data has a version counter of its own: another job's optimizer step may change the arena before this backward.
+            pair = [(values.data[row : row + rank].requires_grad_(), grad[row : row + rank]) for values, grad, row in rows]
+            used.extend(pair)
+            return [factor for factor, _ in pair]
+
         with torch.enable_grad():
             x = x_TK.detach().requires_grad_()
-            y, factors = _expression(x, weight_NK, bias_N, group, route)
-        ctx.kept = x, y, factors
+            y = expression(x, weight_NK, bias_N, group, route.segments, factors)
+        ctx.kept = x, y, used
         return y.detach()
 
     @staticmethod
     def backward(ctx, dy_TN):
-        x, y, factors = ctx.kept
+        x, y, used = ctx.kept
         ctx.kept = None
-        dx, *grads = torch.autograd.grad(y, [x, *(factor for factor, _ in factors)], dy_TN)
-        for grad, (_, into) in zip(grads, factors, strict=True):
+        dx, *grads = torch.autograd.grad(y, [x, *(factor for factor, _ in used)], dy_TN)
+        for grad, (_, into) in zip(grads, used, strict=True):
             into += grad
         return dx, None, None, None, None
 
 
-def _expression(x: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup, route: Route):
-    """Return Y and (factor, where its gradient goes) of every A and B that took part."""
+def expression(x: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup, segments, factors) -> Tensor:
+    """Return Y; `factors(slot, module)` gives A [r, K] and B transposed [r, N] of every module that takes part."""
     base = F.linear(x, weight, bias)
-    factors: list[tuple[Tensor, Tensor]] = []
-
-    def leaf(values: Tensor, grad: Tensor, row: int, rank: int) -> Tensor:
-        # .data has a version counter of its own: another job's optimizer step may change the arena before this backward.
-        factors.append((values.data[row : row + rank].requires_grad_(), grad[row : row + rank]))
-        return factors[-1][0]
-
     parts, at = [], 0
-    for first, end, slot in route.segments:
+    for first, end, slot in segments:
         if first > at:
             parts.append(base[at:first])
-        rows, at = x[first:end], end
-        rank, dropout = padded_rank(group.adapters.ranks[slot]), group.adapters.dropouts[slot]
+        rows, at, dropout = x[first:end], end, group.adapters.dropouts[slot]
         columns, done = [], 0
         for module, (start, stop) in enumerate(group.columns):
             if group.a_rows[slot][module] < 0:
                 continue
-            a = leaf(group.a_RK, group.grad_a_RK, group.a_rows[slot][module], rank)
-            b = leaf(group.b_RN[module], group.grad_b_RN[module], group.b_rows[slot][module], rank)
+            a, b = factors(slot, module)
             delta = F.linear(F.dropout(rows, dropout) if dropout else rows, a) @ b * group.adapters.scales[slot]
             if start > done:
                 columns.append(base[first:end, done:start])
@@ -107,4 +113,4 @@ def _expression(x: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup
         parts.append(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1))
     if at < base.shape[0]:
         parts.append(base[at:])
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)), factors
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

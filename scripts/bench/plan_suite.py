@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lora.planning.plan_picture import draw
@@ -23,21 +24,20 @@ from scheduling.plan_json import stream_from_json
 from scheduling.planner import plan_stream
 from scheduling.policies import POLICIES, runs_efficiency
 from scheduling.simulate import simulate_runs
-from scheduling.slot_cost import SlotCost, efficiency, even_slot_estimate, slot_times
+from scheduling.slot_cost import SlotCost, efficiency, slot_times
 from scheduling.validate import replay
 from scheduling.windows import WindowPlanner
-from scripts.bench.stamp import RESULTS, append_line, stamp
+from scripts.bench.stamp import RESULTS, ROOT, append_line, stamp
+from scripts.bench.workloads import SUITE
 from scripts.one_line import OneLineParser
 
-ROOT = Path(__file__).resolve().parents[2]
-SUITE = Path(__file__).resolve().parent / "lengths.json"
 OTHERS = ("flush", "round-robin", "grouped", "greedy")
 NUM_SEEDS, LONGEST = 10, 4096
 HARD = "tiny-s8"  # the workload that gaps bind most
 
 
-def planned(workload: dict, *options: str) -> tuple[dict, float]:
-    """Plan one workload in a process of its own; returns the plan and the seconds around the process. Replays the plan."""
+def planned(workload: dict, *options: str) -> dict:
+    """Plan one workload in a process of its own, and replay the plan; returns its figures, with the seconds around the process."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "workload.json", Path(folder) / "plan.json"
         source.write_text(json.dumps({"it": workload}), encoding="utf-8")
@@ -45,8 +45,10 @@ def planned(workload: dict, *options: str) -> tuple[dict, float]:
         subprocess.run([sys.executable, "-m", "scheduling", "plan", source, "-o", target, *options], check=True, cwd=ROOT)
         seconds = time.perf_counter() - start
         plan = json.loads(target.read_text(encoding="utf-8"))["it"]
-    replay(stream_from_json(plan["microbatches"]), workload["data"], workload["stages"], workload["capacity"])
-    return plan, round(seconds, 3)
+    slots = plan["microbatches"]
+    replay(stream_from_json(slots), workload["data"], workload["stages"], workload["capacity"])
+    figures = {"slots": len(slots), "noops": sum(not slot for slot in slots), "ours": plan["efficiency"], "estimate": plan["estimate"]}
+    return figures | {"seconds": round(seconds, 3), "first_window_s": plan.get("first_window_seconds")}
 
 
 def suite(workloads: dict) -> list[dict]:
@@ -54,38 +56,27 @@ def suite(workloads: dict) -> list[dict]:
     lines = []
     for name, workload in workloads.items():
         lengths, num_stages, capacity = workload["data"], workload["stages"], workload["capacity"]
-        plan, seconds = planned(workload)
-        windows, _ = planned(workload, "--window", "32")
-        line = {
-            "case": name,
-            "slots": len(plan["microbatches"]),
-            "noops": sum(not slot for slot in plan["microbatches"]),
-            "ours": plan["efficiency"],
-            "estimate": plan["estimate"],
-            "seconds": seconds,
-            "windows": windows["efficiency"],
-            "first_window_s": windows["first_window_seconds"],
-        }
+        windows = planned(workload, "--window", "32")
+        line = {"case": name, **planned(workload), "windows": windows["ours"], "first_window_s": windows["first_window_s"]}
         for policy in OTHERS:
             line[policy] = round(runs_efficiency(POLICIES[policy](lengths, num_stages, capacity, SlotCost()), lengths, num_stages), 4)
         lines.append(line)
         print(json.dumps(line), flush=True)
-    plan, seconds = planned(workloads[HARD], "--effort", "60")
-    lines.append({**next(line for line in lines if line["case"] == HARD), "case": f"{HARD}, effort 60"})
-    lines[-1] |= {"slots": len(plan["microbatches"]), "noops": sum(not slot for slot in plan["microbatches"])}
-    lines[-1] |= {"ours": plan["efficiency"], "seconds": seconds}
-    return lines
+    usual, harder = next(line for line in lines if line["case"] == HARD), planned(workloads[HARD], "--effort", "60")
+    return [*lines, usual | {name: harder[name] for name in ("slots", "noops", "ours", "seconds")} | {"case": f"{HARD}, effort 60"}]
+
+
+def drawing(steps: list, seed: int) -> Callable[[], int]:
+    """Return what draws lengths from the log-normal with the mean and deviation of a job's logarithms."""
+    logs, rng = [math.log(tokens) for batch in steps for tokens in batch], random.Random(seed)
+    mean, deviation = statistics.mean(logs), statistics.stdev(logs)
+    return lambda: max(1, min(LONGEST, round(rng.lognormvariate(mean, deviation))))
 
 
 def redrawn(lengths: list, seed: int) -> list:
-    """Draw a workload of the same shape: each job's lengths from the log-normal with the mean and deviation of its own logarithms."""
-    drawn = []
-    for job, steps in enumerate(lengths):
-        logs = [math.log(tokens) for batch in steps for tokens in batch]
-        rng = random.Random(1000 * seed + job)
-        mean, deviation = statistics.mean(logs), statistics.stdev(logs)
-        drawn.append([[max(1, min(LONGEST, round(rng.lognormvariate(mean, deviation)))) for _ in batch] for batch in steps])
-    return drawn
+    """Draw a workload of the same shape, each job's lengths like its own."""
+    draws = [drawing(steps, 1000 * seed + job) for job, steps in enumerate(lengths)]
+    return [[[draw() for _ in batch] for batch in steps] for draw, steps in zip(draws, lengths, strict=True)]
 
 
 def seeds(workloads: dict) -> list[dict]:
@@ -108,24 +99,12 @@ def seeds(workloads: dict) -> list[dict]:
 
 def scale(workloads: dict) -> list[dict]:
     """A hundred jobs, whole and the first window; lengths like those of cnn-s4."""
-    pooled = [tokens for steps in workloads["cnn-s4"]["data"] for batch in steps for tokens in batch]
-    logs = [math.log(tokens) for tokens in pooled]
-    rng, mean, deviation = random.Random(0), statistics.mean(logs), statistics.stdev(logs)
-    lengths = [
-        [[max(1, min(LONGEST, round(rng.lognormvariate(mean, deviation)))) for _ in range(32)] for _ in range(100)] for _ in range(100)
-    ]
-    workload = {"stages": 8, "capacity": 8192, "data": lengths}
-    plan, seconds = planned(workload)
+    draw = drawing([batch for steps in workloads["cnn-s4"]["data"] for batch in steps], 0)
+    lengths = [[[draw() for _ in range(32)] for _ in range(100)] for _ in range(100)]
+    line = {"case": "100 jobs x 100 steps x 32 samples", **planned({"stages": 8, "capacity": 8192, "data": lengths})}
     start = time.perf_counter()
     next(WindowPlanner(8, 8192).plan_all(lengths))
-    line = {
-        "case": "100 jobs x 100 steps x 32 samples",
-        "slots": len(plan["microbatches"]),
-        "ours": plan["efficiency"],
-        "estimate": round(even_slot_estimate(lengths, 8, 8192), 4),
-        "seconds": seconds,
-        "first_window_s": round(time.perf_counter() - start, 3),
-    }
+    line["first_window_s"] = round(time.perf_counter() - start, 3)
     return [line | {"share": round(line["ours"] / line["estimate"], 4)}]
 
 
@@ -154,15 +133,12 @@ def main() -> None:
     """Run the parts that are asked for."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hardware", default="2 CPU cores")
-    parser.add_argument("--parts", nargs="+", default=["suite", "seeds", "scale", "charts"], choices=["suite", "seeds", "scale", "charts"])
+    parts = {"suite": (suite, "plans.jsonl"), "seeds": (seeds, "plan_seeds.jsonl"), "scale": (scale, "plan_scale.jsonl")}
+    parser.add_argument("--parts", nargs="+", default=[*parts, "charts"], choices=[*parts, "charts"])
     arguments = parser.parse_args()
     workloads = json.loads(SUITE.read_text(encoding="utf-8"))
     mark = stamp(arguments.hardware)  # before the results make the tree another one
-    for part, file, measure in (
-        ("suite", "plans.jsonl", suite),
-        ("seeds", "plan_seeds.jsonl", seeds),
-        ("scale", "plan_scale.jsonl", scale),
-    ):
+    for part, (measure, file) in parts.items():
         if part in arguments.parts:
             keep(file, measure(workloads), mark)
     if "charts" in arguments.parts:

@@ -8,7 +8,6 @@ scripts/bench/results/plan_windows.jsonl: milliseconds per slot of the windows, 
     python -m scripts.bench.plan_windows [--windows 100] [--hardware "2 CPU cores"]          from the root of the repository; Linux
 """
 
-import argparse
 import json
 import os
 import random
@@ -22,6 +21,7 @@ import numpy as np
 from scheduling.follow import Follower
 from scheduling.plan_json import stream_from_json
 from scripts.bench.stamp import RESULTS, append_line, stamp
+from scripts.one_line import OneLineParser, whole
 
 JOBS, STEPS, SAMPLES, RESIDENT = 1000, 100, 32, 64
 LENGTHS = {"mu": 6.0, "sigma": 0.8, "longest": 4096}  # log-normal, in tokens: 550 on average
@@ -58,17 +58,17 @@ def measure(planner: subprocess.Popen[str], num_windows: int) -> dict:
         leave = rng.sample(sorted(follower.jobs), min(due - asked, RESIDENT // 2))
         join, asked = {}, asked + len(leave)
         while joined < JOBS and len(follower.jobs) < RESIDENT:
-            number = follower.numbers.first_free(follower.num_slots, follower.jobs)
-            join[number] = job_lengths(joined)
-            follower.join(number, join[number])
+            number = follower.numbers.first_free(follower.num_indices, follower.jobs)
+            join[number] = {"steps": job_lengths(joined)}
+            follower.join(number, join[number]["steps"])
             joined += 1
-        request = json.dumps({"join": join, "leave": leave})
+        request = json.dumps({"join": join, "leave": dict.fromkeys(leave, True)})
         start, start_cpu = time.perf_counter(), cpu_s(planner.pid)
         print(request, file=planner.stdin, flush=True)
         answer = json.loads(planner.stdout.readline())
         seconds, cpu = time.perf_counter() - start, cpu_s(planner.pid) - start_cpu
         for number in answer["left"]:
-            follower.leave(number)
+            follower.leave(int(number))
         endings += map(len, follower.follow(stream_from_json(answer["microbatches"])))
         wall_ms.append(1e3 * seconds / len(answer["microbatches"]))
         cpu_ms.append(1e3 * cpu / len(answer["microbatches"]))
@@ -82,12 +82,10 @@ def measure(planner: subprocess.Popen[str], num_windows: int) -> dict:
 
 def main() -> None:
     """Measure, print and keep the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--windows", type=int, default=100)
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--windows", type=whole, default=100)
     parser.add_argument("--hardware", default="2 CPU cores")
     arguments = parser.parse_args()
-    if arguments.windows < 1:
-        parser.error(f"--windows {arguments.windows}: at least 1")
     mark = stamp(arguments.hardware)  # before the results make the tree another one
     command = [sys.executable, "-m", "scheduling.serve"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as planner:
@@ -96,8 +94,7 @@ def main() -> None:
         finally:
             planner.kill()
     workload = {"case": f"{JOBS} jobs x {STEPS} steps x {SAMPLES} samples, {RESIDENT} resident", "lengths": LENGTHS, "settings": SETTINGS}
-    line = workload | figures | mark
-    append_line(RESULTS / "plan_windows.jsonl", line)
+    append_line(RESULTS / "plan_windows.jsonl", workload | figures | mark)
     print(json.dumps(workload | figures))
 
 

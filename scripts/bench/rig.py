@@ -1,30 +1,32 @@
 """What the benchmarks of kernels share: options, a line per case, and a check against the reference before anything is timed."""
 
 import argparse
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from scripts.bench.stamp import RESULTS, append_line, stamp
-from scripts.one_line import OneLineParser, need_gpus, output_file, whole
+from scripts.bench.stamp import append_line, result_options, stamp
+from scripts.one_line import OneLineParser, need_gpus, whole
 
 
 def parser(doc: str, output: str, rounds: int) -> OneLineParser:
     """Return a parser with the options of all of them."""
     found = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--rounds", type=whole, default=rounds)
-    found.add_argument("--commit", help="where the checkout cannot tell it")
-    found.add_argument("--hardware", help="as tables shall say it; default: the devices' names")
-    found.add_argument("--output", type=output_file, default=RESULTS / output)
+    result_options(found, output)
     return found
 
 
-def options(parser: OneLineParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def options(parser: OneLineParser) -> argparse.Namespace:
     """Read the command line; ends with one line where no GPU is visible."""
-    found = parser.parse_args(arguments)
+    found = parser.parse_args()
     need_gpus(parser)
     return found
+
+
+def pieces(row: dict) -> str:
+    """Say the medians of a line in microseconds."""
+    return " ".join(f"{name.removeprefix('piece ')} {ms * 1000:.1f}" for name, (ms, *_) in row["times_ms"].items())
 
 
 def keep(options: argparse.Namespace, line: dict, told: str) -> None:

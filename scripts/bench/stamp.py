@@ -1,5 +1,6 @@
 """What stands beside every figure of a benchmark: commit, hardware, date, command and versions; and how a line of results is kept."""
 
+import argparse
 import datetime
 import json
 import platform
@@ -7,8 +8,17 @@ import sys
 from pathlib import Path
 
 from megatron_lora.environment import commit, devices, versions
+from scripts.one_line import output_file
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "scripts" / "bench" / "results"
+
+
+def result_options(parser: argparse._ActionsContainer, output: str) -> None:
+    """Add the options that say where a line goes, and what the checkout and the devices cannot tell."""
+    parser.add_argument("--output", type=output_file, default=RESULTS / output)
+    parser.add_argument("--hardware", help="as tables shall say it; default: the devices' names")
+    parser.add_argument("--commit", help="where the checkout cannot tell it")
 
 
 def stamp(hardware: str | None = None, code: str | None = None) -> dict:

@@ -12,13 +12,12 @@ was not measured, and its cell is empty.
 
 Only the newest line of each distinct `case` is shown (lines without `case` are one case), in the order in which cases first appear.
 
-    python scripts/bench/tables.py [--check] [docs/measured.md ...]        # --check: write nothing, end with 1 if a table is out of date
+    python scripts/bench/tables.py [docs/measured.md ...]
 """
 
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,29 +81,20 @@ def fill(text: str, results: Path = RESULTS) -> str:
     return MARKED.sub(lambda found: found["open"] + table(found["spec"], results) + found["close"], text)
 
 
-def main() -> int:
-    """Rewrite the documents named on the command line, or say which of them is out of date."""
+def main() -> None:
+    """Rewrite the documents named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("documents", nargs="*", type=Path, default=[ROOT / "docs" / "measured.md"])
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    status = 0
-    for document in arguments.documents:
+    for document in parser.parse_args().documents:
         try:
             old = document.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             parser.exit(2, f"{parser.prog}: {document} cannot be read ({error}); name a Markdown file\n")
         new = fill(old)
-        if new == old:
-            continue
-        if arguments.check:
-            print(f"{document}: a table is out of date; run: python scripts/bench/tables.py", file=sys.stderr)
-            status = 1
-        else:
+        if new != old:
             document.write_text(new, encoding="utf-8")
             print(f"{document} updated")
-    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,8 +10,8 @@ import gc
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -25,10 +25,10 @@ from megatron_lora.environment import environment
 from megatron_lora.output.job_states import exit_status
 from megatron_lora.output.run_directory import RunDirectory, job_states
 from megatron_lora.parallel.process_groups import initialize_parallel
-from megatron_lora.planning.plan_feed import PlanSettings
+from megatron_lora.planning.plan_feed import Planned, PlanSettings
 from megatron_lora.training import assemble, calibrate, train
 from megatron_lora.training.stop_request import StopRequest
-from scheduling.data_parallel import deal
+from scheduling.data_parallel import Dealt
 from scheduling.follow import Follower, Window
 from scheduling.pipeline import with_drain
 from scheduling.plan_json import stream_to_json
@@ -70,15 +70,8 @@ def substituted(policy: str, adapters: str, around: AbstractContextManager) -> I
 
     def stage(*arguments, before=assemble.build_stage, **keywords):
         built = before(*arguments, **keywords)
-        if adapters != "none":
-            use_adapters(built, adapters)
+        use_adapters(built, adapters)
         return built
-
-    def arena(stage, *arguments, before=assemble.make_arena, **keywords):
-        made = before(stage, *arguments, **keywords)
-        if adapters == "none":
-            use_adapters(stage, "none")
-        return made
 
     def executor(*arguments, before=train.make_executor, **keywords):
         made = before(*arguments, **keywords)
@@ -90,54 +83,48 @@ def substituted(policy: str, adapters: str, around: AbstractContextManager) -> I
         made.run = run
         return made
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(assemble, "build_stage", stage))
-        stack.enter_context(mock.patch.object(assemble, "make_arena", arena))
-        stack.enter_context(mock.patch.object(train, "make_executor", executor))
-        if policy != "ours":
-            stack.enter_context(mock.patch.object(train, "PlanFeed", partial(PolicyFeed, policy)))
+    feed = {} if policy == "ours" else {"PlanFeed": partial(PolicyFeed, policy)}
+    with mock.patch.object(assemble, "build_stage", stage), mock.patch.multiple(train, make_executor=executor, **feed):
         yield
 
 
 class PolicyFeed:
-    """In the place of PlanFeed: a baseline's whole plan as one window."""
+    """In the place of PlanFeed: a baseline's whole plan as one window, which all jobs join."""
 
-    def __init__(
-        self,
-        policy: str,
-        lengths: Lengths,
-        settings: PlanSettings,
-        replica: int,
-        plan_dir: Path,
-        group: dist.ProcessGroup,
-        first_steps: Sequence[int] = (),
-    ):
+    def __init__(self, policy: str, settings: PlanSettings, replica: int, plan_dir: Path, group: dist.ProcessGroup, director, crew):
         """Plan on the first rank, for all; the run begins with its first steps."""
-        assert not any(first_steps), "baselines are not resumed"
-        self.dealt, self.settings, self.replica = deal(lengths, settings.num_replicas, settings.cost), settings, replica
-        plan: list = [None]
-        if dist.get_rank() == 0:
-            plan = [joined(policy, self.dealt.rounds, settings)]
-            (plan_dir / "window-0000.json").write_text(json.dumps({"microbatches": stream_to_json(plan[0], self.dealt.rounds)}))
+        asked = None if director is None else director.ask(0, 0)
+        told: list = [None if asked is None else asked.changes]
+        dist.broadcast_object_list(told, 0, group=group)
+        self.crew, joined = crew, crew.read(told[0])
+        assert not any(job.first_step for job in joined), "baselines are not resumed"
+        self.dealt, self.settings, self.replica = Dealt({job.number: job.dealt for job in joined}), settings, replica
+        plan: list = [None, None]
+        if director is not None:
+            stream = laid_out(policy, self.dealt.rounds, settings)
+            (plan_dir / "window-0000.json").write_text(json.dumps({"microbatches": stream_to_json(stream, self.dealt.rounds)}))
+            planned = Planned(stream=stream, ended=self._ended(stream), left={}, departed=frozenset(self.dealt.jobs), used={})
+            plan = [stream, director.planned(planned)[0]]
         dist.broadcast_object_list(plan, 0, group=group)
-        self.stream: Stream = plan[0]
+        self.stream, self.changes = plan
 
-    def __iter__(self) -> Iterator[Window]:
+    def _ended(self, stream: Stream) -> tuple:
         s = self.settings
         follower = Follower(self.dealt.rounds, s.num_stages, s.capacity, s.delay)
-        ended = follower.follow(self.stream)
+        ended = follower.follow(stream)
         follower.finish()
-        yield Window(tuple(self.dealt.part(microbatch, self.replica) for microbatch in self.stream), ended)
+        return ended
 
-    def remove(self, job: int) -> None:
-        """Refuse: the plan is made."""
-        raise AssertionError(f"job {job} has failed, and a baseline's plan cannot leave it out")
+    def __iter__(self) -> Iterator[Window]:
+        self.crew.prepare(self.changes)
+        own = tuple(self.dealt.part(microbatch, self.replica) for microbatch in self.stream)
+        yield Window(own, self._ended(self.stream), changes=self.changes)
 
     def close(self) -> None:
         """Do nothing."""
 
 
-def joined(policy: str, rounds: Lengths, settings: PlanSettings) -> Stream:
+def laid_out(policy: str, rounds: Lengths, settings: PlanSettings) -> Stream:
     """Plan by a baseline and join its runs into one stream."""
     runs = POLICIES[policy](rounds, settings.num_stages, settings.capacity, settings.cost)
     drained = [with_drain(spaced(run, settings), settings.num_stages, settings.delay) for run in runs]

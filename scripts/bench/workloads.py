@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from megatron_lora.errors import UserError
@@ -17,31 +17,26 @@ from scheduling.types import Lengths
 SUITE = Path(__file__).resolve().parent / "lengths.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobSpecs:
-    """What all jobs of a case have in common, and the rank and dropout of each (the last of either for all further jobs)."""
+def job_configs(
+    lengths: Lengths, max_steps: int, folder: Path, ranks: Sequence[int], dropouts: Sequence[float] = (0.0,), completion: float = 0.25
+) -> list[dict]:
+    """Write each job's lengths [job][step][sample] into a folder; return the jobs as a config has them.
 
-    count: int
-    ranks: tuple[int, ...]
-    dropouts: tuple[float, ...]
-    completion: float = 0.25
-    learning_rate: float = 1e-4
-
-    def configs(self, lengths: Lengths, max_steps: int, folder: Path) -> list[dict]:
-        """Write each job's lengths [job][step][sample] into a folder; return the jobs as a config has them."""
-        jobs = []
-        for job, steps in enumerate(lengths):
-            if len({len(batch) for batch in steps}) > 1:
-                raise UserError("--workload: a job's global batches are of several sizes, and a config has one")
-            file = folder / f"job-{job}.jsonl"
-            write_lengths(file, [tokens for batch in steps for tokens in batch], self.completion)
-            r = self.ranks[min(job, len(self.ranks) - 1)]
-            lora = {"r": r, "lora_alpha": 2.0 * r, "lora_dropout": self.dropouts[min(job, len(self.dropouts) - 1)]}
-            schedule = {"learning_rate": self.learning_rate, "lr_scheduler": "constant", "warmup_ratio": 0.0, "max_steps": max_steps}
-            data = {"datasets": [{"path": str(file), "type": "lengths"}], "shuffle": False, "global_batch_size": len(steps[0])}
-            longest = max(tokens for batch in steps for tokens in batch)
-            jobs.append({"name": f"job-{job}", "seed": job, "sequence_len": max(2, longest), **data, **lora, **schedule})
-        return jobs
+    `ranks` and `dropouts` are those of each job, the last of either for all further jobs.
+    """
+    jobs = []
+    for job, steps in enumerate(lengths):
+        if len({len(batch) for batch in steps}) > 1:
+            raise UserError("--workload: a job's global batches are of several sizes, and a config has one")
+        file = folder / f"job-{job}.jsonl"
+        write_lengths(file, [tokens for batch in steps for tokens in batch], completion)
+        r = ranks[min(job, len(ranks) - 1)]
+        lora = {"r": r, "lora_alpha": 2.0 * r, "lora_dropout": dropouts[min(job, len(dropouts) - 1)]}
+        schedule = {"learning_rate": 1e-4, "lr_scheduler": "constant", "warmup_ratio": 0.0, "max_steps": max_steps}
+        data = {"datasets": [{"path": str(file), "type": "lengths"}], "shuffle": False, "global_batch_size": len(steps[0])}
+        longest = max(tokens for batch in steps for tokens in batch)
+        jobs.append({"name": f"job-{job}", "seed": job, "sequence_len": max(2, longest), **data, **lora, **schedule})
+    return jobs
 
 
 def write_lengths(file: Path, lengths: Sequence[int], completion: float) -> None:
@@ -68,19 +63,11 @@ def read_workload(path: Path, name: str) -> Lengths:
 
 def take(workload: Lengths, num_jobs: int) -> Lengths:
     """Return lengths for any number of jobs of a workload, each of which begins with another step once the workload's are used up."""
-    chosen = []
-    for job in range(num_jobs):
-        steps, first = workload[job % len(workload)], job // len(workload)
-        chosen.append([steps[(first + step) % len(steps)] for step in range(len(steps))])
-    return chosen
+    begun = ((workload[job % len(workload)], job // len(workload)) for job in range(num_jobs))
+    return [[steps[(first + step) % len(steps)] for step in range(len(steps))] for steps, first in begun]
 
 
 def head(lengths: Lengths, tokens: int) -> Lengths:
     """Return of each job's first step as many samples, one at least, as give about `tokens` tokens in all."""
-    per_job, chosen = max(1, math.ceil(tokens / len(lengths))), []
-    for steps in lengths:
-        count = 1
-        while count < len(steps[0]) and sum(steps[0][: count + 1]) <= per_job:
-            count += 1
-        chosen.append([steps[0][:count]])
-    return chosen
+    counts = (sum(end <= math.ceil(tokens / len(lengths)) for end in accumulate(steps[0])) for steps in lengths)
+    return [[steps[0][: max(1, count)]] for steps, count in zip(lengths, counts, strict=True)]

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fused_ops.lora import reference
 from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
 from fused_ops.lora.dropout import row_keys
 from fused_ops.lora.route import Route, make_route
@@ -35,6 +37,16 @@ class Problem:
         ops.grad_a(self.x, ds, self.group, self.route, after_dx=True)
         grads = {f"db{m}": grad.clone() for m, grad in enumerate(self.group.grad_b_RN)}
         return {"y": y, "dx": dx, "da": self.group.grad_a_RK.clone(), **grads}
+
+    def differentiable(self, x, bias=None):
+        """Return Y as one expression that autograd differentiates in X, A and B: y = x W^T + c B (A (M * x) / (1 - p)), in x's dtype."""
+        group, y = self.group, F.linear(x, self.weight, bias)
+        for rows, adapter, module, _, a_rows, b_rows in reference._parts(group, self.route):
+            start, stop = group.columns[module]
+            dropped = reference._dropped(x[rows], group, self.route.row_keys[rows], adapter, module)
+            part = (dropped * group.adapters.effective_scales[adapter] @ group.a_RK[a_rows].T) @ group.b_RN[module][b_rows]
+            y = y + F.pad(part, (start, y.shape[1] - stop, rows.start, y.shape[0] - rows.stop))
+        return y
 
     @property
     def grads(self):

@@ -9,7 +9,6 @@ import torch
 from fused_ops.lora import reference
 from fused_ops.lora.dropout import keep_mask, quantised_p
 from fused_ops.lora.linear import Collectives, backend_for, multi_lora_linear
-from fused_ops.lora.reference import multi_lora_reference
 from fused_ops.lora.route import make_route
 
 MIXES = {
@@ -80,7 +79,7 @@ def test_the_differentiable_reference_agrees(make_problem):
     p = make_problem(**MIXES["merged"], dtype=torch.float64)
     p.group.a_RK.requires_grad_()
     x, bias = p.x.clone().requires_grad_(), torch.randn(40, dtype=torch.float64)
-    y = multi_lora_reference(x, p.weight, bias, p.group, p.route)
+    y = p.differentiable(x, bias)
     dx, da = torch.autograd.grad(y, [x, p.group.a_RK], p.dy)
     p.group.a_RK.requires_grad_(False)
     ours = run(p, bias=bias)
@@ -129,6 +128,18 @@ def test_nan_stays_with_its_job(make_problem, where):
         keep_b = torch.ones(len(p.group.b_RN[m]), dtype=torch.bool)
         keep_b[b0[m] : b0[m] + rank] = False
         assert torch.equal(got[3 + m][keep_b], expected[3 + m][keep_b])
+
+
+def test_a_route_without_dropout_sees_the_whole_input(make_problem):
+    mix = {"lengths": [17, 12, 8], "ranks": [8, 16, 3], "gaps": 1}
+    p, plain = make_problem(**mix, dropouts=[0.1, 0.0, 0.7]), make_problem(**mix)
+    segments, keys = p.route.segments, p.route.row_keys
+    route = make_route(p.route.num_rows, segments, keys, "cpu", dropout=False)
+    ours, theirs = (multi_lora_linear(p.x, p.weight, None, each.group, each.route) for each in (p, plain))
+    assert not torch.allclose(ours, theirs), "dropout changes nothing"
+    assert torch.equal(multi_lora_linear(p.x, p.weight, None, p.group, route), theirs)
+    assert not route.rows(3, 9).dropout and p.route.rows(3, 9).dropout
+    assert p.group.without_dropout is p.group.without_dropout and not p.group.without_dropout.has_dropout
 
 
 def test_gradients_accumulate_over_microbatches(make_problem):

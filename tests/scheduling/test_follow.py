@@ -91,17 +91,20 @@ def test_served_windows_form_one_stream_and_jobs_leave_between_steps(lengths, nu
 
     def requests():
         yield json.dumps(settings)
-        yield json.dumps({"join": dict(enumerate(lengths)), "leave": []})
+        yield json.dumps({"join": {job: {"steps": steps} for job, steps in enumerate(lengths)}, "leave": {}})
         for number in itertools.count(1):
-            yield json.dumps({"join": {}, "leave": [leaver] if number == when else []})
+            yield json.dumps({"join": {}, "leave": {leaver: True} if number == when else {}})
 
-    answers = [json.loads(answer) for answer in serve(requests())]
-    assert [answer["last"] for answer in answers] == [False] * (len(answers) - 1) + [True]
+    answers = []
+    for answer in serve(requests()):
+        answers.append(json.loads(answer))
+        if answers[-1]["last"]:
+            break
     follower = Follower(lengths, num_stages, CAPACITY, delay)
     stream = ()
     for answer in answers:
         for job in answer["left"]:
-            follower.leave(job)
+            follower.leave(int(job))
         window = stream_from_json(answer["microbatches"])
         follower.follow(window)
         stream += window
@@ -117,7 +120,10 @@ def test_served_windows_form_one_stream_and_jobs_leave_between_steps(lengths, nu
 def test_served_windows_are_those_planned_here_at_the_same_cost(lengths, num_stages, delay, fixed):
     settings = {"num_stages": num_stages, "capacity": CAPACITY, "delay": delay, "num_slots": 4}
     cost = SlotCost(per_square=1e-2, fixed=fixed, per_segment=fixed, tiles=(0.0, 4.0 * CAPACITY))
-    requests = [json.dumps(settings | {"cost": asdict(cost)}), json.dumps({"join": dict(enumerate(lengths)), "leave": []})]
-    requests += [json.dumps({"join": {}, "leave": []})] * 1000
-    served = [stream_from_json(json.loads(answer)["microbatches"]) for answer in serve(requests)]
-    assert served == list(WindowPlanner(cost=cost, **settings).plan_all(lengths))
+    planned = list(WindowPlanner(cost=cost, **settings).plan_all(lengths))
+    jobs = {job: {"steps": steps} for job, steps in enumerate(lengths)}
+    requests = [settings | {"cost": asdict(cost)}, {"join": jobs, "leave": {}}, *[{"join": {}, "leave": {}}] * (len(planned) - 1)]
+    answers = list(map(json.loads, serve(map(json.dumps, requests))))
+    assert [stream_from_json(answer["microbatches"]) for answer in answers] == planned
+    assert [answer["last"] for answer in answers] == [False] * (len(answers) - 1) + [True]
+    assert sorted(job for answer in answers for job in answer["departed"]) == list(range(len(lengths)))

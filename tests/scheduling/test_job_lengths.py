@@ -81,3 +81,23 @@ def test_a_visit_takes_a_dozen_bytes():
     job = DealtJob.of(read_lengths(0, [[300 + k for k in range(32)]] * 100), 1)
     held = len(job.lengths.key) + job.lengths.ends.nbytes + len(job.rounds.key) + job.rounds.ends.nbytes + job.samples.nbytes
     assert held / 3200 < 13
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(1, 4))
+def test_a_validation_set_is_dealt_like_one_step(validation, num_replicas):
+    """Its segments name the version that is evaluated, not a step of the job."""
+    job = DealtJob.of(read_lengths(0, [[5, 6]]), num_replicas, validation=validation)
+    alone = DealtJob.of(read_lengths(0, [validation]), num_replicas)
+    rounds = tuple(range(len(job.validation_rounds)))
+    assert job.validation_rounds == alone.rounds[0]
+    for replica in range(num_replicas):
+        part = Dealt({3: job}).part(Microbatch((Segment(3, 7, rounds, sum(job.validation_rounds)),), evaluate=True), replica)
+        samples = alone.samples_of(Segment(3, 0, rounds, 0), replica)
+        assert part == Microbatch((Segment(3, 7, tuple(samples), sum(validation[k] for k in samples)),), evaluate=True)
+
+
+def test_a_large_set_with_one_sample_as_long_as_many_is_split_well():
+    """The search goes as deep as there are samples."""
+    split = split_batch([3000, *[3] * 3000], 4, SlotCost(per_square=0.0))
+    assert sorted(split[split >= 0].tolist()) == list(range(3001))
+    assert [int((part >= 0).sum()) for part in split] == [1, 1000, 1000, 1000]

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduling.pipeline import endings, stage_actions, window_actions, with_drain
+from scheduling.follow import Window
+from scheduling.pipeline import endings, final_backwards, stage_actions, window_actions, with_drain
 from scheduling.plan_json import stream_from_json, stream_to_json
 from scheduling.planner import plan_stream
-from scheduling.types import NOOP, Action, Microbatch, Op, PlanError, Segment
+from scheduling.rolling import RollingStream
+from scheduling.types import NOOP, Action, Ending, Microbatch, Op, PlanError, Segment
 from scheduling.validate import replay
 
 CAPACITY = 64
@@ -39,12 +41,17 @@ def test_json_round_trip(lengths, num_stages):
 def test_window_actions_concatenate_to_the_whole(lengths, num_stages, delay, size):
     stream = with_drain(plan_stream(lengths, num_stages, CAPACITY, delay, effort=0), num_stages, delay)
     for stage in range(num_stages):
-        whole = stage_actions(stream, stage, num_stages, delay)
-        cuts = [*range(0, len(stream), size), len(stream)]
-        parts = [window_actions(stream, endings(stream), stage, num_stages, delay, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
-        joined = sum(parts, ())
-        assert joined == whole[: len(joined)]
-        assert all(action.op is Op.BACKWARD for action in whole[len(joined) :])
+        assert in_windows(stream, stage, num_stages, delay, size) == stage_actions(stream, stage, num_stages, delay)
+
+
+def in_windows(stream, stage, num_stages, delay, size):
+    """Return one stage's actions as an executor gets them, window by window."""
+    rolling, actions = RollingStream(), ()
+    for window in Window(stream, endings(stream)).chunks(size):
+        slots = rolling.append(window)
+        actions += window_actions(rolling, stage, num_stages, delay, slots.start, slots.stop)
+        rolling.forget(num_stages + delay)
+    return actions + final_backwards(rolling, stage, num_stages)
 
 
 def two_job_plan():
@@ -59,7 +66,7 @@ def test_actions_by_hand():
     stream = with_drain(stream, 2)
     assert " ".join(map(str, stage_actions(stream, 0, 2))) == "F0 F1 B0 S0 F2 B1 S1 F3 B2 S0 F4 B3 S1 F5 B4 B5"
     assert " ".join(map(str, stage_actions(stream, 1, 2))) == "F0 B0 F1 B1 S0 F2 B2 S1 F3 B3 S0 F4 B4 S1 F5 B5"
-    assert endings(stream)[:4] == (((0, 0),), ((1, 0),), ((0, 1),), ((1, 1),))
+    assert endings(stream)[:4] == tuple((Ending(job, step),) for job, step in ((0, 0), (1, 0), (0, 1), (1, 1)))
 
 
 def test_drain_is_idempotent_and_needed():
@@ -147,15 +154,6 @@ def test_replay_finds_a_deadlock_and_too_many_live():
     early = [Action(F, 0), Action(F, 1), Action(B, 0)]
     with pytest.raises(PlanError, match="2 microbatches live"):
         replay(stream, lengths, 2, 8, actions=[first, [*early, *second[3:]]])
-
-
-def test_evaluation_slots_meet_their_version_and_keep_order():
-    lengths, stream = two_job_plan()
-    evaluation = Microbatch((Segment(0, 1, (0, 1), 8),), evaluate=True)
-    replay((*stream[:2], evaluation, *stream[2:]), lengths, 2, 8)
-    assert Action(Op.EVAL, 2) in stage_actions(with_drain((*stream[:2], evaluation, *stream[2:]), 2), 1, 2)
-    with pytest.raises(PlanError, match="E1 meets job 0 at version 0"):
-        replay((stream[0], evaluation, *stream[1:]), lengths, 2, 8)
 
 
 @pytest.mark.parametrize("lengths", [[[[5, 65]]], [[[]]], [[[0]]]])

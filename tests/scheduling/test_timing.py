@@ -28,13 +28,30 @@ def test_recursion_equals_the_event_simulation(costs, num_stages):
     assert (1 - timeline.bubble(0)) * timeline.makespan_s == pytest.approx(2 * sum(costs))
 
 
+@given(COSTS, STAGES, st.lists(st.tuples(st.integers(0, 14), st.floats(0.01, 10)), max_size=6))
+def test_evaluation_slots_take_the_same_time_in_the_recursion_and_the_simulation(costs, num_stages, placed):
+    """Each stands before a round; the last ones come when training is over."""
+    placed = sorted((min(at, len(costs)), cost) for at, cost in placed)
+    stream, times, evaluations = [], [], {}
+    for at in range(len(costs) + 1):
+        here = [cost for place, cost in placed if place == at]
+        evaluations |= {at: here} if here else {}
+        stream += [Microbatch((Segment(99, at, (k,), 1),), evaluate=True) for k in range(len(here))]
+        stream += one_job_per_slot(costs[at : at + 1])
+        times += [*here, *costs[at : at + 1]]
+    timeline = simulate(tuple(stream), [times] * num_stages, [times] * num_stages)
+    while costs and not costs[-1] and len(costs) - 1 not in evaluations and len(costs) not in evaluations:
+        costs = costs[:-1]
+    assert makespan(costs + [0.0] * num_stages, num_stages, evaluations) == pytest.approx(timeline.makespan_s)
+
+
 @given(COSTS, STAGES, st.data())
 def test_unrolled_rounds_and_tails_equal_the_plain_ones(costs, num_stages, data):
     clock, end = Clock(num_stages), len(costs) + num_stages - 1
     k = data.draw(st.integers(0, end))
     empty = (0.0,) * num_stages
     head = clock.advance(empty, costs, 0, k)
-    assert head == pytest.approx(clock._border(empty, costs, 0, k))
+    assert head == pytest.approx(clock.border(empty, costs, 0, k))
     assert max(map(float.__add__, head, clock.tails(costs)[k])) == pytest.approx(makespan(costs, num_stages))
 
 

@@ -211,23 +211,25 @@ def test_a_served_run_is_the_planners_in_every_process():
     rng = random.Random(1)
     settings = {"num_stages": 3, "capacity": CAPACITY, "delay": 1, "num_slots": 5, "max_endings": 2, "cost": {"fixed": 3.0}}
     jobs = {number: drawn(rng) for number in range(4)}
-    requests = [{"join": {0: jobs[0], 2: jobs[2]}, "leave": []}, {"join": {3: jobs[3]}, "leave": [2]}]
-    requests += [{"join": {1: jobs[1]}, "leave": []}, *[{"join": {}, "leave": [2]}] * 30]
+    joins = [{0: {"steps": jobs[0]}, 2: {"steps": jobs[2]}}, {3: {"steps": jobs[3]}}, {1: {"steps": jobs[1]}}]
+    requests = [{"join": joins[0], "leave": {}}, {"join": joins[1], "leave": {2: True}}]
+    requests += [{"join": joins[2], "leave": {}}, *[{"join": {}, "leave": {2: True}}] * 30]
     lines = list(map(json.dumps, [settings, *requests]))
     answers = list(map(json.loads, serve(lines)))
-    assert [answer["left"] for answer in answers[:3]] == [[], [2], []] and answers[-1]["last"]
+    assert [list(answer["left"]) for answer in answers[:3]] == [[], ["2"], []] and answers[-1]["last"]
+    ended_after = answers[1]["left"]["2"]
     planner = WindowPlanner(3, CAPACITY, 5, 1, cost=SlotCost(fixed=3.0), max_endings=2)
     for request, answer in zip(requests, answers, strict=False):
-        for number, steps in request["join"].items():
-            planner.join(number, steps)
+        for number, plan in request["join"].items():
+            planner.join(number, **plan)
         for number in answer["left"]:
-            planner.leave(number)
+            planner.leave(int(number))
         lengths = planner.lengths
         assert stream_to_json(planner.plan(), lengths) == answer["microbatches"]
     stream = sum((stream_from_json(answer["microbatches"]) for answer in answers), ())
     steps = {(segment.job, segment.step) for microbatch in stream for segment in microbatch.segments}
     ran = {number: [batch for step, batch in enumerate(job) if (number, step) in steps] for number, job in jobs.items()}
-    assert len(ran[2]) < len(jobs[2]) and all(ran[number] == jobs[number] for number in (0, 1, 3))
+    assert len(ran[2]) == ended_after < len(jobs[2]) and all(ran[number] == jobs[number] for number in (0, 1, 3))
     joins = {0: {0: ran[0], 2: ran[2]}, 5: {3: ran[3]}, 10: {1: ran[1]}}
     replay(with_drain(stream, 3, 1), [], 3, CAPACITY, 1, max_endings=2, joins=joins)
     for seed in ("1", "2"):

@@ -151,7 +151,7 @@ def test_an_old_checkout_is_run_by_its_files_and_a_new_one_as_a_package(tmp_path
     old, new = (compare_commits.command(place, "runs", 2, [], Path("out")) for place in (tmp_path, ROOT))
     assert old[1:4] == ["scripts/bench/end_to_end.py", "--steps", "2"] and new[1:3] == ["-m", "scripts.bench.end_to_end"]
     _, cases = read_options(new[3:])
-    assert [case.jobs.ranks for case in cases] == [(8, 16, 32, 64)] * 2 + [(16,)] and cases[1].jobs.dropouts == (0.0, 0.0, 0.05, 0.05)
+    assert [case.ranks for case in cases] == [(8, 16, 32, 64)] * 2 + [(16,)] and cases[1].dropouts == (0.0, 0.0, 0.05, 0.05)
 
 
 def test_it_is_a_module(tmp_path):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from records import read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "scripts" / "make_tasks.py"
@@ -50,7 +51,6 @@ def test_no_job_trains_on_its_held_out_row_and_no_two_rows_are_the_same(library,
 
 def test_rows_are_of_the_types_that_the_config_names(tmp_path):
     from megatron_lora.config.schema import load_config
-    from megatron_lora.data.row_files import read_records
 
     make(Path(json.__file__).parent.parent, tmp_path)  # the standard library, as in the quickstart
     fields = {

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -23,14 +24,8 @@ from fused_ops.lora.route import make_route
 from fused_ops.lora.triton.gemm import gemm
 from fused_ops.lora.triton.gemm_config import GemmConfig, choice_key
 
-SHAPES = (  # features in, columns of each module: linears of Llama 8B and 70B, Qwen 32B
-    (4096, (4096,)),
-    (4096, (4096, 1024, 1024)),
-    (4096, (14336, 14336)),
-    (14336, (4096,)),
-    (5120, (5120,)),
-    (8192, (8192,)),
-)
+# Features in, columns of each module: linears of Llama 8B and 70B, Qwen 32B.
+SHAPES = ((4096, (4096,)), (4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (14336, (4096,)), (5120, (5120,)), (8192, (8192,)))
 RANK, NUM_JOBS, NUM_ROWS = 16, 4, 8192
 PLAIN = [{}, {"stages": 3}, {"stages": 3, "persistent": True, "flatten": True}]
 PLAIN.append({**PLAIN[2], "group": 16})
@@ -98,7 +93,6 @@ def _random(*shape: int) -> torch.Tensor:
 
 def _adapters(num_in: int, columns: tuple[int, ...], dropout: float):
     """Return a group of NUM_JOBS adapters of one rank, random, and the route of as many rows of each."""
-    starts = [sum(columns[:module]) for module in range(len(columns) + 1)]
     a = _random(NUM_JOBS * len(columns) * RANK, num_in)
     b = tuple(_random(NUM_JOBS * RANK, width) for width in columns)
     group = LoraGroup(
@@ -106,11 +100,10 @@ def _adapters(num_in: int, columns: tuple[int, ...], dropout: float):
         b_RN=b,
         grad_a_RK=torch.zeros_like(a, dtype=torch.float32),
         grad_b_RN=tuple(torch.zeros_like(each, dtype=torch.float32) for each in b),
-        columns=tuple(zip(starts[:-1], starts[1:], strict=True)),
+        columns=tuple(pairwise(accumulate(columns, initial=0))),
         a_rows=tuple(tuple((job * len(columns) + module) * RANK for module in range(len(columns))) for job in range(NUM_JOBS)),
         b_rows=tuple((job * RANK,) * len(columns) for job in range(NUM_JOBS)),
         adapters=AdapterTable(ranks=(RANK,) * NUM_JOBS, scales=(2.0,) * NUM_JOBS, dropouts=(dropout,) * NUM_JOBS),
-        first_feature=0,
     )
     share = NUM_ROWS // NUM_JOBS
     segments = [(job * share, (job + 1) * share, job) for job in range(NUM_JOBS)]

@@ -286,12 +286,7 @@ CASES = {
     "kwargs in a list": (override("defaults.chat_template_kwargs=[a]"), ["defaults.chat_template_kwargs: ['a']", "write {name: value}"]),
     # later features
     "replicas": (override("parallel.data=0"), ["parallel.data: 0"]),
-    "eval": (override("defaults.eval_steps=10"), ["defaults.eval_steps: 10 is not supported yet", "use 0"]),
-    "patience": (override("jobs.one.early_stopping_patience=3"), ["jobs.one.early_stopping_patience: 3 is not supported yet", "use null"]),
-    "validation": (
-        override("jobs.one.val_datasets=[{path: rows.jsonl, type: text}]"),
-        ["jobs.one.val_datasets: ", "is not supported yet", "use null"],
-    ),
+    "eval": (override("defaults.eval_steps=10"), ["jobs.one.eval_steps: 10 needs validation data", "val_set_size, or remove it"]),
     "a job without end": (override("jobs.one.num_epochs=1000000000000"), ["num_epochs: 1000000000000 takes", "a job may take 400000000"]),
     # files
     "a path too long": (override("jobs.one.datasets.0.path=" + "x" * 300 + ".jsonl"), ["jobs.one.datasets.0.path:", "too long a name"]),

@@ -124,6 +124,58 @@ def test_a_dumped_config_is_complete_and_loads_as_the_same_config(load):
         assert f"{field.name}:" in text
 
 
+def test_what_an_evaluation_decides_is_chosen_where_the_config_leaves_it_open(load):
+    text = MINIMAL + "defaults: {metric: eval_accuracy}\n"
+    first, second = load(text, "jobs.first.val_set_size=0.1", "jobs.second.v2.val_set_size=12", "jobs.second.v2.keep=last").jobs
+    assert (first.val_set_size, first.keep, first.mode) == (0.1, "best", "max") and first.is_evaluated
+    assert (second.val_set_size, second.keep) == (12, "last") and isinstance(second.val_set_size, int)
+    config = load(MINIMAL, "jobs.first.val_datasets=[{path: v.jsonl, type: text}]", "jobs.first.early_stopping_patience=2")
+    first, second = config.jobs
+    assert (first.val_datasets[0].path, first.mode, second.keep, second.val_datasets) == ("v.jsonl", "min", "last", ())
+    assert not second.is_evaluated and load(dump_config(config)) == config
+    assert load(MINIMAL, "defaults.val_datasets=null").jobs[0].val_datasets == ()  # as older runs' config.yaml have it
+
+
+VALIDATION = "jobs.first.val_datasets=[{path: v.jsonl, type: text, sampling_weight: %s}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["defaults.eval_steps=10"], "jobs.first.eval_steps: 10 needs validation data; set jobs.first.val_datasets or val_set_size"),
+        (["jobs.first.eval_on_start=true"], "jobs.first.eval_on_start: true needs validation data"),
+        (["jobs.first.early_stopping_patience=3"], "jobs.first.early_stopping_patience: 3 needs validation data"),
+        (["jobs.first.early_stopping_patience=0"], "early_stopping_patience: 0 is not a number of evaluations; .*at least 1"),
+        (["defaults.keep=best"], "jobs.first.keep: 'best' needs validation data"),
+        (["jobs.first.val_set_size=0.1", VALIDATION % 1], "jobs.first.val_set_size: 0.1 takes records of .*keep one of the two keys"),
+        ([VALIDATION % 2], "jobs.first.val_datasets.0.sampling_weight: 2 is for training; .*remove it"),
+        (["jobs.first.val_set_size=1.5"], r"jobs.first.val_set_size: 1.5 is no part .*a share below 1 \(0.02\), a whole number"),
+        (["jobs.first.val_set_size=1.0"], "jobs.first.val_set_size: 1.0 is no part"),
+        (["jobs.first.val_set_size=-0.5"], "jobs.first.val_set_size: -0.5 is no part"),
+        (["jobs.first.val_set_size=true"], "jobs.first.val_set_size: true is no part"),
+        (["defaults.metric=rouge"], "defaults.metric: 'rouge' is unknown; use eval_loss or eval_perplexity or eval_accuracy"),
+        (["defaults.mode=max"], "jobs.first.mode: max contradicts jobs.first.metric: eval_loss, of which min is the best; remove it"),
+        (["jobs.first.early_stopping_threshold=0.1"], "early_stopping_threshold: 0.1 needs jobs.first.early_stopping_patience"),
+        (["defaults.save_total_limit=0"], "defaults.save_total_limit: 0 is not a number of checkpoints; .*at least 1"),
+        (["defaults.priority=0"], "defaults.priority: 0 is not a priority; use a number above 0"),
+        (["adapter_memory=0"], "adapter_memory: 0 is not an amount of memory; use a number above 0, or auto"),
+        (["window_s=0"], "window_s: 0 is not a time in seconds; use a number above 0"),
+        (["max_wait_s=0"], "max_wait_s: 0 is not a time in seconds; use a number above 0"),
+        (["defaults.load_best_model_at_end=true"], r"load_best_model_at_end: unknown key \(did you mean keep\?\)"),
+    ],
+)  # fmt: skip
+def test_keys_of_evaluation_and_of_the_queue_that_cannot_be_right_are_refused(load, overrides, words):
+    with pytest.raises(UserError, match=words):
+        load(MINIMAL, *overrides)
+
+
+def test_the_queues_keys(load):
+    config = load(MINIMAL, "adapter_memory=2.5", "max_wait_s=600", "window_s=1", "jobs.0.priority=2")
+    assert (config.adapter_memory, config.max_wait_s, config.window_s) == (2.5, 600.0, 1.0)
+    assert [job.priority for job in config.jobs] == [2.0, 1.0]
+    assert (load().adapter_memory, load().max_wait_s, load().window_s) == ("auto", None, 5.0)
+
+
 def test_configs_are_frozen(load):
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().jobs[0].r = 3

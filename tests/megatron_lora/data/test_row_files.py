@@ -7,10 +7,11 @@ import sys
 import types
 
 import pytest
+from records import read_records
 
 from megatron_lora.config.schema import DatasetConfig
 from megatron_lora.data.dataset_sources import HubSource, sources_of
-from megatron_lora.data.row_files import BLOCK_BYTES, read_blocks, read_records
+from megatron_lora.data.row_files import BLOCK_BYTES, read_blocks
 from megatron_lora.errors import UserError
 
 RECORDS = [{"prompt": f"p {i}", "completion": "né 🙂\nline two"} for i in range(5)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from records import read_records
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -143,7 +144,7 @@ def test_errors_name_a_file_once_however_its_path_is_written(tmp_path, tokenizer
 def test_json_may_be_laid_out_in_any_way(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf \n[ {"a":\n 1}\n ,{"a": 2} ,\n{"a": 3}\n ]\n')
-    assert list(row_files.read_records(path)) == [(f"{path}:2", {"a": 1}), (f"{path}:4", {"a": 2}), (f"{path}:5", {"a": 3})]
+    assert list(read_records(path)) == [(f"{path}:2", {"a": 1}), (f"{path}:4", {"a": 2}), (f"{path}:5", {"a": 3})]
 
 
 def test_missing_files_and_a_missing_pyarrow(tmp_path, tokenizer, monkeypatch):

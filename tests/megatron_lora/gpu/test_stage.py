@@ -25,6 +25,7 @@ from megatron_lora.model.stage import build_stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import Links, MessageLayout
 from megatron_lora.parallel.process_groups import Position
+from megatron_lora.training.evaluate import EvaluationSums
 from megatron_lora.training.executor import Executor
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
 from scheduling.cost import OFFLOADED
@@ -95,6 +96,7 @@ class Scene:
             MessageLayout(max_endings=2, hidden_size=self.stage.architecture.hidden_size, dtype=self.dtype),
             load=self.load, num_rows=lambda microbatch: microbatch.num_tokens,
             jobs={row: SimpleNamespace(optimizer=JobOptimizer(self.arena, row, SETTINGS)) for row in range(2)},
+            evaluations=EvaluationSums(None, self.device), on_evaluation=lambda done: None,
             on_step=self.steps.append, on_forward=lambda microbatch: None, timeline=Timeline(self.device), device=self.device,
         )  # fmt: skip
 

@@ -1,6 +1,8 @@
-"""Adapters come and go in the arena: rank rows never overlap, others keep their numbers, and what was given back is zero."""
+"""Adapters come, go and move in the arena as the book says: nothing overlaps, no bit of another's state changes, what was left is zero."""
 
-import math
+from __future__ import annotations
+
+import json
 
 import pytest
 import torch
@@ -9,12 +11,13 @@ from hypothesis import strategies as st
 
 from fused_ops.lora.adapters import padded_rank
 from megatron_lora.model.adapter_arena import Arena
-from megatron_lora.model.arena_region import AdapterSpec, FreeRows, NoRoom
+from megatron_lora.model.arena_region import AdapterSpec, room_of, shards, side_by_side
 from megatron_lora.model.linears import LinearGeometry
+from megatron_lora.planning.adapter_rows import Book
 
 QKV, PROJ = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
 SIZES = {"q_proj": 24, "k_proj": 8, "v_proj": 8, "o_proj": 32}
-BUFFERS = ("master", "grad", "exp_avg", "exp_avg_sq", "compute")
+STATE = ("master", "exp_avg", "exp_avg_sq", "compute")
 
 
 class Linear:
@@ -33,11 +36,11 @@ class Linear:
         self.adapters = None
 
 
-def build(adapters=(), room_for=None, rank=0, ranks=1, dtype=torch.float32) -> Arena:
+def build(adapters=(), room=None, rank=0, ranks=1, dtype=torch.float32) -> Arena:
     """Build an arena over two layers of two linears."""
     linears = [Linear(layer, modules, rank, ranks) for layer in range(2) for modules in (QKV, PROJ)]
     place = {"tensor_rank": rank, "tensor_ranks": ranks, "device": torch.device("cpu")}
-    return Arena(linears, adapters, room_for=room_for, dtype=dtype, **place)
+    return Arena(linears, adapters, room=room, dtype=dtype, **place)
 
 
 specs = st.builds(
@@ -49,14 +52,17 @@ specs = st.builds(
 )
 
 
-def fill(arena: Arena, row: int, number: float) -> None:
-    for factor in arena.factors[row]:
-        for name in BUFFERS:
-            arena.view(factor, getattr(arena, name)).fill_(number)
+def fill(arena: Arena, row: int, number: int) -> dict[str, torch.Tensor]:
+    """Give an adapter values of its own in every buffer of its state; return them by buffer."""
+    gen = torch.Generator().manual_seed(number)
+    for name in STATE:
+        for factor in arena.factors[row]:
+            arena.view(factor, getattr(arena, name)).copy_(torch.rand(factor.r, factor.width, generator=gen) + number)
+    return state(arena, row)
 
 
-def holds(arena: Arena, row: int, number: float) -> bool:
-    return all(bool((arena.view(f, getattr(arena, name)) == number).all()) for f in arena.factors[row] for name in BUFFERS)
+def state(arena: Arena, row: int) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([arena.view(f, getattr(arena, name)).flatten().clone() for f in arena.factors[row]]) for name in STATE}
 
 
 def check_tables(arena: Arena, resident: dict[int, AdapterSpec]) -> None:
@@ -79,87 +85,117 @@ def check_tables(arena: Arena, resident: dict[int, AdapterSpec]) -> None:
                 assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
 
 
+steps = st.lists(st.tuples(st.sampled_from(["join", "leave", "move"]), specs, st.integers(0, 99)), max_size=25)
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(specs, min_size=1, max_size=6), st.lists(st.tuples(st.booleans(), specs, st.integers(0, 99)), max_size=25), st.integers(1, 2)
-)
-def test_joins_and_leaves_keep_everybody_apart(room_for, moves, ranks):
-    arenas = [build(room_for=room_for, rank=rank, ranks=ranks) for rank in range(ranks)]
-    resident: dict[int, AdapterSpec] = {}
-    for number, (joins, spec, which) in enumerate(moves, start=1):
-        if joins:
-            before = [
-                [*map(tuple, (free.intervals for region in arena.regions for free in (region.free_a, *region.free_b)))] for arena in arenas
-            ]
-            try:
-                rows = {arena.add(spec) for arena in arenas}
-            except NoRoom:
-                after = [
-                    [*map(tuple, (free.intervals for region in a.regions for free in (region.free_a, *region.free_b)))] for a in arenas
-                ]
-                assert after == before, "an adapter without room took some"
+@given(st.integers(1, 8), steps, st.integers(1, 2), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_arena_repeats_the_book_and_keeps_every_bit(units, actions, ranks, dtype):
+    room = dict.fromkeys((*QKV, *PROJ), 16 * units)
+    arenas, book = [build(room=room, rank=rank, ranks=ranks, dtype=dtype) for rank in range(ranks)], Book(room)
+    resident: dict[int, AdapterSpec] = {}  # by adapter row, which names it in the book too
+    values: dict[int, list[dict[str, torch.Tensor]]] = {}
+    for number, (what, spec, which) in enumerate(actions, start=1):
+        row = sorted(resident)[which % len(resident)] if resident else -1
+        if what == "join":
+            places = book.take("new", spec)
+            if places is None:
                 continue
-            assert len(rows) == 1, "tensor ranks disagree"
-            row = rows.pop()
-            assert row not in resident and all(holds(arena, row, 0.0) for arena in arenas), "the row was not clean"
-            resident[row] = spec
+            sent = json.loads(json.dumps(places))
+            (row,) = {arena.add(spec, sent) for arena in arenas}
+            assert row not in resident and not any(each.any() for arena in arenas for each in state(arena, row).values())
+            book.residents[str(row)], resident[row] = book.residents.pop("new"), spec
+            values[row] = [fill(arena, row, number) for arena in arenas]
+        elif what == "leave" and resident:
+            book.give_back(str(row))
             for arena in arenas:
-                fill(arena, row, float(number))
-        elif resident:
-            row = sorted(resident)[which % len(resident)]
-            numbers = {
-                other: float(arenas[0].view(arenas[0].factors[other][0], arenas[0].master)[0, 0]) for other in resident if other != row
-            }
-            for arena in arenas:
+                arena.grad.fill_(1.0)
                 arena.remove(row)
-                assert arena.factors[row] == [] and all(holds(arena, other, value) for other, value in numbers.items())
-            del resident[row]
-        for arena in arenas:
+                assert arena.factors[row] == []
+                arena.grad[arena.grad != 0] = 0.0
+            del resident[row], values[row]
+        elif what == "move" and resident and (moves := book.compact(set(map(str, resident)), spec) if book.fits_empty(spec) else None):
+            for job, places in moves.items():
+                book.move(job, places)
+                for arena in arenas:
+                    arena.move(int(job), places)
+            book.finish_moves()
+        for rank, arena in enumerate(arenas):
             check_tables(arena, resident)
+            assert len(arena.specs) <= 4 * units, "adapter rows are not used again"
+            for other, of_ranks in values.items():
+                assert all(torch.equal(now, of_ranks[rank][name]) for name, now in state(arena, other).items()), (
+                    "an adapter's state changed"
+                )
             covered = sum(factor.length for factors in arena.factors for factor in factors)
-            assert covered == sum(int((arena.master != 0).sum()) for _ in range(1)), "rows outside adapters are not zero"
+            assert all(covered == int((getattr(arena, name) != 0).sum()) for name in STATE), "rows outside adapters are not zero"
+
+
+def test_a_move_over_the_adapters_own_rows():
+    every = frozenset([*QKV, *PROJ])
+    spec = AdapterSpec(r=40, scale=1.0, dropout=0.0, target_modules=every)
+    book = Book(dict.fromkeys(every, 64))
+    book.take("first", AdapterSpec(r=16, scale=1.0, dropout=0.0, target_modules=every))
+    places = book.take("second", spec)
+    assert places is not None
+    arena = build(room=book.room, dtype=torch.bfloat16)
+    assert arena.add(spec, places) == 0
+    before, zeros = fill(arena, 0, 5), int((arena.master == 0).sum())
+    held = arena.linears[0].adapters
+    for there in ({module: (a - 16 * (module == "o_proj"), b - 16) for module, (a, b) in places.items()}, places, side_by_side([spec])[0]):
+        arena.move(0, there)
+        assert all(torch.equal(now, before[name]) for name, now in state(arena, 0).items())
+        assert int((arena.master == 0).sum()) == zeros and arena.linears[0].adapters.b_rows[0][0] == there["q_proj"][1]
+    assert held.b_rows[0] == (16, 16, 16), "a microbatch in flight keeps its tables"
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(specs, min_size=1, max_size=6))
 def test_adapters_that_are_there_from_the_start_lie_in_their_order_without_holes(adapters):
-    arena = build(adapters)
+    arena, book = build(adapters), Book(room_of(adapters))
     check_tables(arena, dict(enumerate(adapters)))
-    for region, places in zip(arena.regions, arena.places, strict=True):
-        assert not region.free_a.intervals and not any(free.intervals for free in region.free_b)
-        firsts = [min(row for row in place.a_rows if row >= 0) for place in places if place and any(row >= 0 for row in place.a_rows)]
-        assert firsts == sorted(firsts)
+    assert arena.places == [book.take(str(number), spec) for number, spec in enumerate(adapters)] == side_by_side(adapters)
+    assert not any(rows.spans for rows in book.free.values())
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 200), st.lists(st.tuples(st.integers(1, 40), st.integers(0, 99)), max_size=40))
-def test_free_rows_are_what_nobody_holds(size, moves):
-    free, held = FreeRows(size), []
-    for count, which in moves:
-        first = free.find(count)
-        if first is None:
-            used = sorted(held)
-            gaps = [b[0] - (a[0] + a[1]) for a, b in zip([(0, 0), *used], [*used, (size, 0)], strict=True)]
-            assert max(gaps) < count, "rows were free and not found"
-            if held:
-                free.give_back(*held.pop(which % len(held)))
-            continue
-        free.take(first, count)
-        held.append((first, count))
-        assert sum(end - low for low, end in free.intervals) == size - sum(n for _, n in held)
-    with pytest.raises(AssertionError):
-        free.give_back(*(free.intervals[0] if free.intervals else (0, size + 1)))
+def test_rows_that_are_taken_are_refused():
+    spec = AdapterSpec(r=16, scale=1.0, dropout=0.0, target_modules=frozenset(PROJ))
+    arena = build(room={"o_proj": 48})
+    arena.add(spec, {"o_proj": (16, 16)})
+    for rows in ((16, 0), (0, 16), (48, 0), (0, 48), (-16, 0)):
+        with pytest.raises(AssertionError, match="of o_proj: adapters at"):
+            arena.add(spec, {"o_proj": rows})
+    assert arena.add(spec, {"o_proj": (0, 32)}) == 1
 
 
-def test_a_row_of_the_departed_is_taken_first_and_moments_do_not_pass_on():
+def test_moments_do_not_pass_on():
     every = frozenset([*QKV, *PROJ])
     first, second = (AdapterSpec(r=r, scale=1.0, dropout=0.0, target_modules=every) for r in (16, 5))
     arena = build([first, second], dtype=torch.bfloat16)
-    fill(arena, 0, 3.0)
-    before = arena.linears[0].adapters
+    fill(arena, 0, 3)
+    arena.grad.fill_(1.0)
+    before, places = arena.linears[0].adapters, arena.places[0]
     arena.remove(0)
     assert before.a_rows[0] != arena.linears[0].adapters.a_rows[0], "a microbatch in flight keeps its tables"
-    assert arena.add(first) == 0 and holds(arena, 0, 0.0)
-    with pytest.raises(NoRoom, match="model.layers.0.q_proj"):
-        arena.add(second)
-    assert math.isclose(float(arena.master.abs().sum()), 0.0)
+    assert arena.add(first, places) == 0 and not any(each.any() for each in state(arena, 0).values())
+    assert not any(arena.view(factor, arena.grad).any() for factor in arena.factors[0])
+
+
+def test_linears_that_merge_the_same_modules_share_their_tables():
+    spec = AdapterSpec(r=16, scale=1.0, dropout=0.0, target_modules=frozenset([*QKV, *PROJ]))
+    arena = build([spec])
+    (first, _, second, _) = (linear.adapters for linear in arena.linears)
+    assert first.adapter_table is second.adapter_table and first.a_RK.data_ptr() != second.a_RK.data_ptr()
+    with arena.showing([AdapterSpec(r=5, scale=1.0, dropout=0.5, target_modules=frozenset(PROJ))]):
+        assert [linear.adapters.width for linear in arena.linears] == [0, 16, 0, 16] and arena.linears[1].adapters.has_dropout
+    assert [linear.adapters.width for linear in arena.linears] == [48, 16, 48, 16] and not arena.linears[1].adapters.has_dropout
+
+
+def test_shards_are_a_function_of_adapter_and_rank():
+    spec = AdapterSpec(r=5, scale=1.0, dropout=0.0, target_modules=frozenset(["k_proj", "o_proj"]))
+    for rank in range(2):
+        arena = build([AdapterSpec(r=16, scale=1.0, dropout=0.0, target_modules=frozenset(QKV)), spec], rank=rank, ranks=2)
+        found = [shard for region in arena.regions for shard in shards(region.geometry, rank, spec)]
+        facts = [[(f.path, f.kind, f.r, f.width, f.sharded, f.first) for f in factors] for factors in (found, arena.factors[1])]
+        assert facts[0] == facts[1] and {f.first for f in found} == {0, *([4, 16] if rank else [])}
+        assert not any(padded_rank(f.r) * f.width == 0 for f in found)

@@ -97,6 +97,38 @@ def test_vocabulary_parallel_equals_torch(listed, sequence, pool):
         assert_equal(found, listed)
 
 
+def evaluated(sequence_parallel=False, chunk_rows=5, listed=None, twins=False):
+    """Return losses and right predictions [T] of hidden states that point at some labels; `twins`: each token has an equal one later."""
+    hidden, weight, labels, _ = inputs()
+    if twins:
+        weight[-(VOCAB // 2) :] = weight[: VOCAB // 2]
+    hidden[1::2] = 5 * weight[labels.clamp(min=0)][1::2]
+    labels, targets = targets_of(labels, listed)
+    head = head_of(weight, sequence_parallel)
+    size = NUM_ROWS // (head.group.size() if sequence_parallel else 1)
+    shard = hidden[size * head.group.rank() :][:size] if sequence_parallel else hidden
+    full = hidden @ weight.t()
+    found = loss.evaluate(shard, labels, head, targets, chunk_rows)
+    return *found, F.cross_entropy(full, labels, reduction="none"), full.argmax(1) == labels
+
+
+@pytest.mark.parametrize("twins", [False, True])
+@pytest.mark.parametrize("listed", [None, *LISTS])
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"tp": 2, "sequence": True}])
+def test_right_predictions_are_those_of_the_full_logits(parallel, listed, twins, pool):
+    for losses, right, expected_losses, expected in pool(**parallel).run(evaluated, parallel.get("sequence", False), 5, listed, twins):
+        torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
+        assert torch.equal(right, expected)
+        assert listed is not None or 0 < int(right.sum()) < NUM_ROWS - 2, "some are right, and some are wrong"
+
+
+def test_a_row_of_nan_predicts_nothing(one_process):
+    hidden, weight, labels, _ = inputs()
+    hidden[1] = float("nan")
+    losses, right = loss.evaluate(hidden, labels, head_of(weight))
+    assert losses[1].isnan() and not right[1] and losses[2:].isfinite().all()
+
+
 def ours_in_default_chunks():
     """Bound chunks so that 31 columns, rank 0's, allow 4 rows, and 30, rank 1's, 5."""
     with mock.patch.multiple(memory, LOSS_CHUNK_BYTES=4 * 30 * 5, _LOSS_ROWS=1):

@@ -14,8 +14,9 @@ from rich.console import Console
 from megatron_lora.errors import UserError
 from megatron_lora.output.display import STYLES, LiveTable, PlainLines, SafeStream, duration, make_display
 from megatron_lora.output.job_states import FOLLOWERS
-from megatron_lora.output.metrics import JobSummary, JsonlMetrics, StepReport, metrics_file, read_metrics
+from megatron_lora.output.metrics import EvalReport, JobSummary, JsonlMetrics, StepReport, metrics_file, read_evaluations, read_metrics
 from megatron_lora.output.observers import make_observers
+from megatron_lora.output.standing import Best
 from megatron_lora.output.trackers import TensorBoardMetrics, WandbMetrics
 from scripts.loss_picture import plot_losses, smooth
 
@@ -33,6 +34,9 @@ REPORT = StepReport(
     seconds=1.5,
     skipped=False,
 )
+EVALUATION = EvalReport(
+    job="a", step=1, eval_loss=2.0, eval_accuracy=0.625, eval_tokens=16, eval_samples=3, seconds=0.5, best=Best(1, 2.0)
+)  # fmt: skip
 JOBS = [JobSummary("a", 4), JobSummary("b", 40)]
 
 
@@ -92,6 +96,22 @@ def test_a_run_appends_behind_a_line_that_was_cut_off(tmp_path):
         read_metrics(path)
 
 
+def test_an_evaluation_is_a_line_of_its_own_behind_its_step(tmp_path):
+    observer = JsonlMetrics(tmp_path)
+    observer.on_start(JOBS)
+    observer.on_step(report())
+    observer.on_evaluation(EVALUATION)
+    observer.on_evaluation(dataclasses.replace(EVALUATION, step=2, eval_loss=math.nan, eval_accuracy=0.0))
+    observer.on_evaluation(dataclasses.replace(EVALUATION, step=3, eval_loss=1000.0))
+    observer.close()
+    path = metrics_file(tmp_path, "a")
+    assert [step["step"] for step in read_metrics(path)] == [1]
+    first, second, third = read_evaluations(path)
+    expected = {"step": 1, "eval_loss": 2.0, "eval_perplexity": math.exp(2), "eval_accuracy": 0.625, "eval_tokens": 16, "eval_samples": 3}
+    assert first == expected | {"seconds": 0.5} and "eval_loss" in path.read_text().splitlines()[1]
+    assert (second["eval_loss"], second["eval_perplexity"], third["eval_loss"], third["eval_perplexity"]) == (None, None, 1000.0, None)
+
+
 # ---- trackers ----
 
 
@@ -103,11 +123,18 @@ def test_tensorboard_gets_every_number(tmp_path):
     observer.on_step(report())
     observer.on_step(report(step=2, loss=2.0, grad_norm=math.nan))
     observer.on_step(report(job="b", loss=9.0))
+    observer.on_evaluation(EVALUATION)
     observer.on_status("b", "failed", "why")
     observer.close()
     events = EventAccumulator(str(tmp_path / "jobs" / "a")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.5), (2, 2.0)]
     assert [event.step for event in events.Scalars("train/grad_norm")] == [1]
+    found = {name: events.Scalars(f"eval/{name}")[0] for name in ("loss", "perplexity", "accuracy")}
+    assert {name: (event.step, event.value) for name, event in found.items()} == {
+        "loss": (1, 2.0),
+        "perplexity": (1, pytest.approx(math.exp(2))),
+        "accuracy": (1, 0.625),
+    }
     assert [event.value for event in EventAccumulator(str(tmp_path / "jobs" / "b")).Reload().Scalars("train/loss")] == [9.0]
 
 
@@ -123,7 +150,7 @@ def fake_wandb(log, fail=False):
             self.name, self.summary = name, {}
 
         def log(self, values, step):
-            log.append((self.name, step, values["train/loss"]))
+            log.append((self.name, step, *(values[tag] for tag in ("train/loss", "eval/loss") if tag in values)))
 
         def finish(self):
             log.append((self.name, "finished", self.summary))
@@ -144,10 +171,11 @@ def test_wandb_has_a_run_per_job(tmp_path, monkeypatch):
     observer = WandbMetrics(tmp_path / "out", "project")
     observer.on_start(JOBS)
     observer.on_step(report(job="b"))
+    observer.on_evaluation(EVALUATION)
     observer.on_status("b", "failed", "why")
     observer.close()
-    assert log[:3] == [("a", "project", "out"), ("b", "project", "out"), ("b", 1, 2.5)]
-    assert log[3:] == [("a", "finished", {}), ("b", "finished", {"state": "failed: why"})]
+    assert log[:4] == [("a", "project", "out"), ("b", "project", "out"), ("b", 1, 2.5), ("a", 1, 2.0)]
+    assert log[4:] == [("a", "finished", {"best": {"step": 1, "value": 2.0}}), ("b", "finished", {"state": "failed: why"})]
 
 
 def test_wandb_that_cannot_be_used(tmp_path, monkeypatch):
@@ -186,6 +214,36 @@ def test_plain_lines_are_few_and_tell_every_end(tmp_path):
         "a: done",
         "b: failed: the norm",
     ]
+
+
+def test_every_evaluation_is_a_plain_line():
+    out = io.StringIO()
+    observer = PlainLines(SafeStream(out), Clock())
+    observer.on_start(JOBS)
+    observer.on_evaluation(EVALUATION)
+    observer.on_evaluation(dataclasses.replace(EVALUATION, step=4, eval_loss=2.5, eval_accuracy=0.5))
+    assert out.getvalue().splitlines() == [
+        "a: after step 1: eval loss 2.0000, perplexity 7.389, accuracy 62.5%, the best so far",
+        "a: after step 4: eval loss 2.5000, perplexity 12.18, accuracy 50.0%",
+    ]
+
+
+def test_the_table_has_columns_of_evaluations_where_there_are_any():
+    (out, console), clock = terminal(), Clock()
+    observer = LiveTable(console, clock)
+    observer.on_start(JOBS)
+    observer.on_step(report())
+    assert "eval loss" not in out.getvalue()
+    observer.on_evaluation(dataclasses.replace(EVALUATION, step=3, eval_loss=2.25))
+    observer.on_status("b", "stopped", "why")
+    observer.close()
+    last = out.getvalue().rpartition("job")[2]
+    assert "eval loss" in last and "2.2500" in last and "2.0000 at 1" in last and "stopped: why" in last
+    out, console = terminal()
+    observer = LiveTable(console, clock)
+    observer.on_start([JobSummary("a", 4, 2, Best(2, 1.75))])
+    observer.close()
+    assert "1.7500 at 2" in out.getvalue(), "of an earlier start"
 
 
 def test_plain_lines_come_at_their_interval():
@@ -297,10 +355,17 @@ def test_loss_curves_become_a_picture(tmp_path):
     observer.on_start(JOBS)
     for step in range(1, 5):
         observer.on_step(report(step=step, loss=math.nan if step == 2 else 4 / step))
+        if step == 3:
+            observer.on_evaluation(dataclasses.replace(EVALUATION, step=step))
     observer.close()
     files = {name: metrics_file(tmp_path, name) for name in ("a", "b")}
     plot_losses(files, tmp_path / "deep" / "losses.png")
     assert (tmp_path / "deep" / "losses.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    drawn = (tmp_path / "deep" / "losses.png").read_bytes()
+    lines = files["a"].read_text().splitlines(keepends=True)
+    files["a"].write_text("".join(line for line in lines if "eval_loss" not in line))
+    plot_losses(files, tmp_path / "without.png")
+    assert len(lines) == 5 and (tmp_path / "without.png").read_bytes() != drawn
     with pytest.raises(UserError, match="does not exist"):
         plot_losses({"c": tmp_path / "none"}, tmp_path / "losses.png")
 

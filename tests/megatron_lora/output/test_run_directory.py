@@ -17,7 +17,8 @@ from megatron_lora.output.run_directory import RunDirectory
 
 
 def config(path) -> RunConfig:
-    jobs = tuple(JobConfig(name=name, seed=0, datasets=(DatasetConfig(path="a.jsonl", type="text"),)) for name in ("a", "b"))
+    chosen = {"seed": 0, "mode": "min", "keep": "last"}  # where a file leaves them open
+    jobs = tuple(JobConfig(name=name, datasets=(DatasetConfig(path="a.jsonl", type="text"),), **chosen) for name in ("a", "b"))
     return RunConfig(base_model="m", output_dir=str(path), jobs=jobs)
 
 

@@ -12,67 +12,82 @@ import runs
 from waiting import wait_for
 
 from megatron_lora.planning import plan_feed
-from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
+from megatron_lora.planning.plan_feed import Asked, PlanFeed, PlannedJob, PlanSettings
+from scheduling.data_parallel import DealtJob
+from scheduling.job_lengths import read_lengths
 from scheduling.slot_cost import SlotCost
 
 LENGTHS = [[[5, 7, 6, 9]] * 12, [[4, 4, 8]] * 16]
 
 
-def test_windows_are_planned_ahead_of_the_one_that_runs_and_not_further(one_process, tmp_path):
+class Jobs:
+    """Director and crew of jobs that all join with the first window; those of `leave` leave with the second."""
+
+    def __init__(self, lengths, settings, first_steps=(), leave=()):
+        firsts = first_steps or [0] * len(lengths)
+        self.jobs = [
+            PlannedJob(number=n, dealt=DealtJob.of(read_lengths(n, steps), settings.num_replicas, SlotCost()), first_step=firsts[n])
+            for n, steps in enumerate(lengths)
+        ]
+        self.leave, self.departed, self.windows = leave, set(), []
+
+    def ask(self, window, slot):
+        if len(self.departed) == len(self.jobs):
+            return None
+        return Asked(changes=window, leave=dict.fromkeys(self.leave, True) if window == 1 else {})
+
+    def planned(self, planned):
+        self.departed |= planned.departed
+        self.windows.append(planned)
+        return len(self.windows) - 1, frozenset(), {"joined": []}
+
+    def read(self, changes):
+        return self.jobs if changes == 0 else ()
+
+    def prepare(self, changes):
+        pass
+
+
+def feed_of(lengths, settings, replica, path, **keys):
     import torch.distributed as dist
 
+    jobs = Jobs(lengths, settings, **keys)
+    return PlanFeed(settings, replica, path, dist.group.WORLD, jobs, jobs), jobs
+
+
+def test_one_window_is_planned_ahead_of_the_one_that_runs_and_no_other(one_process, tmp_path):
     settings = PlanSettings(num_stages=2, num_replicas=1, capacity=24, delay=0, cost=SlotCost(), num_slots=4)
-    feed = PlanFeed(LENGTHS, settings, 0, tmp_path, dist.group.WORLD)
-    windows = iter(feed)
-
-    def num_written() -> int:
-        return len(list(tmp_path.glob("window-*.json")))
-
+    feed, jobs = feed_of(LENGTHS, settings, 0, tmp_path)
     taken = 0
-    for _ in windows:
+    for _ in feed:
         taken += 1
-        last = json.loads((tmp_path / f"window-{taken - 1:04d}.json").read_text())["last"]
-        if last:
-            break
-        wait_for(lambda: feed.ready.full())  # the next window is there before it is asked for
-        ahead = json.loads((tmp_path / f"window-{taken:04d}.json").read_text())
-        if not ahead["last"]:
-            wait_for(lambda expected=taken + 2: num_written() == expected)  # and the one after is planned, waiting to be queued
-            assert feed.thread.is_alive()
-    assert next(windows, None) is None
+        wait_for(lambda: not feed.ready.empty())  # the next window, or the end, is there before it is asked for
+        assert len(jobs.windows) <= taken + 1
     feed.close()
-    assert taken == num_written() > 5
+    assert taken == len(list(tmp_path.glob("window-*.json"))) > 5
 
 
 def test_a_feed_keeps_what_its_resident_jobs_need_alone(one_process, tmp_path):
     """Three jobs over two replicas; one is resumed, one is removed. At most one step ends in a slot."""
-    import torch.distributed as dist
-
     settings = PlanSettings(num_stages=2, num_replicas=2, capacity=24, delay=1, cost=SlotCost(), num_slots=4, max_endings=1)
-    feed = PlanFeed([*LENGTHS, [[3, 3]] * 5], settings, 1, tmp_path, dist.group.WORLD, first_steps=[0, 0, 4])
-    ended, resident = [], []
-    for window in feed:
-        ended += window.ended
-        resident.append(set(feed.dealt.jobs))
-        if len(resident) == 1:
-            feed.remove(0)
+    feed, jobs = feed_of([*LENGTHS, [[3, 3]] * 5], settings, 1, tmp_path, first_steps=[0, 0, 4], leave=[0])
+    ended = [each for window in feed for each in window.ended]
     feed.close()
     steps = [each for slot in ended for each in slot]
     assert max(map(len, ended)) == 1
-    assert [step for job, step in steps if job == 1] == list(range(16)) and [step for job, step in steps if job == 2] == [4]
-    assert 0 < sum(job == 0 for job, _ in steps) < 12
-    assert resident[-1] == set() and all(later <= earlier for earlier, later in zip(resident, resident[1:], strict=False))
+    assert [step for job, step, _ in steps if job == 1] == list(range(16)) and [step for job, step, _ in steps if job == 2] == [4]
+    left = next(window.left for window in jobs.windows if window.left)
+    assert left == {0: sum(job == 0 for job, *_ in steps)} and 0 < left[0] < 12
+    assert not feed.dealt and not feed.follower.jobs
 
 
 @pytest.mark.parametrize("command", ["import sys; sys.exit(7)", "import sys; sys.stdin.readline(); sys.exit(7)"])
 def test_a_planner_that_dies_is_reported(command, one_process, tmp_path, monkeypatch):
-    import torch.distributed as dist
-
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    monkeypatch.setattr(plan_feed, "_planner", lambda: subprocess.Popen([sys.executable, "-c", command], **pipes))
+    started = subprocess.Popen
+    monkeypatch.setattr(plan_feed.subprocess, "Popen", lambda words, **keys: started([sys.executable, "-c", command], **keys))
     settings = PlanSettings(num_stages=2, num_replicas=1, capacity=24, delay=0, cost=SlotCost(), num_slots=4)
     with pytest.raises(RuntimeError, match="the planning process ended with status 7"):
-        list(PlanFeed(LENGTHS, settings, 0, tmp_path, dist.group.WORLD))
+        list(feed_of(LENGTHS, settings, 0, tmp_path)[0])
 
 
 def test_a_run_of_many_windows_waits_for_plans_only_at_its_start(pool, tmp_path):

@@ -20,7 +20,7 @@ from megatron_lora.output.resume import as_begun, changed_key, with_precision_of
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.parallel.partition import recompute_of_layers
 from megatron_lora.planning import devices
-from megatron_lora.planning.predict import cost_of, memory_of, planner_cost, predicted_peaks
+from megatron_lora.planning.predict import cost_of, memory_of, planner_cost, predicted_peaks, window_time
 from megatron_lora.planning.resolve import choose_layers, describe, memory_line, resolve
 from megatron_lora.training import train
 from megatron_lora.training.stop_request import StopRequest
@@ -80,7 +80,7 @@ def test_stages_take_equally_long_with_the_head(configure, root):
     split = choose_layers(four, large, H100)
     check_split(four, split, large, H100)
     assert split[-1] < split[0] and choose_layers(four, large, DEVICES["a100"]) == split  # any GPU, one split
-    given = configure("precision=bf16", "parallel.pipeline=4", "parallel.layers_per_stage=[8, 8, 8, 8]")
+    given = configure("precision=bf16", "parallel.pipeline=4", "parallel.layers_per_stage=[8, 8, 8, 8]", "adapter_memory=1")
     assert resolve(given, large, LENGTHS, H100) == given
     resolved = resolve(configure("parallel.pipeline=4"), large, LENGTHS, H100)
     times = [stage.seconds(4096) for stage in cost_of(resolved, large, H100).stages]
@@ -153,11 +153,11 @@ def test_recomputation_is_no_more_than_the_memory_asks_for(configure, root):
         device = dataclasses.replace(H100, memory_bytes=size * 1e9)
         assert predicted_peaks(config, large, device)[0] <= usable_bytes(device)
         assert describe(auto, config)[0].startswith("recompute: auto is ") and load_config_text(dump_config(config)) == config
-        assert memory_line(auto, config, large, device)[0].endswith("to spare")
+        assert memory_line(auto, config, large, device)[1].endswith("to spare")
     assert "full" in describe(auto, resolved[3])[0] and describe(auto, resolved[0])[0] == "recompute: auto is none"
     tiny = dataclasses.replace(H100, memory_bytes=9e9)
     beyond = resolve(auto, large, LENGTHS, tiny)
-    assert beyond.recompute == "full" and "TOO MUCH" in memory_line(auto, beyond, large, tiny)[0]
+    assert beyond.recompute == "full" and "TOO MUCH" in memory_line(auto, beyond, large, tiny)[1]
 
 
 def test_inputs_wait_on_the_host_only_where_nothing_else_fits(configure, root):
@@ -171,7 +171,7 @@ def test_inputs_wait_on_the_host_only_where_nothing_else_fits(configure, root):
     assert resolved.activation_offloading is True
     (line,) = memory_line(resolved, resolved, large, tight)
     assert line.startswith("activation_offloading: true; layer inputs take 2.1 GB")
-    peak, line = memory_line(auto, resolved, large, tight)
+    _, peak, line = memory_line(auto, resolved, large, tight)
     assert predicted_peaks(resolved, large, tight)[0] <= usable_bytes(tight) and peak.endswith("to spare")
     assert line == "activation_offloading: auto is true; layer inputs take 2.1 GB of pinned host memory on each rank"
     without = dataclasses.replace(resolved, activation_offloading=False)
@@ -235,6 +235,20 @@ def test_the_planner_weighs_slots_by_the_model_and_not_by_the_gpu(configure, roo
     assert planner_cost(wider, large, H100).per_square < planner_cost(config, large, H100).per_square  # a token costs more
 
 
+def test_a_window_of_so_much_planned_time_takes_so_many_predicted_seconds(configure, root):
+    """Slots that take window_time by the planner's costs take window_s by the cost model, of the reference device."""
+    large = model(root, **LARGE, vocab_size=128256)
+    config = configure("parallel.pipeline=2", "parallel.layers_per_stage=[18,14]")
+    rank = config.jobs[0].r
+    for device in (H100, CPU):
+        time = window_time(config, large, device, 0.5, 5.0)
+        slots = time / (2 * dataclasses.replace(planner_cost(config, large, device, 0.5), tiles=()).slot([1024] * 4))
+        stages = cost_of(config, large, device, 0.5).stages
+        assert slots * max(stage.seconds(4096, 4 * 1024**2, 4096 * rank) for stage in stages) == pytest.approx(5.0, rel=1e-3)
+    assert window_time(config, large, H100, 0.5, 5.0) == window_time(config, large, DEVICES["a100"], 0.5, 5.0)
+    assert window_time(config, large, H100, 0.5, 10.0) == 2 * window_time(config, large, H100, 0.5, 5.0)
+
+
 def test_the_planner_knows_the_stairs_of_a_gpu_and_what_a_further_job_costs(configure, root):
     """About 80 tokens at 32B on two stages; no more than was measured for a model whose layers are quicker; nothing of both on a CPU."""
     facts = {"hidden_size": 5120, "num_layers": 64, "num_heads": 40, "num_kv_heads": 8, "head_dim": 128, "ffn_size": 27648}
@@ -269,13 +283,18 @@ def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure
     import torch.distributed as dist
 
     open_ = ("microbatch_tokens=auto", "parallel.pipeline=2", "recompute=auto")
-    config, given = configure(*open_), configure("precision=fp32", "parallel.layers_per_stage=[4]")
+    config, given = configure(*open_), configure("precision=fp32", "parallel.layers_per_stage=[4]", "adapter_memory=0.1")
     with RunDirectory.create(config):
         resolved, cost = resolve_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD, ["one"])
         split = f"parallel.layers_per_stage: null is {list(resolved.parallel.layers_per_stage)}, as 25% of the tokens are targets"
         lines = ["microbatch_tokens: auto is 256", split]
-        *printed, memory = capsys.readouterr().out.splitlines()
-        assert printed == [*lines, "recompute: auto is none"] and memory.startswith("predicted peak memory: ") and " MB | " in memory
+        *printed, adapters, memory = capsys.readouterr().out.splitlines()
+        assert (
+            printed == [*lines, "recompute: auto is none"]
+            and adapters.endswith(", room for all jobs at once")
+            and memory.startswith("predicted peak memory: ")
+            and " MB | " in memory
+        )
         every, some = (planner_cost(resolved, read_architecture(root / "model"), CPU, share) for share in (1.0, 0.25))
         assert load_config("run/config.yaml") == resolved and cost == some != every
         assert resolve_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD, ["one"])[0] == given
@@ -308,7 +327,7 @@ def test_a_run_records_what_it_settled(parallel, root, pool, tmp_path):
     written = load_config(tmp_path / "run" / "config.yaml")
     assert isinstance(written.microbatch_tokens, int) and len(written.parallel.layers_per_stage) == parallel.get("pp", 1)
     assert written.recompute == "none"
-    left_open = {"microbatch_tokens": "auto", "recompute": "auto", "activation_offloading": "auto"}
+    left_open = {"microbatch_tokens": "auto", "recompute": "auto", "activation_offloading": "auto", "adapter_memory": "auto"}
     opened = dataclasses.replace(written, **left_open, parallel=load_config(path).parallel)
     assert opened == load_config(path)
     window = json.loads((tmp_path / "run" / "plan" / "window-0000.json").read_text())
@@ -322,7 +341,7 @@ def test_a_resolved_config_leaves_nothing_open_and_equals_what_it_is_written_as(
     written = load_config_text(dump_config(resolved))
     assert written == resolved and resolved == written and type(written) is not ResolvedConfig
     assert resolved != dataclasses.replace(written, seed=1)
-    for key in ("precision", "microbatch_tokens", "recompute", "activation_offloading"):
+    for key in ("precision", "microbatch_tokens", "recompute", "activation_offloading", "adapter_memory"):
         with pytest.raises(AssertionError, match=key):
             ResolvedConfig.of(dataclasses.replace(written, **{key: "auto"}))
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import Links, MessageLayout
 from megatron_lora.parallel.process_groups import Position
+from megatron_lora.training.evaluate import EvaluationSums
 from megatron_lora.training.executor import Executor
 from scheduling.follow import Window
 from scheduling.pipeline import endings
@@ -34,6 +35,10 @@ class Model:
         assert targets.shape == (ROWS,)
         return hidden.sum(dim=1)
 
+    def evaluate(self, hidden, labels, targets):
+        assert not hidden.requires_grad, "an evaluation keeps a graph"
+        return hidden.sum(dim=1), torch.arange(ROWS, device=hidden.device) > 0
+
 
 class Optimizer:
     """Returns the loss as the squared norm."""
@@ -48,12 +53,12 @@ class Optimizer:
         pass
 
 
-def make_executor(device, on_step):
+def make_executor(device, on_step, on_evaluation=lambda done: None):
     return Executor(
         Model(device),
         Position(stage=0, num_stages=1, delay=DELAY),
         Links(None, None, None, None),
-        MessageLayout(max_endings=1, hidden_size=2, dtype=torch.float32),
+        MessageLayout(max_endings=2, hidden_size=2, dtype=torch.float32),
         load=lambda microbatch: SimpleNamespace(
             labels=None,
             targets=torch.arange(ROWS, device=device),
@@ -63,7 +68,9 @@ def make_executor(device, on_step):
         ),
         num_rows=lambda microbatch: microbatch.num_tokens,
         jobs={number: SimpleNamespace(optimizer=Optimizer()) for number in range(2)},
+        evaluations=EvaluationSums(None, device),
         on_step=on_step,
+        on_evaluation=on_evaluation,
         on_forward=lambda microbatch: None,
         timeline=Timeline(torch.device("cpu")),
         device=device,
@@ -87,12 +94,34 @@ def test_a_long_stream_is_not_piled_up():
     def windows():
         for window in range(num_windows):
             yield take_turns(window * slots, (window + 1) * slots)
-            held.append((len(executor.stream), sum(map(len, executor.endings.values())), len(executor.verdicts)))
+            held.append((len(executor.stream), len(executor.verdicts)))
         yield LAST
 
     executor.run(windows())
     assert done == [(number % 2, number // 2, 2.0 * ROWS) for number in range(slots * num_windows)]
     assert max(map(max, held)) <= 1 + DELAY, held
+
+
+def test_evaluations_are_summed_over_their_slots_and_reported_in_order():
+    """Between the steps, one evaluation of two slots and one of one slot: each reported once, before the next steps' ends."""
+    done = []
+    executor = make_executor(
+        torch.device("cpu"),
+        lambda step: done.append(("step", step.job, step.step)),
+        lambda evaluation: done.append((evaluation.job, evaluation.step, float(evaluation.loss_sum), float(evaluation.num_right))),
+    )
+
+    def slots(evaluate, *keys):
+        return tuple(Microbatch((Segment(job, step, (sample,), ROWS),), evaluate) for job, step, sample in keys)
+
+    steps = [slots(False, (job, step, 0)) for step in range(2) for job in range(2)]
+    evaluated = slots(True, (0, 1, 0), (0, 1, 1)), slots(True, (1, 1, 0))
+    stream = (*steps[0], *steps[1], NOOP, *evaluated[0], *steps[2], *evaluated[1], *steps[3], *LAST.stream)
+    ended = endings(stream)
+    executor.run([Window(stream[:4], ended[:4]), Window(stream[4:], ended[4:])])
+    first, second = (0, 1, 2.0 * 2 * ROWS, 2.0 * (ROWS - 1)), (1, 1, 2.0 * ROWS, ROWS - 1.0)
+    assert done == [("step", 0, 0), ("step", 1, 0), first, ("step", 0, 1), second, ("step", 1, 1)]
+    assert not executor.evaluations.sums
 
 
 class Holder(torch.autograd.Function):
@@ -116,7 +145,7 @@ class SentBack:
     def __init__(self, layout):
         self.layout = layout
 
-    def post(self, _):
+    def post(self, slot, num_rows):
         pass
 
     def take(self, slot):
@@ -128,7 +157,7 @@ class SentBack:
 def test_a_graph_is_gone_after_its_backward_without_the_collector():
     """On a stage that is not the last, a microbatch's graph is freed at once, not when Python's garbage collector next runs."""
     held, alive = [], []
-    layout = MessageLayout(max_endings=1, hidden_size=2, dtype=torch.float32)
+    layout = MessageLayout(max_endings=2, hidden_size=2, dtype=torch.float32)
     executor = make_executor(torch.device("cpu"), lambda step: None)
     executor.position = Position(stage=0, num_stages=2, delay=0)
     executor.links = SimpleNamespace(

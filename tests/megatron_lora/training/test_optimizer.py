@@ -20,7 +20,7 @@ from megatron_lora.output.standing import CheckpointState, resume_point_of
 from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.training.jobs import Job
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings
-from megatron_lora.training.saving import start_job
+from megatron_lora.training.saving import read_start, start_job
 from megatron_lora.training.snapshots import SnapshotCollector, join_shards
 
 BASE = {
@@ -152,7 +152,7 @@ def test_a_job_comes_back_from_its_checkpoint_to_the_bit(dtype, one_process, tmp
     jobs = [spec(5), spec(16, "v_proj")]
     arena, written = make_arena(jobs, dtype=dtype), []
     first = job_of(num_steps=9, r=5)
-    start_job(first, arena, 0, StageGroups())
+    start_job(first, arena, 0, StageGroups(), read_start(first, arena))
     torch.manual_seed(0)
     for step, square_norm in enumerate((1.0, math.nan, 4.0, math.inf)):
         arena.grad.copy_(torch.randn_like(arena.grad))
@@ -164,12 +164,13 @@ def test_a_job_comes_back_from_its_checkpoint_to_the_bit(dtype, one_process, tmp
     arena.master.fill_(7.0)  # what comes later is not in it
     collector.finish()
     (snapshot,) = written
+    assert snapshot.job is first
     adapter = AdapterFile(r=5, lora_alpha=10, use_rslora=False, target_modules=("q_proj", "k_proj", "v_proj"), weights=snapshot.weights)
     counts = {"num_updates": snapshot.num_updates, "skipped_in_a_row": snapshot.skipped_in_a_row}
     write_checkpoint(tmp_path, adapter, "base", snapshot.moments, CheckpointState(step=4, num_steps=9, samples="", **counts))
 
     again, second = make_arena(jobs, dtype=dtype), job_of(num_steps=9, r=5, resume_point=resume_point_of(tmp_path))
-    start_job(second, again, 0, StageGroups())
+    start_job(second, again, 0, StageGroups(), read_start(second, again))
     other = second.optimizer
     assert (int(other.num_updates), int(other.skipped_in_a_row)) == (2, 1) == (snapshot.num_updates, snapshot.skipped_in_a_row)
     for factor in arena.factors[0]:
@@ -187,6 +188,30 @@ def test_a_job_comes_back_from_its_checkpoint_to_the_bit(dtype, one_process, tmp
     for factor in arena.factors[0]:
         value = again.view(factor, again.master)
         assert torch.equal(value, arena.view(factor, arena.master)) and not torch.equal(value, arena.view(factor, kept))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_job_that_moves_takes_the_same_steps(dtype):
+    """Beside a neighbour whose rows it takes over, and with a snapshot that is taken where it then lies."""
+    specs, finals = [spec(16), spec(5)], []
+    for moves in (False, True):
+        arena = make_arena(specs, dtype=dtype)
+        arena.initialise(0, seed=1)
+        arena.initialise(1, seed=3)
+        optimizer, gen = JobOptimizer(arena, 1, OptimizerSettings(**BASE)), torch.Generator().manual_seed(0)
+        for step in range(5):
+            for factor in optimizer.factors:
+                arena.view(factor, arena.grad).copy_(torch.randn(factor.r, factor.width, generator=gen))
+            optimizer.start_reduction(torch.tensor(0.0))
+            optimizer.step(step, optimizer.finish_reduction()[0])
+            if moves and step == 1:
+                arena.remove(0)
+                arena.move(1, {module: (a - 48, 0) for module, (a, _) in arena.places[1].items()})
+                optimizer.locate()
+        assert not arena.grad.any()
+        finals.append([arena.view(f, b) for b in (arena.master, arena.exp_avg, arena.exp_avg_sq, arena.compute) for f in optimizer.factors])
+        assert optimizer.factors[0].start == (0 if moves else 48 * 32)
+    assert all(map(torch.equal, *finals)) and all(each.any() for each in finals[0])
 
 
 def test_initial_values_depend_on_seed_and_path_alone():

@@ -2,6 +2,7 @@
 
 import json
 import queue
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job
+from megatron_lora.training.reported import ReportBoard
 from megatron_lora.training.run_reporter import RunReporter
 from megatron_lora.training.step_reporter import StepReporter
 from scheduling.types import Microbatch, Segment
@@ -44,18 +46,24 @@ def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> Non
     (on_step or reporter.on_step)(StepDone(job, step, torch.tensor(square_norm), torch.tensor(1.5)))
 
 
-def reporter_of(tmp_path, jobs) -> tuple[RunDirectory, RunReporter, list[int]]:
+def reporter_of(tmp_path, jobs) -> tuple[RunDirectory, RunReporter, list[tuple]]:
     config = RunConfig(base_model="m", output_dir=str(tmp_path / "run"), jobs=tuple(job.config for job in jobs))
-    directory, removed = RunDirectory.create(config), []
-    return directory, RunReporter(config, dict(enumerate(jobs)), removed.append), removed
+    directory, told = RunDirectory.create(config), []
+    control = SimpleNamespace(tell=lambda *news: told.append(news), later=queue.SimpleQueue(), accounts=SimpleNamespace(begin=lambda: None))
+    reporter = RunReporter(config, dict(enumerate(jobs)), ReportBoard(), control)
+    for job in jobs:
+        reporter.join(job)
+    return directory, reporter, told
 
 
 def test_epochs_tokens_and_norms_of_each_step():
-    reports = []
-    reporter = StepReporter({0: make_job("a", 3), 1: make_job("b", 2)}, lambda job, report: reports.append((job, report)))
+    reports, jobs = [], {0: make_job("a", 3), 1: make_job("b", 2, number=1)}
+    reporter = StepReporter(jobs, lambda job, report: reports.append((job, report)))
+    for job in jobs.values():
+        reporter.join(job)
     for job, step, square_norm in ((0, 0, 4.0), (1, 0, float("inf")), (0, 1, 9.0), (1, 1, 1.0), (0, 2, 16.0)):
         take(reporter, job, step, square_norm)
-    reported = [(job, r.step, r.epoch, r.tokens, r.target_tokens, r.grad_norm, r.skipped) for job, r in reports]
+    reported = [(job.number, r.step, r.epoch, r.tokens, r.target_tokens, r.grad_norm, r.skipped) for job, r in reports]
     assert reported == [
         (0, 1, 0.5, 5, 3, 2.0, False),
         (1, 1, 0.5, 5, 3, float("inf"), True),
@@ -66,13 +74,13 @@ def test_epochs_tokens_and_norms_of_each_step():
 
 
 def test_a_failed_job_is_removed_once_and_reports_no_more(tmp_path):
-    directory, reporter, removed = reporter_of(tmp_path, [make_job("a", 12)])
+    directory, reporter, told = reporter_of(tmp_path, [make_job("a", 12)])
     norms = [1.0, *[float("nan")] * 3, 1.0, *[float("nan")] * 3]
     with directory, reporter:
         for step, square_norm in enumerate(norms):
             take(reporter.steps, 0, step, square_norm, lambda done: reporter.on_step(done, queue.SimpleQueue()))
         status = directory.status()["jobs"]["a"]
-    assert removed == [0] and status["state"] == "failed" and "step 4" in status["reason"]
+    assert told == [("failed", "a", status["reason"])] and status["state"] == "failed" and "step 4" in status["reason"]
     rows = [json.loads(line) for line in (tmp_path / "run/jobs/a/metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["skipped"]) for row in rows] == [(1, False), (2, True), (3, True), (4, True)]
 

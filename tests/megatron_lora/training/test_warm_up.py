@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import Arena
-from megatron_lora.model.arena_region import AdapterSpec
+from megatron_lora.model.arena_region import FREE_ROW, AdapterSpec
 from megatron_lora.model.stage import build_stage
 from megatron_lora.training import warm_up
 
@@ -72,11 +73,45 @@ def test_every_size_class_and_every_job(monkeypatch):
     assert warm_up.dummy(2, 5, torch.device("cpu")).route.num_rows == 2
 
 
+def adapter(r: int, dropout: float = 0.0, *targets: str) -> AdapterSpec:
+    return AdapterSpec(r=r, scale=2.0, dropout=dropout, target_modules=frozenset(targets or ("q_proj",)))
+
+
+def test_a_round_for_each_kind_of_kernels_that_may_come(monkeypatch):
+    """Rank classes and targets, each with dropout too where any job has it; none for what the residents need anyway, or what never fits."""
+    assert warm_up.variants([adapter(8), adapter(16), adapter(3)]) == [adapter(8)]
+    assert warm_up.variants([adapter(8), adapter(33, 0.1), adapter(64, 0.2)]) == [adapter(8), adapter(8, 0.2), adapter(33, 0.1)]
+    assert warm_up.variants([adapter(8), adapter(8, 0.0, "k_proj")]) == [adapter(8), adapter(8, 0.0, "k_proj")]
+    tried, shown = [], []
+    monkeypatch.setattr(warm_up, "_try", lambda stage, rows, multiple, num_jobs: tried.append((rows, num_jobs)))
+    monkeypatch.setattr(warm_up, "adamw_", lambda *_: None)
+    stage, empty = SimpleNamespace(device=torch.device("cpu"), reserve_host_memory=lambda rows: None), torch.zeros(1)
+    buffers = dict.fromkeys(("master", "grad", "exp_avg", "exp_avg_sq", "compute"), empty)
+
+    def showing(specs):
+        shown.append(specs)
+        return contextlib.nullcontext()
+
+    for resident, others, rounds in (
+        ([adapter(8)] * 3, [adapter(16)] * 5, [[adapter(8)] * 3]),
+        ([adapter(8)] * 3, [adapter(32), adapter(64)], [[adapter(8)] * 3, [adapter(32)]]),
+        ([], [adapter(8, 0.1), adapter(8, 0.0, "v_proj")], [[adapter(8, 0.1)]]),
+        ([adapter(8), adapter(20)], [], [[adapter(8), adapter(20)], [adapter(8)], [adapter(20)]]),
+    ):
+        shown.clear()
+        warm_up.warm_up(
+            stage, SimpleNamespace(specs=[*resident, FREE_ROW], room={"q_proj": 48}, showing=showing, **buffers), 2000, 1, others
+        )
+        assert shown == rounds
+    assert tried[:2] == [(2000, 3), (1000, 3)] and tried[-1] == (1000, 1)
+
+
 def test_a_microbatch_that_does_not_fit_is_one_line(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(warm_up, "_forward_and_backward", full)
-    stage, arena = SimpleNamespace(device=torch.device("cpu"), reserve_host_memory=lambda rows: None), SimpleNamespace(factors=[[]])
+    stage = SimpleNamespace(device=torch.device("cpu"), reserve_host_memory=lambda rows: None)
+    arena = SimpleNamespace(specs=[adapter(8)], room={"q_proj": 16}, showing=contextlib.nullcontext)
     with pytest.raises(UserError, match=r"^microbatch_tokens: 700 tokens do not fit \(CUDA out of memory\); use fewer"):
         warm_up.warm_up(stage, arena, 700)

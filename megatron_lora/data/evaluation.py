@@ -1,0 +1,46 @@
+"""What a job is evaluated on, and when: `val_set_size` takes records out of its own data, evaluations come after given numbers of steps.
+
+Validation has the records of the smallest hash(seed, record), where a record is its number in the job's concatenated datasets, before
+anything is dropped. So the draw depends on the job's seed and the number of its records alone, and a record's number, which decides its
+dropout masks, is the same with and without validation.
+
+    is_drawn = draw_validation(num_records=500, size=0.02, seed=0)      # bool [500], 10 of them
+    evaluation_steps(job, steps)                                        # (4, 8, 10): numbers of steps taken
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from megatron_lora.config.schema import JobConfig
+from megatron_lora.data.sample_arrays import Samples
+from megatron_lora.data.steps import Steps, mix
+
+DRAW = 0x56414C49 << 32  # beyond any seed: the order of training hashes the seed alone
+
+
+def draw_validation(num_records: int, size: float | int, seed: int) -> np.ndarray:
+    """Say which records are for validation, bool [num_records]; `size` is a share of them, at least one record, or a number."""
+    num_drawn = max(1, round(size * num_records)) if isinstance(size, float) else size
+    hashes = mix(mix(np.array([seed | DRAW], dtype=np.uint64)) + np.arange(num_records, dtype=np.uint64))
+    is_drawn = np.zeros(num_records, dtype=bool)
+    is_drawn[np.argsort(hashes, kind="stable")[:num_drawn]] = True
+    return is_drawn
+
+
+def evaluation_steps(job: JobConfig, steps: Steps, taken: int = 0, due: bool = True) -> tuple[int, ...]:
+    """Return after which numbers of steps a job is evaluated, ascending: `eval_steps` or epochs apart, and at its end; 0 is its start.
+
+    Of a job that resumes after `taken` steps, those that come; the one after `taken` itself only if it is `due`. Empty without validation
+    data.
+    """
+    if not job.is_evaluated:
+        return ()
+    every = job.eval_steps or steps.per_epoch
+    counts = [*([0] if job.eval_on_start else []), *range(every, len(steps), every), len(steps)]
+    return tuple(count for count in counts if count > taken or (due and count == taken))
+
+
+def longest_of(validation: Iterable[Samples]) -> list[tuple[tuple[int]]]:
+    """Return the tokens of the longest sample of each set that has any, as a job of one step: what a microbatch must hold, too."""
+    return [((int(samples.lengths.max()),),) for samples in validation if len(samples)]

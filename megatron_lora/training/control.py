@@ -1,0 +1,378 @@
+"""The first rank's control of a live run: which jobs join, leave, wait, are read, and what users ask for.
+
+It is the director of the plan feed (planning/plan_feed.py), whose thread asks it before each window:
+
+    1  rows of jobs that have drained are free again        4  jobs that wait in the queue join, in its order, where rows are free
+    2  failures, early ends and written checkpoints         5  the next ones in the queue are read
+    3  requests of users (output/requests.py)               6  where one does not fit though rows are free, residents move
+
+What it decides is written to events.jsonl before it takes effect, so a run can be explained, and
+repeated: with a Replay the events come from an earlier run, and nothing else decides.
+
+A job joins where its adapter fits and while another resident still pays: up to MOST_USEFUL of them, or
+four times as many as keep all stages busy where that is more.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_lora.config.schema import JobConfig
+from megatron_lora.errors import UserError
+from megatron_lora.output.changes import Run, then
+from megatron_lora.output.events import Change, Event, EventLog, Replay, utc_now
+from megatron_lora.output.job_states import OVER
+from megatron_lora.output.queue_file import Waiting as QueueEntry
+from megatron_lora.output.queue_file import write_queue
+from megatron_lora.output.requests import RequestFolder
+from megatron_lora.output.standing import resume_point_of
+from megatron_lora.output.take_requests import take_requests
+from megatron_lora.planning.adapter_rows import Book, Waiting, admit
+from megatron_lora.planning.plan_feed import Asked, Planned
+from megatron_lora.training.accounts import Accounts
+from megatron_lora.training.job_reader import JobReader
+from megatron_lora.training.run_job import Entry
+from megatron_lora.training.window_changes import Joining, Leaving, Places, WindowChanges
+from scheduling.types import Ending
+
+MOST_USEFUL = 64  # residents, where fewer keep all stages busy
+READ_AHEAD = 16  # jobs that are read and wait for rows
+IDLE_S = 0.2  # between windows where nothing trains
+STATE_AFTER = {  # of a job, by event
+    "paused": "paused",
+    "resumed": "queued",
+    "parked": "queued",
+    "cancelled": "cancelled",
+    "stopped": "stopped",
+    "failed": "failed",
+    "done": "done",
+}
+
+
+class RunFiles(Protocol):
+    """What the control has written of the run."""
+
+    def add_jobs(self, jobs: Sequence[JobConfig]) -> None: ...
+
+    def set_state(self, name: str, state: str, reason: str) -> None: ...
+
+
+class Control:
+    """Decides what changes with each window."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        run: Run,
+        book: Book,
+        reader: JobReader,
+        *,
+        read: Collection[str],
+        begun: Collection[str],
+        gap: int,
+        check_fits: Callable[[JobConfig], None] = lambda job: None,
+        num_devices: int = 1,
+        keep_alive: bool = False,
+        max_wait_s: float | None = None,
+        replay: Replay | None = None,
+    ):
+        """Begin with the jobs of `run` that are not over: in the queue unless they are paused, those named in `read` ready to join.
+
+        Jobs that have `begun` come first in the queue. `check_fits(job)` raises UserError for one that
+        could never have rows.
+        """
+        self.output_dir = output_dir
+        self.run = run
+        self.book = book
+        self.reader = reader
+        self.gap = gap
+        self.check_fits = check_fits
+        self.keep_alive = keep_alive
+        self.max_wait_s = max_wait_s
+        self.replay = replay
+        self.log = EventLog(output_dir)
+        self.folder = RequestFolder(output_dir)
+        self.accounts = Accounts(output_dir, self.log.start, num_devices)
+        self.num_jobs = len(run.config.jobs)
+        self.entries: dict[str, Entry] = {}
+        for number, config in sorted(enumerate(run.config.jobs), key=lambda item: item[1].name not in begun):
+            state = run.states.get(config.name, "queued")
+            if state not in OVER:
+                self.entries[config.name] = Entry(number=number, config=config, state=state, is_read=config.name in read)
+        self.window, self.slot = 0, 0  # the next window, and its first slot
+        self.index = 0  # of that slot, among those that have a backward
+        self.recent: list[tuple[int, Ending]] = []  # endings of steps whose STEP is still to come, with their index
+        self.changes = WindowChanges()
+        self.news: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()  # (what, job, reason)
+        self.later: queue.SimpleQueue[Callable[[RunFiles], None]] = queue.SimpleQueue()  # for the training thread, which writes files
+        self.shown: object = None
+
+    def tell(self, what: str, name: str, reason: str = "") -> None:
+        """Take note, in any thread, of a job that is "failed", "stopped" or "done", or whose checkpoint is "saved"."""
+        self.news.put((what, name, reason))
+
+    def finish(self) -> None:
+        """Write the last news; after the run's last report."""
+        news = [self.news.get() for _ in range(self.news.qsize())]
+        if self.replay is None:
+            self._write([Change(event=what, job=name, details={"reason": reason}) for what, name, reason in news if what != "saved"])
+        for _, name, _ in news:
+            self.entries.pop(name, None)
+        self._show()
+        self.accounts.write(ended=True)
+        self.reader.close()
+
+    def ask(self, window: int, slot: int) -> Asked | None:
+        """Return what changes with the next window; None where the run ends."""
+        self.window, self.slot = window, slot
+        self.accounts.write()
+        freed = self._free()
+        events = self._happened() if self.replay is None else self._repeated(self.replay)
+        self._add([event.job for event in events if event.event == "added"])
+        joined = [self._join(event.job) for event in events if event.event == "started"]
+        leave: dict[int, bool] = {}
+        for event in events:
+            if event.event in STATE_AFTER:
+                self._change(event, STATE_AFTER[event.event], leave)
+        configs = self._set({event.job for event in events if event.event == "set"})
+        self._read_ahead()
+        self._show()
+        if not any(entry.resident for entry in self.entries.values()):
+            if not (freed or joined or self.keep_alive or any(entry.waits for entry in self.entries.values())):
+                return None
+            if not freed:
+                time.sleep(IDLE_S)
+        self.changes = WindowChanges(freed=freed, joined=joined, configs=configs)
+        planned = {entry.number for entry in self.entries.values() if entry.resident and not entry.departed}
+        priorities = {number: config.priority for number, config in configs.items() if number in planned}
+        return Asked(changes=self.changes, leave=leave, priorities=priorities)
+
+    def planned(self, planned: Planned) -> tuple[WindowChanges, frozenset[tuple[int, int]], dict[str, Any]]:
+        """Complete the changes of the window that was planned; choose who moves, so that a job that waits fits.
+
+        Returns the changes, the moves, and what the window's file says: who the numbers are, who joins, and who departs.
+        """
+        residents = {entry.number: entry for entry in self.entries.values() if entry.resident}
+        first = self.index
+        for microbatch, ended in zip(planned.stream, planned.ended, strict=True):
+            for segment in microbatch.segments:
+                residents[segment.job].last_index = self.index  # of an evaluation slot: where its sums are sent
+            if not microbatch.evaluate:
+                self.recent += [(self.index, ending) for ending in ended if not ending.evaluation]
+                self.index += 1
+        for number, used in planned.used.items():
+            residents[number].used += used.time
+        self.accounts.plan(self.window, {residents[number].name: used for number, used in planned.used.items()})
+        left = {}
+        for number, step in planned.left.items():
+            state = residents[number].leaving
+            assert state is not None, f"job {number} has left unasked"
+            left[number] = Leaving(step=step, state=state)
+            residents[number].saved = not left[number].saves
+        for number in planned.departed:
+            entry = residents[number]
+            entry.departed = True
+            if number not in left and entry.leaving not in OVER:
+                entry.leaving = "done"  # what was asked came too late
+        moves = self._moves({ending.job: ending.step for index, ending in self.recent if first <= index + self.gap < self.index})
+        self.recent = [(index, ending) for index, ending in self.recent if index + self.gap >= self.index]
+        told = {
+            "jobs": {number: entry.name for number, entry in residents.items()},
+            "joined": [joining.config.name for joining in self.changes.joined],
+            "left": [residents[number].name for number in sorted(planned.departed)],
+        }
+        return replace(self.changes, left=left, moves=moves), frozenset(moves), told
+
+    def _free(self) -> list[int]:
+        """Give back the rows of jobs that have drained; they are over, or wait now."""
+        self.book.finish_moves()
+        freed = []
+        for entry in list(self.entries.values()):
+            if not (entry.resident and entry.departed) or (entry.last_index is not None and self.index <= entry.last_index + self.gap):
+                continue
+            self.book.give_back(entry.name)
+            freed.append(entry.number)
+            if entry.leaving in OVER:
+                del self.entries[entry.name]
+            else:
+                assert entry.leaving is not None
+                entry.state, entry.leaving, entry.resident, entry.departed = entry.leaving, None, False, False
+                entry.last_index, entry.used, entry.since, entry.since_s = None, 0.0, utc_now(), time.monotonic()
+        return freed
+
+    # What happens -------------------------------------------------------------------------------------------------------------
+
+    def _happened(self) -> list[Event]:
+        """Return what happens now, written to events.jsonl: news of jobs, requests, jobs that park or join."""
+        told = self._take_news() + self._take_read() + self._misfits()
+        events = self._write([Change(event=what, job=name, details={"reason": reason}) for what, name, reason in told])
+        self.run = then(self.run, events)
+        self.run, requested, lines = take_requests(self.folder, self.log, self.run, window=self.window, slot=self.slot)
+        for line in lines:
+            print(f"megatron-lora: {line}", file=sys.stderr, flush=True)
+        changed = {event.job for event in (*events, *requested)}  # who was resumed just now waits for the next window
+        parked = self._parked(changed)
+        joined = [Change(event="started", job=name) for name in self._joining(changed)]
+        return [*events, *requested, *self._write([*parked, *joined])]
+
+    def _write(self, changes: Sequence[Change]) -> list[Event]:
+        return self.log.append(changes, window=self.window, slot=self.slot) if changes else []
+
+    def _repeated(self, replay: Replay) -> list[Event]:
+        """Return what happened at this window in the run that is repeated."""
+        self._take_news()
+        events = list(replay.events(self.window))
+        self.run = then(self.run, events)
+        return events
+
+    def _take_news(self) -> list[tuple[str, str, str]]:
+        """Return who is over, with the reasons, and note whose checkpoint is written."""
+        told = []
+        for what, name, reason in [self.news.get() for _ in range(self.news.qsize())]:
+            if what != "saved":
+                told.append((what, name, reason))
+            elif name in self.entries:
+                entry = self.entries[name]
+                entry.saved = True
+                if (entry.leaving or entry.state) == "queued":  # a user may have asked for it again in the meantime
+                    self.later.put(lambda files, name=name: files.set_state(name, "queued", ""))
+        return told
+
+    def _take_read(self) -> list[tuple[str, str, str]]:
+        """Note which jobs were read; return those that cannot be, with the reasons."""
+        answers = {name: fault for name, fault in self.reader.answers().items() if name in self.entries}
+        for name in answers:
+            self.entries[name].is_read = True
+        return [("failed", name, fault) for name, fault in answers.items() if fault is not None]
+
+    def _misfits(self) -> list[tuple[str, str, str]]:
+        """Return the jobs of the queue that could never have rows, with the reasons."""
+        found = []
+        for entry in self.entries.values():
+            if entry.waits and not entry.fits:
+                try:
+                    self.check_fits(entry.config)
+                    entry.fits = True
+                except UserError as error:
+                    found.append(("failed", entry.name, str(error)))
+        return found
+
+    def _parked(self, changed: Collection[str]) -> list[Change]:
+        """Return who makes room for a job that has waited for `max_wait_s`: the resident that has used most for its priority."""
+        limit, now = self.max_wait_s, time.monotonic()
+        if limit is None or any(entry.leaving == "queued" for entry in self.entries.values()):
+            return []
+        late = [entry for entry in self._queue() if now - entry.since_s > limit]
+        residents = [entry for entry in self.entries.values() if entry.resident and entry.leaving is None and entry.name not in changed]
+        rested = [entry for entry in residents if now - entry.since_s > limit]
+        if not late or not rested:
+            return []
+        furthest = max(rested, key=lambda entry: (entry.used / entry.config.priority, -entry.number))
+        return [Change(event="parked", job=furthest.name, details={"reason": f"{late[0].name} has waited for more than {limit:g} s"})]
+
+    def _joining(self, changed: Collection[str]) -> list[str]:
+        """Return the names of jobs that wait and may join now; their rows are taken."""
+        num_residents = sum(entry.resident for entry in self.entries.values())
+        ready = [entry for entry in self._queue() if entry.name not in changed]
+        waiting = [Waiting(entry.name, entry.config, entry.passed) for entry in ready]
+        joined = admit(self.book, waiting[: max(0, max(MOST_USEFUL, 4 * self.gap) - num_residents)])
+        for each in waiting:
+            self.entries[str(each.job)].passed = each.passed
+        return [str(name) for name, _ in joined]
+
+    # What follows from it -----------------------------------------------------------------------------------------------------
+
+    def _add(self, names: Sequence[str]) -> None:
+        """Queue jobs that were added."""
+        added = [job for job in self.run.config.jobs if job.name in names]
+        for config in added:
+            self.entries[config.name] = Entry(number=self.num_jobs, config=config)
+            self.num_jobs += 1
+        if added:
+            self.later.put(lambda files: files.add_jobs(added))
+
+    def _join(self, name: str) -> Joining:
+        """Make a job resident; one that is repeated is waited for until it is read and its checkpoint written."""
+        entry = self.entries[name]
+        while not (entry.is_read and entry.saved):
+            assert self.replay is not None
+            self._read_ahead()
+            time.sleep(IDLE_S / 10)
+            self._take_news()
+            self._take_read()
+        places = self.book.residents[name].places if name in self.book.residents else self.book.take(name, entry.config)
+        assert places is not None, f"{name} does not fit where it did in the run that is repeated"
+        entry.resident, entry.state, entry.passed, entry.since_s = True, "running", 0, time.monotonic()
+        self.run = replace(self.run, states={**self.run.states, name: "running"})
+        point = resume_point_of(self.output_dir / "jobs" / name)
+        return Joining(number=entry.number, config=entry.config, point=point, places=places)
+
+    def _change(self, event: Event, state: str, leave: dict[int, bool]) -> None:
+        """Have a job leave, wait again, or be over."""
+        self.run = replace(self.run, states={**self.run.states, event.job: state})
+        entry, reason = self.entries.get(event.job), event.details.get("reason", "")
+        if entry is None:
+            return
+        if not entry.resident:
+            entry.state, entry.since, entry.since_s = state, utc_now(), time.monotonic()
+        elif entry.leaving is None and event.event != "resumed":
+            entry.leaving = state
+            if not entry.departed and state != "done":
+                leave[entry.number] = state not in OVER
+        elif entry.leaving in ("paused", "queued"):  # on its way out already
+            entry.leaving = state
+        elif event.id is not None and entry.leaving in ("done", "stopped"):
+            print(f"megatron-lora: {entry.name}: all of its steps were planned when it was {event.event}, so it ends", flush=True)
+            return
+        if (state in OVER and event.id is not None) or (not entry.resident and state != "done"):
+            self.later.put(lambda files: files.set_state(entry.name, state, reason))  # else the training thread does it
+        if state in OVER and not entry.resident:
+            del self.entries[entry.name]
+
+    def _set(self, names: Collection[str]) -> dict[int, JobConfig]:
+        """Take the keys that were set; return the configs of these jobs."""
+        configs = {}
+        for job in self.run.config.jobs:
+            if job.name in names and job.name in self.entries:
+                self.entries[job.name].config = configs[self.entries[job.name].number] = job
+        return configs
+
+    def _moves(self, stepping: dict[int, int]) -> dict[tuple[int, int], Places]:
+        """Return (job, step) -> places of moves after the last `stepping` steps, job -> step, so that the first job that waits fits."""
+        blocked = self._queue()[:1]
+        names = {entry.name: entry.number for entry in self.entries.values() if entry.number in stepping and entry.leaving is None}
+        if not blocked or not names or self.book.left:
+            return {}
+        moves = self.book.compact(names.keys(), blocked[0].config) or {}
+        for name, places in moves.items():
+            self.book.move(name, places)
+        return {(names[str(name)], stepping[names[str(name)]]): places for name, places in moves.items()}
+
+    # The queue ----------------------------------------------------------------------------------------------------------------
+
+    def _queue(self) -> list[Entry]:
+        """Return the jobs that could join if there were rows, in their order."""
+        return sorted((e for e in self.entries.values() if e.waits and e.is_read and e.saved and e.fits), key=lambda e: e.since)
+
+    def _read_ahead(self) -> None:
+        """Have the next jobs of the queue read, a few more than are ready."""
+        num_ready = sum(entry.waits and entry.is_read for entry in self.entries.values())
+        unread = [entry for entry in self.entries.values() if entry.waits and not entry.is_read]
+        for entry in sorted(unread, key=lambda e: e.since)[: max(0, READ_AHEAD - num_ready)]:
+            if entry.name not in self.reader.asked:
+                self.reader.ask(entry.config)
+
+    def _show(self) -> None:
+        """Write queue.json where it has changed."""
+        resident = [entry.name for entry in self.entries.values() if entry.resident]
+        waiting = sorted((entry for entry in self.entries.values() if entry.waits), key=lambda e: e.since)
+        queued = [QueueEntry(e.name, e.since, "waits for rows" if e.is_read and e.saved else "is read") for e in waiting]
+        if (resident, queued) != self.shown:
+            self.shown = (resident, queued)
+            write_queue(self.output_dir, resident, queued)

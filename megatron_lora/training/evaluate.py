@@ -1,0 +1,49 @@
+"""The sums of evaluations on the last stage: of losses and of right predictions, over the targets of a job's validation set.
+
+    eval_loss = loss_sum / targets            eval_accuracy = num_right / targets
+
+Slots of an evaluation add to its sums as they run forward. When it has ended, they are summed over replicas, each of which has
+evaluated its own samples; like a gradient norm's, that sum is read a slot later, so that the stage waits for nothing (executor.py).
+All in fp32, on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class EvaluationSums:
+    """The evaluations that are under way on this rank, by job and number of steps taken."""
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
+        """`group`: the ranks of this stage that hold the other replicas' parts; None for one replica."""
+        self.group = group
+        self.device = device
+        self.sums: dict[tuple[int, int], Tensor] = {}  # (job, steps taken) -> [2]: losses, right predictions
+        self.works: dict[tuple[int, int], dist.Work] = {}
+
+    def add(self, job: int, step: int, loss_sum: Tensor, num_right: Tensor) -> None:
+        """Add the sums of a segment's rows, fp32 and int64 []."""
+        self._of(job, step).add_(torch.stack((loss_sum, num_right.float())))
+
+    def start_reduction(self, job: int, step: int) -> None:
+        """Start to sum a complete evaluation over replicas; the same order on all of them."""
+        if self.group is not None:
+            work = dist.all_reduce(self._of(job, step), group=self.group, async_op=True)
+            assert work is not None
+            self.works[job, step] = work
+
+    def finish_reduction(self, job: int, step: int) -> Tensor:
+        """Wait for an evaluation's sums; return [2], losses and right predictions, and forget them."""
+        if (job, step) in self.works:
+            self.works.pop((job, step)).wait()
+        found = self._of(job, step)
+        del self.sums[job, step]
+        return found
+
+    def _of(self, job: int, step: int) -> Tensor:
+        if (job, step) not in self.sums:
+            self.sums[job, step] = torch.zeros(2, dtype=torch.float32, device=self.device)
+        return self.sums[job, step]

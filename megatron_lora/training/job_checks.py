@@ -1,0 +1,88 @@
+"""What can be wrong with one job, beyond its config: its adapter to begin with, its checkpoint, its samples.
+
+`train` checks the jobs that it starts with, before anything is written, `add` those that are added, and
+job_reader.py those that wait in the queue.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron_lora.config.rules import show
+from megatron_lora.config.schema import JobConfig
+from megatron_lora.data.samples import JobData
+from megatron_lora.data.steps import count_steps
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.adapter_files import check_adapter, check_modules, read_adapter
+from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.output.checkpoint import check_tensors
+from megatron_lora.output.standing import ResumePoint
+
+
+def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: str) -> None:
+    """Check that a job's `init_adapter` has its rank, scale and modules, and fits this base model.
+
+    One that says that it was made for a base model of another name, which has the same shapes, is named in a line.
+    """
+    if job.init_adapter is None:
+        return
+    where = f"jobs.{job.name}"
+    try:
+        adapter = read_adapter(job.init_adapter)
+    except UserError as error:
+        raise UserError(f"{where}.init_adapter: {error}") from None
+    named = f"{where}.init_adapter: {job.init_adapter!r}"
+    check_modules(named, adapter, architecture.module_sizes)
+    for key in ("r", "lora_alpha", "use_rslora"):
+        wanted, found = getattr(job, key), getattr(adapter, key)
+        if wanted != found:
+            raise UserError(f"{where}.{key}: {wanted} differs from {found} in init_adapter {job.init_adapter!r}; set {key}: {found}")
+    if set(adapter.target_modules) != set(job.target_modules):
+        found = ", ".join(module for module in architecture.module_sizes if module in adapter.target_modules)
+        raise UserError(f"{where}.target_modules: differ from those in init_adapter {job.init_adapter!r}; set [{found}]")
+    paths = {
+        (layer, module): architecture.module_path(layer, module)
+        for layer in range(architecture.num_layers)
+        for module in architecture.module_sizes
+    }
+    sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
+    shapes = {path: (sizes[module][1], sizes[module][0]) for (_, module), path in paths.items() if module in sizes}
+    others = [*(path for path in paths.values() if path not in shapes), "model.embed_tokens", "lm_head"]
+    check_adapter(named, adapter, shapes, others)
+    if adapter.base_model and Path(adapter.base_model).name != Path(base_model).name:
+        made_for = f"was made for the base model {show(adapter.base_model)}, and this run has {base_model!r}, of the same shapes"
+        print(f"megatron-lora: {named} {made_for}", file=sys.stderr)
+
+
+def check_checkpoint(job: JobConfig, job_data: JobData, point: ResumePoint) -> None:
+    """Check that a job's checkpoint is complete, and was made with the job's samples and number of steps."""
+    if point.checkpoint is None or point.state is None:
+        return
+    check_tensors(point.checkpoint, point.best)
+    num_steps = count_steps(job_data.mixture.num_copies, job.global_batch_size, job.num_epochs, job.max_steps)
+    if (point.state.samples, point.state.num_steps) != (job_data.digest(), num_steps):
+        raise UserError(
+            f"jobs.{job.name}.datasets: have other records or weights, or validation has, or the tokenizer makes other tokens, than when "
+            f"{point.checkpoint} was written; restore them, or choose another output_dir"
+        )
+
+
+def check_lengths(job: JobConfig, data: JobData, microbatch_tokens: int | str, architecture: Architecture) -> None:
+    """Check that no sample, of training or validation, has more tokens than a microbatch or than the model has positions."""
+    where = f"jobs.{job.name}"
+    for kind, samples in (("", data.samples), (" for validation", data.validation_samples)):
+        if not len(samples):
+            continue
+        longest = samples[int(samples.lengths.argmax())]
+        tokens = len(longest.tokens)
+        if isinstance(microbatch_tokens, int) and tokens > microbatch_tokens:
+            raise UserError(
+                f"microbatch_tokens: {microbatch_tokens} is less than the {tokens} tokens of record {longest.record}{kind} of {where}; "
+                f"set microbatch_tokens: {tokens} or more, or {where}.sequence_len: {microbatch_tokens}"
+            )
+        if tokens > architecture.max_positions:
+            raise UserError(
+                f"{where}.sequence_len: {job.sequence_len} lets record {longest.record}{kind} have {tokens} tokens, and the model has "
+                f"{architecture.max_positions} positions; set it to at most {architecture.max_positions}"
+            )

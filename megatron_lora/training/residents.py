@@ -1,0 +1,115 @@
+"""The jobs of one rank that are resident: they join, move and leave as the windows of the plan say.
+
+Two threads work here. The plan feed's reads a joining job's data and draws its first values in host
+memory, ahead of the window; the training thread then only takes rows and starts copies:
+
+    residents = Residents(read=read, arena=arena_future)
+    residents.read(changes); residents.prepare(changes)      # the feed's thread (planning.plan_feed.Crew)
+    residents.begin(changes)                                 # the training thread, where the window begins
+    residents.move(number, step)                             # directly after that step, as an action of the plan
+
+A row is freed by a window that begins after the job's last STEP and evaluation on every stage, so no
+microbatch in flight refers to it. What a snapshot copies from a row is queued on the device before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from megatron_lora.config.schema import JobConfig
+from megatron_lora.data.samples import JobData
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.output.standing import ResumePoint
+from megatron_lora.parallel.process_groups import StageGroups
+from megatron_lora.planning.plan_feed import PlannedJob
+from megatron_lora.training.jobs import Job
+from megatron_lora.training.saving import Saver, Start, read_start, start_job
+from megatron_lora.training.window_changes import Places, WindowChanges
+from scheduling.data_parallel import DealtJob
+from scheduling.slot_cost import SlotCost
+
+
+class Residents:
+    """The resident jobs of this rank, by number."""
+
+    def __init__(
+        self,
+        read: Callable[[Sequence[JobConfig]], Sequence[JobData]],
+        arena: Future[Arena],
+        groups: StageGroups,
+        num_replicas: int,
+        cost: SlotCost,
+    ):
+        """Begin with no job resident. `read` returns the data of jobs; `arena` is awaited before values are drawn."""
+        self.jobs: dict[int, Job] = {}
+        self.data: dict[str, JobData] = {}  # of jobs that were read before the run began
+        self._read = read
+        self._arena = arena
+        self._groups = groups
+        self._num_replicas = num_replicas
+        self._cost = cost
+        self._ready: dict[int, Job] = {}  # that join with a window still to begin
+        self._starts: dict[int, Start] = {}
+        self._moves: dict[tuple[int, int], Places] = {}
+        self.on_join: Callable[[Job], None] = lambda job: None
+
+    def read(self, changes: WindowChanges) -> Sequence[PlannedJob]:
+        """Read the data of the jobs that join; return what plans know of them."""
+        planned = []
+        for joining in changes.joined:
+            job = self._make(joining.number, joining.config, joining.point)
+            self._ready[job.number] = job
+            validation = () if job.data.validation is None else job.data.validation.samples.lengths.tolist()
+            planned.append(
+                PlannedJob(
+                    number=job.number,
+                    dealt=DealtJob.of(job.step_samples.lengths(), self._num_replicas, self._cost, validation),
+                    first_step=job.resume_point.step,
+                    evaluate_after=job.evaluation_steps,
+                    priority=job.config.priority,
+                )
+            )
+        return planned
+
+    def _make(self, number: int, config: JobConfig, point: ResumePoint) -> Job:
+        data = self.data.pop(config.name, None) or self._read([config])[0]
+        return Job(number=number, config=config, data=data, step_samples=data.steps_of(config), resume_point=point)
+
+    def prepare(self, changes: WindowChanges) -> None:
+        """Draw, or read, the values with which the jobs that join start."""
+        for joining in changes.joined:
+            self._starts[joining.number] = read_start(self._ready[joining.number], self._arena.result())
+
+    def begin(self, changes: WindowChanges, saver: Saver) -> None:
+        """Apply a window's changes, which have been prepared."""
+        arena = self._arena.result()
+        for number in changes.freed:
+            self._free(number, arena)
+        for joining in changes.joined:
+            job = self._ready.pop(joining.number)
+            row = arena.add(job.adapter_spec(), joining.places)
+            start_job(job, arena, row, self._groups, self._starts.pop(joining.number))
+            self.jobs[job.number] = job
+            self.on_join(job)
+            saver.join(job)
+        for number, config in changes.configs.items():
+            if number in self.jobs:
+                self.jobs[number].config = config
+        for number, leaving in changes.left.items():
+            job = self.jobs[number]
+            job.leaving = leaving
+            if job.steps_taken == leaving.step:
+                saver.leave(job)
+        self._moves |= changes.moves
+
+    def move(self, number: int, step: int) -> None:
+        """Move a job's rows, directly after its step."""
+        arena, job = self._arena.result(), self.jobs[number]
+        arena.move(job.adapter_row, self._moves.pop((number, step)))
+        job.optimizer.locate()
+
+    def _free(self, number: int, arena: Arena) -> None:
+        job = self.jobs.pop(number)
+        arena.remove(job.adapter_row)
+        job.adapter_row, job.resident_optimizer = -1, None

@@ -1,0 +1,66 @@
+"""Priorities as shares of device time: whose step is next where several jobs could have used a slot.
+
+Each job has a virtual time, and so has the stream:
+
+    a job's      += its time in a slot / its priority
+    the stream's += the slot's time / sum of the priorities; at least that of every job that waits
+
+A job *waits* at a slot that it could have used, by the gap, and did not. Begun steps come first, then
+jobs that are not ahead of the stream; of these, the one whose step would end at the least virtual time
+(worst-case fair weighted fair queueing). So every job stays within about a step of its share, jobs
+that the gap holds back claim nothing for the slots that they could not use, and no slot waits.
+
+A planner holds one number per resident job: how far it is `ahead` of the stream. A job joins at 0.
+What was really planned counts, evaluation and the search's changes included, so what one window takes
+from a share the next ones give back. Jobs of equal priorities have no shares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+
+from scheduling.backlog import OpenJob
+
+_LEAD = 2.0  # steps of its own that a job may be ahead, at most
+_LAG = 1.0  # and behind
+
+
+class Turns:
+    """Virtual times while slots are planned; jobs by any key."""
+
+    def __init__(self, priorities: Mapping[int, float], ahead: Mapping[int, float]):
+        """Begin where each job is `ahead` of the stream by a virtual time."""
+        self.priorities = priorities
+        self.ahead = dict(ahead)
+        self.clock = 0.0
+        self.total = math.fsum(priorities.values())
+
+    def key(self, job: int, step_time: float) -> tuple[bool, float]:
+        """Return what orders jobs whose next step takes `step_time`."""
+        return self.ahead[job] > self.clock, self.ahead[job] + step_time / self.priorities[job]
+
+    def count(self, used: Mapping[int, float], waiting: Iterable[int]) -> None:
+        """Count the time that jobs have `used`, while others were waiting."""
+        for job, time in used.items():
+            self.ahead[job] += time / self.priorities[job]
+        self.clock += math.fsum(used.values()) / self.total
+        self.clock = max(self.clock, min((self.ahead[job] for job in waiting), default=self.clock))
+
+
+def differ(jobs: Collection[OpenJob]) -> bool:
+    """Whether jobs have different priorities, and so shares."""
+    return len({job.priority for job in jobs}) > 1
+
+
+def ahead_after(jobs: Mapping[int, OpenJob], used: Mapping[int, float], first_slot: int) -> dict[int, float]:
+    """Return how far each job is ahead of the stream after a window before `first_slot` in which jobs have `used` time."""
+    if not differ(jobs.values()):
+        return dict.fromkeys(jobs, 0.0)
+    turns = Turns({number: job.priority for number, job in jobs.items()}, {number: job.ahead for number, job in jobs.items()})
+    turns.count(
+        {number: time for number, time in used.items() if number in jobs},
+        [number for number, job in jobs.items() if job.progress.ready <= first_slot and not job.progress.taken],
+    )
+    steps = {number: float(job.times[-1]) / len(job.lengths) / job.priority for number, job in jobs.items()}
+    return {number: min(max(ahead - turns.clock, -_LAG * steps[number]), _LEAD * steps[number]) for number, ahead in turns.ahead.items()}

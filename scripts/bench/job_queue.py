@@ -1,0 +1,149 @@
+"""A queue of many jobs beside a few fixed ones with the same samples, and evaluation beside none: tokens/s and memory of whole runs.
+
+    python -m scripts.bench.job_queue [--jobs 256] [--adapter-memory 8] [--cases fixed,queue,plain,evaluated]
+
+`queue`: jobs of --steps steps and ranks 8, 16, 24, 32 wait for rows of an arena of --adapter-memory GB, and drain. `fixed`: four jobs of
+these ranks that have the queue's samples between them. `evaluated`: four jobs that are evaluated --evaluations times each; `plain`: the same
+without. An evaluation's token counts as the share that a forward has of a training token's time in that run. A short run comes first,
+which is not counted. All over a frozen model of random weights, as end_to_end.py. Appends a JSON line per case.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_lora.environment import allocator_settings
+
+os.environ.update(allocator_settings(os.environ))  # before anything imports torch
+
+import torch  # noqa: E402
+
+from megatron_lora.commands.finished_run import FinishedRun  # noqa: E402
+from megatron_lora.config.schema import load_config  # noqa: E402
+from megatron_lora.huggingface.architecture import read_architecture  # noqa: E402
+from megatron_lora.output.events import read_events  # noqa: E402
+from scripts.bench.end_to_end import during, memory  # noqa: E402
+from scripts.bench.model_shapes import write_config  # noqa: E402
+from scripts.bench.stamp import append_line, result_options, stamp  # noqa: E402
+from scripts.bench.trained import trained  # noqa: E402
+from scripts.bench.workloads import SUITE, job_configs, read_workload, write_lengths  # noqa: E402
+from scripts.one_line import OneLineParser, ended, numbers, positive, whole  # noqa: E402
+
+RANKS = (8, 16, 24, 32)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+CASES = ("fixed", "queue", "plain", "evaluated")
+
+
+def steps_of(pool: list[int], num_jobs: int, num_steps: int, batch: int) -> list[list[list[int]]]:
+    """Deal sample lengths to jobs, going around: [job][step][sample]."""
+    lengths = iter(pool[k % len(pool)] for k in range(num_jobs * num_steps * batch))
+    return [[[next(lengths) for _ in range(batch)] for _ in range(num_steps)] for _ in range(num_jobs)]
+
+
+def config_of(options: argparse.Namespace, case: str, folder: Path, num_jobs: int):
+    """Write a case's model, data and config; return the config."""
+    folder.mkdir(parents=True)
+    write_config(options.shape, folder, options.num_layers)
+    pool = [tokens for steps in read_workload(SUITE, options.workload) for batch in steps for tokens in batch]
+    queue = steps_of(pool, num_jobs, options.steps, options.batch)
+    joined = [[batch for job in queue[k::4] for batch in job] for k in range(4)]
+    lengths = queue if case == "queue" else joined
+    jobs = job_configs(lengths, len(lengths[0]), folder, [RANKS[job % 4] for job in range(len(lengths))])
+    for job in jobs:
+        job["target_modules"] = TARGETS
+        if case == "evaluated":
+            held = folder / f"{job['name']}-validation.jsonl"
+            write_lengths(held, pool[: options.validation], 0.25)
+            every = max(1, len(lengths[0]) // options.evaluations)
+            job |= {"val_datasets": [{"path": str(held), "type": "lengths"}], "eval_steps": every, "keep": "last"}
+    tree = {"base_model": str(folder), "output_dir": str(folder / "run"), "load_weights": False, "microbatch_tokens": options.budget}
+    tree |= {"recompute": "none", "jobs": jobs} | ({"adapter_memory": options.adapter_memory} if case == "queue" else {})
+    (folder / "config.yaml").write_text(json.dumps(tree), encoding="utf-8")
+    return load_config(folder / "config.yaml")
+
+
+def figures(run: FinishedRun) -> dict:
+    """Return the tokens of training and evaluation, the seconds, and tokens/s with an evaluation's tokens as their share."""
+    training = [slot for slot in range(len(run.slots)) if slot not in run.evaluated and run.slots[slot]]
+    tokens = {slot: sum(entry[3] for entry in run.slots[slot]) for slot in range(len(run.slots))}
+    forward, backward = run.passes("F")[0], run.passes("B")[0]
+    per_token = sum(forward[slot] + backward[slot] for slot in training) / sum(tokens[slot] for slot in training)
+    evaluated = sum(tokens[slot] for slot in run.evaluated)
+    forward_share = sum(forward[slot] for slot in training) / sum(tokens[slot] for slot in training) / per_token
+    trained_tokens = sum(tokens[slot] for slot in training)
+    events = read_events(run.path)
+    return {
+        "tokens": trained_tokens,
+        "evaluated_tokens": evaluated,
+        "forward_share": forward_share,
+        "seconds": run.makespan_s,
+        "tokens_per_s": (trained_tokens + forward_share * evaluated) / run.makespan_s,
+        "slots": len(run.slots),
+        "evaluation_slots": len(run.evaluated),
+        "noops": len(run.slots) - len(training) - len(run.evaluated),
+        "bubble": run.bubble(0),
+        "wait_plan": run.seconds(0, "wait plan") / run.makespan_s,
+        "most_resident": most_resident(events),
+        "mean_segments": statistics.fmean(len({entry[0] for entry in run.slots[slot]}) for slot in training),
+    }
+
+
+def most_resident(events) -> int:
+    """Return the most jobs that had begun and were not done at one time."""
+    resident, most = 0, 0
+    for event in events:
+        resident += (event.event == "started") - (event.event == "done")
+        most = max(most, resident)
+    return most
+
+
+def main() -> int:
+    """Run the cases one after another."""
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--num-layers", type=whole)
+    parser.add_argument("--workload", default="het-s4")
+    parser.add_argument("--jobs", type=whole, default=256)
+    parser.add_argument("--steps", type=whole, default=2, help="of each job of the queue")
+    parser.add_argument("--batch", type=whole, default=4, help="samples of a step")
+    parser.add_argument("--budget", type=whole, default=8192)
+    parser.add_argument("--adapter-memory", type=positive, default=8.0)
+    parser.add_argument("--evaluations", type=whole, default=8, help="of each job of the case evaluated")
+    parser.add_argument("--validation", type=whole, default=16, help="samples of a job's validation set")
+    parser.add_argument("--eval-jobs", type=whole, default=64, help="jobs of the queue whose samples plain and evaluated have")
+    parser.add_argument("--cases", type=numbers(str), default=CASES)
+    result_options(parser, "job_queue.jsonl")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"--cases: {unknown.pop()!r} is none of {', '.join(CASES)}")
+    with tempfile.TemporaryDirectory() as root:
+        for number, case in enumerate(("fixed", *options.cases)):
+            num_jobs = 8 if number == 0 else options.jobs if case in ("fixed", "queue") else options.eval_jobs
+            config = config_of(options, case, Path(root) / f"{number}-{case}", num_jobs)
+            gauges: dict = {}
+            run = trained(config, around=during(gauges))
+            assert run is not None
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            found = figures(run) | {"memory": memory(run, read_architecture(config.base_model), "fused", [peak]), "gauges": gauges}
+            gc.collect()
+            torch.cuda.empty_cache()
+            ratios = found["memory"]["predicted_over_peak"]
+            told = f"{found['tokens_per_s']:,.0f} tokens/s, {found['seconds']:.1f} s, {found['most_resident']} resident, peak {peak / 1e9:.2f} GB"
+            print(
+                f"{'uncounted' if number == 0 else case}: {told} (predicted {ratios}), wait for plans {found['wait_plan']:.2%}", flush=True
+            )
+            if number:
+                settings = {key: value for key, value in vars(options).items() if key not in ("output", "hardware", "commit")}
+                append_line(
+                    options.output, stamp(options.hardware, options.commit) | {"case": case, "settings": settings, "results": found}
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(ended(main))
