@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +45,9 @@ from megatron_lora.model.arena_region import (
     side_by_side,
 )
 from megatron_lora.model.linears import MultiLoraLinear
+
+DRAWING_THREADS = 4  # that draw an adapter's values, each A with a generator of its own
+SMALL = 2**20  # elements: fewer are drawn by the caller alone
 
 
 class Arena:
@@ -172,13 +176,22 @@ class Arena:
         Any thread may draw.
         """
         flat, parts = self._host_memory(spec)
-        for factor, part in parts:
+
+        def fill(item: tuple[Factor, Tensor]) -> None:
+            factor, part = item
             if factor.kind == "A":
                 num_columns = factor.width * (self.tensor_ranks if factor.sharded else 1)
                 full = _kaiming_uniform(factor.r, num_columns, seed, factor.path)
                 part.copy_(full[:, factor.first : factor.first + factor.width])
             else:
                 part.zero_()
+
+        if flat.numel() < SMALL:
+            for item in parts:
+                fill(item)
+        else:
+            with ThreadPoolExecutor(DRAWING_THREADS) as threads:
+                list(threads.map(fill, parts))
         return flat
 
     def shard(self, spec: AdapterSpec, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
@@ -192,8 +205,9 @@ class Arena:
     def put(self, adapter_row: int, values: Tensor, buffer: Tensor) -> None:
         """Copy what `draw` or `shard` returned into an adapter's part of a flat buffer; masters into the compute buffer too."""
         factors = self.factors[adapter_row]
-        for factor, part in zip(factors, values.split([factor.length for factor in factors]), strict=True):
-            self.view(factor, buffer).copy_(part.view(factor.r, factor.width), non_blocking=values.is_pinned())
+        values = values.to(buffer.device, non_blocking=values.is_pinned())  # in one piece
+        parts = values.split([factor.length for factor in factors])
+        _copy([self.view(f, buffer) for f in factors], [part.view(f.r, f.width) for f, part in zip(factors, parts, strict=True)])
         if buffer is self.master:
             self.publish(adapter_row)
 

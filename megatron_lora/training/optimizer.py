@@ -150,14 +150,11 @@ class JobOptimizer:
         """Return whether the job has failed; waits for the device."""
         return bool(self.failed)
 
-    def unmoved(self) -> list[str]:
-        """Return the paths of modules whose B had a zero gradient in all steps so far.
-
-        Waits for the device.
-        """
+    def moved(self) -> tuple[list[str], Tensor]:
+        """Return the paths of all modules, and on the device whether B of each had a gradient in any step so far, bool [modules]."""
         factors = [f for f in self.factors if f.kind == "B"]
         moved = [self.arena.view(f, self.arena.exp_avg).any() for f in factors]
-        return [f.path for f, has_moved in zip(factors, torch.stack(moved).tolist() if moved else (), strict=True) if not has_moved]
+        return [f.path for f in factors], torch.stack(moved) if moved else self.arena.grad.new_zeros(0, dtype=torch.bool)
 
 
 def _square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:

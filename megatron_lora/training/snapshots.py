@@ -91,12 +91,12 @@ class SnapshotCollector:
         buffers = (self.arena.master, *((self.arena.exp_avg, self.arena.exp_avg_sq) if moments else ()))
         numbers = torch.stack([optimizer.failed.double(), optimizer.num_updates, optimizer.skipped_in_a_row.double()]).float()
         factors = self.arena.factors[job.adapter_row]
-        pieces = [*(self.arena.view(factor, buffer).reshape(-1) for buffer in buffers for factor in factors), numbers]
-        lengths = [piece.numel() for piece in pieces]
-        on_gpu = numbers.is_cuda
-        values = torch.empty(sum(lengths), pin_memory=on_gpu)
-        for target, piece in zip(values.split(lengths), pieces, strict=True):
-            target.copy_(piece, non_blocking=on_gpu)
+        length, on_gpu = sum(factor.length for factor in factors), numbers.is_cuda
+        values = torch.empty(len(buffers) * length + len(numbers), pin_memory=on_gpu)
+        *targets, last = values.split([length] * len(buffers) + [len(numbers)])
+        for target, buffer in zip(targets if factors else (), buffers, strict=bool(factors)):  # each in one piece: a factor's copy is small
+            target.copy_(torch.cat([buffer[f.start : f.start + f.length] for f in factors]), non_blocking=on_gpu)
+        last.copy_(numbers, non_blocking=on_gpu)
         copied = None
         if on_gpu:
             copied = torch.cuda.Event()

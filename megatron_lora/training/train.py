@@ -15,7 +15,6 @@ the host, over gloo: the plan (plan_feed.py), stop requests and the rest (`host_
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -56,6 +55,7 @@ from megatron_lora.training.assemble import DTYPES, make_arena, make_executor, m
 from megatron_lora.training.control import Control
 from megatron_lora.training.determinism import determinism
 from megatron_lora.training.executor import StepDone
+from megatron_lora.training.first_updates import FirstUpdates
 from megatron_lora.training.job_reader import JobReader, read_and_check
 from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn, spec_of
 from megatron_lora.training.reported import ReportBoard
@@ -132,7 +132,7 @@ def _run_windows(
         # Ranks wait for the first one's thread, which may wait until a job is evaluated.
         collector = SnapshotCollector(arena, Writer(config, board).write, new_group(backend="gloo", timeout=LONGEST_WINDOW))
         saver = Saver(jobs, collector)
-        unchecked: set[int] = set()  # numbers of the jobs whose first update (learning rate above 0, finite norm) is still to come
+        first_updates = FirstUpdates()
 
         def on_window(window: Window) -> None:
             if reporter is not None:
@@ -141,16 +141,13 @@ def _run_windows(
                 residents.begin(window.changes, saver)
 
         def on_join(job: Job) -> None:
-            unchecked.add(job.number)
+            first_updates.join(job)
             if reporter is not None:
                 reporter.join(job)
 
         def on_step(done: StepDone) -> None:
             job = jobs[done.job]
-            # Reading the norm waits for the device, once per job.
-            if done.job in unchecked and job.optimizer.settings.learning_rate_at(done.step) > 0 and bool(torch.isfinite(done.square_norm)):
-                unchecked.remove(done.job)
-                _warn_of_unmoved(job)
+            first_updates.on_step(job, done)
             if reporter is not None:
                 reporter.on_step(done, collector.written)
             saver.on_step(done)
@@ -236,14 +233,6 @@ def _start_planning(config: ResolvedConfig, slot_cost: SlotCost, longest: float,
     replica = parallel.replica_of(dist.get_rank())
     group = new_group(backend="gloo", timeout=LONGEST_WINDOW)
     return PlanFeed(settings, replica, Path(config.output_dir) / "plan", group, control, residents)
-
-
-def _warn_of_unmoved(job: Job) -> None:
-    """Warn of modules whose B is still zero after the job's first update: no gradient reaches them."""
-    unmoved = job.optimizer.unmoved()
-    if unmoved:
-        names = f"{', '.join(unmoved[:3])}{f' and {len(unmoved) - 3} more' if len(unmoved) > 3 else ''}"
-        print(f"megatron-lora: warning: job {job.name}: B has not moved in its first step: {names}", file=sys.stderr)
 
 
 def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, host_group: dist.ProcessGroup) -> None:

@@ -3,9 +3,10 @@
     python -m scripts.bench.job_queue [--jobs 256] [--adapter-memory 8] [--cases fixed,queue,plain,evaluated]
 
 `queue`: jobs of --steps steps and ranks 8, 16, 24, 32 wait for rows of an arena of --adapter-memory GB, and drain. `fixed`: four jobs of
-these ranks that have the queue's samples between them. `evaluated`: four jobs that are evaluated --evaluations times each; `plain`: the same
-without. An evaluation's token counts as the share that a forward has of a training token's time in that run. A short run comes first,
-which is not counted. All over a frozen model of random weights, as end_to_end.py. Appends a JSON line per case.
+these ranks that have the queue's samples between them. `evaluated`: four jobs that are evaluated --evaluations times each; `plain`:
+the same without. An evaluation's token counts as the share that a forward has of a training token's time in that run. A short run
+comes first, which is not counted. All over a frozen model of random weights, as end_to_end.py. Appends a JSON line per case, with the
+seconds that the host spends on jobs that come and go.
 """
 
 import argparse
@@ -15,7 +16,10 @@ import os
 import statistics
 import sys
 import tempfile
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 from megatron_lora.environment import allocator_settings
 
@@ -27,6 +31,11 @@ from megatron_lora.commands.finished_run import FinishedRun  # noqa: E402
 from megatron_lora.config.schema import load_config  # noqa: E402
 from megatron_lora.huggingface.architecture import read_architecture  # noqa: E402
 from megatron_lora.output.events import read_events  # noqa: E402
+from megatron_lora.planning.plan_feed import PlanFeed  # noqa: E402
+from megatron_lora.training.control import Control  # noqa: E402
+from megatron_lora.training.residents import Residents  # noqa: E402
+from megatron_lora.training.run_reporter import RunReporter  # noqa: E402
+from megatron_lora.training.snapshots import SnapshotCollector  # noqa: E402
 from scripts.bench.end_to_end import during, memory  # noqa: E402
 from scripts.bench.model_shapes import write_config  # noqa: E402
 from scripts.bench.stamp import append_line, result_options, stamp  # noqa: E402
@@ -93,6 +102,35 @@ def figures(run: FinishedRun) -> dict:
     }
 
 
+@contextmanager
+def timed(found: dict):
+    """Add up the seconds of the host that the training thread spends on jobs that come and go, in a dict."""
+    watched = [
+        (Residents, "begin"),
+        (SnapshotCollector, "submit"),
+        (RunReporter, "on_step"),
+        (RunReporter, "on_window"),
+        (PlanFeed, "_read"),
+    ]
+    watched += [(Residents, "read"), (Residents, "prepare"), (Control, "ask"), (Control, "planned")]  # these in the feed's thread
+
+    def around(owner: type, name: str, before):
+        def measured(*arguments, **keywords):
+            begin = time.perf_counter()
+            try:
+                return before(*arguments, **keywords)
+            finally:
+                key = f"{owner.__name__}.{name}"
+                found[key] = found.get(key, 0.0) + time.perf_counter() - begin
+
+        return mock.patch.object(owner, name, measured)
+
+    with ExitStack() as stack:
+        for owner, name in watched:
+            stack.enter_context(around(owner, name, getattr(owner, name)))
+        yield
+
+
 def most_resident(events) -> int:
     """Return the most jobs that had begun and were not done at one time."""
     resident, most = 0, 0
@@ -125,18 +163,25 @@ def main() -> int:
         for number, case in enumerate(("fixed", *options.cases)):
             num_jobs = 8 if number == 0 else options.jobs if case in ("fixed", "queue") else options.eval_jobs
             config = config_of(options, case, Path(root) / f"{number}-{case}", num_jobs)
-            gauges: dict = {}
-            run = trained(config, around=during(gauges))
+            gauges, host_s = {}, {}
+            with timed(host_s):
+                run = trained(config, around=during(gauges))
             assert run is not None
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-            found = figures(run) | {"memory": memory(run, read_architecture(config.base_model), "fused", [peak]), "gauges": gauges}
+            found = figures(run) | {
+                "memory": memory(run, read_architecture(config.base_model), "fused", [peak]),
+                "gauges": gauges,
+                "host_s": host_s,
+            }
             gc.collect()
             torch.cuda.empty_cache()
-            ratios = found["memory"]["predicted_over_peak"]
-            told = f"{found['tokens_per_s']:,.0f} tokens/s, {found['seconds']:.1f} s, {found['most_resident']} resident, peak {peak / 1e9:.2f} GB"
-            print(
-                f"{'uncounted' if number == 0 else case}: {told} (predicted {ratios}), wait for plans {found['wait_plan']:.2%}", flush=True
-            )
+            told = [f"{found['tokens_per_s']:,.0f} tokens/s", f"{found['seconds']:.1f} s", f"{found['most_resident']} resident"]
+            told += [
+                f"peak {peak / 1e9:.2f} GB, predicted {found['memory']['predicted_over_peak']}",
+                f"wait for plans {found['wait_plan']:.2%}",
+            ]
+            told += [f"bubble {found['bubble']:.1%}", *(f"{name} {seconds:.2f} s" for name, seconds in host_s.items())]
+            print(f"{'uncounted' if number == 0 else case}: {', '.join(told)}", flush=True)
             if number:
                 settings = {key: value for key, value in vars(options).items() if key not in ("output", "hardware", "commit")}
                 append_line(

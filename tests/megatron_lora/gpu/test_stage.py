@@ -97,7 +97,8 @@ class Scene:
             load=self.load, num_rows=lambda microbatch: microbatch.num_tokens,
             jobs={row: SimpleNamespace(optimizer=JobOptimizer(self.arena, row, SETTINGS)) for row in range(2)},
             evaluations=EvaluationSums(None, self.device), on_evaluation=lambda done: None,
-            on_step=self.steps.append, on_forward=lambda microbatch: None, timeline=Timeline(self.device), device=self.device,
+            on_step=self.steps.append, on_forward=lambda microbatch: None, on_window=lambda window: None,
+            move=lambda job, step: None, timeline=Timeline(self.device), device=self.device,
         )  # fmt: skip
 
 

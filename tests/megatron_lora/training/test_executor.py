@@ -72,6 +72,8 @@ def make_executor(device, on_step, on_evaluation=lambda done: None):
         on_step=on_step,
         on_evaluation=on_evaluation,
         on_forward=lambda microbatch: None,
+        on_window=lambda window: None,
+        move=lambda job, step: None,
         timeline=Timeline(torch.device("cpu")),
         device=device,
     )
