@@ -82,6 +82,7 @@ class Backlog:
     later_steps: list[int] = field(default_factory=list)
     priorities: list[float] = field(default_factory=list)  # of the jobs
     ahead: list[float] = field(default_factory=list)  # of their shares, in virtual time
+    taken_time: list[float] = field(default_factory=list)  # of what a started first group had in earlier windows
 
     @property
     def has_shares(self) -> bool:
@@ -168,6 +169,8 @@ def _append_job(backlog: Backlog, job: OpenJob, ready: int, horizon: int | None,
     backlog.later_steps.append(len(job.lengths) - step)
     backlog.priorities.append(job.priority)
     backlog.ahead.append(job.ahead)
+    batch = job.lengths[job.progress.step] if job.progress.taken else []
+    backlog.taken_time.append(sum(backlog.cost.sample(batch[sample]) for sample in job.progress.taken))
 
 
 def last_slots(backlog: Backlog, layout: Layout) -> list[int]:

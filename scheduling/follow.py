@@ -33,7 +33,7 @@ class _JobProgress:
     taken: set[int] = field(default_factory=set)  # samples of the open step
     evaluated: set[int] = field(default_factory=set)  # validation samples of due[0]
     ready: int = 0  # the first index at which the open step may start
-    ended_at: int | None = None  # index at which something of it ended last
+    drained: int = 0  # the index from which on no action of what has ended is left
 
     @property
     def is_over(self) -> bool:
@@ -118,8 +118,7 @@ class Follower:
 
     def _remove_if_over(self, job: int) -> None:
         if self.jobs[job].is_over:
-            ended_at = self.jobs.pop(job).ended_at
-            self.numbers.release(job, 0 if ended_at is None else ended_at + self.gap)
+            self.numbers.release(job, self.jobs.pop(job).drained)
 
     def _check_slot(self, microbatch: Microbatch) -> None:
         if microbatch.num_tokens > self.capacity:
@@ -172,7 +171,8 @@ class Follower:
         if not self._take(segment, f"step {segment.step}", progress.lengths[segment.step], progress.taken):
             return False
         progress.step, progress.taken = progress.step + 1, set()
-        progress.ready, progress.ended_at = self.num_indices + self.gap, self.num_indices
+        progress.ready = self.num_indices + self.gap
+        progress.drained = progress.ready + 1
         self._remove_if_over(segment.job)
         return True
 
@@ -188,7 +188,7 @@ class Follower:
             if self._take(segment, f"evaluation after {segment.step} steps", progress.validation[0], progress.evaluated):
                 self.unlisted.append(Ending(segment.job, segment.step, True))
                 progress.due.popleft()
-                progress.evaluated, progress.ended_at = set(), self.num_indices
+                progress.evaluated, progress.drained = set(), max(progress.drained, self.num_indices + self.gap)
                 self._remove_if_over(segment.job)
 
     def _take(self, segment: Segment, of: str, batch: Sequence[int], taken: set[int]) -> bool:

@@ -1,10 +1,9 @@
 """When a new job may take the number of a departed one: after that one's last slot has drained.
 
-    last step ends at index e  ->  STEP stands before F(e + gap) on every stage  ->  free from index e + gap + 1 on
+    last step ends at index e             ->  STEP stands before F(e + gap) on every stage  ->  free from index e + gap + 1 on
+    last evaluation listed at index e     ->  sums reach the first stage before F(e + gap)  ->  free from index e + gap on
 
-The last evaluation likewise: its sums reach the first stage before F(e + gap). An index is a slot's place among those that have a
-backward.
-
+An index is a slot's place among those that have a backward.
 A new job joins with a window that begins there or later, so every action of the departed job lies
 in earlier windows. Only the numbers of jobs that departed within the last gap of slots are kept.
 """
@@ -45,13 +44,9 @@ class Numbers:
             why = "it is resident" if number in resident else why
             raise PlanError(f"index {index}: a job cannot join as number {number}: {why}")
 
-    def release(self, number: int, ready: int) -> None:
-        """Release the number of a job that departs; `ready` is a gap after something of it has ended, 0 if nothing has.
-
-        The last of several calls for one job counts.
-        """
-        if ready:
-            self._free_at[number] = max(ready + 1, self._free_at.get(number, 0))
+    def release(self, number: int, free_at: int) -> None:
+        """Make the number of a job that departs free from an index on; the last of several calls for one job counts."""
+        self._free_at[number] = max(free_at, self._free_at.get(number, 0))
 
     def forget_before(self, index: int) -> None:
         """Forget the numbers that are free at `index`."""

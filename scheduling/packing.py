@@ -21,6 +21,7 @@ from scheduling.subset_sum import SubsetSums
 
 _RESOLUTION = 512  # parts of a slot in subset sums
 _CLOSE = 0.01  # a slot this near its target (relative) is full
+_NEAR = 0.05  # and this near, where what is missing would be of jobs that are not due
 
 
 def ramp(num_slots: int, num_stages: int, starts_empty: bool) -> list[float]:
@@ -77,7 +78,7 @@ def fill(backlog: Backlog, num_slots: int, horizon: int | None = None, by_priori
     jobs = [_Job(backlog, index, slot_time) for index in range(len(backlog.jobs))]
     shares = ramp(num_slots, backlog.num_stages, not backlog.recent)
     remaining_time, remaining_shares = backlog.total_time, math.fsum(shares)
-    turns = Turns(dict(enumerate(backlog.priorities)), dict(enumerate(backlog.ahead))) if by_priority else None
+    turns = Turns(*(dict(enumerate(of)) for of in (backlog.priorities, backlog.ahead, backlog.taken_time))) if by_priority else None
     layout: Layout = []
     open_jobs = [index for index, job in enumerate(jobs) if job.rest]
     while open_jobs and (horizon is None or len(layout) < horizon):
@@ -87,12 +88,14 @@ def fill(backlog: Backlog, num_slots: int, horizon: int | None = None, by_priori
             target = (remaining_time + fixed * (num_slots - slot)) * shares[slot] / max(remaining_shares, 0.5) - fixed
             remaining_shares -= shares[slot]
         ready = [index for index in open_jobs if jobs[index].free_at <= slot]
-        ready.sort(key=lambda index: (not jobs[index].started, *_turn(jobs[index], index, turns), index))
-        chosen = _fill_slot(backlog, [jobs[index] for index in ready], max(1.0, target))
+        ready.sort(key=lambda index: _turn(jobs[index], index, turns))
+        num_due = len(ready) if turns is None else sum(map(turns.due, ready))
+        chosen = _fill_slot(backlog, [jobs[index] for index in ready], num_due, max(1.0, target))
         placed = set(chosen)
         used = {index: jobs[index].take(backlog, placed, slot) for index in ready if not placed.isdisjoint(jobs[index].rest)}
         if turns is not None:
-            turns.count(used, [index for index in ready if index not in used])
+            ended = [index for index in used if not jobs[index].started]
+            turns.count(used, ended, [index for index in ready if index not in used])
         remaining_time -= sum([backlog.times[item] for item in chosen])
         layout.append(chosen)
         open_jobs = [index for index in open_jobs if jobs[index].rest]
@@ -106,12 +109,17 @@ def fill_by_priority(backlog: Backlog, num_slots: int, horizon: int | None = Non
 
 def _turn(job: _Job, index: int, turns: Turns | None) -> tuple[float, ...]:
     """Return what orders ready jobs: whose turn it is by shares, or the longest critical path."""
-    group = job.group - job.first
-    return (-job.paths[group],) if turns is None else (*turns.key(index, job.times[group]), -job.paths[group])
+    path = -job.paths[job.group - job.first]
+    if turns is None:
+        return (not job.started, path, index)
+    return (not turns.due(index), not job.started, turns.finish(index, job.times[job.group - job.first]), path, index)
 
 
-def _fill_slot(backlog: Backlog, ready: list[_Job], target: float) -> list[int]:
-    """Choose the items of one slot: complete remainders in order while they fit, then the best subset of the jobs that follow."""
+def _fill_slot(backlog: Backlog, ready: list[_Job], num_due: int, target: float) -> list[int]:
+    """Choose the items of one slot: complete remainders in order while they fit, then the best subset of the jobs that follow.
+
+    Where the `num_due` first jobs nearly fill it, it holds nothing of those that follow.
+    """
     times, tokens = backlog.times, backlog.tokens
     chosen: list[int] = []
     room, token_room, num_complete = target, backlog.capacity, 0
@@ -122,7 +130,7 @@ def _fill_slot(backlog: Backlog, ready: list[_Job], target: float) -> list[int]:
         chosen += job.rest
         room, token_room, num_complete = room - needed, token_room - needed_tokens, num_complete + 1
     if num_complete < len(ready) and room > _CLOSE * target:
-        chosen += _fit(backlog, ready[num_complete:], room, token_room, target)
+        chosen += _fit_due(backlog, ready[num_complete:], num_due - num_complete, room, token_room, target)
     if not chosen and ready:  # even the shortest sample is over the target
         chosen = [ready[0].rest[-1]]
     return _limit_endings(ready, chosen, backlog.max_endings) if len(ready) > backlog.max_endings else chosen
@@ -137,6 +145,19 @@ def _limit_endings(ready: list[_Job], chosen: list[int], max_endings: int) -> li
             if num_endings > max_endings:
                 placed.remove(job.rest[-1])
     return [item for item in chosen if item in placed]
+
+
+def _fit_due(backlog: Backlog, ready: list[_Job], num_due: int, room: float, token_room: int, target: float) -> list[int]:
+    """Return a subset that fits: of the `num_due` first jobs if it nearly fills the room, else of all that are ready."""
+    if 0 < num_due < len(ready):
+        due = _fit(backlog, ready[:num_due], room, token_room, target)
+        missing, missing_tokens = (
+            room - sum([backlog.times[item] for item in due]),
+            token_room - sum([backlog.tokens[item] for item in due]),
+        )
+        if missing <= _NEAR * target or missing_tokens <= _NEAR * backlog.capacity:
+            return due
+    return _fit(backlog, ready, room, token_room, target)
 
 
 def _fit(backlog: Backlog, ready: list[_Job], room: float, token_room: int, target: float) -> list[int]:

@@ -13,7 +13,7 @@ compensates for rounding, 3.11's does not).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,15 +64,13 @@ class SlotCost:
         return sum(map(self.sample, sample_tokens)) + self.overhead(sum(sample_tokens), segments)
 
 
-def slot_times(stream: Stream, lengths: Lengths, cost: SlotCost) -> list[float]:
-    """Return the predicted time of every slot (evaluation slots: by their tokens alone)."""
+def slot_times(stream: Stream, lengths: Lengths, cost: SlotCost, validation: Mapping[int, Sequence[int]] | None = None) -> list[float]:
+    """Return the predicted time of every slot, one way; `validation` [job] has the tokens of what evaluation slots hold."""
     times = []
     for slot in stream:
-        if slot.evaluate:
-            times.append(slot.num_tokens + cost.overhead(slot.num_tokens, len(slot.segments)))
-        else:
-            batches = ((s.samples, lengths[s.job][s.step]) for s in slot.segments)
-            times.append(cost.slot([batch[sample] for samples, batch in batches for sample in samples], len(slot.segments)))
+        held = validation if slot.evaluate else None
+        batches = ((s.samples, lengths[s.job][s.step] if held is None else held[s.job]) for s in slot.segments)
+        times.append(cost.slot([batch[sample] for samples, batch in batches for sample in samples], len(slot.segments)))
     return times
 
 

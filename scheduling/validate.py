@@ -248,14 +248,14 @@ class _Pipeline:
                 stage.known.update(verdicts)
             stage.num_judged = max(stage.num_judged, judged)
 
-    def _check_number(self, stage: _Stage, job: int, what: str) -> None:
-        if job in self.taken_over and stage.next_forward >= self.taken_over[job]:
-            raise PlanError(f"stage {stage.stage}: {what} of job {job} in slot {stage.next_forward}, when its number is another's already")
+    def _check_number(self, stage: _Stage, job: int, what: str, slot: int) -> None:
+        if job in self.taken_over and slot >= self.taken_over[job]:
+            raise PlanError(f"stage {stage.stage}: {what} of job {job} in slot {slot}, when its number is another's already")
 
     def _step(self, stage: _Stage, job: int) -> None:
         if stage.stage:
             stage.known.update(stage.forwards[0][1])
-        self._check_number(stage, job, "STEP")
+        self._check_number(stage, job, "STEP", stage.next_forward)
         if stage.next_forward == len(self.stream):
             raise PlanError(f"stage {stage.stage}: STEP of job {job} after the last forward")
         key = Ending(job, stage.version[job])
@@ -319,7 +319,7 @@ class _Pipeline:
             self.stages[stage.stage - 1].gradients.append((slot, sums))
             return
         for ending in sums:
-            self._check_number(stage, ending.job, "the evaluation")
+            self._check_number(stage, ending.job, "the evaluation", stage.next_forward - 1)
         stage.reported += sums
 
     def _meet(self, stage: _Stage, action: Action) -> None:

@@ -203,7 +203,8 @@ class WindowPlanner:
             self._remove(number)
 
     def _remove(self, number: int) -> None:
-        self.numbers.release(number, self.jobs.pop(number).progress.ready)
+        ready = self.jobs.pop(number).progress.ready
+        self.numbers.release(number, ready + 1 if ready else 0)
 
 
 def _known(backlog: Backlog, tail: Stream, joined: list[int]) -> Layout | None:

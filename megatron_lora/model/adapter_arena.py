@@ -67,6 +67,7 @@ class Arena:
         """Allocate `room` (default: what `adapters` take), and add `adapters` side by side as rows 0, 1, ..."""
         self.tensor_rank, self.tensor_ranks = tensor_rank, tensor_ranks
         self.linears = linears
+        self._is_changing = False
         self.room = dict(room_of(adapters) if room is None else room)
         self.regions: list[Region] = []
         size = 0
@@ -89,7 +90,7 @@ class Arena:
     def add(self, spec: AdapterSpec, places: Places) -> int:
         """Take the lowest free adapter row and the places, which must be free, for an adapter, all zero; return the row."""
         row = self._take(spec, places)
-        self._set_tables(self.specs, self.places)
+        self._refresh()
         return row
 
     def remove(self, row: int) -> None:
@@ -99,7 +100,7 @@ class Arena:
         for buffer in self._states(self.grad):
             _zero([buffer[part] for part in slices])
         self.specs[row], self.places[row], self.factors[row] = FREE_ROW, {}, []
-        self._set_tables(self.specs, self.places)
+        self._refresh()
 
     def move(self, row: int, places: Places) -> None:
         """Move an adapter's weights and moments to other places, free or its own, and leave zeros behind.
@@ -114,7 +115,21 @@ class Arena:
             values = torch.cat(left).split([len(part) for part in left])
             _zero(left)
             _copy([buffer[new] for _, new in moved], values)
-        self._set_tables(self.specs, self.places)
+        self._refresh()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Give the linears their new tables once, after all that is added, removed and moved inside; no forward may run there."""
+        self._is_changing = True
+        try:
+            yield
+        finally:
+            self._is_changing = False
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if not self._is_changing:
+            self._set_tables(self.specs, self.places)
 
     @contextmanager
     def showing(self, specs: Sequence[AdapterSpec]) -> Iterator[None]:

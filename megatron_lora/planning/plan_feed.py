@@ -271,8 +271,8 @@ class PlanFeed:
         return {n: Used(tokens[n], each.slots, each.time, replicas * each.tokens - tokens[n]) for n, each in found.items()}
 
     def _put(self, followed: _Followed, window: dict[str, Any], changes: Any) -> None:
-        self.crew.prepare(changes)
         self.ready.put(Window(followed.own, followed.ended, frozenset(map(tuple, window["moves"])), changes))
+        self.crew.prepare(changes)  # what of it is not there yet is waited for where it is needed
 
 
 class _Followed(NamedTuple):

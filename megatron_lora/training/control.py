@@ -78,6 +78,7 @@ class Control:
         gap: int,
         check_fits: Callable[[JobConfig], None] = lambda job: None,
         num_devices: int = 1,
+        deterministic: bool = False,
         keep_alive: bool = False,
         max_wait_s: float | None = None,
         replay: Replay | None = None,
@@ -93,6 +94,7 @@ class Control:
         self.reader = reader
         self.gap = gap
         self.check_fits = check_fits
+        self.deterministic = deterministic
         self.keep_alive = keep_alive
         self.max_wait_s = max_wait_s
         self.replay = replay
@@ -323,7 +325,8 @@ class Control:
             entry.state, entry.since, entry.since_s = state, utc_now(), time.monotonic()
         elif entry.leaving is None and event.event != "resumed":
             entry.leaving = state
-            if not entry.departed and state != "done":
+            noticed = self.deterministic and event.id is None and state in OVER  # when that is depends on time: it trains to its end
+            if not entry.departed and state != "done" and not noticed:
                 leave[entry.number] = state not in OVER
         elif entry.leaving in ("paused", "queued"):  # on its way out already
             entry.leaving = state

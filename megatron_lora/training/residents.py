@@ -1,12 +1,17 @@
 """The jobs of one rank that are resident: they join, move and leave as the windows of the plan say.
 
 Two threads work here. The plan feed's reads a joining job's data and draws its first values in host
-memory, ahead of the window; the training thread then only takes rows and starts copies:
+memory; the training thread only takes rows and starts copies:
 
     residents = Residents(read=read, arena=arena_future)
     residents.read(changes); residents.prepare(changes)      # the feed's thread (planning.plan_feed.Crew)
-    residents.begin(changes)                                 # the training thread, where the window begins
-    residents.move(number, step)                             # directly after that step, as an action of the plan
+    residents.begin(changes, saver)                          # the training thread, where the window begins
+    residents.before(microbatch)                             # ... before each forward
+    residents.move(number, step)                             # ... directly after that step, as an action of the plan
+
+Joining costs the training thread tens of milliseconds, which a GPU's queue of kernels hides, but not
+those of all jobs that join with a window. So a window's changes are carried out one by one, before its
+forwards, in their order: a job is there before its first microbatch.
 
 A row is freed by a window that begins after the job's last STEP and evaluation on every stage, so no
 microbatch in flight refers to it. What a snapshot copies from a row is queued on the device before that.
@@ -14,6 +19,7 @@ microbatch in flight refers to it. What a snapshot copies from a row is queued o
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -25,9 +31,10 @@ from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.planning.plan_feed import PlannedJob
 from megatron_lora.training.jobs import Job
 from megatron_lora.training.saving import Saver, Start, read_start, start_job
-from megatron_lora.training.window_changes import Places, WindowChanges
+from megatron_lora.training.window_changes import Joining, Places, WindowChanges
 from scheduling.data_parallel import DealtJob
 from scheduling.slot_cost import SlotCost
+from scheduling.types import Microbatch
 
 
 class Residents:
@@ -50,7 +57,9 @@ class Residents:
         self._num_replicas = num_replicas
         self._cost = cost
         self._ready: dict[int, Job] = {}  # that join with a window still to begin
-        self._starts: dict[int, Start] = {}
+        self._starts: dict[int, Future[Start]] = {}
+        self._pending: deque[tuple[Callable[..., None], tuple]] = deque()  # what windows have changed and is still to be done
+        self._joining: set[int] = set()  # numbers of the jobs among them that join
         self._moves: dict[tuple[int, int], Places] = {}
         self.on_join: Callable[[Job], None] = lambda job: None
 
@@ -59,7 +68,7 @@ class Residents:
         planned = []
         for joining in changes.joined:
             job = self._make(joining.number, joining.config, joining.point)
-            self._ready[job.number] = job
+            self._ready[job.number], self._starts[job.number] = job, Future()
             validation = () if job.data.validation is None else job.data.validation.samples.lengths.tolist()
             planned.append(
                 PlannedJob(
@@ -78,21 +87,24 @@ class Residents:
 
     def prepare(self, changes: WindowChanges) -> None:
         """Draw, or read, the values with which the jobs that join start."""
-        for joining in changes.joined:
-            self._starts[joining.number] = read_start(self._ready[joining.number], self._arena.result())
+        starts = [self._starts[joining.number] for joining in changes.joined]
+        try:
+            for joining, start in zip(changes.joined, starts, strict=True):
+                start.set_result(read_start(self._ready[joining.number], self._arena.result()))
+        except BaseException as failure:
+            for start in starts:
+                if not start.done():
+                    start.set_exception(failure)  # which the training thread raises where it needs the values
+            raise
 
     def begin(self, changes: WindowChanges, saver: Saver) -> None:
-        """Apply a window's changes, which have been prepared."""
-        arena = self._arena.result()
-        for number in changes.freed:
-            self._free(number, arena)
-        for joining in changes.joined:
-            job = self._ready.pop(joining.number)
-            row = arena.add(job.adapter_spec(), joining.places)
-            start_job(job, arena, row, self._groups, self._starts.pop(joining.number))
-            self.jobs[job.number] = job
-            self.on_join(job)
-            saver.join(job)
+        """Begin with a window's changes."""
+        self._pending += [(self._free, (number,)) for number in changes.freed]
+        self._pending += [(self._join, (joining, saver)) for joining in changes.joined]
+        self._joining |= {joining.number for joining in changes.joined}
+        self._moves |= changes.moves
+        if self._joining.intersection(changes.configs, changes.left):
+            self._finish()
         for number, config in changes.configs.items():
             if number in self.jobs:
                 self.jobs[number].config = config
@@ -101,15 +113,43 @@ class Residents:
             job.leaving = leaving
             if job.steps_taken == leaving.step:
                 saver.leave(job)
-        self._moves |= changes.moves
+
+    def before(self, microbatch: Microbatch) -> None:
+        """Carry out the next change, and others until all jobs of the microbatch are resident."""
+        if self._pending:
+            with self._arena.result().changing():
+                self._do_next()
+                while any(segment.job in self._joining for segment in microbatch.segments):
+                    self._do_next()
 
     def move(self, number: int, step: int) -> None:
         """Move a job's rows, directly after its step."""
+        self._finish()
         arena, job = self._arena.result(), self.jobs[number]
         arena.move(job.adapter_row, self._moves.pop((number, step)))
         job.optimizer.locate()
 
-    def _free(self, number: int, arena: Arena) -> None:
+    def _finish(self) -> None:
+        if self._pending:
+            with self._arena.result().changing():
+                while self._pending:
+                    self._do_next()
+
+    def _do_next(self) -> None:
+        change, words = self._pending.popleft()
+        change(*words)
+
+    def _join(self, joining: Joining, saver: Saver) -> None:
+        start = self._starts[joining.number].result()
+        arena, job = self._arena.result(), self._ready.pop(joining.number)
+        del self._starts[joining.number]
+        start_job(job, arena, arena.add(job.adapter_spec(), joining.places), self._groups, start)
+        self.jobs[job.number] = job
+        self._joining.remove(job.number)
+        self.on_join(job)
+        saver.join(job)
+
+    def _free(self, number: int) -> None:
         job = self.jobs.pop(number)
-        arena.remove(job.adapter_row)
+        self._arena.result().remove(job.adapter_row)
         job.adapter_row, job.resident_optimizer = -1, None

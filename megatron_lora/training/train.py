@@ -68,6 +68,7 @@ from megatron_lora.training.warm_up import warm_up
 from megatron_lora.training.window_changes import WindowChanges
 from scheduling.follow import Window
 from scheduling.slot_cost import SlotCost
+from scheduling.types import Lengths, Microbatch
 
 LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
 
@@ -99,7 +100,10 @@ def _train(config: RunConfig, stop: StopRequest, live: Live) -> None:
     model_dir = resolve_base_model(config.base_model)
     architecture = read_base_model(model_dir, config.load_weights)
     first = read_jobs_in_turn(first_jobs(config, points), model_dir, architecture.vocab_size, host_group, points)
-    config, slot_cost, longest = resolve_together(config, architecture, first, host_group, list(points), live.keep_alive)
+    # Without a job to train, one that is added decides nothing any more: the head is then taken to compute every row.
+    share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in first.values()) if first else 1.0
+    lengths = _lengths(config, architecture, first, points)
+    config, slot_cost, longest = resolve_together(config, architecture, lengths, share_of_targets, host_group, live.keep_alive)
     arena: Future[Arena] = Future()
     residents = Residents(
         lambda configs: load_jobs_data(configs, tokenizer_for(configs, model_dir), cache_dir(), architecture.vocab_size),
@@ -152,6 +156,11 @@ def _run_windows(
                 reporter.on_step(done, collector.written)
             saver.on_step(done)
 
+        def on_forward(microbatch: Microbatch) -> None:
+            residents.before(microbatch)
+            if reporter is not None:
+                reporter.on_forward(microbatch)
+
         residents.on_join = on_join
         executor = make_executor(
             stage,
@@ -160,7 +169,7 @@ def _run_windows(
             jobs=jobs,
             on_step=on_step,
             on_evaluation=reporter.on_evaluation if reporter is not None else lambda done: None,
-            on_forward=reporter.on_forward if reporter is not None else lambda microbatch: None,
+            on_forward=on_forward,
             on_window=on_window,
             move=residents.move,
             is_stopped=lambda: stop.stopped,
@@ -208,10 +217,20 @@ def _make_control(
         gap=position_of(config.parallel).gap,
         check_fits=lambda job: check_fits(job.name, job, room, row_bytes, float(config.adapter_memory)),
         num_devices=config.parallel.world_size,
+        deterministic=config.deterministic,
         keep_alive=live.keep_alive,
         max_wait_s=config.max_wait_s,
         replay=None if live.replay is None else Replay(live.replay),
     )
+
+
+def _lengths(config: RunConfig, architecture: Architecture, first: Jobs, points: Collection[str]) -> Lengths:
+    """Return the lengths that a microbatch must hold: of the jobs that have been read, and of those of `points` that have not, at most."""
+    lengths: list[Sequence[Sequence[int]]] = [job.step_samples.lengths() for job in first.values()]
+    lengths += longest_of(job.validation_samples for job in first.values())
+    read = {job.name for job in first.values()}
+    waiting = [job for job in config.jobs if job.name in points and job.name not in read]
+    return lengths + [[[min(job.sequence_len, architecture.max_positions)]] for job in waiting]
 
 
 def _room_of(config: ResolvedConfig, architecture: Architecture) -> dict[str, int]:
@@ -245,19 +264,19 @@ def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, ho
 
 
 def resolve_together(
-    config: RunConfig, architecture: Architecture, first: Jobs, host_group: dist.ProcessGroup, names: Sequence[str], keep_alive: bool
+    config: RunConfig,
+    architecture: Architecture,
+    lengths: Lengths,
+    share_of_targets: float,
+    host_group: dist.ProcessGroup,
+    keep_alive: bool = False,
 ) -> tuple[ResolvedConfig, SlotCost, float]:
     """Return the resolved config, the planner's cost model and a window's longest planned time; the first rank makes them for all ranks.
 
     It also prints and records what was chosen. The memory of its own device decides, even if other
-    ranks have more or less. `host_group` is a gloo group of all ranks; `first` are the jobs that have
-    been read, `names` those of all that remain.
+    ranks have more or less. `host_group` is a gloo group of all ranks; `lengths` and `share_of_targets`
+    are as in planning.resolve.
     """
-    share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in first.values())
-    lengths: list[Sequence[Sequence[int]]] = [job.step_samples.lengths() for job in first.values()]
-    lengths += longest_of(job.validation_samples for job in first.values())
-    read = {job.name for job in first.values()}
-    lengths += [[[min(job.sequence_len, architecture.max_positions)]] for job in config.jobs if job.name in names and job.name not in read]
 
     def choose() -> tuple[ResolvedConfig, SlotCost, float]:
         device, path = this_device(config.parallel.world_size), Path(config.output_dir)

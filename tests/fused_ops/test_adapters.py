@@ -51,3 +51,14 @@ def test_groups_refuse_what_does_not_fit(make_problem):
     for match, change in wrong.items():
         with pytest.raises(ValueError, match=match):
             dataclasses.replace(group, **change)
+
+
+def test_a_group_beside_another_has_its_tables_and_its_own_views(make_problem):
+    group = make_problem([4, 4], [8, 20], n=(16, 8)).group
+    views = {name: getattr(group, name) for name in ("columns", "b_RN", "grad_b_RN")}
+    a, grad = torch.zeros(group.a_RK.shape[0], 10), torch.zeros(group.a_RK.shape[0], 10)
+    other = group.beside(**views, a_RK=a, grad_a_RK=grad, first_feature=4)
+    assert other.a_RK is a and other.adapter_table is group.adapter_table and other.scale_table is group.scale_table
+    assert (other.first_feature, other.width, other.a_rows) == (4, group.width, group.a_rows) and group.first_feature == 0
+    with pytest.raises(ValueError, match="has other rows than A"):
+        group.beside(**views, a_RK=a[1:], grad_a_RK=grad[1:], first_feature=4)

@@ -252,7 +252,6 @@ def test_a_job_that_leaves_is_evaluated_for_what_was_due_or_not():
         ended = follower.follow((*rest, steps[2], NOOP, *(last if evaluate else ()), NOOP))
         follower.finish()
         assert sum(ended, ()).count(Ending(0, 1, True)) == (evaluate or begun)
-        assert follower.numbers.is_free(0, 6, ()) != evaluate  # the last evaluation is listed at index 5
 
 
 def test_replicas_evaluate_their_samples_of_the_same_rounds():
@@ -269,3 +268,25 @@ def test_replicas_evaluate_their_samples_of_the_same_rounds():
     replay_replicas(streams, [[[5, 6], [7, 8]]], 2, CAPACITY, **more)
     with pytest.raises(PlanError, match="scheduled 2 times"):
         replay_replicas([streams[0], streams[0]], [[[5, 6], [7, 8]]], 2, CAPACITY, **more)
+
+
+@pytest.mark.parametrize(("num_noops", "allowed"), [(2, False), (3, True)])
+def test_a_number_is_free_when_its_last_evaluation_has_reached_the_first_stage(num_noops, allowed):
+    """On two stages with a delay of one slot: the sums are listed at the first no-op, and come with the backward after the third's F."""
+    evaluation, new = Microbatch((Segment(0, 0, (0,), 7),), evaluate=True), Microbatch((Segment(0, 0, (0,), 5),))
+    stream = (evaluation, *[NOOP] * num_noops, new)
+    follower = Follower([], 2, CAPACITY, 1)
+    follower.join(0, [], 0, [7], [0])
+    follower.follow(stream[:-1])
+    joins = {0: {0: []}, 1 + num_noops: {0: [[5]]}}
+    more = {"joins": joins, "validation": {0: [7]}, "evaluate_after": {0: [0]}}
+    if allowed:
+        follower.join(0, [[5]])
+        follower.follow(with_drain((new,), 2, 1))
+        follower.finish()
+        replay(stream, [], 2, CAPACITY, 1, **more)
+    else:
+        with pytest.raises(PlanError, match="it is free from index 3 on"):
+            follower.join(0, [[5]])
+        with pytest.raises(PlanError, match="the evaluation of job 0 in slot 3, when its number is another's already"):
+            replay(stream, [], 2, CAPACITY, 1, **more)

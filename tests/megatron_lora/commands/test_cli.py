@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[3]
 STAND_IN = """
 import os, sys, time, types
 
-def run(config, stop):
+def run(config, stop, live):
     from megatron_lora.errors import UserError
     from megatron_lora.output.run_directory import RunDirectory
     mode, rank = os.environ["STAND_IN"], int(os.environ["RANK"])

@@ -175,7 +175,8 @@ def test_wandb_has_a_run_per_job(tmp_path, monkeypatch):
     observer.on_status("b", "failed", "why")
     observer.close()
     assert log[:4] == [("a", "project", "out"), ("b", "project", "out"), ("b", 1, 2.5), ("a", 1, 2.0)]
-    assert log[4:] == [("a", "finished", {"best": {"step": 1, "value": 2.0}}), ("b", "finished", {"state": "failed: why"})]
+    # A job's run ends with the job.
+    assert log[4:] == [("b", "finished", {"state": "failed: why"}), ("a", "finished", {"best": {"step": 1, "value": 2.0}})]
 
 
 def test_wandb_that_cannot_be_used(tmp_path, monkeypatch):

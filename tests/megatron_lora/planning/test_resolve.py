@@ -285,7 +285,7 @@ def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure
     open_ = ("microbatch_tokens=auto", "parallel.pipeline=2", "recompute=auto")
     config, given = configure(*open_), configure("precision=fp32", "parallel.layers_per_stage=[4]", "adapter_memory=0.1")
     with RunDirectory.create(config):
-        resolved, cost = resolve_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD, ["one"])
+        resolved, cost, _ = resolve_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)
         split = f"parallel.layers_per_stage: null is {list(resolved.parallel.layers_per_stage)}, as 25% of the tokens are targets"
         lines = ["microbatch_tokens: auto is 256", split]
         *printed, adapters, memory = capsys.readouterr().out.splitlines()
@@ -297,12 +297,12 @@ def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure
         )
         every, some = (planner_cost(resolved, read_architecture(root / "model"), CPU, share) for share in (1.0, 0.25))
         assert load_config("run/config.yaml") == resolved and cost == some != every
-        assert resolve_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD, ["one"])[0] == given
+        assert resolve_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)[0] == given
         assert capsys.readouterr().out == ""
 
 
 def test_a_run_is_settled_by_its_samples_share_of_targets(one_process, configure, root, monkeypatch):
-    def stop(config, architecture, lengths, target_share, host, names):
+    def stop(config, architecture, lengths, target_share, host, keep_alive):
         raise InterruptedError(target_share)
 
     monkeypatch.setattr(train, "resolve_together", stop)

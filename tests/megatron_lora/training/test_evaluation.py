@@ -188,7 +188,6 @@ def test_an_evaluation_that_is_due_when_a_run_is_stopped_is_made_first_when_it_r
     for directory in ("jobs/owed", "jobs/owed/best-4"):
         mine, other = (load_file(each / directory / "adapter_model.safetensors") for each in (run, owed["run"]))
         assert max(oracle.distance(mine, other, kind) for kind in ("lora_A", "lora_B")) < 1e-4
-    assert [path.name for path in run.glob("jobs/owed/best-*")] == ["best-4"]
 
 
 def test_an_evaluation_has_no_dropout(scene, pool, tmp_path):

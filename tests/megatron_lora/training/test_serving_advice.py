@@ -1,6 +1,7 @@
 """A run of conversations says in the adapter's card and at its end how the adapter has to be served."""
 
 import json
+import queue
 from types import SimpleNamespace
 from typing import cast
 
@@ -34,10 +35,13 @@ def test_what_the_data_say_about_serving_stands_in_the_card(pool, tmp_path, monk
 
 def test_the_advice_of_jobs_that_are_done_ends_a_run(capsys):
     template = {"datasets": (), "chat_template": "chatml"}
-    jobs = [
-        SimpleNamespace(name=name, state=state, config=JobConfig(name=name, **keys), data=JobData.of(Samples.of([])))
-        for name, state, keys in (("a", "done", template), ("b", "failed", template), ("c", "done", {"datasets": ()}))
-    ]
-    ended = SimpleNamespace(observers=[], directory=SimpleNamespace(close=lambda: None), jobs=dict(enumerate(jobs)))
+    written: queue.SimpleQueue = queue.SimpleQueue()
+    for name, state, keys in (("a", "done", template), ("b", "stopped", template), ("c", "done", {"datasets": ()})):
+        job = SimpleNamespace(name=name, state="running", config=JobConfig(name=name, **keys), data=JobData.of(Samples.of([])))
+        written.put((job, state))
+    ended = SimpleNamespace(observers=[], directory=SimpleNamespace(close=lambda: None), reasons={}, advice={})
+    ended.board, ended._set_job = SimpleNamespace(close=lambda failed: None), lambda job, state, reason: None
+    ended.control = SimpleNamespace(tell=lambda *news: None)
+    RunReporter._update_states(cast(RunReporter, ended), written)
     RunReporter.__exit__(cast(RunReporter, ended), None, None, None)
     assert capsys.readouterr().out == "a: It was trained with the chat template chatml, so serve it with that one.\n"
