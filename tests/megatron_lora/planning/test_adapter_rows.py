@@ -104,6 +104,23 @@ def test_one_job_moves_in_all_linears_rather_than_several():
     assert list(book.compact({"low", "high"}, Kind(32, query | down)) or ()) == ["high", "low"]
 
 
+def test_what_one_job_leaves_another_does_not_take_in_the_same_window():
+    """Of 9 x 16 rows 0, 1, 3 and 8 are free; x (5, 6) and y (4) make room for 48 beside w and v, which stay."""
+    query = frozenset({"q_proj"})
+    book = Book({"q_proj": 9 * 16})
+    for job in ("free-01", "w", "free-3", "y", "x", "v", "free-8"):
+        book.take(job, Kind(32 if job in ("free-01", "x") else 16, query))
+    for job in ("free-01", "free-3", "free-8"):
+        book.give_back(job)
+    moves = book.compact({"x", "y"}, Kind(48, query))
+    assert moves == {"x": {"q_proj": (0, 0)}, "y": {"q_proj": (128, 128)}}
+    for job in ("y", "x"):
+        book.move(job, moves[job])
+    assert book.take("early", Kind(48, query)) is None
+    book.finish_moves()
+    assert book.take("waiting", Kind(48, query)) == {"q_proj": (48, 48)}
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(adapters, min_size=1, max_size=12), st.integers(1, 10))
 def test_admission_keeps_the_order_of_those_that_fit_and_blocks_nobody_for_ever(kinds, units):
