@@ -259,7 +259,9 @@ def test_keep_alive_reaches_the_ranks(run, monkeypatch):
 
     monkeypatch.setattr(launch, "start_ranks", start_ranks)
     monkeypatch.setattr(launch, "check_run", lambda *arguments, **keys: type("Inputs", (), {"failed": {}}))
-    monkeypatch.setattr(rank, "_as_rank", lambda work, stop: kept.append(stop.keep_alive) or 0)
+    monkeypatch.setattr(rank, "_as_rank", lambda work, stop: work())
+    monkeypatch.setattr(rank, "_load", lambda path, overrides: None)
+    monkeypatch.setattr(rank, "_train", lambda config, stop, live: kept.append(live.keep_alive) or 0)
     for flags in ([], ["--keep-alive"]):
         main(["train", str(run.parent / "config.yaml"), *flags, "seed=0"])
         monkeypatch.setenv("RANK", "0")
