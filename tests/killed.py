@@ -39,13 +39,18 @@ def killed_at_every_change(work: Callable[[], object], folder: Path, set_up: Cal
         number += 1
 
 
+def changes_file(event: str, arguments: tuple, folder: str) -> bool:
+    """Whether an audit event stands in front of a change of the files of a folder."""
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    return bool((writes or event in CHANGES) and str(arguments[0]).startswith(folder))
+
+
 def _kill_at(number: int, folder: str) -> None:
     left = number
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal left
-        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (writes or event in CHANGES) and str(arguments[0]).startswith(folder):
+        if changes_file(event, arguments, folder):
             if left == 0:
                 os._exit(9)
             left -= 1

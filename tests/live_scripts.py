@@ -1,32 +1,37 @@
 """Live runs of a tiny model under random requests: jobs that are not cancelled end as they would alone, and events repeat the run.
 
 scene = make_scene(root)                               # a model, the data of eight jobs
-outcome = play(pool, scene, seed=3, parallel={"pp": 2}, folder=tmp_path)
+outcome = play(pool, scene, seed=3, parallel={"pp": 2}, folder=tmp_path, end="stop")
 check(pool, scene, outcome)                            # AssertionError where a job differs from its solo run
+repeat(pool, scene, outcome, tmp_path)                 # ... where the first start, repeated from its events, gives other bits
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
 import random
-import subprocess
+import signal
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import oracle
 import runs
+from killed import changes_file
+from rank_pool import RankError
 from safetensors.torch import load_file
 
 STEPS = 6
+ENDS = ("none", "stop", "kill")
+NUM_ENDS = 2  # starts that are stopped, or killed
 LATE = ("late-0", "late-1")
-Script = dict[int, list[tuple[str, str]]]  # window -> what is asked for before it: verb and name
 NAMES = (*(f"job-{k}" for k in range(6)), *LATE)
+VALUES = ({"priority": 3.0}, {"save_steps": 2}, {"save_total_limit": 1}, {"priority": 0.5, "save_steps": 3})
+Script = dict[int, list[tuple[str, Any]]]  # window -> what is asked for before it: verb, and the keys of the request
+Lines = dict[str, list[dict]]
 
 
 class Scene(NamedTuple):
@@ -39,134 +44,149 @@ class Scene(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A run that was played: its directory, its config, and how often it was started."""
+    """A run that was played: its directory and config, what its first start had written, and what happened."""
 
     run: Path
     config: Path
     parallel: dict[str, Any]
-    script: Script
-    num_starts: int
+    first: Lines  # the metrics of each job that had any
+    counts: Counter[str]
+
+
+class Kill(NamedTuple):
+    """Where a rank kills itself: at a forward, or at a change of the run's files."""
+
+    rank: int
+    what: str  # forward | file
+    number: int
+    marker: Path
 
 
 def make_scene(root: Path) -> Scene:
-    """Make a model and jobs of several ranks, some with dropout, some with validation data."""
+    """Make a model and jobs of several ranks: some with dropout, some with validation data, one of which stops early."""
     jobs = {}
     for k, name in enumerate(NAMES):
-        rows = oracle.make_rows(root / f"rows-{k}.jsonl", num_rows=10, seed=20 + k)
-        job = {"name": name, "datasets": [{"path": str(rows), "type": "prompt_completion"}], "r": (4, 8, 24)[k % 3], "lora_alpha": 16}
+        rows = oracle.make_rows(root / f"rows-{k}.jsonl", num_rows=12, seed=20 + k)
+        job = {"name": name, "datasets": [{"path": str(rows), "type": "prompt_completion"}], "r": (4, 24, 40)[k % 3], "lora_alpha": 16}
         job |= {"learning_rate": 1e-3, "global_batch_size": 2, "max_steps": STEPS, "seed": k, "adam_epsilon": 1e-6, "warmup_ratio": 0.0}
         job |= {"lora_dropout": 0.1} if k % 2 else {}
-        job |= {"val_set_size": 3, "eval_steps": 2, "keep": "last"} if k % 3 == 0 else {}
+        job |= {"val_set_size": 5, "eval_steps": 1 + k // 3, "keep": "last"} if k % 3 == 0 else {}
         jobs[name] = job
+    jobs["job-3"] |= {"early_stopping_patience": 1, "early_stopping_threshold": 1.0}
     return Scene(root, oracle.make_model(root / "model"), jobs, {})
 
 
-def train(config_path: Path, script: Script, jobs: dict[str, dict], stop_after: int | None, replay: str | None) -> None:
-    """Run a config on this rank; on the first one, requests are left before the windows that `script` names."""
-    from unittest import mock
+def train(config_path: Path, script: Script, stop_after: int | None, kill: Kill | None, replay: str | None) -> None:
+    """Run a config on this rank; on the first one, requests are left before the windows that `script` names.
+
+    Jobs that are paused when nothing else is left are resumed.
+    """
+    import torch.distributed as dist
 
     from megatron_lora.config.schema import load_config
     from megatron_lora.output.requests import new_request, write_request
     from megatron_lora.training.control import Control
+    from megatron_lora.training.executor import Executor
 
-    run, ask = Path(load_config(config_path).output_dir), Control.ask
+    run, ask, begin, left = Path(load_config(config_path).output_dir), Control.ask, Executor._begin, 0
+
+    def count(*_) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            kill.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def asked(self, window, slot):
-        for verb, name in script.get(window, ()):
-            if verb == "add":
-                write_request(run, new_request("add", jobs=[jobs[name]]))
-            elif verb == "set":
-                write_request(run, new_request("set", names=[name], values={"priority": 3.0}))
-            else:
-                write_request(run, new_request(verb, names=[name]))
+        for verb, keys in script.get(window, ()):
+            write_request(run, new_request(verb, **keys))
+        names = [] if replay is not None else list(self.entries)
+        if names and all(entry.state == "paused" and not entry.resident for entry in self.entries.values()):
+            write_request(run, new_request("resume", names=names))
         return ask(self, window, slot)
 
+    def begun(self, slot):
+        count()
+        return begin(self, slot)
+
     with mock.patch.object(Control, "ask", asked):
-        runs.train(config_path, stop_after, replay)
+        if kill is None or kill.rank != dist.get_rank():
+            runs.train(config_path, stop_after, replay)
+            return
+        left = kill.number
+        if kill.what == "file":
+            sys.addaudithook(lambda event, words: count() if changes_file(event, words, str(run)) else None)
+            runs.train(config_path, stop_after, replay)
+        with mock.patch.object(Executor, "_begin", begun):
+            runs.train(config_path, stop_after, replay)
 
 
-def random_script(seed: int) -> Script:
-    """Return what is asked for before which windows."""
-    rng, script = random.Random(seed), {}
-    late = list(LATE)
+def random_script(rng: random.Random, scene: Scene, late: str) -> Script:
+    """Return what is asked for before which windows; `late` is added at some time, mostly."""
+    script: Script = {}
     for _ in range(rng.randint(3, 8)):
         verb = rng.choice(["add", "pause", "pause", "resume", "cancel", "set"])
-        name = late.pop() if verb == "add" and late else rng.choice(NAMES[:6])
-        if verb != "add" or name in LATE:
-            script.setdefault(rng.randint(0, 14), []).append((verb, name))
+        if verb == "add":
+            keys: dict[str, Any] = {"jobs": [_complete(scene.jobs[late])]}  # refused the second time
+        else:
+            keys = {"names": [rng.choice(NAMES[:6])], "values": rng.choice(VALUES) if verb == "set" else None}
+        script.setdefault(rng.randint(0, 20), []).append((verb, keys))
     return script
 
 
-def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, *, stop: bool = False) -> Outcome:
-    """Train six jobs, two or three of them at a time, under a random script; with `stop` they are stopped after a while and resumed.
+def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str = "none") -> Outcome:
+    """Train six jobs, two to four of them at a time, under a random script.
 
-    What is left paused is resumed, until all jobs are over.
+    By `end` the first starts end early: they are stopped, or killed.
     """
     from megatron_lora.config.schema import load_config
-    from megatron_lora.output.requests import new_request, write_request
+    from megatron_lora.output.events import read_events
+    from megatron_lora.output.job_states import exit_status
     from megatron_lora.output.run_directory import RunDirectory, job_states
 
-    rng = random.Random(1000 + seed)
-    config = _config(scene, rng, parallel, folder)
-    script, num_starts, status = random_script(seed), 0, 75
-    jobs = {name: _complete(scene.jobs[name]) for name in LATE}
+    rng = random.Random(f"{seed} {end}")
+    config, run = _config(scene, rng, parallel, folder), folder / "run"
+    counts: Counter[str] = Counter()
+    first: Lines = {}
+    status = 75
     while status == 75:
-        assert num_starts < 12, "the run does not end"
-        stop_after = rng.randint(2, 12) if stop and num_starts < 2 else None
+        start = counts["starts"]
+        assert start <= NUM_ENDS, f"the run does not end: {job_states(run)}"
+        script = random_script(rng, scene, LATE[start]) if start < len(LATE) else {}
+        ends_early = end if start < NUM_ENDS else "none"
+        stop_after = rng.randint(2, 14) if ends_early == "stop" else None
+        kill = _random_kill(rng, parallel, folder / f"killed-{start}") if ends_early == "kill" else None
         with RunDirectory.create(load_config(config)) as directory:
-            pool(**parallel).run(train, config, script if num_starts == 0 else {}, jobs, stop_after, None)
-            states = job_states(directory.path)
-            status = 75 if set(states.values()) - {"done", "cancelled", "stopped", "failed"} else 0
-            directory.finish(status)
-        num_starts += 1
-        paused = [name for name, state in states.items() if state == "paused"]
-        on_request = [name for name in paused if _asked_last(folder / "run", name) == "paused"]
-        if on_request:
-            write_request(folder / "run", new_request("resume", names=on_request))
-    return Outcome(folder / "run", config, parallel, script, num_starts)
+            try:
+                pool(**parallel).run(train, config, script, stop_after, kill, None)
+            except RankError:
+                if kill is None or not kill.marker.exists():
+                    raise
+                counts["kills"] += 1
+            status = exit_status(job_states(run).values())
+            if kill is None or not kill.marker.exists():
+                directory.finish(status)
+        if start == 0:
+            first = {path.parent.name: _whole_lines(path) for path in run.glob("jobs/*/metrics.jsonl")}
+        counts["starts"] += 1
+        counts["requests"] += sum(map(len, script.values()))
+        if status == 75:
+            counts["stops"] += ends_early == "stop"
+            states = map(json.loads, map(Path.read_text, run.glob("jobs/*/checkpoint-*/state.json")))
+            counts["evaluations due"] += sum(state["evaluation_due"] for state in states)
+    counts["refused"] += len(list(run.glob("requests/refused/*Z-*.json")))
+    counts["parked"] += sum(event.event == "parked" for event in read_events(run))
+    return Outcome(run, config, parallel, first, counts)
 
 
-def play_and_kill(scene: Scene, seed: int, parallel: dict, folder: Path) -> Outcome:
-    """Train as `play` does with megatron-lora itself, whose processes are killed twice at random times, between and inside requests."""
-    from megatron_lora.output.requests import new_request, write_request
-    from megatron_lora.output.run_directory import job_states
-
-    rng = random.Random(2000 + seed)
-    config, script, jobs = _config(scene, rng, parallel, folder), random_script(seed), {name: _complete(scene.jobs[name]) for name in LATE}
-    asked = [request for window in sorted(script) for request in script[window]]
-    environment = os.environ | {"MEGATRON_LORA_CACHE": str(scene.root / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    status, num_starts, run = 75, 0, folder / "run"
-    while status not in (0, 3):
-        assert num_starts < 12, "the run does not end"
-        process = subprocess.Popen([sys.executable, "-m", "megatron_lora", "train", str(config)], env=environment, start_new_session=True)
-        while not (run / "status.json").exists() and process.poll() is None:
-            time.sleep(0.05)
-        killed_at = time.monotonic() + rng.uniform(8, 25) if num_starts < 2 else math.inf
-        while process.poll() is None:
-            if asked and rng.random() < 0.1 and (run / "queue.json").exists():
-                verb, name = asked.pop(0)
-                keys = {"jobs": [jobs[name]]} if verb == "add" else {"names": [name]}
-                write_request(run, new_request(verb, **keys, values={"priority": 3.0} if verb == "set" else None))
-            if time.monotonic() > killed_at:
-                _kill(process.pid)
-            time.sleep(0.05)
-        status, num_starts = process.returncode, num_starts + 1
-        states = job_states(run)
-        assert status in (0, 75, -9), (status, states)
-        paused = [name for name, state in states.items() if state == "paused" and _asked_last(run, name) == "paused"]
-        if status == 75 and paused:
-            write_request(run, new_request("resume", names=paused))
-    return Outcome(run, config, parallel, script, num_starts)
+def _random_kill(rng: random.Random, parallel: dict, marker: Path) -> Kill:
+    what = rng.choice(["forward", "file"])
+    rank = rng.randrange(2) if what == "forward" and parallel else 0
+    return Kill(rank, what, rng.randint(1, 40) if what == "forward" else rng.randint(5, 200), marker)
 
 
-def _kill(parent: int) -> None:
-    """Kill a process and all that descend from it, at once."""
-    import psutil
-
-    processes = [*psutil.Process(parent).children(recursive=True), psutil.Process(parent)]
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+def _whole_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def check(pool, scene: Scene, outcome: Outcome) -> Counter[str]:
@@ -175,49 +195,57 @@ def check(pool, scene: Scene, outcome: Outcome) -> Counter[str]:
 
     states = job_states(outcome.run)
     for name, state in states.items():
-        assert state in ("done", "cancelled"), states
         if state == "cancelled":
             continue
         solo = _solo(pool, scene, name)
+        assert state == job_states(solo)[name], (name, states)
         mine, theirs = runs.lines_of(outcome.run, name), runs.lines_of(solo, name)
-        assert [line["step"] for line in mine] == [line["step"] for line in theirs], name
+        assert [(line["step"], line.keys()) for line in mine] == [(line["step"], line.keys()) for line in theirs], name
         for one, other in zip(mine, theirs, strict=True):
-            for key in ("loss", "eval_loss"):
-                if key in one:
-                    assert abs(one[key] - other[key]) <= 1e-5 * abs(other[key]), (name, one, other)
+            for key in one.keys() & {"loss", "eval_loss"}:
+                assert abs(one[key] - other[key]) <= 1e-5 * abs(other[key]), (name, one, other)
         adapters = [load_file(run / "jobs" / name / "adapter_model.safetensors") for run in (outcome.run, solo)]
         for kind in ("lora_A", "lora_B"):
             assert oracle.distance(*adapters, kind) < 1e-4, (name, kind)
     return Counter(states.values())
 
 
-def repeat(pool, scene: Scene, outcome: Outcome, folder: Path) -> None:
-    """Run again from the events alone, and compare what jobs wrote that are done bit for bit; for a run that was started once."""
+def repeat(pool, outcome: Outcome, folder: Path) -> None:
+    """Run the first start again from its events alone: it writes the same bits, and goes on where the first one was stopped or killed."""
     from megatron_lora.config.schema import load_config
     from megatron_lora.output.run_directory import RunDirectory, job_states
 
-    assert outcome.num_starts == 1
-    keys = json.loads(outcome.config.read_text()) | {"output_dir": str(folder / "again")}
-    config = folder / "again.yaml"
-    config.write_text(json.dumps(keys))
+    config, again = folder / "again.yaml", folder / "again"
+    config.write_text(json.dumps(json.loads(outcome.config.read_text()) | {"output_dir": str(again)}))
     with RunDirectory.create(load_config(config)) as directory:
-        pool(**outcome.parallel).run(train, config, {}, {}, None, str(outcome.run))
-        assert job_states(directory.path) == job_states(outcome.run)
+        pool(**outcome.parallel).run(train, config, {}, None, None, str(outcome.run))
         directory.finish(0)
-    for name in [name for name, state in job_states(outcome.run).items() if state == "done"]:
-        mine, theirs = runs.lines_of(folder / "again", name), runs.lines_of(outcome.run, name)
-        for line in (*mine, *theirs):
-            del line["seconds"]
-        assert mine == theirs, name
-        files = [(run / "jobs" / name / "adapter_model.safetensors").read_bytes() for run in (folder / "again", outcome.run)]
-        assert files[0] == files[1], name
+    for name, lines in outcome.first.items():
+        repeated = runs.lines_of(again, name)[: len(lines)]
+        assert [line | {"seconds": 0} for line in repeated] == [line | {"seconds": 0} for line in lines], name
+    if outcome.counts["starts"] == 1:
+        assert job_states(again) == job_states(outcome.run)
+        for name in [name for name, state in job_states(again).items() if state in ("done", "stopped")]:
+            files = [(run / "jobs" / name / "adapter_model.safetensors").read_bytes() for run in (again, outcome.run)]
+            assert files[0] == files[1], name
 
 
 def _config(scene: Scene, rng: random.Random, parallel: dict, folder: Path) -> Path:
-    """Write a config of six jobs, with room for two to four of them."""
-    config = runs.write_config(folder / "config.yaml", scene.model, folder / "run", [scene.jobs[n] for n in NAMES[:6]], parallel, 96)
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"adapter_memory": rng.uniform(0.003, 0.006), "window_s": 1e-3}))
-    return config
+    """Write a config of six jobs, with room for the two to four largest."""
+    from megatron_lora.config.schema import load_config
+    from megatron_lora.huggingface.weight_files import read_base_model
+    from megatron_lora.planning.adapter_memory import adapters_of, bytes_of, in_gb, rows_of
+    from megatron_lora.planning.predict import rank_row_bytes_of
+
+    path = runs.write_config(folder / "config.yaml", scene.model, folder / "run", [scene.jobs[n] for n in NAMES[:6]], parallel, 96)
+    keys = json.loads(path.read_text()) | {"window_s": 1e-3, "max_wait_s": rng.choice([None, 0.3])}
+    keys["parallel"]["layers_per_stage"] = [4 // parallel.get("pp", 1)] * parallel.get("pp", 1)
+    path.write_text(json.dumps(keys))
+    config = load_config(path)
+    rows = rows_of(adapters_of(config.jobs), rng.randint(2, 4))
+    room = in_gb(bytes_of(rows, rank_row_bytes_of(config, read_base_model(scene.model), 4)))
+    path.write_text(json.dumps(keys | {"adapter_memory": room}))
+    return path
 
 
 def _complete(job: dict) -> dict:
@@ -225,13 +253,6 @@ def _complete(job: dict) -> dict:
     from megatron_lora.output.changes import job_mapping
 
     return job_mapping(load_jobs(None, [job], 0)[0])
-
-
-def _asked_last(run: Path, name: str) -> str | None:
-    from megatron_lora.output.events import read_events
-
-    asked = [event.event for event in read_events(run) if event.id is not None and event.job == name and event.event != "set"]
-    return asked[-1] if asked else None
 
 
 def _solo(pool, scene: Scene, name: str) -> Path:

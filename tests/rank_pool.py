@@ -24,7 +24,7 @@ import torch
 
 from megatron_lora.config.schema import ParallelConfig
 
-PRELOAD = ["torch", "megatron.core.models.gpt", "rank_pool"]
+PRELOAD = ["torch", "megatron.core.models.gpt", "megatron_lora.training.train", "rank_pool"]
 
 
 class RankError(AssertionError):

@@ -14,8 +14,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_lora.config.live import Live
 from megatron_lora.config.rules import show
-from megatron_lora.config.schema import RunConfig
+from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.data.dataset_sources import MAX_NAME_BYTES, sources_of
 from megatron_lora.data.steps import check_visits
 from megatron_lora.environment import num_cores
@@ -24,7 +25,9 @@ from megatron_lora.huggingface.architecture import Architecture, unread_fields
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.model.backends import check_backends
-from megatron_lora.output.run_directory import RunDirectory, with_changes
+from megatron_lora.output.events import Replay, read_events
+from megatron_lora.output.resume import changed_key
+from megatron_lora.output.run_directory import RunDirectory, has_begun, with_changes
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
 
@@ -66,6 +69,35 @@ def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = Tr
     for job, job_data in zip(remaining, inputs.data, strict=True):
         check_checkpoint(job, job_data, points.get(job.name, ResumePoint()))
     return inputs
+
+
+def config_to_repeat(config: RunConfig, live: Live) -> RunConfig:
+    """Return the config with which a run is repeated: what decides its plan is as it was there. Without `replay` it is `config`.
+
+    UserError unless the jobs and ranks are those of that run, and the output directory is new.
+    """
+    run = live.replay
+    if run is None:
+        return config
+    if live.keep_alive:
+        raise UserError("--replay: repeats a run to its end and waits for no other jobs; leave --keep-alive out")
+    added = [event.job for event in read_events(run) if event.event == "added"]
+    Replay(run)
+    before = load_config(run / "config.yaml")
+    before = dataclasses.replace(before, jobs=tuple(job for job in before.jobs if job.name not in added))
+    changed = changed_key(before, config)
+    for key in ("pipeline", "tensor", "data", "sequence"):
+        new, old = getattr(config.parallel, key), getattr(before.parallel, key)
+        changed = changed or (f"parallel.{key}: {new} differs from {old}" if new != old else None)
+    names = [[job.name for job in each.jobs] for each in (before, config)]
+    if changed or names[0] != names[1]:
+        changed = changed or f"jobs: {', '.join(names[1])} are not {', '.join(names[0])}"
+        raise UserError(f"--replay: {one_line(changed, 300)} in {str(run / 'config.yaml')!r}, the run to repeat; set it back")
+    if Path(config.output_dir).exists() and has_begun(Path(config.output_dir)):
+        raise UserError(
+            f"--replay: output_dir: {config.output_dir!r} holds a run; choose a new directory, or leave --replay out to resume that run"
+        )
+    return dataclasses.replace(before, output_dir=config.output_dir, jobs=config.jobs)
 
 
 def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:

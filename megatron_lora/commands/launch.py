@@ -19,13 +19,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_lora.commands.checks import check_run, say_failed
+from megatron_lora.commands.checks import check_run, config_to_repeat, say_failed
 from megatron_lora.commands.rank import LAUNCHED
 from megatron_lora.config.live import Live
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.environment import environment, num_cores
 from megatron_lora.errors import UserError
-from megatron_lora.output.events import Replay
 from megatron_lora.output.run_directory import RunDirectory, has_begun, job_states
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -45,8 +44,7 @@ class Nodes:
 def train(config_path: str, overrides: list[str], live: Live = Live()) -> int:  # noqa: B008  it is frozen
     """Run a config to its end; returns the recorded 0, 3 or 75, 2 for wrong input that a rank found, 1 for a crash."""
     config = load_config(config_path, overrides)
-    if live.replay is not None:
-        Replay(live.replay)
+    config = config_to_repeat(config, live)
     nodes = find_nodes(os.environ)
     ranks_here = split_ranks(config, nodes)
     inputs = check_run(config, ranks_here, owner=nodes.index == 0)

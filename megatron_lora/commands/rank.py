@@ -89,9 +89,10 @@ def _train(config: RunConfig, stop: StopRequest, live: Live) -> int:
     if LAUNCHED in os.environ:
         run_directory = RunDirectory.join(config)
     else:
-        from megatron_lora.commands.checks import check_run, say_failed
+        from megatron_lora.commands.checks import check_run, config_to_repeat, say_failed
         from megatron_lora.environment import environment
 
+        config = config_to_repeat(config, live)
         inputs = check_run(config)
         say_failed(inputs)
         run_directory = RunDirectory.create(config, environment(), inputs.failed)

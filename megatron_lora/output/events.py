@@ -112,6 +112,7 @@ class Replay:
                 self._events.setdefault(event.window, []).append(event)
         if not self._events:
             raise UserError(f"{output_dir / EVENTS_FILE}: has no events of start {start}; name the output_dir of a run that has trained")
+        self.last_window = max(self._events)  # in front of which anything took effect
 
     def events(self, window: int) -> tuple[Event, ...]:
         """Return the events that took effect in front of a window, in their order."""

@@ -121,11 +121,8 @@ class Control:
 
     def finish(self) -> None:
         """Write the last news; after the run's last report."""
-        news = [self.news.get() for _ in range(self.news.qsize())]
-        if self.replay is None:
-            self._write([Change(event=what, job=name, details={"reason": reason}) for what, name, reason in news if what != "saved"])
-        for _, name, _ in news:
-            self.entries.pop(name, None)
+        for event in self._write_news(self._take_news()):
+            self.entries.pop(event.job, None)
         self._show()
         self.accounts.write(ended=True)
         self.reader.close()
@@ -146,9 +143,9 @@ class Control:
         self._read_ahead()
         self._show()
         if not any(entry.resident for entry in self.entries.values()):
-            if not (freed or joined or self.keep_alive or any(entry.waits for entry in self.entries.values())):
+            if not (freed or joined or self._goes_on()):
                 return None
-            if not freed:
+            if not freed and self.replay is None:
                 time.sleep(IDLE_S)
         self.changes = WindowChanges(freed=freed, joined=joined, configs=configs)
         planned = {entry.number for entry in self.entries.values() if entry.resident and not entry.departed}
@@ -208,38 +205,53 @@ class Control:
                 entry.last_index, entry.used, entry.since, entry.since_s = None, 0.0, utc_now(), time.monotonic()
         return freed
 
+    def _goes_on(self) -> bool:
+        """Whether more may happen where no job is resident; what is repeated ends with the last event."""
+        if self.replay is not None:
+            return self.window < self.replay.last_window
+        return self.keep_alive or any(entry.waits for entry in self.entries.values())
+
     # What happens -------------------------------------------------------------------------------------------------------------
 
     def _happened(self) -> list[Event]:
         """Return what happens now, written to events.jsonl: news of jobs, requests, jobs that park or join."""
         told = self._take_news() + self._take_read() + self._misfits()
-        events = self._write([Change(event=what, job=name, details={"reason": reason}) for what, name, reason in told])
+        events = self._write_news(told)
         self.run = then(self.run, events)
         self.run, requested, lines = take_requests(self.folder, self.log, self.run, window=self.window, slot=self.slot)
-        for line in lines:
-            print(f"megatron-lora: {line}", file=sys.stderr, flush=True)
+        self._say(lines)
         changed = {event.job for event in (*events, *requested)}  # who was resumed just now waits for the next window
         parked = self._parked(changed)
         joined = [Change(event="started", job=name) for name in self._joining(changed)]
         return [*events, *requested, *self._write([*parked, *joined])]
 
-    def _write(self, changes: Sequence[Change]) -> list[Event]:
-        return self.log.append(changes, window=self.window, slot=self.slot) if changes else []
+    def _write(self, changes: Sequence[Change], id: str | None = None) -> list[Event]:
+        return self.log.append(changes, window=self.window, slot=self.slot, id=id) if changes else []
+
+    def _write_news(self, told: Sequence[tuple[str, str, str]]) -> list[Event]:
+        return self._write([Change(event=what, job=name, details={"reason": reason}) for what, name, reason in told])
+
+    def _say(self, lines: Sequence[str]) -> None:
+        for line in filter(None, lines):
+            print(f"megatron-lora: {line}", file=sys.stderr, flush=True)
 
     def _repeated(self, replay: Replay) -> list[Event]:
-        """Return what happened at this window in the run that is repeated."""
-        self._take_news()
-        events = list(replay.events(self.window))
+        """Return what happened at this window in the run that is repeated, written to events.jsonl as there; requests are refused."""
+        self._write_news(self._take_news())
+        requests, lines = self.folder.take(self.log.ids)
+        lines += [self.folder.refuse(request, "this run repeats another, so nothing else changes it") for request in requests]
+        self._say(lines)
+        events = [event for each in replay.events(self.window) for event in self._write([each], each.id)]
         self.run = then(self.run, events)
         return events
 
     def _take_news(self) -> list[tuple[str, str, str]]:
-        """Return who is over, with the reasons, and note whose checkpoint is written."""
+        """Return who is over, with the reasons, and note whose checkpoint is written; of a run that is repeated, who is done."""
         told = []
         for what, name, reason in [self.news.get() for _ in range(self.news.qsize())]:
-            if what != "saved":
+            if what == "done" or (what != "saved" and self.replay is None):
                 told.append((what, name, reason))
-            elif name in self.entries:
+            elif what == "saved" and name in self.entries:
                 entry = self.entries[name]
                 entry.saved = True
                 if (entry.leaving or entry.state) == "queued":  # a user may have asked for it again in the meantime

@@ -31,14 +31,21 @@ class ReportBoard:
         self._changed = threading.Condition()
         self._newest: dict[str, Reported] = {}
         self._of_snapshots: dict[tuple[str, int], Reported] = {}
+        self._expected: set[tuple[str, int]] = set()
         self._over: set[str] = set()
         self._closed = False
 
-    def put(self, job: str, reported: Reported, *, snapshot: bool) -> None:
-        """Note a job's newest report; `snapshot`: one was taken at its step."""
+    def expect(self, job: str, step: int) -> None:
+        """Note, before the step is reported, that a snapshot is taken there: `set` may change until then at which steps that is."""
+        with self._changed:
+            self._expected.add((job, step))
+
+    def put(self, job: str, reported: Reported) -> None:
+        """Note a job's newest report."""
         with self._changed:
             self._newest[job] = reported
-            if snapshot and not reported.evaluation_due:
+            if (job, reported.step) in self._expected and not reported.evaluation_due:
+                self._expected.remove((job, reported.step))
                 self._of_snapshots[job, reported.step] = reported
             self._changed.notify_all()
 

@@ -103,7 +103,7 @@ class Residents:
         self._pending += [(self._join, (joining, saver)) for joining in changes.joined]
         self._joining |= {joining.number for joining in changes.joined}
         self._moves |= changes.moves
-        if self._joining.intersection(changes.configs, changes.left):
+        if not self._joining.isdisjoint({*changes.configs, *changes.left}):
             self._finish()
         for number, config in changes.configs.items():
             if number in self.jobs:

@@ -26,7 +26,6 @@ from megatron_lora.training.executor import EvaluationDone, StepDone
 from megatron_lora.training.jobs import Job, Jobs
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW
 from megatron_lora.training.reported import ReportBoard, Reported
-from megatron_lora.training.saving import is_saved
 from megatron_lora.training.step_reporter import Report, StepReporter
 
 Written = queue.SimpleQueue[tuple[Job, str]]  # each job that is over and whose files are on disk, and its state
@@ -161,7 +160,7 @@ class RunReporter:
         """Note how far a job's reports have come, and let the writer of snapshots know."""
         self.steps_reported[job.name] = step
         reported = Reported(step=step, evaluation_due=self.steps.is_due(job, step), progress=self.progress[job.name])
-        self.board.put(job.name, reported, snapshot=is_saved(job, step))
+        self.board.put(job.name, reported)
 
     def _report_step(self, job: Job, report: StepReport) -> None:
         for observer in self.observers:

@@ -34,14 +34,15 @@ from megatron_lora.training.snapshots import Snapshot, SnapshotCollector, Weight
 class Saver:
     """Decides which jobs are saved after a step, where they leave, and at the end of a run that was stopped: the same on every rank."""
 
-    def __init__(self, jobs: Jobs, collector: SnapshotCollector):
+    def __init__(self, jobs: Jobs, collector: SnapshotCollector, board: ReportBoard):
         self.jobs = jobs
         self.collector = collector
+        self.board = board
 
     def join(self, job: Job) -> None:
         """Take a snapshot of a job that is evaluated before its first step here."""
         if job.is_evaluated_after(job.steps_taken):
-            self.collector.submit(job, moments=False)
+            self._save(job, moments=False)
 
     def leave(self, job: Job) -> None:
         """Save a job that leaves, and has taken its last step before that; its state is that of its leaving once it is written."""
@@ -57,7 +58,7 @@ class Saver:
         job.steps_taken = done.step + 1
         if job.leaving is not None and job.leaving.saves and job.leaving.step == job.steps_taken:
             self._save(job, moments=True)
-        elif is_saved(job, job.steps_taken):
+        elif _has_checkpoint(job, job.steps_taken) or job.steps_taken == job.num_steps or job.is_evaluated_after(job.steps_taken):
             self._save(job, moments=_has_checkpoint(job, job.steps_taken))
 
     def save_unfinished(self) -> bool:
@@ -75,14 +76,10 @@ class Saver:
         return bool(unfinished)
 
     def _save(self, job: Job, *, moments: bool) -> None:
+        self.board.expect(job.name, job.steps_taken)
         self.collector.submit(job, moments=moments)
         if moments:
             job.steps_saved = job.steps_taken
-
-
-def is_saved(job: Job, step: int) -> bool:
-    """Whether a snapshot of a job is taken after `step` steps: for a checkpoint, for an evaluation, or at the job's end."""
-    return _has_checkpoint(job, step) or step == job.num_steps or job.is_evaluated_after(step)
 
 
 def _has_checkpoint(job: Job, step: int) -> bool:

@@ -135,7 +135,7 @@ def _run_windows(
     with RunReporter(config, jobs, board, control) if control is not None else contextlib.nullcontext() as reporter:
         # Ranks wait for the first one's thread, which may wait until a job is evaluated.
         collector = SnapshotCollector(arena, Writer(config, board).write, new_group(backend="gloo", timeout=LONGEST_WINDOW))
-        saver = Saver(jobs, collector)
+        saver = Saver(jobs, collector, board)
         first_updates = FirstUpdates()
 
         def on_window(window: Window) -> None:
@@ -152,9 +152,9 @@ def _run_windows(
         def on_step(done: StepDone) -> None:
             job = jobs[done.job]
             first_updates.on_step(job, done)
+            saver.on_step(done)  # first: what is reported then may be what its snapshot waits for
             if reporter is not None:
                 reporter.on_step(done, collector.written)
-            saver.on_step(done)
 
         def on_forward(microbatch: Microbatch) -> None:
             residents.before(microbatch)

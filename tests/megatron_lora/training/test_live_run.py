@@ -15,16 +15,13 @@ def scene(tmp_path_factory):
     return live_scripts.make_scene(tmp_path_factory.mktemp("live"))
 
 
-@pytest.mark.parametrize(("seed", "parallel"), [(0, {"pp": 2}), (1, {"pp": 2}), (2, {"tp": 2}), (3, {"dp": 2})])
-def test_jobs_under_requests_end_as_alone_and_events_repeat_the_run(seed, parallel, scene, pool, tmp_path):
-    outcome = live_scripts.play(pool, scene, seed, parallel, tmp_path)
-    live_scripts.check(pool, scene, outcome)
-    if outcome.num_starts == 1:
-        live_scripts.repeat(pool, scene, outcome, tmp_path)
+PP2, TP2, DP2 = {"pp": 2}, {"tp": 2}, {"dp": 2}
+SCRIPTS = [(0, PP2, "none"), (2, TP2, "none"), (3, DP2, "stop"), (4, PP2, "stop"), (5, PP2, "kill")]
 
 
-@pytest.mark.parametrize(("seed", "parallel"), [(10, {"pp": 2}), (11, {"dp": 2})])
-def test_a_stop_between_requests_changes_no_result(seed, parallel, scene, pool, tmp_path):
-    outcome = live_scripts.play(pool, scene, seed, parallel, tmp_path, stop=True)
-    assert outcome.num_starts > 1
+@pytest.mark.parametrize(("seed", "parallel", "end"), SCRIPTS)
+def test_jobs_under_requests_end_as_alone_and_events_repeat_the_run(seed, parallel, end, scene, pool, tmp_path):
+    outcome = live_scripts.play(pool, scene, seed, parallel, tmp_path, end)
+    assert outcome.counts["starts"] == (1 if end == "none" else 3)
     live_scripts.check(pool, scene, outcome)
+    live_scripts.repeat(pool, outcome, tmp_path)

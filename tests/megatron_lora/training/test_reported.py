@@ -1,5 +1,6 @@
 """The order of reports, what early stopping discards, and how the writer of snapshots waits for them."""
 
+import dataclasses
 import json
 import queue
 import threading
@@ -49,6 +50,8 @@ class Run:
         self.reporter.join(self.job)
 
     def step(self, step: int) -> None:
+        if (step + 1) % 2 == 0:
+            self.board.expect("a", step + 1)
         self.reporter.on_forward(Microbatch((Segment(0, step, (0, 1), 5),)))
         self.reporter.on_step(StepDone(0, step, torch.tensor(1.0), torch.tensor(1.5)), queue.SimpleQueue())
 
@@ -112,6 +115,18 @@ def test_a_failed_job_keeps_no_snapshot_waiting(run):
             run.evaluation(4, 1.0)
     assert run.job.state == "failed" and run.told == [("failed", "a")]
     assert run.board.wait_for("a", 6) is None
+
+
+def test_a_snapshot_is_handed_its_report_after_save_steps_was_set_to_another_value(run):
+    """Its report is held back until the evaluation before it is recorded, and others follow at once."""
+    run.step(0)
+    run.step(1)
+    run.board.expect("a", 3)
+    for step in range(2, 4):
+        run.step(step)
+    run.job.config = dataclasses.replace(run.job.config, save_steps=0)
+    run.evaluation(2, 3.0)
+    assert run.lines()[-1] == 4 and run.board.wait_for("a", 3).step == 3
 
 
 def waiting(board: ReportBoard, step: int) -> tuple[threading.Thread, list]:
