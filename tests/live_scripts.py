@@ -143,6 +143,7 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
     from megatron_lora.output.events import read_events
     from megatron_lora.output.job_states import exit_status
     from megatron_lora.output.run_directory import RunDirectory, job_states
+    from megatron_lora.output.standing import resume_points
 
     rng = random.Random(f"{seed} {end}")
     config, run = _config(scene, rng, parallel, folder), folder / "run"
@@ -172,8 +173,8 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
         counts["requests"] += sum(map(len, script.values()))
         if status == 75:
             counts["stops"] += ends_early == "stop"
-            states = map(json.loads, map(Path.read_text, run.glob("jobs/*/checkpoint-*/state.json")))
-            counts["evaluations due"] += sum(state["evaluation_due"] for state in states)
+            points = resume_points(load_config(run / "config.yaml"), job_states(run)).values()
+            counts["evaluations due"] += sum(point.state is not None and point.evaluation_due for point in points)
     counts["refused"] += len(list(run.glob("requests/refused/*Z-*.json")))
     counts["parked"] += sum(event.event == "parked" for event in read_events(run))
     return Outcome(run, config, parallel, first, counts)

@@ -48,14 +48,16 @@ class Inputs:
     failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = True) -> Inputs:
+def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = True, keep_alive: bool = False) -> Inputs:
     """Check that a run can start here with `ranks_here` ranks (default: all); `owner`: check the output directory too.
+
+    With `keep_alive` it may have no job to train.
 
     A job whose data are bad fails alone, unless all are so, or it has trained before and they were good then.
     """
     points = {}
     if owner:
-        points = RunDirectory.check(config)
+        points = RunDirectory.check(config, keep_alive)
         config = with_changes(config)
         config = dataclasses.replace(config, jobs=tuple(job for job in config.jobs if job.name in points))
     check_files(config)

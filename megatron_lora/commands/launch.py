@@ -47,12 +47,12 @@ def train(config_path: str, overrides: list[str], live: Live = Live()) -> int:  
     config = config_to_repeat(config, live)
     nodes = find_nodes(os.environ)
     ranks_here = split_ranks(config, nodes)
-    inputs = check_run(config, ranks_here, owner=nodes.index == 0)
+    inputs = check_run(config, ranks_here, owner=nodes.index == 0, keep_alive=live.keep_alive)
     command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides, *live.words()]
     if nodes.index > 0:
         return report_ending(start_ranks(command, ranks_here, lock=None))
     say_failed(inputs)
-    with RunDirectory.create(config, environment(), inputs.failed) as run:
+    with RunDirectory.create(config, environment(), inputs.failed, live.keep_alive) as run:
         ending = start_ranks(command, ranks_here, run.lock)
         recorded = run.status()["exit_status"]
         if recorded is not None:

@@ -93,9 +93,9 @@ def _train(config: RunConfig, stop: StopRequest, live: Live) -> int:
         from megatron_lora.environment import environment
 
         config = config_to_repeat(config, live)
-        inputs = check_run(config)
+        inputs = check_run(config, keep_alive=live.keep_alive)
         say_failed(inputs)
-        run_directory = RunDirectory.create(config, environment(), inputs.failed)
+        run_directory = RunDirectory.create(config, environment(), inputs.failed, live.keep_alive)
     with run_directory:
         _run(config, stop, live)
         status = exit_status(job_states(run_directory.path).values())  # of all jobs, those of earlier starts too

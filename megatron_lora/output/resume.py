@@ -77,13 +77,13 @@ def _differences(before: RunConfig | JobConfig, now: RunConfig | JobConfig, may_
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def check_resume(path: Path, states: dict[str, str], config: RunConfig) -> dict[str, ResumePoint]:
+def check_resume(path: Path, states: dict[str, str], config: RunConfig, keep_alive: bool = False) -> dict[str, ResumePoint]:
     """Return the resume points of the remaining jobs of the run in `path`; UserError if `config` cannot resume it.
 
-    `states`: the state of each of the run's jobs.
+    `states`: the state of each of the run's jobs, which are not all over unless the run is to wait for others.
     """
     where = f"output_dir: {str(path)!r}"
-    if all(states.get(job.name) in OVER for job in config.jobs):
+    if not keep_alive and all(states.get(job.name) in OVER for job in config.jobs):
         counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in OVER if state in states.values())
         raise UserError(f"{where} holds a finished run (jobs: {counts}); choose another directory, or remove this one")
     try:

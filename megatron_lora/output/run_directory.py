@@ -60,32 +60,37 @@ class RunDirectory:
         self._created = created
 
     @staticmethod
-    def check(config: RunConfig) -> dict[str, ResumePoint]:
-        """Return the resume points of the remaining jobs; UserError when this run cannot use its directory. Writes nothing."""
+    def check(config: RunConfig, keep_alive: bool = False) -> dict[str, ResumePoint]:
+        """Return the resume points of the remaining jobs; UserError when this run cannot use its directory. Writes nothing.
+
+        With `keep_alive` no job need remain.
+        """
         path = Path(config.output_dir)
         try:
             _check_available(path)
             if not has_begun(path):
                 return resume_points(config, {})
             run = as_left(path, config, states_to_start_from(job_states(path)))
-            return check_resume(path, run.states, run.config)
+            return check_resume(path, run.states, run.config, keep_alive)
         except OSError as error:
             raise _unusable(path, error) from None
 
     @classmethod
-    def create(cls, config: RunConfig, environment: dict | None = None, failed: Mapping[str, str] | None = None) -> "RunDirectory":
+    def create(
+        cls, config: RunConfig, environment: dict | None = None, failed: Mapping[str, str] | None = None, keep_alive: bool = False
+    ) -> "RunDirectory":
         """Lock and prepare the directory of a run, its remaining jobs queued; UserError when `check` refuses it.
 
         `failed`: names of remaining jobs that cannot start, with the reasons.
         """
         path = Path(config.output_dir)
-        cls.check(config)
+        cls.check(config, keep_alive)
         try:
             created = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, _lock(path, fcntl.LOCK_EX), created)
             try:
-                run._initialise(config, environment or {}, failed or {})
+                run._initialise(config, environment or {}, failed or {}, keep_alive)
                 _share(path, run.lock)
             except BaseException as error:
                 if isinstance(error, OSError):
@@ -96,7 +101,7 @@ class RunDirectory:
             raise _unusable(path, error) from None
         return run
 
-    def _initialise(self, config: RunConfig, environment: dict, failed: Mapping[str, str]) -> None:
+    def _initialise(self, config: RunConfig, environment: dict, failed: Mapping[str, str], keep_alive: bool) -> None:
         """Write the owner into the lock file, rewind the run or remove what never took a step, and write the run's files."""
         os.truncate(self.lock, 0)
         os.pwrite(self.lock, _this_process().encode(), 0)
@@ -104,7 +109,7 @@ class RunDirectory:
         if has_begun(self.path):
             run = self._take_requests(config)
             # Checked again, because another run may have ended between `check` and the lock.
-            remaining = check_resume(self.path, run.states, run.config)
+            remaining = check_resume(self.path, run.states, run.config, keep_alive)
             rewind(self.path, remaining)
             config = as_begun(load_config(self.path / "config.yaml"), run.config)
             over = {name: job for name, job in self.status()["jobs"].items() if job["state"] in OVER}

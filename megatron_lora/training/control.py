@@ -217,7 +217,7 @@ class Control:
         """Return what happens now, written to events.jsonl: news of jobs, requests, jobs that park or join."""
         told = self._take_news() + self._take_read() + self._misfits()
         events = self._write_news(told)
-        self.run = then(self.run, events)
+        self.run = replace(self.run, states={**self.run.states, **{name: what for what, name, _ in told}})
         self.run, requested, lines = take_requests(self.folder, self.log, self.run, window=self.window, slot=self.slot)
         self._say(lines)
         changed = {event.job for event in (*events, *requested)}  # who was resumed just now waits for the next window

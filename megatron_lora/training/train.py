@@ -229,7 +229,7 @@ def _lengths(config: RunConfig, architecture: Architecture, first: Jobs, points:
     lengths: list[Sequence[Sequence[int]]] = [job.step_samples.lengths() for job in first.values()]
     lengths += longest_of(job.validation_samples for job in first.values())
     read = {job.name for job in first.values()}
-    waiting = [job for job in config.jobs if job.name in points and job.name not in read]
+    waiting = [job for job in config.jobs if not points or (job.name in points and job.name not in read)]  # without any, others may come
     return lengths + [[[min(job.sequence_len, architecture.max_positions)]] for job in waiting]
 
 

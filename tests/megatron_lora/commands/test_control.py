@@ -14,7 +14,7 @@ from megatron_lora.commands import control, launch, rank
 from megatron_lora.config.schema import load_config
 from megatron_lora.environment import environment
 from megatron_lora.output.changes import Run
-from megatron_lora.output.events import EventLog, read_events
+from megatron_lora.output.events import Change, EventLog, read_events
 from megatron_lora.output.requests import RequestFolder
 from megatron_lora.output.run_directory import RunDirectory, job_states
 from megatron_lora.output.take_requests import take_requests
@@ -270,6 +270,23 @@ def test_keep_alive_reaches_the_ranks(run, monkeypatch):
         assert main(arguments) == 0
         monkeypatch.delenv("RANK")
     assert kept == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["output_dir=again", "--keep-alive"], "--replay: repeats a run to its end and waits for no other jobs; leave --keep-alive out"),
+        (["output_dir=again", "parallel.pipeline=2"], "--replay: parallel.pipeline: 2 differs from 1 in"),
+        (["output_dir=again", "jobs.a.r=4"], "--replay: jobs.a.r: 4 differs from 16 in"),
+        ([], "holds a run; choose a new directory, or leave --replay out to resume that run"),
+    ],
+)
+def test_a_run_is_repeated_with_its_own_jobs_and_ranks_in_a_new_directory(words, message, run, materials, capsys, monkeypatch):
+    assert "has no events of start 1" in said(capsys, 2, "train", "config.yaml", "output_dir=again", "--replay", run)
+    EventLog(run).append([Change(event="started", job="a")], window=0, slot=0)
+    RequestFolder(run).path.mkdir()
+    (RequestFolder(run).path / "something").touch()
+    assert message in said(capsys, 2, "train", "config.yaml", "--replay", run, *words)
 
 
 # ---- jobs ----

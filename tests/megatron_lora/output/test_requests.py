@@ -298,6 +298,8 @@ def test_a_finished_run_to_which_a_job_was_added_is_resumed_and_one_that_lost_a_
         directory.finish(0)
     with pytest.raises(UserError, match="a finished run"):
         RunDirectory.check(config(path))
+    assert RunDirectory.check(config(path), keep_alive=True) == {}  # it waits for others
+    RunDirectory.create(config(path), keep_alive=True).close()
     ask(path, "add", jobs=[job("c")])
     assert RunDirectory.check(config(path)).keys() == {"c"}
     RunDirectory.create(config(path)).close()

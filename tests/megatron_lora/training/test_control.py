@@ -9,9 +9,9 @@ import pytest
 from living_plan import World, job_config
 
 from megatron_lora.output.changes import job_mapping
-from megatron_lora.output.events import read_events
+from megatron_lora.output.events import REPLAYED, read_events
 from megatron_lora.output.queue_file import read_queue
-from megatron_lora.output.requests import new_request, write_request
+from megatron_lora.output.requests import RequestFolder, new_request, write_request
 
 
 def lengths_of(num_steps: int, seed: int) -> list[list[int]]:
@@ -131,6 +131,35 @@ def test_keep_alive_waits_for_jobs(one_process, tmp_path):
     world.check("late")
 
 
+def test_a_job_that_is_done_cannot_be_paused_where_that_is_news(one_process, tmp_path):
+    jobs, lengths = some_jobs(2)
+    world = World(tmp_path, jobs, lengths)
+    asked = []
+
+    def between(window: int) -> None:
+        if world.states["job-0"] == "done" and not asked:
+            asked.append(new_request("pause", names=["job-0"]))
+            write_request(tmp_path, asked[0])
+
+    world.run(between)
+    assert "job-0: is done" in str(RequestFolder(tmp_path).reason_of(asked[0]))
+
+
+def test_a_run_that_was_stopped_is_repeated_as_far_as_its_events_go(one_process, tmp_path, capsys):
+    """Jobs that had not joined by then do not join, and nobody waits for them; requests are refused."""
+    jobs, lengths = some_jobs(4)
+    World(tmp_path / "a", jobs, lengths, room=jobs[:1]).run()
+    file = tmp_path / "a" / "events.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    second = next(i for i, line in enumerate(lines) if json.loads(line)["event"] == "started" and i)
+    file.write_text("".join(lines[:second]))
+    again = World(tmp_path / "b", jobs, lengths, room=jobs[:1], replay=tmp_path / "a")
+    again.run(lambda window: ask(tmp_path / "b", "cancel", "job-0") if window == 0 else None)
+    assert again.states == {"job-0": "done", "job-1": "queued", "job-2": "queued", "job-3": "queued"}
+    assert "refused: this run repeats another" in capsys.readouterr().err
+    again.check("job-0")
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_requests_lose_and_repeat_nothing_and_events_repeat_the_run(one_process, tmp_path, seed):
     rng = random.Random(seed)
@@ -176,6 +205,10 @@ def test_random_requests_lose_and_repeat_nothing_and_events_repeat_the_run(one_p
     def slots(world):
         return [(window.stream, window.ended) for window in world.windows if window.stream]
 
+    def events(world):
+        return [(e.window, e.slot, e.id, e.event, e.job, e.details) for e in read_events(world.path) if e.event in REPLAYED]
+
+    assert events(again) == events(world)
     first, second = slots(world), slots(again)
     assert second == first, (len(first), len(second))
     assert json.dumps(again.trained, sort_keys=True) == json.dumps(world.trained, sort_keys=True)
