@@ -90,7 +90,7 @@ def test_a_set_priority_is_handed_to_the_ranks(one_process, tmp_path):
 def test_a_job_that_has_waited_long_has_another_parked(one_process, tmp_path):
     jobs, _ = some_jobs(2)
     jobs = [job_config("long", r=16), job_config("short", r=16)]
-    lengths = {"long": lengths_of(60, 1), "short": lengths_of(3, 2)}
+    lengths = {"long": lengths_of(24, 1), "short": lengths_of(3, 2)}
     world = World(tmp_path, jobs, lengths, room=jobs[:1], max_wait_s=0.01)
     world.run()
     assert set(world.states.values()) == {"done"}
@@ -103,7 +103,7 @@ def test_residents_move_so_that_a_wide_one_fits(one_process, tmp_path):
     """Room for eight narrow adapters; those with even numbers end first and leave holes, the wide one needs four of them in a row."""
     narrow = [job_config(f"narrow-{k}", r=16) for k in range(8)]
     wide = job_config("wide", r=64)
-    lengths = {job.name: lengths_of(3 if k % 2 == 0 else 60, k) for k, job in enumerate(narrow)} | {"wide": lengths_of(3, 3)}
+    lengths = {job.name: lengths_of(3 if k % 2 == 0 else 30, k) for k, job in enumerate(narrow)} | {"wide": lengths_of(3, 3)}
     world = World(tmp_path, [*narrow, wide], lengths, num_stages=2, room=narrow, capacity=64)
     world.run()
     for job in (*narrow, wide):

@@ -55,7 +55,6 @@ LAYOUTS = {
     "pp1-large-microbatches": ({}, 300),
     "pp2": ({"pp": 2}, 64),
     "tp2": ({"tp": 2}, 64),
-    "tp2-sequence": ({"tp": 2, "sequence": True}, 96),
     "dp2": ({"dp": 2}, 64),
     "pp2-dp2": ({"pp": 2, "dp": 2}, 64),
     "pp2-tp2-sequence": ({"pp": 2, "tp": 2, "sequence": True}, 96),

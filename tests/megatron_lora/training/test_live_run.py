@@ -16,7 +16,7 @@ def scene(tmp_path_factory):
 
 
 PP2, TP2, DP2 = {"pp": 2}, {"tp": 2}, {"dp": 2}
-SCRIPTS = [(0, PP2, "none"), (2, TP2, "none"), (3, DP2, "stop"), (4, PP2, "stop"), (5, PP2, "kill")]
+SCRIPTS = [(0, PP2, "none"), (2, TP2, "none"), (3, DP2, "stop"), (5, PP2, "kill")]
 
 
 @pytest.mark.parametrize(("seed", "parallel", "end"), SCRIPTS)
