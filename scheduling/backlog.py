@@ -40,11 +40,12 @@ class OpenJob:
     progress: Progress = Progress()
     priority: float = 1.0
     ahead: float = 0.0  # of its share, in virtual time (shares.py)
+    late: bool = False  # whether others were under way when it joined: its first step then comes before theirs
 
     @classmethod
-    def of(cls, number: int, lengths: JobLengths, cost: SlotCost, priority: float = 1.0) -> OpenJob:
+    def of(cls, number: int, lengths: JobLengths, cost: SlotCost, priority: float = 1.0, late: bool = False) -> OpenJob:
         """Sum up a job that starts."""
-        return cls(number, lengths, np.concatenate([[0.0], np.cumsum(cost.steps(lengths))]), priority=priority)
+        return cls(number, lengths, np.concatenate([[0.0], np.cumsum(cost.steps(lengths))]), priority=priority, late=late)
 
     def cut(self, num_steps: int) -> OpenJob:
         """Return the job with its first steps alone."""
@@ -77,7 +78,7 @@ class Backlog:
     groups: list[list[int]] = field(default_factory=list)  # items of a group, longest first
     jobs: list[range] = field(default_factory=list)  # groups of a job, in order
     ready: list[int] = field(default_factory=list)  # first slot of a job's first group
-    started: list[bool] = field(default_factory=list)  # whether the first group had samples in earlier windows
+    started: list[bool] = field(default_factory=list)  # whether the first group comes first: it had samples in earlier windows, or is late
     later_time: list[float] = field(default_factory=list)  # of a job, beyond the groups that are listed
     later_steps: list[int] = field(default_factory=list)
     priorities: list[float] = field(default_factory=list)  # of the jobs
@@ -164,7 +165,7 @@ def _append_job(backlog: Backlog, job: OpenJob, ready: int, horizon: int | None,
         taken, step = set(), step + 1
     backlog.jobs.append(range(first_group, len(backlog.groups)))
     backlog.ready.append(ready)
-    backlog.started.append(bool(job.progress.taken))
+    backlog.started.append(bool(job.progress.taken) or (job.late and job.progress.step == 0))
     backlog.later_time.append(job.time_from(step))
     backlog.later_steps.append(len(job.lengths) - step)
     backlog.priorities.append(job.priority)

@@ -227,7 +227,7 @@ def _timeline(window: PlanWindow, num_stages: int, width: int, max_stages: int) 
     slots = Text()
     for slot in range(num_slots):
         slots.append_text(_cell(window.tokens(slot), slot in window.evaluate, cell - (cell > 2), letters, colours)).append(" " * (cell > 2))
-    said = [f"window {window.number}: {len(window.slots)} slots"]
+    said = [f"{window.title}: {len(window.slots)} slot{'s' * (len(window.slots) != 1)}"]
     said += [f"the first {num_slots}"] if num_slots < len(window.slots) else []
     said += [f"+ {', '.join(window.joined)}"] if window.joined else []
     said += [f"- {', '.join(window.left)}"] if window.left else []

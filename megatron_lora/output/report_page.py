@@ -256,7 +256,7 @@ def _timeline(view: RunView, colours: dict[str, str]) -> str:
     key += f"<span>{how}</span>"
     hatch = f'<svg viewBox="0 0 12 12">{HATCHED}</svg>'
     key += f"<span>{hatch}evaluation</span>" if any(each.kind == "EVAL" for each in passes) else ""
-    said = f"Window {window.number}, slots {firsts[window.number] + begin} to {firsts[window.number] + begin + len(slots) - 1}"
+    said = f"{window.title.capitalize()}, slots {firsts[window.number] + begin} to {firsts[window.number] + begin + len(slots) - 1}"
     said += ", as it ran." if ended else ", as it was planned."
     return f'<h2>Timeline</h2><div class="box"><p class="key"><span>{said}</span>{key}</p>{picture}</div>'
 
