@@ -46,7 +46,6 @@ def test_more_jobs_than_fit_wait_and_all_are_trained_once(one_process, tmp_path,
 
 
 def test_a_job_whose_data_are_ready_trains_before_two_windows_have_passed(one_process, tmp_path):
-    """However few its steps are: its first one comes before those of the others, which are many."""
     jobs, lengths = some_jobs(4)
     lengths = {name: lengths_of(40, seed) for seed, name in enumerate(lengths)} | {"late": lengths_of(2, 9)}
     world = World(tmp_path, [*jobs, job_config("late", r=8)], lengths, num_stages=2)
