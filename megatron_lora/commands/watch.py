@@ -138,7 +138,7 @@ def _table(view: RunView, jobs: list[JobView], width: int, height: int, ascii_on
     name_width = min(name_width, max(10, width - 66))
     steps = {job.name: f"{job.step}/{job.num_steps}" if job.num_steps else f"{job.step}" for job in shown}
     step_width = max([5, *map(len, steps.values())])
-    evaluated = f" {'eval loss':>17}" if any(job.evaluations for job in shown) else ""
+    evaluated = f" {'eval loss':>9}{'':8}" if any(job.evaluations for job in shown) else ""
     heading = f"{'job':{name_width}} {'state':9} {'step':>{step_width}} {'loss':>8}{evaluated} {'share':>6}"
     lines = [Text(heading, style="bold")]
     places = {entry["job"]: entry for entry in view.queue}

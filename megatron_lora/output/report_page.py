@@ -247,9 +247,14 @@ def _timeline(view: RunView, colours: dict[str, str]) -> str:
     names = list(dict.fromkeys(name for each in passes for name in each.tokens))
     if len(view.jobs) > NUM_COLOURS:
         colours = {name: colour(number) for number, name in enumerate(names)}
-    marks = [(min(each.start for each in passes if name in each.tokens), f"{name} joins") for name in window.joined if name in names]
+    zero = firsts[window.number] if ended else 0
+    came = {
+        name: [each.start for each in passes if name in each.tokens and each.slot >= zero + slot] for name, slot in window.joined.items()
+    }
+    went = {name: [each.end for each in passes if name in each.tokens and each.slot < zero + slot] for name, slot in window.left.items()}
+    marks = [(min(starts), f"{name} joins") for name, starts in came.items() if starts]
     marks = marks if len(marks) <= 6 and window.number > 0 else []
-    marks += [(max(each.end for each in passes if name in each.tokens), f"{name} leaves") for name in window.left if name in names][:6]
+    marks += [(max(ends), f"{name} leaves") for name, ends in went.items() if ends][:6]
     picture = timeline_picture(passes, view.num_stages, "seconds" if ended else "slots", colours, marks)
     key = "".join(f'<span><i class="tile" style="background:{colours[name]}"></i>{escape(name)}</span>' for name in names[:24])
     how = "pale: forward, full: backward, grey: slots of other windows" if ended else "forwards alone, each slot as long as another"

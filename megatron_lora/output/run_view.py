@@ -38,13 +38,16 @@ JOB_LINE = re.compile(rf"^(?:- (name)|  ({'|'.join(JOB_KEYS)})): (.*)$", re.MULT
 
 @dataclasses.dataclass(frozen=True)
 class PlanWindow:
-    """A window of the plan, or short ones in a row: slots of (job, step, sample, tokens), which of them evaluate, who joined and left."""
+    """A window of the plan, or short ones in a row: slots of (job, step, sample, tokens), which of them evaluate, who joined and left.
+
+    Of those who joined, in front of which of its slots; of those who left, behind how many.
+    """
 
     number: int
     slots: list[list[list[int]]]
     evaluate: frozenset[int] = frozenset()
-    joined: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
+    joined: dict[str, int] = dataclasses.field(default_factory=dict)
+    left: dict[str, int] = dataclasses.field(default_factory=dict)
     names: dict[int, str] = dataclasses.field(default_factory=dict)  # of the jobs' numbers
     num_windows: int = 1
 
@@ -62,12 +65,13 @@ class PlanWindow:
         """Return this and the window `after` it as one, if that is as short as a usual one; the first of a run, which all join, stays."""
         if self.number == 0 or len(self.slots) + len(after.slots) > WINDOW_SLOTS:
             return None
+        begin = len(self.slots)
         return PlanWindow(
             self.number,
             self.slots + after.slots,
-            self.evaluate | {len(self.slots) + slot for slot in after.evaluate},
-            self.joined + after.joined,
-            self.left + after.left,
+            self.evaluate | {begin + slot for slot in after.evaluate},
+            self.joined | {name: begin + slot for name, slot in after.joined.items()},
+            self.left | {name: begin + slot for name, slot in after.left.items()},
             self.names | after.names,
             self.num_windows + after.num_windows,
         )
@@ -197,13 +201,13 @@ class RunView:
     def _window(self, file: Path, content: dict[str, Any]) -> PlanWindow:
         names = {int(number): str(name) for number, name in (content.get("jobs") or self._first_names).items()}
 
-        def named(entries: Any) -> tuple[str, ...]:
-            return tuple(str(entry) if entry in self.jobs else names.get(int(entry), f"job {entry}") for entry in entries or ())
+        def named(entries: Any, slot: int) -> dict[str, int]:
+            return {str(entry) if entry in self.jobs else names.get(int(entry), f"job {entry}"): slot for entry in entries or ()}
 
         slots = [[list(map(int, entry)) for entry in slot] for slot in content["microbatches"]]
         evaluate = frozenset(map(int, content.get("evaluate") or ()))
         number = int(file.stem.rpartition("-")[2])
-        return PlanWindow(number, slots, evaluate, named(content.get("joined")), named(content.get("left")), names)
+        return PlanWindow(number, slots, evaluate, named(content.get("joined"), 0), named(content.get("left"), len(slots)), names)
 
     @cached_property
     def _first_names(self) -> dict[int, str]:
