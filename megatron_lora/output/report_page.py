@@ -23,7 +23,7 @@ from typing import Any
 from megatron_lora.files import write_atomically
 from megatron_lora.output.display import STYLES, duration
 from megatron_lora.output.job_view import JobView
-from megatron_lora.output.report_charts import HATCHED, Pass, bare_curve, colour, job_chart, overview_chart, timeline_picture
+from megatron_lora.output.report_charts import DETAILED, HATCHED, Pass, bare_curve, colour, job_chart, overview_chart, timeline_picture
 from megatron_lora.output.report_style import NUM_COLOURS, SCRIPT, STYLE
 from megatron_lora.output.run_view import PlanWindow, RunView, event_time
 
@@ -141,7 +141,8 @@ def _charts(jobs: Sequence[JobView]) -> str:
     small = len(begun) > MOST_LARGE_CHARTS
     size = (200, 96) if small else (400, 220) if len(begun) > 1 else (1120, 320)
     cards = "".join(_card(job, *size) for job in begun)
-    key = f'<span><i style="background:{colour(0)}"></i>training loss{", smoothed" if small else ", thin: step by step"}</span>'
+    thin = ", thin: step by step" if any(len(job.losses) >= DETAILED for job in begun) else ""
+    key = f'<span><i style="background:{colour(0)}"></i>training loss{", smoothed" if small else thin}</span>'
     if any(job.evaluations for job in begun):
         key += f'<span><i style="background:{colour(1)}"></i>evaluation loss, its best step ringed</span>'
     missing = len(jobs) - len(begun)
