@@ -84,11 +84,7 @@ class Backlog:
     priorities: list[float] = field(default_factory=list)  # of the jobs
     ahead: list[float] = field(default_factory=list)  # of their shares, in virtual time
     taken_time: list[float] = field(default_factory=list)  # of what a started first group had in earlier windows
-
-    @property
-    def has_shares(self) -> bool:
-        """Whether the jobs' priorities differ, so that they decide whose step is next."""
-        return len(set(self.priorities)) > 1
+    has_shares: bool = False  # whether these decide whose step is next
 
     @property
     def total_time(self) -> float:
@@ -132,6 +128,11 @@ def open_backlog(
     return list_backlog(jobs, Backlog(num_stages, num_stages + delay, capacity, max_endings, cost), horizon=horizon)
 
 
+def have_shares(jobs: Collection[OpenJob]) -> bool:
+    """Whether jobs have shares: their priorities differ, or some joined late, and would wait until others are as near to their ends."""
+    return len({job.priority for job in jobs}) > 1 or any(job.late for job in jobs)
+
+
 def list_backlog(jobs: Collection[OpenJob], backlog: Backlog, first_slot: int = 0, horizon: int | None = None) -> Backlog:
     """Flatten the remaining samples of `jobs` into an empty backlog that begins at `first_slot` of the stream; returns it.
 
@@ -139,7 +140,7 @@ def list_backlog(jobs: Collection[OpenJob], backlog: Backlog, first_slot: int = 
     """
     fair_time = float("inf") if horizon is None else 8 * horizon * backlog.capacity / max(1, len(jobs))
     mean = math.fsum(job.priority for job in jobs) / max(1, len(jobs))
-    shared = len({job.priority for job in jobs}) > 1
+    backlog.has_shares = shared = have_shares(jobs)
     for job in sorted(jobs, key=lambda job: (job.sort_key(first_slot), (-job.priority, job.ahead) if shared else ())):
         share = max(1.0, job.priority / mean) if shared else 1.0
         _append_job(backlog, job, max(0, job.progress.ready - first_slot), horizon, fair_time * share)
