@@ -41,11 +41,12 @@ class OpenJob:
     progress: Progress = Progress()
     priority: float = 1.0
     ahead: float = 0.0  # of its share, in virtual time (shares.py)
+    late: bool = False  # whether others were under way when it joined: its first step then comes before theirs
 
     @classmethod
-    def of(cls, number: int, lengths: JobLengths, cost: SlotCost, priority: float = 1.0) -> OpenJob:
+    def of(cls, number: int, lengths: JobLengths, cost: SlotCost, priority: float = 1.0, late: bool = False) -> OpenJob:
         """Sum up a job that starts."""
-        return cls(number, lengths, np.concatenate([[0.0], np.cumsum(cost.steps(lengths))]), priority=priority)
+        return cls(number, lengths, np.concatenate([[0.0], np.cumsum(cost.steps(lengths))]), priority=priority, late=late)
 
     def cut(self, num_steps: int) -> OpenJob:
         """Return the job with its first steps alone."""
@@ -78,17 +79,13 @@ class Backlog:
     groups: list[list[int]] = field(default_factory=list)  # items of a group, longest first
     jobs: list[range] = field(default_factory=list)  # groups of a job, in order
     ready: list[int] = field(default_factory=list)  # first slot of a job's first group
-    started: list[bool] = field(default_factory=list)  # whether the first group had samples in earlier windows
+    started: list[bool] = field(default_factory=list)  # whether the first group comes first: it had samples in earlier windows, or is late
     later_time: list[float] = field(default_factory=list)  # of a job, beyond the groups that are listed
     later_steps: list[int] = field(default_factory=list)
     priorities: list[float] = field(default_factory=list)  # of the jobs
     ahead: list[float] = field(default_factory=list)  # of their shares, in virtual time
     taken_time: list[float] = field(default_factory=list)  # of what a started first group had in earlier windows
-
-    @property
-    def has_shares(self) -> bool:
-        """Whether the jobs' priorities differ, so that they decide whose step is next."""
-        return len(set(self.priorities)) > 1
+    has_shares: bool = False  # whether these decide whose step is next
 
     @property
     def total_time(self) -> float:
@@ -132,6 +129,11 @@ def open_backlog(
     return list_backlog(jobs, Backlog(num_stages, num_stages + delay, capacity, max_endings, cost), horizon=horizon)
 
 
+def have_shares(jobs: Collection[OpenJob]) -> bool:
+    """Whether jobs have shares: their priorities differ, or some joined late, and would wait until others are as near to their ends."""
+    return len({job.priority for job in jobs}) > 1 or any(job.late for job in jobs)
+
+
 def list_backlog(jobs: Collection[OpenJob], backlog: Backlog, first_slot: int = 0, horizon: int | None = None) -> Backlog:
     """Flatten the remaining samples of `jobs` into an empty backlog that begins at `first_slot` of the stream; returns it.
 
@@ -139,7 +141,7 @@ def list_backlog(jobs: Collection[OpenJob], backlog: Backlog, first_slot: int = 
     """
     fair_time = float("inf") if horizon is None else 8 * horizon * backlog.capacity / max(1, len(jobs))
     mean = math.fsum(job.priority for job in jobs) / max(1, len(jobs))
-    shared = len({job.priority for job in jobs}) > 1
+    backlog.has_shares = shared = have_shares(jobs)
     for job in sorted(jobs, key=lambda job: (job.sort_key(first_slot), (-job.priority, job.ahead) if shared else ())):
         share = max(1.0, job.priority / mean) if shared else 1.0
         _append_job(backlog, job, max(0, job.progress.ready - first_slot), horizon, fair_time * share)
@@ -165,7 +167,7 @@ def _append_job(backlog: Backlog, job: OpenJob, ready: int, horizon: int | None,
         taken, step = set(), step + 1
     backlog.jobs.append(range(first_group, len(backlog.groups)))
     backlog.ready.append(ready)
-    backlog.started.append(bool(job.progress.taken))
+    backlog.started.append(bool(job.progress.taken) or (job.late and job.progress.step == 0))
     backlog.later_time.append(job.time_from(step))
     backlog.later_steps.append(len(job.lengths) - step)
     backlog.priorities.append(job.priority)

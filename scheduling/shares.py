@@ -13,17 +13,17 @@ use, and no slot waits.
 
 A planner holds one number per resident job: how far it is `ahead` of the stream. A job joins at 0.
 What was really planned counts, evaluation and the search's changes included, so what one window takes
-from a share the next ones give back. Jobs of equal priorities have no shares.
+from a share the next ones give back. Jobs of equal priorities that began together have no shares.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from scheduling.backlog import OpenJob
+from scheduling.backlog import OpenJob, have_shares
 
 _LEAD = 2.0  # of its longest steps that a job may be ahead, at most
 _LAG = 1.0  # and behind
@@ -58,14 +58,9 @@ class Turns:
         self.clock = max(self.clock, min((self.start[job] for job in waiting), default=self.clock))
 
 
-def differ(jobs: Collection[OpenJob]) -> bool:
-    """Whether jobs have different priorities, and so shares."""
-    return len({job.priority for job in jobs}) > 1
-
-
 def ahead_after(jobs: Mapping[int, OpenJob], used: Mapping[int, float], first_slot: int) -> dict[int, float]:
     """Return how far each job is ahead of the stream after a window before `first_slot` in which jobs have `used` time."""
-    if not differ(jobs.values()):
+    if not have_shares(jobs.values()):
         return dict.fromkeys(jobs, 0.0)
     turns = Turns(
         {number: job.priority for number, job in jobs.items()},

@@ -100,7 +100,7 @@ class WindowPlanner:
         self.evaluations.join(number, len(lengths), validation, evaluate_after)
         self.tail = ()  # it does not hold the new job's samples
         if len(lengths):
-            self.jobs[number] = OpenJob.of(number, lengths, self.cost, priority)
+            self.jobs[number] = OpenJob.of(number, lengths, self.cost, priority, late=self.first_slot > 0)
 
     def leave(self, number: int, evaluate: bool = True) -> int:
         """Remove a resident job from the next window on, after the step that it has begun and the evaluations that are due by then.

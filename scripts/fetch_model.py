@@ -51,7 +51,8 @@ def convert(gguf: Path, directory: Path) -> None:
     weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
     (directory / "model.safetensors").chmod(0o644)
-    del model.config.quantization_config  # it describes the GGUF file, not what is written here
+    for name in ("quantization_config", "_model_name_or_path", "unk_token_id"):  # of the GGUF file: no Llama reads them
+        vars(model.config).pop(name, None)
     model.config.dtype = "bfloat16"
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)

@@ -52,15 +52,12 @@ def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None
     """Run a config on pool ranks as the launcher would: check, make the directory, record the end. Returns the run's exit status."""
     from megatron_lora.commands.checks import check_run
     from megatron_lora.config.schema import load_config
-    from megatron_lora.output.job_states import exit_status
-    from megatron_lora.output.run_directory import RunDirectory, job_states
+    from megatron_lora.output.run_directory import RunDirectory
 
     inputs = check_run(load_config(config_path))
     with RunDirectory.create(load_config(config_path), failed=inputs.failed) as directory:
         pool(**parallel).run(train, config_path, stop_after)
-        status = exit_status(job_states(directory.path).values())
-        directory.finish(status)
-    return status
+        return directory.finish()
 
 
 def losses_of(output_dir: Path, name: str) -> list[float]:

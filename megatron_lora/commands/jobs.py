@@ -40,7 +40,8 @@ def main(run_path: str, as_json: bool) -> int:
     console.print(table(jobs))
     counts = Counter(row["state"] for row in jobs)
     footer = [", ".join(f"{count} {state}" for state, count in counts.items()), "live" if is_live else "no process runs it"]
-    footer += [f"{len(requests) + len(bad)} requests wait"] if requests or bad else []
+    waiting = len(requests) + len(bad)
+    footer += [f"{waiting} request{' waits' if waiting == 1 else 's wait'}"] if waiting else []
     footer += [f"{file} cannot be read: {why}" for file, why in view.unreadable.items()]
     console.print(Text("; ".join(footer)))
     return 0

@@ -17,9 +17,8 @@ from megatron_lora.commands.torchrun import die_with_parent, record_failure
 from megatron_lora.config.live import Live
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.errors import UserError
-from megatron_lora.output.job_states import exit_status
 from megatron_lora.output.report_page import write_report_page
-from megatron_lora.output.run_directory import RunDirectory, job_states
+from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.training.stop_request import StopRequest
 
 LAUNCHED = "MEGATRON_LORA_LAUNCHED"  # set by launch.py for the ranks that it starts
@@ -98,8 +97,7 @@ def _train(config: RunConfig, stop: StopRequest, live: Live) -> int:
         run_directory = RunDirectory.create(config, environment(), inputs.failed, live.keep_alive)
     with run_directory:
         _run(config, stop, live)
-        status = exit_status(job_states(run_directory.path).values())  # of all jobs, those of earlier starts too
-        run_directory.finish(status)
+        status = run_directory.finish()
         write_report_page(run_directory.path)
     return status
 

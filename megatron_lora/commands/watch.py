@@ -138,7 +138,7 @@ def _table(view: RunView, jobs: list[JobView], width: int, height: int, ascii_on
     name_width = min(name_width, max(10, width - 66))
     steps = {job.name: f"{job.step}/{job.num_steps}" if job.num_steps else f"{job.step}" for job in shown}
     step_width = max([5, *map(len, steps.values())])
-    evaluated = f" {'eval loss':>17}" if any(job.evaluations for job in shown) else ""
+    evaluated = f" {'eval loss':>9}{'':8}" if any(job.evaluations for job in shown) else ""
     heading = f"{'job':{name_width}} {'state':9} {'step':>{step_width}} {'loss':>8}{evaluated} {'share':>6}"
     lines = [Text(heading, style="bold")]
     places = {entry["job"]: entry for entry in view.queue}
@@ -227,7 +227,7 @@ def _timeline(window: PlanWindow, num_stages: int, width: int, max_stages: int) 
     slots = Text()
     for slot in range(num_slots):
         slots.append_text(_cell(window.tokens(slot), slot in window.evaluate, cell - (cell > 2), letters, colours)).append(" " * (cell > 2))
-    said = [f"window {window.number}: {len(window.slots)} slots"]
+    said = [f"{window.title}: {len(window.slots)} slot{'s' * (len(window.slots) != 1)}"]
     said += [f"the first {num_slots}"] if num_slots < len(window.slots) else []
     said += [f"+ {', '.join(window.joined)}"] if window.joined else []
     said += [f"- {', '.join(window.left)}"] if window.left else []

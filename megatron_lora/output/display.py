@@ -187,19 +187,19 @@ class LiveTable(Display):
 
 
 def jobs_table(jobs: Sequence[Progress], max_shown: int) -> Table:
-    """Lay out the first `max_shown` jobs, with a last line that counts the others by state."""
+    """Lay out the first `max_shown` jobs, with a last line that counts the others by state; evaluations take the learning rate's place."""
     table = Table(title=None, expand=False)
     table.add_column("job", overflow="fold")
     evaluated = any(job.last_evaluation or job.best for job in jobs)
-    headings = ["step", "loss", *(["eval loss", "best"] if evaluated else []), "lr", "grad norm", "tokens/s", "share", "ETA"]
+    headings = ["step", "loss", *(["eval loss", "best"] if evaluated else ["lr"]), "grad norm", "tokens/s", "share", "ETA"]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("state")
+    table.add_column("state", min_width=10)
     total = sum(job.tokens_per_second for job in jobs)
     for job in jobs[:max_shown]:
         state = Text(f"{job.state}: {job.reason}" if job.reason else job.state, style=STYLES[job.state])
-        step, loss, *others = cells(job, total)
-        table.add_row(Text(job.name), step, loss, *(evaluation_cells(job) if evaluated else []), *others, state)
+        step, loss, learning_rate, *others = cells(job, total)
+        table.add_row(Text(job.name), step, loss, *(evaluation_cells(job) if evaluated else [learning_rate]), *others, state)
     if hidden := jobs[max_shown:]:
         counts = Counter(job.state for job in hidden)
         table.add_row(

@@ -15,6 +15,7 @@ from megatron_lora.output.job_view import JobView
 from megatron_lora.output.report_style import NUM_COLOURS
 
 LOG_FROM = 20.0
+DETAILED = 40  # losses from which on a smoothed curve stands beside the raw one
 Points = Sequence[tuple[float, float]]
 
 
@@ -127,7 +128,7 @@ def job_chart(job: JobView, width: int, height: int) -> str:
         [train, raw, found], (34 if small else 44, width - (8 if small else 14), 6 if small else 22, height - (18 if small else 30))
     )
     parts = [axes.drawn(2 if small else width // 80, 2 if small else 4)]
-    if raw and len(job.losses) >= 40:
+    if raw and len(job.losses) >= DETAILED:
         parts.append(f'<path class="curve raw" stroke="{colour(0)}" d="{axes.path(raw)}"/>')
     parts.append(f'<path class="curve" stroke="{colour(0)}" d="{axes.path(train)}"/>')
     if found:

@@ -23,7 +23,7 @@ from typing import Any
 from megatron_lora.files import write_atomically
 from megatron_lora.output.display import STYLES, duration
 from megatron_lora.output.job_view import JobView
-from megatron_lora.output.report_charts import HATCHED, Pass, bare_curve, colour, job_chart, overview_chart, timeline_picture
+from megatron_lora.output.report_charts import DETAILED, HATCHED, Pass, bare_curve, colour, job_chart, overview_chart, timeline_picture
 from megatron_lora.output.report_style import NUM_COLOURS, SCRIPT, STYLE
 from megatron_lora.output.run_view import PlanWindow, RunView, event_time
 
@@ -141,7 +141,8 @@ def _charts(jobs: Sequence[JobView]) -> str:
     small = len(begun) > MOST_LARGE_CHARTS
     size = (200, 96) if small else (400, 220) if len(begun) > 1 else (1120, 320)
     cards = "".join(_card(job, *size) for job in begun)
-    key = f'<span><i style="background:{colour(0)}"></i>training loss{", smoothed" if small else ", thin: step by step"}</span>'
+    thin = ", thin: step by step" if any(len(job.losses) >= DETAILED for job in begun) else ""
+    key = f'<span><i style="background:{colour(0)}"></i>training loss{", smoothed" if small else thin}</span>'
     if any(job.evaluations for job in begun):
         key += f'<span><i style="background:{colour(1)}"></i>evaluation loss, its best step ringed</span>'
     missing = len(jobs) - len(begun)
@@ -247,16 +248,21 @@ def _timeline(view: RunView, colours: dict[str, str]) -> str:
     names = list(dict.fromkeys(name for each in passes for name in each.tokens))
     if len(view.jobs) > NUM_COLOURS:
         colours = {name: colour(number) for number, name in enumerate(names)}
-    marks = [(min(each.start for each in passes if name in each.tokens), f"{name} joins") for name in window.joined if name in names]
+    zero = firsts[window.number] if ended else 0
+    came = {
+        name: [each.start for each in passes if name in each.tokens and each.slot >= zero + slot] for name, slot in window.joined.items()
+    }
+    went = {name: [each.end for each in passes if name in each.tokens and each.slot < zero + slot] for name, slot in window.left.items()}
+    marks = [(min(starts), f"{name} joins") for name, starts in came.items() if starts]
     marks = marks if len(marks) <= 6 and window.number > 0 else []
-    marks += [(max(each.end for each in passes if name in each.tokens), f"{name} leaves") for name in window.left if name in names][:6]
+    marks += [(max(ends), f"{name} leaves") for name, ends in went.items() if ends][:6]
     picture = timeline_picture(passes, view.num_stages, "seconds" if ended else "slots", colours, marks)
     key = "".join(f'<span><i class="tile" style="background:{colours[name]}"></i>{escape(name)}</span>' for name in names[:24])
     how = "pale: forward, full: backward, grey: slots of other windows" if ended else "forwards alone, each slot as long as another"
     key += f"<span>{how}</span>"
     hatch = f'<svg viewBox="0 0 12 12">{HATCHED}</svg>'
     key += f"<span>{hatch}evaluation</span>" if any(each.kind == "EVAL" for each in passes) else ""
-    said = f"Window {window.number}, slots {firsts[window.number] + begin} to {firsts[window.number] + begin + len(slots) - 1}"
+    said = f"{window.title.capitalize()}, slots {firsts[window.number] + begin} to {firsts[window.number] + begin + len(slots) - 1}"
     said += ", as it ran." if ended else ", as it was planned."
     return f'<h2>Timeline</h2><div class="box"><p class="key"><span>{said}</span>{key}</p>{picture}</div>'
 

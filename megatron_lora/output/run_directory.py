@@ -36,7 +36,7 @@ from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import write_atomically
 from megatron_lora.output.changes import Run, apply, foresee, job_mapping, states_to_start_from
 from megatron_lora.output.events import EVENTS_FILE, EventLog, read_events
-from megatron_lora.output.job_states import OVER, after
+from megatron_lora.output.job_states import OVER, after, exit_status
 from megatron_lora.output.requests import FOLDER, RequestFolder
 from megatron_lora.output.resume import as_begun, check_resume, rewind
 from megatron_lora.output.standing import Best, ResumePoint, resume_points
@@ -169,9 +169,14 @@ class RunDirectory:
         write_atomically(self.path / "config.yaml", dump_config(config))
         write_atomically(self.path / "cost.json", json.dumps(cost, indent=1) + "\n")
 
-    def finish(self, exit_status: int, reason: str = "") -> None:
-        """Record how the run ended; jobs that had not ended become paused, and the same command resumes them."""
-        status = self.status() | {"exit_status": exit_status, "reason": reason}
+    def finish(self, status_of_run: int | None = None, reason: str = "") -> int:
+        """Record how the run ended, by default as the jobs' states say, those of earlier starts too; returns the exit status.
+
+        Jobs that had not ended become paused, and the same command resumes them.
+        """
+        if status_of_run is None:
+            status_of_run = exit_status(job_states(self.path).values())
+        status = self.status() | {"exit_status": status_of_run, "reason": reason}
         for name, job in status["jobs"].items():
             if job["state"] not in (*OVER, "paused"):
                 status["jobs"][name] = job | _job(after(job["state"], "paused"), reason or "the run ended first")
@@ -179,6 +184,7 @@ class RunDirectory:
             self._write_status(status)
         except OSError:  # mostly a full disk: no space for a second file, so the first is overwritten
             (self.path / STATUS).write_text(_as_json(status), encoding="utf-8")
+        return status_of_run
 
     def discard(self) -> None:
         """Remove the files of a run that has not begun."""

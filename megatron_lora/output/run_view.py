@@ -30,6 +30,7 @@ from megatron_lora.output.run_directory import STATUS, is_in_use
 from megatron_lora.output.run_files import read_spans, window_files
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
+WINDOW_SLOTS = 32  # of a usual window; of slower slots, windows that are bounded in seconds have fewer
 QUIET_S = 15.0  # a run whose files are younger is taken for live; its lock is looked at after that
 JOB_KEYS = ("max_steps", "num_epochs", "metric", "mode", "priority", "r", "learning_rate", "global_batch_size")
 JOB_LINE = re.compile(rf"^(?:- (name)|  ({'|'.join(JOB_KEYS)})): (.*)$", re.MULTILINE)
@@ -37,14 +38,43 @@ JOB_LINE = re.compile(rf"^(?:- (name)|  ({'|'.join(JOB_KEYS)})): (.*)$", re.MULT
 
 @dataclasses.dataclass(frozen=True)
 class PlanWindow:
-    """A window of the plan: its slots as lists of (job, step, sample, tokens), which of them evaluate, and who joined and left."""
+    """A window of the plan, or short ones in a row: slots of (job, step, sample, tokens), which of them evaluate, who joined and left.
+
+    Of those who joined, in front of which of its slots; of those who left, behind how many.
+    """
 
     number: int
     slots: list[list[list[int]]]
     evaluate: frozenset[int] = frozenset()
-    joined: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
+    joined: dict[str, int] = dataclasses.field(default_factory=dict)
+    left: dict[str, int] = dataclasses.field(default_factory=dict)
     names: dict[int, str] = dataclasses.field(default_factory=dict)  # of the jobs' numbers
+    num_windows: int = 1
+
+    @property
+    def title(self) -> str:
+        """Its number, or those of the first and the last of several."""
+        return f"window {self.number}" if self.num_windows == 1 else f"windows {self.number} to {self.last}"
+
+    @property
+    def last(self) -> int:
+        """The number of the last one."""
+        return self.number + self.num_windows - 1
+
+    def joined_by(self, after: PlanWindow) -> PlanWindow | None:
+        """Return this and the window `after` it as one, if that is as short as a usual one; the first of a run, which all join, stays."""
+        if self.number == 0 or len(self.slots) + len(after.slots) > WINDOW_SLOTS:
+            return None
+        begin = len(self.slots)
+        return PlanWindow(
+            self.number,
+            self.slots + after.slots,
+            self.evaluate | {begin + slot for slot in after.evaluate},
+            self.joined | {name: begin + slot for name, slot in after.joined.items()},
+            self.left | {name: begin + slot for name, slot in after.left.items()},
+            self.names | after.names,
+            self.num_windows + after.num_windows,
+        )
 
     def tokens(self, slot: int) -> dict[str, int]:
         """Return name -> tokens of the jobs in a slot, in their order there."""
@@ -146,8 +176,8 @@ class RunView:
         self._events_read = len(lines)
 
     def _read_newest_window(self) -> None:
-        """Read the newest window; usually it is the known one or the one after it."""
-        files, known = self.path / "plan", -1 if self.window is None else self.window.number
+        """Read the newest window, which usually is the known one or the one after it, and short ones before it."""
+        files, known = self.path / "plan", -1 if self.window is None else self.window.last
         if known >= 0 and (files / f"window-{known:04d}.json").exists():
             while (files / f"window-{known + 1:04d}.json").exists():
                 known += 1
@@ -157,18 +187,27 @@ class RunView:
             if not found:
                 return
             newest = found[-1]
-        self._if_changed(f"plan/{newest.name}", lambda text: setattr(self, "window", self._window(newest, json.loads(text))))
+        self._if_changed(f"plan/{newest.name}", lambda text: self._read_windows_before(newest, text))
+
+    def _read_windows_before(self, newest: Path, text: str) -> None:
+        window = self._window(newest, json.loads(text))
+        while (file := newest.with_name(f"window-{window.number - 1:04d}.json")).exists():
+            before = self._window(file, json.loads(file.read_text(encoding="utf-8"))).joined_by(window)
+            if before is None:
+                break
+            window = before
+        self.window = window
 
     def _window(self, file: Path, content: dict[str, Any]) -> PlanWindow:
         names = {int(number): str(name) for number, name in (content.get("jobs") or self._first_names).items()}
 
-        def named(entries: Any) -> tuple[str, ...]:
-            return tuple(str(entry) if entry in self.jobs else names.get(int(entry), f"job {entry}") for entry in entries or ())
+        def named(entries: Any, slot: int) -> dict[str, int]:
+            return {str(entry) if entry in self.jobs else names.get(int(entry), f"job {entry}"): slot for entry in entries or ()}
 
         slots = [[list(map(int, entry)) for entry in slot] for slot in content["microbatches"]]
         evaluate = frozenset(map(int, content.get("evaluate") or ()))
         number = int(file.stem.rpartition("-")[2])
-        return PlanWindow(number, slots, evaluate, named(content.get("joined")), named(content.get("left")), names)
+        return PlanWindow(number, slots, evaluate, named(content.get("joined"), 0), named(content.get("left"), len(slots)), names)
 
     @cached_property
     def _first_names(self) -> dict[int, str]:
@@ -180,11 +219,13 @@ class RunView:
         return dict(enumerate(names))
 
     def windows(self) -> list[PlanWindow]:
-        """Read all windows of the last start, up to the first that cannot be read."""
-        windows = []
+        """Read all windows of the last start, up to the first that cannot be read; short ones are joined."""
+        windows: list[PlanWindow] = []
         for file in window_files(self.path):
             try:
-                windows.append(self._window(file, json.loads(file.read_text(encoding="utf-8"))))
+                window = self._window(file, json.loads(file.read_text(encoding="utf-8")))
+                both = windows[-1].joined_by(window) if windows else None
+                windows[-1:] = [both] if both else [*windows[-1:], window]
             except DAMAGED as error:
                 self.unreadable[f"plan/{file.name}"] = one_line(error, 120)
                 break

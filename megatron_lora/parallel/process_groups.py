@@ -33,13 +33,14 @@ def rank_timeout() -> timedelta:
     return timedelta(seconds=int(text))
 
 
-def initialize_parallel(parallel: ParallelConfig, backend: str, seed: int = 0) -> torch.device:
+def initialize_parallel(parallel: ParallelConfig, backend: str | None = None, seed: int = 0) -> torch.device:
     """Join the process groups of `parallel` and return this rank's device ("gloo": CPU, "nccl": its CUDA device).
 
-    Uses torchrun's environment variables; without them the run is a single process. An existing default
-    group is used as it is.
+    Without a `backend` it is a GPU where there is one. Uses torchrun's environment variables; without
+    them the run is a single process. An existing default group is used as it is.
     Raises UserError when the number of ranks is not pipeline * tensor * data.
     """
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

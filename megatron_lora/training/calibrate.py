@@ -90,7 +90,7 @@ def run(config: RunConfig, output: Path | None) -> None:
     """Measure as one of the config's ranks; the first one writes the table to `output` or below the cache directory, and prints it."""
     begin = time.perf_counter()
     config = dataclasses.replace(config, load_weights=False)
-    device = initialize_parallel(config.parallel, "nccl" if torch.cuda.is_available() else "gloo", config.seed)
+    device = initialize_parallel(config.parallel, seed=config.seed)
     host_group = new_group(backend="gloo")
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)

@@ -21,7 +21,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_lora.config.live import Live
@@ -84,8 +83,7 @@ def run(config: RunConfig, stop: StopRequest, live: Live = Live()) -> None:  # n
 
 
 def _train(config: RunConfig, stop: StopRequest, live: Live) -> None:
-    on_gpu = torch.cuda.is_available()
-    device = initialize_parallel(config.parallel, "nccl" if on_gpu else "gloo", config.seed)
+    device = initialize_parallel(config.parallel, seed=config.seed)
     host_group = new_group(backend="gloo")
     path = Path(config.output_dir)
     # The config that was checked and written there: other ranks may lie on machines whose copy of the user's file is another.
@@ -120,7 +118,7 @@ def _train(config: RunConfig, stop: StopRequest, live: Live) -> None:
     feed = _start_planning(config, slot_cost, longest, control, residents)
     stage = make_stage(config, architecture, model_dir, device)
     arena.set_result(make_arena(stage, config.parallel, [], _room_of(config, architecture)))
-    if on_gpu:
+    if device.type == "cuda":
         specs = [spec_of(job) for job in config.jobs]
         warm_up(stage, arena.result(), config.microbatch_tokens, config.parallel.row_multiple, specs)
     timeline = _run_windows(config, stage, arena.result(), residents, control, feed, stop)

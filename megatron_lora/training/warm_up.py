@@ -1,4 +1,4 @@
-"""Warm-up: a forward and backward over dummy microbatches of several sizes, which compiles all kernels and allocates their memory.
+"""Warm-up: passes over dummy microbatches of several sizes, which compile all kernels and allocate their memory.
 
 A stage compiles its kernels when it first runs them. In a pipeline the first microbatch would wait for
 each stage to compile in turn, in its forward and again in its backward. Here all stages compile at the
@@ -11,7 +11,8 @@ deadlock with a kernel that waits for a message (executor.py).
 Kernels are compiled for the largest rank among the resident adapters, in classes (16, 32, 64, ...), for the
 modules that these target, and with or without dropout. As residents come and go, any adapter may be the
 largest, and one with dropout beside it or not. Hence a round for each such variant besides the one with
-those that are resident.
+those that are resident. Evaluation has kernels of its own: without dropout, and without a graph. Hence
+each microbatch is evaluated too.
 
 No state changes. Adapter gradients are zero before and are zeroed after; dropout uses no random
 generator; the optimizer's kernel runs over no elements.
@@ -72,7 +73,8 @@ def variants(adapters: Sequence[AdapterSpec]) -> list[AdapterSpec]:
 
 def _try(stage: Stage, rows: int, multiple: int, num_jobs: int) -> None:
     try:
-        _forward_and_backward(stage, dummy(rows, num_jobs, stage.device), rows // multiple)
+        for dropout in (True, False):
+            _pass(stage, dummy(rows, num_jobs, stage.device, dropout), rows // multiple)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         raise UserError(f"microbatch_tokens: {rows} tokens do not fit ({reason}); use fewer, or recompute: auto, or more ranks") from None
@@ -86,19 +88,26 @@ def _sizes(num_rows: int) -> Sequence[int]:
     return sizes
 
 
-def _forward_and_backward(stage: Stage, data: StageInput, local_rows: int) -> None:
-    hidden = None
+def _pass(stage: Stage, data: StageInput, local_rows: int) -> None:
+    """Train a microbatch forward and backward; evaluate it if its route has no dropout."""
+    assert data.route is not None
+    trains, hidden = data.route.dropout, None
     if not stage.is_first:
-        hidden = torch.zeros(local_rows, stage.architecture.hidden_size, dtype=stage.dtype, device=stage.device).requires_grad_()
-    output = stage(data, hidden)
-    if stage.is_last:
-        (stage.losses(output, data.labels, data.targets) * data.weights).sum().backward()
-    else:
-        output.backward(torch.ones_like(output))
+        hidden = torch.zeros(local_rows, stage.architecture.hidden_size, dtype=stage.dtype, device=stage.device).requires_grad_(trains)
+    with torch.set_grad_enabled(trains):
+        output = stage(data, hidden)
+        if not stage.is_last:
+            ends = output
+        elif trains:
+            ends = (stage.losses(output, data.labels, data.targets) * data.weights).sum()
+        else:
+            ends, _ = stage.evaluate(output, data.labels, data.targets)
+    if trains:
+        ends.backward(torch.ones_like(ends))
 
 
-def dummy(num_rows: int, num_jobs: int, device: torch.device) -> StageInput:
-    """Return a microbatch whose rows are divided evenly among all jobs."""
+def dummy(num_rows: int, num_jobs: int, device: torch.device, dropout: bool = True) -> StageInput:
+    """Return a microbatch whose rows are divided evenly among all jobs; without `dropout`, one to evaluate."""
     lengths = [min(_SAMPLE_TOKENS, num_rows - first) for first in range(0, num_rows, _SAMPLE_TOKENS)]
     edges = [num_rows * job // num_jobs for job in range(num_jobs + 1)]
     segments = [(first, end, job) for job, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)) if end > first]
@@ -117,5 +126,5 @@ def dummy(num_rows: int, num_jobs: int, device: torch.device) -> StageInput:
             positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
             max_length=max(lengths),
         ),
-        route=make_route(num_rows, segments, zeros(torch.int32), device),
+        route=make_route(num_rows, segments, zeros(torch.int32), device, dropout),
     )

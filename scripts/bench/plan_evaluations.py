@@ -101,7 +101,8 @@ def measure(alone: Stream, num_stages: int, share: float, pattern: str, num_step
         if plan == "even":
             together, alone = even(num_stages, share, pattern)
             times = [[float(slot.num_tokens) for slot in stream] for stream in (together, alone)]
-        case = {"plan": plan, "stages": num_stages, "pattern": pattern, "share": share, "slots": len(together)}
+        name = f"P = {num_stages}, {share:.0%}, {pattern}{', even' if plan == 'even' else ''}"
+        case = {"case": name, "plan": plan, "stages": num_stages, "pattern": pattern, "share": share, "slots": len(together)}
         found.append(case | compare(together, alone, num_stages, times))
     return found
 

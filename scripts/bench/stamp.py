@@ -28,7 +28,7 @@ def stamp(hardware: str | None = None, code: str | None = None) -> dict:
         "commit": code or commit() or "unknown",
         "hardware": hardware or (f"{len(found)} x {found[0]}" if found else platform.machine()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": " ".join(sys.argv).removeprefix(f"{ROOT}/"),
         "versions": {"python": platform.python_version()} | versions(),
     }
 

@@ -22,8 +22,7 @@ import torch.distributed as dist
 from megatron_lora.commands.finished_run import FinishedRun
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.environment import environment
-from megatron_lora.output.job_states import exit_status
-from megatron_lora.output.run_directory import RunDirectory, job_states
+from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.parallel.process_groups import initialize_parallel
 from megatron_lora.planning.plan_feed import Planned, PlanSettings
 from megatron_lora.training import assemble, calibrate, train
@@ -46,7 +45,7 @@ def trained(
     calibrated: bool = False,
 ) -> FinishedRun | None:
     """Train a config into its output directory, which is made anew, `around` the executor's run a profiler perhaps; `calibrated` first."""
-    initialize_parallel(config.parallel, "nccl" if torch.cuda.is_available() else "gloo", config.seed)
+    initialize_parallel(config.parallel, seed=config.seed)
     first = dist.get_rank() == 0
     if first:
         shutil.rmtree(config.output_dir, ignore_errors=True)
@@ -58,8 +57,7 @@ def trained(
         with RunDirectory.create(config, environment()) if first else nullcontext() as directory:
             train.run(config, StopRequest())
             if directory is not None:
-                status = exit_status(job_states(directory.path).values())
-                directory.finish(status)
+                status = directory.finish()
                 assert status == 0, f"{config.output_dir}: the run ended with status {status}"
     return FinishedRun.read(Path(config.output_dir)) if first else None
 

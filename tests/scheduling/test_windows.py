@@ -102,6 +102,21 @@ def test_what_was_planned_of_a_number_is_not_what_another_job_needs():
     replay(stream, [[[60], [10], [10]], [[60]]], 1, CAPACITY)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_job_that_joins_others_begins_in_its_first_window_and_has_its_share(seed):
+    """Although they have many more steps to take. A sixth of the tokens would be ten steps in 8 windows."""
+    rng = random.Random(seed)
+    planner = WindowPlanner(2, CAPACITY, 8, effort=0, lookahead=32)
+    for number in range(5):
+        planner.join(number, [[rng.randint(1, 16) for _ in range(8)] for _ in range(60)])
+    planner.plan()
+    planner.join(5, [[rng.randint(1, 16) for _ in range(8)] for _ in range(10)])
+    assert 5 in {segment.job for microbatch in planner.plan() for segment in microbatch.segments}
+    for _ in range(11):
+        planner.plan()
+    assert 5 not in planner.jobs
+
+
 def test_joins_that_cannot_be_are_named():
     planner = WindowPlanner(2, 8)
     planner.join(0, [[5], [5]])

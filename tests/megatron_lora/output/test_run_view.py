@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -37,9 +38,24 @@ def test_a_run_is_read_as_it_is_written(tmp_path):
     seconds = {name: used["device_seconds"] for name, used in view.accounting.items()}
     assert view.shares()["names"] == pytest.approx(seconds["names"] / sum(seconds.values())) and view.shares()["sql"] == 0
     assert view.window is not None and view.window.number == 2 and set(view.window.tokens(0)) <= set(example_runs.NAMES)
-    assert view.windows()[1].joined == ("titles",) and view.windows()[1].evaluate == {9, 10, 21}
+    assert view.windows()[1].joined == {"titles": 0} and view.windows()[1].evaluate == {9, 10, 21}
     assert view.seconds() == (31 * 60 + 57) and not view.unreadable
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before, "reading writes nothing"
+
+
+def test_short_windows_in_a_row_are_one(tmp_path):
+    run = example_runs.make_run(tmp_path / "run")
+    usual = RunView.read(run).windows()[1]
+    content = json.loads((run / "plan" / "window-0001.json").read_text())
+    for slot, held in enumerate(content["microbatches"]):
+        short = {"microbatches": [held], "evaluate": [0] * (slot in usual.evaluate), "joined": [], "left": []}
+        short |= {key: content[key] for key, at in (("joined", 5), ("left", 30)) if at == slot}
+        (run / "plan" / f"window-{1 + slot:04d}.json").write_text(json.dumps(content | short))
+    view = RunView.read(run)
+    assert len(view.windows()) == 2 and view.window == view.windows()[1] == dataclasses.replace(
+        usual, joined={"titles": 5}, left={next(iter(usual.left)): 31}, num_windows=32
+    )
+    assert usual.title == "window 1" and view.window.title == "windows 1 to 32"
 
 
 def test_a_line_that_is_being_written_waits_until_it_is_complete(tmp_path):
@@ -85,7 +101,9 @@ def test_jobs_windows_and_states_that_come_later_are_seen_and_ended_jobs_are_rea
     (run / "plan" / "window-0003.json").write_text(json.dumps({"microbatches": [[[0, 1, 0, 7]]], "left": [1]}))
     view.refresh()
     assert view.jobs["late"].step == 1 and view.jobs["summaries"].step == 49 and view.jobs["summaries"].state == "stopped"
-    assert view.window.number == 3 and view.window.tokens(0) == {"summaries": 7} and view.window.left == ("names",), "by cost.json's order"
+    assert view.window.number == 3 and view.window.tokens(0) == {"summaries": 7} and view.window.left == {"names": 1}, (
+        "by cost.json's order"
+    )
     read = []
     for job in view.jobs.values():
         monkeypatch.setattr(job, "read", lambda name=job.name: read.append(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import pytest
 from living_plan import World, job_config
@@ -42,6 +43,25 @@ def test_more_jobs_than_fit_wait_and_all_are_trained_once(one_process, tmp_path,
     assert [event.job for event in events if event.event == "started"][:2] == ["job-0", "job-1"]
     assert {event.job for event in events if event.event == "done"} == set(lengths)
     assert read_queue(tmp_path) == {"resident": [], "queue": []}
+
+
+def test_a_job_whose_data_are_ready_trains_before_two_windows_have_passed(one_process, tmp_path):
+    jobs, lengths = some_jobs(4)
+    lengths = {name: lengths_of(40, seed) for seed, name in enumerate(lengths)} | {"late": lengths_of(2, 9)}
+    world = World(tmp_path, [*jobs, job_config("late", r=8)], lengths, num_stages=2)
+    ready, planned, ask_next, answers = [], [], world.control.ask, world.control.reader.answers
+    world.control.ask = lambda window, slot: planned.append(window) or ask_next(window, slot)
+    world.control.reader.answers = lambda: {k: v for k, v in answers().items() if k != "late"} | dict.fromkeys(["late"] * len(ready))
+
+    def between(window: int) -> None:
+        while window == 4 and 5 not in planned:  # a window is planned ahead of the one that runs
+            time.sleep(0.001)
+        ready.extend(["late"] * (window == 4))
+
+    world.run(between)
+    slots = [len(window.stream) for window in world.windows]
+    late = [bool({segment.job for segment in microbatch.segments} & {4}) for window in world.windows for microbatch in window.stream]
+    assert sum(slots[:6]) <= late.index(True) < sum(slots[:7])
 
 
 def test_a_job_that_cannot_be_read_fails_alone(one_process, tmp_path):

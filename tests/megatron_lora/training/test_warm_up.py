@@ -110,7 +110,7 @@ def test_a_microbatch_that_does_not_fit_is_one_line(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(warm_up, "_forward_and_backward", full)
+    monkeypatch.setattr(warm_up, "_pass", full)
     stage = SimpleNamespace(device=torch.device("cpu"), reserve_host_memory=lambda rows: None)
     arena = SimpleNamespace(specs=[adapter(8)], room={"q_proj": 16}, showing=contextlib.nullcontext)
     with pytest.raises(UserError, match=r"^microbatch_tokens: 700 tokens do not fit \(CUDA out of memory\); use fewer"):
