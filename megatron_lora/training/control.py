@@ -116,15 +116,15 @@ class Control:
         self.shown: object = None
 
     def tell(self, what: str, name: str, reason: str = "") -> None:
-        """Take note, in any thread, of a job that is "failed", "stopped" or "done", or whose checkpoint is "saved"."""
+        """Take note, in any thread, of a job that is "failed", "stopped" or "done", is to be "paused", or whose checkpoint is "saved"."""
         self.news.put((what, name, reason))
 
     def finish(self) -> None:
         """Write the last news; after the run's last report."""
         news = [self.news.get() for _ in range(self.news.qsize())]
         if self.replay is None:
-            self._write([Change(event=what, job=name, details={"reason": reason}) for what, name, reason in news if what != "saved"])
-        for _, name, _ in news:
+            self._write([Change(event=what, job=name, details={"reason": reason}) for what, name, reason in news if what in OVER])
+        for _, name, _ in news:  # who is paused now was stopped with the run
             self.entries.pop(name, None)
         self._show()
         self.accounts.write(ended=True)
@@ -237,7 +237,10 @@ class Control:
         """Return who is over, with the reasons, and note whose checkpoint is written."""
         told = []
         for what, name, reason in [self.news.get() for _ in range(self.news.qsize())]:
-            if what != "saved":
+            if what == "paused":
+                if name in self.entries and self.entries[name].resident and self.entries[name].leaving is None:
+                    told.append((what, name, reason))
+            elif what != "saved":
                 told.append((what, name, reason))
             elif name in self.entries:
                 entry = self.entries[name]
