@@ -10,6 +10,7 @@ few steps that shows in the adapter where `adam_epsilon` is far below the gradie
 
 import dataclasses
 import math
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_lora.config.schema import RunConfig, dump_config, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.adapter_files import read_adapter
 from megatron_lora.output.metrics import METRICS_FILE, read_metrics
+from megatron_lora.output.observers import WANDB_PROJECT
 from megatron_lora.output.run_directory import job_states
 
 LOSSES, FACTORS = 1e-5, 1e-4  # bounds in fp32
@@ -39,6 +41,7 @@ def main(config_path: str, overrides: list[str], name: str, num_steps: int, sign
         raise UserError(f"--steps: {num_steps} trains nothing; use a whole number of at least 1")
     given = any(override.startswith("precision=") for override in overrides)
     config = in_steps(config, name, num_steps, config.precision if given else "fp32")
+    os.environ.pop(WANDB_PROJECT, None)  # neither run is worth keeping
     with tempfile.TemporaryDirectory(prefix="megatron-lora-verify-") as folder:
         jobs = {"alone": config.jobs[:1], "together": config.jobs}
         found = []
