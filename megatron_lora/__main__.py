@@ -2,8 +2,8 @@
 
 Exit status of train: 0 all jobs done; 1 a crash; 2 wrong input; 3 some jobs failed, the others are
 done; 75 stopped and saved, run again to resume; 128 + a signal's number. The other commands exit
-with 0, or 2 for wrong input; calibrate, which starts ranks, also with 1, or 128 + a signal's
-number. A command's modules are imported when it is called, so that help and config errors are
+with 0, or 2 for wrong input; calibrate and verify, which start ranks, also with 1, or 128 + a
+signal's number. A command's modules are imported when it is called, so that help and config errors are
 quick.
 """
 
@@ -13,10 +13,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_lora import __version__
 from megatron_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_lora.config.live import Live
 
 OVERRIDE = "an override such as defaults.learning_rate=1e-4, jobs.0.r=32 or jobs.NAME.r=32"
 EXAMPLES = {
@@ -26,7 +29,8 @@ EXAMPLES = {
   torchrun --nproc-per-node 8 -m megatron_lora train CONFIG     the same, with torchrun started by hand
 
 Run it again with the same output_dir to resume a run that was stopped or has crashed.
-With --keep-alive a run whose jobs are over waits for others (megatron-lora add) until it is stopped.
+With --keep-alive a run whose jobs are over waits for others (megatron-lora add) until it is stopped. With --max-restarts N
+it is started again after a crash, up to N times within --restart-window-s.
 
 exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 75 stopped and saved, 128 + a signal's number""",
     "add": """examples:
@@ -48,7 +52,7 @@ A cancelled job is over. It keeps the checkpoints that it has written.""",
   megatron-lora set runs/quickstart-1 summaries priority=2
   megatron-lora set runs/quickstart-1 summaries names save_steps=100 early_stopping_patience=null
 
-Only what decides no update can be set: priority, save_steps, save_total_limit, early_stopping_patience.""",
+Only what decides no update can be set: priority, save_steps, save_total_limit, early_stopping_patience, and the keys of watchdogs.""",
     "jobs": """examples:
   megatron-lora jobs runs/quickstart-1
   megatron-lora jobs runs/quickstart-1 --json""",
@@ -81,9 +85,24 @@ It reads the run's directory alone: Ctrl-C leaves the run as it is.""",
     "preview": """examples:
   megatron-lora preview configs/quickstart.yaml --job summaries
   megatron-lora preview configs/quickstart.yaml --job names --samples 5 jobs.names.sequence_len=128""",
+    "verify": """examples:
+  megatron-lora verify configs/quickstart.yaml --job names
+  megatron-lora verify configs/quickstart.yaml --job names --steps 50 parallel.pipeline=1 parallel.layers_per_stage=null
+
+The job is trained twice for some steps, alone and among the config's other jobs, in a temporary directory and in fp32 (unless
+precision=bf16 is given, whose rounding alone is beyond the bounds).
+
+exit status: 0 the losses agree within 1e-5 and the adapters within 1e-4, 1 they do not, or a crash, 2 wrong input""",
     "doctor": """example:
   megatron-lora doctor""",
 }
+
+
+RESTARTS = (
+    ("--max-restarts", int, 0, "N", "after a crash resume from the newest checkpoints, up to N times"),
+    ("--restart-window-s", float, 3600.0, "S", "count the restarts of the last S seconds (default: 3600)"),
+    ("--memory-share", float, 1.0, "X", "share of the memory that choices left auto count on (default: 1)"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,14 +149,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     tune = add("tune", "measure how to cut matrix products on this GPU; runs that start later take the fastest")
     preview = add("preview", "show the tokens of a few samples of a job, with those that the loss counts marked")
+    verify = add("verify", "train a job alone and among the others for some steps, and show how far the two adapters lie apart")
     add("doctor", "show versions, devices, the backends that a run will use, what is missing and what that costs")
-    for command in (train, plan, calibrate, preview):
+    for command in (train, plan, calibrate, preview, verify):
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
         command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
     train.add_argument("--keep-alive", action="store_true", help="wait for more jobs when all are over, until the run is stopped")
     train.add_argument(
         "--replay", type=Path, metavar="RUN", help="repeat the first start of a run from its events.jsonl, in another output_dir"
     )
+    for flag, kind, default, metavar, help in RESTARTS:
+        train.add_argument(flag, type=kind, default=default, metavar=metavar, help=help)
     controls = {add_jobs: "", pause: "NAME", resume: "NAME", cancel: "NAME", set_values: "NAME | key=value"}
     for command, words in controls.items():
         command.add_argument("run", metavar="RUN", help="the output directory of a run")
@@ -162,6 +184,8 @@ def make_parser() -> argparse.ArgumentParser:
     watch.add_argument("--job", nargs="+", default=[], metavar="NAME", help="show these jobs alone (default: those that train come first)")
     watch.add_argument("--once", action="store_true", help="print one frame and end")
     tune.add_argument("--output", metavar="FILE", help="add the choices to this file (default: the one that runs read)")
+    verify.add_argument("--job", required=True, metavar="NAME", help="the job that is trained twice")
+    verify.add_argument("--steps", type=int, default=20, metavar="N", help="how many steps (default: 20)")
     preview.add_argument("--job", required=True, metavar="NAME", help="the job whose samples are shown")
     preview.add_argument("--samples", type=int, default=3, metavar="N", help="how many samples (default: 3)")
     return parser
@@ -171,7 +195,6 @@ CALLS: dict[str, Callable[[Any, argparse.Namespace], int]] = {  # of the module 
     "add": lambda command, a: command.main(a.run, a.file, a.overrides, not a.no_wait),
     "jobs": lambda command, a: command.main(a.run, a.json),
     "plan": lambda command, a: command.main(a.config, a.overrides, policy=a.policy, plot=a.plot, device_name=a.device, cost_file=a.cost),
-    "calibrate": lambda command, a: command.main(a.config, a.overrides, a.output),
     "report": lambda command, a: command.main(a.run, a.plot, a.html),
     "watch": lambda command, a: command.main(a.run, a.job, a.once),
     "tune": lambda command, a: command.main(a.output),
@@ -180,19 +203,55 @@ CALLS: dict[str, Callable[[Any, argparse.Namespace], int]] = {  # of the module 
 }
 
 
+def run_as_rank(arguments: argparse.Namespace) -> int:
+    """Call what a rank does of a command, in a process that torchrun has started; returns the exit status."""
+    from megatron_lora.commands import rank
+
+    if arguments.command == "calibrate":
+        return rank.calibrate(arguments.config, arguments.overrides, arguments.output)
+    live = live_of(arguments)
+    if live.max_restarts:
+        raise UserError(f"--max-restarts: {live.max_restarts} is for runs without a torchrun of your own; give it to torchrun")
+    return rank.main(arguments.config, arguments.overrides, live)
+
+
+def run_launcher(arguments: argparse.Namespace) -> int:
+    """Call a command that starts ranks, and stop it on request from its first moment on; returns the exit status."""
+    from megatron_lora.commands.output_streams import keep_running_unread
+    from megatron_lora.commands.stop_signals import Stopped, StopSignals, stop_reason
+
+    keep_running_unread()
+    trains = arguments.command == "train"
+    try:
+        with StopSignals() as signals:
+            command = importlib.import_module(f"megatron_lora.commands.{'launch' if trains else arguments.command}")
+            if trains:
+                return command.train(arguments.config, arguments.overrides, signals, live_of(arguments))
+            words = (arguments.output,) if arguments.command == "calibrate" else (arguments.job, arguments.steps)
+            return command.main(arguments.config, arguments.overrides, *words, signals)
+    except Stopped as stopped:
+        print(f"megatron-lora: {stop_reason(stopped.number, 'it took a step' if trains else 'it had measured')}", file=sys.stderr)
+        return 75 if trains else 128 + stopped.number
+
+
+def live_of(arguments: argparse.Namespace) -> "Live":
+    """Return what train's options say of a run beside its config."""
+    from dataclasses import fields
+
+    from megatron_lora.config.live import Live
+
+    return Live(**{field.name: getattr(arguments, field.name) for field in fields(Live)})
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Call the command; returns the exit status."""
     name = arguments.command
-    if name in ("train", "calibrate"):
+    if name in ("train", "calibrate", "verify"):
         from megatron_lora.environment import allocator_settings
 
         os.environ.update(allocator_settings(os.environ))  # before CUDA starts; the ranks inherit it
-    if name == "train":
-        from megatron_lora.commands import launch, rank
-        from megatron_lora.config.live import Live
-
-        live = Live(keep_alive=arguments.keep_alive, replay=arguments.replay)
-        return (rank.main if rank.under_torchrun() else launch.train)(arguments.config, arguments.overrides, live)
+        under_torchrun = name != "verify" and "RANK" in os.environ and "LOCAL_RANK" in os.environ
+        return run_as_rank(arguments) if under_torchrun else run_launcher(arguments)
     if name in ("pause", "resume", "cancel", "set"):
         from megatron_lora.commands import control
 
@@ -217,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"megatron-lora: {one_line(error, 1000)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # Ctrl-C before the ranks were started, or in a command that has none
+    except KeyboardInterrupt:  # Ctrl-C in a command that starts no ranks
         print("megatron-lora: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as in `megatron-lora plan ... | head`

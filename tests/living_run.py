@@ -24,8 +24,14 @@ if os.environ.get("RANK") == "1":
     from megatron_lora.training import executor
 
     def fails(self, slot, before=executor.Executor._backward):
-        if slot == 7:
+        once = os.environ.get("FAIL_ONCE")
+        if slot == 7 and once is None:
             raise RuntimeError("matrix is torn")
+        if slot == 7 and not os.path.exists(once):
+            import torch
+
+            open(once, "w").close()
+            raise torch.OutOfMemoryError("CUDA out of memory")
         before(self, slot)
 
     executor.Executor._backward = fails
@@ -38,8 +44,12 @@ HUNG = "megatron-lora: rank {} hung: rank "
 class LivingRun:
     """A run in `folder`, which holds its config, output directory and standard error."""
 
-    def __init__(self, folder: Path, config: dict, environment: dict[str, str], *, failing: bool = False):
-        """Start it; with `failing` rank 1 raises in the backward of slot 7."""
+    def __init__(self, folder: Path, config: dict, environment: dict[str, str], *words: str, failing: bool = False, terminal: bool = False):
+        """Start it, with more words of its command line; with `failing` rank 1 raises in the backward of slot 7.
+
+        With FAIL_ONCE in the environment it runs out of memory there, unless that file exists.
+        With `terminal` it writes to one, until `close_terminal`.
+        """
         self.folder = folder
         self.output = folder / "run"
         self.first_job = config["jobs"][0]["name"]
@@ -50,11 +60,23 @@ class LivingRun:
         paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         here = {"PYTHONPATH": os.pathsep.join(paths), "MEGATRON_LORA_CACHE": str(folder / "cache"), "MARK": str(folder)}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        command = [sys.executable, "-m", "megatron_lora", "train", str(folder / "config.yaml")]
+        command = [sys.executable, "-m", "megatron_lora", "train", str(folder / "config.yaml"), *words]
         self.errors = open(folder / "err", "w")  # noqa: SIM115
+        self.terminal, output = os.openpty() if terminal else (None, None)
         self.process = subprocess.Popen(
-            command, env=inherited | environment | here, stdout=subprocess.DEVNULL, stderr=self.errors, start_new_session=True
+            command,
+            env=inherited | environment | here,
+            stdout=subprocess.DEVNULL if output is None else output,
+            stderr=self.errors,
+            start_new_session=True,
         )
+        if output is not None:
+            os.close(output)
+
+    def close_terminal(self) -> None:
+        """Close the terminal that it writes to; who writes there from then on gets EIO."""
+        assert self.terminal is not None
+        os.close(self.terminal)
 
     def processes(self) -> dict[int, dict[str, str]]:
         """Return the processes of this run that are alive: process id -> environment, and under "" the command line."""

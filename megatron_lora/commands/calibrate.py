@@ -3,17 +3,16 @@
 import dataclasses
 from pathlib import Path
 
-from megatron_lora.commands import launch, rank
+from megatron_lora.commands import launch
 from megatron_lora.commands.checks import check_devices, read_inputs
+from megatron_lora.commands.stop_signals import StopSignals
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError
 from megatron_lora.model.backends import check_backends
 
 
-def main(config_path: str, overrides: list[str], output: str | None) -> int:
+def main(config_path: str, overrides: list[str], output: str | None, signals: StopSignals) -> int:
     """Measure the cost table of a config's ranks on this machine; returns 0, or 1 where a rank crashed."""
-    if rank.under_torchrun():
-        return rank.calibrate(config_path, overrides, output)
     config = load_config(config_path, overrides)
     if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise UserError(f"--output: {output!r} is no file in a folder that is there; name one")
@@ -23,4 +22,4 @@ def main(config_path: str, overrides: list[str], output: str | None) -> int:
     ranks = config.parallel.world_size
     flags = [] if output is None else ["--output", output]
     command = [*launch.torchrun_arguments(ranks, launch.Nodes()), "-m", "megatron_lora", "calibrate", config_path, *overrides, *flags]
-    return launch.report_ending(launch.start_ranks(command, ranks, lock=None, undone="its table was written"))
+    return launch.report_ending(launch.start_ranks(command, ranks, None, signals, undone="its table was written")).status

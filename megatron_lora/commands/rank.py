@@ -13,20 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_lora.commands.output_streams import keep_running_unread
 from megatron_lora.commands.torchrun import die_with_parent, record_failure
 from megatron_lora.config.live import Live
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.output.report_page import write_report_page
 from megatron_lora.output.run_directory import RunDirectory
+from megatron_lora.output.whereabouts import Whereabouts
 from megatron_lora.training.stop_request import StopRequest
 
-LAUNCHED = "MEGATRON_LORA_LAUNCHED"  # set by launch.py for the ranks that it starts
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun started this process as a rank."""
-    return "RANK" in os.environ and "LOCAL_RANK" in os.environ
+LAUNCHED = "MEGATRON_LORA_LAUNCHED"  # set by launch.py for the ranks that it starts: a folder of its own
 
 
 def main(config_path: str, overrides: list[str], live: Live) -> int:
@@ -55,16 +52,19 @@ def calibrate(config_path: str, overrides: list[str], output: str | None) -> int
 def _as_rank(work: Callable[[], int], stop: StopRequest) -> int:
     """Return what a rank's work returns; an exception is recorded for torchrun, printed if no other process does, and ends the process."""
     launched = LAUNCHED in os.environ
+    keep_running_unread()
     if launched:
         stop.listen()
         die_with_parent()
     try:
         return work()
     except UserError as error:
+        stop.fails = True
         if os.environ["RANK"] == "0" and not launched:
             print(f"megatron-lora: {error}", file=sys.stderr)
         _exit_now(error, 2)
     except BaseException as error:
+        stop.fails = True
         _exit_now(error, 1)
 
 
@@ -107,7 +107,8 @@ def _run(config: RunConfig, stop: StopRequest, live: Live) -> None:
 
     from megatron_lora.training import train
 
-    train.run(config, stop, live)
+    folder = os.environ.get(LAUNCHED)
+    train.run(config, stop, live, None if folder is None else Whereabouts(Path(folder), int(os.environ["RANK"])).begin)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -5,27 +5,36 @@
 This is torch.distributed.run in a process of its own, and it adds a report of how the run ended. A
 worker writes its exception to the file that torchrun names in its environment (`record_failure`); a
 bare torchrun shows it too. Of all ranks that failed, the report names the one that caused the
-others to fail: a user's mistake comes before a fatal signal, a signal before an exception, and of
-several the earliest is chosen. REPORT.json is {"kind": "user" | "signal" | "crash", "rank", "line",
-"traceback"}. The exit status is 0, or 1 with a report.
+others to fail (`explain`). REPORT.json is {"kind": "user" | "signal" | "out of memory" | "crash",
+"rank", "line", "traceback"}. The exit status is 0, or 1 with a report.
 
-SLURM sends SIGTERM and SIGUSR1 to every process. This one blocks them, and the ranks stop and save
-(stop_request.py). SIGINT ends this process, and with it the ranks.
+SLURM sends its signals to every process. This one blocks those that ask a run to stop, also for the
+ranks that it starts, until they listen (stop_request.py). END_RANKS ends this process, and with it
+the ranks.
 """
 
 import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping
+from pathlib import Path
 
 from megatron_lora.errors import UserError
+from megatron_lora.files import write_atomically
+from megatron_lora.output.whereabouts import Whereabout, read_whereabouts
+from megatron_lora.training.stop_request import STOP_SIGNALS
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's variable: the file into which a worker writes its exception
+END_RANKS = signal.SIGUSR2  # the launcher's to this process, which SLURM and terminals do not send
 PR_SET_PDEATHSIG = 1
+PATIENCE_S = 30  # torchrun's: ranks that do not end on its SIGTERM when another has failed are killed
+OTHERS_FAULT = re.compile("closed by peer|reset by peer|broken pipe|timed out|remote process exited|got 0 bytes", re.IGNORECASE)
 HINTS = {
     "SIGKILL": ", which mostly means that the machine ran out of memory",
     "SIGABRT": ", which mostly means that NCCL failed, or waited for another rank longer than MEGATRON_LORA_TIMEOUT_S",
@@ -45,35 +54,61 @@ def record_failure(error: BaseException) -> None:
     is_user_error = isinstance(error, UserError)
     text = str(error) if is_user_error else "".join(traceback.format_exception(error))
     line = str(error) if is_user_error else traceback.format_exception_only(error)[-1].strip()
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in line
     failure = {"message": text, "timestamp": int(time.time()), "line": line, "user": is_user_error, "time": time.time()}
-    with open(os.environ[ERROR_FILE], "w", encoding="utf-8") as file:
-        json.dump(failure, file)
+    failure["out_of_memory"] = out_of_memory
+    write_atomically(Path(os.environ[ERROR_FILE]), json.dumps(failure))  # torchrun has no words for half a file
 
 
-def explain(failures: dict) -> dict:
-    """Return a report of the failure that caused the others; `failures`: rank -> torch.distributed.elastic's ProcessFailure."""
+def explain(failures: dict, places: Mapping[int, Whereabout]) -> dict:
+    """Return a report of the failure that caused the others; `failures`: rank -> torch.distributed.elastic's ProcessFailure.
+
+    `places` says where ranks were last.
+
+    A user's mistake comes first, then what kills a process, what it raises, and last what another rank's
+    end makes a rank raise; of several the earliest. Whom torchrun has ended caused nothing, but may have hung.
+    """
+    recorded = {rank: failure.error_file_data if "line" in failure.error_file_data else {} for rank, failure in failures.items()}
+    times = {rank: recorded[rank].get("time", failure.timestamp) for rank, failure in failures.items()}
+
+    def ended_by_torchrun(rank: int) -> bool:
+        number = -failures[rank].exitcode
+        late = times[rank] >= min(times.values()) + PATIENCE_S - 1  # torch's times are whole seconds
+        return not recorded[rank] and (number == signal.SIGTERM or (number == signal.SIGKILL and late))
 
     def priority(rank: int) -> tuple:
-        data = failures[rank].error_file_data
-        number = -failures[rank].exitcode
-        terminated = number == signal.SIGTERM  # mostly by torchrun, because another rank has failed
-        return (not data.get("user", False), terminated, number <= 0, data.get("time", failures[rank].timestamp), rank)
+        data, number = recorded[rank], -failures[rank].exitcode
+        kinds = (
+            data.get("user", False),
+            not data and number > 0 and number not in (signal.SIGABRT, signal.SIGTERM) and not ended_by_torchrun(rank),
+            bool(data) and not OTHERS_FAULT.search(data["line"]),
+            not data and number == signal.SIGABRT,
+            not ended_by_torchrun(rank),
+            True,
+        )
+        return kinds.index(True), number != signal.SIGKILL, times[rank], rank
 
-    timed_out = [rank for rank in failures if _timed_out_waiting(failures[rank])]
-    killed = [rank for rank in failures if failures[rank].exitcode == -signal.SIGKILL]
-    if timed_out and killed:  # torchrun kills a rank that does not end when another has failed
-        names = ", ".join(f"rank {rank}" for rank in sorted(killed))
-        line = f"{names} hung: rank {min(timed_out)} timed out waiting for it, and it did not end on SIGTERM"
-        return {"kind": "signal", "rank": min(killed), "line": line, "traceback": ""}
     rank = min(failures, key=priority)
-    failure, data = failures[rank], failures[rank].error_file_data
-    if data.get("user"):
-        return {"kind": "user", "rank": rank, "line": data["line"], "traceback": ""}
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        return {"kind": "signal", "rank": rank, "line": f"rank {rank} was ended by {name}{HINTS.get(name, '')}", "traceback": ""}
-    line = data.get("line", f"ended with status {failure.exitcode}")
-    return {"kind": "crash", "rank": rank, "line": f"rank {rank}: {line}", "traceback": data.get("message", "") if "line" in data else ""}
+    if _timed_out_waiting(failures[rank]):
+        killed = sorted(rank for rank in failures if failures[rank].exitcode == -signal.SIGKILL and ended_by_torchrun(rank))
+        busy = [rank for rank in failures if ended_by_torchrun(rank) and rank in places and not places[rank].waits]
+        hung = killed or sorted(busy, key=lambda rank: places[rank].since_s)[:1]
+        where = "".join(f"; rank {rank} was {places[rank].words}" for rank in (*hung, rank) if rank in places)
+        if hung:
+            names, still = ", ".join(f"rank {rank}" for rank in hung), ", and it did not end on SIGTERM" if killed else ""
+            line = f"{names} hung: rank {rank} timed out waiting for it{still}{where}"
+            return {"kind": "signal", "rank": hung[0], "line": line, "traceback": ""}
+    else:
+        where = ""
+    exitcode, data = failures[rank].exitcode, recorded[rank]
+    if data:
+        kind = "out of memory" if data["out_of_memory"] else "crash"
+        crashed = {"kind": kind, "rank": rank, "line": f"rank {rank}: {data['line']}{where}", "traceback": data["message"]}
+        return {"kind": "user", "rank": rank, "line": data["line"], "traceback": ""} if data["user"] else crashed
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        return {"kind": "signal", "rank": rank, "line": f"rank {rank} was ended by {name}{HINTS.get(name, '')}{where}", "traceback": ""}
+    return {"kind": "crash", "rank": rank, "line": f"rank {rank}: ended with status {exitcode}", "traceback": ""}
 
 
 def _timed_out_waiting(failure) -> bool:
@@ -83,19 +118,22 @@ def _timed_out_waiting(failure) -> bool:
 
 def main(argv: list[str]) -> int:
     """Run torchrun with argv[1:]; when ranks fail, write the report to argv[0] and return 1."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # torchrun sets its own handler before it starts ranks
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher has blocked it
-    die_with_parent(signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.signal(END_RANKS, lambda *_: os._exit(1))  # there are no ranks yet
+    die_with_parent(END_RANKS)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    def end_ranks(number: int, frame: object) -> None:
+        raise SignalException("the launcher ends the ranks", signal.SIGTERM)
+
+    signal.signal(END_RANKS, end_ranks)
     logging.disable(logging.CRITICAL)  # its log repeats what the report says
     try:
         run.main(argv[1:])
     except ChildFailedError as error:
-        report = explain(error.failures)
+        report = explain(error.failures, read_whereabouts(Path(argv[0]).parent))
     except SignalException as error:
         report = {"kind": "signal", "rank": -1, "line": f"stopped by {error.sigval.name}", "traceback": ""}
     else:

@@ -187,6 +187,18 @@ class JobConfig:
     early_stopping_threshold: float = key(
         0.0, number("a difference of the metric", 0), "for `early_stopping_patience`: a smaller change of the metric is no improvement"
     )
+    loss_watchdog_threshold: float | None = key(
+        None,
+        null_or(number("a loss", 0, above=True)),
+        "pauses the job when its training loss is above this in `loss_watchdog_patience` steps in a row, or not finite; null: never",
+    )
+    loss_watchdog_patience: int = key(3, whole_number("a number of steps", 1), "for `loss_watchdog_threshold`", "steps")
+    eval_watchdog_patience: int | None = key(
+        None,
+        null_or(whole_number("a number of evaluations", 1)),
+        "evaluations in a row without a loss below that of the first one, which pause the job; null: none do",
+        "evaluations",
+    )
     keep: str = key(
         "best",
         one_of("best", "last"),
@@ -356,7 +368,12 @@ def _with_validation_keys(where: str, job: JobConfig, given: Collection[str]) ->
     mode = METRICS[job.metric]
     if job.mode not in (None, mode):
         raise UserError(f"{where}.mode: {job.mode} contradicts {where}.metric: {job.metric}, of which {mode} is the best; remove it")
-    wanted = {"eval_steps": job.eval_steps, "eval_on_start": job.eval_on_start, "early_stopping_patience": job.early_stopping_patience}
+    wanted = {
+        "eval_steps": job.eval_steps,
+        "eval_on_start": job.eval_on_start,
+        "early_stopping_patience": job.early_stopping_patience,
+        "eval_watchdog_patience": job.eval_watchdog_patience,
+    }
     if "keep" in given and job.keep == "best":
         wanted["keep"] = job.keep
     for name, value in wanted.items():

@@ -5,7 +5,8 @@
 
 `apply` derives a run from its events, so it may be called again with the same ones: nothing happens
 twice. States that need files on disk (done, stopped) are taken from status.json and never from
-events. At a start jobs that are not over are queued again, except those that a request has paused.
+events. At a start jobs that are not over are queued again, except those that a request, or their
+watchdog, has paused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from megatron_lora.output.events import Change
 from megatron_lora.output.job_states import OVER
 from megatron_lora.output.requests import Request
 
-SETTABLE = ("priority", "save_steps", "save_total_limit", "early_stopping_patience")  # keys of a job that decide none of its updates
+SETTABLE = (  # keys of a job that decide none of its updates
+    *("priority", "save_steps", "save_total_limit", "early_stopping_patience"),
+    *("loss_watchdog_threshold", "loss_watchdog_patience", "eval_watchdog_patience"),
+)
 ON_REQUEST = "on request"
 CHANGE_OF = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}  # by verb
 STATE_OF = {"paused": "paused", "resumed": "queued", "cancelled": "cancelled", "failed": "failed"}  # by event
@@ -134,7 +138,7 @@ def _check_job(name: str, verb: str, run: Run) -> None:
     if verb == "pause" and state == "paused":
         raise UserError(f"{name}: is paused already; resume or cancel it")
     if verb == "resume" and state != "paused":
-        raise UserError(f"{name}: is {state}, not paused; only a job that was paused on request can be resumed")
+        raise UserError(f"{name}: is {state}, not paused; only a job that is paused can be resumed")
 
 
 def _additions(mappings: Sequence[Mapping[str, Any]], run: Run) -> list[Change]:

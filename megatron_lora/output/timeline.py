@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ MAX_SPANS = 100_000
 class Timeline:
     """One rank's spans, one after another; they do not nest."""
 
-    def __init__(self, device: torch.device, max_spans: int = MAX_SPANS):
+    def __init__(self, device: torch.device, max_spans: int = MAX_SPANS, on_begin: Callable[[str, int], None] = lambda name, index: None):
+        """Record the spans of a rank's device; `on_begin(name, index)` is called where one begins."""
+        self.on_begin = on_begin
         self.cuda = device.type == "cuda"
         self.spans: deque[tuple[str, int, Any, Any]] = deque(maxlen=max_spans)
         self.origin_s = time.time()  # ranks of one host share this clock
@@ -40,6 +42,7 @@ class Timeline:
     @contextmanager
     def span(self, name: str, index: int = 0) -> Iterator[None]:
         """Record the time that the block takes on the device, without waiting for it."""
+        self.on_begin(name, index)
         start = self._now()
         yield
         self.spans.append((name, index, start, self._now()))

@@ -108,6 +108,7 @@ def make_executor(
     on_window: Callable[[Window], None],
     move: Callable[[int, int], None],
     is_stopped: Callable[[], bool],
+    timeline: Timeline,
 ) -> Executor:
     """Connect this rank's stage to those beside it, and make its executor.
 
@@ -130,6 +131,6 @@ def make_executor(
         on_window=on_window,
         move=move,
         is_stopped=is_stopped,
-        timeline=Timeline(device),
+        timeline=timeline,
         device=device,
     )

@@ -116,12 +116,13 @@ class Control:
         self.shown: object = None
 
     def tell(self, what: str, name: str, reason: str = "") -> None:
-        """Take note, in any thread, of a job that is "failed", "stopped" or "done", or whose checkpoint is "saved"."""
+        """Take note, in any thread, of a job that is "failed", "stopped" or "done", is to be "paused", or whose checkpoint is "saved"."""
         self.news.put((what, name, reason))
 
     def finish(self) -> None:
         """Write the last news; after the run's last report."""
-        for event in self._write_news(self._take_news()):
+        over = [told for told in self._take_news() if told[0] in OVER]  # who is to be paused now was stopped with the run
+        for event in self._write_news(over):
             self.entries.pop(event.job, None)
         self._show()
         self.accounts.write(ended=True)
@@ -249,7 +250,11 @@ class Control:
         """Return who is over, with the reasons, and note whose checkpoint is written; of a run that is repeated, who is done."""
         told = []
         for what, name, reason in [self.news.get() for _ in range(self.news.qsize())]:
-            if what == "done" or (what != "saved" and self.replay is None):
+            if what == "paused":
+                entry = self.entries.get(name)
+                if self.replay is None and entry is not None and entry.resident and entry.leaving is None:
+                    told.append((what, name, reason))
+            elif what == "done" or (what != "saved" and self.replay is None):
                 told.append((what, name, reason))
             elif what == "saved" and name in self.entries:
                 entry = self.entries[name]

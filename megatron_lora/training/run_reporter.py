@@ -10,6 +10,7 @@ they are not reported, and nothing of them is kept.
 from __future__ import annotations
 
 import dataclasses
+import math
 import queue
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.serving import serving_advice
 from megatron_lora.output.job_states import OVER, after
-from megatron_lora.output.metrics import EvalReport, JobSummary, Observer, StepReport
+from megatron_lora.output.metrics import EvalReport, JobSummary, Observer, StepReport, metrics_file, read_evaluations
 from megatron_lora.output.observers import make_observers
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.training.control import Control
@@ -27,6 +28,7 @@ from megatron_lora.training.jobs import Job, Jobs
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW
 from megatron_lora.training.reported import ReportBoard, Reported
 from megatron_lora.training.step_reporter import Report, StepReporter
+from megatron_lora.training.watchdog import Watchdog
 
 Written = queue.SimpleQueue[tuple[Job, str]]  # each job that is over and whose files are on disk, and its state
 
@@ -49,6 +51,8 @@ class RunReporter:
         self.progress: dict[str, Progress] = {}
         self.steps_reported: dict[str, int] = {}
         self.reasons: dict[str, str] = {}  # job whose patience is over -> why it is stopped
+        self.watchdogs: dict[str, Watchdog] = {}
+        self.alarms: dict[str, str] = {}  # job that its watchdog has paused -> why
         self.advice: dict[str, str] = {}  # of jobs that are done, for those who serve them
         self.directory = RunDirectory.join(config)
         self.observers: Sequence[Observer] = make_observers(config.output_dir)
@@ -72,6 +76,8 @@ class RunReporter:
         print(f"{job.name}: {job.data.describe()}; {job.num_steps} steps{resumes}", flush=True)
         _warn_of_no_learning(job)
         self.progress[job.name] = Progress.of(job.resume_point.state)
+        self.alarms.pop(job.name, None)
+        self.watchdogs[job.name] = Watchdog(job.config, self._first_evaluation(job))
         self.steps.join(job)
         summary = JobSummary(job.name, job.num_steps, job.resume_point.step, self.progress[job.name].best)
         for observer in self.observers:
@@ -128,7 +134,8 @@ class RunReporter:
             job, state = written.get()
             if job.state in OVER:
                 continue  # cancelled meanwhile
-            self._set_job(job, state, self.reasons.get(job.name, "") if state == "stopped" else "")
+            reasons = {"stopped": self.reasons, "paused": self.alarms}.get(state, {})
+            self._set_job(job, state, reasons.get(job.name, ""))
             self.control.tell(state if state in OVER else "saved", job.name, "")
             if state == "done" and (advice := serving_advice(job.config, job.data)):
                 self.advice[job.name] = advice
@@ -150,11 +157,26 @@ class RunReporter:
         for observer in self.observers:
             observer.on_evaluation(dataclasses.replace(report, best=progress.best))
         self._post(job, report.step)
+        self._pause(job, self.watchdogs[job.name].after_evaluation(report.eval_loss))
         if progress.over and report.step < job.num_steps:
             best = "" if progress.best is None else f", the best after step {progress.best.step}"
             self.reasons[job.name] = f"{progress.num_without} evaluations in a row without a better {metric}{best}"
             self.board.end_job(job.name)
             self.control.tell("stopped", job.name, self.reasons[job.name])
+
+    def _pause(self, job: Job, reason: str | None) -> None:
+        """Have a job paused that has gone wrong, once; it leaves with a window of the plan."""
+        if reason is not None and job.name not in self.alarms:
+            self.alarms[job.name] = reason
+            self.control.tell("paused", job.name, reason)
+
+    def _first_evaluation(self, job: Job) -> float | None:
+        """Return the loss of a job's first evaluation, if there was one and its watchdog needs it."""
+        metrics = metrics_file(self.directory.path, job.name)
+        if job.config.eval_watchdog_patience is None or not metrics.exists():
+            return None
+        losses = (math.nan if line["eval_loss"] is None else float(line["eval_loss"]) for line in read_evaluations(metrics))
+        return next(losses, None)
 
     def _post(self, job: Job, step: int) -> None:
         """Note how far a job's reports have come, and let the writer of snapshots know."""
@@ -166,6 +188,7 @@ class RunReporter:
         for observer in self.observers:
             observer.on_step(report)
         self._post(job, report.step)
+        self._pause(job, self.watchdogs[job.name].after_step(report.loss))
         job.skipped_in_a_row = job.skipped_in_a_row + 1 if report.skipped else 0
         if job.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             reason = f"the gradient norm was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step {report.step}"

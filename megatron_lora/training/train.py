@@ -15,7 +15,8 @@ the host, over gloo: the plan (plan_feed.py), stop requests and the rest (`host_
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
@@ -69,20 +70,23 @@ from scheduling.follow import Window
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths, Microbatch
 
+OnBegin = Callable[[str, int], None]
 LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
 
 
-def run(config: RunConfig, stop: StopRequest, live: Live = Live()) -> None:  # noqa: B008  it is frozen
+def run(config: RunConfig, stop: StopRequest, live: Live = Live(), on_begin: OnBegin | None = None) -> None:  # noqa: B008  it is frozen
     """Train a config's remaining jobs, as one rank of the run; status.json then says how each job ended.
+
+    `on_begin(name, index)` is called where an action begins.
 
     A job remains until it is over (job_states.OVER). If the run was stopped on request, the state of
     every unfinished job is saved. The output directory must exist. Raises UserError for wrong input.
     """
     with determinism(config.deterministic):
-        _train(config, stop, live)
+        _train(config, stop, live, on_begin)
 
 
-def _train(config: RunConfig, stop: StopRequest, live: Live) -> None:
+def _train(config: RunConfig, stop: StopRequest, live: Live, on_begin: OnBegin | None) -> None:
     device = initialize_parallel(config.parallel, seed=config.seed)
     host_group = new_group(backend="gloo")
     path = Path(config.output_dir)
@@ -101,7 +105,7 @@ def _train(config: RunConfig, stop: StopRequest, live: Live) -> None:
     # Without a job to train, one that is added decides nothing any more: the head is then taken to compute every row.
     share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in first.values()) if first else 1.0
     lengths = _lengths(config, architecture, first, points)
-    config, slot_cost, longest = resolve_together(config, architecture, lengths, share_of_targets, host_group, live.keep_alive)
+    config, slot_cost, longest = resolve_together(config, architecture, lengths, share_of_targets, host_group, live)
     arena: Future[Arena] = Future()
     residents = Residents(
         lambda configs: load_jobs_data(configs, tokenizer_for(configs, model_dir), cache_dir(), architecture.vocab_size),
@@ -121,12 +125,19 @@ def _train(config: RunConfig, stop: StopRequest, live: Live) -> None:
     if device.type == "cuda":
         specs = [spec_of(job) for job in config.jobs]
         warm_up(stage, arena.result(), config.microbatch_tokens, config.parallel.row_multiple, specs)
-    timeline = _run_windows(config, stage, arena.result(), residents, control, feed, stop)
+    timeline = _run_windows(config, stage, arena.result(), residents, control, feed, stop, on_begin)
     _save_timeline(config, timeline, position_of(config.parallel), host_group)
 
 
 def _run_windows(
-    config: ResolvedConfig, stage: Stage, arena: Arena, residents: Residents, control: Control | None, feed: PlanFeed, stop: StopRequest
+    config: ResolvedConfig,
+    stage: Stage,
+    arena: Arena,
+    residents: Residents,
+    control: Control | None,
+    feed: PlanFeed,
+    stop: StopRequest,
+    on_begin: OnBegin | None,
 ) -> Timeline:
     """Execute the plan's windows to their end, or until the run is stopped; save and report what jobs leave behind."""
     jobs, board, position = residents.jobs, ReportBoard(), position_of(config.parallel)
@@ -171,6 +182,7 @@ def _run_windows(
             on_window=on_window,
             move=residents.move,
             is_stopped=lambda: stop.stopped,
+            timeline=Timeline(stage.device, on_begin=on_begin or (lambda name, index: None)),
         )
         executor.run(until_stopped(feed, stop, new_group(backend="gloo"), position.num_stages, position.gap))
         feed.close()
@@ -267,7 +279,7 @@ def resolve_together(
     lengths: Lengths,
     share_of_targets: float,
     host_group: dist.ProcessGroup,
-    keep_alive: bool = False,
+    live: Live = Live(),  # noqa: B008  it is frozen
 ) -> tuple[ResolvedConfig, SlotCost, float]:
     """Return the resolved config, the planner's cost model and a window's longest planned time; the first rank makes them for all ranks.
 
@@ -279,8 +291,8 @@ def resolve_together(
     def choose() -> tuple[ResolvedConfig, SlotCost, float]:
         device, path = this_device(config.parallel.world_size), Path(config.output_dir)
         table, basis = keep_calibration(path, has_trained(path), cache_dir(), config, architecture, device)
-        device = calibrated(device, table)
-        resolved = resolve(config, architecture, lengths, device, share_of_targets, keep_alive)
+        device = calibrated(dataclasses.replace(device, memory_bytes=device.memory_bytes * live.memory_share), table)
+        resolved = resolve(config, architecture, lengths, device, share_of_targets, live.keep_alive)
         with RunDirectory.join(config) as directory:
             directory.write_resolved(
                 resolved, predicted_cost(resolved, architecture, device, share_of_targets, table, [job.name for job in config.jobs])

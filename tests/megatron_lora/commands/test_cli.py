@@ -15,14 +15,14 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import oracle
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from waiting import wait_for
 
 from megatron_lora.__main__ import EXAMPLES, main
-from megatron_lora.commands import doctor, launch, rank, torchrun
+from megatron_lora.commands import doctor, launch, rank
 from megatron_lora.commands.rank import LAUNCHED
 from megatron_lora.config.schema import ParallelConfig, load_config
 from megatron_lora.errors import UserError
@@ -37,65 +37,6 @@ from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch, Segment
 
 ROOT = Path(__file__).resolve().parents[3]
-STAND_IN = """
-import os, sys, time, types
-
-def run(config, stop, live):
-    from megatron_lora.errors import UserError
-    from megatron_lora.output.run_directory import RunDirectory
-    mode, rank = os.environ["STAND_IN"], int(os.environ["RANK"])
-    open(f"rank{rank}.pid", "w").write(str(os.getpid()))
-    if mode == "wait":
-        stop.can_save = True
-        open(f"rank{rank}.ready", "w").close()
-        while not stop.requested:
-            time.sleep(0.02)
-        return 75
-    if mode == "done" and rank == 0:
-        with RunDirectory.join(config) as directory:
-            directory.set_job("a", "done")
-            directory.set_job("b", "failed", "not finite")
-    if mode in ("mistake", "crash") and rank == 1:
-        time.sleep(0.3)  # the other is waiting by now
-        raise UserError("base_model: shard 2 is damaged; fetch it again") if mode == "mistake" else RuntimeError("matrix is torn")
-    if mode in ("mistake", "crash"):
-        time.sleep(60)
-    return 3 if mode == "done" else 0
-
-sys.modules["megatron_lora.training.train"] = types.SimpleNamespace(run=run)
-"""
-
-
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("materials")
-    oracle.make_model(root / "model")
-    for seed, name in enumerate(("a", "b")):
-        oracle.make_rows(root / f"{name}.jsonl", num_rows=12, seed=seed, longest=20)
-    return root
-
-
-@pytest.fixture
-def scene(materials, tmp_path, monkeypatch) -> Path:
-    """A folder with config.yaml for two jobs on two stages, and the stand-in in the way of train.py."""
-    datasets = {name: [{"path": str(materials / f"{name}.jsonl"), "type": "prompt_completion"}] for name in ("a", "b")}
-    config = {
-        "base_model": str(materials / "model"),
-        "output_dir": "out",
-        "microbatch_tokens": 64,
-        "parallel": {"pipeline": 2},
-        "jobs": [{"name": name, "datasets": datasets[name], "global_batch_size": 4} for name in ("a", "b")],
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "stand_in").mkdir()
-    (tmp_path / "stand_in" / "sitecustomize.py").write_text(STAND_IN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "stand_in"), str(ROOT)]))
-    monkeypatch.setenv("MEGATRON_LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        monkeypatch.delenv(name)
-    return tmp_path
 
 
 def status_file() -> dict:
@@ -157,7 +98,7 @@ def test_a_crash_is_reported_once_with_its_traceback_and_recorded(scene, monkeyp
 
 def test_no_rank_outlives_a_killed_launcher(scene, monkeypatch):
     monkeypatch.setenv("STAND_IN", "wait")
-    monkeypatch.setenv(LAUNCHED, "1")
+    monkeypatch.setenv(LAUNCHED, str(scene))
     RunDirectory.create(load_config("config.yaml")).close()
     command = ["report.json", "--standalone", "--nproc-per-node", "2", "-m", "megatron_lora", "train", "config.yaml"]
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-m', 'megatron_lora.commands.torchrun', *{command}])"
@@ -168,32 +109,6 @@ def test_no_rank_outlives_a_killed_launcher(scene, monkeypatch):
     launcher.kill()
     launcher.wait()
     wait_for(lambda: not any(map(alive, ranks)), 30)
-
-
-def failure(exitcode: int, at: float = 0.0, **data) -> SimpleNamespace:
-    return SimpleNamespace(exitcode=exitcode, timestamp=int(at), error_file_data={"time": at, **data} if data else {})
-
-
-@pytest.mark.parametrize(
-    ("failures", "kind", "line"),
-    [
-        ({0: failure(1, 5.2, line="peer closed", message="T"), 1: failure(1, 5.1, line="torn", message="T")}, "crash", "rank 1: torn"),
-        ({0: failure(1, 1.0, line="peer closed", message="T"), 1: failure(2, 5.1, line="r: 0", user=True)}, "user", "r: 0"),
-        ({0: failure(1, 1.0, line="peer closed", message="T"), 1: failure(-9)}, "signal", "rank 1 was ended by SIGKILL"),
-        ({0: failure(-15), 1: failure(1, 9.0, line="torn", message="T")}, "crash", "rank 1: torn"),
-        ({0: failure(-15), 1: failure(7)}, "crash", "rank 1: ended with status 7"),
-        (
-            {0: failure(1, 1.0, line="RuntimeError: Timed out waiting 5ms", message="T"), 1: failure(-9)},
-            "signal",
-            "rank 1 hung: rank 0",
-        ),
-        ({0: failure(-6), 1: failure(-9), 2: failure(-15)}, "signal", "rank 1 hung: rank 0 timed out waiting for it"),
-        ({0: failure(-15), 1: failure(-6)}, "signal", "rank 1 was ended by SIGABRT, which mostly means that NCCL failed, or waited"),
-    ],
-)
-def test_of_several_failures_the_one_that_explains_the_others_is_reported(failures, kind, line):
-    report = torchrun.explain(failures)
-    assert report["kind"] == kind and report["line"].startswith(line)
 
 
 def test_a_wrong_number_of_ranks_under_a_bare_torchrun_is_refused(scene):
@@ -425,7 +340,6 @@ def test_tokens_that_the_base_model_never_trained_are_named(scene, materials, ca
 def test_doctor_names_versions_and_backends(capsys):
     assert doctor.main() == 0
     found = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    import torch
 
     assert torch.__version__.split("+")[0] in found["torch"] and (torch.version.cuda or "CPU") in found["torch built for"]
     assert {"python", "megatron-core", "transport", "attention", "fused kernels", "precision auto", "NVIDIA apex"} <= found.keys()

@@ -253,7 +253,7 @@ def test_a_run_whose_directory_cannot_be_written_is_not_controlled(run, capsys):
 def test_keep_alive_reaches_the_ranks(run, monkeypatch):
     commands, kept = [], []
 
-    def start_ranks(command, ranks_here, lock):
+    def start_ranks(command, *rest):
         commands.append(command)
         return launch._Ending(status=1)
 

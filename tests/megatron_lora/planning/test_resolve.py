@@ -11,6 +11,7 @@ import oracle
 import pytest
 import runs
 
+from megatron_lora.config.live import Live
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import dump_config, load_config
 from megatron_lora.data.tokenizer import load_tokenizer
@@ -299,6 +300,8 @@ def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure
         assert load_config("run/config.yaml") == resolved and cost == some != every
         assert resolve_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)[0] == given
         assert capsys.readouterr().out == ""
+        less = resolve_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD, Live(memory_share=1e-5))
+        assert less[0].recompute == "full"  # of the memory that is there, a few kB may be used
 
 
 def test_a_run_is_settled_by_its_samples_share_of_targets(one_process, configure, root, monkeypatch):

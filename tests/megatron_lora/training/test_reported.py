@@ -71,6 +71,21 @@ def run(tmp_path):
         yield made
 
 
+def test_a_watchdog_has_its_job_paused_once_and_knows_the_first_evaluation_of_an_earlier_residence(tmp_path):
+    run = Run(tmp_path, loss_watchdog_threshold=1.0, loss_watchdog_patience=2, eval_watchdog_patience=1)
+    for step in range(4):
+        run.step(step)
+        if step % 2:
+            run.evaluation(step + 1, 2.0)
+    assert run.told == [("paused", "a")] and run.reporter.alarms["a"].startswith("loss_watchdog: the loss was above 1 in 2 steps")
+    written = queue.SimpleQueue()
+    written.put((run.job, "paused"))
+    run.reporter.on_window(written, begins=False)
+    assert run.directory.status()["jobs"]["a"]["reason"] == run.reporter.alarms["a"]
+    run.reporter.join(run.job)
+    assert not run.reporter.alarms and run.reporter.watchdogs["a"].first_evaluation == 2.0
+
+
 def test_a_step_is_reported_after_the_evaluation_before_it(run):
     for step in range(4):
         run.step(step)
