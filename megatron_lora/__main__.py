@@ -132,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
         command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
     train.add_argument("--keep-alive", action="store_true", help="wait for more jobs when all are over, until the run is stopped")
+    train.add_argument("--from-older", action="store_true", help="resume from an older checkpoint where the newest one is damaged")
     train.add_argument(
         "--replay", type=Path, metavar="RUN", help="repeat the first start of a run from its events.jsonl, in another output_dir"
     )
@@ -174,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
         from megatron_lora.commands import rank
         from megatron_lora.config.live import Live
 
-        live = Live(keep_alive=arguments.keep_alive, replay=arguments.replay)
+        live = Live(keep_alive=arguments.keep_alive, replay=arguments.replay, from_older=arguments.from_older)
 
         if rank.under_torchrun():
             return rank.main(arguments.config, arguments.overrides, live)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_lora.commands.checks import check_run, say_failed
+from megatron_lora.commands.checks import check_run, choice, say_failed
 from megatron_lora.commands.rank import LAUNCHED
 from megatron_lora.config.live import Live
 from megatron_lora.config.schema import RunConfig, load_config
@@ -49,12 +49,12 @@ def train(config_path: str, overrides: list[str], live: Live = Live()) -> int:  
         Replay(live.replay)
     nodes = find_nodes(os.environ)
     ranks_here = split_ranks(config, nodes)
-    inputs = check_run(config, ranks_here, owner=nodes.index == 0)
+    inputs = check_run(config, ranks_here, nodes.index == 0, live.from_older)
     command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides, *live.words()]
     if nodes.index > 0:
         return report_ending(start_ranks(command, ranks_here, lock=None))
     say_failed(inputs)
-    with RunDirectory.create(config, environment(), inputs.failed) as run:
+    with RunDirectory.create(config, environment(), inputs.failed, choice(live.from_older), inputs.rests_on) as run:
         ending = start_ranks(command, ranks_here, run.lock)
         recorded = run.status()["exit_status"]
         if recorded is not None:

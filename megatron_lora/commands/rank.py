@@ -89,12 +89,12 @@ def _train(config: RunConfig, stop: StopRequest, live: Live) -> int:
     if LAUNCHED in os.environ:
         run_directory = RunDirectory.join(config)
     else:
-        from megatron_lora.commands.checks import check_run, say_failed
+        from megatron_lora.commands.checks import check_run, choice, say_failed
         from megatron_lora.environment import environment
 
-        inputs = check_run(config)
+        inputs = check_run(config, from_older=live.from_older)
         say_failed(inputs)
-        run_directory = RunDirectory.create(config, environment(), inputs.failed)
+        run_directory = RunDirectory.create(config, environment(), inputs.failed, choice(live.from_older), inputs.rests_on)
     with run_directory:
         _run(config, stop, live)
         status = exit_status(job_states(run_directory.path).values())  # of all jobs, those of earlier starts too

@@ -11,12 +11,18 @@ class Live:
     """How a run begins and ends, beyond its config.
 
     `keep_alive`: without jobs to train it waits for others, and ends by a stop request alone. `replay`:
-    the directory of a run whose events alone decide what changes, and when.
+    the directory of a run whose events alone decide what changes, and when. `from_older`: jobs whose newest
+    checkpoint is damaged resume from the newest whole one.
     """
 
     keep_alive: bool = False
     replay: Path | None = None
+    from_older: bool = False
 
     def words(self) -> list[str]:
         """Return the options as words of a command line."""
-        return [*(["--keep-alive"] if self.keep_alive else []), *(["--replay", str(self.replay)] if self.replay else [])]
+        return [
+            *(["--from-older"] if self.from_older else []),
+            *(["--keep-alive"] if self.keep_alive else []),
+            *(["--replay", str(self.replay)] if self.replay else []),
+        ]

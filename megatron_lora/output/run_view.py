@@ -24,9 +24,11 @@ from typing import Any
 
 from megatron_lora.config.yaml_file import parse_yaml
 from megatron_lora.errors import UserError, one_line
+from megatron_lora.files import check_yaml, unsealed
+from megatron_lora.output.final_files import STATUS
 from megatron_lora.output.job_view import JobView
+from megatron_lora.output.lock_file import is_in_use
 from megatron_lora.output.metrics import metrics_file
-from megatron_lora.output.run_directory import STATUS, is_in_use
 from megatron_lora.output.run_files import read_spans, window_files
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
@@ -116,7 +118,7 @@ class RunView:
             self.unreadable[name] = one_line(error, 120)
 
     def _read_status(self, text: str) -> None:
-        status = json.loads(text)
+        status = unsealed(text)
         jobs = {str(name): dict(job) for name, job in status["jobs"].items()}
         for name, recorded in jobs.items():
             job = self.jobs.get(name) or JobView(name, metrics_file(self.path, name))
@@ -125,7 +127,7 @@ class RunView:
         self.exit_status, self.reason = status.get("exit_status"), str(status.get("reason") or "")
 
     def _read_config(self, text: str) -> None:
-        self.config, settings = read_config(text, str(self.path / "config.yaml"))
+        self.config, settings = read_config(check_yaml(text), str(self.path / "config.yaml"))
         for name, job in self.jobs.items():
             job.settings = settings.get(name, {})
 
@@ -133,14 +135,14 @@ class RunView:
         self.queue = [entry for entry in json.loads(text)["queue"] if entry["job"] in self.jobs]
 
     def _read_accounting(self, text: str) -> None:
-        self.accounting = {str(name): dict(used) for name, used in json.loads(text)["jobs"].items()}
+        self.accounting = {str(name): dict(used) for name, used in unsealed(text)["jobs"].items()}
 
     def _read_events(self, text: str) -> None:
         """Take the lines that are new: the file only grows, and a line that is being written waits."""
         lines = text.split("\n")[:-1]
         for number, line in enumerate(lines[self._events_read :], self._events_read + 1):
             try:
-                self.events.append(dict(json.loads(line)))
+                self.events.append(dict(unsealed(line)))
             except DAMAGED:
                 self.unreadable["events.jsonl"] = f"line {number} is damaged"
         self._events_read = len(lines)
@@ -157,7 +159,7 @@ class RunView:
             if not found:
                 return
             newest = found[-1]
-        self._if_changed(f"plan/{newest.name}", lambda text: setattr(self, "window", self._window(newest, json.loads(text))))
+        self._if_changed(f"plan/{newest.name}", lambda text: setattr(self, "window", self._window(newest, unsealed(text))))
 
     def _window(self, file: Path, content: dict[str, Any]) -> PlanWindow:
         names = {int(number): str(name) for number, name in (content.get("jobs") or self._first_names).items()}
@@ -174,7 +176,7 @@ class RunView:
     def _first_names(self) -> dict[int, str]:
         """The jobs by their numbers where a window does not say: as the run began with them."""
         try:
-            names = json.loads((self.path / "cost.json").read_text(encoding="utf-8"))["jobs"]
+            names = unsealed((self.path / "cost.json").read_text(encoding="utf-8"))["jobs"]
         except DAMAGED:
             names = list(self.jobs)
         return dict(enumerate(names))
@@ -184,7 +186,7 @@ class RunView:
         windows = []
         for file in window_files(self.path):
             try:
-                windows.append(self._window(file, json.loads(file.read_text(encoding="utf-8"))))
+                windows.append(self._window(file, unsealed(file.read_text(encoding="utf-8"))))
             except DAMAGED as error:
                 self.unreadable[f"plan/{file.name}"] = one_line(error, 120)
                 break
