@@ -8,9 +8,12 @@ quick.
 """
 
 import argparse
+import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_lora import __version__
 from megatron_lora.errors import UserError
@@ -165,63 +168,37 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+CALLS: dict[str, Callable[[Any, argparse.Namespace], int]] = {  # of the module of commands/ that has the command's name
+    "add": lambda command, a: command.main(a.run, a.file, a.overrides, not a.no_wait),
+    "jobs": lambda command, a: command.main(a.run, a.json),
+    "plan": lambda command, a: command.main(a.config, a.overrides, policy=a.policy, plot=a.plot, device_name=a.device, cost_file=a.cost),
+    "calibrate": lambda command, a: command.main(a.config, a.overrides, a.output),
+    "report": lambda command, a: command.main(a.run, a.plot, a.html),
+    "watch": lambda command, a: command.main(a.run, a.job, a.once),
+    "tune": lambda command, a: command.main(a.output),
+    "preview": lambda command, a: command.main(a.config, a.overrides, a.job, a.samples),
+    "doctor": lambda command, a: command.main(),
+}
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Call the command; returns the exit status."""
-    if arguments.command in ("train", "calibrate"):
+    name = arguments.command
+    if name in ("train", "calibrate"):
         from megatron_lora.environment import allocator_settings
 
         os.environ.update(allocator_settings(os.environ))  # before CUDA starts; the ranks inherit it
-    if arguments.command == "train":
-        from megatron_lora.commands import rank
+    if name == "train":
+        from megatron_lora.commands import launch, rank
         from megatron_lora.config.live import Live
 
         live = Live(keep_alive=arguments.keep_alive, replay=arguments.replay, from_older=arguments.from_older)
-
-        if rank.under_torchrun():
-            return rank.main(arguments.config, arguments.overrides, live)
-        from megatron_lora.commands import launch
-
-        return launch.train(arguments.config, arguments.overrides, live)
-    if arguments.command in ("pause", "resume", "cancel", "set"):
+        return (rank.main if rank.under_torchrun() else launch.train)(arguments.config, arguments.overrides, live)
+    if name in ("pause", "resume", "cancel", "set"):
         from megatron_lora.commands import control
 
-        return control.control(arguments.run, arguments.command, arguments.words, not arguments.no_wait)
-    if arguments.command == "add":
-        from megatron_lora.commands import add
-
-        return add.main(arguments.run, arguments.file, arguments.overrides, not arguments.no_wait)
-    if arguments.command == "jobs":
-        from megatron_lora.commands import jobs
-
-        return jobs.main(arguments.run, arguments.json)
-    if arguments.command == "plan":
-        from megatron_lora.commands import plan
-
-        options = {"policy": arguments.policy, "plot": arguments.plot, "device_name": arguments.device, "cost_file": arguments.cost}
-        return plan.main(arguments.config, arguments.overrides, **options)
-    if arguments.command == "calibrate":
-        from megatron_lora.commands import calibrate
-
-        return calibrate.main(arguments.config, arguments.overrides, arguments.output)
-    if arguments.command == "report":
-        from megatron_lora.commands import report
-
-        return report.main(arguments.run, arguments.plot, arguments.html)
-    if arguments.command == "watch":
-        from megatron_lora.commands import watch
-
-        return watch.main(arguments.run, arguments.job, arguments.once)
-    if arguments.command == "tune":
-        from megatron_lora.commands import tune
-
-        return tune.main(arguments.output)
-    if arguments.command == "preview":
-        from megatron_lora.commands import preview
-
-        return preview.main(arguments.config, arguments.overrides, arguments.job, arguments.samples)
-    from megatron_lora.commands import doctor
-
-    return doctor.main()
+        return control.control(arguments.run, name, arguments.words, not arguments.no_wait)
+    return CALLS[name](importlib.import_module(f"megatron_lora.commands.{name}"), arguments)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from scheduling.job_lengths import JobLengths, read_all
+from scheduling.plan_json import stream_from_json
 from scheduling.slot_cost import SlotCost
-from scheduling.types import MAX_ENDINGS, Lengths, Microbatch, Segment, Stream
+from scheduling.types import MAX_ENDINGS, Lengths, Stream
 
 Layout = list[list[int]]  # [slot] -> items
 
@@ -185,17 +186,7 @@ def last_slots(backlog: Backlog, layout: Layout) -> list[int]:
 
 def to_stream(backlog: Backlog, layout: Layout) -> Stream:
     """Turn a layout into a stream: segments by job, samples ascending."""
-    stream = []
-    for slot in layout:
-        by_step: dict[tuple[int, int], list[int]] = {}
-        for item in sorted(slot, key=lambda item: backlog.keys[item]):
-            by_step.setdefault(backlog.keys[item][:2], []).append(item)
-        segments = [
-            Segment(job, step, tuple(backlog.keys[item][2] for item in items), sum(backlog.tokens[item] for item in items))
-            for (job, step), items in by_step.items()
-        ]
-        stream.append(Microbatch(tuple(segments)))
-    return tuple(stream)
+    return stream_from_json([sorted((*backlog.keys[item], backlog.tokens[item]) for item in slot) for slot in layout])
 
 
 def costs_of(backlog: Backlog, layout: Layout) -> list[float]:

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from itertools import accumulate
 
 import numpy as np
@@ -111,6 +112,10 @@ class PassCost:
         if not tokens:
             return 0.0
         return self.per_token * tokens + self.per_square * squares + self.per_rank_token * rank_tokens + self.fixed
+
+    def plus(self, other: PassCost, times: float = 1.0) -> PassCost:
+        """Return the cost of this pass and `times` another."""
+        return PassCost(**{name: value + times * getattr(other, name) for name, value in asdict(self).items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,11 +232,7 @@ def analytic_cost(
 
 def summed(costs: Sequence[StageCost]) -> StageCost:
     """Return the cost of doing all of these, one after another."""
-
-    def add(passes: Sequence[PassCost]) -> PassCost:
-        return PassCost(**{field.name: sum(getattr(one, field.name) for one in passes) for field in fields(PassCost)})
-
-    return StageCost(add([cost.forward for cost in costs]), add([cost.backward for cost in costs]))
+    return StageCost(reduce(PassCost.plus, (cost.forward for cost in costs)), reduce(PassCost.plus, (cost.backward for cost in costs)))
 
 
 def stage_costs(
@@ -272,8 +273,7 @@ def _measured_costs(measured: MeasuredCosts, layers: Sequence[int], recompute: s
 def recomputing(cost: StageCost, policy: str) -> StageCost:
     """Return what a layer that recomputes nothing costs under a policy, by its own forward."""
     again = {"none": 0.0, "cheap": _CHEAP, "full": 1.0}[policy]  # the last product is a share of a shape that is not known here
-    pairs = {field.name: getattr(cost.backward, field.name) + again * getattr(cost.forward, field.name) for field in fields(PassCost)}
-    return StageCost(cost.forward, PassCost(**pairs))
+    return StageCost(cost.forward, cost.backward.plus(cost.forward, again))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ Prediction and `torch.cuda.max_memory_allocated` count the same bytes. RESERVED 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -214,11 +215,7 @@ def cheapest_policies(num_layers: int, fits: Callable[[tuple[str, ...]], bool]) 
 
 def _last(holds: Callable[[int], bool], high: int) -> int:
     """Return the largest number up to `high` for which `holds`; it holds for 0 and, once it fails, fails for all above."""
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
+    return bisect_left(range(1, high + 1), True, key=lambda number: not holds(number))
 
 
 def choose_capacity(

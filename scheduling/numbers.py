@@ -10,7 +10,6 @@ in earlier windows. Only the numbers of jobs that departed within the last gap o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Container
 
 from scheduling.types import PlanError
@@ -32,10 +31,6 @@ class Numbers:
     def is_free(self, number: int, index: int, resident: Container[int]) -> bool:
         """Whether a job may join under this number before `index`."""
         return number >= 0 and number not in resident and index >= self._free_at.get(number, 0)
-
-    def first_free(self, index: int, resident: Container[int]) -> int:
-        """Return the smallest number under which a job may join before `index`."""
-        return next(number for number in itertools.count() if self.is_free(number, index, resident))
 
     def check_free(self, number: int, index: int, resident: Container[int]) -> None:
         """Raise PlanError unless a job may join under this number before `index`."""

@@ -37,13 +37,6 @@ def stream_from_json(microbatches: Sequence[Sequence[Sequence[int]]], evaluate: 
         segments: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for job, step, sample, tokens in entries:
             segments.setdefault((job, step), []).append((sample, tokens))
-        stream.append(
-            Microbatch(
-                tuple(
-                    Segment(job, step, tuple(sample for sample, _ in held), sum(tokens for _, tokens in held))
-                    for (job, step), held in segments.items()
-                ),
-                evaluate=slot in evaluate,
-            )
-        )
+        held = ((key, tuple(sample for sample, _ in each), sum(tokens for _, tokens in each)) for key, each in segments.items())
+        stream.append(Microbatch(tuple(Segment(*key, samples, tokens) for key, samples, tokens in held), evaluate=slot in evaluate))
     return tuple(stream)

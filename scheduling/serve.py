@@ -42,16 +42,12 @@ def serve(requests: Iterable[str]) -> Iterator[str]:
             if int(job) in planner.jobs:
                 planner.set_priority(int(job), priority)
         before = planner.resident.union(map(int, request["join"]))
-        left = {job: planner.leave(job, evaluate) for job, evaluate in _numbered(request["leave"]).items() if job in planner.resident}
+        leaving = ((int(job), evaluate) for job, evaluate in request["leave"].items())
+        left = {job: planner.leave(job, evaluate) for job, evaluate in leaving if job in planner.resident}
         lengths, validation = planner.lengths, planner.evaluations.validation
         stream = planner.plan()
         window = {"microbatches": stream_to_json(stream, lengths, validation), "evaluate": evaluation_slots(stream)}
         yield json.dumps({"last": not planner.resident, "left": left, **window, "departed": sorted(before - planner.resident)})
-
-
-def _numbered(jobs: dict[str, bool]) -> dict[int, bool]:
-    """Return what JSON has named by strings by numbers."""
-    return {int(job): evaluate for job, evaluate in jobs.items()}
 
 
 def main() -> None:

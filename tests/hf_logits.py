@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from full_logits import full_logits
 from tiny import stage_input
 
 from megatron_lora.config.schema import ParallelConfig
@@ -19,7 +20,7 @@ def our_logits(directory: Path, lengths: tuple[int, ...] = LENGTHS) -> torch.Ten
     architecture = read_base_model(directory)
     stage = build_stage(architecture, directory, ParallelConfig(), dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
-        return stage.logits(stage(stage_input(lengths, architecture.vocab_size)))
+        return full_logits(stage(stage_input(lengths, architecture.vocab_size)), stage.head)
 
 
 def their_logits(directory: Path, vocab_size: int, lengths: tuple[int, ...] = LENGTHS) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from full_logits import full_logits
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
 from fused_ops.lora.adapters import AdapterTable, LoraGroup
@@ -151,7 +152,7 @@ def train_step(stage, microbatch: StageInput, parallel) -> dict:
     assert out.shape == (num_rows, hidden_size) and out._base is None
     if stage.is_last:
         losses = stage.losses(out, microbatch.labels)
-        answer = {"losses": losses.detach(), "logits": stage.logits(out).detach()}
+        answer = {"losses": losses.detach(), "logits": full_logits(out, stage.head).detach()}
         (losses * microbatch.weights).sum().backward()
     else:
         dist.send(out.detach(), rank + stride)

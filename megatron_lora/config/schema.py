@@ -38,7 +38,6 @@ from megatron_lora.config.rules import (
     val_set_size,
     whole_number,
 )
-from megatron_lora.config.together import check_together
 from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
 
@@ -309,7 +308,12 @@ def config_of(tree: dict) -> RunConfig:
     check_keys(RunConfig, "", tree, extra=("defaults",))
     seed = SEED("seed", tree.get("seed", 0))
     config = values(RunConfig, "", tree, skip=("jobs",))
-    return check_together(RunConfig(**config, jobs=load_jobs(defaults, jobs, seed)))
+    run = RunConfig(**config, jobs=load_jobs(defaults, jobs, seed))
+    if run.activation_offloading is True and not run.may_run_again:
+        raise UserError("activation_offloading: true moves inputs of `full` layers, and recompute names none; use recompute: full, or auto")
+    if run.deterministic and run.backend == "te":
+        raise UserError("deterministic: true takes torch's attention, and backend is 'te'; use auto or torch")
+    return run
 
 
 def dump_config(config: RunConfig) -> str:

@@ -226,10 +226,6 @@ class Arena:
         if buffer is self.master:
             self.publish(adapter_row)
 
-    def initialise(self, adapter_row: int, seed: int) -> None:
-        """Set an adapter to its initial values."""
-        self.put(adapter_row, self.draw(self.specs[adapter_row], seed), self.master)
-
     def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r])."""
         self.put(adapter_row, self.shard(self.specs[adapter_row], weights), self.master)

@@ -15,9 +15,9 @@ contiguous. Which rows is its `Places`, plain data that serve every linear: the 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -29,16 +29,6 @@ ALIGN = 64  # elements; every region starts on a multiple of it: 128 bytes in 16
 
 Room = Mapping[str, int]  # module -> rank rows; none of a module that is not there
 Places = Mapping[str, Sequence[int]]  # targeted module -> its first row of A, and of its B^T
-
-
-class Adapted(Protocol):
-    """An adapter's rank and targets."""
-
-    @property
-    def r(self) -> int: ...
-
-    @property
-    def target_modules(self) -> Collection[str]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +71,7 @@ class Place:
     b_rows: tuple[int, ...]
 
 
-def room_of(specs: Sequence[Adapted]) -> dict[str, int]:
+def room_of(specs: Sequence[AdapterSpec]) -> dict[str, int]:
     """Return the rank rows of each module that these adapters take together."""
     modules = {module for spec in specs for module in spec.target_modules}
     return {module: sum(padded_rank(spec.r) for spec in specs if module in spec.target_modules) for module in modules}

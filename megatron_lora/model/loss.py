@@ -67,24 +67,6 @@ def evaluate(
     return _all_rows(losses, targets, len(labels)), _all_rows(right, targets, len(labels))
 
 
-@torch.no_grad()
-def logits(hidden: Tensor, head: Head) -> Tensor:
-    """Return the full logits [T, vocabulary] on every rank, without a graph.
-
-    For tests: training never computes them.
-    """
-    full = gather_rows(hidden, head.group) if head.sequence_parallel else hidden
-    part = full @ head.weight_VH.t()
-    if head.group.size() == 1:
-        return part
-    widths = [torch.zeros(1, dtype=torch.int64, device=part.device) for _ in range(head.group.size())]
-    dist.all_gather(widths, torch.tensor([part.shape[1]], device=part.device), group=head.group)
-    widest = max(int(width) for width in widths)
-    parts = [part.new_empty(part.shape[0], widest) for _ in widths]
-    dist.all_gather(parts, pad(part, (0, widest - part.shape[1])).contiguous(), group=head.group)
-    return torch.cat([padded[:, : int(width)] for padded, width in zip(parts, widths, strict=True)], dim=1)
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, labels, targets, head, chunk_rows, with_grad):

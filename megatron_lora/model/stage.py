@@ -169,10 +169,6 @@ class Stage(torch.nn.Module):
         """Return each row's cross-entropy, fp32 [T], and whether its label has the highest logit, bool [T] (label -100: 0, False)."""
         return loss.evaluate(hidden, labels, self.head, targets)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the full logits [T, vocabulary] of the last stage; for tests."""
-        return loss.logits(hidden, self.head)
-
     def parts(self) -> Iterator[Part]:
         """Yield each part of this rank's parameters, with the name and slice of the checkpoint tensor that it is loaded from."""
         everything = slice(None)

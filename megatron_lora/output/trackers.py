@@ -34,9 +34,8 @@ class TensorBoardMetrics(Observer):
         self._writers: dict[str, SummaryWriter] = {}
 
     def on_start(self, jobs: Sequence[JobSummary]) -> None:
-        for job in (
-            job for job in jobs if job.name not in self._writers
-        ):  # a job that resumes takes its later steps again: those of earlier starts are not shown
+        for job in (job for job in jobs if job.name not in self._writers):
+            # A job that resumes takes its later steps again: those of earlier starts are not shown.
             purge = job.first_step + 1 if job.first_step else None
             self._writers[job.name] = SummaryWriter(str(self._jobs_dir / job.name), flush_secs=10, purge_step=purge)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
@@ -62,11 +63,8 @@ def _rooms(adapters: tuple[Adapter, ...], of_modules: tuple[tuple[str, float], .
 
 def most(adapters: Sequence[Adapter], row_bytes: Mapping[str, float], num_bytes: float) -> int:
     """Return how many of the largest adapters fit into `num_bytes` at once."""
-    low, high = 0, len(adapters)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if bytes_of(rows_of(adapters, middle), row_bytes) <= num_bytes else (low, middle - 1)
-    return low
+    numbers = range(1, len(adapters) + 1)
+    return bisect_left(numbers, True, key=lambda num: bytes_of(rows_of(adapters, num), row_bytes) > num_bytes)
 
 
 def in_gb(num_bytes: float) -> float:

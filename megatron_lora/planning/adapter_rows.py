@@ -6,7 +6,7 @@ serves them all. What it hands out are `Places`, module -> (first row of A, firs
 data that travel with the plan's windows, and that every rank's arena follows (model/adapter_arena.py).
 
     book = Book(room)                               # module -> rank rows
-    places = book.take("one", adapter)              # None where it does not fit now; refuse it where not fits_empty(adapter)
+    places = book.take("one", adapter)              # None where it does not fit now
     moves = book.compact(stepping, waiting)         # who moves where, so that another fits; None if that cannot be
     for job, places in moves.items():
         book.move(job, places)                      # to rows that are free already ...
@@ -95,10 +95,6 @@ class Book:
         self.free = {space: FreeRows(rows) for space, rows in (of_a | self.room).items()}
         self.residents: dict[str, Resident] = {}
         self.left: list[tuple[str, Span]] = []  # by those that moved since the last `finish_moves`
-
-    def fits_empty(self, adapter: Adapted) -> bool:
-        """Return whether an adapter fits when it is the only one."""
-        return all(rows <= self.free[space].size for space, rows in needs(adapter).items())
 
     def take(self, job: str, adapter: Adapted) -> Places | None:
         """Take rows for the adapter of a job, which has this name; None, and none taken, where it does not fit."""

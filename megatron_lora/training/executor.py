@@ -353,9 +353,7 @@ class Executor:
     def _step(self, job: int) -> None:
         """Take a job's step; not where a stop has cut off the evaluation before it, which comes first when the run resumes."""
         message = self._peek()
-        ended_at = self._index(self.next_slot) - self.position.gap
-        ended = enumerate(self.stream.ended_at(ended_at))
-        i, step = next((i, step) for i, (ending_job, step, evaluation) in ended if ending_job == job and not evaluation)
+        ended_at, i, step = self._ended(job)
         if self.is_stopped() and self.jobs[job].owes_evaluation(step):
             return
         square_norm = message.square_norms[i]
@@ -366,9 +364,9 @@ class Executor:
 
     def _move(self, job: int) -> None:
         with self.timeline.span("MOVE", job):
-            self.move(job, self._last_step(job))
+            self.move(job, self._ended(job)[2])
 
-    def _last_step(self, job: int) -> int:
-        """Return the step of a job that the next slot's verdicts decide."""
-        ended = self.stream.ended_at(self._index(self.next_slot) - self.position.gap)
-        return next(step for ending_job, step, evaluation in ended if ending_job == job and not evaluation)
+    def _ended(self, job: int) -> tuple[int, int, int]:
+        """Return the step of a job that the next slot's verdicts decide: the index where it ended, its place there, and the step."""
+        index = self._index(self.next_slot) - self.position.gap
+        return next((index, i, of.step) for i, of in enumerate(self.stream.ended_at(index)) if of.job == job and not of.evaluation)

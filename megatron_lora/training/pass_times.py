@@ -16,7 +16,8 @@ import torch
 from megatron_lora.data.microbatch import StageInput
 from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
-from scheduling.types import Lengths, Microbatch, Segment
+from scheduling.plan_json import stream_from_json
+from scheduling.types import Lengths, Microbatch
 
 Work = Callable[[Timeline], object]  # times its parts as spans of the timeline
 
@@ -87,12 +88,9 @@ def probe_slots(lengths: Lengths, capacity: int) -> tuple[Microbatch, ...]:
 
 def _fill(items: Sequence[tuple[int, int, int]], capacity: int) -> Microbatch:
     """Take samples in order while they fit."""
-    taken: dict[int, list[tuple[int, int]]] = {}
-    room = capacity
+    taken, room = [], capacity
     for tokens, job, sample in items:
         if tokens <= room:
-            taken.setdefault(job, []).append((sample, tokens))
+            taken.append((job, 0, sample, tokens))
             room -= tokens
-    return Microbatch(
-        tuple(Segment(job, 0, tuple(s for s, _ in chosen), sum(t for _, t in chosen)) for job, chosen in sorted(taken.items()))
-    )
+    return stream_from_json([sorted(taken)])[0]

@@ -53,7 +53,7 @@ class RunReporter:
         self.reasons: dict[str, str] = {}  # job whose patience is over -> why it is stopped
         self.advice: dict[str, str] = {}  # of jobs that are done, for those who serve them
         self.directory = RunDirectory.join(config)
-        self.observers: Sequence[Observer] = make_observers(config.output_dir, [])
+        self.observers: Sequence[Observer] = make_observers(config.output_dir)
         self.steps = StepReporter(jobs, self._report)
         self.on_forward = self.steps.on_forward
 

@@ -8,6 +8,7 @@ scripts/bench/results/plan_windows.jsonl: milliseconds per slot of the windows, 
     python -m scripts.bench.plan_windows [--windows 100] [--hardware "2 CPU cores"]          from the root of the repository; Linux
 """
 
+import itertools
 import json
 import os
 import random
@@ -58,7 +59,7 @@ def measure(planner: subprocess.Popen[str], num_windows: int) -> dict:
         leave = rng.sample(sorted(follower.jobs), min(due - asked, RESIDENT // 2))
         join, asked = {}, asked + len(leave)
         while joined < JOBS and len(follower.jobs) < RESIDENT:
-            number = follower.numbers.first_free(follower.num_indices, follower.jobs)
+            number = next(n for n in itertools.count() if follower.numbers.is_free(n, follower.num_indices, follower.jobs))
             join[number] = {"steps": job_lengths(joined)}
             follower.join(number, join[number]["steps"])
             joined += 1

@@ -191,7 +191,7 @@ def test_a_window_costs_and_holds_what_its_resident_jobs_do_however_many_are_gon
     rng, joined, work, held, numbers = random.Random(0), 0, [], [], set()
     while joined < 150:
         while len(planner.jobs) < 6:
-            number = planner.numbers.first_free(planner.first_slot, planner.jobs) if again else joined
+            number = next(n for n in itertools.count() if planner.numbers.is_free(n, planner.first_slot, planner.jobs)) if again else joined
             steps, joined = drawn(rng), joined + 1
             planner.join(number, steps)
             follower.join(number, steps)

@@ -86,7 +86,7 @@ def gradients_here_and_there(directory, device: str) -> list[torch.Tensor]:
         stage = build_stage(read_architecture(directory), None, ParallelConfig(), **kind, load_weights=False)
         arena = Arena(stage.linears, [adapter(16, 0.1), adapter(16), adapter(16, 0.1)], tensor_rank=0, tensor_ranks=1, **kind)
         for row in range(3):
-            arena.initialise(row, seed=row)
+            arena.put(row, arena.draw(arena.specs[row], row), arena.master)
             for factor in arena.factors[row]:
                 arena.view(factor, arena.master).add_(0.01)
             arena.publish(row)

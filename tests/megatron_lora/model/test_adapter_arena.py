@@ -114,7 +114,11 @@ def test_the_arena_repeats_the_book_and_keeps_every_bit(units, actions, ranks, d
                 assert arena.factors[row] == []
                 arena.grad[arena.grad != 0] = 0.0
             del resident[row], values[row]
-        elif what == "move" and resident and (moves := book.compact(set(map(str, resident)), spec) if book.fits_empty(spec) else None):
+        elif (
+            what == "move"
+            and resident
+            and (moves := book.compact(set(map(str, resident)), spec) if Book(book.room).take("alone", spec) else None)
+        ):
             for job, places in moves.items():
                 book.move(job, places)
                 for arena in arenas:

@@ -138,7 +138,7 @@ def test_a_job_that_can_never_fit_is_one_line(configure, root):
     config = resolve(configure(2, "adapter_memory=1", "recompute=none", r=(16, 64)), shape, LENGTHS, H100)
     row_bytes, room = rank_row_bytes_of(config, shape, 2), room_of(config, shape, 2)
     check_fits("small", config.jobs[0], room, row_bytes, config.adapter_memory)
-    assert Book(room).fits_empty(config.jobs[0]) and not Book(room).fits_empty(config.jobs[1])
+    assert Book(room).take("small", config.jobs[0]) and not Book(room).take("large", config.jobs[1])
     with pytest.raises(UserError, match=r"^job large: adapter_memory: 1 GB have 16 rank rows for q_proj, and r: 64 takes 64; ") as refused:
         check_fits("large", config.jobs[1], room, row_bytes, config.adapter_memory)
     assert "at least 3.02" in str(refused.value) and "\n" not in str(refused.value)

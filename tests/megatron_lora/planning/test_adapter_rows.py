@@ -27,6 +27,11 @@ actions = st.lists(
 )
 
 
+def fits_alone(book: Book, adapter: Kind) -> bool:
+    """Whether an adapter fits when it is the only one."""
+    return Book(book.room).take("alone", adapter) is not None
+
+
 def check(book: Book) -> None:
     """Check that in every space held, left and free rows are all rows, each once."""
     for space, free in book.free.items():
@@ -50,10 +55,10 @@ def test_whoever_joins_leaves_and_moves_rows_are_held_once(units, steps):
                     space for space, rows in needs(adapter).items() if all(end - first < rows for first, end in book.free[space].spans)
                 }
                 assert short, "rows were free and not found"
-                assert book.residents or book.fits_empty(adapter) is False
+                assert book.residents or not fits_alone(book, adapter)
         elif what == "leave" and book.residents:
             book.give_back(sorted(book.residents)[which % len(book.residents)])
-        elif what == "compact" and book.fits_empty(adapter):
+        elif what == "compact" and fits_alone(book, adapter):
             jobs = sorted(book.residents)
             moves = book.compact({jobs[each] for each in movable if each < len(jobs)}, adapter)
             check(book)
@@ -125,7 +130,7 @@ def test_what_one_job_leaves_another_does_not_take_in_the_same_window():
 @given(st.lists(adapters, min_size=1, max_size=12), st.integers(1, 10))
 def test_admission_keeps_the_order_of_those_that_fit_and_blocks_nobody_for_ever(kinds, units):
     book = Book(dict.fromkeys(TARGET_MODULES, 16 * units))
-    queue = [Waiting(f"{number:02}", kind) for number, kind in enumerate(kinds) if book.fits_empty(kind)]
+    queue = [Waiting(f"{number:02}", kind) for number, kind in enumerate(kinds) if fits_alone(book, kind)]
     assume(queue)
     order, turns = [], 0
     while queue:

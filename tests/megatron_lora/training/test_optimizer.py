@@ -66,8 +66,8 @@ def spec(r: int, *targets: str) -> AdapterSpec:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_updates_equal_torch_adamw_with_clipping_and_schedule(dtype):
     arena = make_arena([spec(5), spec(16, "v_proj")], dtype=dtype)
-    arena.initialise(0, seed=3)
-    arena.initialise(1, seed=3)
+    arena.put(0, arena.draw(arena.specs[0], 3), arena.master)
+    arena.put(1, arena.draw(arena.specs[1], 3), arena.master)
     before = arena.master.clone()
     settings = OptimizerSettings(**BASE)
     ours = JobOptimizer(arena, 0, settings)
@@ -115,7 +115,7 @@ def test_schedule_is_that_of_transformers(kind, warmup_ratio):
 
 def test_a_step_that_is_not_finite_changes_nothing_and_three_in_a_row_end_the_job():
     arena = make_arena([spec(4)])
-    arena.initialise(0, seed=0)
+    arena.put(0, arena.draw(arena.specs[0], 0), arena.master)
     optimizer = JobOptimizer(arena, 0, OptimizerSettings(**BASE))
     start = arena.master.clone()
 
@@ -196,8 +196,8 @@ def test_a_job_that_moves_takes_the_same_steps(dtype):
     specs, finals = [spec(16), spec(5)], []
     for moves in (False, True):
         arena = make_arena(specs, dtype=dtype)
-        arena.initialise(0, seed=1)
-        arena.initialise(1, seed=3)
+        arena.put(0, arena.draw(arena.specs[0], 1), arena.master)
+        arena.put(1, arena.draw(arena.specs[1], 3), arena.master)
         optimizer, gen = JobOptimizer(arena, 1, OptimizerSettings(**BASE)), torch.Generator().manual_seed(0)
         for step in range(5):
             for factor in optimizer.factors:
@@ -216,12 +216,12 @@ def test_a_job_that_moves_takes_the_same_steps(dtype):
 
 def test_initial_values_depend_on_seed_and_path_alone():
     alone, among = make_arena([spec(4, "v_proj")]), make_arena([spec(16), spec(4, "v_proj")])
-    alone.initialise(0, seed=7)
-    among.initialise(0, seed=1)
-    among.initialise(1, seed=7)
+    alone.put(0, alone.draw(alone.specs[0], 7), alone.master)
+    among.put(0, among.draw(among.specs[0], 1), among.master)
+    among.put(1, among.draw(among.specs[1], 7), among.master)
     a, b = (arena.view(arena.factors[row][0], arena.master) for arena, row in ((alone, 0), (among, 1)))
     assert torch.equal(a, b) and a.abs().max() <= 1 / math.sqrt(32) and float(a.std()) == pytest.approx(1 / math.sqrt(96), rel=0.15)
-    alone.initialise(0, seed=8)
+    alone.put(0, alone.draw(alone.specs[0], 8), alone.master)
     assert not torch.equal(alone.view(alone.factors[0][0], alone.master), b)
 
 
@@ -252,7 +252,7 @@ def test_shards_of_tensor_ranks_join_to_the_whole(parallel):
 
 def test_unmoved_names_the_modules_without_gradient():
     arena = make_arena([spec(4)])
-    arena.initialise(0, seed=0)
+    arena.put(0, arena.draw(arena.specs[0], 0), arena.master)
     optimizer = JobOptimizer(arena, 0, OptimizerSettings(**BASE | {"max_grad_norm": None}))
     for factor in optimizer.factors:
         if "k_proj" not in factor.path:
