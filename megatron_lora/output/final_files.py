@@ -1,8 +1,8 @@
 """The files that a run and its jobs leave, compared with the digests that the run recorded of them.
 
-status.json has the SHA-256 of the metrics and of the PEFT directory of each job that is over; of any other
-job, the newest checkpoint has that of the metrics. Once a run has ended, it also has those of the files of
-the run as a whole. A run of an earlier version has none: nothing is compared.
+status.json has the SHA-256 of the metrics and of the PEFT directory of each job that is over; once a run has
+ended also of all jobs' metrics, and of the files of the run as a whole. Before that a job's newest checkpoint
+has that of its metrics. A run of an earlier version has none: nothing is compared.
 
     check_run_files(run)                # before a report of it
     check_job_files(run / "jobs/a")     # before that PEFT directory is read
@@ -14,12 +14,13 @@ from pathlib import Path
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import digest_of_file, unsealed
 from megatron_lora.output.job_states import OVER
+from megatron_lora.output.metrics import METRICS_FILE
 from megatron_lora.output.resume import logged_lines
 from megatron_lora.output.run_files import window_files
 from megatron_lora.output.standing import resume_point_of
 
 STATUS, PLAN = "status.json", "plan/window-*.json"
-OF_THE_RUN = ("events.jsonl", "accounting.json", "cost.json", "timeline.json")
+OF_THE_RUN = ("config.yaml", "events.jsonl", "accounting.json", "cost.json", "timeline.json")
 
 
 def digests_of_run(run: Path) -> dict[str, str]:
@@ -27,6 +28,12 @@ def digests_of_run(run: Path) -> dict[str, str]:
     found = {name: digest_of_file(run / name) for name in OF_THE_RUN if (run / name).is_file()}
     windows = "".join(f"{digest_of_file(file)}  {file.name}\n" for file in window_files(run))
     return found | ({PLAN: hashlib.sha256(windows.encode()).hexdigest()} if windows else {})
+
+
+def digests_of_metrics(job_dir: Path) -> dict[str, str]:
+    """Return the SHA-256 of a job's metrics, if there are any."""
+    metrics = job_dir / METRICS_FILE
+    return {METRICS_FILE: digest_of_file(metrics)} if metrics.is_file() else {}
 
 
 def check_run_files(run: Path) -> None:
@@ -38,7 +45,7 @@ def check_run_files(run: Path) -> None:
             raise UserError(f"{run / name}: is not what the run wrote (its SHA-256 differs from that in {STATUS}); restore it")
     for name, job in status["jobs"].items():
         check_job_files(run / "jobs" / name)
-        if job["state"] not in OVER:
+        if job["state"] not in OVER and "files" not in job:
             logged_lines(run / "jobs" / name, resume_point_of(run / "jobs" / name))
 
 

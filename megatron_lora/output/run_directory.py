@@ -35,7 +35,7 @@ from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import YAML_SEAL, remove, remove_leftovers, sealed, sealed_yaml, unsealed, write_atomically
 from megatron_lora.output.changes import Run, apply, foresee, job_mapping, states_to_start_from
 from megatron_lora.output.events import EVENTS_FILE, EventLog, read_events
-from megatron_lora.output.final_files import STATUS, digests_of_run
+from megatron_lora.output.final_files import STATUS, digests_of_metrics, digests_of_run
 from megatron_lora.output.job_states import OVER, after
 from megatron_lora.output.lock_file import LOCK, check_held, in_use, is_in_use, lock_directory, share, sign
 from megatron_lora.output.requests import FOLDER, RequestFolder
@@ -197,7 +197,8 @@ class RunDirectory:
         status = self.status() | {"exit_status": exit_status, "reason": reason, "files": digests_of_run(self.path)}
         for name, job in status["jobs"].items():
             if job["state"] not in (*OVER, "paused"):
-                status["jobs"][name] = job | _job(after(job["state"], "paused"), reason or "the run ended first")
+                job = job | _job(after(job["state"], "paused"), reason or "the run ended first")
+            status["jobs"][name] = job | ({} if job["state"] in OVER else {"files": digests_of_metrics(self.path / "jobs" / name)})
         try:
             self._write_status(status)
         except OSError:  # mostly a full disk: no space for a second file, so the first is overwritten

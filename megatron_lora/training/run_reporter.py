@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.serving import serving_advice
-from megatron_lora.files import digest_of_file
+from megatron_lora.output.final_files import digests_of_metrics
 from megatron_lora.output.job_states import OVER, after
-from megatron_lora.output.metrics import METRICS_FILE, EvalReport, JobSummary, Observer, StepReport, metrics_file
+from megatron_lora.output.metrics import EvalReport, JobSummary, Observer, StepReport
 from megatron_lora.output.observers import make_observers
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.training.control import Control
@@ -124,8 +124,7 @@ class RunReporter:
 
     def _final_files(self, name: str) -> dict[str, str]:
         """Return the SHA-256 of the files of a job that is over: its metrics, and its PEFT directory where this start has written it."""
-        metrics = metrics_file(self.directory.path, name)
-        found = {METRICS_FILE: digest_of_file(metrics)} if metrics.exists() else {}
+        found = digests_of_metrics(self.directory.path / "jobs" / name)
         return found | next((dict(job.files) for job in self.jobs.values() if job.name == name), {})
 
     def add_jobs(self, jobs: Sequence[JobConfig]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -53,7 +54,8 @@ def read(directory: Path) -> None:
         name="a", datasets=(DatasetConfig(path=str(directory / "rows.jsonl"), type="messages"),), seed=0, mode="min", keep="last"
     )
     try:
-        with mock.patch("builtins.input", lambda *words: _asked()), mock.patch.object(render_bounds, "MOST_CPU_S", 1.0):
+        bounds = mock.patch.multiple(render_bounds, MOST_CPU_S=0.2, MOST_BYTES=1 << 27)
+        with mock.patch("builtins.input", lambda *words: _asked()), bounds:
             base_model.read(directory / "model")
             digests_of_base(directory / "model", False, directory / "cache")
             adapter.read(directory / "adapter")
@@ -69,7 +71,7 @@ def _asked() -> str:
 
 def _auto_map(random: Random, directory: Path) -> str:
     """Have the model ask for code of its own."""
-    names = [name for name in ("config.json", "tokenizer_config.json") if (directory / "model" / name).is_file()]
+    names = [name for name in ("config.json", "tokenizer_config.json") if _is_plain(directory / "model" / name)]
     for name in names[: random.choice([1, 2])]:
         tree = json.loads((directory / "model" / name).read_text())
         tree |= {"auto_map": MAPS, "tokenizer_class": random.choice(["Own", "PreTrainedTokenizerFast", "../code.Own", 7])}
@@ -77,18 +79,24 @@ def _auto_map(random: Random, directory: Path) -> str:
     return f"auto_map in {names}"
 
 
+def _is_plain(file: Path) -> bool:
+    """Whether a file can be changed here: not once it has no end, or is none."""
+    return file.is_file() and not file.is_symlink() and file.stat().st_size < 1 << 24
+
+
 def _template(random: Random, directory: Path) -> str:
     text = random.choice(TEMPLATES)
-    (directory / "model" / "chat_template.jinja").write_text(text)
+    if _is_plain(directory / "model" / "chat_template.jinja"):
+        (directory / "model" / "chat_template.jinja").write_text(text)
     return f"template {text[:60]}"
 
 
 def _special_file(random: Random, directory: Path) -> str:
     """Put a pipe, a device, a file without an end or a link that leads outside in the place of a file."""
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and not path.is_symlink()]
-    file = random.choice(files)
-    file.unlink()
+    files = [path for path in sorted(directory.rglob("*")) if _is_plain(path)]
     what = random.choice(("pipe", "device", "endless", "link outside", "link in a circle"))
+    file = random.choice([path for path in files if what != "endless" or path.parent != directory])  # records may take any size
+    file.unlink()
     if what == "pipe":
         os.mkfifo(file)
     elif what == "endless":
@@ -108,9 +116,13 @@ def _weight_map(random: Random, directory: Path) -> str:
     return f"weight_map names {name}"
 
 
+def _edit(name: str, random: Random, directory: Path) -> str:
+    keys = ["eos_token", "chat_template", "model", "pre_tokenizer", "added_tokens", "x"]
+    return mutate.edit_json(random, directory / "model" / name, keys) if _is_plain(directory / "model" / name) else "nothing"
+
+
 MUTATIONS: tuple[Callable[[Random, Path], str], ...] = (
     *(_auto_map, _template, _template, _special_file, _special_file, _weight_map),
-    lambda random, directory: mutate.edit_json(random, directory / "model" / "tokenizer_config.json", ["eos_token", "chat_template", "x"]),
-    lambda random, directory: mutate.edit_json(random, directory / "model" / "tokenizer.json", ["model", "pre_tokenizer", "added_tokens"]),
-    lambda random, directory: mutate.spoil_text(random, directory / "rows.jsonl"),
+    *(partial(_edit, name) for name in ("tokenizer_config.json", "tokenizer.json")),
+    lambda random, directory: mutate.spoil_text(random, directory / "rows.jsonl") if _is_plain(directory / "rows.jsonl") else "nothing",
 )
