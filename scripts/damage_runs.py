@@ -293,6 +293,7 @@ def main() -> int:
                 print(json.dumps(report), flush=True)
     found = {
         "seed": options.seed,
+        "first": options.first,
         "num": options.num,
         "outcomes": dict(sorted(outcomes.items())),
         "seconds": round(time.monotonic() - start, 1),

@@ -40,10 +40,10 @@ def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers hardly checks the files that it reads: whatever it raises is about them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"base_model: the tokenizer in {directory} cannot be loaded ({reason}); add the model's tokenizer.json") from None
+    tokenizer.model_max_length = 2**60  # records are cut at sequence_len, so a warning about this length would mislead
     if not tokenizer.is_fast:
         raise UserError(f"base_model: the tokenizer in {directory} gives no character offsets; add the model's tokenizer.json")
     check_spaces(tokenizer, directory)
-    tokenizer.model_max_length = 2**60  # records are cut at sequence_len, so a warning about this length would mislead
     return tokenizer
 
 

@@ -46,10 +46,10 @@ def test_a_run_records_config_environment_and_states(tmp_path):
             worker.set_job("b", "failed", "loss is not finite")
             worker.set_job("a", "done")
             worker.finish(3)
-        assert run.status() == {
+        status = run.status()
+        assert set(status.pop("files")) == {"config.yaml"} and status == {
             "exit_status": 3,
             "reason": "",
-            "files": {},
             "rests_on": {},
             "jobs": {"a": {"state": "done", "reason": ""}, "b": {"state": "failed", "reason": "loss is not finite"}},
         }
