@@ -54,7 +54,7 @@ def read(directory: Path) -> None:
         name="a", datasets=(DatasetConfig(path=str(directory / "rows.jsonl"), type="messages"),), seed=0, mode="min", keep="last"
     )
     try:
-        bounds = mock.patch.multiple(render_bounds, MOST_CPU_S=0.2, MOST_BYTES=1 << 27)
+        bounds = mock.patch.multiple(render_bounds, MOST_CPU_S=1.0, MOST_BYTES=1 << 28)
         with mock.patch("builtins.input", lambda *words: _asked()), bounds:
             base_model.read(directory / "model")
             digests_of_base(directory / "model", False, directory / "cache")

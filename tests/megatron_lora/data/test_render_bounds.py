@@ -17,7 +17,7 @@ DOUBLING = "{% set n = namespace(x='a' * 999) %}{% for i in range(60) %}{% set n
 @pytest.fixture
 def template(monkeypatch):
     """Make a template of small bounds."""
-    for name, value in (("MOST_CPU_S", 0.2), ("MOST_BYTES", 1 << 26)):
+    for name, value in (("MOST_CPU_S", 1.0), ("MOST_BYTES", 1 << 26)):
         monkeypatch.setattr(render_bounds, name, value)
     return lambda text: ChatTemplate(SimpleNamespace(special_tokens_map={}, get_chat_template=lambda tools: None), ChatSettings(text))
 
