@@ -99,7 +99,7 @@ class Scene:
     def copy(self, kind: str) -> Iterator[Path]:
         """Give a run's directory again, of hard links; files that are damaged or written are new ones."""
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
-            shutil.copytree(self.root / kind / "run", Path(folder) / "run", copy_function=os.link)
+            shutil.copytree(self.root / kind / "run", Path(folder) / "run", copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
             yield Path(folder) / "run"
 
     def run_case(self, seed: int, case: int) -> dict:
