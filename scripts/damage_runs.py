@@ -300,7 +300,7 @@ def main() -> int:
     }
     print(json.dumps(found))
     if options.num > 1:
-        append_line(options.output, stamp(options.hardware, options.commit) | {"case": "damaged runs"} | found)
+        append_line(options.output, stamp(options.hardware, options.commit) | {"case": f"damaged runs from {options.first}"} | found)
     return int(any(name.endswith("failed") for name in outcomes))
 
 

@@ -259,7 +259,7 @@ def test_keep_alive_reaches_the_ranks(run, monkeypatch):
         return launch._Ending(status=1)
 
     monkeypatch.setattr(launch, "start_ranks", start_ranks)
-    monkeypatch.setattr(launch, "check_run", lambda *arguments, **keys: type("Inputs", (), {"failed": {}}))
+    monkeypatch.setattr(launch, "check_run", lambda *arguments, **keys: type("Inputs", (), {"failed": {}, "rests_on": {}}))
     monkeypatch.setattr(rank, "_as_rank", lambda work, stop: work())
     monkeypatch.setattr(rank, "_load", lambda path, overrides: None)
     monkeypatch.setattr(rank, "_train", lambda config, stop, live: kept.append(live.keep_alive) or 0)
