@@ -155,6 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
         command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=OVERRIDE)
     train.add_argument("--keep-alive", action="store_true", help="wait for more jobs when all are over, until the run is stopped")
+    train.add_argument("--from-older", action="store_true", help="resume from an older checkpoint where the newest one is damaged")
     train.add_argument(
         "--replay", type=Path, metavar="RUN", help="repeat the first start of a run from its events.jsonl, in another output_dir"
     )

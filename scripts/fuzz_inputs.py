@@ -31,7 +31,7 @@ from one_line import OneLineParser, ended, whole  # noqa: E402
 
 from megatron_lora.errors import UserError  # noqa: E402
 
-KINDS = ("base_model", "adapter")
+KINDS = ("base_model", "adapter", "hostile")
 TIMEOUT_S = 30
 LONGEST_LINE = 1000  # characters
 

@@ -79,9 +79,9 @@ def main() -> None:
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft's calls of transformers
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(config.base_model)
+    tokenizer = AutoTokenizer.from_pretrained(config.base_model, trust_remote_code=False)
     encoder = RecordEncoder(tokenizer)
-    base = AutoModelForCausalLM.from_pretrained(config.base_model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(config.base_model, trust_remote_code=False, dtype=torch.float32)
     jobs = [job for job in config.jobs if job.name in held_out and (arguments.run / "jobs" / job.name / "adapter_config.json").exists()]
     questions = [question_and_reference(encoder, job, held_out[job.name]) for job in jobs]
     before = [answer(base, tokenizer, question) for question, _ in questions]

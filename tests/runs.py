@@ -48,14 +48,16 @@ def train(config_path: Path, stop_after: int | None = None, replay: str | None =
     run(load_config(config_path), StopAfter(), Live(replay=None if replay is None else Path(replay)))
 
 
-def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None) -> int:
+def start(pool, config_path: Path, parallel: dict, stop_after: int | None = None, from_older: bool = False) -> int:
     """Run a config on pool ranks as the launcher would: check, make the directory, record the end. Returns the run's exit status."""
-    from megatron_lora.commands.checks import check_run
+    from megatron_lora.commands.checks import check_run, choice
     from megatron_lora.config.schema import load_config
     from megatron_lora.output.run_directory import RunDirectory
 
-    inputs = check_run(load_config(config_path))
-    with RunDirectory.create(load_config(config_path), failed=inputs.failed) as directory:
+    inputs = check_run(load_config(config_path), from_older=from_older)
+    with RunDirectory.create(
+        load_config(config_path), failed=inputs.failed, choose=choice(from_older), rests_on=inputs.rests_on
+    ) as directory:
         pool(**parallel).run(train, config_path, stop_after)
         return directory.finish()
 

@@ -20,6 +20,7 @@ TOP_LEVEL = {
     "scripts",
     "tests",
     "setup.py",
+    "SECURITY.md",
     "pyproject.toml",
     "README.md",
     "LOG.md",

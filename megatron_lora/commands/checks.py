@@ -22,13 +22,15 @@ from megatron_lora.data.steps import check_visits
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.architecture import Architecture, unread_fields
+from megatron_lora.huggingface.base_files import check_same_base, digests_of_base
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.model.backends import check_backends
+from megatron_lora.output.accounting_file import read_accounting
 from megatron_lora.output.events import Replay, read_events
 from megatron_lora.output.resume import changed_key
-from megatron_lora.output.run_directory import RunDirectory, has_begun, with_changes
-from megatron_lora.output.standing import ResumePoint
+from megatron_lora.output.run_directory import RunDirectory, base_files_of, has_begun, with_changes
+from megatron_lora.output.standing import Choose, Damaged, ResumePoint, newest
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
 
 SAMPLES_LOOKED_AT = 100  # of a job, for its chat template's tokens, which stand in all of them
@@ -46,18 +48,41 @@ class Inputs:
     architecture: Architecture
     data: tuple
     failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rests_on: Mapping[str, str] = dataclasses.field(default_factory=dict)  # digests of the base model's files
 
 
-def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = True, keep_alive: bool = False) -> Inputs:
+def check_run(
+    config: RunConfig, ranks_here: int | None = None, owner: bool = True, from_older: bool = False, keep_alive: bool = False
+) -> Inputs:
     """Check that a run can start here with `ranks_here` ranks (default: all); `owner`: check the output directory too.
 
     With `keep_alive` it may have no job to train.
 
     A job whose data are bad fails alone, unless all are so, or it has trained before and they were good then.
     """
+    try:
+        return _check_run(config, ranks_here, owner, from_older, keep_alive)
+    except Damaged as damaged:
+        from megatron_lora.output.checkpoint import with_remedy
+
+        name = damaged.checkpoint.parent.name
+        raise with_remedy(damaged, next(job for job in with_changes(config).jobs if job.name == name)) from None
+
+
+def choice(from_older: bool) -> Choose:
+    """Return which checkpoints a run resumes from: the newest ones or, `from_older`, the newest ones that are whole."""
+    if not from_older:
+        return newest
+    from megatron_lora.output.checkpoint import newest_whole
+
+    return newest_whole
+
+
+def _check_run(config: RunConfig, ranks_here: int | None, owner: bool, from_older: bool, keep_alive: bool) -> Inputs:
     points = {}
     if owner:
-        points = RunDirectory.check(config, keep_alive)
+        points = RunDirectory.check(config, choice(from_older), keep_alive)
+        _check_what_ranks_read(Path(config.output_dir))
         config = with_changes(config)
         config = dataclasses.replace(config, jobs=tuple(job for job in config.jobs if job.name in points))
     check_files(config)
@@ -66,8 +91,12 @@ def check_run(config: RunConfig, ranks_here: int | None = None, owner: bool = Tr
     may_fail = {job.name for job in config.jobs if points.get(job.name, ResumePoint()).checkpoint is None}
     inputs = read_inputs(config, may_fail)
     remaining = [job for job in config.jobs if job.name not in inputs.failed]
+    from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.training.job_checks import check_checkpoint
 
+    if owner:
+        inputs = dataclasses.replace(inputs, rests_on=digests_of_base(inputs.model_dir, config.load_weights, cache_dir()))
+        check_same_base(base_files_of(Path(config.output_dir)), inputs.rests_on, inputs.model_dir)
     for job, job_data in zip(remaining, inputs.data, strict=True):
         check_checkpoint(job, job_data, points.get(job.name, ResumePoint()))
     return inputs
@@ -100,6 +129,16 @@ def config_to_repeat(config: RunConfig, live: Live) -> RunConfig:
             f"--replay: output_dir: {config.output_dir!r} holds a run; choose a new directory, or leave --replay out to resume that run"
         )
     return dataclasses.replace(before, output_dir=config.output_dir, jobs=config.jobs)
+
+
+def _check_what_ranks_read(path: Path) -> None:
+    """Raise UserError for files of a run that has begun which only its first rank would read, when they are rewound already."""
+    from megatron_lora.planning.calibration import RUN_FILE, read_calibration
+
+    if has_begun(path):
+        read_accounting(path)
+        if (path / RUN_FILE).exists():
+            read_calibration(path / RUN_FILE)
 
 
 def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:

@@ -18,8 +18,10 @@ from megatron_lora.config.yaml_file import parse_yaml
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.output.changes import Run, decide
 from megatron_lora.output.events import Event, read_events
+from megatron_lora.output.final_files import STATUS
+from megatron_lora.output.lock_file import is_in_use
 from megatron_lora.output.requests import Request, RequestFolder, new_request, write_request
-from megatron_lora.output.run_directory import STATUS, as_left, is_in_use, job_states
+from megatron_lora.output.run_directory import as_left, job_states
 
 WAIT_S = 10.0  # windows of the plan are about half as long, and one is planned ahead
 LOOK_S = 0.1

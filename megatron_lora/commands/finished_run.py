@@ -10,7 +10,6 @@ of the stage. Times of ranks on several hosts compare as well as the hosts' cloc
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,9 +17,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_lora.config.schema import RunConfig, load_config
+from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError, one_line
+from megatron_lora.files import unsealed
 from megatron_lora.output.metrics import metrics_file, read_metrics
+from megatron_lora.output.resume import recorded_config
 from megatron_lora.output.run_files import read_spans, window_files
 from scheduling.cost import CostModel, pass_features
 from scheduling.plan_json import stream_from_json
@@ -46,10 +47,10 @@ class FinishedRun:
     def read(cls, path: Path) -> FinishedRun:
         """Read a directory; UserError where it is not that of a run that has ended."""
         try:
-            config = load_config(path / "config.yaml")
+            config = recorded_config(path)
             slots, evaluated, names = _read_windows(path)
             spans = read_spans(path)
-            cost = json.loads((path / "cost.json").read_text(encoding="utf-8"))
+            cost = unsealed((path / "cost.json").read_text(encoding="utf-8"))
             _check_cost(cost, {job.name for job in config.jobs}, config.parallel.pipeline)
             names = names or dict(enumerate(cost["jobs"]))
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -188,7 +189,7 @@ def _read_windows(path: Path) -> tuple[list[list[list[int]]], frozenset[int], di
     evaluated: set[int] = set()
     names: dict[int, str] = {}
     for file in window_files(path):
-        window = json.loads(file.read_text(encoding="utf-8"))
+        window = unsealed(file.read_text(encoding="utf-8"))
         evaluated |= {len(slots) + slot for slot in window.get("evaluate", ())}
         slots += window["microbatches"] + [[]] * window.get("drain", 0)
         names |= {int(number): name for number, name in window.get("jobs", {}).items()}

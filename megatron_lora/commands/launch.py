@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_lora.commands.checks import check_run, config_to_repeat, say_failed
+from megatron_lora.commands.checks import check_run, choice, config_to_repeat, say_failed
 from megatron_lora.commands.rank import LAUNCHED
 from megatron_lora.commands.restarts import Restarts
 from megatron_lora.commands.stop_signals import StopSignals, stop_reason
@@ -78,14 +78,14 @@ def wait_until_free(path: Path, seconds: float = 60.0) -> None:
 def _start(config: RunConfig, config_path: str, overrides: list[str], signals: StopSignals, live: Live, nodes: Nodes) -> "_Ending":
     """Start or resume a run, and report how it ends."""
     ranks_here = split_ranks(config, nodes)
-    inputs = check_run(config, ranks_here, owner=nodes.index == 0, keep_alive=live.keep_alive)
+    inputs = check_run(config, ranks_here, nodes.index == 0, live.from_older, live.keep_alive)
     command = [*torchrun_arguments(ranks_here, nodes), "-m", "megatron_lora", "train", config_path, *overrides, *live.words()]
     if nodes.index > 0:
         return report_ending(start_ranks(command, ranks_here, None, signals))
     say_failed(inputs)
     described = environment()
     signals.hold()
-    with RunDirectory.create(config, described, inputs.failed, live.keep_alive) as run:
+    with RunDirectory.create(config, described, inputs.failed, choice(live.from_older), inputs.rests_on, live.keep_alive) as run:
         ending = start_ranks(command, ranks_here, run.lock, signals)
         recorded = run.status()["exit_status"]
         if recorded is not None:

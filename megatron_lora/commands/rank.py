@@ -88,13 +88,14 @@ def _train(config: RunConfig, stop: StopRequest, live: Live) -> int:
     if LAUNCHED in os.environ:
         run_directory = RunDirectory.join(config)
     else:
-        from megatron_lora.commands.checks import check_run, config_to_repeat, say_failed
+        from megatron_lora.commands.checks import check_run, choice, config_to_repeat, say_failed
         from megatron_lora.environment import environment
 
         config = config_to_repeat(config, live)
-        inputs = check_run(config, keep_alive=live.keep_alive)
+        inputs = check_run(config, from_older=live.from_older, keep_alive=live.keep_alive)
         say_failed(inputs)
-        run_directory = RunDirectory.create(config, environment(), inputs.failed, live.keep_alive)
+        chosen = choice(live.from_older)
+        run_directory = RunDirectory.create(config, environment(), inputs.failed, chosen, inputs.rests_on, live.keep_alive)
     with run_directory:
         _run(config, stop, live)
         status = run_directory.finish()

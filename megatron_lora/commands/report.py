@@ -1,9 +1,13 @@
-"""What `megatron-lora report` says of a run: real beside predicted, and where the time of each stage went. Reads its directory alone."""
+"""What `megatron-lora report` says of a run: real beside predicted, and where the time of each stage went. Reads its directory alone.
+
+First the files that its jobs left, adapters too, are compared with the digests that the run recorded.
+"""
 
 from pathlib import Path
 
 from megatron_lora.commands.finished_run import FinishedRun
 from megatron_lora.errors import UserError
+from megatron_lora.output.final_files import check_run_files
 from megatron_lora.output.report_page import write_report_page
 from megatron_lora.planning.plan_picture import check_plot_path, draw
 
@@ -26,6 +30,7 @@ def main(run_path: str, plot: str | None, html: str | None = None) -> int:
     """
     if plot is not None:
         check_plot_path(plot)
+    check_run_files(Path(run_path))
     if html is not None:
         print(f"Report: {write_report_page(Path(run_path), _checked(html) if html else None)}")
         if plot is None:

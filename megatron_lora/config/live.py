@@ -13,13 +13,15 @@ class Live:
     """How a run begins and ends, beyond its config.
 
     `keep_alive`: without jobs to train it waits for others, and ends by a stop request alone. `replay`:
-    the directory of a run whose events alone decide what changes, and when. After a crash it is started
-    again, up to `max_restarts` times within `restart_window_s`. `memory_share`: of the memory that is
-    there, what choices left `auto` may count on.
+    the directory of a run whose events alone decide what changes, and when. `from_older`: jobs whose newest
+    checkpoint is damaged resume from the newest whole one. After a crash a run is started again, up to
+    `max_restarts` times within `restart_window_s`. `memory_share`: of the memory that is there, what
+    choices left `auto` may count on.
     """
 
     keep_alive: bool = False
     replay: Path | None = None
+    from_older: bool = False
     max_restarts: int = 0
     restart_window_s: float = 3600.0
     memory_share: float = 1.0
@@ -31,6 +33,6 @@ class Live:
 
     def words(self) -> list[str]:
         """Return the options of a rank as words of a command line."""
-        words = ["--keep-alive"] if self.keep_alive else []
+        words = [flag for flag, is_set in (("--keep-alive", self.keep_alive), ("--from-older", self.from_older)) if is_set]
         words += ["--replay", str(self.replay)] if self.replay else []
         return words + (["--memory-share", repr(self.memory_share)] if self.memory_share != 1.0 else [])

@@ -21,7 +21,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.named_templates import NAMED_TEMPLATES
+from megatron_lora.data.render_bounds import MOST_CHARACTERS, bounded
 from megatron_lora.errors import UserError, one_line
+from megatron_lora.files import read_regular
 
 Message = Mapping[str, Any]
 # The date given to templates that print today's: equal records must give equal tokens on any day. Llama's templates default to it.
@@ -80,7 +82,7 @@ def chat_settings(job: JobConfig) -> ChatSettings:
     if name is None or name in NAMED_TEMPLATES:
         return ChatSettings(NAMED_TEMPLATES.get(name or ""), kwargs, job.train_on)
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = read_regular(Path(name)).decode()
         reason = "" if text.strip() else "it is empty"
     except (OSError, UnicodeDecodeError) as error:
         text, reason = "", str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -100,6 +102,7 @@ class ChatTemplate:
         self._own = settings.template
         self._kwargs: dict[str, Any] = json.loads(settings.kwargs)
         self._borders: dict[str, Borders] = {}
+        self._beyond_bounds = ""
 
     def text(self, tools: Sequence[Any] | None = None) -> str:
         """Return the template's text; ValueError when there is none, or several of which none is the default."""
@@ -127,15 +130,23 @@ class ChatTemplate:
 
     def _render(self, messages, tools, kwargs, where: str, **options) -> tuple[str, list[Span]]:
         try:
-            texts, marks = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
-                tools=tools,
-                chat_template=self.text(tools),
-                **options,
-                **{**self._tokenizer.special_tokens_map, **self._kwargs, **kwargs},
-            )
+            if self._beyond_bounds:
+                raise TimeoutError(self._beyond_bounds)
+            with bounded():
+                texts, marks = render_jinja_template(
+                    conversations=[[dict(message) for message in messages]],
+                    tools=tools,
+                    chat_template=self.text(tools),
+                    **options,
+                    **{**self._tokenizer.special_tokens_map, **self._kwargs, **kwargs},
+                )
+            if len(texts[0]) > MOST_CHARACTERS:
+                raise MemoryError(f"it writes {len(texts[0]):,} characters")
         except Exception as error:  # the template is the model's own program: whatever it raises, it refuses this record
             reason = one_line(str(error).strip().rstrip(".") or type(error).__name__, 200)
+            if isinstance(error, TimeoutError | MemoryError):  # then no other record costs as much
+                self._beyond_bounds = reason
+                reason = f"it goes beyond the bounds of a template ({reason})"
             if isinstance(error, TemplateSyntaxError):
                 line = error.lineno - self.text(tools).startswith(STRFTIME_NOW)
                 raise UserError(f"{where}: the chat template cannot be read ({reason} in its line {line}); correct it") from None

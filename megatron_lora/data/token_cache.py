@@ -24,6 +24,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from megatron_lora.files import open_new
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -180,14 +182,16 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def store(directory: Path, key: str, builder: DatasetBuilder) -> Dataset:
     """Write a dataset, completely or not at all, and map it."""
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(prefix=".dataset-", dir=directory, delete=False) as file:
+    temporary = directory / f".dataset-{key[:40]}.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    with open_new(temporary) as file:
         try:
-            builder.write(cast(IO[bytes], file))
-            os.replace(file.name, _file(directory, key))
+            builder.write(file)
+            os.replace(temporary, _file(directory, key))
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
-        return _just_written(cast(IO[bytes], file))
+        return _just_written(file)
 
 
 def hold(builder: DatasetBuilder) -> Dataset:

@@ -18,6 +18,7 @@ from megatron_lora.data.named_templates import NAMED_TEMPLATES
 from megatron_lora.data.row_formats import TEMPLATE_TYPES
 from megatron_lora.data.tokenizer_checks import check_spaces
 from megatron_lora.errors import UserError
+from megatron_lora.files import check_regular
 
 
 def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
@@ -25,6 +26,7 @@ def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
     directory = Path(base_model)
     if not directory.is_dir():
         raise UserError(f"base_model: {base_model} is not a directory; give the directory that holds the model and its tokenizer")
+    check_regular(directory)
     file = directory / "tokenizer.json"
     if file.is_file():
         try:
@@ -34,14 +36,14 @@ def load_tokenizer(base_model: str | Path) -> PreTrainedTokenizerBase:
         if not is_object:
             raise UserError(f"base_model: {file} is damaged; copy it again from where the model came from")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # unsaid, it asks, and a `y` runs code of the model
     except Exception as error:  # transformers hardly checks the files that it reads: whatever it raises is about them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"base_model: the tokenizer in {directory} cannot be loaded ({reason}); add the model's tokenizer.json") from None
+    tokenizer.model_max_length = 2**60  # records are cut at sequence_len, so a warning about this length would mislead
     if not tokenizer.is_fast:
         raise UserError(f"base_model: the tokenizer in {directory} gives no character offsets; add the model's tokenizer.json")
     check_spaces(tokenizer, directory)
-    tokenizer.model_max_length = 2**60  # records are cut at sequence_len, so a warning about this length would mislead
     return tokenizer
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_lora.errors import UserError, one_line
-from megatron_lora.files import sync
+from megatron_lora.files import read_regular, sync
 from megatron_lora.huggingface.adapter_targets import Targets, first_match, read_targets
 
 CONFIG_FILE = "adapter_config.json"
@@ -95,9 +95,9 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, 
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         (temporary / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
         (temporary / CARD_FILE).write_text(_model_card(adapter, base_model, advice), encoding="utf-8")
+        os.chmod(temporary / WEIGHTS_FILE, (temporary / CONFIG_FILE).stat().st_mode)  # that of the umask; safetensors takes 0600
         for name in (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE):
             sync(temporary / name)
-            os.chmod(temporary / name, 0o644)
             os.replace(temporary / name, directory / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -217,7 +217,7 @@ def _read_config(directory: Path) -> dict:
     if not file.is_file():
         raise UserError(f"{directory}: has no {CONFIG_FILE}, so it is no PEFT directory; give the directory that holds that file")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_regular(file))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: is not valid JSON ({one_line(error, 120)}); restore or export the adapter again") from None
     except OSError as error:

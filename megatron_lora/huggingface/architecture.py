@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lora.errors import UserError, one_line
+from megatron_lora.files import read_regular
 from megatron_lora.huggingface import config_fields
 
 MERGED_LINEARS = {"qkv": ("q_proj", "k_proj", "v_proj"), "proj": ("o_proj",), "fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",)}
@@ -134,7 +135,7 @@ class _Reader:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.values = json.loads(path.read_text(encoding="utf-8"))
+            self.values = json.loads(read_regular(path))
         except OSError:
             raise UserError(
                 f"base_model: {path} cannot be read; give a Hugging Face model directory with config.json and safetensors"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from megatron_lora.errors import UserError, one_line
+from megatron_lora.files import check_regular
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
@@ -19,6 +20,7 @@ def resolve_base_model(base_model: str) -> Path:
     """Return the model's directory, fetched if `base_model` is a hub id; UserError when it is neither a directory nor found on the hub."""
     path = Path(base_model)
     if path.is_dir():
+        check_regular(path)
         return path
     if path.exists():
         raise UserError(f"base_model: {base_model!r} is a file; give the directory that holds config.json and the safetensors files")

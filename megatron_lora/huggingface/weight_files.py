@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lora.errors import UserError, one_line
+from megatron_lora.files import read_regular
 from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture, read_architecture
 
 DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes per number
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 REFETCH = "fetch the model again"
 ROTARY_TABLE = re.compile(r"rotary_emb\.inv_freq")  # older checkpoints hold it; it follows from config.json
 QUANTISED = ("scale", "scales", "scale_inv", "zeros", "zero_point", "qweight", "absmax", "quant_map", "g_idx")  # ends of tensors' names
@@ -128,7 +130,7 @@ def weight_files(model_dir: Path) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     """Return the file names that an index lists."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(read_regular(index))["weight_map"].values()))
         inside = all(name == os.path.basename(name) and name.endswith(".safetensors") for name in names)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"base_model: {index} is damaged; {REFETCH}") from None
@@ -144,9 +146,11 @@ def read_header(path: Path) -> Mapping[str, dict]:
     damaged = UserError(f"base_model: {path} is damaged or no safetensors file; {REFETCH}")
     try:
         size = os.path.getsize(path)
+        if not path.is_file():
+            raise damaged
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if 0 < length <= size - 8 else b""
+            text = file.read(length) if 0 < length <= min(size - 8, MOST_HEADER_BYTES) else b""
         header = json.loads(text)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         if not all(map(_is_entry, tensors.values())):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lora.errors import UserError
-from megatron_lora.files import write_atomically
+from megatron_lora.files import sealed, unsealed, write_atomically
 
 ACCOUNTING_FILE = "accounting.json"
 FIGURES = ("tokens", "slots", "device_seconds", "padding")
@@ -41,14 +41,14 @@ class AccountingFile:
             before = jobs.get(name, dict.fromkeys(FIGURES, 0))
             jobs[name] = {key: before[key] + figures[key] for key in FIGURES}
         self.content = {"jobs": jobs, "windows": old["windows"] + 1, "start": start, "last_window": window}
-        write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
+        write_atomically(self.path, sealed(json.dumps(self.content, indent=1)))
 
 
 def read_accounting(output_dir: Path) -> dict[str, Any]:
     """Return what the file says, nothing used where there is none; UserError for a file that a run did not write."""
     path = output_dir / ACCOUNTING_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = unsealed(path.read_text(encoding="utf-8"))
         numbers = [jobs[key] for jobs in found["jobs"].values() for key in FIGURES]
         numbers += [found[key] for key in ("windows", "start", "last_window")]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):

@@ -1,12 +1,13 @@
 """A job's best weights, `jobs/<name>/best-<step>/`, and which of these directories and of its checkpoints are kept.
 
     adapter_config.json  adapter_model.safetensors  README.md     the PEFT directory as it was after `step` steps, in fp32
-    state.json                                                    {"step": 8, "metric": "eval_loss", "value": 1.25}
+    state.json                {"step": 8, "metric": "eval_loss", "value": 1.25, "job": name, "files": {name: SHA-256}}, sealed
 
 Invariant: whatever a job resumes from, the best weights by then are there. So new ones are complete before others go, and best weights
 that a kept checkpoint names as its best stay as long as it does.
 
     write_best(job_dir, adapter, base_model, Best(8, 1.25), "eval_loss")
+    check_best(job_dir, Best(8, 1.25), "summarise")                            # where a checkpoint that names them is resumed
     remove_outdated(job_dir, Best(8, 1.25), save_total_limit=2)                # after each of these and after each checkpoint
 """
 
@@ -14,25 +15,44 @@ import json
 import shutil
 from pathlib import Path
 
-from megatron_lora.errors import UserError
-from megatron_lora.files import sync
-from megatron_lora.huggingface.adapter_files import AdapterFile, write_adapter
+from megatron_lora.errors import UserError, one_line
+from megatron_lora.files import digest_of_file, remove_leftovers, sealed, sync, unsealed
+from megatron_lora.huggingface.adapter_files import CARD_FILE, AdapterFile, read_adapter, write_adapter
 from megatron_lora.output.standing import STATE_FILE, Best, best_name, read_state, steps_of
 
 
 def write_best(job_dir: Path, adapter: AdapterFile, base_model: str, best: Best, metric: str) -> None:
     """Write a job's best weights, complete or not at all; those of the same step are replaced."""
     final = job_dir / best_name(best.step)
-    for leftover in job_dir.glob(".best-*"):  # by a run that ended while it wrote
-        shutil.rmtree(leftover)
+    remove_leftovers(job_dir, ".best-*")
     new = job_dir / f".{final.name}.new"
+    new.mkdir(parents=True)
     write_adapter(new, adapter, base_model)
-    (new / STATE_FILE).write_text(json.dumps({"step": best.step, "metric": metric, "value": best.value}) + "\n", encoding="utf-8")
+    files = {path.name: digest_of_file(path) for path in sorted(new.iterdir())}
+    state = {"step": best.step, "metric": metric, "value": best.value, "job": job_dir.name, "files": files}
+    (new / STATE_FILE).write_text(sealed(json.dumps(state)), encoding="utf-8")
     for name in (STATE_FILE, "."):
         sync(new / name)
     _remove(final)
     new.rename(final)
     sync(job_dir)
+
+
+def check_best(job_dir: Path, best: Best, job: str) -> None:
+    """Raise UserError unless a job's best weights are those that were written for it; of an earlier version they are only read."""
+    directory = job_dir / best_name(best.step)
+    try:
+        state = unsealed((directory / STATE_FILE).read_text(encoding="utf-8"))
+        written = (state["step"], state["value"], state.get("job", job))
+        files = {name: digest for name, digest in state.get("files", {}).items() if name != CARD_FILE}
+        damaged = [name for name, digest in files.items() if digest_of_file(directory / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{directory}: cannot be read ({one_line(error, 120)}); restore it") from None
+    if damaged:
+        raise UserError(f"{directory / damaged[0]}: is damaged (its SHA-256 differs from that in {STATE_FILE}); restore it")
+    if written != (best.step, best.value, job):
+        raise UserError(f"{directory}: is not of {job} after {best.step} steps, with {best.value:g}; restore it")
+    read_adapter(directory)
 
 
 def remove_outdated(job_dir: Path, best: Best | None, save_total_limit: int | None, *, is_over: bool = False) -> None:

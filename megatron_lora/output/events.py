@@ -8,7 +8,7 @@ them again after a crash (changes.py). A request whose id is in the file is neve
 
 `seq` counts from 1. `start` counts the starts of the run, `window` the windows of that start, and
 `slot` its slots; an event takes effect in front of them. `more` says how many lines of the same
-write follow: a write that a crash cut off is dropped as a whole. A start is counted once a job has
+write follow: a write that a crash cut off is dropped as a whole. Each line is sealed (files.py). A start is counted once a job has
 `started` in it, so the trainer writes that event for every job that it plans, resumed ones too.
 
     log = EventLog(output_dir)
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lora.errors import UserError, one_line
-from megatron_lora.files import sync
+from megatron_lora.files import sealed, sync, unsealed
 
 EVENTS_FILE = "events.jsonl"
 REPLAYED = ("added", "started", "paused", "resumed", "cancelled", "set", "parked", "stopped", "failed")
@@ -121,7 +121,7 @@ class Replay:
 
 def _line(event: Event, num_more: int) -> str:
     fields: dict[str, Any] = {name: getattr(event, name) for name in PLACES}
-    return json.dumps(fields | ({"more": num_more} if num_more else {}) | dict(event.details)) + "\n"
+    return sealed(json.dumps(fields | ({"more": num_more} if num_more else {}) | dict(event.details)))
 
 
 def _read(path: Path) -> tuple[list[Event], int]:
@@ -149,7 +149,7 @@ def _read(path: Path) -> tuple[list[Event], int]:
 
 def _parse(line: bytes, number: int) -> tuple[Event, int]:
     """Return the event of line `number`, and how many lines of its write follow; ValueError, TypeError or KeyError where it is none."""
-    fields = json.loads(line)
+    fields = unsealed(line.decode())
     place = {name: fields.pop(name) for name in PLACES}
     num_more = fields.pop("more", 0)
     for name, value in (*place.items(), ("more", num_more)):

@@ -2,20 +2,22 @@
 
 An observer gets the reports and changes nothing; no number is computed only for it. One observer is
 always there: it writes `jobs/<name>/metrics.jsonl`, one object per step or evaluation, flushed line by
-line, in which a number that is not finite is null. An evaluation's line stands behind that of the
-step after which it was made. Others show progress (display.py) and feed trackers
+line, in which a number that is not finite is null. Invariant: its steps are 1, 2, ... n, and an evaluation
+after k steps, of which there is at most one, stands directly behind the line of step k. Others show progress (display.py) and feed trackers
 (trackers.py); observers.py starts those that a run has.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
 from megatron_lora.output.job_states import OVER
 from megatron_lora.output.standing import Best
 
@@ -156,19 +158,64 @@ def is_evaluation(line: dict[str, Any]) -> bool:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file, without a last one that was cut off; UserError for any other broken line."""
+    """Return the lines of a metrics file, without a last one that was cut off; UserError for any other broken line or order."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: does not exist; give the metrics.jsonl of a job that has run")
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: is not valid JSON ({error}); restore the file") from None
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: does not exist; give the metrics.jsonl of a job that has run") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the metrics.jsonl of a job that has run") from None
+    lines: list[dict[str, Any]] = []
+    try:
+        for line, _ in in_order(content.split(b"\n")[:-1]):
+            lines.append(line)
+    except ValueError as error:
+        where = f"{path}:{len(lines) + 1}"
+        raise UserError(f"{where}: is no step or evaluation of the job ({one_line(error, 100)}); restore the file") from None
     return lines
+
+
+def in_order(texts: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield what each line of a metrics file says, and its text; ValueError for one that is broken, or not in its place."""
+    step, evaluated = 0, False
+    for text in texts:
+        try:
+            line = json.loads(text)
+            following, is_evaluated = line["step"], is_evaluation(line)
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        if type(following) is not int or following != step + (not is_evaluated) or (is_evaluated and evaluated):
+            what = "an evaluation at step" if is_evaluated else "step"
+            raise ValueError(f"{what} {one_line(following, 20)} behind {'an evaluation at ' if evaluated else ''}step {step}")
+        step, evaluated = following, is_evaluated
+        yield line, text
+
+
+def is_logged_by(line: dict[str, Any], step: int, evaluation_due: bool) -> bool:
+    """Whether a line stands before what follows `step` steps; an evaluation there that is due is made anew."""
+    return line["step"] < step or (line["step"] == step and not (is_evaluation(line) and evaluation_due))
+
+
+class LoggedDigest:
+    """The digest of a metrics file's lines up to a step, read on as steps are logged."""
+
+    def __init__(self, path: Path):
+        """Begin in front of the first line; the file may be missing."""
+        self._path = path
+        self._size = 0  # bytes of the lines so far
+        self._hash = hashlib.sha256()
+
+    def until(self, step: int, evaluation_due: bool) -> str:
+        """Return the digest of the lines up to `step`, no earlier than the one before."""
+        with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
+            file.seek(self._size)
+            for text in file:
+                if not is_logged_by(json.loads(text), step, evaluation_due):
+                    break
+                self._hash.update(text)
+                self._size += len(text)
+        return self._hash.hexdigest()
 
 
 def _drop_partial_line(path: Path) -> None:

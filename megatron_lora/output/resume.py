@@ -12,20 +12,20 @@ Nothing here reads a tensor; checkpoint.py does.
 """
 
 import dataclasses
-import json
-import operator
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
-from megatron_lora.errors import UserError
-from megatron_lora.files import write_atomically
-from megatron_lora.output.changes import SETTABLE
+from megatron_lora.errors import UserError, one_line
+from megatron_lora.files import check_yaml, write_atomically
+from megatron_lora.output.changes import SETTABLE, job_mapping
 from megatron_lora.output.job_states import OVER
-from megatron_lora.output.metrics import is_evaluation, metrics_file, read_lines
-from megatron_lora.output.standing import ResumePoint, resume_points, steps_of
+from megatron_lora.output.metrics import METRICS_FILE, in_order, is_logged_by
+from megatron_lora.output.standing import Choose, Damaged, ResumePoint, newest, resume_points, steps_of
 
 RUN_KEYS_THAT_MAY_CHANGE = (
     *("output_dir", "parallel", "microbatch_tokens", "recompute", "activation_offloading", "backend", "jobs"),
@@ -77,7 +77,24 @@ def _differences(before: RunConfig | JobConfig, now: RunConfig | JobConfig, may_
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def check_resume(path: Path, states: dict[str, str], config: RunConfig, keep_alive: bool = False) -> dict[str, ResumePoint]:
+def deciding_keys(job: JobConfig) -> dict[str, Any]:
+    """Return what a job is: its name and the keys that may not change, as plain data."""
+    return {key: value for key, value in job_mapping(job).items() if key not in JOB_KEYS_THAT_MAY_CHANGE}
+
+
+def recorded_config(path: Path) -> RunConfig:
+    """Read the config that a run wrote into its directory; UserError where it cannot be read, or is another now."""
+    config = load_config(path / "config.yaml")
+    try:
+        check_yaml((path / "config.yaml").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path / 'config.yaml'}: {error}") from None
+    return config
+
+
+def check_resume(
+    path: Path, states: dict[str, str], config: RunConfig, choose: Choose = newest, keep_alive: bool = False
+) -> dict[str, ResumePoint]:
     """Return the resume points of the remaining jobs of the run in `path`; UserError if `config` cannot resume it.
 
     `states`: the state of each of the run's jobs, which are not all over unless the run is to wait for others.
@@ -87,7 +104,7 @@ def check_resume(path: Path, states: dict[str, str], config: RunConfig, keep_ali
         counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in OVER if state in states.values())
         raise UserError(f"{where} holds a finished run (jobs: {counts}); choose another directory, or remove this one")
     try:
-        before = load_config(path / "config.yaml")
+        before = recorded_config(path)
     except UserError as error:
         raise UserError(
             f"{where} holds a run whose config.yaml cannot be read ({error}); restore it, or choose another directory"
@@ -97,43 +114,57 @@ def check_resume(path: Path, states: dict[str, str], config: RunConfig, keep_ali
     changed = changed_key(before, config)
     if changed:
         raise UserError(f"{changed} in {str(path / 'config.yaml')!r}, the run to resume; set it back, or choose another output_dir")
-    remaining = resume_points(config, states)
+    remaining = resume_points(config, states, choose)
     for name, point in remaining.items():
-        logged_lines(metrics_file(path, name), point)
+        logged_lines(path / "jobs" / name, point)
     return remaining
 
 
-def logged_lines(metrics: Path, point: ResumePoint) -> list[dict]:
-    """Return the lines of a job's metrics up to its resume point, without an evaluation there that is due.
-
-    UserError for a file that this trainer did not write.
-    """
-
-    def is_before(line: dict) -> bool:
-        step = operator.index(line["step"])
-        return step < point.step or (step == point.step and not (is_evaluation(line) and point.evaluation_due))
-
+def logged_lines(job_dir: Path, point: ResumePoint) -> bytes:
+    """Return the lines of a job's metrics up to its resume point; Damaged where they are not those of its steps, or have changed."""
+    kept, step, file, reason = [], 0, job_dir / METRICS_FILE, ""
+    if point.checkpoint is None or point.state is None:
+        return b""
     try:
-        return [line for line in (read_lines(metrics) if metrics.exists() else []) if is_before(line)]
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
-        raise UserError(f"{metrics}: has a line that is no step of the job; restore the file, or remove it") from None
+        for line, text in in_order(file.read_bytes().split(b"\n")[:-1]):
+            if not is_logged_by(line, point.step, point.evaluation_due):
+                break
+            step = line["step"]
+            kept.append(text + b"\n")
+    except (OSError, ValueError) as error:
+        reason = f" ({one_line(error, 100)})"  # what stands behind the resume point is not read back
+    content = b"".join(kept)
+    if step < point.step:
+        raise Damaged(point.checkpoint, f"{file}: has the lines of {step} steps, of {point.step}{reason}")
+    if point.state.metrics and hashlib.sha256(content).hexdigest() != point.state.metrics:
+        raise Damaged(point.checkpoint, f"{file}: differs from what was logged by step {point.step}")
+    return content
 
 
 def rewind(path: Path, points: dict[str, ResumePoint]) -> None:
     """Take a run's files back to where its jobs resume: metrics, best weights; move plan and timeline to `plan/start-N`."""
-    logged = {metrics_file(path, name): logged_lines(metrics_file(path, name), point) for name, point in points.items()}
+    logged = {path / "jobs" / name / METRICS_FILE: logged_lines(path / "jobs" / name, point) for name, point in points.items()}
     for metrics, lines in logged.items():
         if metrics.exists():
-            write_atomically(metrics, "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomically(metrics, lines.decode())
     for name, point in points.items():
+        for step, checkpoint in steps_of(path / "jobs" / name, "checkpoint").items():
+            if step > point.step:  # it is damaged, and the user chose an older one
+                checkpoint.rename(_unused(checkpoint.with_name(f"damaged-{checkpoint.name}")))
         for step, best in steps_of(path / "jobs" / name, "best").items():
             if step >= point.step + (not point.evaluation_due):
                 shutil.rmtree(best)
-    plan, number = path / "plan", 1
-    while (plan / f"start-{number}").exists():
-        number += 1
-    outdated = [*plan.glob("window-*.json"), *path.glob("timeline.json")]
+    plan = path / "plan"
+    outdated, start = [*plan.glob("window-*.json"), *path.glob("timeline.json")], _unused(plan / "start")
     if outdated:
-        (plan / f"start-{number}").mkdir(parents=True)
+        start.mkdir(parents=True)
     for file in outdated:
-        shutil.move(file, plan / f"start-{number}" / file.name)
+        shutil.move(file, start / file.name)
+
+
+def _unused(path: Path) -> Path:
+    """Return the first of `<path>-1`, `<path>-2`, ... that does not exist."""
+    number = 1
+    while (found := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return found

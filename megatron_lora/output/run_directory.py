@@ -25,7 +25,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,19 +32,24 @@ from pathlib import Path
 from megatron_lora.config.schema import JobConfig, RunConfig, dump_config, load_config
 from megatron_lora.config.yaml_file import dump_yaml
 from megatron_lora.errors import UserError, one_line
-from megatron_lora.files import write_atomically
+from megatron_lora.files import YAML_SEAL, remove, remove_leftovers, sealed, sealed_yaml, unsealed, write_atomically
 from megatron_lora.output.changes import Run, apply, foresee, job_mapping, states_to_start_from
 from megatron_lora.output.events import EVENTS_FILE, EventLog, read_events
+from megatron_lora.output.final_files import STATUS, digests_of_metrics, digests_of_run
 from megatron_lora.output.job_states import OVER, after, exit_status
+from megatron_lora.output.lock_file import LOCK, check_held, in_use, is_in_use, lock_directory, share, sign
 from megatron_lora.output.requests import FOLDER, RequestFolder
 from megatron_lora.output.resume import as_begun, check_resume, rewind
-from megatron_lora.output.standing import Best, ResumePoint, resume_points
+from megatron_lora.output.standing import Best, Choose, ResumePoint, newest, resume_points
 from megatron_lora.output.take_requests import take_requests
 
-LOCK, STATUS = ".lock", "status.json"
 OF_ONE_RUN = (
     *("calibration.json", "cost.json", "plan", "jobs", "timeline.json", "report.html"),
     *(EVENTS_FILE, "queue.json", "accounting.json"),
+)
+LEFTOVERS = (  # of processes that ended while they wrote
+    *("plan/.window-*", "jobs/*/.metrics.jsonl.*", "jobs/*/.checkpoint-*", "jobs/*/.best-*", "jobs/*/.adapter-*"),
+    *(f".{name}.*" for name in (STATUS, "config.yaml", "env.json", *OF_ONE_RUN)),
 )
 RUN_FILES = {LOCK, STATUS, "config.yaml", "env.json", FOLDER, *OF_ONE_RUN}
 
@@ -60,10 +64,10 @@ class RunDirectory:
         self._created = created
 
     @staticmethod
-    def check(config: RunConfig, keep_alive: bool = False) -> dict[str, ResumePoint]:
-        """Return the resume points of the remaining jobs; UserError when this run cannot use its directory. Writes nothing.
+    def check(config: RunConfig, choose: Choose = newest, keep_alive: bool = False) -> dict[str, ResumePoint]:
+        """Return the resume points of the remaining jobs, as they are chosen; UserError when this run cannot use its directory.
 
-        With `keep_alive` no job need remain.
+        Writes nothing. With `keep_alive` no job need remain.
         """
         path = Path(config.output_dir)
         try:
@@ -71,27 +75,34 @@ class RunDirectory:
             if not has_begun(path):
                 return resume_points(config, {})
             run = as_left(path, config, states_to_start_from(job_states(path)))
-            return check_resume(path, run.states, run.config, keep_alive)
+            return check_resume(path, run.states, run.config, choose, keep_alive)
         except OSError as error:
             raise _unusable(path, error) from None
 
     @classmethod
     def create(
-        cls, config: RunConfig, environment: dict | None = None, failed: Mapping[str, str] | None = None, keep_alive: bool = False
+        cls,
+        config: RunConfig,
+        environment: dict | None = None,
+        failed: Mapping[str, str] | None = None,
+        choose: Choose = newest,
+        rests_on: Mapping[str, str] | None = None,
+        keep_alive: bool = False,
     ) -> "RunDirectory":
         """Lock and prepare the directory of a run, its remaining jobs queued; UserError when `check` refuses it.
 
-        `failed`: names of remaining jobs that cannot start, with the reasons.
+        `failed`: names of remaining jobs that cannot start, with the reasons. Checkpoints newer than the one that is chosen are set
+        aside. `rests_on`: digests of the base model's files, recorded where the run has none yet.
         """
         path = Path(config.output_dir)
-        cls.check(config, keep_alive)
+        cls.check(config, choose, keep_alive)
         try:
             created = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, _lock(path, fcntl.LOCK_EX), created)
+            run = cls(path, lock_directory(path, fcntl.LOCK_EX), created)
             try:
-                run._initialise(config, environment or {}, failed or {}, keep_alive)
-                _share(path, run.lock)
+                run._initialise(config, environment or {}, failed or {}, choose, rests_on or {}, keep_alive)
+                share(path, run.lock)
             except BaseException as error:
                 if isinstance(error, OSError):
                     run.discard()
@@ -101,27 +112,30 @@ class RunDirectory:
             raise _unusable(path, error) from None
         return run
 
-    def _initialise(self, config: RunConfig, environment: dict, failed: Mapping[str, str], keep_alive: bool) -> None:
+    def _initialise(
+        self, config: RunConfig, environment: dict, failed: Mapping[str, str], choose: Choose, rests_on: Mapping[str, str], keep_alive: bool
+    ) -> None:
         """Write the owner into the lock file, rewind the run or remove what never took a step, and write the run's files."""
-        os.truncate(self.lock, 0)
-        os.pwrite(self.lock, _this_process().encode(), 0)
+        remove_leftovers(self.path, *LEFTOVERS)
+        sign(self.lock)
         run, over, remaining = Run(config=config, states={job.name: "queued" for job in config.jobs}), {}, {}
         if has_begun(self.path):
+            rests_on = base_files_of(self.path) or rests_on
             run = self._take_requests(config)
             # Checked again, because another run may have ended between `check` and the lock.
-            remaining = check_resume(self.path, run.states, run.config, keep_alive)
+            remaining = check_resume(self.path, run.states, run.config, choose, keep_alive)
             rewind(self.path, remaining)
             config = as_begun(load_config(self.path / "config.yaml"), run.config)
             over = {name: job for name, job in self.status()["jobs"].items() if job["state"] in OVER}
         else:
             for entry in OF_ONE_RUN:
-                _remove(self.path / entry)
+                remove(self.path / entry)
         jobs = {job.name: _job(run.states.get(job.name, "queued"), run.reasons.get(job.name, "")) for job in config.jobs}
         for name, point in remaining.items():
             jobs[name] = _job(run.states.get(name, "queued"), run.reasons.get(name, ""), point.step, point.best)
         jobs |= {name: _job(after("queued", "failed"), reason) for name, reason in failed.items()} | over
-        self._write_status({"exit_status": None, "reason": "", "jobs": jobs})
-        write_atomically(self.path / "config.yaml", dump_config(config))
+        self._write_status({"exit_status": None, "reason": "", "rests_on": dict(rests_on), "jobs": jobs})
+        write_atomically(self.path / "config.yaml", sealed_yaml(dump_config(config)))
         write_atomically(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
         (self.path / "plan").mkdir(exist_ok=True)
 
@@ -139,35 +153,45 @@ class RunDirectory:
         """Join a run whose owner has prepared the directory: take a shared lock and write nothing."""
         path = Path(config.output_dir)
         assert (path / STATUS).exists(), f"{path} was not created by RunDirectory.create"
-        return cls(path, _lock(path, fcntl.LOCK_SH), False)
+        return cls(path, lock_directory(path, fcntl.LOCK_SH), False)
 
     def status(self) -> dict:
         """Return what status.json says: exit_status, reason, and jobs: name -> state, reason and, where known, step and best."""
         return _read_status(self.path)
 
-    def set_job(self, name: str, state: str, reason: str = "", *, step: int | None = None, best: Best | None = None) -> None:
-        """Record the state of one job, with the steps taken and the best evaluation if they are given; else those recorded stay.
+    def set_job(
+        self,
+        name: str,
+        state: str,
+        reason: str = "",
+        *,
+        step: int | None = None,
+        best: Best | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Record the state of one job, with the steps taken, the best evaluation and the SHA-256 of its final files if they are given.
 
-        Only one process of a run may call this.
+        What was recorded of them before stays. Only one process of a run may call this.
         """
         status = self.status()
         assert name in status["jobs"], name
-        status["jobs"][name] |= _job(after(status["jobs"][name]["state"], state), reason, step, best)
+        status["jobs"][name] |= _job(after(status["jobs"][name]["state"], state), reason, step, best, files)
         self._write_status(status)
 
     def add_jobs(self, jobs: Sequence[JobConfig]) -> None:
         """Add jobs, which the run does not have, to config.yaml and, queued, to status.json; after their events (events.py)."""
         file = self.path / "config.yaml"
         # `jobs` is the last key of the file, so its list is continued: a thousand jobs are not written anew for each that is added.
-        write_atomically(file, file.read_text(encoding="utf-8") + dump_yaml([job_mapping(job) for job in jobs]))
+        text = YAML_SEAL.sub("", file.read_text(encoding="utf-8"))
+        write_atomically(file, sealed_yaml(text + dump_yaml([job_mapping(job) for job in jobs])))
         status = self.status()
         status["jobs"] |= {job.name: _job("queued", "") for job in jobs}
         self._write_status(status)
 
     def write_resolved(self, config: RunConfig, cost: dict) -> None:
         """Replace config.yaml by the resolved config; write cost.json, what its stages are predicted to cost."""
-        write_atomically(self.path / "config.yaml", dump_config(config))
-        write_atomically(self.path / "cost.json", json.dumps(cost, indent=1) + "\n")
+        write_atomically(self.path / "config.yaml", sealed_yaml(dump_config(config)))
+        write_atomically(self.path / "cost.json", sealed(json.dumps(cost, indent=1)))
 
     def finish(self, status_of_run: int | None = None, reason: str = "") -> int:
         """Record how the run ended, by default as the jobs' states say, those of earlier starts too; returns the exit status.
@@ -176,10 +200,11 @@ class RunDirectory:
         """
         if status_of_run is None:
             status_of_run = exit_status(job_states(self.path).values())
-        status = self.status() | {"exit_status": status_of_run, "reason": reason}
+        status = self.status() | {"exit_status": status_of_run, "reason": reason, "files": digests_of_run(self.path)}
         for name, job in status["jobs"].items():
             if job["state"] not in (*OVER, "paused"):
-                status["jobs"][name] = job | _job(after(job["state"], "paused"), reason or "the run ended first")
+                job = job | _job(after(job["state"], "paused"), reason or "the run ended first")
+            status["jobs"][name] = job | ({} if job["state"] in OVER else {"files": digests_of_metrics(self.path / "jobs" / name)})
         try:
             self._write_status(status)
         except OSError:  # mostly a full disk: no space for a second file, so the first is overwritten
@@ -190,8 +215,9 @@ class RunDirectory:
         """Remove the files of a run that has not begun."""
         if has_begun(self.path):
             return
+        self.check_lock()
         for entry in RUN_FILES:
-            _remove(self.path / entry)
+            remove(self.path / entry)
         if self._created:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
@@ -208,7 +234,12 @@ class RunDirectory:
     def __exit__(self, *exception) -> None:
         self.close()
 
+    def check_lock(self) -> None:
+        """Raise UserError where the lock file is no longer the one that this process holds: another run may write here now."""
+        check_held(self.path, self.lock)
+
     def _write_status(self, status: dict) -> None:
+        self.check_lock()
         write_atomically(self.path / STATUS, _as_json(status))
 
 
@@ -226,28 +257,16 @@ def _check_available(path: Path) -> None:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"output_dir: {str(path)!r} cannot be written; choose a directory that you may write")
     if is_in_use(path):
-        raise _in_use(path)
+        raise in_use(path)
     visible = {name for name in os.listdir(path) if not name.startswith(".")}
     foreign = sorted(visible if STATUS not in visible else visible - RUN_FILES)
     if foreign:
         raise UserError(f"output_dir: {str(path)!r} holds {foreign[0]!r}, which no run wrote; choose an empty or new directory")
 
 
-def _in_use(path: Path) -> UserError:
-    return UserError(f"output_dir: {str(path)!r} is in use by {_holder(path / LOCK)}; wait for it, or choose another directory")
-
-
 def _unusable(path: Path, error: OSError) -> UserError:
     name = one_line(repr(str(path)), 200)
     return UserError(f"output_dir: {name} cannot be used ({error.strerror}); choose a directory that you may write, with free space")
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or a directory, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def has_trained(path: Path) -> bool:
@@ -274,6 +293,11 @@ def with_changes(config: RunConfig) -> RunConfig:
     return as_left(path, config, {}).config if (path / STATUS).exists() and has_begun(path) else config
 
 
+def base_files_of(path: Path) -> dict[str, str]:
+    """Return the digests of the base model's files that a run which has begun has recorded; nothing where there are none."""
+    return _read_status(path).get("rests_on", {}) if (path / STATUS).exists() and has_begun(path) else {}
+
+
 def job_states(path: Path) -> dict[str, str]:
     """Return the state of every job of the run in a directory; UserError for a status.json that this trainer did not write."""
     try:
@@ -297,60 +321,13 @@ def _describe(run: Run, config: RunConfig, path: Path) -> list[str]:
 
 
 def _as_json(status: dict) -> str:
-    return json.dumps(status, indent=1) + "\n"
+    return sealed(json.dumps(status, indent=1))
 
 
-def _job(state: str, reason: str, step: int | None = None, best: Best | None = None) -> dict:
-    known = {"step": step, "best": None if best is None else dataclasses.asdict(best)}
+def _job(state: str, reason: str, step: int | None = None, best: Best | None = None, files: Mapping[str, str] | None = None) -> dict:
+    known = {"step": step, "best": None if best is None else dataclasses.asdict(best), "files": files}
     return {"state": state, "reason": reason} | {key: value for key, value in known.items() if value is not None}
 
 
 def _read_status(path: Path) -> dict:
-    return json.loads((path / STATUS).read_text(encoding="utf-8"))
-
-
-def _lock(path: Path, kind: int) -> int:
-    """Open and lock the lock file; returns the descriptor."""
-    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise _in_use(path) from None
-    except OSError as error:
-        os.close(lock)
-        raise UserError(f"output_dir: {str(path)!r} cannot be locked ({error.strerror}); choose another file system") from None
-    return lock
-
-
-def _share(path: Path, lock: int) -> None:
-    """Turn the owner's lock into a shared one. flock may unlock in between, and a process that locks the file then is the owner."""
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if _holder(path / LOCK) == _this_process():
-            return
-    raise _in_use(path)
-
-
-def _this_process() -> str:
-    return f"process {os.getpid()} on {os.uname().nodename}"
-
-
-def is_in_use(path: Path) -> bool:
-    """Whether a live process holds the lock of a run's directory."""
-    if not (path / LOCK).exists():
-        return False
-    with open(path / LOCK, "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _holder(lock_file: Path) -> str:
-    """Return who holds a lock, as a message names it."""
-    try:
-        return lock_file.read_text(encoding="utf-8") or "another process"
-    except OSError:
-        return "another process"
+    return unsealed((path / STATUS).read_text(encoding="utf-8"))

@@ -6,9 +6,10 @@ read_spans(run)[0]          # what the first rank did: events with ts and dur in
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
+
+from megatron_lora.files import unsealed
 
 
 def window_files(run: Path) -> list[Path]:
@@ -19,7 +20,7 @@ def window_files(run: Path) -> list[Path]:
 def read_spans(run: Path) -> dict[int, list[dict]]:
     """Return rank -> its spans; OSError, ValueError, KeyError, TypeError or IndexError where timeline.json cannot be read."""
     spans: dict[int, list[dict]] = defaultdict(list)
-    for event in json.loads((run / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]:
+    for event in unsealed((run / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]:
         if event["ph"] == "X":
             spans[event["tid"]].append(event | {"index": int(event["name"].split()[-1])})
     return dict(sorted(spans.items()))

@@ -24,9 +24,11 @@ from typing import Any
 
 from megatron_lora.config.yaml_file import parse_yaml
 from megatron_lora.errors import UserError, one_line
+from megatron_lora.files import check_yaml, unsealed
+from megatron_lora.output.final_files import STATUS
 from megatron_lora.output.job_view import JobView
+from megatron_lora.output.lock_file import is_in_use
 from megatron_lora.output.metrics import metrics_file
-from megatron_lora.output.run_directory import STATUS, is_in_use
 from megatron_lora.output.run_files import read_spans, window_files
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
@@ -146,7 +148,7 @@ class RunView:
             self.unreadable[name] = one_line(error, 120)
 
     def _read_status(self, text: str) -> None:
-        status = json.loads(text)
+        status = unsealed(text)
         jobs = {str(name): dict(job) for name, job in status["jobs"].items()}
         for name, recorded in jobs.items():
             job = self.jobs.get(name) or JobView(name, metrics_file(self.path, name))
@@ -155,7 +157,7 @@ class RunView:
         self.exit_status, self.reason = status.get("exit_status"), str(status.get("reason") or "")
 
     def _read_config(self, text: str) -> None:
-        self.config, settings = read_config(text, str(self.path / "config.yaml"))
+        self.config, settings = read_config(check_yaml(text), str(self.path / "config.yaml"))
         for name, job in self.jobs.items():
             job.settings = settings.get(name, {})
 
@@ -163,14 +165,14 @@ class RunView:
         self.queue = [entry for entry in json.loads(text)["queue"] if entry["job"] in self.jobs]
 
     def _read_accounting(self, text: str) -> None:
-        self.accounting = {str(name): dict(used) for name, used in json.loads(text)["jobs"].items()}
+        self.accounting = {str(name): dict(used) for name, used in unsealed(text)["jobs"].items()}
 
     def _read_events(self, text: str) -> None:
         """Take the lines that are new: the file only grows, and a line that is being written waits."""
         lines = text.split("\n")[:-1]
         for number, line in enumerate(lines[self._events_read :], self._events_read + 1):
             try:
-                self.events.append(dict(json.loads(line)))
+                self.events.append(dict(unsealed(line)))
             except DAMAGED:
                 self.unreadable["events.jsonl"] = f"line {number} is damaged"
         self._events_read = len(lines)
@@ -190,9 +192,9 @@ class RunView:
         self._if_changed(f"plan/{newest.name}", lambda text: self._read_windows_before(newest, text))
 
     def _read_windows_before(self, newest: Path, text: str) -> None:
-        window = self._window(newest, json.loads(text))
+        window = self._window(newest, unsealed(text))
         while (file := newest.with_name(f"window-{window.number - 1:04d}.json")).exists():
-            before = self._window(file, json.loads(file.read_text(encoding="utf-8"))).joined_by(window)
+            before = self._window(file, unsealed(file.read_text(encoding="utf-8"))).joined_by(window)
             if before is None:
                 break
             window = before
@@ -213,7 +215,7 @@ class RunView:
     def _first_names(self) -> dict[int, str]:
         """The jobs by their numbers where a window does not say: as the run began with them."""
         try:
-            names = json.loads((self.path / "cost.json").read_text(encoding="utf-8"))["jobs"]
+            names = unsealed((self.path / "cost.json").read_text(encoding="utf-8"))["jobs"]
         except DAMAGED:
             names = list(self.jobs)
         return dict(enumerate(names))
@@ -223,7 +225,7 @@ class RunView:
         windows: list[PlanWindow] = []
         for file in window_files(self.path):
             try:
-                window = self._window(file, json.loads(file.read_text(encoding="utf-8")))
+                window = self._window(file, unsealed(file.read_text(encoding="utf-8")))
                 both = windows[-1].joined_by(window) if windows else None
                 windows[-1:] = [both] if both else [*windows[-1:], window]
             except DAMAGED as error:

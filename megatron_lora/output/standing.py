@@ -8,19 +8,31 @@ Nothing here reads a tensor; checkpoint.py does.
 """
 
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from megatron_lora.config.schema import JobConfig, RunConfig
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
+from megatron_lora.files import unsealed
 from megatron_lora.output.job_states import OVER
 
 STATE_FILE = "state.json"
 READ_AT_START = 64  # jobs: more are read when their turn in the queue nears
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be resumed from: `what` is wrong with it, without the remedy."""
+
+    def __init__(self, checkpoint: Path, what: str):
+        super().__init__(checkpoint, what)
+        self.checkpoint = checkpoint
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.what}; train --from-older resumes from a whole checkpoint before {self.checkpoint}, or from the start"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +55,10 @@ class CheckpointState:
     best: Best | None = None  # of the evaluations up to `step`
     evaluations_without_improvement: int = 0  # in a row
     evaluation_due: bool = False  # whether the job is to be evaluated at `step` and that is not recorded yet
+    # Of an earlier version that did not say them: nothing, and they cannot be checked.
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of each other file of the checkpoint
+    job: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the keys that decide the job's updates, and its name
+    metrics: str = ""  # SHA-256 of the lines of metrics.jsonl up to `step`
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,28 +100,28 @@ def steps_of(job_dir: Path, kind: str) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
-def resume_point_of(job_dir: Path) -> ResumePoint:
-    """Return a job's newest checkpoint, or its start if it has none; UserError for a checkpoint that cannot be read."""
-    steps = steps_of(job_dir, "checkpoint")
+def resume_point_of(job_dir: Path, before: float = math.inf) -> ResumePoint:
+    """Return a job's newest checkpoint `before` a step, or its start if it has none; Damaged for a checkpoint that cannot be read."""
+    steps = [each for each in steps_of(job_dir, "checkpoint").items() if each[0] < before]
     if not steps:
         return ResumePoint()
-    step, checkpoint = steps.popitem()
+    step, checkpoint = steps[-1]
     state = read_state(checkpoint)
     if not _is_valid(state) or state.step != step:
-        raise UserError(f"{checkpoint / STATE_FILE}: does not describe a job after {step} steps; {how_to_recover(checkpoint)}")
+        raise Damaged(checkpoint, f"{checkpoint / STATE_FILE}: does not describe a job after {step} steps")
     if state.best is not None and not (job_dir / best_name(state.best.step)).is_dir():
-        raise UserError(f"{job_dir / best_name(state.best.step)}: is missing, the best weights by then; {how_to_recover(checkpoint)}")
+        raise Damaged(checkpoint, f"{job_dir / best_name(state.best.step)}: is missing, the best weights by then")
     return ResumePoint(checkpoint=checkpoint, state=state)
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
-    """Read a checkpoint's state.json, its values unchecked; UserError if it cannot be read."""
+    """Read a checkpoint's state.json, its values unchecked; Damaged if it cannot be read."""
     file = checkpoint / STATE_FILE
     try:
-        state = CheckpointState(**json.loads(file.read_text(encoding="utf-8")))
+        state = CheckpointState(**unsealed(file.read_text(encoding="utf-8")))
         return dataclasses.replace(state, best=Best(**cast(dict, state.best))) if state.best else state
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {how_to_recover(checkpoint)}") from None
+        raise Damaged(checkpoint, f"{file}: cannot be read ({one_line(error, 120)})") from None
 
 
 def _is_valid(state: CheckpointState) -> bool:
@@ -113,21 +129,26 @@ def _is_valid(state: CheckpointState) -> bool:
     counts = (state.step, state.num_steps, state.num_updates, state.skipped_in_a_row, state.evaluations_without_improvement)
     if not all(type(count) is int and count >= 0 for count in counts) or type(state.evaluation_due) is not bool:
         return False
+    if not (isinstance(state.files, dict) and isinstance(state.job, dict) and isinstance(state.metrics, str)):
+        return False
     best = state.best or Best(0, 0.0)
     if type(best.step) is not int or not 0 <= best.step <= state.step or type(best.value) is not float or not math.isfinite(best.value):
         return False
     return 0 < state.step < state.num_steps + state.evaluation_due
 
 
-def how_to_recover(checkpoint: Path) -> str:
-    """Say what to do about a damaged checkpoint, for the end of a message."""
-    return f"remove {checkpoint}, to resume from the checkpoint before it or from the start"
+Choose = Callable[[Path, JobConfig], ResumePoint]  # of a job's directory
 
 
-def resume_points(config: RunConfig, states: dict[str, str]) -> dict[str, ResumePoint]:
+def newest(job_dir: Path, job: JobConfig) -> ResumePoint:
+    """Choose a job's newest checkpoint."""
+    return resume_point_of(job_dir)
+
+
+def resume_points(config: RunConfig, states: Mapping[str, str], choose: Choose = newest) -> dict[str, ResumePoint]:
     """Return the resume point of each job that is not over; `states` has those of the jobs that the run knows."""
-    remaining = [job.name for job in config.jobs if states.get(job.name) not in OVER]
-    return {name: resume_point_of(Path(config.output_dir) / "jobs" / name) for name in remaining}
+    remaining = [job for job in config.jobs if states.get(job.name) not in OVER]
+    return {job.name: choose(Path(config.output_dir) / "jobs" / job.name, job) for job in remaining}
 
 
 def first_jobs(config: RunConfig, points: Mapping[str, ResumePoint]) -> list[JobConfig]:

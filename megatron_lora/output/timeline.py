@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from megatron_lora.files import sealed, write_atomically
+
 MAX_SPANS = 100_000
 
 
@@ -85,4 +87,4 @@ def write_timeline(path: Path, events_of_ranks: list[list[dict]]) -> None:
         event["ts"] -= first
     names = {(event["pid"]): f"stage {event['pid']}" for event in events}
     meta = [{"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}} for pid, name in sorted(names.items())]
-    path.write_text(json.dumps({"traceEvents": meta + events, "displayTimeUnit": "ms"}))
+    write_atomically(path, sealed(json.dumps({"traceEvents": meta + events, "displayTimeUnit": "ms"})))

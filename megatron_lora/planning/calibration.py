@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
-from megatron_lora.files import write_atomically
+from megatron_lora.files import sealed, unsealed, write_atomically
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.planning.devices import device_like
 from megatron_lora.planning.predict import cost_of, item_bytes, message_and_step_seconds, predicted_peaks, shape_of
@@ -56,7 +56,7 @@ class Calibration:
             "links": {} if costs.hop is None else {"stage": dataclasses.asdict(costs.hop)},
             "about": dict(self.about),
         }
-        return json.dumps(tree, indent=1) + "\n"
+        return sealed(json.dumps(tree, indent=1))
 
 
 def subject_of(config: RunConfig, architecture: Architecture, device: Device) -> dict[str, object]:
@@ -74,7 +74,7 @@ def calibration_file(cache: Path, subject: Mapping[str, object]) -> Path:
 def read_calibration(path: Path, option: str = "calibration") -> Calibration:
     """Read a table; UserError names the option for a file that holds none."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = unsealed(path.read_text(encoding="utf-8"))
         hop = tree["links"].get("stage")
         costs = MeasuredCosts(
             layers=tuple((policy, _stage_cost(cost)) for policy, cost in tree["layers"].items()),

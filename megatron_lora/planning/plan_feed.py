@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, Protocol
 import torch.distributed as dist
 
 import scheduling
-from megatron_lora.files import write_atomically
+from megatron_lora.files import sealed, write_atomically
 from scheduling.accounting import usage
 from scheduling.data_parallel import Dealt, DealtJob
 from scheduling.follow import Follower, Window
@@ -222,7 +222,7 @@ class PlanFeed:
                 chain.update(json.dumps([window["microbatches"], window["evaluate"]]).encode())
                 window |= {"moves": sorted(moves), "sha256": chain.hexdigest()}
                 if window["microbatches"]:
-                    write_atomically(self.plan_dir / f"window-{number:04d}.json", json.dumps(window | told) + "\n")
+                    write_atomically(self.plan_dir / f"window-{number:04d}.json", sealed(json.dumps(window | told)))
                 dist.broadcast_object_list([json.dumps(window), changes], 0, group=self.group)
                 self._put(followed, window, changes)
                 number, slot = number + 1, slot + len(followed.rounds)

@@ -16,7 +16,8 @@ from megatron_lora.data.steps import count_steps
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.adapter_files import check_adapter, check_modules, read_adapter
 from megatron_lora.huggingface.architecture import Architecture
-from megatron_lora.output.checkpoint import check_tensors
+from megatron_lora.output.checkpoint import check_resume_point
+from megatron_lora.output.final_files import check_job_files
 from megatron_lora.output.standing import ResumePoint
 
 
@@ -29,6 +30,7 @@ def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: s
         return
     where = f"jobs.{job.name}"
     try:
+        check_job_files(Path(job.init_adapter))  # if it is that of a run's job
         adapter = read_adapter(job.init_adapter)
     except UserError as error:
         raise UserError(f"{where}.init_adapter: {error}") from None
@@ -56,10 +58,10 @@ def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: s
 
 
 def check_checkpoint(job: JobConfig, job_data: JobData, point: ResumePoint) -> None:
-    """Check that a job's checkpoint is complete, and was made with the job's samples and number of steps."""
+    """Check that a job's checkpoint is whole, and was made for this job, with its samples and number of steps."""
     if point.checkpoint is None or point.state is None:
         return
-    check_tensors(point.checkpoint, point.best)
+    check_resume_point(job, point)
     num_steps = count_steps(job_data.mixture.num_copies, job.global_batch_size, job.num_epochs, job.max_steps)
     if (point.state.samples, point.state.num_steps) != (job_data.digest(), num_steps):
         raise UserError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch.distributed as dist
@@ -47,6 +47,7 @@ class Job:
     evaluation_steps: tuple[int, ...] = ()  # after which numbers of steps it is still to be evaluated, ascending
     leaving: Leaving | None = None  # after which step it leaves, where that is decided
     skipped_in_a_row: int = 0  # as reported; the optimizer counts its own on the device
+    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of its PEFT directory's files, as the first rank has written them here
 
     def __post_init__(self):
         point = self.resume_point

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.serving import serving_advice
+from megatron_lora.output.final_files import digests_of_metrics
 from megatron_lora.output.job_states import OVER, after
 from megatron_lora.output.metrics import EvalReport, JobSummary, Observer, StepReport, metrics_file, read_evaluations
 from megatron_lora.output.observers import make_observers
@@ -121,9 +122,15 @@ class RunReporter:
         if state in OVER:
             self.board.end_job(name)
         best = self.progress[name].best if name in self.progress else None
-        self.directory.set_job(name, state, reason, step=self.steps_reported.get(name), best=best)
+        files = self._final_files(name) if state in OVER else None
+        self.directory.set_job(name, state, reason, step=self.steps_reported.get(name), best=best, files=files)
         for observer in self.observers:
             observer.on_status(name, state, reason)
+
+    def _final_files(self, name: str) -> dict[str, str]:
+        """Return the SHA-256 of the files of a job that is over: its metrics, and its PEFT directory where this start has written it."""
+        found = digests_of_metrics(self.directory.path / "jobs" / name)
+        return found | next((dict(job.files) for job in self.jobs.values() if job.name == name), {})
 
     def add_jobs(self, jobs: Sequence[JobConfig]) -> None:
         """Record jobs that were added to the run; in the training thread."""
@@ -141,6 +148,7 @@ class RunReporter:
                 self.advice[job.name] = advice
 
     def _report(self, job: Job, report: Report) -> None:
+        self.directory.check_lock()
         if job.state in OVER or job.name in self.reasons:
             return
         if job.state == "queued":

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.serving import serving_advice
-from megatron_lora.files import sync
-from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, write_adapter
+from megatron_lora.files import digest_of_file, sync
+from megatron_lora.huggingface.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, read_adapter, write_adapter
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.output.best import remove_outdated, write_best
 from megatron_lora.output.checkpoint import read_checkpoint, write_checkpoint
-from megatron_lora.output.metrics import metrics_file
+from megatron_lora.output.metrics import LoggedDigest, metrics_file
+from megatron_lora.output.resume import deciding_keys
 from megatron_lora.output.standing import CheckpointState, best_name
 from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.training.executor import StepDone
@@ -99,7 +100,8 @@ class Writer:
         """Write into the directory of the run that `config` describes; `board` says what was reported of each job."""
         self.config = config
         self.board = board
-        self.digests: dict[str, str] = {}
+        self.samples: dict[str, str] = {}  # job -> the digest of its samples
+        self.logged: dict[str, LoggedDigest] = {}
 
     def write(self, snapshot: Snapshot) -> str | None:
         """Write what a snapshot is for, once its step is reported; return the state of a job that ends or leaves with it."""
@@ -121,6 +123,7 @@ class Writer:
             write_checkpoint(directory, adapter, base_model, snapshot.moments, self._state(snapshot, reported))
         if snapshot.moments or is_over:
             write_adapter(directory, adapter, base_model, serving_advice(job.config, job.data))
+            job.files = {name: digest_of_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
         remove_outdated(directory, best, job.config.save_total_limit, is_over=is_over)
         if is_over:
             return "done" if is_last else "stopped"
@@ -129,14 +132,17 @@ class Writer:
 
     def _state(self, snapshot: Snapshot, reported: Reported) -> CheckpointState:
         job, progress = snapshot.job, reported.progress
-        if job.name not in self.digests:
-            self.digests[job.name] = job.data.digest()
+        if job.name not in self.samples:
+            self.samples[job.name] = job.data.digest()
+            self.logged[job.name] = LoggedDigest(metrics_file(self.config.output_dir, job.name))
         return CheckpointState(
             step=snapshot.step,
             num_steps=job.num_steps,
             num_updates=snapshot.num_updates,
             skipped_in_a_row=snapshot.skipped_in_a_row,
-            samples=self.digests[job.name],
+            samples=self.samples[job.name],
+            job=deciding_keys(job.config),
+            metrics=self.logged[job.name].until(snapshot.step, reported.evaluation_due),
             best=progress.best,
             evaluations_without_improvement=progress.num_without,
             evaluation_due=reported.evaluation_due,

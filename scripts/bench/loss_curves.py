@@ -46,7 +46,7 @@ def begin(model_dir: Path, jobs: Sequence[JobConfig], folder: Path) -> None:
     """Write the adapter that each job begins with, as peft makes it from the job's seed."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=False, dtype=torch.float32)
     for job in jobs:
         torch.manual_seed(job.seed or 0)
         adapted = fresh_adapter(model, job, False)
@@ -66,7 +66,7 @@ def peft_losses(model_dir: Path, adapter: Path, job: Job, device: torch.device, 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa").to(device)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=False, dtype=dtype, attn_implementation="sdpa").to(device)
     model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     trainer = PeftTrainer(model, job.config, device, job.num_steps, autocast=dtype == torch.bfloat16)
     order, losses = random.Random(seed), []

@@ -13,6 +13,7 @@ from megatron_lora.__main__ import main
 from megatron_lora.commands import control, launch, rank
 from megatron_lora.config.schema import load_config
 from megatron_lora.environment import environment
+from megatron_lora.files import unsealed
 from megatron_lora.output.changes import Run
 from megatron_lora.output.events import Change, EventLog, read_events
 from megatron_lora.output.requests import RequestFolder
@@ -121,7 +122,7 @@ def test_mistakes_are_one_line_and_leave_no_request(arguments, words, run, capsy
 
 
 def test_jobs_that_are_over_and_runs_of_another_version_are_refused(run, capsys):
-    status = json.loads((run / "status.json").read_text())
+    status = unsealed((run / "status.json").read_text())
     status["jobs"]["b"] = {"state": "done", "reason": ""}
     (run / "status.json").write_text(json.dumps(status))
     assert "b: is done, so that nothing changes it any more" in said(capsys, 2, "pause", run, "a", "b")
@@ -258,7 +259,7 @@ def test_keep_alive_reaches_the_ranks(run, monkeypatch):
         return launch._Ending(status=1)
 
     monkeypatch.setattr(launch, "start_ranks", start_ranks)
-    monkeypatch.setattr(launch, "check_run", lambda *arguments, **keys: type("Inputs", (), {"failed": {}}))
+    monkeypatch.setattr(launch, "check_run", lambda *arguments, **keys: type("Inputs", (), {"failed": {}, "rests_on": {}}))
     monkeypatch.setattr(rank, "_as_rank", lambda work, stop: work())
     monkeypatch.setattr(rank, "_load", lambda path, overrides: None)
     monkeypatch.setattr(rank, "_train", lambda config, stop, live: kept.append(live.keep_alive) or 0)

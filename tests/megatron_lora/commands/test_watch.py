@@ -20,6 +20,7 @@ from waiting import wait_for
 
 from megatron_lora.__main__ import main
 from megatron_lora.commands.watch import Rate, frame, sparkline
+from megatron_lora.files import unsealed
 from megatron_lora.output.run_view import RunView
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -169,7 +170,7 @@ def test_a_live_view_follows_the_run_and_leaves_when_it_ends(watched):
     with metrics.open("a") as file:
         file.write(json.dumps({"step": 49, "loss": 1.0, "tokens": 5}) + "\n")
     wait_for(lambda: b"49/120" in screen(seen), 60)
-    status = json.loads((run / "status.json").read_text()) | {"exit_status": 75}
+    status = unsealed((run / "status.json").read_text()) | {"exit_status": 75}
     (run / "status.json").write_text(json.dumps(status))
     wait_for(lambda: screen(seen) and process.poll() is not None, 60)
     assert process.returncode == 0 and b"ended with 75" in screen(seen)

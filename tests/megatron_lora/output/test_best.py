@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from megatron_lora.errors import UserError
+from megatron_lora.files import unsealed
 from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter
 from megatron_lora.output import best as best_module
-from megatron_lora.output.best import remove_outdated, write_best
-from megatron_lora.output.checkpoint import check_tensors, write_checkpoint
+from megatron_lora.output.best import check_best, remove_outdated, write_best
+from megatron_lora.output.checkpoint import write_checkpoint
 from megatron_lora.output.metrics import read_lines
 from megatron_lora.output.resume import rewind
 from megatron_lora.output.standing import Best, CheckpointState, ResumePoint, resume_point_of
@@ -39,7 +40,9 @@ def test_best_weights_are_a_peft_directory_with_what_made_them_the_best(tmp_path
     write_best(tmp_path, adapter(8), "base", Best(8, 1.25), "eval_loss")
     assert names(tmp_path) == {"best-8"}
     assert names(tmp_path / "best-8") == {"adapter_config.json", "adapter_model.safetensors", "README.md", "state.json"}
-    assert json.loads((tmp_path / "best-8" / "state.json").read_text()) == {"step": 8, "metric": "eval_loss", "value": 1.25}
+    state = unsealed((tmp_path / "best-8" / "state.json").read_text())
+    assert set(state.pop("files")) == names(tmp_path / "best-8") - {"state.json"}
+    assert state == {"step": 8, "metric": "eval_loss", "value": 1.25, "job": tmp_path.name}
     write_best(tmp_path, adapter(9), "base", Best(8, 1.0), "eval_loss")  # after a rewind to an earlier step
     assert read_adapter(tmp_path / "best-8").weights[PATH][0].unique().tolist() == [9] and names(tmp_path) == {"best-8"}
 
@@ -94,7 +97,8 @@ def test_a_checkpoint_says_what_was_best_and_what_is_due(tmp_path):
     write_best(tmp_path, adapter(4), "base", Best(4, 2.0), "eval_loss")
     state = save(tmp_path, 6, Best(4, 2.0), evaluations_without_improvement=1, evaluation_due=True)
     point = resume_point_of(tmp_path)
-    assert (point.state, point.best, point.step, point.evaluation_due) == (state, Best(4, 2.0), 6, True)
+    assert point.state is not None and dataclasses.replace(point.state, files={}) == state and len(point.state.files) == 4
+    assert (point.best, point.step, point.evaluation_due) == (Best(4, 2.0), 6, True)
     assert (ResumePoint().best, ResumePoint().evaluation_due) == (None, True)
     save(tmp_path, 20, evaluation_due=True)  # after the last step, before the last evaluation
     assert resume_point_of(tmp_path).step == 20
@@ -125,18 +129,28 @@ def test_a_checkpoint_says_what_was_best_and_what_is_due(tmp_path):
 def test_a_state_that_cannot_be_is_named_with_the_remedy(tmp_path, changes, words):
     state = save(tmp_path, 20, evaluation_due=True)
     (tmp_path / "checkpoint-20" / "state.json").write_text(json.dumps(dataclasses.asdict(state) | changes))
-    with pytest.raises(UserError, match=f"{words}.*remove .*checkpoint-20"):
+    with pytest.raises(UserError, match=f"{words}.*--from-older .* before .*checkpoint-20"):
         resume_point_of(tmp_path)
 
 
-def test_damaged_best_weights_are_found_before_anything_is_touched(tmp_path):
-    write_best(tmp_path, adapter(4), "base", Best(4, 2.0), "eval_loss")
-    save(tmp_path, 6, Best(4, 2.0))
-    check_tensors(tmp_path / "checkpoint-6", Best(4, 2.0))
-    weights = tmp_path / "best-4" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-3])
-    with pytest.raises(UserError, match="best-4/adapter_model.safetensors: is damaged"):
-        check_tensors(tmp_path / "checkpoint-6", Best(4, 2.0))
+def test_best_weights_prove_themselves(tmp_path):
+    best = Best(4, 2.0)
+    write_best(tmp_path, adapter(4), "base", best, "eval_loss")
+    check_best(tmp_path, best, tmp_path.name)
+    (tmp_path / "best-4" / "README.md").write_text("nobody reads it back")
+    check_best(tmp_path, best, tmp_path.name)
+    for other, job in ((Best(4, 2.5), tmp_path.name), (best, "another")):
+        with pytest.raises(UserError, match="best-4: is not of"):
+            check_best(tmp_path, other, job)
+    weights, state = tmp_path / "best-4" / "adapter_model.safetensors", tmp_path / "best-4" / "state.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"best-4/adapter_model.safetensors: is damaged \(its SHA-256"):
+        check_best(tmp_path, best, tmp_path.name)
+    weights.write_bytes(whole)
+    state.write_text(state.read_text().replace("2.0", "2.5"))
+    with pytest.raises(UserError, match="best-4: cannot be read .*its digest is of another text"):
+        check_best(tmp_path, Best(4, 2.5), tmp_path.name)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """events.jsonl: a write is there as a whole or not at all, wherever a kill cuts it; other damage is named by its line."""
 
-import json
 import os
 
 import pytest
 
 from megatron_lora.errors import UserError
+from megatron_lora.files import unsealed
 from megatron_lora.output.accounting_file import AccountingFile, read_accounting
 from megatron_lora.output.events import Change, EventLog, Replay, read_events
 from megatron_lora.output.queue_file import Waiting, read_queue, write_queue
@@ -28,7 +28,7 @@ def test_events_are_read_back_as_they_were_written(tmp_path):
     again = EventLog(tmp_path)
     assert again.events == log.events == read_events(tmp_path) and [event.seq for event in again.events] == [1, 2, 3, 4]
     assert again.ids == log.ids == {"1" * 16, "2" * 16} and (log.start, again.start) == (1, 2)
-    line = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[2])
+    line = unsealed((tmp_path / "events.jsonl").read_text().splitlines()[2])
     where = {"seq": 3, "start": 1, "window": 3, "slot": 96, "id": "1" * 16}
     assert line == where | {"event": "paused", "job": "a", "reason": "on request", "time": line["time"]} and line["time"].endswith("Z")
 

@@ -1,6 +1,7 @@
 """What a run reports: lines, events, tables and curves hold the reported numbers, and a closed terminal does no harm."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -14,7 +15,17 @@ from rich.console import Console
 from megatron_lora.errors import UserError
 from megatron_lora.output.display import STYLES, LiveTable, PlainLines, SafeStream, duration, make_display
 from megatron_lora.output.job_states import FOLLOWERS
-from megatron_lora.output.metrics import EvalReport, JobSummary, JsonlMetrics, StepReport, metrics_file, read_evaluations, read_metrics
+from megatron_lora.output.metrics import (
+    EvalReport,
+    JobSummary,
+    JsonlMetrics,
+    LoggedDigest,
+    StepReport,
+    metrics_file,
+    read_evaluations,
+    read_lines,
+    read_metrics,
+)
 from megatron_lora.output.observers import make_observers
 from megatron_lora.output.standing import Best
 from megatron_lora.output.trackers import TensorBoardMetrics, WandbMetrics
@@ -92,7 +103,7 @@ def test_a_run_appends_behind_a_line_that_was_cut_off(tmp_path):
     observer.close()
     assert [step["step"] for step in read_metrics(path)] == [1, 2]
     path.write_text('{"ste\n{"step": 1}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:1: is not valid JSON"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: is no step or evaluation of the job \(Unterminated string"):
         read_metrics(path)
 
 
@@ -101,15 +112,63 @@ def test_an_evaluation_is_a_line_of_its_own_behind_its_step(tmp_path):
     observer.on_start(JOBS)
     observer.on_step(report())
     observer.on_evaluation(EVALUATION)
+    observer.on_step(report(step=2))
     observer.on_evaluation(dataclasses.replace(EVALUATION, step=2, eval_loss=math.nan, eval_accuracy=0.0))
+    observer.on_step(report(step=3))
     observer.on_evaluation(dataclasses.replace(EVALUATION, step=3, eval_loss=1000.0))
     observer.close()
     path = metrics_file(tmp_path, "a")
-    assert [step["step"] for step in read_metrics(path)] == [1]
+    assert [step["step"] for step in read_metrics(path)] == [1, 2, 3]
     first, second, third = read_evaluations(path)
     expected = {"step": 1, "eval_loss": 2.0, "eval_perplexity": math.exp(2), "eval_accuracy": 0.625, "eval_tokens": 16, "eval_samples": 3}
     assert first == expected | {"seconds": 0.5} and "eval_loss" in path.read_text().splitlines()[1]
     assert (second["eval_loss"], second["eval_perplexity"], third["eval_loss"], third["eval_perplexity"]) == (None, None, 1000.0, None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("s1 s3", ":2: .*step 3 behind step 1"),
+        ("s1 s1", ":2: .*step 1 behind step 1"),
+        ("s2", ":1: .*step 2 behind step 0"),
+        ("s1 e1 e1", ":3: .*an evaluation at step 1 behind an evaluation at step 1"),
+        ("s1 s2 e1", ":3: .*an evaluation at step 1 behind step 2"),
+        ("s1 e2", ":2: .*an evaluation at step 2 behind step 1"),
+        ("e0 s1 s2 e2 s3", ""),
+    ],
+)
+def test_the_order_of_lines_is_that_of_the_steps(tmp_path, lines, words):
+    said = [{"step": int(line[1:])} | ({"eval_loss": 1.0} if line[0] == "e" else {}) for line in lines.split()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    if not words:
+        assert read_lines(tmp_path / "metrics.jsonl") == said
+        return
+    with pytest.raises(UserError, match=f"metrics.jsonl{words}"):
+        read_lines(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("separator", ["\f", "\v", "\x1c", "\x85", "\u2028", "\r\f"])
+def test_lines_end_with_a_line_feed_alone(tmp_path, separator):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}{separator}{{"step": 2}}\n')
+    with pytest.raises(UserError, match="metrics.jsonl:1: is no step"):
+        read_lines(tmp_path / "metrics.jsonl")
+
+
+def test_the_digest_of_what_was_logged_goes_on_as_steps_are(tmp_path):
+    observer, path = JsonlMetrics(tmp_path), metrics_file(tmp_path, "a")
+    running = LoggedDigest(path)
+    observer.on_start(JOBS)
+    digests = {}
+    for step in (1, 2, 3):
+        observer.on_step(report(step=step))
+        digests[step, True] = running.until(step, True)
+        observer.on_evaluation(dataclasses.replace(EVALUATION, step=step))
+        digests[step, False] = running.until(step, False)
+    observer.close()
+    assert len(set(digests.values())) == 6
+    for (step, due), digest in digests.items():
+        lines = path.read_bytes().split(b"\n")[: 2 * step - due]
+        assert LoggedDigest(path).until(step, due) == digest == hashlib.sha256(b"".join(line + b"\n" for line in lines)).hexdigest()
 
 
 # ---- trackers ----
@@ -344,12 +403,12 @@ def test_a_run_gets_its_observers_started(tmp_path, monkeypatch, capsys):
         observers = make_observers(tmp_path, environment)
         for observer in observers:
             observer.on_start([JobSummary("a", 4)])
-            observer.on_step(report())
+            observer.on_step(report(step=1 + len(trackers)))
             observer.close()
         assert log[:1] == trackers
     assert len(read_metrics(metrics_file(tmp_path, "a"))) == 2
     assert any(name.startswith("events.out.tfevents") for name in os.listdir(tmp_path / "jobs" / "a"))
-    assert capsys.readouterr().out.count("a: step 1/4") == 2
+    assert capsys.readouterr().out.count("/4, loss 2.5000") == 2
 
 
 def test_loss_curves_become_a_picture(tmp_path):

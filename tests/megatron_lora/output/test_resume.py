@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_lora.commands.checks import check_run
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError
+from megatron_lora.files import sealed, unsealed
 from megatron_lora.output.standing import resume_point_of
 
 STEPS, EVERY = 7, 3
@@ -68,7 +69,7 @@ def as_after_a_crash(scene: dict, folder, checkpoints: dict[str, int]):
         for path in (run / "jobs" / job).glob("checkpoint-*"):
             if int(path.name.partition("-")[2]) > last:
                 shutil.rmtree(path)
-    status = json.loads((run / "status.json").read_text()) | {"exit_status": None}
+    status = unsealed((run / "status.json").read_text()) | {"exit_status": None}
     status["jobs"] |= {job: {"state": "running", "reason": ""} for job in checkpoints}
     (run / "status.json").write_text(json.dumps(status))
     return run
@@ -175,7 +176,26 @@ def cut(file) -> None:
 
 
 def says(**keys):
-    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    return lambda file: file.write_text(sealed(json.dumps(unsealed(file.read_text()) | keys)))
+
+
+def flip(file) -> None:
+    """Change the lowest bit of the last byte."""
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def with_lines(change):
+    def damage(file) -> None:
+        file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
+
+    return damage
+
+
+def swap(path, other) -> None:
+    path.rename(path.with_name("aside"))
+    other.rename(path)
+    path.with_name("aside").rename(other)
 
 
 STATE, OPTIMIZER, ADAPTER = (f"jobs/a/checkpoint-3/{name}" for name in ("state.json", "optimizer.safetensors", "adapter_model.safetensors"))
@@ -185,19 +205,33 @@ METRICS = "jobs/b/metrics.jsonl"
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        (STATE, cut, "state.json: cannot be read .*remove .*checkpoint-3"),
-        (STATE, says(step="3"), "after 3 steps; remove .*checkpoint-3"),
-        (STATE, says(step=2), "after 3 steps; remove .*checkpoint-3"),
-        (STATE, says(num_steps=3), "after 3 steps; remove .*checkpoint-3"),
-        (STATE, says(num_updates=None), "after 3 steps; remove .*checkpoint-3"),
+        (STATE, cut, "state.json: cannot be read .*no checkpoint before it is whole: train --from-older begins"),
+        (STATE, says(step="3"), "after 3 steps; no checkpoint before it is whole: train --from-older begins"),
+        (STATE, says(step=2), "after 3 steps; no checkpoint before it is whole: train --from-older begins"),
+        (STATE, says(num_steps=3), "after 3 steps; no checkpoint before it is whole: train --from-older begins"),
+        (STATE, says(num_updates=None), "after 3 steps; no checkpoint before it is whole: train --from-older begins"),
         (STATE, says(num_steps=99), "jobs.a.datasets: have other records"),
-        (OPTIMIZER, cut, "optimizer.safetensors: is damaged .*remove .*checkpoint-3"),
-        (ADAPTER, cut, "adapter_model.safetensors: is damaged .*remove .*checkpoint-3"),
-        (ADAPTER, lambda file: file.unlink(), "adapter_model.safetensors: is damaged .*remove .*checkpoint-3"),
-        (METRICS, lambda file: file.write_text("{}\n"), "metrics.jsonl: has a line that is no step"),
-        (METRICS, lambda file: file.write_text('{"step": null}\n'), "metrics.jsonl: has a line that is no step"),
-        (METRICS, lambda file: file.write_bytes(b"\xff\n"), "metrics.jsonl: has a line that is no step"),
-        (METRICS, lambda file: file.write_text("null\n"), "metrics.jsonl: has a line that is no step"),
+        (OPTIMIZER, cut, "optimizer.safetensors: (is damaged|cannot be read) .*no checkpoint before it is whole"),
+        (ADAPTER, cut, "adapter_model.safetensors: (is damaged|cannot be read) .*no checkpoint before it is whole"),
+        (ADAPTER, lambda file: file.unlink(), "adapter_model.safetensors: (is damaged|cannot be read) .*no checkpoint before it is whole"),
+        (ADAPTER, flip, "adapter_model.safetensors: is damaged .its SHA-256"),
+        (OPTIMIZER, flip, "optimizer.safetensors: is damaged .its SHA-256"),
+        (STATE, lambda file: file.write_text(file.read_text().replace('"num_updates": 3', '"num_updates": 1')), "of another text"),
+        ("jobs/b", lambda path: swap(path, path.with_name("a")), "a/checkpoint-3: was written for name 'b', and name of this job is 'a'"),
+        ("jobs/b/checkpoint-3", lambda path: swap(path, path.parents[1] / "a" / path.name), "differs from what was logged by step 3"),
+        (METRICS, lambda file: file.write_text("{}\n"), "metrics.jsonl: has the lines of 0 steps, of 3 .KeyError"),
+        (METRICS, lambda file: file.write_text('{"step": null}\n'), "has the lines of 0 steps, of 3 .step None"),
+        (METRICS, lambda file: file.write_bytes(b"\xff\n"), "has the lines of 0 steps"),
+        (METRICS, lambda file: file.unlink(), "has the lines of 0 steps, of 3 .*No such file"),
+        (METRICS, with_lines(lambda lines: lines[:1] + lines[2:]), "has the lines of 1 steps, of 3 .step 3 behind step 1"),
+        (METRICS, with_lines(lambda lines: lines[:2] + lines[1:]), "has the lines of 2 steps, of 3 .step 2 behind step 2"),
+        (METRICS, with_lines(lambda lines: [lines[0][:-1] + "\f", *lines[1:]]), "has the lines of 0 steps, of 3 .Extra data"),
+        (METRICS, with_lines(lambda lines: [lines[0].replace('"tokens": ', '"tokens": 1'), *lines[1:]]), "differs from what was logged by"),
+        (
+            "config.yaml",
+            lambda file: file.write_text(file.read_text().replace("microbatch_tokens: 96", "microbatch_tokens: 98")),
+            "is of anot",
+        ),
         ("status.json", lambda file: file.write_text("[" * 100_000), "status.json cannot be read"),
         ("status.json", says(jobs={"a": {"state": "paused", "reason": ""}}), "status.json lacks the job 'b'"),
     ],
@@ -211,6 +245,49 @@ def test_damage_is_named_with_the_remedy_before_anything_is_touched(name, damage
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
+def test_what_nobody_reads_back_may_be_damaged(scene, tmp_path):
+    run = as_after_a_crash(scene, tmp_path, {"a": EVERY, "b": EVERY})
+    for name in ("checkpoint-3/README.md", "README.md"):
+        flip(run / "jobs" / "a" / name)
+    with open(run / "jobs" / "b" / "metrics.jsonl", "ab") as file:
+        file.write(b"\x00" * 100 + b"\n")  # behind the checkpoint
+    check_run(load_config(config_of(scene, tmp_path, "run", {})))
+
+
+def test_a_damaged_checkpoint_is_named_with_the_whole_one_before_it_and_from_older_takes_that(scene, pool, tmp_path):
+    run, config = as_after_a_crash(scene, tmp_path, {"a": 2 * EVERY, "b": 2 * EVERY}), config_of(scene, tmp_path, "run", {})
+    flip(run / "jobs" / "a" / "checkpoint-6" / "optimizer.safetensors")
+    with pytest.raises(UserError, match="the newest whole checkpoint before it is checkpoint-3: train --from-older resumes from that"):
+        check_run(load_config(config))
+    assert runs.start(pool, config, {}, from_older=True) == 0
+    assert_as_never_stopped(scene, run)
+    assert {path.name for path in (run / "jobs" / "a").glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-6", "damaged-checkpoint-6-1"}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_warning(scene, tmp_path, capsys):
+    run = as_after_a_crash(scene, tmp_path, {"a": EVERY, "b": EVERY})
+    state = unsealed((run / STATE).read_text())
+    (run / STATE).write_text(json.dumps({key: value for key, value in state.items() if key not in ("files", "job", "metrics")}))
+    check_run(load_config(config_of(scene, tmp_path, "run", {})))
+    assert capsys.readouterr().err.count("checkpoint-3: was written by an earlier version, without digests") == 1
+
+
+@pytest.mark.parametrize(("name", "said"), [("model.safetensors", "base weights"), ("tokenizer_config.json", "tokenizer_config.json")])
+def test_a_base_model_that_was_replaced_is_named_and_nothing_is_touched(name, said, scene, tmp_path):
+    run, file = as_after_a_crash(scene, tmp_path, {"a": EVERY, "b": EVERY}), scene["model"] / name
+    before, content = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}, file.read_bytes()
+    if name.endswith(".json"):
+        file.write_bytes(content + b"\n")
+    else:
+        flip(file)
+    try:
+        with pytest.raises(UserError, match=f"base_model: {said} in '.*model' differ from when the run began; restore them"):
+            check_run(load_config(config_of(scene, tmp_path, "run", {})))
+    finally:
+        file.write_bytes(content)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_moments_of_another_adapter_are_refused(scene, tmp_path):
     from megatron_lora.output.checkpoint import read_checkpoint
 
@@ -220,7 +297,7 @@ def test_moments_of_another_adapter_are_refused(scene, tmp_path):
     name = next(name for name in tensors if name.endswith("lora_A.weight.exp_avg"))
     for changed_tensors in ({**tensors, name: tensors[name][:, 1:].contiguous()}, {key: tensors[key] for key in tensors if key != name}):
         save_file(changed_tensors, checkpoint / "optimizer.safetensors")
-        with pytest.raises(UserError, match=rf"has no {name} of shape \[4, .*remove .*checkpoint-3"):
+        with pytest.raises(UserError, match=rf"has no {name} of shape \[4, .*--from-older resumes"):
             read_checkpoint(checkpoint)
     with pytest.raises(UserError, match="is not there on this machine"):
         read_checkpoint(tmp_path / "elsewhere")

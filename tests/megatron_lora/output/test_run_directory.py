@@ -46,9 +46,11 @@ def test_a_run_records_config_environment_and_states(tmp_path):
             worker.set_job("b", "failed", "loss is not finite")
             worker.set_job("a", "done")
             worker.finish(3)
-        assert run.status() == {
+        status = run.status()
+        assert set(status.pop("files")) == {"config.yaml"} and status == {
             "exit_status": 3,
             "reason": "",
+            "rests_on": {},
             "jobs": {"a": {"state": "done", "reason": ""}, "b": {"state": "failed", "reason": "loss is not finite"}},
         }
 
@@ -72,6 +74,47 @@ def test_a_live_owner_or_worker_keeps_others_out_and_death_lets_go(tmp_path):
             RunDirectory.create(config(path))
         process.close()
     RunDirectory.check(config(path))
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_writer_whose_lock_file_is_gone_stops(tmp_path, replace):
+    with RunDirectory.create(config(tmp_path / "run")) as run:
+        (run.path / ".lock").unlink()
+        if replace:
+            (run.path / ".lock").write_text("")
+        before = snapshot(run.path)
+        for write in (run.check_lock, lambda: run.set_job("a", "running"), lambda: run.finish(0)):
+            with pytest.raises(UserError, match=r"\.lock' was removed or replaced while this run held it"):
+                write()
+        assert snapshot(run.path) == before
+
+
+def test_a_lock_file_that_is_a_link_or_a_pipe_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    for attempt in (RunDirectory.check, RunDirectory.create):
+        with pytest.raises(UserError, match="run' cannot be used"):
+            attempt(config(tmp_path / "run"))
+    assert (tmp_path / "mine").read_text() == "mine"
+    (tmp_path / "run" / ".lock").unlink()
+    os.mkfifo(tmp_path / "run" / ".lock")
+    with pytest.raises(UserError, match=r"run' cannot be used \(.lock is no file"):
+        RunDirectory.create(config(tmp_path / "run"))
+
+
+def test_what_killed_processes_were_writing_is_removed_at_the_next_start(tmp_path):
+    with RunDirectory.create(config(tmp_path / "run")) as run:
+        (job_dir(run) / "metrics.jsonl").write_text('{"step": 1}\n')
+        left = [".status.json.123", "plan/.window-0001.json.9", "jobs/a/.metrics.jsonl.77"]
+        for name in left:
+            (run.path / name).write_text("")
+        for name in ("jobs/a/.checkpoint-4.new", "jobs/a/.best-4.old", "jobs/a/.adapter-x1"):
+            (run.path / name).mkdir()
+            left.append(name)
+        (run.path / ".mine").write_text("")
+    with RunDirectory.create(config(tmp_path / "run")) as run:
+        assert not [name for name in left if (run.path / name).exists()] and (run.path / ".mine").exists()
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):

@@ -11,7 +11,7 @@ import example_runs
 import pytest
 
 from megatron_lora.errors import UserError
-from megatron_lora.files import write_atomically
+from megatron_lora.files import unsealed, write_atomically
 from megatron_lora.output.run_view import RunView, read_config
 
 STEP = {"epoch": 0.1, "loss": 2.0, "tokens": 10, "skipped": False}
@@ -90,7 +90,7 @@ def test_metrics_that_a_resume_has_cut_back_are_read_anew(tmp_path):
 def test_jobs_windows_and_states_that_come_later_are_seen_and_ended_jobs_are_read_no_more(tmp_path, monkeypatch):
     run = example_runs.make_run(tmp_path / "run", num_jobs=6, live=True)
     view = RunView.read(run)
-    status = json.loads((run / "status.json").read_text())
+    status = unsealed((run / "status.json").read_text())
     status["jobs"]["late"] = {"state": "running", "reason": ""}
     status["jobs"]["summaries"] = {"state": "stopped", "reason": "enough"}
     metrics(run, "late").parent.mkdir()
