@@ -207,7 +207,7 @@ def test_a_signal_ends_it_with_its_ranks(config, monkeypatch):
         ranks: list[int] = []
 
         def started() -> bool:
-            ranks[:] = [rank for agent in launch._children(process.pid) for rank in launch._children(agent)]
+            ranks[:] = [rank for agent in launch.children_of(process.pid) for rank in launch.children_of(agent)]
             return len(ranks) == 2
 
         wait_for(started)
