@@ -18,7 +18,6 @@ PACKAGES = (
     *("transformer-engine", "nvidia-cudnn-frontend", "liger-kernel", "peft", "tensorboard", "wandb"),
 )
 SETTINGS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_", "PYTORCH_", "TORCH_", "TRITON_", "SLURM_JOB_ID", "SLURM_NODELIST")
-ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def environment() -> dict:
@@ -82,7 +81,8 @@ def allocator_settings(environ: Mapping[str, str]) -> dict[str, str]:
     Segments of fixed size leave gaps into which no later microbatch fits: 8 of 80 GB, on a stage
     that uses all of its memory budget.
     """
-    return {} if environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} else dict(ALLOCATOR)
+    is_set = environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
+    return {} if is_set else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def _git(root: Path, *arguments: str) -> str:

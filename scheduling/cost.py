@@ -183,13 +183,9 @@ class CostModel:
         forward, backward = ([[max(one.seconds(*part) for part in parts) for parts in slots] for one in stages] for stages in passes)
         return forward, backward
 
-    def to_json(self) -> list[dict]:
-        """Return plain data for a JSON file."""
-        return [asdict(stage) for stage in self.stages]
-
     @classmethod
     def from_json(cls, listed: Sequence[dict]) -> CostModel:
-        """Rebuild a model from plain data."""
+        """Rebuild a model from its stages as plain data (dataclasses.asdict)."""
         return cls(tuple(StageCost(PassCost(**stage["forward"]), PassCost(**stage["backward"])) for stage in listed))
 
 

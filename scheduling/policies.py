@@ -1,7 +1,6 @@
 """Ways to order the same work, behind one interface, for honest comparison: each at its best parameters.
 
-A policy turns a workload into *runs*: streams that follow one another with a flush of the pipeline between. Its efficiency is the
-ideal time of the tokens / the summed makespans.
+A policy turns a workload into *runs*: streams that follow one another with a flush of the pipeline between.
 
 * `flush`: jobs one after another, each global batch one run, balanced over its best number of microbatches (Megatron-LM).
 * `round_robin`: one job per microbatch, jobs take turns, at most one step of a job in flight (mLoRA).
@@ -18,19 +17,13 @@ from scheduling.backlog import Backlog, Layout, open_backlog, to_stream
 from scheduling.grouped import grouped_layout
 from scheduling.packing import first_fit
 from scheduling.planner import best_stretch, plan_stream
-from scheduling.slot_cost import SlotCost, slot_times, work_time
+from scheduling.slot_cost import SlotCost, slot_times
 from scheduling.timing import makespan
 from scheduling.types import Lengths, Stream
 
 Runs = tuple[Stream, ...]
 Policy = Callable[[Lengths, int, int, SlotCost], Runs]  # (lengths, stages, capacity, cost)
 _SHARES = tuple(k / 32 for k in range(8, 33))  # target sizes tried, as shares of the capacity
-
-
-def runs_efficiency(runs: Runs, lengths: Lengths, num_stages: int, cost: SlotCost | None = None) -> float:
-    """Return ideal time of the tokens / summed makespans."""
-    cost = cost or SlotCost()
-    return 2 * work_time(lengths, cost) / sum(makespan(slot_times(stream, lengths, cost), num_stages) for stream in runs)
 
 
 def flush(lengths: Lengths, num_stages: int, capacity: int, cost: SlotCost) -> Runs:

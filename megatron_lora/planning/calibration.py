@@ -155,6 +155,6 @@ def predicted_cost(
     """Return what cost.json says of a resolved run: seconds of its stages, messages and steps, and its `jobs`."""
     hop_s, step_s = message_and_step_seconds(config, architecture, device)
     basis = f"the table figures of {device.name}" if table is None else table.describe()
-    stages = cost_of(config, architecture, device, target_share).to_json()
+    stages = dataclasses.asdict(cost_of(config, architecture, device, target_share))["stages"]
     peaks = predicted_peaks(config, architecture, device)
     return {"jobs": list(jobs), "basis": basis, "stages": stages, "hop_s": hop_s, "step_s": step_s, "peaks": peaks}

@@ -22,9 +22,10 @@ from pathlib import Path
 from megatron_lora.planning.plan_picture import draw
 from scheduling.plan_json import stream_from_json
 from scheduling.planner import plan_stream
-from scheduling.policies import POLICIES, runs_efficiency
+from scheduling.policies import POLICIES, Runs
 from scheduling.simulate import simulate_runs
 from scheduling.slot_cost import SlotCost, efficiency, slot_times
+from scheduling.types import Lengths
 from scheduling.validate import replay
 from scheduling.windows import WindowPlanner
 from scripts.bench.stamp import RESULTS, ROOT, append_line, stamp
@@ -34,6 +35,11 @@ from scripts.one_line import OneLineParser
 OTHERS = ("flush", "round-robin", "grouped", "greedy")
 NUM_SEEDS, LONGEST = 10, 4096
 HARD = "tiny-s8"  # the workload that gaps bind most
+
+
+def runs_efficiency(runs: Runs, lengths: Lengths, num_stages: int) -> float:
+    """Return ideal time of the tokens / summed makespans."""
+    return 1 / sum(1 / efficiency(stream, lengths, num_stages) for stream in runs)
 
 
 def planned(workload: dict, *options: str) -> dict:

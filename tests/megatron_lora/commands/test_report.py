@@ -1,5 +1,6 @@
 """The report of a run: exact for one that behaves as predicted, short by what the prediction does not know of; from its directory alone."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import runs
 
 from megatron_lora.__main__ import main
 from megatron_lora.commands.finished_run import FinishedRun
-from scheduling.cost import CostModel, PassCost, StageCost
+from scheduling.cost import PassCost, StageCost
 from scheduling.plan_json import stream_from_json
 from scheduling.simulate import simulate
 from scheduling.types import Op
@@ -32,7 +33,7 @@ def run(tmp_path) -> Path:
     cost = {
         "jobs": ["a", "b"],
         "basis": "paper",
-        "stages": CostModel((stage, stage)).to_json(),
+        "stages": [dataclasses.asdict(stage)] * 2,
         "hop_s": 0.0,
         "step_s": STEP_S,
         "peaks": [],
