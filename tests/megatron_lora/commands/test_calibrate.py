@@ -17,6 +17,7 @@ from waiting import wait_for
 from megatron_lora.__main__ import main
 from megatron_lora.commands import launch
 from megatron_lora.config.schema import load_config
+from megatron_lora.files import sealed, unsealed
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.planning.calibration import RUN_FILE, calibrated, find_calibration, read_calibration
 from megatron_lora.planning.predict import cost_of, planner_cost
@@ -119,9 +120,9 @@ def test_a_run_whose_table_does_not_fit_its_layout_says_so(config, pool, tmp_pat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert runs.start(pool, config, {"pp": 2}, stop_after=3) == 75
     pool(pp=2).run(measure, config, None)
-    table = json.loads(next((tmp_path / "cache" / "calibrations").iterdir()).read_text())
+    table = unsealed(next((tmp_path / "cache" / "calibrations").iterdir()).read_text())
     table["of"]["tensor"] = 2
-    (tmp_path / "run" / RUN_FILE).write_text(json.dumps(table))
+    (tmp_path / "run" / RUN_FILE).write_text(sealed(json.dumps(table)))
     assert main(["train", str(config)]) == 0
     assert f"costs are by formulas: {tmp_path / 'run' / RUN_FILE} is of tensor 2, and this config needs 1" in capfd.readouterr().out
     assert json.loads((tmp_path / "run" / "cost.json").read_text())["basis"] == "the table figures of cpu"
