@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -70,12 +72,23 @@ class LivingRun:
             stderr=self.errors,
             start_new_session=True,
         )
+        self.closing = threading.Event()
+        self.reader = threading.Thread(target=self._read_terminal, daemon=True)
         if output is not None:
             os.close(output)
+            self.reader.start()
+
+    def _read_terminal(self) -> None:
+        """Read what is written to the terminal, which would block its writers otherwise."""
+        while not self.closing.is_set():
+            if select.select([self.terminal], [], [], 0.1)[0]:
+                os.read(self.terminal, 65536)
 
     def close_terminal(self) -> None:
         """Close the terminal that it writes to; who writes there from then on gets EIO."""
         assert self.terminal is not None
+        self.closing.set()
+        self.reader.join()
         os.close(self.terminal)
 
     def processes(self) -> dict[int, dict[str, str]]:
