@@ -8,6 +8,7 @@ inside, `parallel_state` is set up. See rank_pool.py.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402
 import rank_pool  # noqa: E402
+
+# A shell has those that it starts in the background ignore these, and they would pass that on to every process that a test starts.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session")
