@@ -118,6 +118,10 @@ class Replay:
         """Return the events that took effect in front of a window, in their order."""
         return tuple(self._events.get(window, ()))
 
+    def starts_after(self, window: int) -> list[str]:
+        """Return the names of the jobs that started behind a window, in their order."""
+        return [event.job for at in sorted(self._events) if at > window for event in self._events[at] if event.event == "started"]
+
 
 def _line(event: Event, num_more: int) -> str:
     fields: dict[str, Any] = {name: getattr(event, name) for name in PLACES}

@@ -365,7 +365,9 @@ class Control:
 
     def _moves(self, stepping: dict[int, int]) -> dict[tuple[int, int], Places]:
         """Return (job, step) -> places of moves after the last `stepping` steps, job -> step, so that the first job that waits fits."""
-        blocked = self._queue()[:1]
+        later = None if self.replay is None else self.replay.starts_after(self.window)  # for whom there was room
+        coming = self._queue() if later is None else [self.entries[name] for name in later if name in self.entries]
+        blocked = [entry for entry in coming if not entry.resident][:1]
         names = {entry.name: entry.number for entry in self.entries.values() if entry.number in stepping and entry.leaving is None}
         if not blocked or not names or self.book.left:
             return {}

@@ -300,8 +300,11 @@ def test_the_first_rank_tells_and_records_what_it_settled(one_process, configure
         assert load_config("run/config.yaml") == resolved and cost == some != every
         assert resolve_together(given, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD)[0] == given
         assert capsys.readouterr().out == ""
-        less = resolve_together(config, read_architecture(root / "model"), [[[20, 30]]], 0.25, dist.group.WORLD, Live(memory_share=1e-5))
-        assert less[0].recompute == "full"  # of the memory that is there, a few kB may be used
+        architecture, device = read_architecture(root / "model"), devices.this_device(config.parallel.world_size)
+        least = max(predicted_peaks(dataclasses.replace(resolved, recompute="full"), architecture, device))
+        live = Live(memory_share=1.001 * least / usable_bytes(device))
+        less = resolve_together(config, architecture, [[[20, 30]]], 0.25, dist.group.WORLD, live)
+        assert "full" in less[0].recompute
 
 
 def test_a_run_is_settled_by_its_samples_share_of_targets(one_process, configure, root, monkeypatch):

@@ -123,7 +123,7 @@ def test_residents_move_so_that_a_wide_one_fits(one_process, tmp_path):
     """Room for eight narrow adapters; those with even numbers end first and leave holes, the wide one needs four of them in a row."""
     narrow = [job_config(f"narrow-{k}", r=16) for k in range(8)]
     wide = job_config("wide", r=64)
-    lengths = {job.name: lengths_of(3 if k % 2 == 0 else 30, k) for k, job in enumerate(narrow)} | {"wide": lengths_of(3, 3)}
+    lengths = {job.name: lengths_of(3 if k % 2 == 0 else 60, k) for k, job in enumerate(narrow)} | {"wide": lengths_of(3, 3)}
     world = World(tmp_path, [*narrow, wide], lengths, num_stages=2, room=narrow, capacity=64)
     world.run()
     for job in (*narrow, wide):

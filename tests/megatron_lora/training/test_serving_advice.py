@@ -39,7 +39,7 @@ def test_the_advice_of_jobs_that_are_done_ends_a_run(capsys):
     for name, state, keys in (("a", "done", template), ("b", "stopped", template), ("c", "done", {"datasets": ()})):
         job = SimpleNamespace(name=name, state="running", config=JobConfig(name=name, **keys), data=JobData.of(Samples.of([])))
         written.put((job, state))
-    ended = SimpleNamespace(observers=[], directory=SimpleNamespace(close=lambda: None), reasons={}, advice={})
+    ended = SimpleNamespace(observers=[], directory=SimpleNamespace(close=lambda: None), reasons={}, alarms={}, advice={})
     ended.board, ended._set_job = SimpleNamespace(close=lambda failed: None), lambda job, state, reason: None
     ended.control = SimpleNamespace(tell=lambda *news: None)
     RunReporter._update_states(cast(RunReporter, ended), written)
