@@ -174,7 +174,7 @@ class Control:
             state = residents[number].leaving
             assert state is not None, f"job {number} has left unasked"
             left[number] = Leaving(step=step, state=state)
-            residents[number].saved = not left[number].saves
+            residents[number].saved, residents[number].left_after = not left[number].saves, step
         for number in planned.departed:
             entry = residents[number]
             entry.departed = True
@@ -319,7 +319,7 @@ class Control:
     def _join(self, name: str) -> Joining:
         """Make a job resident; one that is repeated is waited for until it is read and its checkpoint written."""
         entry = self.entries[name]
-        while not (entry.is_read and entry.saved):
+        while not (entry.is_read and (entry.saved or resume_point_of(self.output_dir / "jobs" / name).step >= entry.left_after)):
             assert self.replay is not None
             self._read_ahead()
             time.sleep(IDLE_S / 10)

@@ -26,6 +26,7 @@ class Entry:
     departed: bool = False  # everything of it is planned
     last_index: int | None = None  # of its slots so far
     saved: bool = True  # False from its leaving on until the checkpoint that it resumes from is written
+    left_after: int = 0  # steps taken when it left last
     used: float = 0.0  # predicted time in this residence
 
     @property
