@@ -212,7 +212,7 @@ def check(pool, scene: Scene, outcome: Outcome) -> Counter[str]:
 
 
 def repeat(pool, outcome: Outcome, folder: Path) -> None:
-    """Run the first start again from its events alone: it writes the same bits, and goes on where the first one was stopped or killed."""
+    """Run the first start again from its events alone: it writes the same bits, and continues where the first one was stopped or killed."""
     from megatron_lora.config.schema import load_config
     from megatron_lora.output.run_directory import RunDirectory, job_states
 

@@ -67,5 +67,5 @@ def _answer(item: Any) -> tuple[Any, str]:
     """Return (result, traceback) of an item: whatever the function raises is the parent's to raise."""
     try:
         return _function(item), ""
-    except Exception:
+    except Exception:  # carried as its traceback to the parent, which raises it
         return None, traceback.format_exc()

@@ -75,6 +75,6 @@ def test_a_signal_that_is_not_torchruns_is_a_request_once_there_is_something_to_
         assert bool(ended) == dies, (sender, can_save)
     assert stop.requested
     ended.clear()
-    stop.fails = True  # it records why, and then ends by itself
+    stop.fails = True  # it records why, and then ends without a signal
     stop._handle(parent)
     assert not ended
