@@ -31,7 +31,8 @@ from megatron_lora.config.live import Live
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.environment import environment, num_cores
 from megatron_lora.errors import UserError
-from megatron_lora.output.run_directory import RunDirectory, has_begun, is_in_use, job_states
+from megatron_lora.output.lock_file import is_in_use
+from megatron_lora.output.run_directory import RunDirectory, has_begun, job_states
 from megatron_lora.training.stop_request import STOP_SIGNALS
 
 
