@@ -22,7 +22,7 @@ from megatron_lora.errors import UserError
 JSON_SEAL = re.compile(r', "digest": "([0-9a-f]{32})"}\n?\Z')
 YAML_SEAL = re.compile(r"# digest: ([0-9a-f]{32})\n\Z")
 MOST_TEXT_BYTES = 1 << 28  # a tokenizer.json has 40 MB at most
-CHANGED = "its digest is of another text: it was damaged or edited since it was written"
+CHANGED = "was damaged or edited since it was written: its digest is of another text"
 
 
 def write_atomically(path: Path, text: str) -> None:
