@@ -230,7 +230,7 @@ def digest(plan: list) -> str:
 
 def test_the_small_suite_beats_the_greedy_and_stays_near_the_estimate():
     """Two workloads, one that the budget binds and one that gaps bind: real regressions of plan quality end here."""
-    for name, workload in SMALL.items():
+    for workload in SMALL.values():
         lengths, num_stages, capacity = workload["data"], workload["stages"], workload["capacity"]
         stream = plan_stream(lengths, num_stages, capacity)
         reached = efficiency(stream, lengths, num_stages)

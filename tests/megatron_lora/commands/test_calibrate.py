@@ -17,8 +17,8 @@ from waiting import wait_for
 from megatron_lora.__main__ import main
 from megatron_lora.commands import launch
 from megatron_lora.config.schema import load_config
-from megatron_lora.files import sealed, unsealed
 from megatron_lora.errors import UserError
+from megatron_lora.files import sealed, unsealed
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.planning.calibration import RUN_FILE, calibrated, find_calibration, read_calibration
 from megatron_lora.planning.predict import cost_of, planner_cost
