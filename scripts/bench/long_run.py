@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
 from living_plan import Resident, World, job_config  # noqa: E402
 
-NUM_STAGES, RESIDENT, CAPACITY = 2, 8, 128
+NUM_STAGES, RESIDENT, CAPACITY = 2, 8, 256
 
 
 class LongWorld(World):
