@@ -1,8 +1,8 @@
-"""A real SLURM of a head and two nodes on this machine, in namespaces of their own: other hosts by name, network and process ids.
+"""A real SLURM of a head and some nodes on this machine, in namespaces of their own: other hosts by name, network and process ids.
 
 cluster = SlurmCluster(folder, ["node1", "node2"])        # as root; `missing()` says what it would need
 cluster.run("sbatch", "--nodes=2", "scripts/train.sbatch", "config.yaml", folder=root)
-cluster.kill("node2")                                     # as when its power is cut; `start` boots it again
+cluster.kill("node2")                                     # as when its power is cut
 cluster.close()
 
 All hosts share one network namespace, whose loopback has an address of each; files are this machine's. Nothing outlives the process
@@ -96,10 +96,10 @@ class SlurmCluster:
         for name in ("state", *(f"spool-{name}" for name in nodes)):
             (folder / name).mkdir()
         self._begin("head", [*HOST, "--net", "sh", "-c", HEAD])
-        wait_for(lambda: (folder / "slurmctld.pid").exists(), 20)
+        wait_for(lambda: (folder / "slurmctld.pid").exists(), 60)
         for name in nodes:
             self.start(name)
-        wait_for(lambda: self.run("sinfo", "--noheader", "--states=idle", "--format=%D").strip() == str(len(nodes)), 20)
+        wait_for(lambda: self.run("sinfo", "--noheader", "--states=idle", "--format=%D").strip() == str(len(nodes)), 60)
 
     def _begin(self, name: str, command: list[str]) -> None:
         with open(self.folder / f"{name}.out", "a") as output:

@@ -1,10 +1,11 @@
-"""scripts/train.sbatch on a real SLURM: two nodes by name, preemption, a node that dies, and what must not be queued again."""
+"""scripts/train.sbatch on a real SLURM: two nodes of three by name, preemption, a node that dies, and what must not be queued again."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import oracle
@@ -17,16 +18,17 @@ from waiting import wait_for
 ROOT = Path(__file__).resolve().parents[2]
 LACKS = missing()
 pytestmark = pytest.mark.skipif(bool(LACKS), reason=LACKS)
-STEPS = 150
+STEPS = 120
 TRAIN = f'exec "{sys.executable}" -m megatron_lora "$@"'
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     folder = tmp_path_factory.mktemp("cluster")
-    cluster = SlurmCluster(folder, ["node1", "node2"], environment | {"MEGATRON_LORA_CACHE": str(folder / "cache"), "SLURM_WAIT": "2"})
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "MEGATRON_LORA_CACHE": str(folder / "cache")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "SLURM_WAIT": "15"}
+    cluster = SlurmCluster(folder, ["node1", "node2", "node3"], environment)
     yield cluster
     cluster.close()
 
@@ -48,11 +50,12 @@ class Site:
         """Submit a job of two nodes and return its id."""
         return self.cluster.run("sbatch", "--parsable", "--nodes=2", *words, folder=self.folder).strip()
 
-    def wait(self, job: str, state: str, restarts: int = 0, seconds: float = 60) -> None:
+    def wait(self, job: str, state: str, restarts: int = 0, seconds: float = 300) -> None:
         """Wait until a job that was requeued so many times is in a state."""
         found = []
 
         def reached() -> bool:
+            time.sleep(0.5)  # a core that asks all the time would not train
             words = self.cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--Format=State,RestartCnt").split()
             found[:] = [words[0], int(words[1])]
             return found == [state, restarts]
@@ -85,8 +88,10 @@ def site(cluster, tmp_path_factory) -> Site:
     for seed, name in enumerate(("a", "b")):
         oracle.make_rows(site.folder / f"{name}.jsonl", num_rows=12, seed=seed)
         datasets = [{"path": f"{name}.jsonl", "type": "prompt_completion"}]
-        jobs.append({"name": name, "datasets": datasets, "max_steps": STEPS, "global_batch_size": 4, "save_steps": 20, "adam_epsilon": 1e-6})
-    config = {"base_model": "model", "output_dir": "runs/none", "microbatch_tokens": 64, "parallel": {"pipeline": 2}, "jobs": jobs}
+        jobs.append({"name": name, "datasets": datasets})
+    defaults = {"max_steps": STEPS, "global_batch_size": 4, "save_steps": 10, "adam_epsilon": 1e-6}
+    config = {"base_model": "model", "output_dir": "runs/none", "microbatch_tokens": 64, "parallel": {"pipeline": 2}}
+    config |= {"defaults": defaults, "jobs": jobs}
     (site.folder / "config.yaml").write_text(json.dumps(config))
     return site
 
@@ -106,23 +111,23 @@ def hosts_of_ranks(job: str) -> dict[str, str]:
 
 def test_a_run_on_two_nodes_is_preempted_and_loses_a_node_and_takes_each_step_once(site):
     whole = site.train("whole")
-    wait_for(lambda: len(hosts_of_ranks(whole)) == 2, 60)
-    assert hosts_of_ranks(whole) == {"0": "node1", "1": "node2"}
-    site.wait(whole, "COMPLETED", seconds=240)
+    wait_for(lambda: len(hosts_of_ranks(whole)) == 2, 300)
+    assert hosts_of_ranks(whole) == {"0": "node1", "1": "node2"}  # and node3 is spare
+    site.wait(whole, "COMPLETED")
 
     job = site.train("broken")
-    wait_for(lambda: site.lines("broken") > 4, 90)
+    wait_for(lambda: site.lines("broken") > 1, 300)
     urgent = site.submit("--partition=high", "--wrap", "true")
     site.wait(urgent, "COMPLETED")
     site.wait(job, "RUNNING", 1)
     assert "train.sbatch: stopped with its state saved; requeueing" in site.output(job)
     taken = site.lines("broken")
-    wait_for(lambda: site.lines("broken") > taken + 20, 120)
-    site.cluster.kill("node2")
-    wait_for(lambda: "train.sbatch: a node does not answer; requeueing" in site.output(job), 120)
-    site.cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=dead")  # as SLURM does after SlurmdTimeout
-    site.cluster.start("node2")
-    site.wait(job, "COMPLETED", 2, seconds=240)
+    wait_for(lambda: site.lines("broken") > taken + 12, 300)
+    lost = hosts_of_ranks(job)["1"]
+    site.cluster.kill(lost)
+    wait_for(lambda: "train.sbatch: a node does not answer; requeueing" in site.output(job), 300)
+    site.cluster.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=dead")  # as SLURM does after SlurmdTimeout
+    site.wait(job, "COMPLETED", 2)
 
     runs_of = [site.folder / "runs" / name for name in ("broken", "whole")]
     for name in ("a", "b"):
@@ -134,11 +139,11 @@ def test_a_run_on_two_nodes_is_preempted_and_loses_a_node_and_takes_each_step_on
         assert all(oracle.distance(*adapters, kind) < 1e-4 for kind in ("lora_A", "lora_B"))
 
 
-@pytest.mark.parametrize(("status", "states"), [(75, ["CANCELLED"]), (1, ["CANCELLED"])])
-def test_a_job_that_is_cancelled_is_not_queued_again(status, states, cluster, tmp_path):
+@pytest.mark.parametrize("status", [75, 1])
+def test_a_job_that_is_cancelled_is_not_queued_again(status, cluster, tmp_path):
     site = Site(tmp_path, cluster, f"trap 'exit {status}' TERM; touch started; while true; do sleep 0.1; done")
     job = site.submit("scripts/train.sbatch", "config.yaml")
-    wait_for(lambda: (tmp_path / "started").exists(), 20)
+    wait_for(lambda: (tmp_path / "started").exists(), 60)
     cluster.run("scancel", job)
     site.wait(job, "CANCELLED")
 
