@@ -2,9 +2,9 @@
 
 Exit status of train: 0 all jobs done; 1 a crash; 2 wrong input; 3 some jobs failed, the others are
 done; 75 stopped and saved, run again to resume; 128 + a signal's number. The other commands exit
-with 0, or 2 for wrong input; calibrate and verify, which start ranks, also with 1, or 128 + a
-signal's number. A command's modules are imported when it is called, so that help and config errors are
-quick.
+with 0, or 2 for wrong input; check-adapter with 1 for an adapter that is wrong; calibrate and verify,
+which start ranks, also with 1, or 128 + a signal's number. A command's modules are imported when it
+is called, so that help and config errors are quick.
 """
 
 import argparse
@@ -79,6 +79,14 @@ shows plan another machine's costs.""",
   megatron-lora watch runs/quickstart-1 --once
 
 It reads the run's directory alone: Ctrl-C leaves the run as it is.""",
+    "check-adapter": """examples:
+  megatron-lora check-adapter runs/quickstart-1/jobs/summaries
+  megatron-lora check-adapter summaries --base models/SmolLM2-135M-Instruct --server http://localhost:8000 --name summaries
+  megatron-lora check-adapter summaries --base models/SmolLM2-135M-Instruct --samples held_out.jsonl
+
+The server is vLLM. VLLM_API_KEY is sent to it where it is set.
+
+exit status: 0 right, 1 checked and found wrong, 2 wrong input, or a server that cannot be asked""",
     "tune": """examples:
   megatron-lora tune
   megatron-lora tune --output choices.json""",
@@ -150,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     tune = add("tune", "measure how to cut matrix products on this GPU; runs that start later take the fastest")
     preview = add("preview", "show the tokens of a few samples of a job, with those that the loss counts marked")
     verify = add("verify", "train a job alone and among the others for some steps, and show how far the two adapters lie apart")
+    check = add("check-adapter", "compare an adapter with peft and with a server that has it, and say what is wrong with it")
     add("doctor", "show versions, devices, the backends that a run will use, what is missing and what that costs")
     for command in (train, plan, calibrate, preview, verify):
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
@@ -189,6 +198,13 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--steps", type=int, default=20, metavar="N", help="how many steps (default: 20)")
     preview.add_argument("--job", required=True, metavar="NAME", help="the job whose samples are shown")
     preview.add_argument("--samples", type=int, default=3, metavar="N", help="how many samples (default: 3)")
+    check.add_argument("adapter", metavar="ADAPTER", help="a PEFT directory, such as RUN/jobs/NAME")
+    check.add_argument("--base", metavar="MODEL", help="its base model: directory or hub id (default: what its run or its config says)")
+    check.add_argument("--server", metavar="URL", help="a running vLLM that serves it, such as http://localhost:8000")
+    check.add_argument("--name", help="what the server calls it (default: what it serves from ADAPTER, else the directory's name)")
+    check.add_argument(
+        "--samples", metavar="FILE", help="lines of {text} or {messages} (default: the job's validation or training data, else our texts)"
+    )
     return parser
 
 
@@ -200,6 +216,7 @@ CALLS: dict[str, Callable[[Any, argparse.Namespace], int]] = {  # of the module 
     "watch": lambda command, a: command.main(a.run, a.job, a.once),
     "tune": lambda command, a: command.main(a.output),
     "preview": lambda command, a: command.main(a.config, a.overrides, a.job, a.samples),
+    "check-adapter": lambda command, a: command.main(a.adapter, a.base, a.server, a.name, a.samples),
     "doctor": lambda command, a: command.main(),
 }
 
@@ -257,7 +274,7 @@ def run(arguments: argparse.Namespace) -> int:
         from megatron_lora.commands import control
 
         return control.control(arguments.run, name, arguments.words, not arguments.no_wait)
-    return CALLS[name](importlib.import_module(f"megatron_lora.commands.{name}"), arguments)
+    return CALLS[name](importlib.import_module(f"megatron_lora.commands.{name.replace('-', '_')}"), arguments)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ without that feature would silently be wrong.
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -74,6 +75,11 @@ class AdapterFile:
     lora_dropout: float = 0.0
     targets: Targets | None = None  # of a file that was read, as is what follows
     base_model: str = ""  # that it was made for, as it says itself
+
+    def scale(self, path: str) -> float:
+        """Return what B A of a linear is multiplied by."""
+        r = self.weights[path][0].shape[0]
+        return self.lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, advice: str = "") -> None:
