@@ -112,6 +112,14 @@ RESTARTS = (
     ("--memory-share", float, 1.0, "X", "share of the memory that choices left auto count on (default: 1)"),
 )
 
+OF_CHECK = (
+    ("adapter", "ADAPTER", "a PEFT directory, such as RUN/jobs/NAME"),
+    ("--base", "MODEL", "its base model: directory or hub id (default: what its run or its config says)"),
+    ("--server", "URL", "a running vLLM that serves it, such as http://localhost:8000"),
+    ("--name", "NAME", "what the server calls it (default: what it serves from ADAPTER, else the directory's name)"),
+    ("--samples", "FILE", "lines of {text} or {messages} (default: the job's validation or training data, else our texts)"),
+)
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like all errors of this program."""
@@ -198,13 +206,8 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--steps", type=int, default=20, metavar="N", help="how many steps (default: 20)")
     preview.add_argument("--job", required=True, metavar="NAME", help="the job whose samples are shown")
     preview.add_argument("--samples", type=int, default=3, metavar="N", help="how many samples (default: 3)")
-    check.add_argument("adapter", metavar="ADAPTER", help="a PEFT directory, such as RUN/jobs/NAME")
-    check.add_argument("--base", metavar="MODEL", help="its base model: directory or hub id (default: what its run or its config says)")
-    check.add_argument("--server", metavar="URL", help="a running vLLM that serves it, such as http://localhost:8000")
-    check.add_argument("--name", help="what the server calls it (default: what it serves from ADAPTER, else the directory's name)")
-    check.add_argument(
-        "--samples", metavar="FILE", help="lines of {text} or {messages} (default: the job's validation or training data, else our texts)"
-    )
+    for flag, metavar, help in OF_CHECK:
+        check.add_argument(flag, metavar=metavar, help=help)
     return parser
 
 
