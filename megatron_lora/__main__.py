@@ -101,6 +101,12 @@ The job is trained twice for some steps, alone and among the config's other jobs
 precision=bf16 is given, whose rounding alone is beyond the bounds).
 
 exit status: 0 the losses agree within 1e-5 and the adapters within 1e-4, 1 they do not, or a crash, 2 wrong input""",
+    "merge": """examples:
+  megatron-lora merge runs/quickstart-1/jobs/summaries merged
+  megatron-lora merge runs/quickstart-1/jobs/summaries=0.7 runs/quickstart-1/jobs/names=0.3 merged --base models/SmolLM2-135M-Instruct
+
+What an adapter adds is multiplied by its WEIGHT (default: 1); of several adapters it is added up. The sum is rounded once, to the type
+in which the base model is stored. The memory of the adapters is enough, whatever the size of the model.""",
     "doctor": """example:
   megatron-lora doctor""",
 }
@@ -166,7 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
     tune = add("tune", "measure how to cut matrix products on this GPU; runs that start later take the fastest")
     preview = add("preview", "show the tokens of a few samples of a job, with those that the loss counts marked")
     verify = add("verify", "train a job alone and among the others for some steps, and show how far the two adapters lie apart")
-    check = add("check-adapter", "compare an adapter with peft and with a server that has it, and say what is wrong with it")
+    add_commands_of_adapters(add)
     add("doctor", "show versions, devices, the backends that a run will use, what is missing and what that costs")
     for command in (train, plan, calibrate, preview, verify):
         command.add_argument("config", metavar="CONFIG", help="a YAML config")
@@ -206,9 +212,18 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--steps", type=int, default=20, metavar="N", help="how many steps (default: 20)")
     preview.add_argument("--job", required=True, metavar="NAME", help="the job whose samples are shown")
     preview.add_argument("--samples", type=int, default=3, metavar="N", help="how many samples (default: 3)")
+    return parser
+
+
+def add_commands_of_adapters(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add the commands that take finished adapters."""
+    merge = add("merge", "write adapters into their base model, as a model directory that needs no adapter")
+    merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT directory, or ADAPTER=WEIGHT")
+    merge.add_argument("out", metavar="OUT", help="the directory to make")
+    merge.add_argument("--base", metavar="DIR", help="the base model (default: the one that the adapters name)")
+    check = add("check-adapter", "compare an adapter with peft and with a server that has it, and say what is wrong with it")
     for flag, metavar, help in OF_CHECK:
         check.add_argument(flag, metavar=metavar, help=help)
-    return parser
 
 
 CALLS: dict[str, Callable[[Any, argparse.Namespace], int]] = {  # of the module of commands/ that has the command's name
@@ -220,6 +235,7 @@ CALLS: dict[str, Callable[[Any, argparse.Namespace], int]] = {  # of the module 
     "tune": lambda command, a: command.main(a.output),
     "preview": lambda command, a: command.main(a.config, a.overrides, a.job, a.samples),
     "check-adapter": lambda command, a: command.main(a.adapter, a.base, a.server, a.name, a.samples),
+    "merge": lambda command, a: command.main(a.adapters, a.out, a.base),
     "doctor": lambda command, a: command.main(),
 }
 

@@ -29,10 +29,11 @@ from megatron_lora.huggingface.adapter_effect import (
     peft_log_probabilities,
     raw_config,
 )
-from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter
+from megatron_lora.huggingface.adapter_files import CARD_FILE, AdapterFile, read_adapter
 from megatron_lora.huggingface.base_files import WEIGHTS, differing, digests_of_base
 from megatron_lora.huggingface.hub import resolve_base_model
-from megatron_lora.huggingface.vllm_facts import FACTS_OF, readings, serve_command
+from megatron_lora.huggingface.model_card import base_digest_of, serve_command
+from megatron_lora.huggingface.vllm_facts import FACTS_OF, readings
 from megatron_lora.output import inference_server
 from megatron_lora.output.final_files import check_job_files
 from megatron_lora.output.inference_server import Server, find_server
@@ -93,7 +94,7 @@ def main(directory: str, base: str | None, url: str | None, name: str | None, sa
     model = load_base(base_dir)
     of_files = faults_of_files(adapter_dir, config, linear_sizes(model))
     faults = of_files + faults_of_origin(origin, adapter_dir, config, base_dir)
-    adapter = None if of_files else read_adapter(adapter_dir)
+    adapter = None if of_files else read_adapter(adapter_dir, one_rank=False)
     without = log_probabilities(model, samples)
     with applied(model, adapter) if adapter else torch.inference_mode():
         subject = Subject(model, samples, adapter, without, log_probabilities(model, samples))
@@ -154,23 +155,26 @@ def samples_of(file: str | None, origin: Origin | None, tokenizer: PreTrainedTok
 
 
 def faults_of_origin(origin: Origin | None, directory: Path, config: dict, base_dir: Path) -> list[Fault]:
-    """Compare an adapter and a base model with what the run that wrote the adapter says of them."""
-    if origin is None:
-        print(f"base     {base_dir}; whether the adapter was trained on it cannot be known outside its run's directory")
-        return []
+    """Compare an adapter and a base model with what the run that wrote the adapter, or the adapter's card, says of them."""
     faults: list[Fault] = []
-    for key in ("r", "lora_alpha", "use_rslora"):
-        trained, found = getattr(origin.job, key), config.get(key)
-        if trained != found:
-            faults.append(("wrong alpha", f"{key} is {found} in the adapter, and the run trained it with {trained}"))
-    try:
-        check_job_files(directory)
-    except UserError as error:
-        faults.append(("changed", str(error)))
-    before = base_files_of(origin.run)
-    if differ := differing(before, digests_of_base(base_dir, WEIGHTS in before, _cache())):
-        faults.append(("another base", f"{', '.join(differ)} in {base_dir} are not those that the run trained on (by SHA-256)"))
-    print(f"base     {base_dir}: {'not that' if differ else 'that' if before else 'nothing is recorded of that'} of {origin.run}")
+    card = base_digest_of(directory / CARD_FILE)
+    before = base_files_of(origin.run) if origin else {WEIGHTS: card} if card else {}
+    if origin is not None:
+        job = origin.job
+        trained = {"r": job.r, "lora_alpha": job.lora_alpha, "use_rslora": job.use_rslora}
+        trained |= {"lora_alpha": job.r, "use_rslora": False} if job.export == "portable" else {}
+        for key, value in trained.items():
+            if config.get(key) != value:
+                faults.append(("wrong alpha", f"{key} is {config.get(key)} in the adapter, and the run wrote {value}"))
+        try:
+            check_job_files(directory)
+        except UserError as error:
+            faults.append(("changed", str(error)))
+    now = digests_of_base(base_dir, WEIGHTS in before, _cache()) if before else {}
+    if differ := [name for name in differing(before, now) if origin or name == WEIGHTS]:
+        faults.append(("another base", f"{', '.join(differ)} in {base_dir} are not what it was trained on (by SHA-256)"))
+    known = "not what it was trained on" if differ else "that of its training" if before else "nothing records whether it was trained on it"
+    print(f"base     {base_dir}: {known}")
     return faults
 
 

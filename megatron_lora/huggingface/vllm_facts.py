@@ -1,30 +1,19 @@
-"""What vLLM makes of the fields of an adapter_config.json, and the command that serves an adapter.
+"""What vLLM makes of the fields of an adapter_config.json.
 
 The facts are those of its release FACTS_OF, of vllm/lora/peft_helper.py there: a field that its reader does not know is ignored.
 """
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_lora.huggingface.model_card import VLLM_RANKS
+
 FACTS_OF = "0.32"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be
 HONOURED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 REFUSED = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
 STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # of init_lora_weights; another word changes the base weights
 DESCRIPTIVE = ("peft_type", "task_type", "peft_version", "inference_mode", "megatron_core", "qalora_group_size", "bias", "revision")
 DESCRIPTIVE += ("init_lora_weights", "base_model_name_or_path", "auto_mapping", "modules_to_save", *REFUSED)
-
-
-def rank_bucket(r: int) -> int | None:
-    """Return the least --max-lora-rank that an adapter of rank `r` needs; None where there is none."""
-    return next((bucket for bucket in RANKS if bucket >= r), None)
-
-
-def serve_command(base_model: str, r: int, name: str, directory: str) -> str:
-    """Return the command that serves an adapter."""
-    bucket, module = rank_bucket(r) or RANKS[-1], shlex.quote(f"{name}={directory}")
-    return f"vllm serve {shlex.quote(base_model)} --enable-lora --max-lora-rank {bucket} --lora-modules {module}"
 
 
 def readings(config: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -36,7 +25,7 @@ def readings(config: Mapping[str, Any]) -> dict[str, list[str]]:
     refuses += [f"modules_to_save: {sorted(saved)}"] if saved else []
     refuses += [f"bias: {config['bias']}"] if config.get("bias", "none") != "none" else []
     largest = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
-    refuses += [f"rank {largest}, of which {RANKS[-1]} is the largest"] if rank_bucket(largest) is None else []
+    refuses += [f"rank {largest}, of which {VLLM_RANKS[-1]} is the largest"] if largest > VLLM_RANKS[-1] else []
     return {
         "honours": [f"{key}: {is_set[key]}" for key in HONOURED if key in is_set],
         "ignores": [key for key in is_set if key not in HONOURED and key not in DESCRIPTIVE],

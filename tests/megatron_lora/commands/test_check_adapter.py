@@ -20,8 +20,8 @@ from megatron_lora.commands import check_adapter
 from megatron_lora.config.schema import TARGET_MODULES
 from megatron_lora.huggingface.adapter_effect import applied, load_base, log_probabilities
 from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, write_adapter
-from megatron_lora.huggingface.base_files import digests_of_base
-from megatron_lora.huggingface.vllm_facts import readings, serve_command
+from megatron_lora.huggingface.base_files import WEIGHTS, digests_of_base
+from megatron_lora.huggingface.vllm_facts import readings
 from megatron_lora.output import inference_server
 from megatron_lora.output.inference_server import ask
 
@@ -44,7 +44,8 @@ def scene(tmp_path_factory):
     base = load_base(root / "base")
     linears = {p: (m.in_features, m.out_features) for p, m in base.named_modules() if p.endswith(TARGET_MODULES)}
     write_adapter(root / "good", random_adapter(linears), str(root / "base"))
-    write_adapter(root / "rslora", random_adapter(linears, use_rslora=True), str(root / "base"))
+    digest = digests_of_base(root / "base", True, root)[WEIGHTS]
+    write_adapter(root / "rslora", random_adapter(linears, use_rslora=True, base_digest=digest), str(root / "base"))
     oracle.make_rows(root / "rows.jsonl", num_rows=6, seed=0)
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()[:3]]
     (root / "samples.jsonl").write_text("".join(json.dumps({"text": row["prompt"] + row["completion"]}) + "\n" for row in rows))
@@ -111,7 +112,9 @@ def test_faults_of_files_have_their_own_lines(scene, tmp_path, capsys, fault):
     assert (status, faults) == (1, [fault]), text
 
 
-def test_another_base_shows_in_shapes_and_names(scene, tmp_path, capsys):
+def test_another_base_shows_in_its_digest_in_shapes_and_in_names(scene, tmp_path, capsys):
+    status, faults, text = check(capsys, scene / "rslora", "--base", scene / "twin")
+    assert (status, faults) == (1, ["another base"]) and "base weights in" in text, text
     status, faults, text = check(capsys, scene / "good", "--base", scene / "narrow")
     assert (status, faults) == (1, ["another base"]) and "k_proj has 32 outputs in the adapter and 64" in text, text
     of_others = changed(scene, tmp_path, lambda found: {key.replace("self_attn", "attn"): t for key, t in found.items()})
@@ -128,12 +131,12 @@ def test_what_the_run_recorded_is_compared(scene, tmp_path, capsys):
     rests_on = digests_of_base(scene / "base", True, tmp_path)
     (run / "status.json").write_text(json.dumps({"rests_on": rests_on, "jobs": {"a": {"state": "done", "reason": ""}}}))
     status, faults, text = check(capsys, run / "jobs" / "a")
-    assert (status, faults) == (0, []) and "training data of a: 4" in text and "that of" in text, text
+    assert (status, faults) == (0, []) and "training data of a: 4" in text and "that of its training" in text, text
     status, faults, text = check(capsys, run / "jobs" / "a", "--base", scene / "twin")
     assert (status, faults) == (1, ["another base"]) and "base weights" in text, text
     (run / "config.yaml").write_text(yaml.safe_dump(config | {"jobs": [job | {"lora_alpha": 16}]}))
     status, faults, text = check(capsys, run / "jobs" / "a")
-    assert (status, faults) == (1, ["wrong alpha"]) and "lora_alpha is 8 in the adapter, and the run trained it with 16" in text, text
+    assert (status, faults) == (1, ["wrong alpha"]) and "lora_alpha is 8 in the adapter, and the run wrote 16" in text, text
 
 
 SERVED = {
@@ -247,4 +250,3 @@ def test_vllm_refuses_what_changes_the_meaning_of_an_adapter():
         *("use_dora", "init_lora_weights", "modules_to_save", "bias", "rank 700, of which 512 is the largest")
     ]
     assert readings({"init_lora_weights": "eva", "modules_to_save": ["score"], "bias": "none"})["refuses"] == []
-    assert serve_command("a b", 33, "n", "d").endswith("'a b' --enable-lora --max-lora-rank 64 --lora-modules n=d")
