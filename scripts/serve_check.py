@@ -39,6 +39,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 import oracle  # noqa: E402
 import tiny  # noqa: E402
+from tiny_tokenizers import tiny_tokenizer  # noqa: E402
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PLAIN = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -70,7 +71,9 @@ class Case:
         self.name, self.root, self.base, self.run = name, root, model or root / "base", root / "run"
         root.mkdir(parents=True)
         if model is None:
-            tiny.save_model(self.base, name, more=PLAIN | {"vocab_size": oracle.make_tokenizer(self.base)})
+            tokenizer = tiny_tokenizer()
+            tiny.save_model(self.base, name, more=PLAIN | {"vocab_size": 288})
+            tokenizer.save_pretrained(self.base)
             rows, kind = oracle.make_rows(root / "rows.jsonl", num_rows=16, seed=0), "prompt_completion"
         else:
             rows, kind = root / "rows.jsonl", "messages"
