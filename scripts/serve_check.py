@@ -1,14 +1,14 @@
 """Serves adapters that this trainer made with a real vLLM on the CPU, and checks them through it; spoilt copies must be found.
 
 For each base (a tiny random model of each dense family, and with --model a real one) two jobs are trained for a few steps, with lora and
-with rslora. vLLM serves both, and loads five copies at run time that are wrong: `megatron-lora check-adapter` must find the two right,
-and each copy wrong with its own line, from the copy's files as from the server's answers to the right adapter under the copy's name.
+with rslora. vLLM loads both, and copies that are wrong: `megatron-lora check-adapter` must find the two right, and each copy
+wrong with its own line, from the copy's files as from what the server answers when the right adapter is compared with the copy.
 
     python -m scripts.serve_check --venv .venv-vllm                       # made with vLLM if it is not there (3 GB)
     python -m scripts.serve_check --venv .venv-vllm --cases llama qwen3 --model models/SmolLM2-135M-Instruct
 
 A line for each adapter goes to results/serving.jsonl. Status 1 if any was not found to be what it is. A server takes some minutes
-to start; all start at once.
+to start; all start at once, while the jobs are trained.
 """
 
 import argparse
@@ -97,13 +97,12 @@ class Case:
         save_file(weights | {key: weights[key].roll(1, 0).contiguous()}, self.root / "twin" / "model.safetensors", {"format": "pt"})
 
     def serve(self, python: Path, nice: int) -> None:
-        """Start vLLM with the two adapters; `wait` for it."""
+        """Start vLLM, which takes minutes; `wait` for it."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        loras = [f"{name}={self.run / 'jobs' / name}" for name in JOBS]
-        options = ["--model", str(self.base), "--port", str(port), "--max-lora-rank", "64", "--max-loras", "4", "--lora-modules", *loras]
+        options = ["--model", str(self.base), "--port", str(port), "--max-lora-rank", "64", "--max-loras", "4"]
         command = ["nice", "-n", str(nice), str(python), *SERVER.split(), *options]
         with open(self.root / "vllm.log", "w") as log:
             self.process = subprocess.Popen(
@@ -142,19 +141,25 @@ class Case:
 
     def lines(self):
         """Check every adapter; yield a line of results for each, with `as_expected`."""
+        good = self.run / "jobs" / "lora"
         for name in JOBS:
-            found = check(self.run / "jobs" / name, "--server", self.url)
-            yield {"case": f"{self.name}, {name}", "as_expected": found["status"] == 0, **found}
+            said = self.load(name, self.run / "jobs" / name)
+            found = check(self.run / "jobs" / name, "--server", self.url) if said == "loaded" else {"status": said}
+            yield {"case": f"{self.name}, {name}", "adapter": name, "as_expected": found["status"] == 0, **found}
         for kind in SPOILT:
             copy = self.root / kind / "jobs" / "lora"
-            said = self.load(kind, copy)
-            files = check(copy)
-            served = check(self.run / "jobs" / "lora", "--server", self.url, "--name", kind) if said == "loaded" else {"faults": {}}
-            same = kind in files["faults"] and (list(served["faults"]) == [WRONG_AS_SERVED[kind]] or said != "loaded")
-            yield {"case": f"{self.name}, {kind}", "as_expected": same, "vllm_says": said, "files": files["faults"], **served}
-        found = check(self.run / "jobs" / "lora", "--base", self.root / "twin", "--server", self.url)
-        said = {"vllm_says": "loaded", "files": check(self.run / "jobs" / "lora", "--base", self.root / "twin")["faults"]}
-        yield {"case": f"{self.name}, another base", "as_expected": list(found["faults"]) == ["another base"], **found, **said}
+            said, files = self.load(kind, copy), check(copy)
+            served = check(good, "--server", self.url, "--name", kind) if said == "loaded" else {"faults": {}}
+            yield self._spoilt(kind, said, files, served, WRONG_AS_SERVED[kind] if said == "loaded" else None)
+        files = check(good, "--base", self.root / "twin")
+        yield self._spoilt("another base", "loaded", files, check(good, "--base", self.root / "twin", "--server", self.url), "another base")
+
+    def _spoilt(self, kind: str, said: str, files: dict, served: dict, wanted: str | None) -> dict:
+        """Return the line of a copy, or base, that is wrong: what was found by its files and by the server's answers to the right one."""
+        answers = [found.removesuffix(", also") for found, text in served["faults"].items() if (found, text) not in files["faults"].items()]
+        line = {"case": f"{self.name}, {kind}", "spoilt": kind, "vllm_says": said, **served}
+        line |= {"by_files": ", ".join(files["faults"]), "by_answers": ", ".join(answers), "lines": [*files["faults"].values()]}
+        return line | {"as_expected": kind in files["faults"] and answers == ([wanted] if wanted else [])}
 
 
 WRONG_AS_SERVED = {kind: kind for kind in SPOILT} | {"wrong prefix": "no effect"}  # names that match nothing look like no adapter
@@ -182,7 +187,9 @@ def check(*arguments: object) -> dict:
         status = command_line.main(["check-adapter", *map(str, arguments)])
     text = printed.getvalue()
     print(text, flush=True)
-    found: dict = {"status": status, "faults": dict(re.findall(r"^wrong    ([\w ]+): (.*)$", text, re.MULTILINE))}
+    found: dict = {"status": status, "faults": {}}
+    for kind, said in re.findall(r"^wrong    ([\w ]+): (.*)$", text, re.MULTILINE):
+        found["faults"][f"{kind}, also" if kind in found["faults"] else kind] = said
     figures = {"effect": r"^effect   (\S+)", "peft": r"^peft .* by (\S+)", "server_base": r"the base differs by (\S+)"}
     figures |= {"server": r"with the adapter it differs by (\S+)", "vllm": r"^vLLM     (\S+) honours"}
     for name, pattern in figures.items():
@@ -201,10 +208,10 @@ def run(arguments: argparse.Namespace) -> int:
         started = []
         try:
             for case in cases:
-                case.train()
                 case.serve(python, arguments.nice)
                 started.append(case)
             for case in cases:
+                case.train()
                 case.wait(arguments.start_s)
                 for line in case.lines():
                     append_line(arguments.output, stamp(arguments.hardware, arguments.commit) | line)

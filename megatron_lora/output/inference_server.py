@@ -14,12 +14,12 @@ import math
 import os
 import socket
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from megatron_lora.errors import UserError, one_line
 
@@ -52,12 +52,17 @@ class Server:
     models: Mapping[str, Model]
 
 
-def ask(url: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = ANSWER_S) -> Any:
-    """GET `path`, or POST `body` to it as JSON, and return the answer's JSON; UserError in one line, Refused for any status but 200."""
-    parts = _address(url)
+@contextmanager
+def request(
+    url: str, path: str, body: Mapping[str, Any] | None, timeout_s: float, headers: Mapping[str, str] | None = None
+) -> Iterator[HTTPResponse]:
+    """GET `path`, or POST `body` to it as JSON, and yield the answer, to be read before `timeout_s` is over.
+
+    TimeoutError once it is over, whatever was sent until then; OSError, HTTPException or ValueError where there is no answer.
+    """
+    parts = urlsplit(url)
     connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = connect(parts.hostname or "", parts.port, timeout=timeout_s)
-    is_late = threading.Event()
+    connection, is_late = connect(parts.hostname or "", parts.port, timeout=timeout_s), threading.Event()
 
     def give_up() -> None:  # a server that sends a byte now and then never runs into the timeout of its socket
         is_late.set()
@@ -67,28 +72,38 @@ def ask(url: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: f
     timer = threading.Timer(timeout_s, give_up)
     timer.daemon = True
     timer.start()
-    key = os.environ.get("VLLM_API_KEY")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
-        sent = None if body is None else json.dumps(body)
-        connection.request("GET" if body is None else "POST", parts.path.rstrip("/") + path, sent, headers)
-        answer = connection.getresponse()
-        status, text = answer.status, answer.read(MOST_BYTES + 1)
+        sent = {"Content-Type": "application/json", "Connection": "close", **(headers or {})}
+        connection.request("GET" if body is None else "POST", f"{parts.path.rstrip('/')}{path}", body and json.dumps(body), sent)
+        yield connection.getresponse()
     except (OSError, HTTPException, ValueError) as error:
-        late = is_late.is_set() or isinstance(error, TimeoutError)
-        why = f"did not answer within {timeout_s:g} s" if late else f"cannot be asked ({one_line(error or type(error).__name__, 160)})"
-        raise UserError(f"--server: {url}{path} {why}; start it, or correct the address") from None
+        if is_late.is_set():
+            raise TimeoutError from error
+        raise
     finally:
         timer.cancel()
         connection.close()
     if is_late.is_set():
-        raise UserError(f"--server: {url}{path} did not answer within {timeout_s:g} s; start it, or correct the address")
+        raise TimeoutError
+
+
+def ask(url: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = ANSWER_S) -> Any:
+    """Return the JSON of an answer; UserError in one line, Refused for any status but 200."""
+    _check_address(url)
+    key = os.environ.get("VLLM_API_KEY")
+    try:
+        with request(url, path, body, timeout_s, {"Authorization": f"Bearer {key}"} if key else None) as answer:
+            status, text = answer.status, answer.read(MOST_BYTES + 1)
+    except (OSError, HTTPException, ValueError) as error:
+        late = isinstance(error, TimeoutError)
+        why = f"did not answer within {timeout_s:g} s" if late else f"cannot be asked ({one_line(error or type(error).__name__, 160)})"
+        raise UserError(f"--server: {url}{path} {why}; start it, or correct the address") from None
     if len(text) > MOST_BYTES:
         raise UserError(
             f"--server: {url}{path} answered with more than {MOST_BYTES:,} bytes; give the address of an OpenAI-compatible server"
         )
     if status != 200:
-        said = one_line(text.decode(errors="replace") or "nothing", 300)
+        said = one_line(ascii(text.decode(errors="replace"))[1:-1] or "nothing", 300)
         raise Refused(f"--server: {url}{path} answered with HTTP status {status}: {said}; see the server's log", status)
     try:
         return json.loads(text)
@@ -130,16 +145,16 @@ def log_probabilities(server: Server, model: str, tokens: Sequence[int]) -> list
     return found
 
 
-def _address(url: str) -> SplitResult:
-    """Return the parts of a server's address; UserError where it is none of http or https."""
+def _check_address(url: str) -> None:
+    """Raise UserError for what is no address of an HTTP server, or would send a password."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not (parts.query or parts.fragment)
+        usable = usable and parts.username is None and url.isascii() and url.isprintable()
     except ValueError:
-        usable, parts = False, SplitResult("", "", "", "", "")
-    if not usable or parts.username is not None:
+        usable = False
+    if not usable:
         raise UserError(f"--server: {one_line(repr(url), 160)} is no address of a server; give one such as http://localhost:8000")
-    return parts
 
 
 def _not_one(url: str, path: str) -> UserError:
