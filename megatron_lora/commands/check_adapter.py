@@ -6,17 +6,22 @@ root mean squares over tokens, in nats. A server may round as it likes: what it 
 noise, the bound for the adapter is three times that, and an effect that is not above twice the bound cannot be checked.
 """
 
-from __future__ import annotations
-
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from megatron_lora.commands.preview import preview_records
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
+from megatron_lora.data.row_files import read_blocks
+from megatron_lora.data.row_formats import RecordEncoder
+from megatron_lora.data.token_cache import cache_dir
+from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.environment import version
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.adapter_effect import (
@@ -33,14 +38,11 @@ from megatron_lora.huggingface.adapter_files import CARD_FILE, AdapterFile, read
 from megatron_lora.huggingface.base_files import WEIGHTS, differing, digests_of_base
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.huggingface.model_card import base_digest_of, serve_command
-from megatron_lora.huggingface.vllm_facts import FACTS_OF, readings
+from megatron_lora.huggingface.vllm_facts import FACTS_OF, largest_rank, readings
 from megatron_lora.output import inference_server
-from megatron_lora.output.final_files import check_job_files
+from megatron_lora.output.final_files import STATUS, check_job_files
 from megatron_lora.output.inference_server import Server, find_server
-from megatron_lora.output.run_directory import base_files_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from megatron_lora.output.run_directory import base_files_of, job_states
 
 RIGHT, WRONG = 0, 1
 NOISE, SAME = 1e-5, 1e-4  # nats: rounding in float32; what is equal in float32 at most differs by
@@ -76,16 +78,14 @@ class Subject:
 
 def main(directory: str, base: str | None, url: str | None, name: str | None, samples_file: str | None) -> int:
     """Print what was compared, what a server makes of the adapter, and each fault in a line; returns 0, or 1 where there is a fault."""
-    for package in ("transformers", "peft"):
-        if version(package) is None:
-            raise UserError(f"check-adapter compares with {package}, which is not installed here; pip install {package}")
-    from megatron_lora.data.tokenizer import load_tokenizer
-
+    if version("peft") is None:
+        raise UserError("check-adapter compares with peft, which is not installed here; pip install peft")
     adapter_dir = Path(directory)
     config, origin = raw_config(adapter_dir), origin_of(adapter_dir)
     server = find_server(url) if url else None
     own_name = origin.job.name if origin else adapter_dir.resolve().name
     served = _served_name(server, name, own_name, adapter_dir) if server else own_name
+    _print_facts(config, server)
     base_model = base or (origin.config.base_model if origin else str(config.get("base_model_name_or_path") or ""))
     if not base_model:
         raise UserError(f"--base: {adapter_dir} does not say which base model it is of; name its directory or hub id")
@@ -96,20 +96,13 @@ def main(directory: str, base: str | None, url: str | None, name: str | None, sa
     faults = of_files + faults_of_origin(origin, adapter_dir, config, base_dir)
     adapter = None if of_files else read_adapter(adapter_dir, one_rank=False)
     without = log_probabilities(model, samples)
-    with applied(model, adapter) if adapter else torch.inference_mode():
+    with applied(model, adapter) if adapter else contextlib.nullcontext():
         subject = Subject(model, samples, adapter, without, log_probabilities(model, samples))
     print(f"samples  {what}: {len(samples)}, {len(without):,} log-probabilities")
-    if not of_files:
-        faults += faults_of_effect(subject)
-    if server:
-        faults += faults_of_server(subject, server, served)
-    if adapter:  # last, because peft changes the model
-        faults += faults_of_peft(subject, adapter_dir)
-    _print_facts(config, server)
-    rank = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
-    print(f"serve    {serve_command(str(base_model), rank, served, directory)}")
-    print(*(f"wrong    {kind}: {text}" for kind, text in faults), sep="\n", end="\n" if faults else "")
-    print(f"{adapter_dir}: {'WRONG' if faults else 'right'}", flush=True)
+    faults += faults_of_effect(subject) + (faults_of_server(subject, server, served) if server else [])
+    faults += faults_of_peft(subject, adapter_dir)  # last, because peft changes the model
+    print(f"serve    {serve_command(str(base_model), largest_rank(config), served, directory)}")
+    print(*(f"wrong    {kind}: {text}" for kind, text in faults), f"{adapter_dir}: {'WRONG' if faults else 'right'}", sep="\n", flush=True)
     return WRONG if faults else RIGHT
 
 
@@ -121,37 +114,34 @@ def origin_of(directory: Path) -> Origin | None:
     if job_dir.parent.name != "jobs" or not (run / "config.yaml").is_file():
         return None
     config = load_config(run / "config.yaml")
+    if (run / STATUS).exists():
+        job_states(run)  # raises where it is damaged
     return next((Origin(run, config, job) for job in config.jobs if job.name == job_dir.name), None)
 
 
 def samples_of(file: str | None, origin: Origin | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[list[int]]]:
     """Return what the samples are, and their tokens: of a file, else of the job's validation or training data, else of TEXTS."""
-    from megatron_lora.commands.preview import preview_records
-    from megatron_lora.data.row_files import read_blocks
-    from megatron_lora.data.row_formats import RecordEncoder
-
-    encoder, why = RecordEncoder(tokenizer), ""
+    encoder, what, found = RecordEncoder(tokenizer), "default texts", []
     if file is not None:
-        rows = [row for block in read_blocks(file) for row in block.rows()][:NUM_SAMPLES]
-        found = []
-        for where, record in rows:
+        what = file
+        for where, record in islice((row for block in read_blocks(file) for row in block.rows()), NUM_SAMPLES):
             if isinstance(record, UserError):
                 raise record
             found.append(encoder.encode(record, "messages" if "messages" in record else "text", False, where).tokens.tolist())
-        if not found:
-            raise UserError(f"--samples: {file!r} holds no record; write lines of {{'text': ...}} or {{'messages': [...]}}")
-        return file, [tokens[:MOST_TOKENS] for tokens in found]
-    if origin is not None:
+    elif origin is not None:
         datasets = origin.job.val_datasets or origin.job.datasets
         job = dataclasses.replace(origin.job, datasets=tuple(dataset for dataset in datasets if dataset.type != "lengths"))
         try:
-            tokens = [[token for token, _, _ in record.token_texts] for record in preview_records(job, tokenizer, NUM_SAMPLES)]
+            found = [[token for token, _, _ in record.token_texts] for record in preview_records(job, tokenizer, NUM_SAMPLES)]
+            what = f"{'validation' if job.val_datasets else 'training'} data of {job.name}" if found else what
         except UserError as error:
-            tokens, why = [], f" (the job's data cannot be read: {error})"
-        if tokens:
-            kind = "validation" if origin.job.val_datasets else "training"
-            return f"{kind} data of {origin.job.name}", [sample[:MOST_TOKENS] for sample in tokens]
-    return f"default texts{why}", [encoder.encode({"text": text}, "text", False, "text").tokens.tolist()[:MOST_TOKENS] for text in TEXTS]
+            what += f" (the job's data cannot be read: {error})"
+    if file is None and not found:
+        found = [encoder.encode({"text": text}, "text", False, "text").tokens.tolist() for text in TEXTS]
+    found = [tokens[:MOST_TOKENS] for tokens in found if len(tokens) > 1]
+    if not found:
+        raise UserError(f"--samples: {file!r} holds no record of two tokens; write lines of {{'text': ...}} or {{'messages': [...]}}")
+    return what, found
 
 
 def faults_of_origin(origin: Origin | None, directory: Path, config: dict, base_dir: Path) -> list[Fault]:
@@ -162,7 +152,7 @@ def faults_of_origin(origin: Origin | None, directory: Path, config: dict, base_
     if origin is not None:
         job = origin.job
         trained = {"r": job.r, "lora_alpha": job.lora_alpha, "use_rslora": job.use_rslora}
-        trained |= {"lora_alpha": job.r, "use_rslora": False} if job.export == "portable" else {}
+        trained |= {"lora_alpha": job.r, "use_rslora": False} if job.export == "portable" and directory.resolve().name == job.name else {}
         for key, value in trained.items():
             if config.get(key) != value:
                 faults.append(("wrong alpha", f"{key} is {config.get(key)} in the adapter, and the run wrote {value}"))
@@ -170,7 +160,7 @@ def faults_of_origin(origin: Origin | None, directory: Path, config: dict, base_
             check_job_files(directory)
         except UserError as error:
             faults.append(("changed", str(error)))
-    now = digests_of_base(base_dir, WEIGHTS in before, _cache()) if before else {}
+    now = digests_of_base(base_dir, WEIGHTS in before, cache_dir()) if before else {}
     if differ := [name for name in differing(before, now) if origin or name == WEIGHTS]:
         faults.append(("another base", f"{', '.join(differ)} in {base_dir} are not what it was trained on (by SHA-256)"))
     known = "not what it was trained on" if differ else "that of its training" if before else "nothing records whether it was trained on it"
@@ -180,12 +170,12 @@ def faults_of_origin(origin: Origin | None, directory: Path, config: dict, base_
 
 def faults_of_effect(subject: Subject) -> list[Fault]:
     """Check that an adapter changes what the base model says."""
-    assert subject.adapter is not None
+    if subject.adapter is None:
+        return []
     pairs, effect = subject.adapter.weights.values(), rms(subject.expected - subject.without)
     print(f"effect   {effect:.2g} nats, of {len(pairs)} linears with r {subject.adapter.r}")
     for number, factor in enumerate("AB"):
-        zeros = sum(not pair[number].any() for pair in pairs)
-        if zeros == len(pairs):
+        if not any(pair[number].any() for pair in pairs):
             return [("no effect", f"every {factor} is zero: it leaves the base model as it is")]
     if not effect >= 3 * NOISE:
         return [("no effect", f"it changes these log-probabilities by {effect:.1g} nats, no more than rounding; try other --samples")]
@@ -194,6 +184,8 @@ def faults_of_effect(subject: Subject) -> list[Fault]:
 
 def faults_of_peft(subject: Subject, directory: Path) -> list[Fault]:
     """Compare with what peft computes of the same directory."""
+    if subject.adapter is None:
+        return []
     apart = rms(peft_log_probabilities(subject.base, directory, subject.samples) - subject.expected)
     print(f"peft     {version('peft')} differs by {apart:.1e}")
     bound = max(NOISE, min(SAME, rms(subject.expected - subject.without) / 10))
@@ -274,9 +266,3 @@ def _print_facts(config: dict, server: Server | None) -> None:
         print(f"vLLM     {server.version or 'the server does not say its version'}; the following are facts of {FACTS_OF}")
     for verb, fields in readings(config).items():
         print(f"vLLM     {server.version if server and known else FACTS_OF} {verb} {', '.join(fields) or 'nothing'}")
-
-
-def _cache() -> Path:
-    from megatron_lora.data.token_cache import cache_dir
-
-    return cache_dir()
