@@ -9,6 +9,7 @@ remedy. The ranks do not check again.
 
 import dataclasses
 import itertools
+import shutil
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -128,7 +129,7 @@ def config_to_repeat(config: RunConfig, live: Live) -> RunConfig:
         raise UserError(
             f"--replay: output_dir: {config.output_dir!r} holds a run; choose a new directory, or leave --replay out to resume that run"
         )
-    return dataclasses.replace(before, output_dir=config.output_dir, jobs=config.jobs)
+    return dataclasses.replace(before, output_dir=config.output_dir, jobs=config.jobs, on_save=config.on_save)
 
 
 def _check_what_ranks_read(path: Path) -> None:
@@ -189,6 +190,9 @@ def show_unread_fields(model_dir: Path, model_type: str) -> None:
 
 def check_files(config: RunConfig) -> None:
     """Check that every dataset and adapter that the config names exists and can be read."""
+    for entry in config.on_save:
+        if entry.command is not None and shutil.which(entry.command[0]) is None:
+            raise UserError(f"on_save.command: {show(entry.command[0])}: no such program can be run here; correct the name or path")
     for job in config.jobs:
         for key, datasets in (("datasets", job.datasets), ("val_datasets", job.val_datasets)):
             for position, dataset in enumerate(datasets):

@@ -15,13 +15,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lora.config.dataset_paths import DATASET_TYPES, check_hub_keys, dataset_path
+from megatron_lora.config.dataset_paths import DatasetConfig, dataset, validation_datasets
 from megatron_lora.config.keys import UnknownKey, build, check_keys, key, names_of, required, values
+from megatron_lora.config.on_save_keys import OnSaveConfig, on_save
 from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.parallel_keys import ParallelConfig, parallel
 from megatron_lora.config.rules import (
     METRICS,
-    accepts,
     auto_or,
     job_name,
     list_of,
@@ -33,7 +33,6 @@ from megatron_lora.config.rules import (
     recompute,
     show,
     subset_of,
-    text,
     truth,
     val_set_size,
     whole_number,
@@ -43,40 +42,6 @@ from megatron_lora.errors import UserError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SEED = whole_number("a seed", 0, 2**32 - 1)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DatasetConfig:
-    """Records of one format: a file, several, or a data set of the hub."""
-
-    path: str = required(dataset_path, "file of records or pattern (`*`, `?`, `**`), from the directory of the command; or a hub id")
-    type: str = required(one_of(*DATASET_TYPES), "format of its records: [data.md](data.md)")
-    name: str | None = key(None, null_or(text("the name of a hub data set's configuration")), "of a hub id: its configuration")
-    split: str | None = key(None, null_or(text("the name of a split")), "of a hub id: its split (`train[:1000]`); null: `train`")
-    sampling_weight: float = key(
-        1.0,
-        number("a sampling weight", 0, 1000, above=True),
-        "how often an epoch takes each sample: 2 twice, 0.1 a tenth of them, drawn anew each epoch; 2.5 twice and half of them again",
-    )
-
-
-@accepts("a mapping of `path` and `type`")
-def dataset(path: str, value: object) -> DatasetConfig:
-    """Accept a mapping of DatasetConfig's keys."""
-    config = build(DatasetConfig, path, value)
-    check_hub_keys(path, config.path, {"name": config.name, "split": config.split})
-    return config
-
-
-@accepts("a list of {path, type}, or null")
-def validation_datasets(path: str, value: object) -> tuple[DatasetConfig, ...]:
-    """Accept datasets whose samples are taken once each; null is none."""
-    found = () if value is None else list_of("{path, type}", dataset, empty=True)(path, value)
-    for position, config in enumerate(found):
-        if config.sampling_weight != 1:
-            weight = f"{path}.{position}.sampling_weight: {config.sampling_weight:g}"
-            raise UserError(f"{weight} is for training; an evaluation takes each sample once: remove it")
-    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +169,13 @@ class JobConfig:
         one_of("best", "last"),
         "which weights the PEFT directory holds at the end: those of the best evaluation, or the last; without validation data the last",
     )
+    export: str = key(
+        "peft",
+        one_of("peft", "portable"),
+        "the PEFT directory's form. `portable`: the scale is folded into B, so that `lora_alpha` is the rank and `use_rslora` false: "
+        "for servers that ignore it",
+    )
+    export_dtype: str = key("fp32", one_of("fp32", "bf16", "fp16"), "type of the numbers in the PEFT directory; checkpoints keep fp32")
     priority: float = key(
         1.0,
         number("a priority", 0, above=True),
@@ -278,6 +250,7 @@ class RunConfig:
         "true: runs that execute the same plan on the same hardware give the same bits ([what that takes](running.md#the-same-bits-"
         "again)). Attention is torch's, with a fixed order of sums",
     )
+    on_save: tuple[OnSaveConfig, ...] = key((), on_save, "what gets the PEFT directory of each job that is done or stopped early")
     load_weights: bool = key(True, truth(), "false: random weights, for benchmarks")
     base_weights: str = key(
         "native",
@@ -310,7 +283,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return config_of(tree)
     except UnknownKey as error:
-        homes = {RunConfig: "the top level", ParallelConfig: "parallel", JobConfig: "defaults or a job", DatasetConfig: "a dataset"}
+        homes = {
+            RunConfig: "the top level",
+            ParallelConfig: "parallel",
+            JobConfig: "defaults or a job",
+            DatasetConfig: "a dataset",
+            OnSaveConfig: "on_save",
+        }
         raise UnknownKey(*error.missed, homes) from None
 
 

@@ -4,20 +4,22 @@ An adapter adds (lora_alpha / r) * B A to a frozen linear, with A [r, K] and B [
 / sqrt(r) with rsLoRA. In memory a pair is keyed by the linear's path in the Hugging Face model,
 `model.layers.0.self_attn.q_proj`; in the file it is `base_model.model.<path>.lora_A.weight` and
 `.lora_B.weight`. Each file is written to a temporary directory, synced and renamed, so that a
-reader never sees a part of one. The reader accepts plain LoRA of one rank and alpha, however its
+reader never sees a part of one. The config that is written has the fields that servers ask for and
+those that differ from PEFT's defaults: an older PEFT refuses fields that it does not know. The
+reader accepts plain LoRA, of one rank and alpha unless its caller takes several, however the file's
 config says so (adapter_targets.py), and refuses every other feature by its name, because a model
 without that feature would silently be wrong.
 """
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import read_regular, sync
 from megatron_lora.huggingface.adapter_targets import Targets, first_match, read_targets
+from megatron_lora.huggingface.model_card import base_digest_of, model_card
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -34,21 +37,8 @@ PREFIX = "base_model.model."
 LAYER = re.compile(r"layers\.(\d+)\.")
 LARGEST_RANK, LARGEST_ALPHA = 2**20, 1e30
 
-# peft 0.21's other fields, with the values that mean plain LoRA. The reader refuses other values, and unknown fields that are set.
-PLAIN_LORA = MappingProxyType(
-    dict.fromkeys(
-        ("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "exclude_modules", "kasa_config", "layer_replication")
-        + ("layers_pattern", "layers_to_transform", "lora_ga_config", "megatron_config", "modules_to_save", "monteclora_config")
-        + ("target_parameters", "trainable_token_indices", "use_bdlora", "velora_config")
-    )
-    | dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_qalora"), False)
-    | {"alpha_pattern": {}, "bias": "none", "loftq_config": {}, "rank_pattern": {}}
-)
 # Fields that do not change what the adapter computes.
-DESCRIPTIVE = MappingProxyType(
-    {"auto_mapping": None, "inference_mode": True, "init_lora_weights": True, "megatron_core": "megatron.core"}
-    | {"peft_version": "0.21.2", "qalora_group_size": 16, "revision": None}
-)
+DESCRIPTIVE = ("auto_mapping", "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision")
 # Fields of PEFT that the reader accepts with any value: of an initialisation that is over, of running, or of modules that no plain LoRA
 # has here. The fields of adapter_targets.py are compared with the weights.
 WITHOUT_EFFECT = ("corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config", "runtime_config")
@@ -72,15 +62,23 @@ class AdapterFile:
     target_modules: tuple[str, ...]
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     lora_dropout: float = 0.0
+    revision: str | None = None  # of the base model, where it is one of the hub
+    base_digest: str = ""  # of the base model's weights (base_files.py), where that is known
     targets: Targets | None = None  # of a file that was read, as is what follows
     base_model: str = ""  # that it was made for, as it says itself
+    alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)  # path -> alpha, where they differ
+
+    def scale(self, path: str) -> float:
+        """Return what B A of a linear is multiplied by."""
+        r = self.weights[path][0].shape[0]
+        return self.alphas.get(path, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
 
 
-def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, advice: str = "") -> None:
+def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, name: str = "adapter", notes: Sequence[str] = ()) -> None:
     """Write or replace the three PEFT files in `directory`, which is created if absent; other files there stay.
 
-    `base_model` is what the readers of the directory load as its base: a hub id or a path. `advice` on how to serve it goes into the
-    model card.
+    `base_model` is what the readers of the directory load as its base: a hub id or a path. The model card has `name` in its commands,
+    and ends with the `notes`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -89,12 +87,12 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, 
         assert a_RK.shape[0] == b_NR.shape[1] == adapter.r, f"{path}: A {tuple(a_RK.shape)}, B {tuple(b_NR.shape)}, r {adapter.r}"
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a_RK.detach().clone(memory_format=torch.contiguous_format).cpu()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b_NR.detach().clone(memory_format=torch.contiguous_format).cpu()
-    config = json.dumps(_config(adapter, base_model), indent=2, sort_keys=True)
+    config, num_parameters = _config(adapter, base_model), sum(tensor.numel() for tensor in tensors.values())
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))
     try:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        (temporary / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        (temporary / CARD_FILE).write_text(_model_card(adapter, base_model, advice), encoding="utf-8")
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (temporary / CARD_FILE).write_text(model_card(config, num_parameters, adapter.base_digest, name, notes), encoding="utf-8")
         os.chmod(temporary / WEIGHTS_FILE, (temporary / CONFIG_FILE).stat().st_mode)  # that of the umask; safetensors takes 0600
         for name in (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE):
             sync(temporary / name)
@@ -103,27 +101,35 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_adapter(directory: str | Path) -> AdapterFile:
-    """Read a PEFT directory of plain LoRA, on the CPU in the file's dtypes; UserError when it is missing, damaged or anything else."""
+def read_adapter(directory: str | Path, *, one_rank: bool = True) -> AdapterFile:
+    """Read a PEFT directory of plain LoRA, on the CPU in the file's dtypes; UserError when it is missing, damaged or anything else.
+
+    Without `one_rank` linears may have ranks and alphas of their own; `r` is then the largest.
+    """
     directory = Path(directory)
     config = _read_config(directory)
     file = directory / CONFIG_FILE
     targets = read_targets(file, config)
-    weights = _pair(directory / WEIGHTS_FILE, _read_tensors(directory))
+    weights, revision = _pair(directory / WEIGHTS_FILE, _read_tensors(directory)), config.get("revision")
     _check_targets(directory / WEIGHTS_FILE, weights, targets)
-    r = _the_same(file, "rank_pattern", {first_match(targets.rank_pattern, path, config["r"]) for path in weights})
-    alphas = {first_match(targets.alpha_pattern, path, config["lora_alpha"]) for path in weights}
-    lora_alpha = _the_same(file, "alpha_pattern", alphas)
-    _check_ranks(directory / WEIGHTS_FILE, weights, r)
+    ranks = {path: int(first_match(targets.rank_pattern, path, config["r"])) for path in weights}
+    alphas = {path: first_match(targets.alpha_pattern, path, config["lora_alpha"]) for path in weights}
+    if one_rank:
+        _check_same(file, "rank_pattern", ranks)
+        _check_same(file, "alpha_pattern", alphas)
+    _check_ranks(directory / WEIGHTS_FILE, weights, ranks)
     return AdapterFile(
-        r=r,
-        lora_alpha=lora_alpha,
+        r=max(ranks.values()),
+        lora_alpha=max(alphas.values()),
         use_rslora=bool(config.get("use_rslora", False)),
         target_modules=tuple(sorted({path.rpartition(".")[2] for path in weights})),
         weights=weights,
         lora_dropout=config.get("lora_dropout", 0.0),
+        revision=revision if isinstance(revision, str) else None,
+        base_digest=base_digest_of(directory / CARD_FILE),
         targets=targets,
         base_model=str(config.get("base_model_name_or_path") or ""),
+        alphas=alphas,
     )
 
 
@@ -166,49 +172,24 @@ def check_adapter(where: str, adapter: AdapterFile, shapes: Mapping[str, tuple[i
 
 
 def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
-    """Return adapter_config.json as peft writes it; an integral alpha is written as an int, which some readers require."""
+    """Return adapter_config.json, in fields that PEFT has had since 0.8; an integral alpha is an int, which some readers require."""
     alpha = adapter.lora_alpha
     return {
-        **PLAIN_LORA,
-        **DESCRIPTIVE,
         "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": adapter.lora_dropout,
+        "modules_to_save": None,
         "peft_type": "LORA",
         "r": adapter.r,
+        "revision": adapter.revision,
         "target_modules": list(adapter.target_modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": adapter.use_rslora,
     }
-
-
-def _model_card(adapter: AdapterFile, base_model: str, advice: str) -> str:
-    """Return the model card: the front matter that hubs read, what the adapter is, and how to load it."""
-    num_parameters = sum(a_RK.numel() + b_NR.numel() for a_RK, b_NR in adapter.weights.values())
-    base = json.dumps(base_model)
-    return f"""---
-base_model: {base}
-library_name: peft
-pipeline_tag: text-generation
-tags:
-- {json.dumps(f"base_model:adapter:{base_model}")}
-- lora
-- transformers
----
-
-# LoRA adapter for {base_model}
-
-Trained with megatron-lora. {num_parameters:,} parameters, rank {adapter.r}, lora_alpha {adapter.lora_alpha:g}\
-{", rank-stabilised scale" if adapter.use_rslora else ""}, on {", ".join(adapter.target_modules)}.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({base})
-model = PeftModel.from_pretrained(base, "path/of/this/directory")
-```
-""" + (f"\n{advice}\n" if advice else "")
 
 
 def _read_config(directory: Path) -> dict:
@@ -244,7 +225,7 @@ def _wrong(file: Path, key: str, value: object, what: str) -> UserError:
 
 def _check_plain_lora(file: Path, config: Mapping[str, object]) -> None:
     """Raise UserError for each field, known or unknown, that would change what the adapter computes."""
-    known = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora"}
+    known = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"}
     if config.get("task_type") not in ("CAUSAL_LM", None):
         raise _wrong(file, "task_type", config["task_type"], "is not supported; use a CAUSAL_LM adapter")
     init = config.get("init_lora_weights", True)
@@ -255,7 +236,7 @@ def _check_plain_lora(file: Path, config: Mapping[str, object]) -> None:
             continue
         if value == [] and key in MAY_BE_EMPTY:
             continue
-        if value is not None and value is not False and value != PLAIN_LORA.get(key):
+        if value is not None and value is not False and (key, value) != ("bias", "none"):
             raise _wrong(file, key, value, f"is not supported; use a plain LoRA adapter, without {one_line(key, 80)}")
 
 
@@ -288,9 +269,10 @@ def _pair(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[to
     return {path: (pair["A"], pair["B"]) for path, pair in pairs.items()}
 
 
-def _check_ranks(file: Path, weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]], r: int) -> None:
+def _check_ranks(file: Path, weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]], ranks: Mapping[str, int]) -> None:
     """Raise UserError unless every A is [r, in] and every B [out, r], in floating point."""
     for path, pair in weights.items():
+        r = ranks[path]
         for name, factor, rank_axis, expected in (("A", pair[0], 0, f"[{r}, in]"), ("B", pair[1], 1, f"[out, {r}]")):
             key, shape = f"{PREFIX}{path}.lora_{name}.weight", tuple(factor.shape)
             if len(shape) != 2 or shape[rank_axis] != r:
@@ -299,11 +281,10 @@ def _check_ranks(file: Path, weights: Mapping[str, tuple[torch.Tensor, torch.Ten
                 raise UserError(f"{file}: {key} is {factor.dtype}; save the adapter in a floating-point type")
 
 
-def _the_same(file: Path, key: str, values: set):
-    """Return what all linears have; UserError names the pattern that makes them differ."""
-    if len(values) > 1:
-        raise UserError(f"{file}: {key}: gives linears {sorted(values)}, and all of a job's have one; use an adapter without {key}")
-    return values.pop()
+def _check_same(file: Path, key: str, values: Mapping[str, float]) -> None:
+    """Raise UserError, naming the pattern that makes them differ, unless all linears have the same."""
+    if len(found := sorted(set(values.values()))) > 1:
+        raise UserError(f"{file}: {key}: gives linears {found}, and all of a job's have one; use an adapter without {key}")
 
 
 def _check_targets(file: Path, weights: Collection[str], targets: Targets) -> None:

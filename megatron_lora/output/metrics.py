@@ -152,6 +152,15 @@ def read_evaluations(path: str | Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(path) if is_evaluation(line)]
 
 
+def describe_evaluations(path: Path, step: int, best: Best | None) -> str:
+    """Return a sentence on a job's evaluations in its first `step` steps, the last one and the best; empty where there were none."""
+    losses = {line["step"]: line["eval_loss"] for line in read_evaluations(path) if line["step"] <= step and line["eval_loss"] is not None}
+    if not losses:
+        return ""
+    found = f"The eval_loss was {losses[max(losses)]:.4f} in the last evaluation, after {max(losses)} steps"
+    return found + (f", and {losses[best.step]:.4f} in the best, after {best.step}." if best and best.step in losses else ".")
+
+
 def is_evaluation(line: dict[str, Any]) -> bool:
     """Whether a line of a metrics file is an evaluation's."""
     return "eval_loss" in line

@@ -29,9 +29,9 @@ from megatron_lora.output.standing import Choose, Damaged, ResumePoint, newest, 
 
 RUN_KEYS_THAT_MAY_CHANGE = (
     *("output_dir", "parallel", "microbatch_tokens", "recompute", "activation_offloading", "backend", "jobs"),
-    *("adapter_memory", "max_wait_s", "window_s"),
+    *("adapter_memory", "max_wait_s", "window_s", "on_save"),
 )
-JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "val_datasets", "bad_rows", *SETTABLE)  # records: by their digest
+JOB_KEYS_THAT_MAY_CHANGE = ("datasets", "val_datasets", "bad_rows", "export", "export_dtype", *SETTABLE)  # records: by their digest
 
 
 def changed_key(before: RunConfig, now: RunConfig) -> str | None:

@@ -179,6 +179,12 @@ class RunDirectory:
         status["jobs"][name] |= _job(after(status["jobs"][name]["state"], state), reason, step, best, files)
         self._write_status(status)
 
+    def set_on_save(self, name: str, target: str, said: str) -> None:
+        """Record what became of a finished adapter at a target of `on_save`."""
+        status = self.status()
+        status["jobs"][name].setdefault("on_save", {})[target] = said
+        self._write_status(status)
+
     def add_jobs(self, jobs: Sequence[JobConfig]) -> None:
         """Add jobs, which the run does not have, to config.yaml and, queued, to status.json; after their events (events.py)."""
         file = self.path / "config.yaml"

@@ -48,6 +48,7 @@ class Job:
     leaving: Leaving | None = None  # after which step it leaves, where that is decided
     skipped_in_a_row: int = 0  # as reported; the optimizer counts its own on the device
     files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of its PEFT directory's files, as the first rank has written them here
+    advice: str = ""  # for those who serve its adapter, as in the card there
 
     def __post_init__(self):
         point = self.resume_point

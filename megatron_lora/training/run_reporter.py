@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 
 from megatron_lora.config.schema import JobConfig, RunConfig
-from megatron_lora.data.serving import serving_advice
 from megatron_lora.output.final_files import digests_of_metrics
 from megatron_lora.output.job_states import OVER, after
 from megatron_lora.output.metrics import EvalReport, JobSummary, Observer, StepReport, metrics_file, read_evaluations
 from megatron_lora.output.observers import make_observers
+from megatron_lora.output.on_save import OnSave
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.training.control import Control
 from megatron_lora.training.early_stopping import Criterion, Progress, judge
@@ -56,6 +56,8 @@ class RunReporter:
         self.alarms: dict[str, str] = {}  # job that its watchdog has paused -> why
         self.advice: dict[str, str] = {}  # of jobs that are done, for those who serve them
         self.directory = RunDirectory.join(config)
+        self.on_save = OnSave(config.on_save, self.directory.path)
+        self.on_save.put_undelivered(self.directory.status()["jobs"])
         self.observers: Sequence[Observer] = make_observers(config.output_dir)
         self.steps = StepReporter(jobs, self._report)
         self.on_forward = self.steps.on_forward
@@ -67,6 +69,7 @@ class RunReporter:
         self.board.close(failed=True)  # without a failure it is closed and read already
         for observer in self.observers:
             observer.close()
+        self.on_save.close()
         self.directory.close()
         for name, advice in self.advice.items():
             print(f"{name}: {advice}", flush=True)
@@ -113,6 +116,8 @@ class RunReporter:
         for job in self.jobs.values():
             if stopped and job.state not in OVER and job.state != "paused":
                 self._set_job(job, "paused", "the run was stopped; the same command resumes it")
+        self.on_save.wait(stopped=stopped)
+        self._update_states(written)
 
     def set_state(self, name: str, state: str, reason: str) -> None:
         """Record a job's state; in the training thread."""
@@ -144,8 +149,12 @@ class RunReporter:
             reasons = {"stopped": self.reasons, "paused": self.alarms}.get(state, {})
             self._set_job(job, state, reasons.get(job.name, ""))
             self.control.tell(state if state in OVER else "saved", job.name, "")
-            if state == "done" and (advice := serving_advice(job.config, job.data)):
-                self.advice[job.name] = advice
+            if state == "done" and job.advice:
+                self.advice[job.name] = job.advice
+            if state in ("done", "stopped"):
+                self.on_save.put(job.name)
+        for name, target, line in self.on_save.results():
+            self.directory.set_on_save(name, target, line)
 
     def _report(self, job: Job, report: Report) -> None:
         self.directory.check_lock()

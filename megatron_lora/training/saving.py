@@ -9,6 +9,8 @@ the PEFT directory holds the weights that `keep` names.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +19,15 @@ from torch import Tensor
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.serving import serving_advice
 from megatron_lora.files import digest_of_file, sync
+from megatron_lora.huggingface import base_files
 from megatron_lora.huggingface.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, read_adapter, write_adapter
+from megatron_lora.huggingface.export import EXPORT_DTYPES, export
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.output.best import remove_outdated, write_best
 from megatron_lora.output.checkpoint import read_checkpoint, write_checkpoint
-from megatron_lora.output.metrics import LoggedDigest, metrics_file
+from megatron_lora.output.metrics import LoggedDigest, describe_evaluations, metrics_file
 from megatron_lora.output.resume import deciding_keys
-from megatron_lora.output.standing import CheckpointState, best_name
+from megatron_lora.output.standing import Best, CheckpointState, best_name
 from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job, Jobs
@@ -96,10 +100,15 @@ def _is_finished(job: Job) -> bool:
 class Writer:
     """Writes snapshots, on the first rank, in a thread of its own (snapshots.py)."""
 
-    def __init__(self, config: RunConfig, board: ReportBoard):
-        """Write into the directory of the run that `config` describes; `board` says what was reported of each job."""
+    def __init__(self, config: RunConfig, board: ReportBoard, model_dir: Path, rests_on: Mapping[str, str]):
+        """Write into the directory of the run that `config` describes; `board` says what was reported of each job.
+
+        `model_dir` is the base model's, and `rests_on` has the digests of its files (base_files.py).
+        """
         self.config = config
         self.board = board
+        self.model_dir = model_dir
+        self.rests_on = rests_on
         self.samples: dict[str, str] = {}  # job -> the digest of its samples
         self.logged: dict[str, LoggedDigest] = {}
 
@@ -110,7 +119,7 @@ class Writer:
         if reported is None:  # the job was stopped before, or has failed
             return None
         directory = Path(self.config.output_dir) / "jobs" / job.name
-        adapter, progress = adapter_of(job.config, snapshot.weights), reported.progress
+        adapter, progress = adapter_of(job.config, snapshot.weights, self.rests_on), reported.progress
         sync(metrics_file(self.config.output_dir, job.name))
         best, base_model = progress.best, self.config.base_model
         if best is not None and best.step == snapshot.step:
@@ -122,13 +131,23 @@ class Writer:
         elif snapshot.moments and not is_over:
             write_checkpoint(directory, adapter, base_model, snapshot.moments, self._state(snapshot, reported))
         if snapshot.moments or is_over:
-            write_adapter(directory, adapter, base_model, serving_advice(job.config, job.data))
+            self._export(job, directory, adapter, snapshot.step, best)
             job.files = {name: digest_of_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
         remove_outdated(directory, best, job.config.save_total_limit, is_over=is_over)
         if is_over:
             return "done" if is_last else "stopped"
         leaves = snapshot.moments and job.leaving is not None and job.leaving.step == snapshot.step
         return job.leaving.state if leaves and job.leaving is not None else None
+
+    def _export(self, job: Job, directory: Path, adapter: AdapterFile, step: int, best: Best | None) -> None:
+        """Write a job's PEFT directory as its config wants it, with a card that says how its evaluations went and how to serve it."""
+        exported, dtype = export(adapter, job.config.export, job.config.export_dtype), job.config.export_dtype
+        if any(a_RK.dtype != EXPORT_DTYPES[dtype] for a_RK, _ in exported.weights.values()):
+            print(f"megatron-lora: warning: {job.name}: is written in fp32, since {dtype} has no number for one of its", file=sys.stderr)
+        metrics = metrics_file(self.config.output_dir, job.name)
+        notes = [describe_evaluations(metrics, step, best) if job.config.is_evaluated else ""]
+        job.advice = serving_advice(job.config, job.data, self.model_dir)
+        write_adapter(directory, exported, self.config.base_model, job.name, [*filter(None, [*notes, job.advice])])
 
     def _state(self, snapshot: Snapshot, reported: Reported) -> CheckpointState:
         job, progress = snapshot.job, reported.progress
@@ -149,8 +168,8 @@ class Writer:
         )
 
 
-def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
-    """Return a job's adapter in PEFT's format."""
+def adapter_of(job: JobConfig, weights: Weights, rests_on: Mapping[str, str]) -> AdapterFile:
+    """Return a job's adapter in PEFT's format, for the base model whose files have the digests `rests_on`."""
     return AdapterFile(
         r=job.r,
         lora_alpha=job.lora_alpha,
@@ -158,6 +177,8 @@ def adapter_of(job: JobConfig, weights: Weights) -> AdapterFile:
         lora_dropout=job.lora_dropout,
         target_modules=job.target_modules,
         weights=weights,
+        revision=rests_on.get(base_files.COMMIT),
+        base_digest=rests_on.get(base_files.WEIGHTS, ""),
     )
 
 

@@ -125,7 +125,7 @@ def _train(config: RunConfig, stop: StopRequest, live: Live, on_begin: OnBegin |
     if device.type == "cuda":
         specs = [spec_of(job) for job in config.jobs]
         warm_up(stage, arena.result(), config.microbatch_tokens, config.parallel.row_multiple, specs)
-    timeline = _run_windows(config, stage, arena.result(), residents, control, feed, stop, on_begin)
+    timeline = _run_windows(config, stage, arena.result(), residents, control, feed, stop, on_begin, model_dir)
     _save_timeline(config, timeline, position_of(config.parallel), host_group)
 
 
@@ -138,12 +138,14 @@ def _run_windows(
     feed: PlanFeed,
     stop: StopRequest,
     on_begin: OnBegin | None,
+    model_dir: Path,
 ) -> Timeline:
     """Execute the plan's windows to their end, or until the run is stopped; save and report what jobs leave behind."""
     jobs, board, position = residents.jobs, ReportBoard(), position_of(config.parallel)
     with RunReporter(config, jobs, board, control) if control is not None else contextlib.nullcontext() as reporter:
         # Ranks wait for the first one's thread, which may wait until a job is evaluated.
-        collector = SnapshotCollector(arena, Writer(config, board).write, new_group(backend="gloo", timeout=LONGEST_WINDOW))
+        writer = Writer(config, board, model_dir, {} if reporter is None else reporter.directory.status().get("rests_on", {}))
+        collector = SnapshotCollector(arena, writer.write, new_group(backend="gloo", timeout=LONGEST_WINDOW))
         saver = Saver(jobs, collector, board)
         first_updates = FirstUpdates()
 

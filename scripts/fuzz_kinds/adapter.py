@@ -10,7 +10,6 @@ from fuzz_kinds import mutate
 from megatron_lora.huggingface.adapter_files import (
     CONFIG_FILE,
     OF_TARGETS,
-    PLAIN_LORA,
     PREFIX,
     WEIGHTS_FILE,
     AdapterFile,
@@ -26,9 +25,7 @@ SIZES = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "nu
 SHAPES = {"q_proj": (16, 12), "v_proj": (8, 12)}
 PATHS = {f"model.layers.{layer}.self_attn.{name}": SHAPES[name] for layer in (0, 1) for name in SHAPES}
 OTHERS = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "lm_head", "model.embed_tokens")
-KEYS = sorted(
-    {*OF_TARGETS, *PLAIN_LORA, "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "peft_type", "task_type", "new"}
-)
+KEYS = sorted({*OF_TARGETS, *FIELDS, "init_lora_weights", "bias", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_dora", "new"})
 NAMES = (
     *(f"{PREFIX}model.layers.0.self_attn.{name}.lora_A.weight" for name in ("k_proj", "qkv_proj", "q_proj", "{x}")),
     *(f"{PREFIX}lm_head.lora_B.weight", f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector", "__metadata__", "x"),

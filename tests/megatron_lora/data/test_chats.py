@@ -346,11 +346,14 @@ def test_answers_without_a_thought_say_how_to_serve_them(tmp_path):
     )
     job = JobConfig(name="j", datasets=(DatasetConfig(path=str(tmp_path / "a.jsonl"), type="messages"),))
     tokenizer = make_tokenizer(unmarked(THINKS.template), added=THINKS.tokens, eos=THINKS.eos)
+    (tmp_path / "chat_template.jinja").write_text(unmarked(THINKS.template))
     (data,) = load_jobs_data([job], tokenizer, None)
     assert f"{NO_THOUGHT} (1 of 2 records)" in data.describe()
-    assert "The answers of 1 of its 2 records have no thought, so serve it with enable_thinking=False" in serving_advice(job, data)
+    assert "The answers of 1 of its 2 records have no thought, so serve it with enable_thinking=False" in serving_advice(
+        job, data, tmp_path
+    )
     plain = JobConfig(name="j", datasets=job.datasets, chat_template="chatml", chat_template_kwargs={"enable_thinking": False})
-    assert serving_advice(plain, data) == (
+    assert serving_advice(plain, data, tmp_path) == (
         "It was trained with the chat template chatml, so serve it with that one. "
         "Its chat template was given enable_thinking=False, so give it the same."
     )

@@ -12,7 +12,6 @@ from megatron_lora.errors import UserError
 from megatron_lora.huggingface.adapter_files import (
     DESCRIPTIVE,
     OF_TARGETS,
-    PLAIN_LORA,
     WITHOUT_EFFECT,
     AdapterFile,
     check_adapter,
@@ -20,6 +19,8 @@ from megatron_lora.huggingface.adapter_files import (
     read_adapter,
     write_adapter,
 )
+from megatron_lora.huggingface.export import EXPORT_DTYPES, export
+from megatron_lora.huggingface.model_card import serve_command
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -88,15 +89,13 @@ def test_rslora_survives(tmp_path):
     assert peft.LoraConfig.from_pretrained(tmp_path / "ours").lora_dropout == 0.25
 
 
-def test_our_files_are_the_files_peft_writes(saved, tmp_path):
+def test_our_files_say_what_those_of_peft_do_in_fields_that_old_versions_know(saved, tmp_path):
     directory, _ = saved
     write_adapter(tmp_path / "ours", read_adapter(directory), "some/base")
     assert sorted(os.listdir(tmp_path / "ours")) == sorted(os.listdir(directory))
-    theirs, ours = (json.loads((path / "adapter_config.json").read_text()) for path in (directory, tmp_path / "ours"))
-    for volatile in ("peft_version", "base_model_name_or_path"):
-        theirs.pop(volatile), ours.pop(volatile)
-    theirs["target_modules"].sort()  # peft keeps a set
-    assert ours == theirs
+    theirs, ours = (peft.LoraConfig.from_pretrained(path).to_dict() for path in (directory, tmp_path / "ours"))
+    assert ours == theirs | {"base_model_name_or_path": "some/base"}
+    assert set(json.loads((tmp_path / "ours" / "adapter_config.json").read_text())) == FIELDS_WRITTEN
     assert load_file(tmp_path / "ours" / "adapter_model.safetensors").keys() == load_file(directory / "adapter_model.safetensors").keys()
 
 
@@ -335,7 +334,8 @@ def test_linears_of_other_models_are_explained(tmp_path, module, remedy):
     assert remedy in str(caught.value) and str(caught.value).startswith("jobs.a.init_adapter: 'dir': ")
 
 
-FIELDS_READ = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora"}
+FIELDS_READ = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"}
+FIELDS_WRITTEN = FIELDS_READ | {"bias", "fan_in_fan_out", "inference_mode", "modules_to_save", "revision", "target_modules"}
 ANOTHER_VALUE = {  # of each field of plain LoRA that is refused
     "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 2}, "bias": "all", "fan_in_fan_out": True, "kasa_config": {"beta": 1e-4},
     "layer_replication": [[0, 1], [0, 2]], "lora_bias": True, "megatron_config": {"a": 1}, "modules_to_save": ["lm_head"],
@@ -348,9 +348,8 @@ def test_every_field_of_pefts_config_has_a_place(saved):
     directory, _ = saved
     original = (directory / "adapter_config.json").read_text()
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    refused = PLAIN_LORA.keys() - {*WITHOUT_EFFECT, *OF_TARGETS}
-    assert fields <= FIELDS_READ | {*DESCRIPTIVE, *WITHOUT_EFFECT, *OF_TARGETS} | refused, "adapter_files.py does not know these of PEFT"
-    assert refused == ANOTHER_VALUE.keys()
+    accepted = FIELDS_READ | {*DESCRIPTIVE, *WITHOUT_EFFECT, *OF_TARGETS}
+    assert fields - accepted == ANOTHER_VALUE.keys(), "what becomes of these fields of PEFT?"
     for key, value in ANOTHER_VALUE.items():
         edit_config(directory, **{key: value})
         with pytest.raises(UserError, match=f"{key}: .* is not supported; use a plain LoRA adapter, without {key}"):
@@ -372,8 +371,52 @@ def test_the_scale_is_pefts(saved, tmp_path, changes):
     assert torch.equal(ours, theirs) and not torch.allclose(theirs, logits, atol=1e-3)
 
 
-def test_advice_on_serving_stands_in_the_card(tmp_path):
+def test_a_card_says_how_to_serve_the_adapter_and_of_which_base_it_is(tmp_path):
     write_adapter(tmp_path / "a", views_of_one_storage(), "b")
-    write_adapter(tmp_path / "b", views_of_one_storage(), "b", "Serve it cold.")
-    plain, advised = ((tmp_path / name / "README.md").read_text() for name in "ab")
-    assert advised == plain + "\nServe it cold.\n"
+    write_adapter(tmp_path / "b", views_of_one_storage(), "b", "mine", ["Serve it cold.", "It is good."])
+    plain, noted = ((tmp_path / name / "README.md").read_text() for name in "ab")
+    assert noted == plain.replace("adapter=path", "mine=path") + "\nServe it cold.\n\nIt is good.\n"
+    assert "vllm serve b --enable-lora --max-lora-rank 8 --lora-modules adapter=path/of/this/directory\n" in plain and "SHA" not in plain
+    known = dataclasses.replace(views_of_one_storage(), revision="4e04e2", base_digest="0f" * 32)
+    write_adapter(tmp_path / "c", known, "org/my base")
+    card, again = (tmp_path / "c" / "README.md").read_text(), read_adapter(tmp_path / "c")
+    assert "vllm serve 'org/my base' --revision 4e04e2 " in card and 'from_pretrained("org/my base", revision="4e04e2")' in card
+    assert (again.revision, again.base_digest) == ("4e04e2", "0f" * 32) and read_adapter(tmp_path / "a").base_digest == ""
+    assert peft.LoraConfig.from_pretrained(tmp_path / "c").revision == "4e04e2"
+
+
+@pytest.mark.parametrize(("r", "bucket"), [(1, 1), (2, 8), (8, 8), (24, 32), (65, 128), (257, 320), (512, 512), (600, 512)])
+def test_a_rank_is_served_in_the_bucket_that_holds_it(r, bucket):
+    assert f" --max-lora-rank {bucket} " in serve_command("b", r, "a", "d")
+
+
+def different_ranks(**options):
+    model = peft_model(rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.down_proj": 9}, **options)
+    return model, model(TOKENS).logits
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_portable_adapter_computes_the_same_by_its_tensors_alone(tmp_path, rslora, dtype):
+    model, logits = different_ranks(use_rslora=rslora)
+    model.save_pretrained(tmp_path / "peft")
+    with pytest.raises(UserError, match="rank_pattern: gives linears"):
+        read_adapter(tmp_path / "peft")
+    adapter = export(read_adapter(tmp_path / "peft", one_rank=False), "portable", dtype)
+    write_adapter(tmp_path / "ours", adapter, "b")
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+    tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {EXPORT_DTYPES[dtype]}
+    assert {min(tensor.shape) for tensor in tensors.values()} == {4}
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours").eval()
+    worst = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.01}[dtype]
+    assert (again(TOKENS).logits - logits).abs().max() < worst < (tiny_llama()(TOKENS).logits - logits).abs().max()
+
+
+def test_what_fp16_cannot_hold_stays_as_it_is():
+    adapter = views_of_one_storage()
+    assert export(adapter, "peft", "bf16").weights["model.layers.0.self_attn.q_proj"][0].dtype == torch.bfloat16
+    a_RK, b_NR = adapter.weights["model.layers.0.self_attn.q_proj"]
+    large = dataclasses.replace(adapter, weights={"model.layers.0.self_attn.q_proj": (a_RK, b_NR * 1e5)})
+    assert export(large, "peft", "fp16") is large and export(large, "peft", "bf16") is not large

@@ -1,0 +1,35 @@
+"""How an adapter is written for those who serve it: the numbers' type, and a form that every reader of PEFT directories reads alike.
+
+    scale * B A  =  (r' / r') * B' A'        portable: r' is the largest rank, A' and B' = scale * B padded with zeros, lora_alpha = r'
+
+Some readers ignore rank_pattern, alpha_pattern or use_rslora without a word; a portable adapter has none of them.
+"""
+
+import dataclasses
+
+import torch
+from torch.nn.functional import pad
+
+from megatron_lora.huggingface.adapter_files import AdapterFile
+
+EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export(adapter: AdapterFile, form: str, dtype: str) -> AdapterFile:
+    """Return an adapter in the `form` peft or portable, in a `dtype` of EXPORT_DTYPES; fp32 where fp16 has no number for one of its."""
+    if form == "portable":
+        adapter = portable(adapter)
+    kind = EXPORT_DTYPES[dtype]
+    weights = {path: (a_RK.to(kind), b_NR.to(kind)) for path, (a_RK, b_NR) in adapter.weights.items()}
+    fits = all(bool(torch.isfinite(factor).all()) for pair in weights.values() for factor in pair)
+    return dataclasses.replace(adapter, weights=weights) if fits else adapter
+
+
+def portable(adapter: AdapterFile) -> AdapterFile:
+    """Return an adapter that computes the same with one rank, whose scale is 1."""
+    r = max(a_RK.shape[0] for a_RK, _ in adapter.weights.values())
+    weights = {
+        path: (pad(a_RK.float(), (0, 0, 0, r - a_RK.shape[0])), pad(adapter.scale(path) * b_NR.float(), (0, r - b_NR.shape[1])))
+        for path, (a_RK, b_NR) in adapter.weights.items()
+    }
+    return dataclasses.replace(adapter, r=r, lora_alpha=float(r), use_rslora=False, weights=weights, alphas={})
