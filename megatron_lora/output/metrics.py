@@ -153,8 +153,12 @@ def read_evaluations(path: str | Path) -> list[dict[str, Any]]:
 
 
 def describe_evaluations(path: Path, step: int, best: Best | None) -> str:
-    """Return a sentence on a job's evaluations in its first `step` steps, the last one and the best; empty where there were none."""
-    losses = {line["step"]: line["eval_loss"] for line in read_evaluations(path) if line["step"] <= step and line["eval_loss"] is not None}
+    """Return a sentence on a job's evaluations in its first `step` steps, the last one and the best; empty where none can be read."""
+    try:
+        evaluations = read_evaluations(path)
+    except UserError:  # it was damaged since; an adapter is written all the same
+        return ""
+    losses = {line["step"]: line["eval_loss"] for line in evaluations if line["step"] <= step and line["eval_loss"] is not None}
     if not losses:
         return ""
     found = f"The eval_loss was {losses[max(losses)]:.4f} in the last evaluation, after {max(losses)} steps"

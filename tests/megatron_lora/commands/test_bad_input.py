@@ -4,6 +4,7 @@ Each case spoils one thing of a run that is right otherwise (`test_the_unspoilt_
 its own reason. The spoiler gets the scene's folder and config and returns overrides for the command line.
 """
 
+import dataclasses
 import json
 import os
 import struct
@@ -17,6 +18,10 @@ import yaml
 
 from megatron_lora.__main__ import main
 from megatron_lora.commands import launch
+from megatron_lora.commands.checks import check_files
+from megatron_lora.config.on_save_keys import OnSaveConfig
+from megatron_lora.config.schema import RunConfig
+from megatron_lora.errors import UserError
 from megatron_lora.output.run_directory import RunDirectory
 
 INDEX = "model.safetensors.index.json"
@@ -479,3 +484,10 @@ def test_the_process_itself_ends_with_2_and_without_a_traceback_and_without_load
     )  # fmt: skip
     assert (ran.returncode, ran.stdout) == (2, "False\n")
     assert ran.stderr == "megatron-lora: defaults.r: 0 is not a LoRA rank; use a whole number from 1 to 256\n"
+
+
+def test_a_command_for_adapters_that_is_no_program_is_refused():
+    config = RunConfig(base_model="m", output_dir="o", jobs=(), on_save=(OnSaveConfig(command=("no-such-program", "x")),))
+    with pytest.raises(UserError, match="on_save.command: 'no-such-program': no such program can be run here"):
+        check_files(config)
+    check_files(dataclasses.replace(config, on_save=(OnSaveConfig(command=("sh",)),)))

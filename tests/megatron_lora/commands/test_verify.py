@@ -68,6 +68,12 @@ def test_a_job_that_others_change_is_beyond_the_bounds(config, trained, capsys, 
     assert "beyond the bounds" in capsys.readouterr().out
 
 
+def test_what_is_trained_twice_is_compared_in_fp32_and_given_to_nobody(config):
+    loaded = load_config(config, ["on_save.url=http://host", "defaults.export=portable", "defaults.export_dtype=bf16"])
+    found = verify.in_steps(loaded, "mine", 3, "fp32")
+    assert not found.on_save and {(job.export, job.export_dtype) for job in found.jobs} == {("peft", "fp32")}
+
+
 def test_a_loss_that_is_not_finite_is_no_agreement(tmp_path):
     for name, losses in {"one": [1.0, 2.0], "near": [1.0, 2.002], "none": [1.0, None]}.items():
         (tmp_path / name).mkdir()

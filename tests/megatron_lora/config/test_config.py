@@ -179,3 +179,12 @@ def test_the_queues_keys(load):
 def test_configs_are_frozen(load):
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().jobs[0].r = 3
+
+
+def test_targets_of_adapters_are_those_again_that_were_dumped(load):
+    config = load(MINIMAL, "on_save=[{url: 'http://host:8000/'}, {command: [echo, done], timeout_s: 5}]", "defaults.export_dtype=bf16")
+    assert [entry.name for entry in config.on_save] == ["http://host:8000", "echo done"] and config.jobs[0].export_dtype == "bf16"
+    assert load(dump_config(config)) == config and load(dump_config(load())) == load()
+    assert load(MINIMAL, "on_save.url=http://host").on_save[0].attempts == 3
+    with pytest.raises(UserError, match=r"on_save.timeout: unknown key \(did you mean timeout_s\?\)"):
+        load(MINIMAL, "on_save={url: 'http://host', timeout: 3}")
