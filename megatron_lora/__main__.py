@@ -2,9 +2,9 @@
 
 Exit status of train: 0 all jobs done; 1 a crash; 2 wrong input; 3 some jobs failed, the others are
 done; 75 stopped and saved, run again to resume; 128 + a signal's number. The other commands exit
-with 0, or 2 for wrong input; calibrate and verify, which start ranks, also with 1, or 128 + a
-signal's number. A command's modules are imported when it is called, so that help and config errors are
-quick.
+with 0, or 2 for wrong input; check-adapter with 1 for an adapter that is wrong; calibrate and verify,
+which start ranks, also with 1, or 128 + a signal's number. A command's modules are imported when it
+is called, so that help and config errors are quick.
 """
 
 import argparse
@@ -79,6 +79,14 @@ shows plan another machine's costs.""",
   megatron-lora watch runs/quickstart-1 --once
 
 It reads the run's directory alone: Ctrl-C leaves the run as it is.""",
+    "check-adapter": """examples:
+  megatron-lora check-adapter runs/quickstart-1/jobs/summaries
+  megatron-lora check-adapter summaries --base models/SmolLM2-135M-Instruct --server http://localhost:8000 --name summaries
+  megatron-lora check-adapter summaries --base models/SmolLM2-135M-Instruct --samples held_out.jsonl
+
+The server is vLLM. VLLM_API_KEY is sent to it where it is set.
+
+exit status: 0 right, 1 checked and found wrong, 2 wrong input, or a server that cannot be asked""",
     "tune": """examples:
   megatron-lora tune
   megatron-lora tune --output choices.json""",
@@ -108,6 +116,14 @@ RESTARTS = (
     ("--max-restarts", int, 0, "N", "after a crash resume from the newest checkpoints, up to N times"),
     ("--restart-window-s", float, 3600.0, "S", "count the restarts of the last S seconds (default: 3600)"),
     ("--memory-share", float, 1.0, "X", "share of the memory that choices left auto count on (default: 1)"),
+)
+
+OF_CHECK = (
+    ("adapter", "ADAPTER", "a PEFT directory, such as RUN/jobs/NAME"),
+    ("--base", "MODEL", "its base model: directory or hub id (default: what its run or its config says)"),
+    ("--server", "URL", "a running vLLM that serves it, such as http://localhost:8000"),
+    ("--name", "NAME", "what the server calls it (default: what it serves from ADAPTER, else the directory's name)"),
+    ("--samples", "FILE", "lines of {text} or {messages} (default: the job's validation or training data, else our texts)"),
 )
 
 
@@ -205,6 +221,9 @@ def add_commands_of_adapters(add: Callable[[str, str], argparse.ArgumentParser])
     merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT directory, or ADAPTER=WEIGHT")
     merge.add_argument("out", metavar="OUT", help="the directory to make")
     merge.add_argument("--base", metavar="DIR", help="the base model (default: the one that the adapters name)")
+    check = add("check-adapter", "compare an adapter with peft and with a server that has it, and say what is wrong with it")
+    for flag, metavar, help in OF_CHECK:
+        check.add_argument(flag, metavar=metavar, help=help)
 
 
 CALLS: dict[str, Callable[[Any, argparse.Namespace], int]] = {  # of the module of commands/ that has the command's name
@@ -215,6 +234,7 @@ CALLS: dict[str, Callable[[Any, argparse.Namespace], int]] = {  # of the module 
     "watch": lambda command, a: command.main(a.run, a.job, a.once),
     "tune": lambda command, a: command.main(a.output),
     "preview": lambda command, a: command.main(a.config, a.overrides, a.job, a.samples),
+    "check-adapter": lambda command, a: command.main(a.adapter, a.base, a.server, a.name, a.samples),
     "merge": lambda command, a: command.main(a.adapters, a.out, a.base),
     "doctor": lambda command, a: command.main(),
 }
@@ -273,7 +293,7 @@ def run(arguments: argparse.Namespace) -> int:
         from megatron_lora.commands import control
 
         return control.control(arguments.run, name, arguments.words, not arguments.no_wait)
-    return CALLS[name](importlib.import_module(f"megatron_lora.commands.{name}"), arguments)
+    return CALLS[name](importlib.import_module(f"megatron_lora.commands.{name.replace('-', '_')}"), arguments)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,12 +8,15 @@ found. A text without a seal, of an earlier version or of a user, is read as it 
 """
 
 import errno
+import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,21 +25,37 @@ from megatron_lora.errors import UserError
 JSON_SEAL = re.compile(r', "digest": "([0-9a-f]{32})"}\n?\Z')
 YAML_SEAL = re.compile(r"# digest: ([0-9a-f]{32})\n\Z")
 MOST_TEXT_BYTES = 1 << 28  # a tokenizer.json has 40 MB at most
-CHANGED = "its digest is of another text: it was damaged or edited since it was written"
+CHANGED = "was damaged or edited since it was written: its digest is of another text"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write or replace a text file."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write or replace a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
         with open_new(temporary) as file:
-            file.write(text.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def pack(files: Sequence[Path], packed: Path) -> None:
+    """Put texts of one line each into one gzip file, in its lines, and remove them; the line of a file that is not there is empty."""
+    lines = [file.read_bytes().rstrip(b"\n") if file.exists() else b"" for file in files]
+    write_atomically(packed, gzip.compress(b"\n".join(lines) + b"\n", mtime=0))
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def unpack(packed: Path) -> list[bytes]:
+    """Return the lines of a gzip file; ValueError where it is damaged."""
+    try:
+        return gzip.decompress(packed.read_bytes()).split(b"\n")[:-1]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{packed.name}: {error}") from None
 
 
 def open_new(path: Path) -> IO[bytes]:

@@ -1,11 +1,14 @@
 """Plays random scripts of add, pause, resume, cancel and set on live runs of a tiny model, and compares each job with its solo run.
 
     python scripts/play_live_runs.py --num 50 --layouts pp2 --ends none stop kill [--seed 100] [--output live_runs.jsonl]
+    python scripts/play_live_runs.py --num 40 --layouts pp2 tp2 dp2 --ends mixed --num-ends 12          # about a thousand kills and stops
 
 Six jobs, of which two to four are resident at a time, and up to two that are added (tests/live_scripts.py). Losses must agree within
 1e-5 and adapters within 1e-4 of the solo run's, and the first start, repeated from its events alone, must give the same bits. The first
-two starts end as --ends says: by themselves, or stopped, or one of their ranks is killed: at random slots, or in front of random changes
-of files. Appends a JSON line with what was played for each layout and end; ends with 1 at the first difference, which it prints.
+--num-ends starts end as --ends says: by themselves, or stopped, or one of their ranks is killed: at random slots or times, or in front of
+random changes of files. After each, nothing may be left that no document names: files, locks, processes (tests/leftovers.py). Appends a
+JSON line with what was played for each layout and end, when it is stopped (SIGTERM) too; ends with 1 at the first difference, which it
+prints.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -38,29 +42,34 @@ def main() -> int:
     parser.add_argument("--num", type=whole, default=10)
     parser.add_argument("--seed", type=whole, default=100, help="of the first script; the others follow")
     parser.add_argument("--layouts", choices=LAYOUTS, nargs="+", default=["pp2"])
-    parser.add_argument("--ends", choices=live_scripts.ENDS, nargs="+", default=["none"], help="how the first two starts of each run end")
+    parser.add_argument("--ends", choices=live_scripts.ENDS, nargs="+", default=["none"], help="how the first starts of each run end")
+    parser.add_argument("--num-ends", type=whole, default=live_scripts.NUM_ENDS, help="starts of each run that end so")
     parser.add_argument("--output", type=output_file, default=RESULTS / "live_runs.jsonl")
     options = parser.parse_args()
-    ranks = rank_pool.RankPool()
+    ranks, seeds = rank_pool.RankPool(), range(options.seed, options.seed + options.num)
 
     def pool(pp: int = 1, tp: int = 1, dp: int = 1):
         layout = ParallelConfig(pipeline=pp, tensor=tp, data=dp)
         return SimpleNamespace(run=lambda function, *words: ranks.run(layout, function, *words))
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    begun, results = time.monotonic(), {}
     with contextlib.closing(ranks), tempfile.TemporaryDirectory() as root:
         scene = live_scripts.make_scene(Path(root))
-        for end, layout in itertools.product(options.ends, options.layouts):
-            begun, counts = time.monotonic(), Counter()
-            for seed in range(options.seed, options.seed + options.num):
+        try:
+            for seed, end, layout in itertools.product(seeds, options.ends, options.layouts):
                 folder = Path(root) / f"script-{layout}-{end}-{seed}"
                 folder.mkdir()
-                outcome = live_scripts.play(pool, scene, seed, LAYOUTS[layout], folder, end)
-                counts += outcome.counts + live_scripts.check(pool, scene, outcome)
+                outcome = live_scripts.play(pool, scene, seed, LAYOUTS[layout], folder, end, options.num_ends)
+                ended_as = live_scripts.check(pool, scene, outcome)
                 live_scripts.repeat(pool, outcome, folder)
                 shutil.rmtree(folder)
+                counts = results.setdefault(f"{layout}, {end}", Counter())
+                counts += outcome.counts + ended_as + Counter(scripts=1)
                 print(f"script {seed}, {layout}, {end}: {dict(counts)}, {time.monotonic() - begun:.0f} s", flush=True)
-            line = {"case": f"{layout}, {end}", "seed": options.seed, "num": options.num, "results": dict(counts)}
-            append_line(options.output, stamp() | line)
+        finally:
+            for case, counts in results.items():
+                append_line(options.output, stamp() | {"case": case, "seed": options.seed, "results": dict(counts)})
     return 0
 
 

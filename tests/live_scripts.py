@@ -9,15 +9,19 @@ repeat(pool, scene, outcome, tmp_path)                 # ... where the first sta
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
 import sys
+import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import leftovers
 import oracle
 import runs
 from killed import changes_file
@@ -25,8 +29,8 @@ from rank_pool import RankError
 from safetensors.torch import load_file
 
 STEPS = 6
-ENDS = ("none", "stop", "kill")
-NUM_ENDS = 2  # starts that are stopped, or killed
+ENDS = ("none", "stop", "kill", "mixed")
+NUM_ENDS = 2  # starts that are stopped, or killed, unless another number is asked for
 LATE = ("late-0", "late-1")
 NAMES = (*(f"job-{k}" for k in range(6)), *LATE)
 VALUES = ({"priority": 3.0}, {"save_steps": 2}, {"save_total_limit": 1}, {"priority": 0.5, "save_steps": 3})
@@ -57,8 +61,8 @@ class Kill(NamedTuple):
     """Where a rank kills itself: at a forward, or at a change of the run's files."""
 
     rank: int
-    what: str  # forward | file
-    number: int
+    what: str  # forward | file | time
+    number: int  # of forwards, of changes, of milliseconds
     marker: Path
 
 
@@ -71,15 +75,33 @@ def make_scene(root: Path) -> Scene:
         job |= {"learning_rate": 1e-3, "global_batch_size": 2, "max_steps": STEPS, "seed": k, "adam_epsilon": 1e-6, "warmup_ratio": 0.0}
         job |= {"lora_dropout": 0.1} if k % 2 else {}
         job |= {"val_set_size": 5, "eval_steps": 1 + k // 3, "keep": "last"} if k % 3 == 0 else {}
+        job |= {"save_steps": 2} if k % 3 == 1 else {}
         jobs[name] = job
     jobs["job-3"] |= {"early_stopping_patience": 1, "early_stopping_threshold": 1.0}
     return Scene(root, oracle.make_model(root / "model"), jobs, {})
 
 
-def train(config_path: Path, script: Script, stop_after: int | None, kill: Kill | None, replay: str | None) -> None:
+class InlineReader:
+    """Reads jobs where it is asked to, in place of a process of its own, whose start takes longer than a short run."""
+
+    def __init__(self, check: Callable[[Any], str | None]):
+        self.check, self.found, self.asked = check, {}, set()
+
+    def ask(self, job) -> None:
+        self.found[job.name] = self.check(job)
+
+    def answers(self) -> dict[str, str | None]:
+        found, self.found = self.found, {}
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+def train(config_path: Path, script: Script, stop_after: int | None, kill: Kill | None, replay: str | None, reader: str) -> None:
     """Run a config on this rank; on the first one, requests are left before the windows that `script` names.
 
-    Jobs that are paused when nothing else is left are resumed.
+    Jobs that are paused when nothing else is left are resumed. `reader`: process | inline.
     """
     import torch.distributed as dist
 
@@ -87,45 +109,63 @@ def train(config_path: Path, script: Script, stop_after: int | None, kill: Kill 
     from megatron_lora.output.requests import new_request, write_request
     from megatron_lora.training.control import Control
     from megatron_lora.training.executor import Executor
+    from megatron_lora.training.job_reader import JobReader
 
-    run, ask, begin, left = Path(load_config(config_path).output_dir), Control.ask, Executor._begin, 0
+    run, ask, begin, left, asking = Path(load_config(config_path).output_dir), Control.ask, Executor._begin, 0, False
+    os.environ[leftovers.MARK] = str(run)
+
+    def end() -> None:
+        kill.marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def count(*_) -> None:
         nonlocal left
-        left -= 1
+        left -= not asking
         if left < 0:
-            kill.marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            end()
 
     def asked(self, window, slot):
+        nonlocal asking
+        asking = True  # a user's process does it
         for verb, keys in script.get(window, ()):
             write_request(run, new_request(verb, **keys))
         names = [] if replay is not None else list(self.entries)
         if names and all(entry.state == "paused" and not entry.resident for entry in self.entries.values()):
             write_request(run, new_request("resume", names=names))
+        asking = False
         return ask(self, window, slot)
 
     def begun(self, slot):
         count()
         return begin(self, slot)
 
-    with mock.patch.object(Control, "ask", asked):
+    readers = {"process": JobReader, "inline": InlineReader}
+    with mock.patch.object(Control, "ask", asked), mock.patch("megatron_lora.training.train.JobReader", readers[reader]):
         if kill is None or kill.rank != dist.get_rank():
             runs.train(config_path, stop_after, replay)
             return
-        left = kill.number
-        if kill.what == "file":
+        left = kill.number if kill.what != "time" else math.inf
+        timer = threading.Timer(kill.number / 1e3, end)
+        if kill.what == "time":
+            timer.start()
+        elif kill.what == "file":
             sys.addaudithook(lambda event, words: count() if changes_file(event, words, str(run)) else None)
-            runs.train(config_path, stop_after, replay)
-        with mock.patch.object(Executor, "_begin", begun):
-            runs.train(config_path, stop_after, replay)
+        try:
+            with mock.patch.object(Executor, "_begin", begun if kill.what == "forward" else begin):
+                runs.train(config_path, stop_after, replay)
+        finally:
+            left = math.inf  # what was not reached is not meant for the next start: hooks stay
+            timer.cancel()
+            if kill.what == "time":
+                timer.join()
 
 
-def random_script(rng: random.Random, scene: Scene, late: str) -> Script:
-    """Return what is asked for before which windows; `late` is added at some time, mostly."""
+def random_script(rng: random.Random, scene: Scene, start: int) -> Script:
+    """Return what is asked for before which windows of a start; jobs are added in the first two, mostly, and cancelled there alone."""
     script: Script = {}
+    late = LATE[start % len(LATE)]
     for _ in range(rng.randint(3, 8)):
-        verb = rng.choice(["add", "pause", "pause", "resume", "cancel", "set"])
+        verb = rng.choice(["add", "pause", "pause", "resume", "cancel", "set"] if start < len(LATE) else ["pause", "resume", "set"])
         if verb == "add":
             keys: dict[str, Any] = {"jobs": [_complete(scene.jobs[late])]}  # refused the second time
         else:
@@ -134,10 +174,11 @@ def random_script(rng: random.Random, scene: Scene, late: str) -> Script:
     return script
 
 
-def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str = "none") -> Outcome:
+def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str = "none", num_ends: int = NUM_ENDS) -> Outcome:
     """Train six jobs, two to four of them at a time, under a random script.
 
-    By `end` the first starts end early: they are stopped, or killed.
+    By `end` the first `num_ends` starts end early: they are stopped, or killed, or either. After each end and each start the directory
+    holds what it may, and no process is left.
     """
     from megatron_lora.config.schema import load_config
     from megatron_lora.output.events import read_events
@@ -152,21 +193,25 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
     status = 75
     while status == 75:
         start = counts["starts"]
-        assert start <= NUM_ENDS, f"the run does not end: {job_states(run)}"
-        script = random_script(rng, scene, LATE[start]) if start < len(LATE) else {}
-        ends_early = end if start < NUM_ENDS else "none"
+        assert start <= num_ends, f"the run does not end: {job_states(run)}"
+        is_last = start == num_ends
+        script = random_script(rng, scene, start) if start < max(num_ends, len(LATE)) and not (is_last and num_ends) else {}
+        ends_early = "none" if is_last else rng.choice(["stop", "kill", "kill"]) if end == "mixed" else end
         stop_after = rng.randint(2, 14) if ends_early == "stop" else None
         kill = _random_kill(rng, parallel, folder / f"killed-{start}") if ends_early == "kill" else None
         with RunDirectory.create(load_config(config)) as directory:
+            leftovers.check(run)
             try:
-                pool(**parallel).run(train, config, script, stop_after, kill, None)
+                pool(**parallel).run(train, config, script, stop_after, kill, None, "inline" if start else "process")
             except RankError:
                 if kill is None or not kill.marker.exists():
                     raise
                 counts["kills"] += 1
             status = exit_status(job_states(run).values())
-            if kill is None or not kill.marker.exists():
+            was_killed = kill is not None and kill.marker.exists()
+            if not was_killed:
                 directory.finish(status)
+        leftovers.check(run, was_killed=was_killed, has_ended=True)
         if start == 0:
             first = {path.parent.name: _whole_lines(path) for path in run.glob("jobs/*/metrics.jsonl")}
         counts["starts"] += 1
@@ -181,9 +226,10 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
 
 
 def _random_kill(rng: random.Random, parallel: dict, marker: Path) -> Kill:
-    what = rng.choice(["forward", "file"])
-    rank = rng.randrange(2) if what == "forward" and parallel else 0
-    return Kill(rank, what, rng.randint(1, 40) if what == "forward" else rng.randint(5, 200), marker)
+    """Return a kill that is early rather than late, so that the next start has something left to do."""
+    what, most = rng.choice([("forward", 40), ("file", 300), ("time", 4000)])
+    rank = 0 if what == "file" or not parallel else rng.randrange(2)
+    return Kill(rank, what, int(most ** rng.random()), marker)
 
 
 def _whole_lines(path: Path) -> list[dict]:
@@ -219,7 +265,7 @@ def repeat(pool, outcome: Outcome, folder: Path) -> None:
     config, again = folder / "again.yaml", folder / "again"
     config.write_text(json.dumps(json.loads(outcome.config.read_text()) | {"output_dir": str(again)}))
     with RunDirectory.create(load_config(config)) as directory:
-        pool(**outcome.parallel).run(train, config, {}, None, None, str(outcome.run))
+        pool(**outcome.parallel).run(train, config, {}, None, None, str(outcome.run), "inline")
         directory.finish(0)
     for name, lines in outcome.first.items():
         repeated = runs.lines_of(again, name)[: len(lines)]

@@ -24,7 +24,14 @@ import torch
 
 from megatron_lora.config.schema import ParallelConfig
 
-PRELOAD = ["torch", "megatron.core.models.gpt", "megatron_lora.training.train", "rank_pool"]
+PRELOAD = [
+    "torch",
+    "megatron.core.models.gpt",
+    "megatron_lora.training.train",
+    "transformers.models.llama.configuration_llama",
+    "rank_pool",
+]
+ENDED = "the process ended"
 
 
 class RankError(AssertionError):
@@ -93,8 +100,9 @@ class RankPool:
             ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in answers], max(0.0, deadline - time.monotonic()))
             for pipe in ready:
                 answers[pipes.index(pipe)] = _receive(pipe)
-            if any(error for _, error in answers.values()):
-                deadline = min(deadline, time.monotonic() + 2.0)  # the others may hang in a collective, or tell the same story
+            if errors := {error for _, error in answers.values() if error}:
+                # The others may hang in a collective, or tell the same story.
+                deadline = min(deadline, time.monotonic() + (0.1 if errors == {ENDED} else 2.0))
             if not ready:
                 break
         errors = [f"rank {rank}:\n{error}" for rank, (_, error) in sorted(answers.items()) if error]
@@ -109,7 +117,7 @@ def _receive(pipe):
     try:
         return pipe.recv()
     except (EOFError, ConnectionError):
-        return None, "the process ended"
+        return None, ENDED
 
 
 def _join(layout, backend: str, port: int, name: str) -> None:

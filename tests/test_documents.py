@@ -16,7 +16,7 @@ MAX_COLUMNS = 100
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 REPOSITORY_FILE = re.compile(r"(?<![\w./-])((?:scripts|configs|docs|tests|megatron_lora|fused_ops|scheduling)/[\w./-]*\w)")
-COMMAND = re.compile(r"^megatron-lora (\w+)", re.MULTILINE)
+COMMAND = re.compile(r"^megatron-lora ([\w-]+)", re.MULTILINE)
 
 each_document = pytest.mark.parametrize("file", DOCUMENTS, ids=NAMES)
 

@@ -36,13 +36,13 @@ KINDS = {  # name: (transformers class, what differs); query heads per kv head: 
 }  # fmt: skip
 
 
-def save_model(directory: Path, kind: str, max_shard_size: str = "5GB"):
-    """Write a random float32 model of a kind, every parameter of it random, and return it."""
+def save_model(directory: Path, kind: str, max_shard_size: str = "5GB", more=()):
+    """Write a random float32 model of a kind, with `more` of its config, every parameter of it random, and return it."""
     import transformers
 
     name, values = KINDS[kind]
     transformers.utils.logging.set_verbosity_error()
-    config = getattr(transformers, name + "Config")(**{**BASE, **values})
+    config = getattr(transformers, name + "Config")(**{**BASE, **values, **dict(more)})
     generator = torch.Generator().manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():

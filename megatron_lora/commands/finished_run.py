@@ -4,8 +4,9 @@
     run.makespan_s, run.predicted().makespan_s, run.replayed().makespan_s
 
 A run that was resumed is read from its last start. Slots that were planned and not executed,
-because the run was stopped, are left out. A pass of a slot takes the mean of its times on the ranks
-of the stage. Times of ranks on several hosts compare as well as the hosts' clocks agree.
+because the run was stopped, are left out, and so are those of a long run that have left the timeline;
+slots are counted from the first that is left. A pass of a slot takes the mean of its times on the
+ranks of the stage. Times of ranks on several hosts compare as well as the hosts' clocks agree.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import unsealed
 from megatron_lora.output.metrics import metrics_file, read_metrics
 from megatron_lora.output.resume import recorded_config
-from megatron_lora.output.run_files import read_spans, window_files
+from megatron_lora.output.run_files import read_spans, read_windows
 from scheduling.cost import CostModel, pass_features
 from scheduling.plan_json import stream_from_json
 from scheduling.simulate import Event, Timeline, simulate
@@ -42,14 +43,16 @@ class FinishedRun:
     names: Mapping[int, str]  # of the jobs, by the numbers that slots have
     spans: Mapping[int, list[dict]]  # rank -> events of the Chrome trace format, microseconds
     cost: dict
+    is_complete: bool  # the timeline, which keeps a bounded number of spans, reaches back to the run's first microbatch
 
     @classmethod
     def read(cls, path: Path) -> FinishedRun:
         """Read a directory; UserError where it is not that of a run that has ended."""
         try:
             config = recorded_config(path)
-            slots, evaluated, names = _read_windows(path)
             spans = read_spans(path)
+            begin, spans = _shared(spans)
+            slots, evaluated, names, is_complete = _read_windows(path, begin)
             cost = unsealed((path / "cost.json").read_text(encoding="utf-8"))
             _check_cost(cost, {job.name for job in config.jobs}, config.parallel.pipeline)
             names = names or dict(enumerate(cost["jobs"]))
@@ -61,7 +64,7 @@ class FinishedRun:
             raise UserError(f"{path}: nothing was trained in the run's last start; name a run that has")
         if (num_slots := 1 + max(executed)) > len(slots):
             raise UserError(f"{path}: plan/ has {len(slots)} slots, and {num_slots} were executed; restore its windows")
-        return cls(path, config, slots[:num_slots], evaluated, names, spans, cost)
+        return cls(path, config, slots[:num_slots], evaluated, names, spans, cost, is_complete)
 
     @property
     def num_stages(self) -> int:
@@ -101,12 +104,6 @@ class FinishedRun:
     def makespan_s(self) -> float:
         """Seconds from the first work of any rank to the end of the last."""
         return (self.bounds[1] - self.bounds[0]) / 1e6
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the timeline, which keeps a bounded number of spans, reaches back to the run's first microbatch."""
-        first = next(slot for slot, entries in enumerate(self.slots) if entries)
-        return all(any(e["cat"] == "F" and e["index"] == first for e in events) for events in self.spans.values())
 
     def seconds(self, stage: int, kind: str) -> float:
         """Return the seconds that a stage spent on spans of a kind while any rank worked: the mean over its ranks."""
@@ -183,17 +180,37 @@ class FinishedRun:
         return Timeline(self.num_stages, self.makespan_s, tuple(events))
 
 
-def _read_windows(path: Path) -> tuple[list[list[list[int]]], frozenset[int], dict[int, str]]:
-    """Return the slots of all windows, with the no-ops that drain the pipeline; which are evaluation slots; and the jobs' names."""
+def _shared(spans: dict[int, list[dict]]) -> tuple[int, dict[int, list[dict]]]:
+    """Return the first slot that the spans of all ranks have, and the spans from there on, with its slots counted from it."""
+    firsts = {rank: min((e["index"] for e in events if e["cat"] in ("F", "E")), default=0) for rank, events in spans.items()}
+    begin = max(firsts.values(), default=0)
+    kept: dict[int, list[dict]] = {}
+    for rank, events in spans.items():
+        since = min((e["ts"] for e in events if e["cat"] in ("F", "E") and e["index"] == begin), default=0.0)
+        later = (e for e in events if e["ts"] >= since or begin == firsts[rank])
+        counted = (e if e["cat"] in ("STEP", "MOVE") else e | {"index": e["index"] - begin} for e in later)
+        kept[rank] = [e for e in counted if e["index"] >= 0]
+    return begin, kept
+
+
+def _read_windows(path: Path, begin: int) -> tuple[list[list[list[int]]], frozenset[int], dict[int, str], bool]:
+    """Return the slots from `begin` on, with the no-ops that drain the pipeline; which are evaluation slots; the jobs' names.
+
+    Last whether those are all that hold tokens.
+    """
     slots: list[list[list[int]]] = []
     evaluated: set[int] = set()
     names: dict[int, str] = {}
-    for file in window_files(path):
-        window = unsealed(file.read_text(encoding="utf-8"))
+    first = None
+    for _, text in read_windows(path, begin):
+        window = unsealed(text)
+        first = window.get("slot", 0) if first is None else first
         evaluated |= {len(slots) + slot for slot in window.get("evaluate", ())}
         slots += window["microbatches"] + [[]] * window.get("drain", 0)
         names |= {int(number): name for number, name in window.get("jobs", {}).items()}
-    return slots, frozenset(evaluated), names
+    skipped = begin - (first or 0)
+    is_complete = not first and not any(slots[:skipped])
+    return slots[skipped:], frozenset(slot - skipped for slot in evaluated if slot >= skipped), names, is_complete
 
 
 def _check_cost(cost: dict, names: set[str], num_stages: int) -> None:

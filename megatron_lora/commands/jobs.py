@@ -10,13 +10,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TextIO, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_lora.output.display import RECENT_STEPS, STYLES, SafeStream, duration
+from megatron_lora.commands.output_streams import keep_running_unread
+from megatron_lora.output.display import RECENT_STEPS, STYLES, duration
 from megatron_lora.output.job_view import JobView
 from megatron_lora.output.requests import RequestFolder
 from megatron_lora.output.run_view import RunView
@@ -35,8 +36,8 @@ def main(run_path: str, as_json: bool) -> int:
         said = {"live": is_live, "exit_status": view.exit_status, "requests": len(requests) + len(bad), "jobs": jobs}
         print(json.dumps(said | {"unreadable": view.unreadable}, indent=1))
         return 0
-    stream = SafeStream(sys.stdout)
-    console = Console(file=cast(TextIO, stream), highlight=False, width=None if stream.isatty() else PRINTED_WIDTH)
+    keep_running_unread()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
     console.print(table(jobs))
     counts = Counter(row["state"] for row in jobs)
     footer = [", ".join(f"{count} {state}" for state, count in counts.items()), "live" if is_live else "no process runs it"]

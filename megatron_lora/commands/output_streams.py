@@ -1,6 +1,6 @@
 """A run outlives those who read its words: a terminal that was closed, or a pipe whose reader has ended, loses them, and the run continues.
 
-keep_running_unread()        # in the launcher and in every rank, once
+keep_running_unread()        # in the launcher, in every rank, and in commands that show a run; once
 """
 
 import contextlib
@@ -24,7 +24,7 @@ class _Output(io.FileIO):
 
 
 def keep_running_unread() -> None:
-    """Let no write to standard output or error raise because its reader is gone."""
+    """Let no write to standard output or error raise because its reader is gone, or has no such character: it gets a '?'."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__") or stream is None:
@@ -32,7 +32,6 @@ def keep_running_unread() -> None:
         with contextlib.suppress(OSError):
             stream.flush()
         raw = _Output(stream.fileno(), "wb", closefd=False)
-        kept = io.TextIOWrapper(
-            io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering
-        )
+        errors = "replace" if stream.errors == "strict" else stream.errors
+        kept = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=errors, line_buffering=stream.line_buffering)
         setattr(sys, name, kept)

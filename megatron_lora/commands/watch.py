@@ -10,19 +10,18 @@ tokens; small letters evaluate, a dot is a no-op. A slot reaches each stage one 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from megatron_lora.commands.output_streams import keep_running_unread
 from megatron_lora.errors import UserError
-from megatron_lora.output.display import STYLES, SafeStream, duration
+from megatron_lora.output.display import STYLES, duration
 from megatron_lora.output.job_states import OVER
 from megatron_lora.output.job_view import JobView
 from megatron_lora.output.run_view import PlanWindow, RunView, event_time
@@ -39,7 +38,8 @@ def main(run: str, names: Sequence[str], once: bool) -> int:
     view = RunView.read(Path(run))
     if unknown := [name for name in names if name not in view.jobs]:
         raise UserError(f"--job: {unknown[0]!r} is no job of {run}; its jobs are {', '.join(list(view.jobs)[:12])}")
-    console = Console(file=cast(TextIO, SafeStream(sys.stdout)), highlight=False)
+    keep_running_unread()
+    console = Console(highlight=False)
     rate = Rate()
     if not once and console.is_terminal and not console.is_dumb_terminal:
         with Live(console=console, screen=True, auto_refresh=False) as live:

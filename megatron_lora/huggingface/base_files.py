@@ -41,15 +41,20 @@ def digests_of_base(model_dir: Path, load_weights: bool, cache: Path) -> dict[st
 
 def check_same_base(before: Mapping[str, str], now: Mapping[str, str], model_dir: Path) -> None:
     """Raise UserError where a base model's files differ from those that a run began with; nothing is known of a run without any."""
-    names = [WEIGHTS, *FILES] if before else []
-    if WEIGHTS not in before or WEIGHTS not in now:
-        names = names[1:]
-    if differ := [name for name in names if before.get(name) != now.get(name)]:
+    if differ := differing(before, now):
         commits = f" (hub commit {before[COMMIT]} then, {now[COMMIT]} now)" if COMMIT in before and COMMIT in now else ""
         raise UserError(
             f"base_model: {', '.join(differ)} in {str(model_dir)!r}{commits} differ from when the run began; restore them, or choose "
             "another output_dir"
         )
+
+
+def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return what differs of two base models' digests; nothing where there are none of one."""
+    names = [WEIGHTS, *FILES] if before else []
+    if WEIGHTS not in before or WEIGHTS not in now:
+        names = names[1:]
+    return [name for name in names if before.get(name) != now.get(name)]
 
 
 def _digest_once(file: Path, cache: Path) -> str:

@@ -1,3 +1,3 @@
 """The frozen stage and the adapters on it."""
 
-import megatron_lora.parallel  # noqa: F401  before megatron-core, which it lets be imported without Triton
+import megatron_lora.parallel  # noqa: F401  before megatron-core, whose import it prepares

@@ -5,12 +5,11 @@ machine. A job's share is its part of all tokens per second. When the terminal i
 display ends and the run continues.
 """
 
-import io
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import TextIO, cast
+from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -77,47 +76,9 @@ class Progress:
 
 def make_display(stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Observer:
     """Return a live table for a terminal, and plain lines for any other stream."""
-    safe = SafeStream(sys.stdout if stream is None else stream)
-    console = Console(file=cast(TextIO, safe))
-    return LiveTable(console, clock) if safe.isatty() and not console.is_dumb_terminal else PlainLines(safe, clock)
-
-
-class SafeStream(io.TextIOBase):
-    """A text stream that never fails: a character that it cannot encode becomes '?', and once its reader is gone it discards all text.
-
-    On a broken pipe, rich would otherwise end the process, and with it the run.
-    """
-
-    def __init__(self, stream: TextIO):
-        self._stream: TextIO | None = stream
-        self._is_terminal = stream.isatty()
-        self._encoding = stream.encoding or "utf-8"
-
-    @property
-    def encoding(self) -> str:
-        """The stream's encoding, by which rich chooses the characters of its boxes."""
-        return self._encoding
-
-    def isatty(self) -> bool:
-        """Whether the stream is a terminal, or was one before it was closed."""
-        return self._is_terminal
-
-    def write(self, text: str) -> int:
-        """Write, or stop writing for good if the reader is gone."""
-        shown = text.encode(self._encoding, "replace").decode(self._encoding)
-        self._attempt(lambda stream: stream.write(shown))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, or stop writing for good if the reader is gone."""
-        self._attempt(lambda stream: stream.flush())
-
-    def _attempt(self, action: Callable[[TextIO], object]) -> None:
-        if self._stream is not None:
-            try:
-                action(self._stream)
-            except OSError:
-                self._stream = None
+    out = sys.stdout if stream is None else stream
+    console = Console(file=out)
+    return LiveTable(console, clock) if out.isatty() and not console.is_dumb_terminal else PlainLines(out, clock)
 
 
 class Display(Observer):
@@ -233,7 +194,7 @@ def evaluation_cells(job: Progress) -> list[str]:
 class PlainLines(Display):
     """Prints a line for a job's first, last and skipped steps, for one step per interval, for its evaluations, and for its end."""
 
-    def __init__(self, stream: SafeStream, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic):
         super().__init__(clock)
         self._stream = stream
         self._shown_at: dict[str, float] = {}

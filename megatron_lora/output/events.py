@@ -67,14 +67,15 @@ class EventLog:
     def __init__(self, output_dir: Path):
         """Read the file, if there is one, and cut off a write that was not completed; UserError for any other damage."""
         self.path = output_dir / EVENTS_FILE
-        self.events, self._size = _read(self.path)
+        self.events, self._size = _read(self.path)  # as they are now; those of a run of weeks are not kept
+        self._num_events = len(self.events)
         self.start = 1 + max((event.start for event in self.events if event.event == "started"), default=0)
         self.ids = {event.id for event in self.events if event.id is not None}
 
     def append(self, changes: Sequence[Change], *, window: int, slot: int, id: str | None = None) -> list[Event]:
         """Write changes that take effect together, and return their events; when this returns they are on the disk."""
         place = {"time": utc_now(), "start": self.start, "window": window, "slot": slot, "id": id}
-        first = 1 + len(self.events)
+        first = 1 + self._num_events
         events = [
             Event(seq=first + i, event=change.event, job=change.job, details=change.details, **place) for i, change in enumerate(changes)
         ]
@@ -90,7 +91,7 @@ class EventLog:
         if is_new:
             sync(self.path.parent)
         self._size += len(text)
-        self.events += events
+        self._num_events += len(events)
         if id is not None:
             self.ids.add(id)
         return events

@@ -13,22 +13,20 @@ an adapter stands in status.json, so a run that is resumed announces those that 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from megatron_lora.config.on_save_keys import OnSaveConfig
 from megatron_lora.errors import one_line
+from megatron_lora.output.inference_server import request
 
 DELIVERED = "delivered"
 HAS_ADAPTER = ("done", "stopped")  # states of jobs whose PEFT directory is final
@@ -119,37 +117,18 @@ class OnSave:
 
 def post(target: OnSaveConfig, job: str, directory: Path) -> tuple[bool, str]:
     """Ask a server to load an adapter; return whether another attempt may help, and why this one failed, or nothing."""
-    parts = urlsplit(target.url or "")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=target.timeout_s)
     body = {"lora_name": job, "lora_path": str(directory)} | ({"load_inplace": True} if target.load_inplace else {})
-    late = threading.Timer(target.timeout_s, _cut, (connection,))  # the connection's own limit is for each byte, this is for all
-    late.daemon = True
-    end = time.monotonic() + target.timeout_s
-    late.start()
     try:
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        connection.request("POST", f"{parts.path}/v1/load_lora_adapter", json.dumps(body), headers)
-        answer = connection.getresponse()
-        if 200 <= answer.status < 300:
-            return False, ""
-        said = ascii(answer.read1(MOST_READ).decode("utf-8", "replace"))[1:-1]
-        hint = NOT_ALLOWED if answer.status == 404 else ""
-        return answer.status >= 500, one_line(f"it answers {answer.status} {said}", 300) + hint
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no name of a host, or a socket that was cut
-        if time.monotonic() >= end:
-            return True, f"no answer within {target.timeout_s:g} s"
+        with request(target.url or "", "/v1/load_lora_adapter", body, target.timeout_s) as answer:
+            if 200 <= answer.status < 300:
+                return False, ""
+            said = ascii(answer.read1(MOST_READ).decode("utf-8", "replace"))[1:-1]
+    except TimeoutError:
+        return True, f"no answer within {target.timeout_s:g} s"
+    except (OSError, ValueError, HTTPException) as error:  # ValueError: no name of a host
         return True, one_line(ascii(f"{type(error).__name__}: {error}")[1:-1], 300)
-    finally:
-        late.cancel()
-        connection.close()
-
-
-def _cut(connection: http.client.HTTPConnection) -> None:
-    """End a connection that another thread waits for."""
-    if (open_socket := connection.sock) is not None:
-        with contextlib.suppress(OSError):
-            open_socket.shutdown(socket.SHUT_RDWR)
+    hint = NOT_ALLOWED if answer.status == 404 else ""
+    return answer.status >= 500, one_line(f"it answers {answer.status} {said}", 300) + hint
 
 
 def run_command(target: OnSaveConfig, directory: Path, closing: threading.Event) -> tuple[bool, str]:

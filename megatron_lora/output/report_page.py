@@ -29,6 +29,7 @@ from megatron_lora.output.run_view import PlanWindow, RunView, event_time
 
 REPORT = "report.html"
 MOST_LARGE_CHARTS, MOST_OPEN_CHARTS, MOST_EVENTS, MOST_SLOTS = 8, 120, 300, 64
+MOST_PLANNED = 20_000  # slots that are looked at where there is no timeline yet
 SYMBOLS = {"done": "✓", "failed": "✕", "running": "▸", "paused": "‖", "queued": "○", "stopped": "■", "cancelled": "–"}
 
 
@@ -230,12 +231,14 @@ def _accounting(view: RunView, jobs: Sequence[JobView]) -> str:
 
 def _timeline(view: RunView, colours: dict[str, str]) -> str:
     """Draw the part of the run in which most happened: as it ran where the timeline has it, else as it was planned."""
-    firsts, windows, first = {}, view.windows(), 0
-    for window in windows:
-        firsts[window.number], first = first, first + len(window.slots)
     by_rank = view.spans()
     stages = {events[0]["pid"]: events for _, events in sorted(by_rank.items(), reverse=True) if events}  # the first rank of each
     ran = {event["index"] for event in stages.get(0, []) if event["cat"] == "F"}
+    newest = view.window.first if view.window else None
+    firsts, windows, first = {}, view.windows(since=min(ran, default=(newest or 0) - MOST_PLANNED)), 0
+    for window in windows:
+        firsts[window.number] = first = first if window.first is None else window.first
+        first += len(window.slots)
     ended = [window for window in windows if ran & set(range(firsts[window.number], firsts[window.number] + len(window.slots)))]
     candidates = [window for window in ended or windows if any(window.slots)]
     if not candidates:

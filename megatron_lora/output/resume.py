@@ -21,7 +21,7 @@ from typing import Any
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.errors import UserError, one_line
-from megatron_lora.files import check_yaml, write_atomically
+from megatron_lora.files import check_yaml, pack, write_atomically
 from megatron_lora.output.changes import SETTABLE, job_mapping
 from megatron_lora.output.job_states import OVER
 from megatron_lora.output.metrics import METRICS_FILE, in_order, is_logged_by
@@ -155,11 +155,13 @@ def rewind(path: Path, points: dict[str, ResumePoint]) -> None:
             if step >= point.step + (not point.evaluation_due):
                 shutil.rmtree(best)
     plan = path / "plan"
-    outdated, start = [*plan.glob("window-*.json"), *path.glob("timeline.json")], _unused(plan / "start")
-    if outdated:
+    outdated, start, timeline = [*plan.glob("window*.json*")], _unused(plan / "start"), path / "timeline.json"
+    if outdated or timeline.exists():
         start.mkdir(parents=True)
     for file in outdated:
         shutil.move(file, start / file.name)
+    if timeline.exists():
+        pack([timeline], start / "timeline.json.gz")
 
 
 def _unused(path: Path) -> Path:

@@ -29,7 +29,7 @@ from megatron_lora.output.final_files import STATUS
 from megatron_lora.output.job_view import JobView
 from megatron_lora.output.lock_file import is_in_use
 from megatron_lora.output.metrics import metrics_file
-from megatron_lora.output.run_files import read_spans, window_files
+from megatron_lora.output.run_files import read_spans, read_windows, window_files
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 WINDOW_SLOTS = 32  # of a usual window; of slower slots, windows that are bounded in seconds have fewer
@@ -52,6 +52,7 @@ class PlanWindow:
     left: dict[str, int] = dataclasses.field(default_factory=dict)
     names: dict[int, str] = dataclasses.field(default_factory=dict)  # of the jobs' numbers
     num_windows: int = 1
+    first: int | None = None  # of the run's slots, its first one, if the file says that
 
     @property
     def title(self) -> str:
@@ -76,6 +77,7 @@ class PlanWindow:
             self.left | {name: begin + slot for name, slot in after.left.items()},
             self.names | after.names,
             self.num_windows + after.num_windows,
+            self.first,
         )
 
     def tokens(self, slot: int) -> dict[str, int]:
@@ -192,15 +194,15 @@ class RunView:
         self._if_changed(f"plan/{newest.name}", lambda text: self._read_windows_before(newest, text))
 
     def _read_windows_before(self, newest: Path, text: str) -> None:
-        window = self._window(newest, unsealed(text))
+        window = self._window(newest.name, unsealed(text))
         while (file := newest.with_name(f"window-{window.number - 1:04d}.json")).exists():
-            before = self._window(file, unsealed(file.read_text(encoding="utf-8"))).joined_by(window)
+            before = self._window(file.name, unsealed(file.read_text(encoding="utf-8"))).joined_by(window)
             if before is None:
                 break
             window = before
         self.window = window
 
-    def _window(self, file: Path, content: dict[str, Any]) -> PlanWindow:
+    def _window(self, file_name: str, content: dict[str, Any]) -> PlanWindow:
         names = {int(number): str(name) for number, name in (content.get("jobs") or self._first_names).items()}
 
         def named(entries: Any, slot: int) -> dict[str, int]:
@@ -208,8 +210,9 @@ class RunView:
 
         slots = [[list(map(int, entry)) for entry in slot] for slot in content["microbatches"]]
         evaluate = frozenset(map(int, content.get("evaluate") or ()))
-        number = int(file.stem.rpartition("-")[2])
-        return PlanWindow(number, slots, evaluate, named(content.get("joined"), 0), named(content.get("left"), len(slots)), names)
+        number, first = int(file_name.partition(".")[0].rpartition("-")[2]), content.get("slot")
+        joined, left = named(content.get("joined"), 0), named(content.get("left"), len(slots))
+        return PlanWindow(number, slots, evaluate, joined, left, names, first=None if first is None else int(first))
 
     @cached_property
     def _first_names(self) -> dict[int, str]:
@@ -220,17 +223,18 @@ class RunView:
             names = list(self.jobs)
         return dict(enumerate(names))
 
-    def windows(self) -> list[PlanWindow]:
-        """Read all windows of the last start, up to the first that cannot be read; short ones are joined."""
+    def windows(self, since: int = 0) -> list[PlanWindow]:
+        """Read the windows of the last start from slot `since` on, up to the first that cannot be read; short ones are joined."""
         windows: list[PlanWindow] = []
-        for file in window_files(self.path):
-            try:
-                window = self._window(file, unsealed(file.read_text(encoding="utf-8")))
+        name = "plan"
+        try:
+            for file_name, text in read_windows(self.path, since):
+                name = f"plan/{file_name}"
+                window = self._window(file_name, unsealed(text))
                 both = windows[-1].joined_by(window) if windows else None
                 windows[-1:] = [both] if both else [*windows[-1:], window]
-            except DAMAGED as error:
-                self.unreadable[f"plan/{file.name}"] = one_line(error, 120)
-                break
+        except DAMAGED as error:
+            self.unreadable[name] = one_line(error, 120)
         return windows
 
     def spans(self) -> dict[int, list[dict]]:

@@ -1,7 +1,7 @@
 """What ran when on each stage, in Chrome trace format (opens in Perfetto).
 
 On a GPU spans are measured with CUDA events, and nothing is synchronised until the end; on CPU with
-the host clock. Of a long run the last MAX_SPANS spans of each rank are kept. CUDA gives the time
+the host clock. Of a long run the last MAX_SPANS spans of each rank are kept, and ALL_SPANS in all. CUDA gives the time
 between two events in float32 milliseconds, which is inexact over hours, so each span is measured
 from the one before it.
 """
@@ -20,7 +20,7 @@ import torch
 
 from megatron_lora.files import sealed, write_atomically
 
-MAX_SPANS = 100_000
+MAX_SPANS, ALL_SPANS = 100_000, 800_000  # of 125 bytes in the file
 
 
 class Timeline:
@@ -77,6 +77,11 @@ class Timeline:
         if self.cuda:
             return start.elapsed_time(end) * 1e3
         return (end - start) * 1e6
+
+
+def spans_of_a_rank(num_ranks: int) -> int:
+    """Return how many spans each of a run's ranks keeps."""
+    return min(MAX_SPANS, ALL_SPANS // num_ranks)
 
 
 def write_timeline(path: Path, events_of_ranks: list[list[dict]]) -> None:

@@ -1,5 +1,5 @@
 """The ranks: who is where, which layers each holds, what they share and what they send."""
 
-from megatron_lora.parallel.without_triton import stand_in_for_experts
+from megatron_lora.parallel.import_megatron import prepare
 
-stand_in_for_experts()
+prepare()

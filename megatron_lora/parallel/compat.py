@@ -1,4 +1,4 @@
-"""The patches of megatron-core, beside without_triton.py, and names that differ between versions of torch.
+"""The patches of megatron-core, beside import_megatron.py, and names that differ between versions of torch.
 
 megatron-core calls CUDA where a run on the CPU has none. Each such symbol is patched by one function
 `patch_<symbol>`, which is idempotent, checks that the symbol exists, and returns a function that restores

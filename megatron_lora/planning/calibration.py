@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
-from megatron_lora.files import sealed, unsealed, write_atomically
+from megatron_lora.files import CHANGED, sealed, unsealed, write_atomically
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.planning.devices import device_like
 from megatron_lora.planning.predict import cost_of, item_bytes, message_and_step_seconds, predicted_peaks, shape_of
@@ -72,7 +72,7 @@ def calibration_file(cache: Path, subject: Mapping[str, object]) -> Path:
 
 
 def read_calibration(path: Path, option: str = "calibration") -> Calibration:
-    """Read a table; UserError names the option for a file that holds none."""
+    """Read a table; UserError names the option for a file that holds none, or that was changed."""
     try:
         tree = unsealed(path.read_text(encoding="utf-8"))
         hop = tree["links"].get("stage")
@@ -89,8 +89,9 @@ def read_calibration(path: Path, option: str = "calibration") -> Calibration:
         return Calibration(subject=tree["of"], costs=costs, about=tree["about"])
     except OSError as error:
         raise UserError(f"{option}: {str(path)!r} cannot be read ({error.strerror}); name a file of megatron-lora calibrate") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{option}: {str(path)!r} holds no cost table; write one with megatron-lora calibrate --output FILE") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        fault = CHANGED if str(error) == CHANGED else "holds no cost table"
+        raise UserError(f"{option}: {str(path)!r} {fault}; write one with megatron-lora calibrate --output FILE") from None
 
 
 def _stage_cost(tree: dict) -> StageCost:

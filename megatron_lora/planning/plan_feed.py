@@ -12,7 +12,8 @@ With several replicas the planner works on rounds, each of one sample per replic
 (scheduling.data_parallel); a rank takes its replica's samples of every round.
 
 The plan depends on the config, the seed, and the windows in which jobs joined and left.
-`plan/window-NNNN.json` has every window with its slots.
+`plan/window-NNNN.json` has every window with its slots; earlier ones are packed, PACKED_WINDOWS in a
+file, `plan/windows-NNNN-NNNN.jsonl.gz`.
 
     feed = PlanFeed(settings, replica=0, plan_dir=plan_dir, group=group, director=director, crew=crew)
     executor.run(feed)
@@ -36,7 +37,7 @@ from typing import Any, NamedTuple, Protocol
 import torch.distributed as dist
 
 import scheduling
-from megatron_lora.files import sealed, write_atomically
+from megatron_lora.files import pack, sealed, write_atomically
 from scheduling.accounting import usage
 from scheduling.data_parallel import Dealt, DealtJob
 from scheduling.follow import Follower, Window
@@ -44,6 +45,8 @@ from scheduling.plan_json import stream_from_json
 from scheduling.slot_cost import SlotCost
 from scheduling.types import MAX_ENDINGS, NOOP, Ending, Stream
 from scheduling.windows import WINDOW_SLOTS
+
+PACKED_WINDOWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,8 +224,7 @@ class PlanFeed:
                 )
                 chain.update(json.dumps([window["microbatches"], window["evaluate"]]).encode())
                 window |= {"moves": sorted(moves), "sha256": chain.hexdigest()}
-                if window["microbatches"]:
-                    write_atomically(self.plan_dir / f"window-{number:04d}.json", sealed(json.dumps(window | told)))
+                self._write(number, window | told | {"slot": slot})
                 dist.broadcast_object_list([json.dumps(window), changes], 0, group=self.group)
                 self._put(followed, window, changes)
                 number, slot = number + 1, slot + len(followed.rounds)
@@ -230,6 +232,16 @@ class PlanFeed:
             self.follower.finish()
         dist.broadcast_object_list(["", None], 0, group=self.group)
         self.ready.put(None)
+
+    def _write(self, number: int, window: dict[str, Any]) -> None:
+        """Write a window to its file; pack earlier ones, so that at most twice PACKED_WINDOWS files lie open."""
+        if window["microbatches"]:
+            write_atomically(self.plan_dir / f"window-{number:04d}.json", sealed(json.dumps(window)))
+        first, rest = divmod(number + 1 - 2 * PACKED_WINDOWS, PACKED_WINDOWS)
+        if first >= 0 and not rest:
+            numbers = range(first * PACKED_WINDOWS, (first + 1) * PACKED_WINDOWS)
+            packed = self.plan_dir / f"windows-{numbers[0]:04d}-{numbers[-1]:04d}.jsonl.gz"
+            pack([self.plan_dir / f"window-{number:04d}.json" for number in numbers], packed)
 
     def _receive_all(self) -> None:
         chain = hashlib.sha256()

@@ -41,7 +41,7 @@ from megatron_lora.output.changes import Run
 from megatron_lora.output.events import Replay
 from megatron_lora.output.run_directory import RunDirectory, has_trained, job_states
 from megatron_lora.output.standing import first_jobs, resume_points
-from megatron_lora.output.timeline import Timeline, write_timeline
+from megatron_lora.output.timeline import Timeline, spans_of_a_rank, write_timeline
 from megatron_lora.parallel.process_groups import Position, from_first_rank, initialize_parallel, new_group, position_of, stage_groups
 from megatron_lora.planning.adapter_memory import check_fits
 from megatron_lora.planning.adapter_rows import Book
@@ -184,7 +184,7 @@ def _run_windows(
             on_window=on_window,
             move=residents.move,
             is_stopped=lambda: stop.stopped,
-            timeline=Timeline(stage.device, on_begin=on_begin or (lambda name, index: None)),
+            timeline=Timeline(stage.device, spans_of_a_rank(config.parallel.world_size), on_begin or (lambda name, index: None)),
         )
         executor.run(until_stopped(feed, stop, new_group(backend="gloo"), position.num_stages, position.gap))
         feed.close()

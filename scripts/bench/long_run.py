@@ -7,6 +7,7 @@ run, and by how much each grew per 10,000 steps over the second half.
     python -m scripts.bench.long_run [--steps 100000] [--jobs 1000] [--output FILE]      from the root of the repository; Linux
 """
 
+import dataclasses
 import gc
 import os
 import random
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_lora.commands.launch import children_of
+from scheduling.types import MAX_ENDINGS
+from scheduling.windows import WINDOW_SLOTS
 from scripts.bench.plan_windows import memory_mib
 from scripts.bench.stamp import append_line, result_options, stamp
 from scripts.one_line import OneLineParser, ended, whole
@@ -27,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
 from living_plan import Resident, World, job_config  # noqa: E402
 
-NUM_STAGES, RESIDENT = 2, 8
+NUM_STAGES, RESIDENT, CAPACITY = 2, 8, 256
 
 
 class LongWorld(World):
@@ -38,7 +41,9 @@ class LongWorld(World):
         steps = range(-(-num_steps // num_jobs))
         jobs = [job_config(f"job-{k}", r=random.Random(k).choice((8, 16, 32))) for k in range(num_jobs)]
         lengths = {job.name: [[random.Random(f"{job.name} {step}").randint(4, 28)] for step in steps] for job in jobs}
-        super().__init__(path, jobs, lengths, num_stages=NUM_STAGES, room=sorted(jobs, key=lambda job: -job.r)[:RESIDENT])
+        room = sorted(jobs, key=lambda job: -job.r)[:RESIDENT]
+        super().__init__(path, jobs, lengths, num_stages=NUM_STAGES, room=room, capacity=CAPACITY)
+        self.settings = dataclasses.replace(self.settings, num_slots=WINDOW_SLOTS, max_endings=MAX_ENDINGS)  # those of real runs
         self.recent, self.windows = deque(maxlen=self.gap), deque(maxlen=1)  # type: ignore[assignment]
         self.num_taken, self.marks = 0, [len(steps) * num_jobs * mark // 100 for mark in range(9, 100, 9)]
         self.memory: dict[str, list[float]] = {"rank": [], "planner": []}

@@ -1,4 +1,4 @@
-"""Fills the measured tables of docs/measured.md from the benchmark results.
+"""Fills the measured tables of docs/measured.md and docs/serving.md from the benchmark results.
 
 A result is one JSON line in scripts/bench/results/<name>.jsonl, appended by the benchmark that measured it, with at least
 `commit`, `hardware` and `date`. A table in a document stands between two markers; the first says where its rows come from and
@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "scripts" / "bench" / "results"
+DOCUMENTS = ("measured.md", "serving.md")
 MARKED = re.compile(r"(?P<open><!-- table: (?P<spec>.*?) -->\n)(?P<body>.*?)(?P<close><!-- end of table -->)", re.DOTALL)
 
 
@@ -84,7 +85,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 def main() -> None:
     """Rewrite the documents named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("documents", nargs="*", type=Path, default=[ROOT / "docs" / "measured.md"])
+    parser.add_argument("documents", nargs="*", type=Path, default=[ROOT / "docs" / name for name in DOCUMENTS])
     for document in parser.parse_args().documents:
         try:
             old = document.read_text(encoding="utf-8")

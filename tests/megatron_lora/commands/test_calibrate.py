@@ -17,6 +17,7 @@ from waiting import wait_for
 from megatron_lora.__main__ import main
 from megatron_lora.commands import launch
 from megatron_lora.config.schema import load_config
+from megatron_lora.errors import UserError
 from megatron_lora.files import sealed, unsealed
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.planning.calibration import RUN_FILE, calibrated, find_calibration, read_calibration
@@ -151,7 +152,11 @@ def test_a_table_that_was_spoilt_is_one_line(config, spoilt, tmp_path, capsys):
     layer = {side: {"per_token": 1e-3, "per_square": 0.0, "per_rank_token": 0.0, "fixed": 0.5} for side in ("forward", "backward")}
     file = tmp_path / "table.json"
     file.write_text(json.dumps(table_of(layer)))
-    assert read_calibration(file).costs.step_s == 0.1
+    table = read_calibration(file)
+    assert table.costs.step_s == 0.1
+    file.write_text(table.to_json().replace('"step_s": 0.1', '"step_s": 0.2'))
+    with pytest.raises(UserError, match="was damaged or edited since it was written"):
+        read_calibration(file)
     file.write_text(json.dumps(table_of(layer) | spoilt))
     assert main(["plan", str(config), "--cost", str(file)]) == 2
     told = capsys.readouterr().err

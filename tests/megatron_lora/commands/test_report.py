@@ -101,6 +101,27 @@ def test_a_timeline_that_has_lost_its_beginning_is_compared_with_nothing(run, ca
     assert "last part of this long run alone" in told and "predicted 1" not in told
 
 
+@pytest.mark.parametrize(("lost", "begin"), [(1, 1), (2, 3)])  # slot 2 is a no-op
+def test_of_a_long_run_the_part_that_its_timeline_has_is_reported(run, lost, begin, capsys):
+    """Slots that have left the timeline count for neither the tokens nor the time; windows in front of them are not read."""
+    whole = FinishedRun.read(run)
+    for number, slot in enumerate((0, 2)):
+        file = run / "plan" / f"window-{number:04d}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"slot": slot}))
+    tree = json.loads((run / "timeline.json").read_text())
+    gone = {f"{kind} {slot}" for kind in ("F", "B", "wait F") for slot in range(lost)}
+    tree["traceEvents"] = [event for event in tree["traceEvents"] if event["name"] not in gone]
+    (run / "timeline.json").write_text(json.dumps(tree))
+    if lost == 2:
+        (run / "plan" / "window-0000.json").write_text("{")
+    part = FinishedRun.read(run)
+    assert part.slots == SLOTS[begin:] and not part.is_complete and whole.is_complete
+    assert part.tokens == {1: 62, 2: 12}[lost] < whole.tokens
+    assert part.passes("F") == [stage[begin:] for stage in whole.passes("F")]
+    assert part.makespan_s < whole.makespan_s and part.replayed().makespan_s < whole.replayed().makespan_s
+    assert main(["report", str(run)]) == 0 and f"{4 - begin} slots" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("broken", "content"),
     [

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatron_lora.__main__ import main
 from megatron_lora.commands import launch, output_streams
+from megatron_lora.output.display import LiveTable, PlainLines, make_display
+from megatron_lora.output.metrics import JobSummary
 from megatron_lora.training.stop_request import STOP_SIGNALS
 
 
@@ -61,6 +64,21 @@ def test_nohup_keeps_a_run_from_the_end_of_its_terminal(scene, ask, monkeypatch)
         signal.signal(signal.SIGHUP, before)
 
 
+def test_an_ascii_stream_is_enough(monkeypatch):
+    reader, ours = os.pipe()
+    stream = os.fdopen(ours, "w", encoding="ascii", buffering=1)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "__stdout__", stream)
+    output_streams.keep_running_unread()
+    observer = make_display()
+    observer.on_start([JobSummary("a", 4)])
+    observer.on_status("a", "failed", "naïve")
+    monkeypatch.undo()
+    stream.close()
+    with os.fdopen(reader, "rb") as written:
+        assert written.read() == b"a: failed: na?ve\n"
+
+
 @pytest.mark.parametrize("gone", ["a pipe without a reader", "a closed terminal"])
 def test_a_run_outlives_those_who_read_its_words(gone, monkeypatch):
     import pty
@@ -74,6 +92,10 @@ def test_a_run_outlives_those_who_read_its_words(gone, monkeypatch):
         print("nobody reads this", flush=True)
     output_streams.keep_running_unread()
     print("nobody reads this", flush=True)
+    for observer in (PlainLines(sys.stdout), LiveTable(Console(force_terminal=True))):
+        observer.on_start([JobSummary("a", 4)])
+        observer.on_status("a", "done", "")
+        observer.close()
     monkeypatch.undo()
     with contextlib.suppress(OSError):
         stream.close()  # what it could not write

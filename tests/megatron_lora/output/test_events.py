@@ -26,7 +26,7 @@ def filled(path) -> EventLog:
 def test_events_are_read_back_as_they_were_written(tmp_path):
     log = filled(tmp_path)
     again = EventLog(tmp_path)
-    assert again.events == log.events == read_events(tmp_path) and [event.seq for event in again.events] == [1, 2, 3, 4]
+    assert again.events == read_events(tmp_path) and [event.seq for event in again.events] == [1, 2, 3, 4]
     assert again.ids == log.ids == {"1" * 16, "2" * 16} and (log.start, again.start) == (1, 2)
     line = unsealed((tmp_path / "events.jsonl").read_text().splitlines()[2])
     where = {"seq": 3, "start": 1, "window": 3, "slot": 96, "id": "1" * 16}
@@ -35,7 +35,8 @@ def test_events_are_read_back_as_they_were_written(tmp_path):
 
 def test_a_write_that_is_cut_anywhere_is_dropped_as_a_whole_and_the_next_follows_what_was_complete(tmp_path):
     file = tmp_path / "events.jsonl"
-    before = filled(tmp_path).events
+    filled(tmp_path)
+    before = read_events(tmp_path)
     size = file.stat().st_size
     EventLog(tmp_path).append(paused("a", "b", "c"), window=5, slot=160, id="3" * 16)
     whole = file.read_bytes()

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from megatron_lora.errors import UserError
-from megatron_lora.output.display import STYLES, LiveTable, PlainLines, SafeStream, duration, make_display
+from megatron_lora.output.display import STYLES, LiveTable, PlainLines, duration, make_display
 from megatron_lora.output.job_states import FOLLOWERS
 from megatron_lora.output.metrics import (
     EvalReport,
@@ -278,7 +278,7 @@ def test_plain_lines_are_few_and_tell_every_end(tmp_path):
 
 def test_every_evaluation_is_a_plain_line():
     out = io.StringIO()
-    observer = PlainLines(SafeStream(out), Clock())
+    observer = PlainLines(out, Clock())
     observer.on_start(JOBS)
     observer.on_evaluation(EVALUATION)
     observer.on_evaluation(dataclasses.replace(EVALUATION, step=4, eval_loss=2.5, eval_accuracy=0.5))
@@ -308,7 +308,7 @@ def test_the_table_has_columns_of_evaluations_where_there_are_any():
 
 def test_plain_lines_come_at_their_interval():
     out, clock = io.StringIO(), Clock()
-    observer = PlainLines(SafeStream(out), clock)
+    observer = PlainLines(out, clock)
     observer.on_start([JobSummary("a", 100)])
     for step in range(1, 32):
         observer.on_step(report(step=step, total_steps=100))
@@ -318,7 +318,7 @@ def test_plain_lines_come_at_their_interval():
 
 def test_the_rate_is_that_of_the_last_steps():
     out, clock = io.StringIO(), Clock()
-    observer = PlainLines(SafeStream(out), clock)
+    observer = PlainLines(out, clock)
     observer.on_start([JobSummary("a", 1000)])
     for step in range(1, 61):
         clock.now += 10 if step <= 30 else 1
@@ -328,7 +328,7 @@ def test_the_rate_is_that_of_the_last_steps():
 
 def terminal(height=30):
     out = io.StringIO()
-    return out, Console(file=SafeStream(out), force_terminal=True, width=140, height=height, color_system=None)
+    return out, Console(file=out, force_terminal=True, width=140, height=height, color_system=None)
 
 
 def test_the_table_shows_every_job():
@@ -365,28 +365,6 @@ def test_a_table_that_is_too_long_shows_the_jobs_that_matter():
     observer.close()
     last = out.getvalue().rpartition("tokens/s")[2]
     assert "job39" in last and "and 36 more" in last and "32 queued, 4 done" in last
-
-
-def test_a_terminal_that_goes_away_ends_the_display_only():
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError
-
-    stdout = sys.stdout
-    for observer in (PlainLines(SafeStream(Gone())), LiveTable(Console(file=SafeStream(Gone()), force_terminal=True))):
-        observer.on_start(JOBS)
-        observer.on_step(report())
-        observer.on_status("a", "done", "")
-        observer.close()
-    assert sys.stdout is stdout
-
-
-def test_an_ascii_stream_is_enough():
-    raw = io.BytesIO()
-    observer = make_display(io.TextIOWrapper(raw, encoding="ascii", write_through=True))
-    observer.on_start(JOBS)
-    observer.on_status("a", "failed", "naïve")
-    assert raw.getvalue() == b"a: failed: na?ve\n"
 
 
 def test_durations():

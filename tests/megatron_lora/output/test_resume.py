@@ -90,7 +90,7 @@ def test_a_stopped_run_resumes_in_any_layout_as_if_it_had_not_been(first, then, 
     assert runs.start(pool, config_of(scene, tmp_path, "run", then), then) == 0
     assert states(run) == {"a": "done", "b": "done"}
     assert_as_never_stopped(scene, run)
-    assert list((run / "plan" / "start-1").glob("window-*.json")) and (run / "plan" / "start-1" / "timeline.json").exists()
+    assert list((run / "plan" / "start-1").glob("window-*.json")) and (run / "plan" / "start-1" / "timeline.json.gz").exists()
 
 
 def test_a_run_may_be_stopped_again_and_again(scene, pool, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,14 @@ def test_every_megatron_name_exists():
     for path, module, name in names:
         loaded = importlib.import_module(module)
         assert name is None or hasattr(loaded, name), f"{path}: {module} has no {name}"
+
+
+def test_ranks_start_without_torchs_compiler():
+    """It takes a third of a rank's imports, and nothing here is compiled by it; the launcher's checks import no Megatron at all."""
+    source = "import sys, torch; before = torch.compile; import megatron_lora.commands.checks; print('megatron.core' in sys.modules); "
+    source += "import megatron_lora.training.train as train; print(torch.compile is before, 'torch._dynamo' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", source], cwd=PACKAGE.parent, text=True, capture_output=True, check=True)
+    assert ended.stdout == "False\nTrue False\n"
 
 
 @pytest.mark.parametrize("patch, owner, name", [

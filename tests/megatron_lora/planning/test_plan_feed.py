@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import pytest
 import runs
 from waiting import wait_for
 
+from megatron_lora.files import pack, sealed, unpack, unsealed
+from megatron_lora.output.run_files import read_windows, window_files
 from megatron_lora.planning import plan_feed
 from megatron_lora.planning.plan_feed import Asked, PlanFeed, PlannedJob, PlanSettings
 from scheduling.data_parallel import DealtJob
@@ -65,6 +68,48 @@ def test_one_window_is_planned_ahead_of_the_one_that_runs_and_no_other(one_proce
         assert len(jobs.windows) <= taken + 1
     feed.close()
     assert taken == len(list(tmp_path.glob("window-*.json"))) > 5
+
+
+def test_earlier_windows_are_packed_and_read_as_the_others(one_process, tmp_path, monkeypatch):
+    """A window is packed once at least as many follow it as a packed file holds, so that few files lie open however long a run is."""
+    settings = PlanSettings(num_stages=2, num_replicas=1, capacity=24, delay=0, cost=SlotCost(), num_slots=2)
+    whole, packed = tmp_path / "whole", tmp_path / "packed"
+    for run, size in ((whole, 10_000), (packed, 4)):
+        (run / "plan").mkdir(parents=True)
+        monkeypatch.setattr(plan_feed, "PACKED_WINDOWS", size)
+        feed, _ = feed_of(LENGTHS, settings, 0, run / "plan")
+        num_slots = sum(len(window.stream) for window in feed)
+        feed.close()
+    windows = read_windows(whole)
+    assert len(windows) > 16 and read_windows(packed) == windows
+    names = [file.name for file in window_files(packed)]
+    assert names[:2] == ["windows-0000-0003.jsonl.gz", "windows-0004-0007.jsonl.gz"] and 4 <= sum("window-" in name for name in names) < 8
+    assert sorted(names) == sorted(file.name for file in (packed / "plan").iterdir())
+    firsts = [unsealed(text)["slot"] for _, text in windows]
+    assert firsts == sorted(firsts) and firsts[-1] < num_slots
+    part = read_windows(packed, since=firsts[6])
+    assert part == windows[4:], "from the beginning of the packed file that has the slot"
+    (packed / "plan" / windows[0][0]).write_text(windows[0][1])  # as a kill in front of its removal leaves it
+    assert read_windows(packed) == windows
+    damaged = packed / "plan" / names[0]
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"windows-0000-0003\.jsonl\.gz"):
+        read_windows(packed)
+    assert read_windows(packed, since=firsts[6]) == part
+
+
+def test_a_packed_window_takes_the_bytes_that_the_document_says(tmp_path):
+    """Sixteen samples a slot, of any of 2,000 and of any length: 20 bytes each, packed 6, in docs/running.md."""
+    draw, files = random.Random(0), []
+    for number in range(64):
+        slots = [[[job, number, draw.randrange(2000), draw.randrange(2048)] for job in range(4) for _ in range(4)] for _ in range(32)]
+        files.append(tmp_path / f"window-{number}.json")
+        files[-1].write_text(sealed(json.dumps({"microbatches": slots, "slot": 32 * number})))
+    single = sum(file.stat().st_size for file in files)
+    pack(files, tmp_path / "packed.gz")
+    assert single / (64 * 32 * 16) < 21 and (tmp_path / "packed.gz").stat().st_size / (64 * 32 * 16) < 6
+    assert [unsealed(line.decode())["slot"] for line in unpack(tmp_path / "packed.gz")] == [32 * number for number in range(64)]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_feed_keeps_what_its_resident_jobs_need_alone(one_process, tmp_path):

@@ -14,7 +14,7 @@ from megatron_lora.data.samples import JobData
 from megatron_lora.data.steps import MOST_VISITS, Mixture, Steps, check_visits
 from megatron_lora.errors import UserError
 from megatron_lora.output.run_directory import RunDirectory
-from megatron_lora.output.timeline import Timeline
+from megatron_lora.output.timeline import Timeline, spans_of_a_rank
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job
 from megatron_lora.training.reported import ReportBoard
@@ -119,6 +119,7 @@ class Event:
 
 
 def test_a_long_runs_timeline_is_exact_and_keeps_the_last_spans(monkeypatch):
+    assert [spans_of_a_rank(num_ranks) for num_ranks in (1, 8, 64)] == [100_000, 100_000, 12_500]
     timeline = Timeline(torch.device("cpu"), max_spans=50)
     hour_ms = 3_600_000.0
     moments = iter(Event(10 * hour_ms + 0.3 * i) for i in range(200))
