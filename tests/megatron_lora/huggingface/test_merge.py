@@ -124,7 +124,9 @@ def test_a_sum_is_rounded_once_to_the_stored_type(scene, tmp_path, kind, monkeyp
     tensors = {name: tensor.to(kind) for name, tensor in load_file(scene / "base" / "model.safetensors").items()}
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     adapter = read_adapter(scene / "peft")
-    assert main(["merge", str(scene / "peft"), str(tmp_path / "out"), "--base", str(tmp_path / "base")]) == 0
+    shutil.copytree(scene / "peft", tmp_path / "again")
+    words = [f"{scene / 'peft'}=3", f"{tmp_path / 'again'}=-2"]  # rounded twice, it would be another sum
+    assert main(["merge", *words, str(tmp_path / "out"), "--base", str(tmp_path / "base")]) == 0
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert merged.keys() == tensors.keys() and "lm_head.weight" not in merged
     num_rounded, num_other_way = 0, 0
