@@ -23,11 +23,12 @@ class Server:
     """An HTTP server whose answers a test gives: `answer(handler, body)`; it records what it was asked."""
 
     def __init__(self, answer):
-        self.asked = []
+        self.asked, self.keys = [], []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self):
+                outer.keys.append(self.headers.get("Authorization"))
                 outer.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
                 answer(self, len(outer.asked))
 
@@ -109,6 +110,15 @@ def test_a_server_is_asked_for_each_adapter_by_its_jobs_name(tmp_path, capsys):
         assert second.asked == [("/proxied/v1/load_lora_adapter", body | {"load_inplace": True}) for body in expected]
     assert sorted(results) == sorted((name, each.name, DELIVERED) for name in "ab" for each in targets)
     assert f"megatron-lora: a: on_save has reached {server.url}\n" in capsys.readouterr().err
+
+
+def test_a_key_is_sent_where_the_environment_has_one_and_shown_nowhere(tmp_path, monkeypatch, capsys):
+    with Server(says(401)) as server:
+        for api_key in ("", "secret", "sec\nret"):
+            monkeypatch.setenv("VLLM_API_KEY", api_key)
+            ((_, _, found),), _ = announced(tmp_path, [target(url=server.url)])
+            assert "ret" not in found + capsys.readouterr().err
+        assert server.keys == [None, "Bearer secret"]
 
 
 def no_server() -> str:
