@@ -71,7 +71,9 @@ def request(
     timer.start()
     try:
         sent = {"Content-Type": "application/json", "Connection": "close", **(headers or {})}
-        connection.request("GET" if body is None else "POST", f"{parts.path.rstrip('/')}{path}", body and json.dumps(body), sent)
+        connection.request(
+            "GET" if body is None else "POST", f"{parts.path.rstrip('/')}{path}", None if body is None else json.dumps(body), sent
+        )
         yield connection.getresponse()
     except (OSError, HTTPException, ValueError) as error:
         if is_late.is_set():
