@@ -214,8 +214,9 @@ def run(arguments: argparse.Namespace) -> int:
                 case.train()
                 case.wait(arguments.start_s)
                 for line in case.lines():
-                    append_line(arguments.output, stamp(arguments.hardware, arguments.commit) | line)
-                    print(json.dumps(line), flush=True)
+                    text = json.dumps(stamp(arguments.hardware, arguments.commit) | line)
+                    append_line(arguments.output, json.loads(text.replace(f"{work.absolute()}/", "").replace(f"{ROOT}/", "")))
+                    print(text, flush=True)
                     wrong += [] if line["as_expected"] else [line["case"]]
                 case.stop()
         finally:

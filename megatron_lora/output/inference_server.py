@@ -21,6 +21,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_lora.config.on_save_keys import server_url
 from megatron_lora.errors import UserError, one_line
 
 ANSWER_S, COMPLETION_S = 10.0, 300.0  # the first request of a server may compile kernels
@@ -28,11 +29,7 @@ MOST_BYTES = 1 << 26
 
 
 class Refused(UserError):
-    """The server's own answer that is no success: its HTTP `status`."""
-
-    def __init__(self, message: str, status: int):
-        super().__init__(message)
-        self.status = status
+    """The server's own answer that is no success."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +88,7 @@ def request(url: str, path: str, body: Mapping[str, Any] | None, timeout_s: floa
 
 def ask(url: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = ANSWER_S) -> Any:
     """Return the JSON of an answer; UserError in one line, Refused for any status but 200."""
-    _check_address(url)
+    url = server_url("--server", url)
     try:
         with request(url, path, body, timeout_s) as answer:
             status, text = answer.status, answer.read(MOST_BYTES + 1)
@@ -105,7 +102,7 @@ def ask(url: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: f
         )
     if status != 200:
         said = one_line(ascii(text.decode(errors="replace"))[1:-1] or "nothing", 300)
-        raise Refused(f"--server: {url}{path} answered with HTTP status {status}: {said}; see the server's log", status)
+        raise Refused(f"--server: {url}{path} answered with HTTP status {status}: {said}; see the server's log")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -144,18 +141,6 @@ def log_probabilities(server: Server, model: str, tokens: Sequence[int]) -> list
     if not all(map(math.isfinite, found)):
         raise UserError(f"--server: {model!r} gives log-probabilities that are not finite; check the adapter and the server's dtype")
     return found
-
-
-def _check_address(url: str) -> None:
-    """Raise UserError for what is no address of an HTTP server, or would send a password."""
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not (parts.query or parts.fragment)
-        usable = usable and parts.username is None and url.isascii() and url.isprintable()
-    except ValueError:
-        usable = False
-    if not usable:
-        raise UserError(f"--server: {one_line(repr(url), 160)} is no address of a server; give one such as http://localhost:8000")
 
 
 def _not_one(url: str, path: str) -> UserError:
