@@ -72,8 +72,8 @@ def request(url: str, path: str, body: Mapping[str, Any] | None, timeout_s: floa
     timer.daemon = True
     timer.start()
     try:
-        sent = None if body is None else json.dumps(body)
-        connection.request("GET" if body is None else "POST", f"{parts.path.rstrip('/')}{path}", sent, headers)
+        method, text = ("GET", None) if body is None else ("POST", json.dumps(body))
+        connection.request(method, f"{parts.path.rstrip('/')}{path}", text, headers)
         yield connection.getresponse()
     except (OSError, HTTPException, ValueError) as error:
         if is_late.is_set():
