@@ -181,7 +181,7 @@ def start_ranks(
             if signals.received:  # before there was anybody to stop
                 return _Ending(status=128 + signals.received[0], signals=tuple(signals.received))
             torchrun = subprocess.Popen(
-                [sys.executable, "-m", "megatron_lora.commands.torchrun", str(report_file), *command],
+                [sys.executable, "-m", "megatron_lora.commands.torchrun", str(report_file), "--log-dir", folder, *command],
                 env=rank_environment(os.environ, ranks_here) | {LAUNCHED: folder},
                 pass_fds=() if lock is None else (lock,),
                 start_new_session=True,

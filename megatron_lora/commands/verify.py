@@ -11,6 +11,7 @@ few steps that shows in the adapter where `adam_epsilon` is far below the gradie
 import dataclasses
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,20 +38,25 @@ def main(config_path: str, overrides: list[str], name: str, num_steps: int, sign
     names = [job.name for job in config.jobs]
     if name not in names:
         raise UserError(f"--job: no job is called {name!r}{suggest(name, names)}; the jobs are {', '.join(names)}")
+    if len(names) == 1:
+        raise UserError(f"--job: {name!r} is the config's only job, and nothing can change it; add the jobs that it trains among")
     if num_steps < 1:
         raise UserError(f"--steps: {num_steps} trains nothing; use a whole number of at least 1")
     given = any(override.startswith("precision=") for override in overrides)
     config = in_steps(config, name, num_steps, config.precision if given else "fp32")
     os.environ.pop(WANDB_PROJECT, None)  # neither run is worth keeping
     with tempfile.TemporaryDirectory(prefix="megatron-lora-verify-") as folder:
-        jobs = {"alone": config.jobs[:1], "together": config.jobs}
+        jobs = {"alone": config.jobs[:1], f"among {len(names) - 1} others": config.jobs}
         found = []
         for how, chosen in jobs.items():
             print(f"megatron-lora: {name} {how}, {num_steps} steps in {config.precision}", flush=True)
-            run = Path(folder) / how
+            run = Path(folder) / how.partition(" ")[0]
             file = run.with_suffix(".yaml")
             file.write_text(dump_config(dataclasses.replace(config, output_dir=str(run), jobs=chosen)), encoding="utf-8")
             status = launch.train(str(file), [], signals)
+            if signals.received:
+                print("megatron-lora: stopped; nothing is kept, the same command begins again", file=sys.stderr, flush=True)
+                return 128 + signals.received[0]
             if not run.is_dir() or job_states(run)[name] != "done":
                 return status or DIFFERS
             found.append(run / "jobs" / name)

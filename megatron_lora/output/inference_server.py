@@ -50,14 +50,16 @@ class Server:
 
 
 @contextmanager
-def request(
-    url: str, path: str, body: Mapping[str, Any] | None, timeout_s: float, headers: Mapping[str, str] | None = None
-) -> Iterator[HTTPResponse]:
+def request(url: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Iterator[HTTPResponse]:
     """GET `path`, or POST `body` to it as JSON, and yield the answer, to be read before `timeout_s` is over.
 
     TimeoutError once it is over, whatever was sent until then; OSError, HTTPException or ValueError where there is no answer.
     """
-    parts = urlsplit(url)
+    parts, headers = urlsplit(url), {"Content-Type": "application/json", "Connection": "close"}
+    if key := os.environ.get("VLLM_API_KEY"):
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("VLLM_API_KEY holds characters that cannot be sent")  # whose own error would show it
+        headers["Authorization"] = f"Bearer {key}"
     connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection, is_late = connect(parts.hostname or "", parts.port, timeout=timeout_s), threading.Event()
 
@@ -70,10 +72,8 @@ def request(
     timer.daemon = True
     timer.start()
     try:
-        sent = {"Content-Type": "application/json", "Connection": "close", **(headers or {})}
-        connection.request(
-            "GET" if body is None else "POST", f"{parts.path.rstrip('/')}{path}", None if body is None else json.dumps(body), sent
-        )
+        method, text = ("GET", None) if body is None else ("POST", json.dumps(body))
+        connection.request(method, f"{parts.path.rstrip('/')}{path}", text, headers)
         yield connection.getresponse()
     except (OSError, HTTPException, ValueError) as error:
         if is_late.is_set():
@@ -89,9 +89,8 @@ def request(
 def ask(url: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = ANSWER_S) -> Any:
     """Return the JSON of an answer; UserError in one line, Refused for any status but 200."""
     url = server_url("--server", url)
-    key = os.environ.get("VLLM_API_KEY")
     try:
-        with request(url, path, body, timeout_s, {"Authorization": f"Bearer {key}"} if key else None) as answer:
+        with request(url, path, body, timeout_s) as answer:
             status, text = answer.status, answer.read(MOST_BYTES + 1)
     except (OSError, HTTPException, ValueError) as error:
         late = isinstance(error, TimeoutError)

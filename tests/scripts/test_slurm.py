@@ -111,7 +111,7 @@ def hosts_of_ranks(job: str) -> dict[str, str]:
 
 def test_a_run_on_two_nodes_is_preempted_and_loses_a_node_and_takes_each_step_once(site):
     whole = site.train("whole")
-    wait_for(lambda: len(hosts_of_ranks(whole)) == 2, 300)
+    wait_for(lambda: site.lines("whole") > 0, 300)
     assert hosts_of_ranks(whole) == {"0": "node1", "1": "node2"}  # and node3 is spare
     site.wait(whole, "COMPLETED")
 
@@ -135,7 +135,6 @@ def test_a_run_on_two_nodes_is_preempted_and_loses_a_node_and_takes_each_step_on
         assert [line["step"] for line in broken] == list(range(1, STEPS + 1))
         assert [line["loss"] for line in broken] == pytest.approx([line["loss"] for line in unbroken], rel=1e-5)
         adapters = [load_file(run / "jobs" / name / "adapter_model.safetensors") for run in runs_of]
-        print([oracle.distance(*adapters, kind) for kind in ("lora_A", "lora_B")])
         assert all(oracle.distance(*adapters, kind) < 1e-4 for kind in ("lora_A", "lora_B"))
 
 
@@ -145,11 +144,11 @@ def test_a_job_that_is_cancelled_is_not_queued_again(status, cluster, tmp_path):
     job = site.submit("scripts/train.sbatch", "config.yaml")
     wait_for(lambda: (tmp_path / "started").exists(), 60)
     cluster.run("scancel", job)
-    site.wait(job, "CANCELLED")
+    site.wait(job, "CANCELLED", seconds=60)
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 3])
 def test_a_run_that_ends_by_itself_is_not_queued_again(status, cluster, tmp_path):
     site = Site(tmp_path, cluster, f"exit {status}")
     job = site.submit("scripts/train.sbatch", "config.yaml")
-    site.wait(job, "FAILED" if status else "COMPLETED")
+    site.wait(job, "FAILED" if status else "COMPLETED", seconds=60)

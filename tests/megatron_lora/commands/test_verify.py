@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import oracle
 import pytest
@@ -12,6 +16,7 @@ import runs
 
 from megatron_lora.__main__ import main
 from megatron_lora.commands import launch, verify
+from megatron_lora.commands.stop_signals import StopSignals
 from megatron_lora.config.schema import load_config
 
 STEPS = 4
@@ -52,6 +57,27 @@ def test_a_job_is_the_same_alone_and_among_others(config, trained, capsys):
     assert not (config.parent / "run").exists()
 
 
+def test_the_command_on_real_ranks_leaves_nothing_behind(config, tmp_path):
+    """Two stages are two processes; the runs, and what torchrun writes beside them, are gone when it ends."""
+    command = [sys.executable, "-m", "megatron_lora", "verify", str(config), "--job", "mine", "--steps", "2", "parallel.pipeline=2"]
+    environ = os.environ | {"TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("megatron-lora: ")] == [
+        f"megatron-lora: mine {how}, 2 steps in fp32" for how in ("alone", "among 2 others")
+    ]
+    assert lines[-1] == "  the job trains among the others as it does alone" and not done.stderr
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")]
+
+
+def test_a_verification_that_is_stopped_does_not_go_on(config, capsys, monkeypatch):
+    signals = StopSignals()
+    monkeypatch.setattr(launch, "train", lambda *words: signals.received.append(signal.SIGTERM) or 75)
+    assert verify.main(str(config), [], "mine", 2, signals) == 128 + signal.SIGTERM
+    assert "nothing is kept" in capsys.readouterr().err
+
+
 def test_a_job_that_others_change_is_beyond_the_bounds(config, trained, capsys, monkeypatch):
     in_steps = verify.in_steps
 
@@ -85,7 +111,11 @@ def test_a_loss_that_is_not_finite_is_no_agreement(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["--job", "mime"], "no job is called 'mime' (did you mean mine?)"), (["--job", "mine", "--steps", "0"], "--steps: 0 trains nothing")],
+    [
+        (["--job", "mime"], "no job is called 'mime' (did you mean mine?)"),
+        (["--job", "mine", "--steps", "0"], "--steps: 0 trains nothing"),
+        (["--job", "mine", "jobs=[{name: mine, datasets: [{path: a.jsonl, type: text}]}]"], "'mine' is the config's only job"),
+    ],
 )
 def test_wrong_words_are_one_line(words, says, config, capsys):
     assert main(["verify", str(config), *words]) == 2

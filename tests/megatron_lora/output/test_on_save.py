@@ -23,11 +23,12 @@ class Server:
     """An HTTP server whose answers a test gives: `answer(handler, body)`; it records what it was asked."""
 
     def __init__(self, answer):
-        self.asked = []
+        self.asked, self.keys = [], []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self):
+                outer.keys.append(self.headers.get("Authorization"))
                 outer.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
                 answer(self, len(outer.asked))
 
@@ -78,10 +79,10 @@ def endless(handler, number):
 
 
 def target(**keys) -> OnSaveConfig:
-    return build(OnSaveConfig, "on_save", {"timeout_s": 0.3, "attempts": 2, **keys})
+    return build(OnSaveConfig, "on_save", {"timeout_s": 10.0, "attempts": 2, **keys})
 
 
-def announced(run: Path, targets, jobs=("a",), wait: float = 5.0) -> tuple[list, float]:
+def announced(run: Path, targets, jobs=("a",), wait: float = 30.0) -> tuple[list, float]:
     """Announce jobs to targets; return the results, and how long the calls in front of `wait` took."""
     announcer, begin = OnSave(targets, run), time.monotonic()
     for job in jobs:
@@ -111,6 +112,15 @@ def test_a_server_is_asked_for_each_adapter_by_its_jobs_name(tmp_path, capsys):
     assert f"megatron-lora: a: on_save has reached {server.url}\n" in capsys.readouterr().err
 
 
+def test_a_key_is_sent_where_the_environment_has_one_and_shown_nowhere(tmp_path, monkeypatch, capsys):
+    with Server(says(401)) as server:
+        for api_key in ("", "secret", "sec\nret"):
+            monkeypatch.setenv("VLLM_API_KEY", api_key)
+            ((_, _, found),), _ = announced(tmp_path, [target(url=server.url)])
+            assert "ret" not in found + capsys.readouterr().err
+        assert server.keys == [None, "Bearer secret"]
+
+
 def no_server() -> str:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -120,14 +130,15 @@ def no_server() -> str:
 def test_a_server_that_is_down_is_tried_again_and_named(tmp_path, capsys):
     url = no_server()
     results, took = announced(tmp_path, [target(url=url)])
-    assert results == [("a", url, "ConnectionRefusedError: [Errno 111] Connection refused")] and took < 0.2
+    assert results == [("a", url, "ConnectionRefusedError: [Errno 111] Connection refused")] and took < 2
     assert f"megatron-lora: warning: a: on_save did not reach {url}: ConnectionRefusedError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("answer", "said", "asked"), [
     (never, "no answer within 0.3 s", 2),
     (drips, "no answer within 0.3 s", 2),
-    (endless, r"it answers 500 ok\x1b[31mred\n", 2),
+    (endless, "it answers 500 ok", 2),
+    (says(500, "\x1b[31mred\n"), r"it answers 500 \x1b[31mred\n", 2),
     (says(302, Location="http://127.0.0.1:1/elsewhere"), "it answers 302 ok", 1),
     (says(400, "The lora adapter 'a' has already been loaded"), "it answers 400 The lora adapter", 1),
     (says(404, '{"detail":"Not Found"}'), "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", 1),
@@ -138,10 +149,11 @@ def test_a_server_that_is_down_is_tried_again_and_named(tmp_path, capsys):
 def test_whatever_a_server_does_costs_a_bounded_time_and_one_line(answer, said, asked, tmp_path):
     with Server(answer) as server:
         begin = time.monotonic()
-        ((_, _, found),), took = announced(tmp_path, [target(url=server.url)])
+        timeout_s = 0.3 if answer in (never, drips) else 10.0
+        ((_, _, found),), took = announced(tmp_path, [target(url=server.url, timeout_s=timeout_s)])
         assert said in found and (found == DELIVERED) == (said == DELIVERED), found
         assert len(found) < 450 and found.isprintable() and len(server.asked) == asked
-        assert took < 0.2 and time.monotonic() - begin < 2.5
+        assert took < 2 and time.monotonic() - begin < 10
 
 
 def test_a_redirect_is_not_followed(tmp_path):
@@ -161,8 +173,8 @@ def test_a_proxy_of_the_environment_is_not_asked(tmp_path, monkeypatch):
 def test_the_end_of_a_run_waits_no_longer_than_it_says(tmp_path):
     with Server(never) as server, Server(says(200)) as quick:
         begin = time.monotonic()
-        results, _ = announced(tmp_path, [target(url=server.url, timeout_s=2.0), target(url=quick.url)], ("a", "b"), wait=0.3)
-        assert time.monotonic() - begin < 0.3 + module.CLOSE_S + 0.5
+        results, _ = announced(tmp_path, [target(url=server.url, timeout_s=2.0), target(url=quick.url)], ("a", "b"), wait=1.5)
+        assert time.monotonic() - begin < 1.5 + module.CLOSE_S + 2
     assert sorted(results) == sorted(
         [(name, server.url, "the run ended first") for name in "ab"] + [(name, quick.url, DELIVERED) for name in "ab"]
     )
@@ -179,7 +191,7 @@ def test_a_command_gets_the_directory_without_a_shell(tmp_path):
 def test_a_command_that_fails_or_does_not_end_is_named(tmp_path):
     left = tmp_path / "child"
     fails = target(command=["/bin/sh", "-c", "exit 3"])
-    hangs = target(command=["/bin/sh", "-c", f"sleep 60 & echo $! > {left}; wait"], attempts=1)
+    hangs = target(command=["/bin/sh", "-c", f"sleep 60 & echo $! > {left}; wait"], attempts=1, timeout_s=0.3)
     gone = target(command=[str(tmp_path / "no-such-program")])
     results, took = announced(tmp_path, [fails, hangs, gone])
     assert {name: said for _, name, said in results} == {
@@ -187,7 +199,7 @@ def test_a_command_that_fails_or_does_not_end_is_named(tmp_path):
         hangs.name: "it had not ended after 0.3 s",
         gone.name: "it cannot be run (No such file or directory)",
     }
-    assert took < 0.2
+    assert took < 2
 
     def ended() -> bool:
         try:

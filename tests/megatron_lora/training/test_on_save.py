@@ -85,9 +85,8 @@ def said_of(run: Path) -> dict:
 def test_adapters_appear_while_the_run_trains_and_bad_servers_change_nothing(scene, server, pool):
     folder, write = scene
     assert runs.start(pool, write("alone"), {}) == 0
-    short = {"timeout_s": 0.2, "attempts": 1}
-    targets = [{"url": server.url}, {"url": server.url + "/slow", **short}, {"url": server.url + "/bad", **short}]
-    targets += [{"url": "http://127.0.0.1:1", **short}]
+    targets = [{"url": server.url}, {"url": server.url + "/slow", "timeout_s": 0.2, "attempts": 1}]
+    targets += [{"url": url, "attempts": 1} for url in (server.url + "/bad", "http://127.0.0.1:1")]
     assert runs.start(pool, write("served", *targets), {}) == 0
     names, steps = zip(*server.loaded, strict=True)
     assert names == tuple(STEPS)
@@ -103,12 +102,12 @@ def test_adapters_appear_while_the_run_trains_and_bad_servers_change_nothing(sce
 
 def test_a_resumed_run_delivers_what_an_earlier_start_could_not(scene, server, pool):
     folder, write = scene
-    first = {"url": server.url, "timeout_s": 2.0}
+    first = {"url": server.url}
     down = {"url": "http://127.0.0.1:1", "attempts": 1}
     assert runs.start(pool, write("stopped", first, down), {}, stop_after=8) == 75
     before = [name for name, _ in server.loaded]
     assert before and "long" not in before
-    write("stopped", first, {"url": server.url + "/second", "timeout_s": 2.0})
+    write("stopped", first, {"url": server.url + "/second"})
     assert runs.start(pool, folder / "stopped.yaml", {}) == 0
     paths = [name for name, _ in server.loaded]
     assert sorted(paths) == sorted([*STEPS, *STEPS]), "each once for each target, none twice"
