@@ -41,15 +41,21 @@ def one_process():
 
 
 @pytest.fixture(scope="session")
-def pool():
-    """Return a function layout -> object with `.run(fn, *args)`; the ranks live as long as the session."""
-    from megatron_lora.config.schema import ParallelConfig
-
+def ranks():
+    """Return the ranks themselves, which live as long as the session."""
     ranks = rank_pool.RankPool()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def pool(ranks):
+    """Return a function layout -> object with `.run(fn, *args)`; the ranks rest between modules."""
+    from megatron_lora.config.schema import ParallelConfig
 
     def choose(pp: int = 1, tp: int = 1, dp: int = 1, sequence: bool = False):
         layout = ParallelConfig(pipeline=pp, tensor=tp, data=dp, sequence=sequence)
         return SimpleNamespace(run=partial(ranks.run, layout), parallel=layout)
 
     yield choose
-    ranks.close()
+    ranks.rest()

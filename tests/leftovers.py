@@ -15,7 +15,7 @@ from megatron_lora.output.metrics import read_lines
 from megatron_lora.output.run_directory import LEFTOVERS
 
 MARK = "RUN_OF_A_TEST"  # environment variable: the directory of the run whose ranks started a process
-PATIENCE_S = 10.0  # a process whose rank was killed ends by itself
+PATIENCE_S = 120.0  # a process whose rank was killed ends once it has imported what it needs, and read its job
 PEFT = r"adapter_config\.json|adapter_model\.safetensors|README\.md"
 PLAN = r"window-\d{4,}\.json|windows-\d{4,}-\d{4,}\.jsonl\.gz"
 REQUEST = r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{16}\.json"

@@ -73,6 +73,12 @@ class RankPool:
             self._call(_join, (layout, "nccl" if self.gpus else "gloo", self._store_port(), f"layout {self.num_layouts}"), timeout_s)
         return self._call(fn, args, timeout_s)
 
+    def rest(self) -> None:
+        """Leave the process groups: each of gloo's has a thread that looks for work a hundred times a second, a hundred in a worker."""
+        if self.layout is not None:
+            self._call(_leave, (), 400.0)
+            self.layout = None
+
     def close(self) -> None:
         """End all workers."""
         for process, pipe in self.workers:
