@@ -37,7 +37,7 @@ from megatron_lora.huggingface.adapter_effect import (
 from megatron_lora.huggingface.adapter_files import CARD_FILE, AdapterFile, read_adapter
 from megatron_lora.huggingface.base_files import WEIGHTS, differing, digests_of_base
 from megatron_lora.huggingface.hub import resolve_base_model
-from megatron_lora.huggingface.model_card import base_digest_of, serve_command
+from megatron_lora.huggingface.model_card import base_digest_of, serve_command, settings_of
 from megatron_lora.huggingface.vllm_facts import FACTS_OF, largest_rank, readings
 from megatron_lora.output import inference_server
 from megatron_lora.output.final_files import STATUS, check_job_files
@@ -147,15 +147,17 @@ def samples_of(file: str | None, origin: Origin | None, tokenizer: PreTrainedTok
 def faults_of_origin(origin: Origin | None, directory: Path, config: dict, base_dir: Path) -> list[Fault]:
     """Compare an adapter and a base model with what the run that wrote the adapter, or the adapter's card, says of them."""
     faults: list[Fault] = []
-    card = base_digest_of(directory / CARD_FILE)
+    card, trained = base_digest_of(directory / CARD_FILE), settings_of(directory / CARD_FILE)
     before = base_files_of(origin.run) if origin else {WEIGHTS: card} if card else {}
     if origin is not None:
         job = origin.job
         trained = {"r": job.r, "lora_alpha": job.lora_alpha, "use_rslora": job.use_rslora}
         trained |= {"lora_alpha": job.r, "use_rslora": False} if job.export == "portable" and directory.resolve().name == job.name else {}
-        for key, value in trained.items():
-            if config.get(key) != value:
-                faults.append(("wrong alpha", f"{key} is {config.get(key)} in the adapter, and the run wrote {value}"))
+    for key, value in trained.items():
+        if config.get(key, False) != value:
+            said = f"the run wrote {value}" if origin else f"its card says {value}"
+            faults.append(("wrong alpha", f"{key} is {config.get(key)} in the adapter, and {said}"))
+    if origin is not None:
         try:
             check_job_files(directory)
         except UserError as error:

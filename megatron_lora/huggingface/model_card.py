@@ -15,6 +15,7 @@ from megatron_lora.files import read_regular
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be in vLLM 0.32
 DIRECTORY = "path/of/this/directory"
 BASE_DIGEST = re.compile(r"SHA-256 `([0-9a-f]{64})`")
+SETTINGS = re.compile(r"parameters, rank (\d+), lora_alpha ([\d.e+-]+\d)(, rank-stabilised scale)?")
 
 
 def serve_command(base_model: str, r: int, name: str, directory: str, revision: str | None = None) -> str:
@@ -65,8 +66,18 @@ With vLLM:
 
 def base_digest_of(card: Path) -> str:
     """Return the digest of the base model's weights that a card names, or nothing."""
+    found = BASE_DIGEST.search(_text(card))
+    return found[1] if found else ""
+
+
+def settings_of(card: Path) -> dict[str, Any]:
+    """Return r, lora_alpha and use_rslora of the adapter that a card describes; nothing where it is none of ours."""
+    found = SETTINGS.search(_text(card))
+    return {"r": int(found[1]), "lora_alpha": json.loads(found[2]), "use_rslora": bool(found[3])} if found else {}
+
+
+def _text(card: Path) -> str:
     try:
-        found = BASE_DIGEST.search(read_regular(card).decode("utf-8", "replace"))
+        return read_regular(card).decode("utf-8", "replace")
     except OSError:
         return ""
-    return found[1] if found else ""

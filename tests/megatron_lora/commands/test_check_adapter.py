@@ -21,6 +21,7 @@ from megatron_lora.config.schema import TARGET_MODULES
 from megatron_lora.huggingface.adapter_effect import applied, load_base, log_probabilities
 from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, write_adapter
 from megatron_lora.huggingface.base_files import WEIGHTS, digests_of_base
+from megatron_lora.huggingface.model_card import model_card
 from megatron_lora.huggingface.vllm_facts import readings
 from megatron_lora.output import inference_server
 from megatron_lora.output.inference_server import ask
@@ -138,6 +139,15 @@ def test_what_the_run_recorded_is_compared(scene, tmp_path, capsys):
     (run / "config.yaml").write_text(yaml.safe_dump(config | {"jobs": [job | {"lora_alpha": 16}]}))
     status, faults, text = check(capsys, run / "jobs" / "a")
     assert (status, faults) == (1, ["wrong alpha"]) and "lora_alpha is 8 in the adapter, and the run wrote 16" in text, text
+
+
+def test_what_a_card_says_is_compared_outside_a_run(scene, tmp_path, capsys):
+    shutil.copytree(scene / "good", tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "adapter_config.json").read_text()) | {"revision": None, "target_modules": ["q_proj"]}
+    for alpha, expected in ((8, (0, [])), (16.5, (1, ["wrong alpha"]))):
+        (tmp_path / "copy" / "README.md").write_text(model_card(config | {"lora_alpha": alpha}, 1024, "", "copy", ()))
+        status, faults, text = check(capsys, tmp_path / "copy")
+        assert (status, faults) == expected and (not faults or "is 8 in the adapter, and its card says 16.5" in text), text
 
 
 SERVED = {
