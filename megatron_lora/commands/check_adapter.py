@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_lora.commands.preview import preview_records
-from megatron_lora.config.schema import JobConfig, RunConfig, load_config
+from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.row_files import read_blocks
 from megatron_lora.data.row_formats import RecordEncoder
 from megatron_lora.data.token_cache import cache_dir
@@ -42,6 +42,7 @@ from megatron_lora.huggingface.vllm_facts import FACTS_OF, largest_rank, reading
 from megatron_lora.output import inference_server
 from megatron_lora.output.final_files import STATUS, check_job_files
 from megatron_lora.output.inference_server import Server, find_server
+from megatron_lora.output.resume import recorded_config
 from megatron_lora.output.run_directory import base_files_of, job_states
 
 RIGHT, WRONG = 0, 1
@@ -113,7 +114,7 @@ def origin_of(directory: Path) -> Origin | None:
     run = job_dir.parent.parent
     if job_dir.parent.name != "jobs" or not (run / "config.yaml").is_file():
         return None
-    config = load_config(run / "config.yaml")
+    config = recorded_config(run)
     if (run / STATUS).exists():
         job_states(run)  # raises where it is damaged
     return next((Origin(run, config, job) for job in config.jobs if job.name == job_dir.name), None)

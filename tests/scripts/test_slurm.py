@@ -51,7 +51,7 @@ class Site:
         return self.cluster.run("sbatch", "--parsable", "--nodes=2", *words, folder=self.folder).strip()
 
     def wait(self, job: str, state: str, restarts: int = 0, seconds: float = 300) -> None:
-        """Wait until a job that was requeued so many times is in a state."""
+        """Wait until a job is in a state, after the given number of restarts."""
         found = []
 
         def reached() -> bool:
