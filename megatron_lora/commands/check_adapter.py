@@ -32,9 +32,8 @@ from megatron_lora.huggingface.adapter_effect import (
     load_base,
     log_probabilities,
     peft_log_probabilities,
-    raw_config,
 )
-from megatron_lora.huggingface.adapter_files import CARD_FILE, AdapterFile, read_adapter
+from megatron_lora.huggingface.adapter_files import CARD_FILE, AdapterFile, raw_config, read_adapter
 from megatron_lora.huggingface.base_files import WEIGHTS, differing, digests_of_base
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.huggingface.model_card import base_digest_of, serve_command, settings_of

@@ -13,7 +13,6 @@ the root mean square over all tokens counts, in nats: of their changes through t
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_lora.errors import UserError, one_line
-from megatron_lora.files import read_regular
 from megatron_lora.huggingface.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
 from megatron_lora.huggingface.adapter_targets import read_targets
 
@@ -92,18 +90,6 @@ def peft_log_probabilities(base: PreTrainedModel, directory: Path, samples: Sequ
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{directory}: peft refuses it ({one_line(error, 200)}); export the adapter again") from None
     return log_probabilities(model.eval(), samples)
-
-
-def raw_config(directory: Path) -> dict[str, Any]:
-    """Return what adapter_config.json says, unchecked; UserError where it holds no object."""
-    file = directory / CONFIG_FILE
-    try:
-        config = json.loads(read_regular(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({one_line(error, 120)}); give the directory of a PEFT adapter") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: holds no object; export the adapter again")
-    return config
 
 
 def faults_of_files(directory: Path, config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> list[Fault]:

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -192,8 +193,8 @@ def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
     }
 
 
-def _read_config(directory: Path) -> dict:
-    """Read adapter_config.json; UserError for anything but plain LoRA."""
+def raw_config(directory: Path) -> dict[str, Any]:
+    """Return what adapter_config.json says, unchecked; UserError where there is none, or it holds no object."""
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"{directory}: has no {CONFIG_FILE}, so it is no PEFT directory; give the directory that holds that file")
@@ -203,9 +204,16 @@ def _read_config(directory: Path) -> dict:
         raise UserError(f"{file}: is not valid JSON ({one_line(error, 120)}); restore or export the adapter again") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise _wrong(file, "peft_type", kind, "cannot be trained here; use a LORA adapter")
+    if not isinstance(config, dict):
+        raise _not_lora(file, config)
+    return config
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Read adapter_config.json; UserError for anything but plain LoRA."""
+    file, config = directory / CONFIG_FILE, raw_config(directory)
+    if config.get("peft_type") != "LORA":
+        raise _not_lora(file, config.get("peft_type"))
     _check_plain_lora(file, config)
     r, alpha, dropout = config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)  # PEFT's defaults
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= LARGEST_RANK:
@@ -217,6 +225,10 @@ def _read_config(directory: Path) -> dict:
     if not isinstance(config.get("use_rslora", False), bool):
         raise _wrong(file, "use_rslora", config["use_rslora"], "is not true or false; save the adapter again")
     return {**config, "r": r, "lora_alpha": alpha}
+
+
+def _not_lora(file: Path, kind: object) -> UserError:
+    return _wrong(file, "peft_type", kind, "cannot be trained here; use a LORA adapter")
 
 
 def _wrong(file: Path, key: str, value: object, what: str) -> UserError:
