@@ -12,8 +12,8 @@ import oracle
 import pytest
 import torch
 
-from megatron_lora.huggingface.adapter_effect import faults_of_files, linear_sizes, load_base, raw_config
-from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, write_adapter
+from megatron_lora.huggingface.adapter_effect import faults_of_files, linear_sizes, load_base
+from megatron_lora.huggingface.adapter_files import AdapterFile, raw_config, read_adapter, write_adapter
 from scripts.serve_check import SPOILT, spoil
 
 
