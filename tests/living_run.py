@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FAIL_IN_BACKWARD = """
 import os
-if os.environ.get("RANK") == "1":
+if os.environ.get("RANK") == os.environ.get("FAIL_RANK", "1"):
     from megatron_lora.training import executor
 
     def fails(self, slot, before=executor.Executor._backward):
@@ -33,6 +33,8 @@ if os.environ.get("RANK") == "1":
             import torch
 
             open(once, "w").close()
+            if self.device.type == "cuda":
+                torch.empty(1 << 48, dtype=torch.uint8, device=self.device)
             raise torch.OutOfMemoryError("CUDA out of memory")
         before(self, slot)
 
@@ -47,9 +49,9 @@ class LivingRun:
     """A run in `folder`, which holds its config, output directory and standard error."""
 
     def __init__(self, folder: Path, config: dict, environment: dict[str, str], *words: str, failing: bool = False, terminal: bool = False):
-        """Start it, with more words of its command line; with `failing` rank 1 raises in the backward of slot 7.
+        """Start it, with more words of its command line; with `failing` rank FAIL_RANK, or 1, raises in the backward of slot 7.
 
-        With FAIL_ONCE in the environment it runs out of memory there, unless that file exists.
+        With FAIL_ONCE in the environment it runs out of memory there, really so on a GPU, unless that file exists.
         With `terminal` it writes to one, until `close_terminal`.
         """
         self.folder = folder

@@ -44,6 +44,7 @@ class Case:
     backend: str
     seconds: float
     steps: int | None
+    save_steps: int
     calibrate: bool
     profile: bool
 
@@ -97,6 +98,7 @@ def parser() -> OneLineParser:
     case.add_argument("--backend", default="auto", choices=["auto", "torch", "te"], help="of norms and attention")
     case.add_argument("--seconds", type=positive, default=60.0, help="about how long the run shall take, by the cost model")
     case.add_argument("--steps", type=whole, help="of each job, in place of --seconds")
+    case.add_argument("--save-steps", type=whole, default=0, help="a checkpoint of each job every so many steps; default: none")
     case.add_argument("--calibrate", action="store_true", help="calibrate first, and predict from that")
     case.add_argument("--profile", action="store_true", help="also profile some slots: shares of GEMM, attention, LoRA, ...")
     found.set_defaults(launch_names=launch_names)
@@ -128,6 +130,7 @@ def _case(chosen: argparse.Namespace) -> Case:
     words += [str(chosen.budget), policies_in_words(chosen.recompute)]
     words += [word for word, usual in ((chosen.base_weights, "native"), (chosen.backend, "auto")) if word != usual]
     words += [word for word, on in (("offloaded", chosen.activation_offloading), ("deterministic", chosen.deterministic)) if on]
+    words += [f"checkpoints every {chosen.save_steps}"] if chosen.save_steps else []
     how = [chosen.policy] if chosen.policy == HF_PEFT else [chosen.policy, chosen.adapters]
     given = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(Case)}
     given["name"] = chosen.name or f"{chosen.shape} {chosen.workload}, " + ", ".join([*how, *words, layout_name(chosen)])

@@ -114,7 +114,7 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
     }
     if steps is None:
         steps = case.steps or steps_for(case, lengths, load(own, tree), read_architecture(own / "model"))
-    return load(own, tree | {"jobs": [job | {"max_steps": steps} for job in tree["jobs"]]})
+    return load(own, tree | {"jobs": [job | {"max_steps": steps, "save_steps": case.save_steps} for job in tree["jobs"]]})
 
 
 def load(folder: Path, tree: dict) -> RunConfig:

@@ -1,23 +1,27 @@
 """A queue of many jobs beside a few fixed ones with the same samples, and evaluation beside none: tokens/s and memory of whole runs.
 
-    python -m scripts.bench.job_queue [--jobs 256] [--adapter-memory 8] [--cases fixed,queue,plain,evaluated]
+    python -m scripts.bench.job_queue [--jobs 256] [--adapter-memory 8] [--cases fixed,queue,plain,evaluated,added]
 
 `queue`: jobs of --steps steps and ranks 8, 16, 24, 32 wait for rows of an arena of --adapter-memory GB, and drain. `fixed`: four jobs of
 these ranks that have the queue's samples between them. `evaluated`: four jobs that are evaluated --evaluations times each; `plain`:
-the same without. An evaluation's token counts as the share that a forward has of a training token's time in that run. A short run
-comes first, which is not counted. All over a frozen model of random weights, as end_to_end.py. Appends a JSON line per case, with the
-seconds that the host spends on jobs that come and go.
+the same without. `added`: `plain` in such an arena, and a job is added: how many windows lie between its data being ready and its first
+forward. An evaluation's token counts as the share that a forward has of a training token's time in that run. A short run comes first,
+which is not counted. All over a frozen model of random weights, as end_to_end.py. Appends a JSON line per case, with the seconds that the
+host spends on jobs that come and go.
 """
 
 import argparse
+import dataclasses
 import gc
+import itertools
 import json
 import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -28,11 +32,15 @@ os.environ.update(allocator_settings(os.environ))  # before anything imports tor
 import torch  # noqa: E402
 
 from megatron_lora.commands.finished_run import FinishedRun  # noqa: E402
-from megatron_lora.config.schema import load_config  # noqa: E402
+from megatron_lora.config.schema import RunConfig, load_config  # noqa: E402
 from megatron_lora.huggingface.architecture import read_architecture  # noqa: E402
+from megatron_lora.output.changes import job_mapping  # noqa: E402
 from megatron_lora.output.events import read_events  # noqa: E402
+from megatron_lora.output.requests import new_request, write_request  # noqa: E402
 from megatron_lora.planning.plan_feed import PlanFeed  # noqa: E402
 from megatron_lora.training.control import Control  # noqa: E402
+from megatron_lora.training.executor import Executor  # noqa: E402
+from megatron_lora.training.job_reader import JobReader  # noqa: E402
 from megatron_lora.training.residents import Residents  # noqa: E402
 from megatron_lora.training.run_reporter import RunReporter  # noqa: E402
 from megatron_lora.training.snapshots import SnapshotCollector  # noqa: E402
@@ -45,7 +53,8 @@ from scripts.one_line import OneLineParser, ended, numbers, positive, whole  # n
 
 RANKS = (8, 16, 24, 32)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-CASES = ("fixed", "queue", "plain", "evaluated")
+CASES = ("fixed", "queue", "plain", "evaluated", "added")
+ADDED_AT = 2  # the window that is planned when the job of `added` is asked for
 
 
 def steps_of(pool: list[int], num_jobs: int, num_steps: int, batch: int) -> list[list[list[int]]]:
@@ -71,7 +80,7 @@ def config_of(options: argparse.Namespace, case: str, folder: Path, num_jobs: in
             every = max(1, len(lengths[0]) // options.evaluations)
             job |= {"val_datasets": [{"path": str(held), "type": "lengths"}], "eval_steps": every, "keep": "last"}
     tree = {"base_model": str(folder), "output_dir": str(folder / "run"), "load_weights": False, "microbatch_tokens": options.budget}
-    tree |= {"recompute": "none", "jobs": jobs} | ({"adapter_memory": options.adapter_memory} if case == "queue" else {})
+    tree |= {"recompute": "none", "jobs": jobs} | ({"adapter_memory": options.adapter_memory} if case in ("queue", "added") else {})
     (folder / "config.yaml").write_text(json.dumps(tree), encoding="utf-8")
     return load_config(folder / "config.yaml")
 
@@ -131,6 +140,40 @@ def timed(found: dict):
         yield
 
 
+@contextmanager
+def adding(config: RunConfig, found: dict):
+    """Add a job like the first to the run once it trains; put the times of its way to the first forward, and a window's, into a dict."""
+    job = dataclasses.replace(config.jobs[0], name="added")
+    times: dict[str, float] = {}
+    windows: list[float] = []  # when each was asked for: one is planned while the one before runs
+
+    def wait_until_read(reader: JobReader) -> None:
+        while job.name not in reader.asked or reader._ours is None or not reader._ours.poll():
+            time.sleep(0.005)
+        times["ready"] = time.perf_counter()
+
+    def ask(self, window, slot, before=Control.ask):
+        windows.append(time.perf_counter())
+        if window == ADDED_AT:
+            times["asked"] = time.perf_counter()
+            write_request(Path(config.output_dir), new_request("add", jobs=[job_mapping(job)]))
+            threading.Thread(target=wait_until_read, args=(self.reader,), daemon=True).start()
+        return before(self, window, slot)
+
+    def begin(self, slot, before=Executor._begin):
+        if "first forward" not in times and any(segment.job == len(config.jobs) for segment in self.stream[slot].segments):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times["first forward"] = time.perf_counter()
+        return before(self, slot)
+
+    with mock.patch.object(Control, "ask", ask), mock.patch.object(Executor, "_begin", begin):
+        yield
+    usual = statistics.median(end - start for start, end in itertools.pairwise(windows[2:]))  # two are planned before the first runs
+    waited = times["first forward"] - times["ready"]
+    found |= {"read_s": times["ready"] - times["asked"], "ready_to_forward_s": waited, "window_s": usual, "windows": waited / usual}
+
+
 def most_resident(events) -> int:
     """Return the most jobs that had begun and were not done at one time."""
     resident, most = 0, 0
@@ -164,15 +207,20 @@ def main() -> int:
             num_jobs = 8 if number == 0 else options.jobs if case in ("fixed", "queue") else options.eval_jobs
             config = config_of(options, case, Path(root) / f"{number}-{case}", num_jobs)
             gauges, host_s = {}, {}
-            with timed(host_s):
+            way: dict = {}
+            with timed(host_s), adding(config, way) if case == "added" else nullcontext():
                 run = trained(config, around=during(gauges))
             assert run is not None
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-            found = figures(run) | {
-                "memory": memory(run, read_architecture(config.base_model), "fused", [peak]),
-                "gauges": gauges,
-                "host_s": host_s,
-            }
+            found = (
+                figures(run)
+                | {
+                    "memory": memory(run, read_architecture(config.base_model), "fused", [peak]),
+                    "gauges": gauges,
+                    "host_s": host_s,
+                }
+                | way
+            )
             gc.collect()
             torch.cuda.empty_cache()
             told = [f"{found['tokens_per_s']:,.0f} tokens/s", f"{found['seconds']:.1f} s", f"{found['most_resident']} resident"]
@@ -181,6 +229,7 @@ def main() -> int:
                 f"wait for plans {found['wait_plan']:.2%}",
             ]
             told += [f"bubble {found['bubble']:.1%}", *(f"{name} {seconds:.2f} s" for name, seconds in host_s.items())]
+            told += [f"{name} {value:.2f}" for name, value in way.items()]
             print(f"{'uncounted' if number == 0 else case}: {', '.join(told)}", flush=True)
             if number:
                 settings = {key: value for key, value in vars(options).items() if key not in ("output", "hardware", "commit")}

@@ -6,12 +6,13 @@ scripts/bench/results/plan_shares.jsonl: the least and the largest ratio of the 
 time over any 50 windows in a row, tokens/s (by the predicted makespan) over that of equal priorities,
 and the no-ops of both.
 
-    python -m scripts.bench.plan_shares [--windows 60] [--effort 1]          from the root of the repository
+    python -m scripts.bench.plan_shares [--windows 60] [--effort 1] [--workers 2]          from the root of the repository
 """
 
-import argparse
 import itertools
 import json
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import numpy as np
 
@@ -21,7 +22,8 @@ from scheduling.slot_cost import SlotCost, slot_times
 from scheduling.timing import makespan
 from scheduling.types import Stream
 from scheduling.windows import WindowPlanner
-from scripts.bench.stamp import RESULTS, append_line, stamp
+from scripts.bench.stamp import append_line, result_options, stamp
+from scripts.one_line import OneLineParser, ended, whole
 
 SPAN, SLOTS, CAPACITY, SAMPLES, PRIORITY, SEED = 50, 32, 8192, 16, 2.0, 0
 STAGES, DELAYS = (1, 2, 4), (0, 1)
@@ -90,31 +92,33 @@ def measure(num_stages: int, delay: int, distribution: str, num_windows: int, sp
     }
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print and keep the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--windows", type=int, default=SPAN + 10)
-    parser.add_argument("--effort", type=int, default=1, help="work of the local search; a run's is 1")
-    parser.add_argument("--hardware", default="2 CPU cores")
-    arguments = parser.parse_args()
-    if arguments.windows < SPAN:
-        parser.error(f"--windows {arguments.windows}: at least {SPAN}")
-    if arguments.effort < 0:
-        parser.error(f"--effort {arguments.effort}: at least 0")
-    mark = stamp(arguments.hardware)  # before the results make the tree another one
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--windows", type=whole, default=SPAN + 10)
+    parser.add_argument("--effort", type=int, choices=range(10), default=1, help="work of the local search; a run's is 1")
+    parser.add_argument("--workers", type=whole, default=1, help="cases at a time")
+    result_options(parser, "plan_shares.jsonl")
+    options = parser.parse_args()
+    if options.windows < SPAN:
+        parser.error(f"--windows {options.windows}: at least {SPAN}")
+    mark = stamp(options.hardware, options.commit)  # before the results make the tree another one
     settings = {
-        "effort": arguments.effort,
+        "effort": options.effort,
         "slots": SLOTS,
         "capacity": CAPACITY,
         "samples": SAMPLES,
         "priorities": [PRIORITY, 1.0],
         "seed": SEED,
     }
-    for num_stages, delay, distribution in itertools.product(STAGES, DELAYS, DISTRIBUTIONS):
-        figures = measure(num_stages, delay, distribution, arguments.windows, effort=arguments.effort)
-        append_line(RESULTS / "plan_shares.jsonl", figures | {"settings": settings} | mark)
-        print(json.dumps(figures), flush=True)
+    cases = list(itertools.product(STAGES, DELAYS, DISTRIBUTIONS))
+    with ProcessPoolExecutor(options.workers) as pool:
+        measured = [pool.submit(measure, *case, options.windows, SPAN, options.effort) for case in cases]
+        for figures in as_completed(measured):
+            append_line(options.output, figures.result() | {"settings": settings} | mark)
+            print(json.dumps(figures.result()), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))
