@@ -58,10 +58,13 @@ def new_request(
 
 def write_request(output_dir: Path, request: Request) -> None:
     """Leave a request to a run; UserError where its directory cannot be written."""
-    folder = output_dir / FOLDER
+    folder, text = output_dir / FOLDER, json.dumps(dataclasses.asdict(request)) + "\n"
     try:
         folder.mkdir(exist_ok=True)
-        write_atomically(folder / request.file_name, json.dumps(dataclasses.asdict(request)) + "\n")
+        try:
+            write_atomically(folder / request.file_name, text)
+        except FileNotFoundError:  # a run that starts has taken the unfinished file for one of a killed process
+            write_atomically(folder / request.file_name, text)
         sync(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); a run is controlled by those who may write there") from None

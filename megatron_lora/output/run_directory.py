@@ -48,7 +48,7 @@ OF_ONE_RUN = (
     *(EVENTS_FILE, "queue.json", "accounting.json"),
 )
 LEFTOVERS = (  # of processes that ended while they wrote
-    *("plan/.window*", "plan/start-*/.*", "requests/refused/.*"),
+    *("plan/.window*", "plan/start-*/.*", "requests/.*", "requests/refused/.*"),
     *("jobs/*/.metrics.jsonl.*", "jobs/*/.checkpoint-*", "jobs/*/.best-*", "jobs/*/.adapter-*"),
     *(f".{name}.*" for name in (STATUS, "config.yaml", "env.json", *OF_ONE_RUN)),
 )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -71,6 +72,9 @@ from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths, Microbatch
 
 OnBegin = Callable[[str, int], None]
+# Python's 5 ms would pass at each kernel that the training thread launches while another thread plans, reads or saves: a launch gives
+# the interpreter's lock away.
+SWITCH_S = 5e-5
 LONGEST_WINDOW = timedelta(days=7)  # timeout of the plan's process group: a rank waits there for as long as a window trains
 
 
@@ -82,8 +86,13 @@ def run(config: RunConfig, stop: StopRequest, live: Live = Live(), on_begin: OnB
     A job remains until it is over (job_states.OVER). If the run was stopped on request, the state of
     every unfinished job is saved. The output directory must exist. Raises UserError for wrong input.
     """
-    with determinism(config.deterministic):
-        _train(config, stop, live, on_begin)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        with determinism(config.deterministic):
+            _train(config, stop, live, on_begin)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def _train(config: RunConfig, stop: StopRequest, live: Live, on_begin: OnBegin | None) -> None:

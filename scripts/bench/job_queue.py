@@ -44,6 +44,7 @@ from megatron_lora.training.job_reader import JobReader  # noqa: E402
 from megatron_lora.training.residents import Residents  # noqa: E402
 from megatron_lora.training.run_reporter import RunReporter  # noqa: E402
 from megatron_lora.training.snapshots import SnapshotCollector  # noqa: E402
+from scripts import one_line  # noqa: E402
 from scripts.bench.end_to_end import during, memory  # noqa: E402
 from scripts.bench.model_shapes import write_config  # noqa: E402
 from scripts.bench.stamp import append_line, result_options, stamp  # noqa: E402
@@ -198,11 +199,12 @@ def main() -> int:
     parser.add_argument("--validation", type=whole, default=16, help="samples of a job's validation set")
     parser.add_argument("--eval-jobs", type=whole, default=64, help="jobs of the queue whose samples plain and evaluated have")
     parser.add_argument("--cases", type=numbers(str), default=CASES)
+    parser.add_argument("--runs", type=one_line.folder, help="where the runs' directories stay; default: they are removed")
     result_options(parser, "job_queue.jsonl")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"--cases: {unknown.pop()!r} is none of {', '.join(CASES)}")
-    with tempfile.TemporaryDirectory() as root:
+    with nullcontext(options.runs) if options.runs else tempfile.TemporaryDirectory() as root:
         for number, case in enumerate(("fixed", *options.cases)):
             num_jobs = 8 if number == 0 else options.jobs if case in ("fixed", "queue") else options.eval_jobs
             config = config_of(options, case, Path(root) / f"{number}-{case}", num_jobs)
@@ -232,7 +234,7 @@ def main() -> int:
             told += [f"{name} {value:.2f}" for name, value in way.items()]
             print(f"{'uncounted' if number == 0 else case}: {', '.join(told)}", flush=True)
             if number:
-                settings = {key: value for key, value in vars(options).items() if key not in ("output", "hardware", "commit")}
+                settings = {key: value for key, value in vars(options).items() if key not in ("output", "runs", "hardware", "commit")}
                 append_line(
                     options.output, stamp(options.hardware, options.commit) | {"case": case, "settings": settings, "results": found}
                 )

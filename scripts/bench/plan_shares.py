@@ -74,6 +74,11 @@ def tokens_per_time(stream: Stream, lengths: list, num_stages: int) -> float:
     return sum(slot.num_tokens for slot in stream) / makespan(slot_times(stream, lengths, SlotCost()), num_stages)
 
 
+def name_of(num_stages: int, delay: int, distribution: str) -> str:
+    """Return a case's name."""
+    return f"P = {num_stages}, d = {delay}, {distribution}"
+
+
 def measure(num_stages: int, delay: int, distribution: str, num_windows: int, span: int = SPAN, effort: int = 1) -> dict:
     """Return the figures of one case."""
     group = 2 * (num_stages + delay)
@@ -83,7 +88,7 @@ def measure(num_stages: int, delay: int, distribution: str, num_windows: int, sp
     found = ratios(times, span)
     tokens = [tokens_per_time(stream, lengths, num_stages) for stream in (shared, equal)]
     return {
-        "case": f"P = {num_stages}, d = {delay}, {distribution}",
+        "case": name_of(num_stages, delay, distribution),
         "windows": num_windows,
         "span": span,
         "ratio": {"least": round(float(found.min()), 4), "most": round(float(found.max()), 4)},
@@ -97,6 +102,7 @@ def main() -> int:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=whole, default=SPAN + 10)
     parser.add_argument("--effort", type=int, choices=range(10), default=1, help="work of the local search; a run's is 1")
+    parser.add_argument("--only", default="", help="cases whose name begins so: P = 4, d = 1")
     parser.add_argument("--workers", type=whole, default=1, help="cases at a time")
     result_options(parser, "plan_shares.jsonl")
     options = parser.parse_args()
@@ -111,7 +117,7 @@ def main() -> int:
         "priorities": [PRIORITY, 1.0],
         "seed": SEED,
     }
-    cases = list(itertools.product(STAGES, DELAYS, DISTRIBUTIONS))
+    cases = [case for case in itertools.product(STAGES, DELAYS, DISTRIBUTIONS) if name_of(*case).startswith(options.only)]
     with ProcessPoolExecutor(options.workers) as pool:
         measured = [pool.submit(measure, *case, options.windows, SPAN, options.effort) for case in cases]
         for figures in as_completed(measured):

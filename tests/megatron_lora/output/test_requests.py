@@ -36,6 +36,19 @@ def ask(path, verb: str, *names: str, jobs=(), **values) -> Request:
     return request
 
 
+def test_a_request_is_left_although_a_start_has_removed_its_unfinished_file(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def removed(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        os.unlink(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", removed)
+    request = ask(tmp_path, "pause", "a")
+    assert [path.name for path in (tmp_path / "requests").iterdir()] == [request.file_name]
+
+
 def take(path, run: Run):
     return take_requests.take_requests(RequestFolder(path), EventLog(path), run, window=2, slot=64)
 

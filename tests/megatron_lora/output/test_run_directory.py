@@ -106,7 +106,8 @@ def test_a_lock_file_that_is_a_link_or_a_pipe_is_refused(tmp_path):
 def test_what_killed_processes_were_writing_is_removed_at_the_next_start(tmp_path):
     with RunDirectory.create(config(tmp_path / "run")) as run:
         (job_dir(run) / "metrics.jsonl").write_text('{"step": 1}\n')
-        left = [".status.json.123", "plan/.window-0001.json.9", "jobs/a/.metrics.jsonl.77"]
+        left = [".status.json.123", "plan/.window-0001.json.9", "jobs/a/.metrics.jsonl.77", "requests/.20261130T034838.json.26251"]
+        (run.path / "requests").mkdir()
         for name in left:
             (run.path / name).write_text("")
         for name in ("jobs/a/.checkpoint-4.new", "jobs/a/.best-4.old", "jobs/a/.adapter-x1"):
