@@ -87,6 +87,9 @@ class InlineReader:
     def __init__(self, check: Callable[[Any], str | None]):
         self.check, self.found, self.asked = check, {}, set()
 
+    def start(self) -> None:
+        pass
+
     def ask(self, job) -> None:
         self.found[job.name] = self.check(job)
 

@@ -27,6 +27,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +41,7 @@ from megatron_lora.model.arena_region import (
     Places,
     Region,
     Room,
+    Stripes,
     check_apart,
     room_of,
     shards,
@@ -83,6 +86,8 @@ class Arena:
         self.specs: list[AdapterSpec] = []  # [adapter row]; FREE_ROW where it is free
         self.places: list[Places] = []  # [adapter row]; empty where it is free
         self.factors: list[list[Factor]] = []  # [adapter row]; empty where it is free
+        self._num_layers = max(1, sum(linear.geometry.modules == linears[0].geometry.modules for linear in linears))
+        self._stripes: dict[int, _Stripes] = {}  # by adapter row
         for spec, places in zip(adapters, side_by_side(adapters), strict=True):
             self._take(spec, places)
         self._set_tables(self.specs, self.places)
@@ -96,9 +101,9 @@ class Arena:
     def remove(self, row: int) -> None:
         """Give an adapter's row and rank rows back, with zeros in every buffer. No microbatch of the job may be in flight."""
         assert self.specs[row] is not FREE_ROW, f"adapter row {row} is free already"
-        slices = self._slices(row)
+        rows = self._stripes.pop(row).rows
         for buffer in self._states(self.grad):
-            _zero([buffer[part] for part in slices])
+            _zero(rows.views(buffer))
         self.specs[row], self.places[row], self.factors[row] = FREE_ROW, {}, []
         self._refresh()
 
@@ -107,14 +112,13 @@ class Arena:
 
         Its gradients must be zero, and no microbatch of the job may be in flight.
         """
-        before = self._slices(row)
+        before, lay = self._stripes[row].rows, self.places[row]
         self._place(row, self.specs[row], places)
-        moved = [(old, new) for old, new in zip(before, self._slices(row), strict=True) if old != new]
-        for buffer in self._states() if moved else ():
-            left = [buffer[old] for old, _ in moved]
-            values = torch.cat(left).split([len(part) for part in left])
+        for buffer in self._states() if places != lay else ():
+            left = before.views(buffer)
+            values = [part.clone() for part in left]
             _zero(left)
-            _copy([buffer[new] for _, new in moved], values)
+            _copy(self._stripes[row].rows.views(buffer), values)
         self._refresh()
 
     @contextmanager
@@ -153,11 +157,14 @@ class Arena:
         others = [each for other, each in enumerate(zip(self.specs, self.places, strict=True)) if other != row]
         check_apart(self.room, [(padded_rank(each.r), lies) for each, lies in [*others, (spec, places)]])
         self.specs[row], self.places[row] = spec, dict(places)
-        self.factors[row] = [factor for region in self.regions for factor in region.factors(spec, region.place(spec, places))]
-
-    def _slices(self, row: int) -> list[slice]:
-        spec, places = self.specs[row], self.places[row]
-        return [part for region in self.regions for part in region.slices(region.place(spec, places))]
+        factors = [factor for region in self.regions for factor in region.factors(spec, region.place(spec, places))]
+        height, lengths = padded_rank(spec.r), [factor.length for factor in factors]
+        parts = (
+            [(f.start, height * f.width) for f in factors],
+            [(f.start, f.length) for f in factors],
+            list(zip(accumulate(lengths, initial=0), lengths, strict=False)),
+        )
+        self.factors[row], self._stripes[row] = factors, _Stripes(*(Stripes.of(each, self._num_layers) for each in parts))
 
     def _states(self, *others: Tensor) -> list[Tensor]:
         """Return the buffers that hold an adapter's state, and `others`."""
@@ -219,12 +226,23 @@ class Arena:
 
     def put(self, adapter_row: int, values: Tensor, buffer: Tensor) -> None:
         """Copy what `draw` or `shard` returned into an adapter's part of a flat buffer; masters into the compute buffer too."""
-        factors = self.factors[adapter_row]
+        stripes = self._stripes[adapter_row]
         values = values.to(buffer.device, non_blocking=values.is_pinned())  # in one piece
-        parts = values.split([factor.length for factor in factors])
-        _copy([self.view(f, buffer) for f in factors], [part.view(f.r, f.width) for f, part in zip(factors, parts, strict=True)])
+        _copy(stripes.factors.views(buffer), stripes.values.views(values))
         if buffer is self.master:
             self.publish(adapter_row)
+
+    def values(self, adapter_row: int, buffer: Tensor) -> Tensor:
+        """Return an adapter's part of a flat buffer as `put` takes it, on the device."""
+        stripes, factors = self._stripes[adapter_row], self.factors[adapter_row]
+        values = buffer.new_empty(sum(factor.length for factor in factors))
+        _copy(stripes.values.views(values), stripes.factors.views(buffer))
+        return values
+
+    def b_moved(self, adapter_row: int, buffer: Tensor) -> Tensor:
+        """Return for each B^T of an adapter, in the order of its factors, whether a flat buffer has a value there that is not 0: bool."""
+        views = self._stripes[adapter_row].factors.views(buffer)[1::2]
+        return torch.stack([part.any(1) for part in views], 1).flatten() if views else buffer.new_zeros(0, dtype=torch.bool)
 
     def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r])."""
@@ -233,8 +251,8 @@ class Arena:
     def publish(self, adapter_row: int) -> None:
         """Copy an adapter's master weights into the compute buffer, rounding them to its dtype."""
         if self.compute is not self.master:
-            masters, copies = ([self.view(f, buffer) for f in self.factors[adapter_row]] for buffer in (self.master, self.compute))
-            _copy(copies, masters)
+            factors = self._stripes[adapter_row].factors
+            _copy(factors.views(self.compute), factors.views(self.master))
 
     def _host_memory(self, spec: AdapterSpec) -> tuple[Tensor, list[tuple[Factor, Tensor]]]:
         """Return memory on the host for an adapter's factors, and each factor with its part [r, width] of it."""
@@ -242,6 +260,14 @@ class Arena:
         lengths = [factor.length for factor in factors]
         flat = torch.empty(sum(lengths), pin_memory=self.master.is_cuda)
         return flat, [(f, part.view(f.r, f.width)) for f, part in zip(factors, flat.split(lengths), strict=True)]
+
+
+class _Stripes(NamedTuple):
+    """Where an adapter lies in every flat buffer, and its values as `put` takes them."""
+
+    rows: Stripes  # in buffers, the surplus rows of its padded rank included
+    factors: Stripes  # in buffers
+    values: Stripes
 
 
 def _zero(tensors: list[Tensor]) -> None:

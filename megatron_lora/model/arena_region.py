@@ -15,9 +15,10 @@ contiguous. Which rows is its `Places`, plain data that serve every linear: the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -103,14 +104,37 @@ def check_apart(room: Room, held: Sequence[tuple[int, Places]]) -> None:
             assert apart, f"{'AB'[which]} of {', '.join(shared)}: adapters at {spans} overlap, or leave {firsts[-1]} rows"
 
 
-def shards(geometry: LinearGeometry, tensor_rank: int, spec: AdapterSpec) -> list[Factor]:
-    """Return the factors of an adapter in a linear of a tensor rank, A and B^T of each targeted module, wherever they lie (`start` 0)."""
-    found, column, k = [], geometry.parallel == "column", geometry.in_features
+class Stripes(NamedTuple):
+    """Parts of flat memory that repeat: `count` times, `stride` elements apart. Layers are alike, so one view serves all of them."""
+
+    count: int
+    stride: int
+    parts: list[tuple[int, int]]  # the first repetition's starts and lengths
+
+    @staticmethod
+    def of(parts: Sequence[tuple[int, int]], count: int) -> Stripes:
+        """Find how `parts` repeat; those that do not repeat `count` times are all kept."""
+        period, rest = divmod(len(parts), count)
+        if count > 1 and parts and not rest:
+            stride = parts[period][0] - parts[0][0]
+            if all((start + stride, length) == after for (start, length), after in zip(parts, parts[period:], strict=False)):
+                return Stripes(count, stride, list(parts[:period]))
+        return Stripes(1, 0, list(parts))
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Return the parts of a contiguous tensor, each [count, length]."""
+        first = flat.storage_offset()
+        return [flat.as_strided((self.count, length), (self.stride, 1), first + start) for start, length in self.parts]
+
+
+def shards(geometry: LinearGeometry, tensor_rank: int, spec: AdapterSpec, starts: Iterable[int] = repeat(0)) -> list[Factor]:  # noqa: B008  it has no state
+    """Return the factors of an adapter in a linear of a tensor rank, A and B^T of each targeted module; they begin at `starts`."""
+    found, column, k, start = [], geometry.parallel == "column", geometry.in_features, iter(starts)
     for module, path, n in zip(geometry.modules, geometry.paths, geometry.out_features, strict=True):
         if module in spec.target_modules:
             first_k, first_n = (0, tensor_rank * n) if column else (geometry.first_feature, 0)
-            found.append(Factor(path=path, kind="A", start=0, r=spec.r, width=k, sharded=not column, first=first_k))
-            found.append(Factor(path=path, kind="B", start=0, r=spec.r, width=n, sharded=column, first=first_n))
+            found.append(Factor(path=path, kind="A", start=next(start), r=spec.r, width=k, sharded=not column, first=first_k))
+            found.append(Factor(path=path, kind="B", start=next(start), r=spec.r, width=n, sharded=column, first=first_n))
     return found
 
 
@@ -137,19 +161,13 @@ class Region:
         rows = [places[module] if module in spec.target_modules else (-1, -1) for module in self.geometry.modules]
         return Place(height=padded_rank(spec.r), a_rows=tuple(a for a, _ in rows), b_rows=tuple(b for _, b in rows))
 
-    def slices(self, place: Place) -> list[slice]:
-        """Return where an adapter's rows lie in the flat buffers, the surplus rows of its padded rank included."""
-        k, found = self.geometry.in_features, []
-        for b_start, n, a_row, b_row in zip(self.b_starts, self.geometry.out_features, place.a_rows, place.b_rows, strict=True):
-            if a_row >= 0:
-                found.append(slice(self.a_start + a_row * k, self.a_start + (a_row + place.height) * k))
-                found.append(slice(b_start + b_row * n, b_start + (b_row + place.height) * n))
-        return found
-
     def factors(self, spec: AdapterSpec, place: Place) -> list[Factor]:
         """Return an adapter's factors: A and B^T of each targeted module."""
-        starts = [part.start for part in self.slices(place)]
-        return [replace(factor, start=start) for factor, start in zip(shards(self.geometry, self.tensor_rank, spec), starts, strict=True)]
+        k, starts = self.geometry.in_features, []
+        for b_start, n, a_row, b_row in zip(self.b_starts, self.geometry.out_features, place.a_rows, place.b_rows, strict=True):
+            if a_row >= 0:
+                starts += [self.a_start + a_row * k, b_start + b_row * n]
+        return shards(self.geometry, self.tensor_rank, spec, starts)
 
     def views(self, compute: Tensor, grad: Tensor) -> dict[str, Any]:
         """Return the linear's views on the flat buffers, and the geometry that its kernels need: arguments of a LoraGroup."""

@@ -44,15 +44,7 @@ from scheduling.types import Ending
 MOST_USEFUL = 64  # residents, where fewer keep all stages busy
 READ_AHEAD = 16  # jobs that are read and wait for rows
 IDLE_S = 0.2  # between windows where nothing trains
-STATE_AFTER = {  # of a job, by event
-    "paused": "paused",
-    "resumed": "queued",
-    "parked": "queued",
-    "cancelled": "cancelled",
-    "stopped": "stopped",
-    "failed": "failed",
-    "done": "done",
-}
+STATE_AFTER = {"resumed": "queued", "parked": "queued"} | {state: state for state in ("paused", *OVER)}  # of a job, by event
 
 
 class RunFiles(Protocol):
@@ -187,7 +179,7 @@ class Control:
             "joined": [joining.config.name for joining in self.changes.joined],
             "left": [residents[number].name for number in sorted(planned.departed)],
         }
-        return replace(self.changes, left=left, moves=moves), frozenset(moves), told
+        return replace(self.changes.as_used_by(planned.stream), left=left, moves=moves), frozenset(moves), told
 
     def _free(self) -> list[int]:
         """Give back the rows of jobs that have drained; they are over, or wait now."""
@@ -259,8 +251,10 @@ class Control:
             elif what == "saved" and name in self.entries:
                 entry = self.entries[name]
                 entry.saved = True
-                if (entry.leaving or entry.state) == "queued":  # a user may have asked for it again in the meantime
-                    self.later.put(lambda files, name=name: files.set_state(name, "queued", ""))
+                state = entry.leaving or entry.state
+                if state in ("queued", "paused") and state != reason:  # a user may have asked for something else in the meantime
+                    told_by = self.run.reasons.get(name, "")
+                    self.later.put(lambda files, name=name, state=state, why=told_by: files.set_state(name, state, why))
         return told
 
     def _take_read(self) -> list[tuple[str, str, str]]:

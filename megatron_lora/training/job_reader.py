@@ -61,8 +61,8 @@ class JobReader:
         self._process: subprocess.Popen[bytes] | None = None
         self.asked: set[str] = set()  # names of jobs that are being read, or wait for it
 
-    def ask(self, job: JobConfig) -> None:
-        """Have a job read."""
+    def start(self) -> None:
+        """Start the process, which imports for some seconds before it reads; the first job that is asked for does it otherwise."""
         if self._ours is None:
             ours, theirs = socket.socketpair()
             root = str(Path(megatron_lora.__file__).parent.parent)
@@ -73,6 +73,11 @@ class JobReader:
             theirs.close()
             self._ours = Connection(ours.detach())
             self._ours.send(self._check)
+
+    def ask(self, job: JobConfig) -> None:
+        """Have a job read."""
+        self.start()
+        assert self._ours is not None
         self.asked.add(job.name)
         self._ours.send(job)
 

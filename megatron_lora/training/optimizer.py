@@ -152,9 +152,7 @@ class JobOptimizer:
 
     def moved(self) -> tuple[list[str], Tensor]:
         """Return the paths of all modules, and on the device whether B of each had a gradient in any step so far, bool [modules]."""
-        factors = [f for f in self.factors if f.kind == "B"]
-        moved = [self.arena.view(f, self.arena.exp_avg).any() for f in factors]
-        return [f.path for f in factors], torch.stack(moved) if moved else self.arena.grad.new_zeros(0, dtype=torch.bool)
+        return [f.path for f in self.factors if f.kind == "B"], self.arena.b_moved(self.adapter_row, self.arena.exp_avg)
 
 
 def _square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -54,6 +54,7 @@ class RunReporter:
         self.reasons: dict[str, str] = {}  # job whose patience is over -> why it is stopped
         self.watchdogs: dict[str, Watchdog] = {}
         self.alarms: dict[str, str] = {}  # job that its watchdog has paused -> why
+        self.over: set[str] = set()  # names of jobs that ended in this start
         self.advice: dict[str, str] = {}  # of jobs that are done, for those who serve them
         self.directory = RunDirectory.join(config)
         self.on_save = OnSave(config.on_save, self.directory.path)
@@ -125,6 +126,7 @@ class RunReporter:
             if job.name == name:
                 job.state = after(job.state, state)
         if state in OVER:
+            self.over.add(name)
             self.board.end_job(name)
         best = self.progress[name].best if name in self.progress else None
         files = self._final_files(name) if state in OVER else None
@@ -144,11 +146,11 @@ class RunReporter:
     def _update_states(self, written: Written) -> None:
         while not written.empty():
             job, state = written.get()
-            if job.state in OVER:
-                continue  # cancelled meanwhile
+            if job.state in OVER or job.name in self.over:
+                continue  # cancelled meanwhile, perhaps after it had left
             reasons = {"stopped": self.reasons, "paused": self.alarms}.get(state, {})
             self._set_job(job, state, reasons.get(job.name, ""))
-            self.control.tell(state if state in OVER else "saved", job.name, "")
+            self.control.tell(*((state, job.name, "") if state in OVER else ("saved", job.name, state)))
             if state == "done" and job.advice:
                 self.advice[job.name] = job.advice
             if state in ("done", "stopped"):

@@ -90,12 +90,11 @@ class SnapshotCollector:
         optimizer = job.optimizer
         buffers = (self.arena.master, *((self.arena.exp_avg, self.arena.exp_avg_sq) if moments else ()))
         numbers = torch.stack([optimizer.failed.double(), optimizer.num_updates, optimizer.skipped_in_a_row.double()]).float()
-        factors = self.arena.factors[job.adapter_row]
-        length, on_gpu = sum(factor.length for factor in factors), numbers.is_cuda
+        length, on_gpu = sum(factor.length for factor in self.arena.factors[job.adapter_row]), numbers.is_cuda
         values = torch.empty(len(buffers) * length + len(numbers), pin_memory=on_gpu)
         *targets, last = values.split([length] * len(buffers) + [len(numbers)])
-        for target, buffer in zip(targets if factors else (), buffers, strict=bool(factors)):  # each in one piece: a factor's copy is small
-            target.copy_(torch.cat([buffer[f.start : f.start + f.length] for f in factors]), non_blocking=on_gpu)
+        for target, buffer in zip(targets, buffers, strict=True):  # each in one piece: a factor's copy is small
+            target.copy_(self.arena.values(job.adapter_row, buffer), non_blocking=on_gpu)
         last.copy_(numbers, non_blocking=on_gpu)
         copied = None
         if on_gpu:

@@ -228,11 +228,14 @@ def _make_control(
         budget=config.microbatch_tokens,
         cache_dir=cache_dir(),
     )
+    reader = JobReader(check)
+    if any(state == "queued" and name not in read for name, state in run.states.items()):
+        reader.start()  # while the model is built
     return Control(
         Path(config.output_dir),
         run,
         Book(room),
-        JobReader(check),
+        reader,
         read=read,
         begun=begun,
         gap=position_of(config.parallel).gap,

@@ -13,10 +13,11 @@ On every rank, in this order, between the last action of one window and the firs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.output.standing import ResumePoint
+from scheduling.types import Stream
 
 Places = Mapping[str, Sequence[int]]  # module -> first rank rows (planning/adapter_rows.py)
 
@@ -53,3 +54,8 @@ class WindowChanges:
     left: Mapping[int, Leaving] = field(default_factory=dict)
     configs: Mapping[int, JobConfig] = field(default_factory=dict)  # of jobs of which keys were set
     moves: Mapping[tuple[int, int], Places] = field(default_factory=dict)  # (job, step) -> where it moves
+
+    def as_used_by(self, stream: Stream) -> WindowChanges:
+        """Return them with the jobs that join in the order in which `stream`, the window's slots, needs them."""
+        first = {segment.job: -behind for behind, slot in enumerate(reversed(stream)) for segment in slot.segments}
+        return replace(self, joined=tuple(sorted(self.joined, key=lambda joining: first.get(joining.number, 1))))

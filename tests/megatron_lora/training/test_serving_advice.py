@@ -51,9 +51,14 @@ def test_what_the_data_say_about_serving_stands_in_the_card(pool, tmp_path, monk
 
 def test_the_advice_of_jobs_that_are_done_ends_a_run(capsys):
     written: queue.SimpleQueue = queue.SimpleQueue()
-    for name, state, advice in (("a", "done", "Serve it cold."), ("b", "stopped", "Serve it cold."), ("c", "done", "")):
+    for name, state, advice in (
+        ("a", "done", "Serve it cold."),
+        ("b", "stopped", "Serve it cold."),
+        ("c", "done", ""),
+        ("d", "queued", ""),
+    ):
         written.put((SimpleNamespace(name=name, state="running", advice=advice), state))
-    ended = SimpleNamespace(observers=[], directory=SimpleNamespace(close=lambda: None), reasons={}, alarms={}, advice={})
+    ended = SimpleNamespace(observers=[], directory=SimpleNamespace(close=lambda: None), reasons={}, alarms={}, advice={}, over={"d"})
     ended.board, ended._set_job = SimpleNamespace(close=lambda failed: None), lambda job, state, reason: None
     ended.control, announced = SimpleNamespace(tell=lambda *news: None), []
     ended.on_save = SimpleNamespace(put=announced.append, results=lambda: [("a", "server", "down")], close=lambda: None)
