@@ -37,6 +37,7 @@ def parser() -> OneLineParser:
     """Return the options."""
     found = OneLineParser(prog="endings.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     found.add_argument("--shape", default="llama-3.1-8b", choices=list(SHAPES))
+    found.add_argument("--num-layers", type=whole, help="cut the model short")
     for name in ("pipeline", "tensor", "data"):
         found.add_argument(f"--{name}", type=whole, default=1)
     found.add_argument("--ways", type=numbers(str), default=tuple(LIMITS_S))
@@ -48,7 +49,7 @@ def parser() -> OneLineParser:
 def config_of(options: argparse.Namespace, folder: Path, num_steps: int = 100_000) -> dict:
     """Write a model without weights and its rows; return the config of two jobs that train it for a long time."""
     (folder / "model").mkdir(exist_ok=True)
-    write_config(options.shape, folder / "model")
+    write_config(options.shape, folder / "model", options.num_layers)
     lengths = [[[max(2, options.longest >> k) for k in range(4)]], [[max(2, options.longest // 3)] * 4]]
     parallel = {name: getattr(options, name) for name in ("pipeline", "tensor", "data")} | {"sequence": options.tensor > 1}
     config = {"base_model": str(folder / "model"), "load_weights": False, "parallel": parallel, "microbatch_tokens": options.longest}
@@ -152,7 +153,8 @@ def main(arguments: list[str]) -> int:
         found = resumed(options, way, whole) if way in RESUMED else ended(options, way)
         bad += not found["good"]
         took = "" if found["seconds"] is None else f" after {found['seconds']:.0f} s"
-        name = f"{options.shape} PP{options.pipeline} TP{options.tensor} DP{options.data}, {way}"
+        layers = f" {options.num_layers} layers" if options.num_layers else ""
+        name = f"{options.shape}{layers} PP{options.pipeline} TP{options.tensor} DP{options.data}, {way}"
         print(f"{name}: {'as it should' if found['good'] else 'WRONG'}{took}: {found['says']}", flush=True)
         append_line(options.output, {"case": name} | stamp(options.hardware, options.commit) | found)
     return 1 if bad else 0
