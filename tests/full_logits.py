@@ -13,7 +13,7 @@ from megatron_lora.parallel.collectives import gather_rows
 def full_logits(hidden: Tensor, head: Head) -> Tensor:
     """Return the logits [T, vocabulary] of hidden states [T_local, H], on every tensor rank."""
     full = gather_rows(hidden, head.group) if head.sequence_parallel else hidden
-    part = full @ head.weight_VH.t()
+    part = head.to_logits_(full @ head.weight_VH.t())
     if head.group.size() == 1:
         return part
     widths = [torch.zeros(1, dtype=torch.int64, device=part.device) for _ in range(head.group.size())]

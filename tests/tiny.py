@@ -33,6 +33,10 @@ KINDS = {  # name: (transformers class, what differs); query heads per kv head: 
     "qwen3": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_parameters": YARN}),
     "qwen3-biased": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True,
                                "tie_word_embeddings": True}),
+    "granite": ("Granite", {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True,
+                            "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.5}),
+    "smollm3": ("SmolLM3", {"num_attention_heads": 4, "num_key_value_heads": 2, "no_rope_layers": [1, 0, 1], "pad_token_id": None,
+                            "use_sliding_window": True, "sliding_window": 5}),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Feature pair (i, i + d/2) of a head is rotated by its row's angle (halves layout):
     forward     y_i = x_i cos - x_{i+d/2} sin      y_{i+d/2} = x_{i+d/2} cos + x_i sin
     backward    the same rotation by the negative angle
+A table of p < d/2 pairs rotates a head's first 2 p features, as pairs (i, i + p), and leaves the others.
 With head norms, x is first x rstd w over the head's d features (w of q or of k), and backward continues through that norm.
 
 qkv [T, (heads + 2 kv heads) d] is read where the GEMM wrote it; q [T, heads, d], k and v [T, kv heads, d] come out contiguous, as
@@ -23,10 +24,11 @@ HeadNorms = tuple[Tensor, Tensor, float]  # weights of q and of k [d], eps
 
 
 def rotate(x: Tensor, table: Table) -> Tensor:
-    """Rotate x [T, heads, d] by the table, in x's dtype."""
+    """Rotate the first 2 p features of x [T, heads, d] by the table [T, p], in x's dtype."""
     cos, sin = (part[:, None] for part in table)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    pairs = cos.shape[-1]
+    first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * pairs :]), dim=-1)
 
 
 def rotate_qkv_reference(qkv: Tensor, table: Table, heads: int, kv_heads: int, norms: HeadNorms | None = None) -> tuple[Tensor, ...]:
@@ -41,12 +43,13 @@ def rotate_qkv_reference(qkv: Tensor, table: Table, heads: int, kv_heads: int, n
 @triton.jit(do_not_specialize=["num_rows"])
 def _rope_kernel(
     qkv_ptr, q_ptr, k_ptr, v_ptr, dqkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, num_rows, eps,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr,
     NORM: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Forward: qkv to q, k, v. BACKWARD: gradients in q, k, v (and qkv, with NORM) to dqkv.
 
-    A program handles HEADS heads of one of q, k and v, which are contiguous there in the order (row, head).
+    A program handles HEADS heads of one of q, k and v, which are contiguous there in the order (row, head). Of a head's HALF pairs, the
+    first PAIRS are rotated; the others are its further features, low and high halves of them.
     """
     q_blocks, kv_blocks = tl.cdiv(num_rows * Q_HEADS, HEADS), tl.cdiv(num_rows * KV_HEADS, HEADS)
     i_block = tl.program_id(0)
@@ -59,21 +62,28 @@ def _rope_kernel(
     o_row, m_half = o_unit // num_heads, o_half < HALF
     m = (o_row < num_rows)[:, None] & m_half[None, :]
     o_merged = o_row.to(tl.int64) * ((Q_HEADS + 2 * KV_HEADS) * 2 * HALF) + (first_head + o_unit % num_heads) * (2 * HALF)
-    o_merged = o_merged[:, None] + o_half[None, :]
-    o_part = o_unit.to(tl.int64)[:, None] * (2 * HALF) + o_half[None, :]
-    o_table = o_row[:, None] * HALF + o_half[None, :]
+    if PAIRS == HALF:
+        o_low, o_high, m_table = o_half, o_half + HALF, m
+    else:
+        o_low, o_high = tl.where(o_half < PAIRS, o_half, o_half + PAIRS), tl.where(o_half < PAIRS, o_half + PAIRS, o_half + HALF)
+        m_table = m & (o_half < PAIRS)[None, :]
+    o_merged, o_part = o_merged[:, None], o_unit.to(tl.int64)[:, None] * (2 * HALF)
+    o_merged_low, o_merged_high = o_merged + o_low[None, :], o_merged + o_high[None, :]
+    o_part_low, o_part_high = o_part + o_low[None, :], o_part + o_high[None, :]
+    o_table = o_row[:, None] * PAIRS + o_half[None, :]
 
-    b_cos, b_sin = tl.load(cos_ptr + o_table, m, 0.0).to(tl.float32), tl.load(sin_ptr + o_table, m, 0.0).to(tl.float32)  # [HEADS, d/2]
+    b_cos, b_sin = tl.load(cos_ptr + o_table, m_table, 1.0).to(tl.float32), tl.load(sin_ptr + o_table, m_table, 0.0).to(tl.float32)
     if NORM or not BACKWARD:
-        b_x_low, b_x_high = tl.load(qkv_ptr + o_merged, m, 0.0).to(tl.float32), tl.load(qkv_ptr + o_merged + HALF, m, 0.0).to(tl.float32)
+        b_x_low, b_x_high = tl.load(qkv_ptr + o_merged_low, m, 0.0).to(tl.float32), tl.load(qkv_ptr + o_merged_high, m, 0.0).to(tl.float32)
     if BACKWARD:
-        b_low, b_high = tl.load(part_ptr + o_part, m, 0.0).to(tl.float32), tl.load(part_ptr + o_part + HALF, m, 0.0).to(tl.float32)
+        b_low, b_high = tl.load(part_ptr + o_part_low, m, 0.0).to(tl.float32), tl.load(part_ptr + o_part_high, m, 0.0).to(tl.float32)
         b_sin = -b_sin
     else:
         b_low, b_high = b_x_low, b_x_high
     if NORM:
-        weight_ptr = tl.where(is_q, q_weight_ptr, k_weight_ptr) + o_half
-        b_low_w, b_high_w = tl.load(weight_ptr, m_half, 0.0).to(tl.float32), tl.load(weight_ptr + HALF, m_half, 0.0).to(tl.float32)
+        weight_ptr = tl.where(is_q, q_weight_ptr, k_weight_ptr)
+        b_low_w = tl.load(weight_ptr + o_low, m_half, 0.0).to(tl.float32)
+        b_high_w = tl.load(weight_ptr + o_high, m_half, 0.0).to(tl.float32)
         b_squares = tl.sum(b_x_low * b_x_low, 1) + tl.sum(b_x_high * b_x_high, 1)  # pyright: ignore[reportOperatorIssue]  NORM: bound
         b_rstd = 1.0 / tl.sqrt_rn(b_squares / (2 * HALF) + eps)
         b_hat_low, b_hat_high = b_x_low * b_rstd[:, None], b_x_high * b_rstd[:, None]
@@ -87,11 +97,11 @@ def _rope_kernel(
             b_mean = (tl.sum(b_g_low * b_hat_low, 1) + tl.sum(b_g_high * b_hat_high, 1)) / (2 * HALF)
             b_out_low = tl.where(is_v, b_low, b_rstd[:, None] * (b_g_low - b_hat_low * b_mean[:, None]))
             b_out_high = tl.where(is_v, b_high, b_rstd[:, None] * (b_g_high - b_hat_high * b_mean[:, None]))
-        tl.store(dqkv_ptr + o_merged, b_out_low.to(dqkv_ptr.dtype.element_ty), m)
-        tl.store(dqkv_ptr + o_merged + HALF, b_out_high.to(dqkv_ptr.dtype.element_ty), m)
+        tl.store(dqkv_ptr + o_merged_low, b_out_low.to(dqkv_ptr.dtype.element_ty), m)
+        tl.store(dqkv_ptr + o_merged_high, b_out_high.to(dqkv_ptr.dtype.element_ty), m)
     else:
-        tl.store(part_ptr + o_part, b_out_low.to(q_ptr.dtype.element_ty), m)
-        tl.store(part_ptr + o_part + HALF, b_out_high.to(q_ptr.dtype.element_ty), m)
+        tl.store(part_ptr + o_part_low, b_out_low.to(q_ptr.dtype.element_ty), m)
+        tl.store(part_ptr + o_part_high, b_out_high.to(q_ptr.dtype.element_ty), m)
 
 
 def rotate_qkv(
@@ -99,14 +109,15 @@ def rotate_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q [T, heads, d], k and v [T, kv heads, d]: q and k (normed by head and) rotated, v unchanged.
 
-    qkv [T, (heads + 2 kv heads) d] and cos, sin [T, d/2] contiguous; norms = (weight of q [d], weight of k [d], eps), frozen.
+    qkv [T, (heads + 2 kv heads) d] and cos, sin [T, p <= d/2] contiguous; norms = (weight of q [d], weight of k [d], eps), frozen.
     Raises ValueError where shapes do not fit.
     """
     half = qkv.shape[-1] // (heads + 2 * kv_heads) // 2
     if qkv.dim() != 2 or qkv.shape[1] != (heads + 2 * kv_heads) * 2 * half or not qkv.is_contiguous():
         raise ValueError(f"qkv {list(qkv.shape)} must be contiguous [T, ({heads} + 2 * {kv_heads}) heads of an even size]")
-    if any(part.shape != (qkv.shape[0], half) or not part.is_contiguous() for part in table):
-        raise ValueError(f"cos and sin {[list(part.shape) for part in table]} must be contiguous [{qkv.shape[0]}, {half}]")
+    pairs = table[0].shape[-1]
+    if any(part.shape != (qkv.shape[0], pairs) or pairs > half or not part.is_contiguous() for part in table):
+        raise ValueError(f"cos and sin {[list(part.shape) for part in table]} must be contiguous [{qkv.shape[0]}, at most {half}]")
     if norms is not None:
         if any(weight.shape != (2 * half,) for weight in norms[:2]):
             raise ValueError(f"weights of head norms {[list(weight.shape) for weight in norms[:2]]} must be [{2 * half}]")
@@ -159,7 +170,8 @@ def _launch(qkv: Tensor | None, parts: tuple[Tensor, ...], dqkv: Tensor | None, 
     if num_rows:
         _rope_kernel[(triton.cdiv(num_rows * heads, block) + 2 * triton.cdiv(num_rows * kv_heads, block),)](
             qkv, q, k, v, dqkv, *table, q_weight, k_weight, num_rows, eps,
-            Q_HEADS=heads, KV_HEADS=kv_heads, HALF=head_dim // 2, HEADS=block, HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
+            Q_HEADS=heads, KV_HEADS=kv_heads, HALF=head_dim // 2, PAIRS=table[0].shape[1],
+            HEADS=block, HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
             NORM=norms is not None, BACKWARD=dqkv is not None, num_warps=4,
         )  # fmt: skip
 

@@ -9,11 +9,18 @@ tables, and a test walks every field of transformers' config classes through the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from megatron_lora.huggingface.families import FAMILIES
+
+# Fields that some families read; for others they are among those that are not read.
+OF_FAMILIES: dict[str, str] = {
+    key: "; ".join(name for name, family in FAMILIES.items() if key in family.keys)
+    for key in dict.fromkeys(key for family in FAMILIES.values() for key in family.keys)
+}
 USED: dict[str, str] = {
-    "model_type": "llama, mistral, qwen2 or qwen3",
+    "model_type": ", ".join(FAMILIES),
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), ""),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), ""),
     "max_position_embeddings": "no record may be longer; YaRN gives factor times the original length",
@@ -30,6 +37,7 @@ USED: dict[str, str] = {
     "rope_scaling": "the older name of rope_parameters; it goes before it",
     "rope_theta": "where rope_parameters does not have it",
     "original_max_position_embeddings": "goes before the one in rope_parameters",
+    **OF_FAMILIES,
 }
 # The values that change nothing, and the hint for any other.
 REFUSED: dict[str, tuple[tuple, str]] = {
@@ -88,12 +96,12 @@ YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_
 ROPE_OF_ALL = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
-def unread(values: Mapping[str, Any], rope_key: str, rope: Mapping[str, Any], rope_kind: str) -> tuple[str, ...]:
+def unread(values: Mapping[str, Any], own: Collection[str], rope_key: str, rope: Mapping[str, Any], rope_kind: str) -> tuple[str, ...]:
     """Return the fields of a config.json, and of its rotary embedding, that nothing reads, sorted.
 
-    A field that another one goes before is among them where the two differ.
+    A field that another one goes before is among them where the two differ, and so is one of `OF_FAMILIES` that is not of its `own`.
     """
-    known = USED.keys() | REFUSED.keys() | WITHOUT_EFFECT.keys()
+    known = (USED.keys() - OF_FAMILIES.keys()) | REFUSED.keys() | WITHOUT_EFFECT.keys() | {*own}
     known_rope = {*ROPE_OF_ALL, *ROPE_NUMBERS[rope_kind], *(YARN_OPTIONS if rope_kind == "yarn" else ())}
     found = [*(values.keys() - known), *(f"{rope_key}.{key}" for key in rope.keys() - known_rope)]
     length, theta = "original_max_position_embeddings", values.get("rope_theta")

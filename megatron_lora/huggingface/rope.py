@@ -7,7 +7,8 @@ For longer contexts the frequencies are lowered. "linear" divides all of them by
 "llama3" divides those whose wavelength is longer than the context of pre-training. "yarn" (Peng et
 al., 2023) divides those that rotate less than a number of times over that context, and also scales
 cos and sin. The table [T, d/2] is made once per microbatch from its positions, and all layers of
-the stage share it; fused_ops.elementwise.rope applies it.
+the stage that rotate alike share it; fused_ops.elementwise.rope applies it. A layer without positions
+has a table of no pairs, [T, 0].
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_lora.huggingface.architecture import Rope
+from megatron_lora.huggingface.rope_config import Rope
 
 
-def frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
-    """Return the angle per position of each feature pair, fp32 [head_dim / 2], and the scale of cos and sin."""
+def frequencies(rope: Rope | None, head_dim: int) -> tuple[Tensor, float]:
+    """Return the angle per position of each rotated feature pair, fp32 [head_dim / 2], and the scale of cos and sin."""
+    if rope is None:
+        return torch.empty(0), 1.0
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     periods = rope.theta**exponents  # 1 / frequencies
     if rope.kind == "linear":

@@ -13,7 +13,7 @@ compares an attention on a device with the latter in float32. Shapes: q [T, head
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,12 +23,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from fused_ops.elementwise.rope import rotate_qkv
+from fused_ops.elementwise.rope import Table, rotate_qkv
 from fused_ops.launch.backend import gradients
 from fused_ops.lora.fp8 import Rounded
 from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
 from megatron_lora.data.microbatch import Packing
+from megatron_lora.huggingface.rope_config import Rope
 from megatron_lora.model.backends import first_line
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
 from megatron_lora.model.norm import RMSNorm
@@ -40,7 +41,7 @@ _TRIED_LENGTHS = (70, 1, 130)  # of the samples that an attention is tried on
 
 @dataclass
 class PackedRows(PackedSeqParams):
-    """What Megatron passes on to every layer: the microbatch's packing, its rotary table (cos, sin) and the route to its adapters.
+    """What Megatron passes on to every layer: the microbatch's packing, its rotary tables (cos, sin) and the route to its adapters.
 
     The route goes to the linears with the rows that it describes. Under pipelining and recomputation a "current" microbatch
     would be another one in backward. `offsets` is computed from the packing by the first layer's attention, for all layers. `inputs` are
@@ -48,7 +49,7 @@ class PackedRows(PackedSeqParams):
     """
 
     packing: Packing = field(kw_only=True)
-    rotary: tuple[Tensor, Tensor] | None = None
+    rotary: Mapping[Rope | None, Table] = field(default_factory=dict)
     route: Route | None = None  # None: the base model alone
     offsets: Any = None
     inputs: LayerInputs | None = None  # None: autograd keeps them
@@ -63,6 +64,10 @@ class MergedSelfAttention(SelfAttention):
     k_layernorm: RMSNorm
     core_attention: PackedAttention  # or Transformer Engine's
 
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.rope: Rope | None = config.architecture.ropes[self.layer_number - 1]
+
     def forward(
         self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None, rounded: Rounded | None = None
     ) -> Tensor:
@@ -75,8 +80,7 @@ class MergedSelfAttention(SelfAttention):
         if self.config.qk_layernorm:
             norms = self.q_layernorm.weight, self.k_layernorm.weight, self.q_layernorm.eps
         heads, kv_heads = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
-        assert packed_seq_params.rotary is not None
-        query, key, value = rotate_qkv(qkv.squeeze(1), packed_seq_params.rotary, heads, kv_heads, norms)
+        query, key, value = rotate_qkv(qkv.squeeze(1), packed_seq_params.rotary[self.rope], heads, kv_heads, norms)
         attended = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
         out, _ = self.linear_proj(attended.unsqueeze(1), packed_seq_params.route)
         return out
@@ -87,10 +91,10 @@ class PackedAttention(torch.nn.Module):
 
     attend: Callable[[Tensor, Tensor, Tensor, PackedRows, float, int | None], Tensor] | None = None  # set by the stage
 
-    def __init__(self, config, layer_number: int, softmax_scale: float | None = None, **_):
+    def __init__(self, config, layer_number: int, **_):
         super().__init__()
         self.window = config.architecture.sliding_windows[layer_number - 1]
-        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.scale = config.architecture.softmax_scale
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
         """Return [T, heads * d]. Megatron's other arguments are not used: the packing defines the mask."""

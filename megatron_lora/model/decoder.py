@@ -52,6 +52,15 @@ class DecoderLayer(TransformerLayer):
     recompute = "none"
     offloads = False
 
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.residual_scale = config.architecture.residual_scale
+
+    @property
+    def norms(self) -> tuple[RMSNorm | EngineNorm, ...]:
+        """The layer's norms, in the order of Family.norms."""
+        return self.input_layernorm, self.pre_mlp_layernorm
+
     def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedRows, **_) -> tuple[Tensor, None]:
         """Return the layer's output [T_local, 1, H], and None for Megatron's cross-attention context."""
         if self.recompute != "full" or not torch.is_grad_enabled():
@@ -63,12 +72,16 @@ class DecoderLayer(TransformerLayer):
         down = self.mlp.linear_fc2.new_rounded()
         hidden, x, for_down = self._up_to_down(hidden, rows, cheap, down)
         out, _ = self.mlp.linear_fc2(x, rows.route, for_down, down)
-        return hidden + out
+        return torch.add(hidden, out, alpha=self.residual_scale)
 
     def for_backward(self, hidden: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor]:
         """Run the layer again for its backward: return the sum's two terms, the second without values."""
         hidden, x, for_down = self._up_to_down(hidden, rows, cheap=True)
-        return hidden, self.mlp.linear_fc2.for_backward(x, rows.route, for_down, hidden.shape)
+        return hidden, self._added(self.mlp.linear_fc2.for_backward(x, rows.route, for_down, hidden.shape))
+
+    def _added(self, x: Tensor) -> Tensor:
+        """Return what attention or the MLP adds to the residual."""
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
 
     def _up_to_down(
         self, hidden: Tensor, rows: PackedRows, cheap: bool, down: Rounded | None = None
@@ -80,7 +93,7 @@ class DecoderLayer(TransformerLayer):
         for_qkv, for_up, for_down = (Refill() if cheap else None for _ in range(3))
         qkv, up = self.self_attention.linear_qkv.new_rounded(), self.mlp.linear_fc1.new_rounded()
         x, hidden = self.input_layernorm.add(hidden, None, for_qkv, qkv)
-        x, hidden = self.pre_mlp_layernorm.add(self.self_attention(x, rows, for_qkv, qkv), hidden, for_up, up)
+        x, hidden = self.pre_mlp_layernorm.add(self._added(self.self_attention(x, rows, for_qkv, qkv)), hidden, for_up, up)
         x, _ = self.mlp.linear_fc1(x, rows.route, for_up, up)
         return hidden, swiglu(x, for_down, rounded_up=up, rounded_down=down), for_down
 

@@ -45,6 +45,11 @@ class Head:
     widest: int
     group: dist.ProcessGroup
     sequence_parallel: bool
+    divisor: float = 1.0  # of the products, which gives the logits
+
+    def to_logits_(self, products: Tensor) -> Tensor:
+        """Turn products of hidden states with the matrix into logits, in place."""
+        return products if self.divisor == 1.0 else products.div_(self.divisor)
 
 
 def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, targets: Tensor | None = None, chunk_rows: int | None = None) -> Tensor:
@@ -125,7 +130,7 @@ def _chunk(hidden: Tensor, labels: Tensor, head: Head, logits: Tensor, losses: T
 
     `logits` [C, V_local] is scratch.
     """
-    torch.mm(hidden, head.weight_VH.t(), out=logits)
+    head.to_logits_(torch.mm(hidden, head.weight_VH.t(), out=logits))
     highest, total = softmax_sums(logits)
     column = labels - head.first_token
     owned = (column >= 0) & (column < logits.shape[1])
@@ -144,3 +149,5 @@ def _chunk(hidden: Tensor, labels: Tensor, head: Head, logits: Tensor, losses: T
         right.copy_(first == labels)
     if grad is not None:
         torch.mm(softmax_residual_(logits, labels, highest, total, head.first_token), head.weight_VH, out=grad)
+        if head.divisor != 1.0:
+            grad.div_(head.divisor)

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.data.microbatch import StageInput
-from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
+from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.huggingface.rope import frequencies, rotary_table
 from megatron_lora.huggingface.weight_slices import Checkpoint, Part, RandomTensors, load
 from megatron_lora.model import loss
@@ -49,6 +49,7 @@ from megatron_lora.model.decoder import DecoderLayer
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.model.offloading import HostPool, LayerInputs
+from megatron_lora.model.stage_weights import parts_of
 from megatron_lora.model.transformer_engine import EngineAttention, EngineNorm
 from megatron_lora.parallel import compat
 from megatron_lora.parallel.partition import check_layout, layers_of_stages, recompute_of_layers
@@ -78,8 +79,9 @@ class Stage(torch.nn.Module):
         self.tensor_group = tensor_group()
         self.sequence_parallel = model.config.sequence_parallel
         self.linears: tuple[MultiLoraLinear, ...] = tuple(self._bind_linears())
-        freqs, self.rotary_scale = frequencies(architecture.rope, architecture.head_dim)
-        self.freqs = freqs.to(device)
+        ropes = {architecture.ropes[layer] for layer in layers}
+        found = {rope: frequencies(rope, architecture.head_dim) for rope in ropes}
+        self.frequencies = {rope: (freqs.to(device), scale) for rope, (freqs, scale) in found.items()}
 
     @property
     def blocks(self) -> Sequence[DecoderLayer]:
@@ -124,10 +126,12 @@ class Stage(torch.nn.Module):
         that its memory can be freed once it is sent. T_local is T, or T / tensor under sequence parallelism.
         """
         packing = microbatch.packing
-        rotary = rotary_table(packing.positions, self.freqs, self.rotary_scale, self.dtype)
+        rotary = {rope: rotary_table(packing.positions, *found, self.dtype) for rope, found in self.frequencies.items()}
         if self.is_first:
             assert hidden is None
             embedded = self.model.embedding(input_ids=microbatch.tokens[None], position_ids=None)
+            if self.architecture.embedding_scale != 1.0:
+                embedded = embedded * self.architecture.embedding_scale
             if torch.is_grad_enabled():
                 embedded = _Differentiable.apply(torch.zeros((), device=self.device, requires_grad=True), embedded)
         else:
@@ -156,6 +160,7 @@ class Stage(torch.nn.Module):
             widest=weight.shape[0],
             group=self.tensor_group,
             sequence_parallel=self.sequence_parallel,
+            divisor=self.architecture.logit_divisor,
         )
 
     def losses(self, hidden: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -171,29 +176,7 @@ class Stage(torch.nn.Module):
 
     def parts(self) -> Iterator[Part]:
         """Yield each part of this rank's parameters, with the name and slice of the checkpoint tensor that it is loaded from."""
-        everything = slice(None)
-        if self.is_first:
-            yield self._vocabulary_part(self.model.embedding.word_embeddings.weight, EMBEDDING)
-        for layer, block in zip(self.layers, self.blocks, strict=True):
-            prefix = f"model.layers.{layer}"
-            norms = [(block.input_layernorm, "input_layernorm"), (block.pre_mlp_layernorm, "post_attention_layernorm")]
-            if self.architecture.qk_norm:
-                attention = block.self_attention
-                norms += [(attention.q_layernorm, "self_attn.q_norm"), (attention.k_layernorm, "self_attn.k_norm")]
-            for norm, name in norms:
-                yield Part(target=norm.weight, name=f"{prefix}.{name}.weight", index=(everything,))
-        for linear in self.linears:
-            yield from _linear_parts(linear)
-        if self.is_last:
-            yield Part(target=cast(RMSNorm, self.model.decoder.final_layernorm).weight, name="model.norm.weight", index=(everything,))
-            if not (self.architecture.tied_head and self.is_first):
-                name = EMBEDDING if self.architecture.tied_head else HEAD
-                yield self._vocabulary_part(head_weight(self.model), name)
-
-    def _vocabulary_part(self, weight: Tensor, name: str) -> Part:
-        first = self.tensor_group.rank() * weight.shape[0]
-        rows = min(weight.shape[0], self.architecture.vocab_size - first)
-        return Part(target=weight[:rows], name=name, index=(slice(first, first + rows), slice(None)))
+        return parts_of(self)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -364,16 +347,3 @@ def _block_spec(config: StageConfig, num_layers: int, backends: Backends) -> Any
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=cast(Any, norm))
-
-
-def _linear_parts(linear: MultiLoraLinear) -> Iterator[Part]:
-    """Yield the parts of a linear, one per module and parameter: this rank's rows (column-parallel) or columns (row-parallel)."""
-    geometry, rank, everything = linear.geometry, linear.tp_group.rank(), slice(None)
-    for path, (start, stop) in zip(geometry.paths, geometry.columns, strict=True):
-        if geometry.parallel == "column":
-            index = (slice(rank * (stop - start), (rank + 1) * (stop - start)), everything)
-        else:
-            index = (everything, slice(geometry.first_feature, geometry.first_feature + geometry.in_features))
-        yield Part(target=linear.weight[start:stop], name=f"{path}.weight", index=index)
-        if linear.bias is not None:
-            yield Part(target=linear.bias[start:stop], name=f"{path}.bias", index=index[:1])

@@ -71,13 +71,12 @@ class _RecomputedNorm(torch.autograd.Function):
 class EngineAttention(torch.nn.Module):
     """The core attention of one layer: causal within samples, in 16 bits."""
 
-    def __init__(self, config, layer_number: int, softmax_scale: float | None = None, **_):
+    def __init__(self, config, layer_number: int, **_):
         super().__init__()
         ranks = config.tensor_model_parallel_size
         self.window = config.architecture.sliding_windows[layer_number - 1]
         heads, kv_heads = config.num_attention_heads // ranks, config.num_query_groups // ranks
-        scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        self.attention = make_attention(heads, kv_heads, config.kv_channels, scale)
+        self.attention = make_attention(heads, kv_heads, config.kv_channels, config.architecture.softmax_scale)
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
         """Return [T, heads * d]. Megatron's other arguments are not used: the packing defines the mask."""

@@ -107,8 +107,7 @@ def run(config: RunConfig, output: Path | None) -> None:
     cost_device, resolved, slots = from_first_rank(choose, host_group)
     short = as_many_layers_as_fit(resolved, architecture, cost_device)
     num_layers = sum(short.layers_per_stage)
-    first_layers = dataclasses.replace(architecture, num_layers=num_layers, sliding_windows=architecture.sliding_windows[:num_layers])
-    stage, arena = make_resident(short, first_layers, model_dir, jobs, device)
+    stage, arena = make_resident(short, architecture.cut(num_layers), model_dir, jobs, device)
     if device.type == "cuda":
         warm_up(stage, arena, short.microbatch_tokens, short.parallel.row_multiple)
     table = _Rank(resolved, architecture, cost_device, stage, jobs, lengths, host_group, begin + BUDGET_S).measure(*slots)

@@ -17,11 +17,14 @@ from fused_ops.lora.refill import Refill, wanted
 
 EPS = 1e-5
 IN_8_BITS = {"values_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
-HEADS = [  # query heads, key and value heads, head size
-    (1, 1, 8),
-    (9, 3, 12),
-    (7, 1, 64),
-    (40, 8, 128),
+HEADS = [  # query heads, key and value heads, head size, rotated pairs
+    (1, 1, 8, 4),
+    (1, 1, 8, 0),
+    (9, 3, 12, 6),
+    (9, 3, 12, 4),
+    (7, 1, 64, 32),
+    (40, 8, 128, 64),
+    (24, 8, 128, 48),
 ]
 
 
@@ -79,10 +82,10 @@ def test_rms_norm(shape, with_residual, dtype, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("with_norms", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-def test_rotate_qkv(heads, kv_heads, head_dim, with_norms, dtype, backend):
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "pairs"), HEADS)
+def test_rotate_qkv(heads, kv_heads, head_dim, pairs, with_norms, dtype, backend):
     rows = 3
-    table = table_of(rows, head_dim // 2, dtype)
+    table = table_of(rows, pairs, dtype)
     weights = [random(head_dim, seed=i, dtype=dtype) for i in (3, 4)]
     compare(
         lambda x: rotate_qkv(x, table, heads, kv_heads, (*weights, EPS) if with_norms else None, backend=backend),
@@ -246,7 +249,7 @@ def test_rope_compiles_without_spills(heads, kv_heads, head_dim, norm, backward)
     names = ("qkv_ptr", "q_ptr", "k_ptr", "v_ptr", "dqkv_ptr", "cos_ptr", "sin_ptr", "q_weight_ptr", "k_weight_ptr")
     constants = {
         "Q_HEADS": heads, "KV_HEADS": kv_heads, "HALF": head_dim // 2, "HEADS": rope_file.heads_per_program(head_dim),
-        "HALF_BLOCK": 1 << (head_dim // 2 - 1).bit_length(), "NORM": norm, "BACKWARD": backward,
+        "PAIRS": head_dim // 2, "HALF_BLOCK": 1 << (head_dim // 2 - 1).bit_length(), "NORM": norm, "BACKWARD": backward,
     }  # fmt: skip
     arguments = {**dict.fromkeys(names, "*bf16"), "num_rows": "i32", "eps": "fp32"}
     check(compile_for_hopper(rope_file._rope_kernel, arguments=arguments, constants=constants), 4 + 2 * (norm and backward), 2)

@@ -17,7 +17,8 @@ from tiny import BASE
 
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture, unread_fields
-from megatron_lora.huggingface.config_fields import REFUSED, USED, WITHOUT_EFFECT
+from megatron_lora.huggingface.config_fields import OF_FAMILIES, REFUSED, USED, WITHOUT_EFFECT
+from megatron_lora.huggingface.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 
@@ -27,6 +28,9 @@ BASES = {
     "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "use_sliding_window": True, "sliding_window": 7,
               "max_window_layers": 1},
+    "granite": {"num_attention_heads": 4, "num_key_value_heads": 2, "embedding_multiplier": 3.0, "attention_multiplier": 0.5},
+    "smollm3": {"num_attention_heads": 4, "num_key_value_heads": 2, "no_rope_layer_interval": 2, "use_sliding_window": True,
+                "sliding_window": 7, "tie_word_embeddings": False, "pad_token_id": None},
 }  # fmt: skip
 MIXED = ["full_attention", "sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -39,6 +43,8 @@ USED_VALUES = {
     "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "sliding_window": 3, "use_sliding_window": False,
     "max_window_layers": 2, "layer_types": MIXED, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
     "rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 50.0,
+    "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 3.0,
+    "no_rope_layers": [0, 1, 1, 0], "no_rope_layer_interval": 3,
 }  # fmt: skip
 REFUSED_VALUES = {
     "hidden_act": "gelu", "attention_dropout": 0.1, "quantization_config": {"quant_method": "fp8"}, "compression_config": {"format": "x"},
@@ -100,8 +106,13 @@ IGNORED_BY_TYPE = {  # fields of other types: the value above is refused by name
     "mistral": {"attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers"},
     "qwen2": {"mlp_bias"},
     "qwen3": {"mlp_bias"},
+    "granite": {"sliding_window", "layer_types"},
+    "smollm3": set(),
 }
-UNCHANGED = {("llama", "use_sliding_window"), ("llama", "max_window_layers"), ("qwen2", "attention_bias")}  # what these types are anyway
+UNCHANGED = {  # what these types are anyway
+    *(("llama", "use_sliding_window"), ("llama", "max_window_layers"), ("qwen2", "attention_bias")),
+    *(("granite", "use_sliding_window"), ("granite", "max_window_layers"), ("smollm3", "max_window_layers"), ("smollm3", "layer_types")),
+}
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -113,6 +124,10 @@ def test_used_fields_give_the_logits_of_transformers(kind, tmp_path, one_process
                 read_architecture(edited(make(tmp_path / key, kind), **{key: value}))
             continue
         directory = make(tmp_path / key, kind, **{key: value})
+        is_read = key not in OF_FAMILIES or key in FAMILIES[kind].keys
+        assert unread_fields(directory) == (() if is_read else (key,))
+        if not is_read:
+            continue
         ours = our_logits(directory)
         assert difference(ours, their_logits(directory, read_architecture(directory).vocab_size)) < 1e-5, key
         changed = ours.shape != base.shape or difference(ours, base) > 1e-4

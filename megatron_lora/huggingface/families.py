@@ -1,0 +1,65 @@
+"""The families of base models, as data: what tells one from another, in config.json, in the files and in what is computed.
+
+Every family is a decoder of layers with grouped-query attention and a gated MLP. What differs stands in its `Family`;
+no other file asks for a model type. A new dense family is an entry here, and its rows in tests/tiny.py.
+
+    FAMILIES["granite"].multipliers["logits_scaling"]        # ("logit_divisor", 1.0): the field of Architecture, and the power
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BEFORE = ("input_layernorm", "post_attention_layernorm")  # norms before attention and before the MLP
+ACTIVATIONS = {"silu": ("silu", "swish")}  # activation of the gate -> its names in config.json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One model type.
+
+    `windows` says which layers attend within `sliding_window`: "none"; "all"; "flag": those from max_window_layers on, if
+    use_sliding_window; "without rope": those without a rotary embedding, if use_sliding_window. config.json's `layer_types` goes before it.
+    """
+
+    defaults: Mapping[str, Any]  # what transformers uses for a key that config.json does not have
+    keys: tuple[str, ...] = ()  # of config.json, which families without them do not read
+    biases: tuple[str, ...] = ()  # keys that it honours; other linears have no bias
+    qkv_bias: bool = False  # q, k and v always have one
+    norms: tuple[str, ...] = BEFORE
+    qk_norm: bool = False  # q and k are normed by head
+    windows: str = "none"
+    activation: str = "silu"
+    multipliers: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # config key -> field of Architecture, and the power of it
+
+
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False}
+_GRANITE = {
+    "embedding_multiplier": ("embedding_scale", 1.0),
+    "attention_multiplier": ("softmax_scale", 1.0),
+    "residual_multiplier": ("residual_scale", 1.0),
+    "logits_scaling": ("logit_divisor", 1.0),
+}
+FAMILIES: dict[str, Family] = {
+    "llama": Family(defaults={"num_key_value_heads": None}, biases=("attention_bias", "mlp_bias")),
+    "mistral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}, windows="all"),
+    "qwen2": Family(defaults=_QWEN, qkv_bias=True, windows="flag"),
+    "qwen3": Family(defaults={**_QWEN, "head_dim": 128}, biases=("attention_bias",), qk_norm=True, windows="flag"),
+    "granite": Family(
+        defaults={"num_key_value_heads": None, **dict.fromkeys(_GRANITE, 1.0)},
+        keys=tuple(_GRANITE),
+        biases=("attention_bias", "mlp_bias"),
+        multipliers=_GRANITE,
+    ),
+    "smollm3": Family(
+        defaults={
+            **{"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6, "use_sliding_window": False},
+            **{"no_rope_layers": None, "no_rope_layer_interval": 4},
+        },
+        keys=("no_rope_layers", "no_rope_layer_interval"),
+        biases=("attention_bias", "mlp_bias"),
+        windows="without rope",
+    ),
+}

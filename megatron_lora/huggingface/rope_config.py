@@ -1,0 +1,92 @@
+"""Which rotary position embedding config.json gives each layer. No tensors: rope.py computes with what is read here.
+
+`rope_parameters` holds an embedding's kind and numbers. Before transformers 5 that was `rope_scaling`, which goes
+before it, and `rope_theta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface import config_fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary position embedding: base frequency `theta` and how it is stretched to longer contexts (`kind`)."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_positions: float = 0.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @property
+    def max_positions(self) -> int:
+        """The positions that YaRN stretches its original context to, which model cards leave out of max_position_embeddings; else 0."""
+        return int(self.factor * self.original_max_positions) if self.kind == "yarn" else 0
+
+
+class Reader(Protocol):
+    """Typed access to a config.json (architecture.py); `error` makes a UserError that names file, key and value."""
+
+    def error(self, key: str, value: object, hint: str) -> UserError: ...
+    def get(self, key: str, default: Any = None) -> Any: ...
+    def count(self, key: str, least: int = 1) -> int: ...
+    def number(self, values: Mapping[str, Any], key: str, prefix: str = "") -> float: ...
+
+
+def rope_values(reader: Reader) -> tuple[str, dict[str, Any], str]:
+    """Return `rope_scaling` (before transformers 5) or `rope_parameters`: the key, its values, and the kind."""
+    where = "rope_scaling" if reader.get("rope_scaling") else "rope_parameters"
+    for key in ("rope_scaling", "rope_parameters"):
+        values = {} if reader.get(key) is None else reader.get(key)
+        if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+            raise reader.error(key, values, "one set of numbers for all layers is supported")
+    values = reader.get(where) or {}
+    kind = values.get("rope_type", values.get("type", "default"))
+    if not isinstance(kind, str) or kind not in config_fields.ROPE_NUMBERS:
+        raise reader.error(f"{where}.rope_type", kind, f"supported are {', '.join(config_fields.ROPE_NUMBERS)}")
+    return where, values, kind
+
+
+def read_rope(reader: Reader) -> Rope:
+    """Read the rotary embedding, with transformers' defaults."""
+    where, values, kind = rope_values(reader)
+    theta = values.get("rope_theta", reader.get("rope_theta", 10000.0))
+    if values.get("partial_rotary_factor") not in (1, None):
+        raise reader.error(f"{where}.partial_rotary_factor", values["partial_rotary_factor"], "only 1.0 is supported")
+    values = {"original_max_position_embeddings": reader.get("max_position_embeddings"), **values}
+    original = reader.get("original_max_position_embeddings")  # at the top level it overrides the nested one, as in transformers
+    if original is not None and kind in ("llama3", "yarn"):
+        values["original_max_position_embeddings"] = original
+    if kind == "yarn" and "factor" in values and values["factor"] is None:
+        values["factor"] = reader.count("max_position_embeddings") / reader.number(values, "original_max_position_embeddings", f"{where}.")
+    needed = {key: reader.number(values, key, f"{where}.") for key in config_fields.ROPE_NUMBERS[kind]}
+    if reader.number({"rope_theta": theta}, "rope_theta") <= 1:
+        raise reader.error("rope_theta", theta, "a number above 1 is needed")
+    fields = {key.replace("position_embeddings", "positions"): number for key, number in needed.items()}
+    return Rope(theta=float(theta), kind=kind, **fields, **(_yarn_options(reader, where, values) if kind == "yarn" else {}))
+
+
+def _yarn_options(reader: Reader, where: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return YaRN's optional fields; 0 and null are transformers' defaults, except of attention_factor, which only null is."""
+    truncate = values.get("truncate", True)
+    if truncate not in (True, False, None):
+        raise reader.error(f"{where}.truncate", truncate, "true or false is needed")
+    options: dict[str, Any] = {"truncate": bool(truncate)}
+    for key in config_fields.YARN_OPTIONS:
+        unset = (None,) if key == "attention_factor" else (None, 0)
+        if key != "truncate" and values.get(key) not in unset:
+            options[key] = reader.number(values, key, f"{where}.")
+    return options

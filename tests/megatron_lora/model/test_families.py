@@ -1,0 +1,70 @@
+"""Every family against peft: an exported adapter loads there with our logits, and its gradients are ours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from full_logits import full_logits
+from tiny import KINDS, attach_adapters, joined_gradients, random_factor, save_model, stage_input
+
+from megatron_lora.config.schema import ParallelConfig
+from megatron_lora.huggingface.adapter_files import AdapterFile, write_adapter
+from megatron_lora.huggingface.families import FAMILIES
+from megatron_lora.huggingface.weight_files import read_base_model
+from megatron_lora.model.stage import build_stage
+
+LENGTHS, R = (5, 22, 1, 16), 4
+RECOMPUTE = ("none", "cheap", "full")
+
+
+def largest_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.shape == theirs.shape and theirs.abs().max() > 0
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_an_adapter_is_that_of_peft(kind, tmp_path, one_process):
+    from peft import PeftModel
+
+    reference = save_model(tmp_path / "base", kind)
+    architecture = read_base_model(tmp_path / "base")
+    weights = {}
+    for layer in range(architecture.num_layers):
+        for module, (num_in, num_out) in architecture.module_sizes.items():
+            path = architecture.module_path(layer, module)
+            weights[path] = (random_factor(path, "A", 0, R, num_in), random_factor(path, "B", 0, R, num_out).T)
+    modules = tuple(architecture.module_sizes)
+    adapter = AdapterFile(r=R, lora_alpha=R / 2, use_rslora=False, target_modules=modules, weights=weights)
+    write_adapter(tmp_path / "adapter", adapter, str(tmp_path / "base"))
+    theirs = PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
+    microbatch = stage_input(LENGTHS, architecture.vocab_size, ((0, sum(LENGTHS), 0),))
+    logits = torch.cat([theirs(tokens[None]).logits[0] for tokens in microbatch.tokens.split(LENGTHS)])
+    losses = torch.nn.functional.cross_entropy(logits, microbatch.labels, reduction="none")
+    (losses * microbatch.weights).sum().backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
+
+    stage = build_stage(architecture, tmp_path / "base", ParallelConfig(), dtype=torch.float32, device=torch.device("cpu"))
+    found = []
+    for recompute in RECOMPUTE:
+        stage.set_recompute(recompute)
+        attach_adapters(stage.linears, 1, ranks=(R,), skip=())
+        hidden = stage(microbatch)
+        assert largest_error(full_logits(hidden, stage.head), logits) < 1e-5
+        (stage.losses(hidden, microbatch.labels) * microbatch.weights).sum().backward()
+        found.append(joined_gradients(stage.linears))
+    assert len(expected) == len(found[0])
+    for path in weights:
+        for name, transposed in (("A", False), ("B", True)):
+            gradient = expected[f"base_model.model.{path}.lora_{name}.default.weight"]
+            ours = found[0][f"{path} {name} 0"]
+            assert largest_error(ours.T if transposed else ours, gradient) < 1e-4, (path, name)
+            assert all(torch.equal(ours, again[f"{path} {name} 0"]) for again in found), f"{path} {name}: policies differ"
+
+
+def test_each_family_is_tested():
+    from transformers import CONFIG_MAPPING
+
+    tested = {cls.model_type for cls in (CONFIG_MAPPING[name] for name in FAMILIES)}
+    import transformers
+
+    assert {getattr(transformers, f"{name}Config").model_type for name, _ in KINDS.values()} == tested == set(FAMILIES)
