@@ -42,6 +42,7 @@ class ModelShape:
     ffn_size: int
     vocab_size: int
     qk_norm: bool = False
+    fused: bool = False  # q, k and v are one module with one A, and so are gate and up
 
     @property
     def layer_params(self) -> int:
@@ -58,8 +59,8 @@ class ModelShape:
     def lora_width(self) -> int:
         """Sum of K + N over the linears of a layer: LoRA weights per layer and rank, all modules targeted."""
         query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = 2 * (self.hidden_size + query) + 2 * (self.hidden_size + key_value)
-        return attention + 3 * (self.hidden_size + self.ffn_size)
+        num_inputs = 4 if self.fused else 7
+        return num_inputs * self.hidden_size + (query + 2 * key_value) + query + 3 * self.ffn_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,14 @@ from dataclasses import dataclass
 from scheduling.cost import OFFLOADED, ModelShape
 
 POLICIES = ("none", "cheap", "full")
-MERGED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-MODULES = tuple(module for modules in MERGED.values() for module in modules)
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FUSED_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+MERGED = {
+    "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "o": ("o_proj",),
+    "up": ("gate_proj", "up_proj", "gate_up_proj"),
+    "down": ("down_proj",),
+}
 RANK_ALIGN = 16  # an adapter has its rank in rows, rounded up to this
 _ITEM_ROWS = 2048  # of one job, over which a program sums dA
 _FEWEST_ROWS = 256  # of one job, over which a program sums dB at least

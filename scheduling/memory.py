@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from scheduling.cost import OFFLOADED, Device, ModelShape, offloaded, stage_policies
-from scheduling.layer_memory import MODULES, Adapter, LayerMemory, layer_memory
+from scheduling.layer_memory import FUSED_MODULES, MODULES, Adapter, LayerMemory, layer_memory
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 
@@ -162,8 +162,10 @@ def rank_row_bytes(shape: ModelShape, item: int, tensor: int = 1) -> dict[str, i
     """Return module -> bytes of one rank row of its A and B^T in one layer on one tensor rank, with gradients and Adam's state."""
     query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     outputs = {"q_proj": query, "k_proj": key_value, "v_proj": key_value, "gate_proj": shape.ffn_size, "up_proj": shape.ffn_size}
+    outputs |= {"qkv_proj": query + 2 * key_value, "gate_up_proj": 2 * shape.ffn_size}
     inputs = {"o_proj": query, "down_proj": shape.ffn_size}
-    columns = {module: shape.hidden_size + (outputs | inputs)[module] // tensor for module in MODULES}
+    modules = FUSED_MODULES if shape.fused else MODULES
+    columns = {module: shape.hidden_size + (outputs | inputs)[module] // tensor for module in modules}
     return {module: count * _state_bytes(item) for module, count in columns.items()}
 
 

@@ -22,6 +22,8 @@ from megatron_lora.data.microbatch import Packing, StageInput
 BASE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 61, "max_position_embeddings": 128}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.1, 1.3],
+            "long_factor": [1.0, 2.5, 7.0]}  # fmt: skip
 KINDS = {  # name: (transformers class, what differs); query heads per kv head: 1, 3, 4, 7, 2, 2
     "llama": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True,
                         "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16}}),
@@ -37,6 +39,10 @@ KINDS = {  # name: (transformers class, what differs); query heads per kv head: 
                             "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.5}),
     "smollm3": ("SmolLM3", {"num_attention_heads": 4, "num_key_value_heads": 2, "no_rope_layers": [1, 0, 1], "pad_token_id": None,
                             "use_sliding_window": True, "sliding_window": 5}),
+    "ministral": ("Ministral", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5,
+                                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "phi3": ("Phi3", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 9, "original_max_position_embeddings": 16,
+                      "rope_parameters": LONGROPE, "pad_token_id": None}),
 }  # fmt: skip
 
 
@@ -83,7 +89,9 @@ def random_factor(path: str, what: str, job: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(key[:4], "little"))) * 0.2
 
 
-def attach_adapters(linears, tensor_ranks: int, dropout: float = 0.0, ranks=(4, 17), skip=((1, "k_proj"), (0, "up_proj"))) -> None:
+def attach_adapters(
+    linears, tensor_ranks: int, dropout: float = 0.0, ranks=(4, 17), skip=((1, "k_proj"), (0, "up_proj"), (1, "gate_up_proj"))
+) -> None:
     """Give every linear the adapters of `len(ranks)` jobs; `skip` names (job, module) that are not targeted."""
     table = AdapterTable(ranks=tuple(ranks), scales=tuple(0.5 + job for job in range(len(ranks))), dropouts=(dropout,) * len(ranks))
     for linear in linears:
@@ -102,9 +110,8 @@ def attach_adapters(linears, tensor_ranks: int, dropout: float = 0.0, ranks=(4, 
                 k, n = geometry.in_features, geometry.out_features[m]
                 a = random_factor(path, "A", job, r, k if column else k * tensor_ranks)
                 b = random_factor(path, "B", job, r, n * tensor_ranks if column else n)
-                first = linear.tp_group.rank() * n
                 a = a[:, geometry.first_feature :][:, :k]
-                b = b[:, first : first + n] if column else b
+                b = torch.cat([b[:, at : at + width] for at, width in geometry.pieces(m, linear.tp_group.rank())], dim=1)
                 a_row.append(sum(map(len, a_blocks)))
                 b_row.append(sum(map(len, b_blocks[m])))
                 a_blocks.append(torch.nn.functional.pad(a, (0, 0, 0, height - r)))
@@ -139,8 +146,20 @@ def joined_gradients(linears) -> dict[str, torch.Tensor]:
                 for what, grad, sharded in (("A", a, geometry.parallel == "row"), ("B", b, geometry.parallel == "column")):
                     parts = [torch.empty_like(grad) for _ in range(linear.tp_group.size())]
                     dist.all_gather(parts, grad, group=linear.tp_group)
-                    grads[f"{path} {what} {job}"] = torch.cat(parts, dim=1) if sharded else torch.stack(parts).sum(0)
+                    full = torch.stack(parts).sum(0)
+                    if sharded:
+                        pieces = [geometry.pieces(m, rank) if what == "B" else ((rank, part.shape[1]),) for rank, part in enumerate(parts)]
+                        full = joined(parts, pieces)
+                    grads[f"{path} {what} {job}"] = full
     return grads
+
+
+def joined(parts, pieces) -> torch.Tensor:
+    """Join columns of several ranks, whose `pieces` say where they belong."""
+    found = {}
+    for part, of_rank in zip(parts, pieces, strict=True):
+        found |= zip((first for first, _ in of_rank), part.split([width for _, width in of_rank], dim=1), strict=True)
+    return torch.cat([found[first] for first in sorted(found)], dim=1)
 
 
 def train_step(stage, microbatch: StageInput, parallel) -> dict:

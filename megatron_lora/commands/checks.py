@@ -147,16 +147,19 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
 
     Jobs of `may_fail` whose data are bad are in the inputs' `failed`, if any job is left.
     """
-    from megatron_lora.training.job_checks import check_init_adapter, check_lengths
+    from megatron_lora.training.job_checks import check_init_adapter, check_lengths, check_targets
 
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
     architecture = read_base_model(model_dir, config.load_weights)
     show_unread_fields(model_dir, architecture.model_type)
+    for note in architecture.notes():
+        print(f"megatron-lora: base_model: {model_dir}: {note}", file=sys.stderr)
     check_layout(architecture, config.parallel)
     if config.recompute != "auto":
         recompute_of_layers(config.recompute, architecture.num_layers)
     for job in config.jobs:
+        check_targets(job, architecture)
         check_init_adapter(job, architecture, config.base_model)
     found = list(zip(config.jobs, read_data(config, model_dir, architecture), strict=True))
     bad = {job.name: data for job, data in found if isinstance(data, UserError)}

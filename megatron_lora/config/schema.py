@@ -89,7 +89,9 @@ class JobConfig:
     )
     use_rslora: bool = key(False, truth(), "true: the adapter's output is multiplied by `lora_alpha / sqrt(r)`")
     target_modules: tuple[str, ...] = key(
-        TARGET_MODULES, subset_of("module names", TARGET_MODULES), "linears of each layer that get an adapter"
+        TARGET_MODULES,
+        subset_of("module names", (*TARGET_MODULES, "qkv_proj", "gate_up_proj")),
+        "linears of each layer that get an adapter; a Phi-3 has `qkv_proj`, `o_proj`, `gate_up_proj` and `down_proj`",
     )
     init_adapter: str | None = key(
         None,

@@ -137,13 +137,14 @@ def read_adapter(directory: str | Path, *, one_rank: bool = True) -> AdapterFile
 def check_modules(where: str, adapter: AdapterFile, modules: Collection[str]) -> None:
     """Raise UserError for an adapter of linears that the base model does not have; `modules`: the names of those that it has."""
     for module in adapter.target_modules:
+        if module in modules:
+            continue
         if module in FUSED:
             raise UserError(
                 f"{where}: adapts {module}, which holds {FUSED[module]} of this base model in one linear; split its B by rows into theirs, "
                 "each with the same A, or use an adapter of this base model"
             )
-        if module not in modules:
-            raise UserError(f"{where}: adapts {module}, and an adapter here can have {', '.join(modules)}; use an adapter of these alone")
+        raise UserError(f"{where}: adapts {module}, and an adapter here can have {', '.join(modules)}; use an adapter of these alone")
 
 
 def check_adapter(where: str, adapter: AdapterFile, shapes: Mapping[str, tuple[int, int]], others: Collection[str] = ()) -> None:

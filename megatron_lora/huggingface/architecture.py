@@ -19,10 +19,11 @@ from typing import Any
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import read_regular
 from megatron_lora.huggingface import config_fields
-from megatron_lora.huggingface.families import ACTIVATIONS, FAMILIES, Family
+from megatron_lora.huggingface.families import ACTIVATIONS, FAMILIES, FUSED, SEPARATE, Family
 from megatron_lora.huggingface.rope_config import Rope, read_rope, rope_values
 
-MERGED_LINEARS = {"qkv": ("q_proj", "k_proj", "v_proj"), "proj": ("o_proj",), "fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",)}
+# Megatron's linear -> all modules that a family may merge in it.
+MERGED_LINEARS = {linear: tuple(dict.fromkeys((*SEPARATE[linear], *FUSED[linear]))) for linear in SEPARATE}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGEST_COUNT = 2**31 - 1  # the largest value of any count in config.json
 LARGEST_NUMBER = 1e30  # of any other number in it
@@ -68,6 +69,11 @@ class Architecture:
         return dataclasses.replace(self, num_layers=num_layers, sliding_windows=windows, ropes=ropes)
 
     @property
+    def fused(self) -> bool:
+        """Whether q, k and v are one module, and gate and up."""
+        return self.family.linears is FUSED
+
+    @property
     def family(self) -> Family:
         """What is the same in all models of its type."""
         return FAMILIES[self.model_type]
@@ -80,25 +86,35 @@ class Architecture:
     @property
     def module_sizes(self) -> dict[str, tuple[int, int]]:
         """The modules of each layer that can have an adapter, with their (in, out) features."""
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "q_proj": (self.hidden_size, queries),
-            "k_proj": (self.hidden_size, keys),
-            "v_proj": (self.hidden_size, keys),
-            "o_proj": (queries, self.hidden_size),
-            "gate_proj": (self.hidden_size, self.ffn_size),
-            "up_proj": (self.hidden_size, self.ffn_size),
-            "down_proj": (self.ffn_size, self.hidden_size),
-        }
+        inputs = {"o_proj": self.num_heads * self.head_dim, "down_proj": self.ffn_size}
+        modules = [module for merged in self.family.linears.values() for module in merged]
+        return {module: (inputs.get(module, self.hidden_size), sum(self.module_parts(module))) for module in modules}
+
+    def module_parts(self, module: str) -> tuple[int, ...]:
+        """Return the output features of what a module computes side by side; tensor parallelism divides each."""
+        queries, keys, ffn = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.ffn_size
+        parts = {"q_proj": (queries,), "k_proj": (keys,), "v_proj": (keys,), "qkv_proj": (queries, keys, keys)}
+        return (parts | {"gate_proj": (ffn,), "up_proj": (ffn,), "gate_up_proj": (ffn, ffn)}).get(module, (self.hidden_size,))
 
     def module_path(self, layer: int, module: str) -> str:
         """Return the Hugging Face path of a module, for example "model.layers.0.self_attn.q_proj"."""
-        block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        block = "mlp" if module in MERGED_LINEARS["fc1"] + MERGED_LINEARS["fc2"] else "self_attn"
         return f"model.layers.{layer}.{block}.{module}"
 
     def has_bias(self, module: str) -> bool:
         """Return whether the base linear `module` has a bias."""
         return {"q_proj": self.qkv_bias, "k_proj": self.qkv_bias, "v_proj": self.qkv_bias, "o_proj": self.o_bias}.get(module, self.mlp_bias)
+
+    def notes(self) -> list[str]:
+        """Return what a user has to know of the model."""
+        found = []
+        if self.rope is not None and self.rope.kind == "longrope" and self.max_positions > self.rope.original_max_positions:
+            short = int(self.rope.original_max_positions)
+            found.append(
+                f"samples of up to {short} tokens have its short_factor and longer ones its long_factor, as in transformers; vLLM takes "
+                f"long_factor for all where --max-model-len is above {short}: serve adapters of short samples with --max-model-len {short}"
+            )
+        return found
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all tensors that the checkpoint must hold, by Hugging Face name."""
@@ -189,7 +205,7 @@ class _Reader:
         if self.count("num_hidden_layers") > MOST_LAYERS:
             raise self.error("num_hidden_layers", self.get("num_hidden_layers"), f"at most {MOST_LAYERS:,} are supported")
         attention_bias, mlp_bias = (key in self.family.biases and self.flag(key) for key in ("attention_bias", "mlp_bias"))
-        rope = read_rope(self)
+        rope = read_rope(self, head_dim)
         ropes = tuple(rope if has_one else None for has_one in self.layers_with_rope())
         factors = {"softmax_scale": head_dim**-0.5}
         for key, (name, power) in self.family.multipliers.items():
@@ -219,7 +235,7 @@ class _Reader:
         for key, (harmless, hint) in config_fields.REFUSED.items():
             allowed = ACTIVATIONS[self.family.activation] if key == "hidden_act" else harmless
             value = self.get(key, allowed[0])
-            if value not in allowed:
+            if value not in allowed and key not in self.family.keys:
                 shown = value.get("quant_method", value) if isinstance(value, dict) else value
                 raise self.error(key, shown, hint)
         kind, family = self.model_type, self.family
@@ -259,9 +275,11 @@ class _Reader:
                 hint = f"a {self.model_type} has no sliding window; remove the key, or use model_type mistral"
                 raise self.error("sliding_window", window, hint)
             window = None
-        elif self.family.windows == "all":
+        elif self.family.windows in ("all", "always"):
             if window is not None and kinds is None:
                 self.refuse_window_keys_of_qwen(window)
+            if self.family.windows == "always" and len({*(kinds or ()), "full_attention" if window is None else "sliding_attention"}) > 1:
+                raise self.error("layer_types", kinds, f"the layers of a {self.model_type} do not differ; remove the key")
         else:
             window = window if self.flag("use_sliding_window") else None
             if self.family.windows == "flag":
@@ -278,7 +296,7 @@ class _Reader:
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def first_sliding_layer(self) -> int:
-        return 0 if self.family.windows == "all" else self.count("max_window_layers", least=0)
+        return 0 if self.family.windows in ("all", "always") else self.count("max_window_layers", least=0)
 
     def refuse_window_keys_of_qwen(self, window: object) -> None:
         hint = f"every layer of a {self.model_type} has the window of sliding_window {window!r}"

@@ -33,7 +33,7 @@ USED: dict[str, str] = {
     "use_sliding_window": "qwen2, qwen3; false beside a window is refused for mistral",
     "max_window_layers": "qwen2, qwen3; another number than 0 beside a window is refused for mistral",
     "layer_types": "all; sliding layers are refused where the model type has no window",
-    "rope_parameters": "default, linear, llama3, yarn; one set for all layers",
+    "rope_parameters": "default, linear, llama3, yarn; phi3: default, longrope; one set for all layers",
     "rope_scaling": "the older name of rope_parameters; it goes before it",
     "rope_theta": "where rope_parameters does not have it",
     "original_max_position_embeddings": "goes before the one in rope_parameters",
@@ -46,6 +46,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "quantization_config": ((None,), "use a checkpoint in bf16 or fp32, without this key"),
     "compression_config": ((None, {}), "use a checkpoint in bf16 or fp32, without this key"),
     "partial_rotary_factor": ((1, None), "only 1.0 is supported"),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop"), ((0, None), "only 0.0 is supported")),
     "is_causal": ((True,), "a model that also sees later tokens cannot be trained to predict them; use a causal one"),
     "attention_chunk_size": ((None,), "attention in chunks is not supported; use a model without it"),
     "per_layer_config": ((None, {}), "layers that differ are not supported; use a model of equal layers"),
@@ -91,8 +92,11 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("original_max_position_embeddings",),
 }
+LONGROPE_LISTS = ("short_factor", "long_factor")
 YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+OPTIONS = {"yarn": YARN_OPTIONS, "longrope": (*LONGROPE_LISTS, "factor", "attention_factor")}
 ROPE_OF_ALL = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
@@ -102,7 +106,7 @@ def unread(values: Mapping[str, Any], own: Collection[str], rope_key: str, rope:
     A field that another one goes before is among them where the two differ, and so is one of `OF_FAMILIES` that is not of its `own`.
     """
     known = (USED.keys() - OF_FAMILIES.keys()) | REFUSED.keys() | WITHOUT_EFFECT.keys() | {*own}
-    known_rope = {*ROPE_OF_ALL, *ROPE_NUMBERS[rope_kind], *(YARN_OPTIONS if rope_kind == "yarn" else ())}
+    known_rope = {*ROPE_OF_ALL, *ROPE_NUMBERS[rope_kind], *OPTIONS.get(rope_kind, ())}
     found = [*(values.keys() - known), *(f"{rope_key}.{key}" for key in rope.keys() - known_rope)]
     length, theta = "original_max_position_embeddings", values.get("rope_theta")
     if "rope_theta" in values and rope.get("rope_theta", theta) != theta:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+SEPARATE = {"qkv": ("q_proj", "k_proj", "v_proj"), "proj": ("o_proj",), "fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",)}
+FUSED = {**SEPARATE, "qkv": ("qkv_proj",), "fc1": ("gate_up_proj",)}  # q, k and v, or gate and up, are one module with one A and one B
 BEFORE = ("input_layernorm", "post_attention_layernorm")  # norms before attention and before the MLP
 ACTIVATIONS = {"silu": ("silu", "swish")}  # activation of the gate -> its names in config.json
 
@@ -20,14 +22,17 @@ ACTIVATIONS = {"silu": ("silu", "swish")}  # activation of the gate -> its names
 class Family:
     """One model type.
 
-    `windows` says which layers attend within `sliding_window`: "none"; "all"; "flag": those from max_window_layers on, if
-    use_sliding_window; "without rope": those without a rotary embedding, if use_sliding_window. config.json's `layer_types` goes before it.
+    `windows` says which layers attend within `sliding_window`, where config.json has no `layer_types`: "none"; "all"; "flag": those from
+    max_window_layers on, if use_sliding_window; "without rope": those without a rotary embedding, if use_sliding_window; "always": all,
+    and layer_types must agree.
     """
 
     defaults: Mapping[str, Any]  # what transformers uses for a key that config.json does not have
     keys: tuple[str, ...] = ()  # of config.json, which families without them do not read
     biases: tuple[str, ...] = ()  # keys that it honours; other linears have no bias
     qkv_bias: bool = False  # q, k and v always have one
+    linears: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SEPARATE)  # Megatron's linear -> the modules that it merges
+    ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     norms: tuple[str, ...] = BEFORE
     qk_norm: bool = False  # q and k are normed by head
     windows: str = "none"
@@ -47,11 +52,19 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}, windows="all"),
     "qwen2": Family(defaults=_QWEN, qkv_bias=True, windows="flag"),
     "qwen3": Family(defaults={**_QWEN, "head_dim": 128}, biases=("attention_bias",), qk_norm=True, windows="flag"),
+    "ministral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}, windows="all"),
     "granite": Family(
         defaults={"num_key_value_heads": None, **dict.fromkeys(_GRANITE, 1.0)},
         keys=tuple(_GRANITE),
         biases=("attention_bias", "mlp_bias"),
         multipliers=_GRANITE,
+    ),
+    "phi3": Family(
+        defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        keys=("partial_rotary_factor",),
+        linears=FUSED,
+        ropes=("default", "longrope"),
+        windows="always",
     ),
     "smollm3": Family(
         defaults={

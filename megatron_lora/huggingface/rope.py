@@ -6,9 +6,10 @@ Llama's layout of two halves:
 For longer contexts the frequencies are lowered. "linear" divides all of them by the factor.
 "llama3" divides those whose wavelength is longer than the context of pre-training. "yarn" (Peng et
 al., 2023) divides those that rotate less than a number of times over that context, and also scales
-cos and sin. The table [T, d/2] is made once per microbatch from its positions, and all layers of
-the stage that rotate alike share it; fused_ops.elementwise.rope applies it. A layer without positions
-has a table of no pairs, [T, 0].
+cos and sin. "longrope" (Ding et al., 2024) divides each by a factor of its own: one of two lists, by
+the length of the whole sample, as transformers does for that sample alone. The table [T, d/2] is
+made once per microbatch from its positions, and all layers of the stage that rotate alike share it;
+fused_ops.elementwise.rope applies it. A layer without positions has a table of no pairs, [T, 0].
 """
 
 from __future__ import annotations
@@ -21,12 +22,37 @@ from torch import Tensor
 from megatron_lora.huggingface.rope_config import Rope
 
 
-def frequencies(rope: Rope | None, head_dim: int) -> tuple[Tensor, float]:
-    """Return the angle per position of each rotated feature pair, fp32 [head_dim / 2], and the scale of cos and sin."""
+class Rotary:
+    """A layer's rotary embedding on a device; None: a layer without positions."""
+
+    def __init__(self, rope: Rope | None, head_dim: int, device: torch.device):
+        freqs, self.scale = frequencies(rope, head_dim)
+        self.freqs, self.rope = freqs.to(device), rope
+        self.long_freqs = frequencies(rope, head_dim, long=True)[0].to(device)
+
+    def table(self, positions: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [T, p] of a microbatch whose samples end at `cu_seqlens`, in the dtype of the activations."""
+        freqs = self.freqs
+        if self.rope is not None and self.rope.kind == "longrope":
+            sizes = cu_seqlens.diff()
+            is_long = torch.repeat_interleave(sizes > self.rope.original_max_positions, sizes, output_size=len(positions))
+            freqs = torch.where(is_long[:, None], self.long_freqs, freqs)
+        return rotary_table(positions, freqs, self.scale, dtype)
+
+
+def frequencies(rope: Rope | None, head_dim: int, long: bool = False) -> tuple[Tensor, float]:
+    """Return the angle per position of each rotated feature pair, fp32 [p], and the scale of cos and sin.
+
+    `long`: of samples that are longer than LongRoPE's original context.
+    """
     if rope is None:
         return torch.empty(0), 1.0
+    head_dim = int(head_dim * rope.share)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     periods = rope.theta**exponents  # 1 / frequencies
+    if rope.kind == "longrope":
+        assert rope.attention_factor is not None
+        return 1.0 / (torch.tensor(rope.long_factor if long else rope.short_factor) * periods), rope.attention_factor
     if rope.kind == "linear":
         return (1.0 / periods) / rope.factor, 1.0
     if rope.kind == "llama3":
@@ -73,6 +99,6 @@ def _yarn_scale(rope: Rope) -> float:
 
 
 def rotary_table(positions: Tensor, freqs: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [T, head_dim / 2] of each row's position, in the dtype of the activations."""
+    """Return cos and sin [T, p] of each row's position, in the dtype of the activations; `freqs` [p], or [T, p]."""
     angles = positions[:, None].float() * freqs
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)

@@ -6,12 +6,14 @@ before it, and `rope_theta`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface import config_fields
+from megatron_lora.huggingface.families import Family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,9 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    share: float = 1.0  # of a head's features that are rotated: its first ones
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     @property
     def max_positions(self) -> int:
@@ -39,6 +44,8 @@ class Rope:
 
 class Reader(Protocol):
     """Typed access to a config.json (architecture.py); `error` makes a UserError that names file, key and value."""
+
+    family: Family
 
     def error(self, key: str, value: object, hint: str) -> UserError: ...
     def get(self, key: str, default: Any = None) -> Any: ...
@@ -55,28 +62,58 @@ def rope_values(reader: Reader) -> tuple[str, dict[str, Any], str]:
             raise reader.error(key, values, "one set of numbers for all layers is supported")
     values = reader.get(where) or {}
     kind = values.get("rope_type", values.get("type", "default"))
-    if not isinstance(kind, str) or kind not in config_fields.ROPE_NUMBERS:
-        raise reader.error(f"{where}.rope_type", kind, f"supported are {', '.join(config_fields.ROPE_NUMBERS)}")
+    known = reader.family.ropes
+    if not isinstance(kind, str) or kind not in known:
+        raise reader.error(f"{where}.rope_type", kind, f"supported are {', '.join(known)}")
     return where, values, kind
 
 
-def read_rope(reader: Reader) -> Rope:
+def read_rope(reader: Reader, head_dim: int) -> Rope:
     """Read the rotary embedding, with transformers' defaults."""
     where, values, kind = rope_values(reader)
     theta = values.get("rope_theta", reader.get("rope_theta", 10000.0))
-    if values.get("partial_rotary_factor") not in (1, None):
-        raise reader.error(f"{where}.partial_rotary_factor", values["partial_rotary_factor"], "only 1.0 is supported")
+    partial = "partial_rotary_factor"
+    given = values.get(partial, reader.get(partial, 1.0))
+    if given not in (1, None) and partial not in reader.family.keys:
+        raise reader.error(f"{where}.{partial}", given, "only 1.0 is supported")
+    share = 1.0 if given is None else reader.number({partial: given}, partial)
+    if share > 1 or int(head_dim * share) < 2 or int(head_dim * share) % 2:
+        raise reader.error(partial, given, f"a share that gives an even number of a head's {head_dim} features is needed")
     values = {"original_max_position_embeddings": reader.get("max_position_embeddings"), **values}
     original = reader.get("original_max_position_embeddings")  # at the top level it overrides the nested one, as in transformers
-    if original is not None and kind in ("llama3", "yarn"):
+    if original is not None and kind in ("llama3", "yarn", "longrope"):
         values["original_max_position_embeddings"] = original
     if kind == "yarn" and "factor" in values and values["factor"] is None:
         values["factor"] = reader.count("max_position_embeddings") / reader.number(values, "original_max_position_embeddings", f"{where}.")
     needed = {key: reader.number(values, key, f"{where}.") for key in config_fields.ROPE_NUMBERS[kind]}
     if reader.number({"rope_theta": theta}, "rope_theta") <= 1:
         raise reader.error("rope_theta", theta, "a number above 1 is needed")
-    fields = {key.replace("position_embeddings", "positions"): number for key, number in needed.items()}
-    return Rope(theta=float(theta), kind=kind, **fields, **(_yarn_options(reader, where, values) if kind == "yarn" else {}))
+    fields: dict[str, Any] = {key.replace("position_embeddings", "positions"): number for key, number in needed.items()}
+    if kind == "yarn":
+        fields |= _yarn_options(reader, where, values)
+    elif kind == "longrope":
+        fields |= _longrope_options(reader, where, values, int(head_dim * share) // 2)
+    return Rope(theta=float(theta), kind=kind, share=share, **fields)
+
+
+def _longrope_options(reader: Reader, where: str, values: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+    """Return LongRoPE's factors for short and for long samples, and the scale of cos and sin, whose default depends on the stretch."""
+    options: dict[str, Any] = {}
+    for key in config_fields.LONGROPE_LISTS:
+        given = values.get(key)
+        if not isinstance(given, list) or len(given) != pairs:
+            raise reader.error(f"{where}.{key}", given, f"a list of {pairs} numbers is needed")
+        options[key] = tuple(reader.number({key: number}, key, f"{where}.") for number in given)
+    original = reader.number(values, "original_max_position_embeddings", f"{where}.")
+    stretched = values.get("factor") is None
+    factor = reader.count("max_position_embeddings") / original if stretched else reader.number(values, "factor", f"{where}.")
+    if values.get("attention_factor") is not None:
+        options["attention_factor"] = reader.number(values, "attention_factor", f"{where}.")
+    elif factor > 1 and original <= 1:
+        raise reader.error("original_max_position_embeddings", original, "a number above 1 is needed")
+    else:
+        options["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return options
 
 
 def _yarn_options(reader: Reader, where: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class Arena:
             if factor.kind == "A":
                 num_columns = factor.width * (self.tensor_ranks if factor.sharded else 1)
                 full = _kaiming_uniform(factor.r, num_columns, seed, factor.path)
-                part.copy_(full[:, factor.first : factor.first + factor.width])
+                part.copy_(factor.of(full))
             else:
                 part.zero_()
 
@@ -221,7 +221,7 @@ class Arena:
         flat, parts = self._host_memory(spec)
         for factor, part in parts:
             a_rk, b_nr = tensors[factor.path]
-            part.copy_((a_rk if factor.kind == "A" else b_nr.t())[:, factor.first : factor.first + factor.width])
+            part.copy_(factor.of(a_rk if factor.kind == "A" else b_nr.t()))
         return flat
 
     def put(self, adapter_row: int, values: Tensor, buffer: Tensor) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
@@ -55,12 +56,16 @@ class Factor:
     r: int
     width: int  # columns on this rank
     sharded: bool  # over tensor ranks along `width`; otherwise replicated on them
-    first: int  # global index of this rank's first column
+    pieces: tuple[tuple[int, int], ...]  # global (first, number) of this rank's columns, in its order
 
     @property
     def length(self) -> int:
         """Elements of the slice."""
         return self.r * self.width
+
+    def of(self, full: Tensor) -> Tensor:
+        """Return this rank's columns of the factor of all tensor ranks."""
+        return torch.cat([full[:, first : first + number] for first, number in self.pieces], dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +135,11 @@ class Stripes(NamedTuple):
 def shards(geometry: LinearGeometry, tensor_rank: int, spec: AdapterSpec, starts: Iterable[int] = repeat(0)) -> list[Factor]:  # noqa: B008  it has no state
     """Return the factors of an adapter in a linear of a tensor rank, A and B^T of each targeted module; they begin at `starts`."""
     found, column, k, start = [], geometry.parallel == "column", geometry.in_features, iter(starts)
-    for module, path, n in zip(geometry.modules, geometry.paths, geometry.out_features, strict=True):
+    for index, (module, path, n) in enumerate(zip(geometry.modules, geometry.paths, geometry.out_features, strict=True)):
         if module in spec.target_modules:
-            first_k, first_n = (0, tensor_rank * n) if column else (geometry.first_feature, 0)
-            found.append(Factor(path=path, kind="A", start=next(start), r=spec.r, width=k, sharded=not column, first=first_k))
-            found.append(Factor(path=path, kind="B", start=next(start), r=spec.r, width=n, sharded=column, first=first_n))
+            inputs, outputs = ((0 if column else geometry.first_feature, k),), geometry.pieces(index, tensor_rank)
+            found.append(Factor(path=path, kind="A", start=next(start), r=spec.r, width=k, sharded=not column, pieces=inputs))
+            found.append(Factor(path=path, kind="B", start=next(start), r=spec.r, width=n, sharded=column, pieces=outputs))
     return found
 
 

@@ -45,7 +45,6 @@ from fused_ops.lora.linear import Collectives, multi_lora_linear
 from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
 from megatron_lora.errors import UserError
-from megatron_lora.huggingface.architecture import MERGED_LINEARS
 from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
 
 CollectivesOver = Callable[[dist.ProcessGroup], Collectives]
@@ -61,6 +60,15 @@ class LinearGeometry:
     out_features: tuple[int, ...]  # local, per module
     parallel: str  # "column" or "row"
     first_feature: int  # global index of the local input feature 0
+    parts: tuple[tuple[int, ...], ...] = ()  # local output features of what each module computes side by side; (): one thing each
+    tensor_ranks: int = 1
+
+    def pieces(self, module: int, tensor_rank: int) -> tuple[tuple[int, int], ...]:
+        """Return the (first, number) of the global output features of a module, by its index, that a tensor rank has, in its order."""
+        widths = self.parts[module] if self.parts else (self.out_features[module],)
+        firsts = accumulate((width * self.tensor_ranks for width in widths), initial=0)
+        here = tensor_rank if self.parallel == "column" else 0
+        return tuple((first + here * width, width) for first, width in zip(firsts, widths, strict=False))
 
     @property
     def columns(self) -> tuple[tuple[int, int], ...]:
@@ -84,7 +92,7 @@ class MultiLoraLinear:
 
     def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
         """Build Megatron's layer, frozen; it calls the linear "qkv", "proj", "fc1" or "fc2"."""
-        kwargs["bias"] = config.architecture.has_bias(MERGED_LINEARS[tp_comm_buffer_name][0])
+        kwargs["bias"] = config.architecture.has_bias(config.architecture.family.linears[tp_comm_buffer_name][0])
         # Megatron's, of the class behind this one
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)  # pyright: ignore[reportCallIssue]
         self.role = tp_comm_buffer_name
@@ -95,16 +103,18 @@ class MultiLoraLinear:
     def set_layer(self, layer: int) -> None:
         """Set the layer (its index in the complete model) that the linear belongs to."""
         architecture, ranks, rank = self.config.architecture, self.tp_group.size(), self.tp_group.rank()
-        modules = MERGED_LINEARS[self.role]
-        sizes = [architecture.module_sizes[module] for module in modules]
+        modules = architecture.family.linears[self.role]
         column = self.parallel == "column"
+        parts = tuple(tuple(n // ranks if column else n for n in architecture.module_parts(module)) for module in modules)
         self.geometry = LinearGeometry(
             modules=modules,
             paths=tuple(architecture.module_path(layer, module) for module in modules),
             in_features=self.weight.shape[1],
-            out_features=tuple(num_out // ranks if column else num_out for _, num_out in sizes),
+            out_features=tuple(map(sum, parts)),
             parallel=self.parallel,
             first_feature=0 if column else rank * self.weight.shape[1],
+            parts=parts,
+            tensor_ranks=ranks,
         )
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 

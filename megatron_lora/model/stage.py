@@ -39,7 +39,7 @@ from torch import Tensor
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.data.microbatch import StageInput
 from megatron_lora.huggingface.architecture import Architecture
-from megatron_lora.huggingface.rope import frequencies, rotary_table
+from megatron_lora.huggingface.rope import Rotary
 from megatron_lora.huggingface.weight_slices import Checkpoint, Part, RandomTensors, load
 from megatron_lora.model import loss
 from megatron_lora.model.attention import MergedSelfAttention, PackedAttention, PackedRows
@@ -79,9 +79,7 @@ class Stage(torch.nn.Module):
         self.tensor_group = tensor_group()
         self.sequence_parallel = model.config.sequence_parallel
         self.linears: tuple[MultiLoraLinear, ...] = tuple(self._bind_linears())
-        ropes = {architecture.ropes[layer] for layer in layers}
-        found = {rope: frequencies(rope, architecture.head_dim) for rope in ropes}
-        self.frequencies = {rope: (freqs.to(device), scale) for rope, (freqs, scale) in found.items()}
+        self.rotaries = {rope: Rotary(rope, architecture.head_dim, device) for rope in {architecture.ropes[layer] for layer in layers}}
 
     @property
     def blocks(self) -> Sequence[DecoderLayer]:
@@ -126,7 +124,7 @@ class Stage(torch.nn.Module):
         that its memory can be freed once it is sent. T_local is T, or T / tensor under sequence parallelism.
         """
         packing = microbatch.packing
-        rotary = {rope: rotary_table(packing.positions, *found, self.dtype) for rope, found in self.frequencies.items()}
+        rotary = {rope: each.table(packing.positions, packing.cu_seqlens, self.dtype) for rope, each in self.rotaries.items()}
         if self.is_first:
             assert hidden is None
             embedded = self.model.embedding(input_ids=microbatch.tokens[None], position_ids=None)
@@ -176,7 +174,7 @@ class Stage(torch.nn.Module):
 
     def parts(self) -> Iterator[Part]:
         """Yield each part of this rank's parameters, with the name and slice of the checkpoint tensor that it is loaded from."""
-        return parts_of(self)
+        return parts_of(self.model, self.architecture, self.layers, self.linears, self.tensor_group.rank())
 
 
 class _Differentiable(torch.autograd.Function):

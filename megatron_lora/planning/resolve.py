@@ -69,7 +69,7 @@ def resolve(
     With `keep_alive`, an adapter_memory that is `auto` has room for jobs that are added later. Raises UserError
     where the longest sample does not fit in memory with `microbatch_tokens: auto`.
     """
-    config = as_if_kept_alive(given) if keep_alive else given
+    config = as_if_kept_alive(given, architecture.module_sizes) if keep_alive else given
     config = dataclasses.replace(config, precision=precision_of(config, device))
     resolved = _with_layers(config, choose_layers(config, architecture, device, target_share))
     if config.activation_offloading == "auto":

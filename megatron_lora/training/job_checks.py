@@ -21,6 +21,15 @@ from megatron_lora.output.final_files import check_job_files
 from megatron_lora.output.standing import ResumePoint
 
 
+def check_targets(job: JobConfig, architecture: Architecture) -> None:
+    """Check that the base model has the modules that a job targets."""
+    own = architecture.module_sizes
+    for module in job.target_modules:
+        if module not in own:
+            remedy = f"set target_modules: [{', '.join(own)}], or some of these"
+            raise UserError(f"jobs.{job.name}.target_modules: {module} is no linear of a {architecture.model_type}; {remedy}")
+
+
 def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: str) -> None:
     """Check that a job's `init_adapter` has its rank, scale and modules, and fits this base model.
 

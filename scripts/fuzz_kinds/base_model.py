@@ -29,6 +29,14 @@ CONFIGS = {
         "max_window_layers": 1,
     },
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "granite": {"num_key_value_heads": 2, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "ministral": {"num_key_value_heads": 2, "head_dim": 4, "sliding_window": 5},
+    "phi3": {
+        "num_key_value_heads": 2,
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 4.0]},
+    },
+    "smollm3": {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 5, "pad_token_id": 0},
 }
 KEYS = sorted({*USED, *REFUSED, "dtype", "pad_token_id", "logit_scale", "architectures"})
 NAMES = (
@@ -39,7 +47,7 @@ NAMES = (
 
 
 def make(directory: Path, random: Random) -> None:
-    """Write one of four small models, in one file or in two shards."""
+    """Write a small model of one of the families, in one file or in two shards."""
     kind = random.choice(sorted(CONFIGS))
     config = {"model_type": kind, **SIZES, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, **CONFIGS[kind]}
     (directory / "config.json").write_text(json.dumps(config))

@@ -84,7 +84,7 @@ def test_sliding_windows(changes, windows, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"model_type": "gemma"}, "model_type is 'gemma'; supported are llama, mistral, qwen2, qwen3, granite"),
+    ({"model_type": "gemma"}, "model_type is 'gemma'; supported are llama, mistral, qwen2, qwen3, ministral, granite"),
     ({"model_type": None}, "model_type is None"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),

@@ -14,10 +14,35 @@ from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec, room_of, shards, side_by_side
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.planning.adapter_rows import Book
+from megatron_lora.training.snapshots import join_shards
 
 QKV, PROJ = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
 SIZES = {"q_proj": 24, "k_proj": 8, "v_proj": 8, "o_proj": 32}
 STATE = ("master", "exp_avg", "exp_avg_sq", "compute")
+
+
+def test_a_fused_module_is_cut_and_joined_by_its_parts():
+    spec = AdapterSpec(r=3, scale=1.0, dropout=0.0, target_modules=frozenset({"qkv_proj"}))
+    values = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    full = {"qkv": (torch.ones(3, 5), values)}  # of q 24, k 8 and v 8 features
+    factors, flats = [], []
+    for rank in range(2):
+        geometry = LinearGeometry(
+            modules=("qkv_proj",),
+            paths=("qkv",),
+            in_features=5,
+            out_features=(20,),
+            parallel="column",
+            first_feature=0,
+            parts=((12, 4, 4),),
+            tensor_ranks=2,
+        )
+        factors.append(shards(geometry, rank, spec))
+        flats.append(torch.cat([factor.of(part).flatten() for factor, part in zip(factors[-1], (full["qkv"][0], values.T), strict=True)]))
+        own = [values[first : first + size] for first, size in ((12 * rank, 12), (24 + 4 * rank, 4), (32 + 4 * rank, 4))]
+        assert torch.equal(factors[-1][1].of(values.T), torch.cat(own).T)
+    joined = join_shards(factors, flats)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(joined["qkv"], full["qkv"], strict=True))
 
 
 class Linear:
@@ -200,6 +225,6 @@ def test_shards_are_a_function_of_adapter_and_rank():
     for rank in range(2):
         arena = build([AdapterSpec(r=16, scale=1.0, dropout=0.0, target_modules=frozenset(QKV)), spec], rank=rank, ranks=2)
         found = [shard for region in arena.regions for shard in shards(region.geometry, rank, spec)]
-        facts = [[(f.path, f.kind, f.r, f.width, f.sharded, f.first) for f in factors] for factors in (found, arena.factors[1])]
-        assert facts[0] == facts[1] and {f.first for f in found} == {0, *([4, 16] if rank else [])}
+        facts = [[(f.path, f.kind, f.r, f.width, f.sharded, f.pieces) for f in factors] for factors in (found, arena.factors[1])]
+        assert facts[0] == facts[1] and {f.pieces[0][0] for f in found} == {0, *([4, 16] if rank else [])}
         assert not any(padded_rank(f.r) * f.width == 0 for f in found)
