@@ -43,6 +43,12 @@ class ModelShape:
     vocab_size: int
     qk_norm: bool = False
     fused: bool = False  # q, k and v are one module with one A, and so are gate and up
+    zero_centred: bool = False  # norms multiply by 1 + w, in float32
+    post_norms: bool = False  # attention's and the MLP's results are normed too
+    scaled: bool = False  # or multiplied
+    num_ropes: int = 1
+    capped_scores: bool = False  # of attention, which plain torch then computes
+    capped_logits: bool = False
 
     @property
     def layer_params(self) -> int:
@@ -215,7 +221,7 @@ def analytic_cost(
         launches = device.layer_launch_s * num_layers
         shares = {policy: policies.count(policy) / max(1, num_layers) for policy in ("none", "cheap", "full")}
         recomputed = shares["full"] + _CHEAP * (shares["full"] + shares["cheap"])  # of a forward
-        last_product = shares["full"] * shape.hidden_size * shape.ffn_size / max(1, shape.layer_params)
+        last_product = shares["full"] * shape.hidden_size * shape.ffn_size / max(1, shape.layer_params) * (not shape.post_norms)
         forward = PassCost(per_token=linear + head, per_square=attention, per_rank_token=lora, fixed=launches)
         backward = PassCost(
             per_token=linear * (1 + recomputed - last_product),

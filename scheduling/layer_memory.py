@@ -13,7 +13,8 @@ SwiGLU's backward writes its gradient over gate | up, and the output that it com
 runs again as a `cheap` one, up to the input of its last linear, whose product backward does not need.
 
 A linear that no adapter targets keeps nothing. S and the norms' statistics are kept as long as the microbatch. With head norms the GEMM's
-q | k | v is kept too. Sequence parallelism shards the rows of what tensor parallelism does not shard, and gathers them for a GEMM.
+q | k | v is kept too. Norms after attention and the MLP keep their inputs, 2 H more. Sequence parallelism shards the rows of what tensor
+parallelism does not shard, and gathers them for a GEMM.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _SHARE_COLUMNS = 512  # of dY, over which a program sums dS
 # Up to this rank dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64. On other GPUs than
 # Hopper the limit is 32, and the estimate is too high.
 _MAX_FUSED_RANK = 64
+_CAPPED_BYTES = 64 * 4 * 5  # of a head and key: scores of a block of rows, in float32, and what is computed of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,9 @@ class LayerMemory:
     grouped: bool  # several query heads share a key
     sums_of_dq: int  # float32 copies of dQ that attention's backward sums into
     sequence: bool
+    after: float = 0.0  # what norms after attention and the MLP keep, of each its input and statistics
+    copies: float = 0.0  # another hidden state, where results are normed or multiplied before they are added
+    capped: float = 0.0  # scores of the rows that plain torch computes at once, where attention caps them
 
     def kept(self, policy: str) -> float:
         """Bytes per token between forward and backward."""
@@ -82,7 +87,7 @@ class LayerMemory:
             return self.hidden * (policy == "full")
         qkv = self.query + 2 * self.key_value
         bare = 2 * self.hidden + 2 * self.statistics + qkv * (1 + self.head_norms) + self.query + self.sums + 2 * self.ffn
-        bare += sum(self.widths.values())
+        bare += sum(self.widths.values()) + 2 * self.after
         return bare if policy == "cheap" else bare + self.inputs
 
     @property
@@ -94,12 +99,12 @@ class LayerMemory:
         """Bytes per token beyond `kept` at the forward's peak: the MLP's result and the output; of a `full` layer, what it drops too."""
         if policy == OFFLOADED:
             return self.hidden + self.forward("full")
-        output = max(2 * self.hidden, self.hidden + self.gathered * self.sequence)
+        output = max(2 * self.hidden, self.hidden + self.gathered * self.sequence) + self.hidden * (self.after > 0)
         swiglu = self.ffn * (policy != "none" or not self.widths["down"])
         if policy != "full":
-            return output + swiglu
+            return max(output + swiglu, self.capped)
         qkv = self.query + 2 * self.key_value
-        attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + self.gathered
+        attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + max(self.gathered, self.capped) + self.copies
         up = max(2 * self.hidden + self.gathered * self.sequence + 2 * self.ffn, self.hidden + 3 * self.ffn)
         return max(attention, up, self.hidden + output + self.ffn)  # beside the second norm's sum
 
@@ -108,10 +113,11 @@ class LayerMemory:
         if policy == OFFLOADED:
             return 2 * self.hidden * tokens + self.backward("full", tokens)
         if policy == "full":
-            return (self.kept("cheap") - self.hidden) * tokens + self.backward("cheap", tokens)
+            copies = 0.0 if self.after else self.copies
+            return (self.kept("cheap") - self.hidden + copies) * tokens + self.backward("cheap", tokens)
         cheap, widths = policy == "cheap", self.widths
         swiglu_kept = 0.0 if cheap or not widths["down"] else self.ffn
-        dy = self.hidden + (self.gathered if self.sequence else 0.0)
+        dy = self.hidden + self.copies + (self.gathered if self.sequence else 0.0)
         down = dy + widths["down"] + max(self._shares("down", tokens), self.ffn) + self._partial("down", self.ffn, tokens)
         swiglu = self.hidden + self.ffn - swiglu_kept
         if cheap and widths["down"]:
@@ -122,7 +128,7 @@ class LayerMemory:
         freed += self.hidden * (1 + (not cheap and widths["up"] > 0))
         expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK, dV of all query heads by cuDNN; torch's take half
         sums = self.query * 4 / self.item * self.sums_of_dq
-        attention = self.hidden + self.query + (self.query + 2 * self.key_value) + sums + expanded - freed
+        attention = self.hidden + self.query + (self.query + 2 * self.key_value) + sums + expanded + self.capped + self.copies - freed
         return max(down, swiglu, up, attention, 0.0) * tokens
 
     def _shares(self, linear: str, tokens: int) -> float:
@@ -178,4 +184,7 @@ def layer_memory(
         grouped=shape.num_heads != shape.num_kv_heads,
         sums_of_dq=-(-_PROGRAMS * tensor // shape.num_heads) if deterministic else 1,
         sequence=sequence,
+        after=(hidden * item + 4) / local * shape.post_norms,
+        copies=hidden * item / local * (shape.post_norms or shape.scaled),
+        capped=_CAPPED_BYTES * shape.num_heads / tensor * shape.capped_scores,
     )

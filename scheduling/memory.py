@@ -46,6 +46,7 @@ class StageMemory:
     base: float  # per token in flight, outside the layers: rotary table, tokens; on the last stage the loss's gradient too
     num_messages: int  # hidden states being sent, and the received gradient, while the stage computes
     head_rows: int  # of the vocabulary on this rank; 0 on stages without the loss
+    logit_copies: int = 1  # of a chunk's logits that are alive at once
 
     @property
     def per_token_in_flight(self) -> float:
@@ -82,7 +83,7 @@ class StageMemory:
         if self.head_rows:
             layer = self.layer
             held = 2 * layer.hidden + layer.statistics + layer.gathered * (1 + layer.sequence)  # sum, x, gathered x, gradient
-            num_logits = min(tokens, loss_chunk_rows(self.head_rows, layer.item)) * self.head_rows
+            num_logits = self.logit_copies * min(tokens, loss_chunk_rows(self.head_rows, layer.item)) * self.head_rows
             moments.append((per_token + held) * tokens + num_logits * layer.item)
         return moments
 
@@ -139,21 +140,23 @@ def stage_memory(
     layer = layer_memory(shape, adapters, item, tensor, sequence, deterministic, residents)
     head_rows = -(-shape.vocab_size // tensor)
     linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor
-    norms = (2 * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * item
+    norm_item = 4 if shape.zero_centred else item
+    norms = (2 * (1 + shape.post_norms) * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * norm_item
     row_bytes = {module: num_bytes * num_layers for module, num_bytes in rank_row_bytes(shape, item, tensor).items()}
     sizes = [sum(row_bytes[module] * adapter.rows for module in adapter.modules) for adapter in adapters]
     summed = 4 * max(sizes, default=0) / _state_bytes(item) if tensor * replicas > 1 else 0  # one job's gradients while ranks sum them
     arena = sum(sizes) if room is None else sum(row_bytes[module] * rows for module, rows in room.items())
     memory = StageMemory(
-        weights=(linears + norms) * num_layers + shape.hidden_size * item * (head_rows * (first + last) + last),
+        weights=(linears + norms) * num_layers + shape.hidden_size * (item * head_rows * (first + last) + norm_item * last),
         adapters=arena + summed,
         runtime=float(_CUBLAS_BYTES if cuda else 0),
         layer=layer,
         policies=(),
         is_first=first,
-        base=shape.head_dim * item + _INPUT_BYTES + (2 * layer.hidden + layer.statistics) * last,
+        base=shape.num_ropes * shape.head_dim * item + _INPUT_BYTES + (2 * layer.hidden + layer.statistics) * last,
         num_messages=(not first) + 2 * (not last),
         head_rows=head_rows if last else 0,
+        logit_copies=1 + shape.capped_logits,
     )
     return memory.with_policies(stage_policies(layers, recompute)[stage], offload)
 

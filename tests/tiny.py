@@ -43,6 +43,13 @@ KINDS = {  # name: (transformers class, what differs); query heads per kv head: 
                                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "phi3": ("Phi3", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 9, "original_max_position_embeddings": 16,
                       "rope_parameters": LONGROPE, "pad_token_id": None}),
+    "gemma2": ("Gemma2", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5, "attention_bias": True,
+                          "query_pre_attn_scalar": 20, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 0.9}),
+    "gemma3_text": ("Gemma3Text", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5,
+                                   "query_pre_attn_scalar": 20, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                                   "rope_parameters": {
+                                       "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 3.0},
+                                       "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}}),
 }  # fmt: skip
 
 

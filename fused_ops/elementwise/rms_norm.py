@@ -25,7 +25,14 @@ MAX_COLUMNS = 32768
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (y, t) in the dtype of x: the twin that CPU runs use."""
     total = x if residual is None else x + residual
-    return F.rms_norm(total, weight.shape, weight, eps), total
+    return normed(total, weight, eps), total
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the norm of x in its dtype; the weight may be more precise."""
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

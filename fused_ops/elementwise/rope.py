@@ -13,9 +13,9 @@ microbatch and serve all layers. Arithmetic in float32, one rounding at the end.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fused_ops.elementwise.rms_norm import normed
 from fused_ops.launch.backend import backend_name, gradients
 from fused_ops.launch.optional_triton import tl, triton
 
@@ -36,7 +36,7 @@ def rotate_qkv_reference(qkv: Tensor, table: Table, heads: int, kv_heads: int, n
     q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
     if norms is not None:
         q_weight, k_weight, eps = norms
-        q, k = F.rms_norm(q, q_weight.shape, q_weight, eps), F.rms_norm(k, k_weight.shape, k_weight, eps)
+        q, k = normed(q, q_weight, eps), normed(k, k_weight, eps)
     return rotate(q, table), rotate(k, table), v.contiguous()
 
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import read_regular
 from megatron_lora.huggingface import config_fields
 from megatron_lora.huggingface.families import ACTIVATIONS, FAMILIES, FUSED, SEPARATE, Family
-from megatron_lora.huggingface.rope_config import Rope, read_rope, rope_values
+from megatron_lora.huggingface.rope_config import Rope, read_ropes, rope_readers, rope_values
 
 # Megatron's linear -> all modules that a family may merge in it.
 MERGED_LINEARS = {linear: tuple(dict.fromkeys((*SEPARATE[linear], *FUSED[linear]))) for linear in SEPARATE}
@@ -57,6 +59,8 @@ class Architecture:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and MLP add
     logit_divisor: float = 1.0
+    attention_cap: float | None = None  # c: scores are c tanh(scores / c)
+    logit_cap: float | None = None
 
     @property
     def rope(self) -> Rope | None:
@@ -72,6 +76,36 @@ class Architecture:
     def fused(self) -> bool:
         """Whether q, k and v are one module, and gate and up."""
         return self.family.linears is FUSED
+
+    @property
+    def zero_centred(self) -> bool:
+        """Whether norms multiply by 1 + their weight."""
+        return self.family.zero_centred
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether what attention and the MLP give is normed before it is added."""
+        return len(self.family.norms) > 2
+
+    @property
+    def scaled(self) -> bool:
+        """Whether it is multiplied."""
+        return self.residual_scale != 1.0
+
+    @property
+    def num_ropes(self) -> int:
+        """Different rotary embeddings of its layers."""
+        return len(set(self.ropes))
+
+    @property
+    def capped_scores(self) -> bool:
+        """Whether attention's scores are capped."""
+        return self.attention_cap is not None
+
+    @property
+    def capped_logits(self) -> bool:
+        """Whether the logits are capped."""
+        return self.logit_cap is not None
 
     @property
     def family(self) -> Family:
@@ -141,7 +175,8 @@ def read_architecture(model_dir: str | Path) -> Architecture:
 def unread_fields(model_dir: str | Path) -> tuple[str, ...]:
     """Return the fields of `config.json` that neither this trainer nor transformers reads for the model type, sorted."""
     reader = _Reader(Path(model_dir) / "config.json")
-    return config_fields.unread(reader.values, reader.family.keys, *rope_values(reader))
+    found = [config_fields.unread(each.values, reader.family.keys, *rope_values(each)) for each in rope_readers(reader)]
+    return tuple(sorted({*chain(*found)}))
 
 
 class _Reader:
@@ -167,6 +202,12 @@ class _Reader:
 
     def error(self, key: str, value: object, hint: str) -> UserError:
         return UserError(f"base_model: {self.path}: {one_line(key, 100)} is {one_line(repr(value), 160)}; {hint}")
+
+    def with_values(self, values: dict[str, Any]) -> _Reader:
+        """Return a reader of the same file that reads other values."""
+        other = copy(self)
+        other.values = values
+        return other
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, self.family.defaults.get(key, default))
@@ -205,11 +246,15 @@ class _Reader:
         if self.count("num_hidden_layers") > MOST_LAYERS:
             raise self.error("num_hidden_layers", self.get("num_hidden_layers"), f"at most {MOST_LAYERS:,} are supported")
         attention_bias, mlp_bias = (key in self.family.biases and self.flag(key) for key in ("attention_bias", "mlp_bias"))
-        rope = read_rope(self, head_dim)
-        ropes = tuple(rope if has_one else None for has_one in self.layers_with_rope())
+        layers_with_rope = self.layers_with_rope()
+        windows = self.sliding_windows(layers_with_rope)
+        ropes = read_ropes(self, head_dim, layers_with_rope, [window is not None for window in windows])
         factors = {"softmax_scale": head_dim**-0.5}
         for key, (name, power) in self.family.multipliers.items():
-            factors[name] = self.number({key: self.get(key)}, key) ** power
+            if self.get(key) is not None or "cap" not in name:
+                factors[name] = self.number({key: self.get(key)}, key) ** power
+        if self.family.scaled_embedding:
+            factors["embedding_scale"] = self.count("hidden_size") ** 0.5
         return Architecture(
             model_type=self.model_type,
             hidden_size=self.count("hidden_size"),
@@ -219,10 +264,10 @@ class _Reader:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=self.count("vocab_size"),
-            max_positions=max(self.count("max_position_embeddings"), rope.max_positions),
+            max_positions=max(self.count("max_position_embeddings"), *(rope.max_positions for rope in ropes if rope)),
             norm_eps=self.number({"rms_norm_eps": self.get("rms_norm_eps", 1e-6)}, "rms_norm_eps"),
             ropes=ropes,
-            sliding_windows=self.sliding_windows(ropes),
+            sliding_windows=windows,
             qkv_bias=attention_bias or self.family.qkv_bias,
             o_bias=attention_bias,
             mlp_bias=mlp_bias,
@@ -233,12 +278,17 @@ class _Reader:
     def refuse_unsupported(self) -> None:
         """Refuse what this trainer does not compute, and what one model type honours and this one would ignore."""
         for key, (harmless, hint) in config_fields.REFUSED.items():
-            allowed = ACTIVATIONS[self.family.activation] if key == "hidden_act" else harmless
-            value = self.get(key, allowed[0])
-            if value not in allowed and key not in self.family.keys:
+            is_own = key in self.family.keys
+            if key == "hidden_act" or (key == "hidden_activation" and is_own):
+                harmless, is_own = ACTIVATIONS[self.family.activation], False
+            value = self.get(key, harmless[0])
+            if value not in harmless and not is_own:
                 shown = value.get("quant_method", value) if isinstance(value, dict) else value
                 raise self.error(key, shown, hint)
         kind, family = self.model_type, self.family
+        if family.qk_norm and self.values.get("attn_logit_softcapping") is not None and "attn_logit_softcapping" in family.keys:
+            hint = f"transformers does not cap the scores of a {kind}; remove the key"
+            raise self.error("attn_logit_softcapping", self.get("attn_logit_softcapping"), hint)
         if "attention_bias" not in family.biases and self.get("attention_bias", family.qkv_bias) != family.qkv_bias:
             hint = f"q, k and v of a {kind} always have a bias" if family.qkv_bias else f"the linears of a {kind} have no bias"
             raise self.error(
@@ -262,9 +312,9 @@ class _Reader:
             raise self.error("no_rope_layers", given, f"{len(layers)} entries are needed: 1 for a layer with a rotary embedding, else 0")
         return [bool(given[layer]) for layer in layers]
 
-    def sliding_windows(self, ropes: Sequence[Rope | None]) -> tuple[int | None, ...]:
+    def sliding_windows(self, layers_with_rope: Sequence[bool]) -> tuple[int | None, ...]:
         """Return each layer's window, as transformers does: a mistral with layer_types is a Ministral there."""
-        num_layers, kinds, window = len(ropes), self.get("layer_types"), self.get("sliding_window")
+        num_layers, kinds, window = len(layers_with_rope), self.get("layer_types"), self.get("sliding_window")
         if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
             raise self.error("sliding_window", window, "a whole number of at least 1, or null, is needed")
         known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
@@ -280,14 +330,18 @@ class _Reader:
                 self.refuse_window_keys_of_qwen(window)
             if self.family.windows == "always" and len({*(kinds or ()), "full_attention" if window is None else "sliding_attention"}) > 1:
                 raise self.error("layer_types", kinds, f"the layers of a {self.model_type} do not differ; remove the key")
-        else:
+        elif self.family.windows != "pattern":
             window = window if self.flag("use_sliding_window") else None
             if self.family.windows == "flag":
                 self.first_sliding_layer()
         if window is not None:
             window = self.count("sliding_window")
         if kinds is None and self.family.windows == "without rope":
-            return tuple(window if rope is None else None for rope in ropes)
+            return tuple(None if has_rope else window for has_rope in layers_with_rope)
+        if kinds is None and self.family.windows == "pattern":
+            key = "sliding_window_pattern"
+            every = self.count(key) if key in self.family.keys else self.family.defaults[key]
+            kinds = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(num_layers)]
         if kinds is None:
             first = self.first_sliding_layer() if window is not None else 0
             return tuple(window if layer >= first else None for layer in range(num_layers))

@@ -25,7 +25,7 @@ USED: dict[str, str] = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), ""),
     "max_position_embeddings": "no record may be longer; YaRN gives factor times the original length",
     "rms_norm_eps": "",
-    "hidden_act": "silu, or its other name swish",
+    "hidden_act": "silu, or its other name swish; gemma2, gemma3_text: gelu_pytorch_tanh",
     "tie_word_embeddings": "where the files hold both matrices, both are loaded",
     "attention_bias": "llama, qwen3; another value than the model type has is refused for mistral and qwen2",
     "mlp_bias": "llama; true is refused for the others",
@@ -33,7 +33,7 @@ USED: dict[str, str] = {
     "use_sliding_window": "qwen2, qwen3; false beside a window is refused for mistral",
     "max_window_layers": "qwen2, qwen3; another number than 0 beside a window is refused for mistral",
     "layer_types": "all; sliding layers are refused where the model type has no window",
-    "rope_parameters": "default, linear, llama3, yarn; phi3: default, longrope; one set for all layers",
+    "rope_parameters": "default, linear, llama3, yarn; phi3: default, longrope; one set for all layers, gemma3_text: two",
     "rope_scaling": "the older name of rope_parameters; it goes before it",
     "rope_theta": "where rope_parameters does not have it",
     "original_max_position_embeddings": "goes before the one in rope_parameters",
@@ -41,7 +41,9 @@ USED: dict[str, str] = {
 }
 # The values that change nothing, and the hint for any other.
 REFUSED: dict[str, tuple[tuple, str]] = {
-    "hidden_act": (("silu", "swish"), "only silu is supported"),
+    "hidden_act": (("silu", "swish"), "only the activation of the model type is supported"),
+    "hidden_activation": ((None, "silu", "swish"), "only the activation of the model type is supported"),
+    "use_bidirectional_attention": ((False, None), "a model that also sees later tokens cannot be trained to predict them"),
     "attention_dropout": ((0, None), "only 0.0 is supported"),
     "quantization_config": ((None,), "use a checkpoint in bf16 or fp32, without this key"),
     "compression_config": ((None, {}), "use a checkpoint in bf16 or fp32, without this key"),
@@ -66,6 +68,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "initializer_range": "weights are loaded",
     **dict.fromkeys(("pretraining_tp", "chunk_size_feed_forward"), "the same sums, in parts"),
     **dict.fromkeys(("bos_token_id", "eos_token_id"), "the tokenizer's is used"),
+    "cache_implementation": "of generation",
     "pad_token_id": "samples are packed without padding",
     **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict", "use_cache", "gradient_checkpointing"), "of running"),
     **dict.fromkeys(("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"), "of running"),

@@ -15,7 +15,8 @@ from typing import Any
 SEPARATE = {"qkv": ("q_proj", "k_proj", "v_proj"), "proj": ("o_proj",), "fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",)}
 FUSED = {**SEPARATE, "qkv": ("qkv_proj",), "fc1": ("gate_up_proj",)}  # q, k and v, or gate and up, are one module with one A and one B
 BEFORE = ("input_layernorm", "post_attention_layernorm")  # norms before attention and before the MLP
-ACTIVATIONS = {"silu": ("silu", "swish")}  # activation of the gate -> its names in config.json
+AROUND = ("input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")  # and after each
+ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}  # activation of the gate -> its names in config.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class Family:
 
     `windows` says which layers attend within `sliding_window`, where config.json has no `layer_types`: "none"; "all"; "flag": those from
     max_window_layers on, if use_sliding_window; "without rope": those without a rotary embedding, if use_sliding_window; "always": all,
-    and layer_types must agree.
+    and layer_types must agree; "pattern": all but every sliding_window_pattern-th.
     """
 
     defaults: Mapping[str, Any]  # what transformers uses for a key that config.json does not have
@@ -35,6 +36,9 @@ class Family:
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     norms: tuple[str, ...] = BEFORE
     qk_norm: bool = False  # q and k are normed by head
+    zero_centred: bool = False  # a norm multiplies by 1 + its weight
+    local_rope: bool = False  # layers with a window have a rotary embedding of their own
+    scaled_embedding: bool = False  # by sqrt(hidden_size), rounded to the compute dtype
     windows: str = "none"
     activation: str = "silu"
     multipliers: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # config key -> field of Architecture, and the power of it
@@ -46,6 +50,16 @@ _GRANITE = {
     "attention_multiplier": ("softmax_scale", 1.0),
     "residual_multiplier": ("residual_scale", 1.0),
     "logits_scaling": ("logit_divisor", 1.0),
+}
+_GEMMA = {
+    **{"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "tie_word_embeddings": True},
+    **{"query_pre_attn_scalar": 256, "final_logit_softcapping": None, "attn_logit_softcapping": None},
+}
+_GEMMA_KEYS = ("hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping")
+_GEMMA_SCALES = {"query_pre_attn_scalar": ("softmax_scale", -0.5), "final_logit_softcapping": ("logit_cap", 1.0)}
+_GEMMA_LAYERS: dict[str, Any] = {
+    **{"biases": ("attention_bias",), "norms": AROUND, "windows": "pattern", "activation": "gelu_tanh"},
+    **{"zero_centred": True, "scaled_embedding": True},
 }
 FAMILIES: dict[str, Family] = {
     "llama": Family(defaults={"num_key_value_heads": None}, biases=("attention_bias", "mlp_bias")),
@@ -74,5 +88,19 @@ FAMILIES: dict[str, Family] = {
         keys=("no_rope_layers", "no_rope_layer_interval"),
         biases=("attention_bias", "mlp_bias"),
         windows="without rope",
+    ),
+    "gemma2": Family(
+        defaults={**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_pattern": 2},
+        keys=_GEMMA_KEYS,
+        multipliers={**_GEMMA_SCALES, "attn_logit_softcapping": ("attention_cap", 1.0)},
+        **_GEMMA_LAYERS,
+    ),
+    "gemma3_text": Family(
+        defaults={**_GEMMA, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        keys=(*_GEMMA_KEYS, "sliding_window_pattern", "rope_local_base_freq"),
+        multipliers=_GEMMA_SCALES,
+        qk_norm=True,
+        local_rope=True,
+        **_GEMMA_LAYERS,
     ),
 }

@@ -7,7 +7,7 @@ before it, and `rope_theta`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,11 +46,39 @@ class Reader(Protocol):
     """Typed access to a config.json (architecture.py); `error` makes a UserError that names file, key and value."""
 
     family: Family
+    values: dict[str, Any]
+
+    def with_values(self, values: dict[str, Any]) -> Reader: ...
 
     def error(self, key: str, value: object, hint: str) -> UserError: ...
     def get(self, key: str, default: Any = None) -> Any: ...
     def count(self, key: str, least: int = 1) -> int: ...
     def number(self, values: Mapping[str, Any], key: str, prefix: str = "") -> float: ...
+
+
+def read_ropes(
+    reader: Reader, head_dim: int, layers_with_rope: Sequence[bool], layers_with_window: Sequence[bool]
+) -> tuple[Rope | None, ...]:
+    """Return each layer's rotary embedding, None where it has none."""
+    ropes = [read_rope(each, head_dim) for each in rope_readers(reader)]
+    found = zip(layers_with_rope, layers_with_window, strict=True)
+    return tuple(ropes[has_window and len(ropes) > 1] if has_rope else None for has_rope, has_window in found)
+
+
+def rope_readers(reader: Reader) -> list[Reader]:
+    """Return a reader for each rotary embedding of a model: for all layers or, where they have two, those without and with a window."""
+    if not reader.family.local_rope:
+        return [reader]
+    kinds = ("full_attention", "sliding_attention")
+    both = {kind: {"rope_type": "default"} for kind in kinds} if reader.get("rope_parameters") is None else reader.get("rope_parameters")
+    if not isinstance(both, dict) or both.keys() - {*kinds} or not all(isinstance(one, dict | None) for one in both.values()):
+        raise reader.error("rope_parameters", both, f"numbers for {' and for '.join(kinds)} are needed")
+    full, local = ({**reader.values, "rope_parameters": both.get(kind) or {}} for kind in kinds)
+    if reader.get("rope_scaling") and isinstance(reader.get("rope_scaling"), dict):
+        full["rope_parameters"], full["rope_scaling"] = {**full["rope_parameters"], **full["rope_scaling"]}, None
+    own = local["rope_parameters"].get("rope_theta", reader.get("rope_local_base_freq"))
+    local |= {"rope_theta": own, "rope_scaling": None}
+    return [reader.with_values(full), reader.with_values(local)]
 
 
 def rope_values(reader: Reader) -> tuple[str, dict[str, Any], str]:

@@ -27,11 +27,12 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A part of a parameter and its source: the view `target` gets the slice `index` of the tensor `name`."""
+    """A part of a parameter and its source: the view `target` gets the slice `index` of the tensor `name`, and `plus`."""
 
     target: Tensor
     name: str
     index: Index
+    plus: float = 0.0
 
 
 def load(parts: Iterable[Part], source: Source) -> None:
@@ -39,6 +40,8 @@ def load(parts: Iterable[Part], source: Source) -> None:
     with torch.no_grad():
         for part in parts:
             part.target.copy_(source.read(part.name, part.index))
+            if part.plus:
+                part.target.add_(part.plus)
             if not torch.isfinite(part.target).all():
                 raise UserError(f"base_model: the tensor {part.name} holds NaN or infinite numbers; fetch the model again")
 
@@ -73,6 +76,7 @@ class RandomTensors:
 
     def __init__(self, architecture: Architecture, seed: int, dtype: torch.dtype, device: torch.device):
         self.shapes = architecture.tensor_shapes()
+        self.zero_centred = architecture.family.zero_centred
         self.seed = seed
         self.dtype = dtype
         self.device = device
@@ -81,7 +85,7 @@ class RandomTensors:
         """Return one slice of the tensor, which is drawn completely, from a generator of its own."""
         shape = self.shapes[name]
         if len(shape) == 1:
-            return torch.full(shape, float(name.endswith("weight")), dtype=self.dtype, device=self.device)[index]
+            return torch.full(shape, float(name.endswith("weight") and not self.zero_centred), dtype=self.dtype, device=self.device)[index]
         key = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator(device=self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0.0, 0.02, generator=generator)[index]

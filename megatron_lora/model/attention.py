@@ -31,6 +31,7 @@ from fused_ops.lora.route import Route
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.huggingface.rope_config import Rope
 from megatron_lora.model.backends import first_line
+from megatron_lora.model.capped_attention import capped_attention
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.model.offloading import LayerInputs
@@ -94,10 +95,12 @@ class PackedAttention(torch.nn.Module):
     def __init__(self, config, layer_number: int, **_):
         super().__init__()
         self.window = config.architecture.sliding_windows[layer_number - 1]
-        self.scale = config.architecture.softmax_scale
+        self.scale, self.cap = config.architecture.softmax_scale, config.architecture.attention_cap
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedRows, **_) -> Tensor:
         """Return [T, heads * d]. Megatron's other arguments are not used: the packing defines the mask."""
+        if self.cap is not None:
+            return capped_attention(query, key, value, packed_seq_params.packing, self.scale, self.window, self.cap).flatten(1)
         if self.attend is not None:
             return self.attend(query, key, value, packed_seq_params, self.scale, self.window).flatten(1)
         attend = varlen_attention if can_varlen(query) else per_sample_attention

@@ -3,6 +3,9 @@
     x, h = norm(h)          h = h + W_o attention(rope(W_qkv x))
     x, h = norm(h)          h = h + W_down swiglu(W_gate_up x)         the second norm's kernel also adds the first sum
 
+A family may norm what attention and the MLP give before it is added (Gemma), which keeps 2 H more, scale it
+(Granite), and have another activation than SiLU in place of SwiGLU's.
+
 Its `recompute` policy decides what it keeps for backward, in numbers per row (H hidden size, F
 feed-forward size, Q width of q, k and v together):
 
@@ -10,7 +13,7 @@ feed-forward size, Q width of q, k and v together):
     cheap   the GEMMs' outputs: about 2 H + Q + 2 F. Backward of a norm or SwiGLU computes its output again
             in the same pass, and gives it to the linear that needs it (fused_ops.lora.refill)
     full    the layer's input alone: H. Backward runs the layer's forward again, as `cheap` and up to
-            W_down's input: no gradient depends on W_down's product
+            W_down's input: no gradient depends on W_down's product, except where a norm follows it
 
 All policies give the same bits: the same kernels recompute from the same numbers, and dropout masks
 depend on counters alone, not on a random generator's state. Adapter gradients are accumulated in the
@@ -19,7 +22,8 @@ linears' backward, which every policy runs once.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, cast
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -54,12 +58,14 @@ class DecoderLayer(TransformerLayer):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        self.residual_scale = config.architecture.residual_scale
+        family = config.architecture.family
+        self.residual_scale, self.gelu = config.architecture.residual_scale, family.activation == "gelu_tanh"
+        self.norms_after = torch.nn.ModuleList(RMSNorm(config, config.hidden_size, config.layernorm_epsilon) for _ in family.norms[2:])
 
     @property
     def norms(self) -> tuple[RMSNorm | EngineNorm, ...]:
         """The layer's norms, in the order of Family.norms."""
-        return self.input_layernorm, self.pre_mlp_layernorm
+        return self.input_layernorm, self.pre_mlp_layernorm, *cast(Iterable[RMSNorm], self.norms_after)
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedRows, **_) -> tuple[Tensor, None]:
         """Return the layer's output [T_local, 1, H], and None for Megatron's cross-attention context."""
@@ -72,15 +78,24 @@ class DecoderLayer(TransformerLayer):
         down = self.mlp.linear_fc2.new_rounded()
         hidden, x, for_down = self._up_to_down(hidden, rows, cheap, down)
         out, _ = self.mlp.linear_fc2(x, rows.route, for_down, down)
-        return torch.add(hidden, out, alpha=self.residual_scale)
+        return torch.add(hidden, self._normed(out, 1), alpha=self.residual_scale)
 
     def for_backward(self, hidden: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor]:
         """Run the layer again for its backward: return the sum's two terms, the second without values."""
         hidden, x, for_down = self._up_to_down(hidden, rows, cheap=True)
-        return hidden, self._added(self.mlp.linear_fc2.for_backward(x, rows.route, for_down, hidden.shape))
+        if self.norms_after:
+            out, _ = self.mlp.linear_fc2(x, rows.route, for_down)
+        else:
+            out = self.mlp.linear_fc2.for_backward(x, rows.route, for_down, hidden.shape)
+        return hidden, self._added(out, 1)
 
-    def _added(self, x: Tensor) -> Tensor:
-        """Return what attention or the MLP adds to the residual."""
+    def _normed(self, x: Tensor, norm: int) -> Tensor:
+        """Return what attention (0) or the MLP (1) gives, normed where the family has norms after them."""
+        return self.norms_after[norm](x) if self.norms_after else x
+
+    def _added(self, x: Tensor, norm: int) -> Tensor:
+        """Return what is added to the residual."""
+        x = self._normed(x, norm)
         return x if self.residual_scale == 1.0 else x * self.residual_scale
 
     def _up_to_down(
@@ -93,9 +108,9 @@ class DecoderLayer(TransformerLayer):
         for_qkv, for_up, for_down = (Refill() if cheap else None for _ in range(3))
         qkv, up = self.self_attention.linear_qkv.new_rounded(), self.mlp.linear_fc1.new_rounded()
         x, hidden = self.input_layernorm.add(hidden, None, for_qkv, qkv)
-        x, hidden = self.pre_mlp_layernorm.add(self._added(self.self_attention(x, rows, for_qkv, qkv)), hidden, for_up, up)
+        x, hidden = self.pre_mlp_layernorm.add(self._added(self.self_attention(x, rows, for_qkv, qkv), 0), hidden, for_up, up)
         x, _ = self.mlp.linear_fc1(x, rows.route, for_up, up)
-        return hidden, swiglu(x, for_down, rounded_up=up, rounded_down=down), for_down
+        return hidden, swiglu(x, for_down, rounded_up=up, rounded_down=down, gelu=self.gelu), for_down
 
 
 class _Rerun(torch.autograd.Function):

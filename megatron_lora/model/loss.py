@@ -46,10 +46,13 @@ class Head:
     group: dist.ProcessGroup
     sequence_parallel: bool
     divisor: float = 1.0  # of the products, which gives the logits
+    cap: float | None = None  # c: these are then c tanh(logits / c)
 
     def to_logits_(self, products: Tensor) -> Tensor:
         """Turn products of hidden states with the matrix into logits, in place."""
-        return products if self.divisor == 1.0 else products.div_(self.divisor)
+        if self.divisor != 1.0:
+            products.div_(self.divisor)
+        return products if self.cap is None else products.div_(self.cap).tanh_().mul_(self.cap)
 
 
 def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, targets: Tensor | None = None, chunk_rows: int | None = None) -> Tensor:
@@ -148,6 +151,8 @@ def _chunk(hidden: Tensor, labels: Tensor, head: Head, logits: Tensor, losses: T
             dist.all_reduce(first, op=dist.ReduceOp.MIN, group=head.group)
         right.copy_(first == labels)
     if grad is not None:
-        torch.mm(softmax_residual_(logits, labels, highest, total, head.first_token), head.weight_VH, out=grad)
+        slope = None if head.cap is None else (logits / head.cap).square_().neg_().add_(1)
+        residual = softmax_residual_(logits, labels, highest, total, head.first_token)
+        torch.mm(residual if slope is None else residual.mul_(slope), head.weight_VH, out=grad)
         if head.divisor != 1.0:
             grad.div_(head.divisor)

@@ -17,7 +17,8 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=device), requires_grad=False)
+        dtype = torch.float32 if config.architecture.family.zero_centred else config.params_dtype  # 1 + w has more digits than w
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=dtype, device=device), requires_grad=False)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -79,6 +79,8 @@ class Stage(torch.nn.Module):
         self.tensor_group = tensor_group()
         self.sequence_parallel = model.config.sequence_parallel
         self.linears: tuple[MultiLoraLinear, ...] = tuple(self._bind_linears())
+        scale = architecture.embedding_scale
+        self.embedding_scale = float(torch.tensor(scale, dtype=self.dtype)) if architecture.family.scaled_embedding else scale
         self.rotaries = {rope: Rotary(rope, architecture.head_dim, device) for rope in {architecture.ropes[layer] for layer in layers}}
 
     @property
@@ -128,8 +130,8 @@ class Stage(torch.nn.Module):
         if self.is_first:
             assert hidden is None
             embedded = self.model.embedding(input_ids=microbatch.tokens[None], position_ids=None)
-            if self.architecture.embedding_scale != 1.0:
-                embedded = embedded * self.architecture.embedding_scale
+            if self.embedding_scale != 1.0:
+                embedded = embedded * self.embedding_scale
             if torch.is_grad_enabled():
                 embedded = _Differentiable.apply(torch.zeros((), device=self.device, requires_grad=True), embedded)
         else:
@@ -159,6 +161,7 @@ class Stage(torch.nn.Module):
             group=self.tensor_group,
             sequence_parallel=self.sequence_parallel,
             divisor=self.architecture.logit_divisor,
+            cap=self.architecture.logit_cap,
         )
 
     def losses(self, hidden: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -322,8 +325,9 @@ def _block_spec(config: StageConfig, num_layers: int, backends: Backends) -> Any
     Any, here and below: Megatron's annotations name other arguments than it passes to the modules of a spec.
     """
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    norm = EngineNorm if backends.norms == "te" else RMSNorm
-    core_attention = EngineAttention if backends.attention == "te" else PackedAttention
+    assert config.architecture is not None
+    norm = EngineNorm if backends.norms == "te" and not config.architecture.family.zero_centred else RMSNorm
+    core_attention = EngineAttention if backends.attention == "te" and config.architecture.attention_cap is None else PackedAttention
     attention = ModuleSpec(
         module=MergedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

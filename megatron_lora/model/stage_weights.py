@@ -29,7 +29,9 @@ def parts_of(
         return Part(target=weight[:rows], name=name, index=(slice(first, first + rows), slice(None)))
 
     def norm_part(norm: object, name: str) -> Part:
-        return Part(target=cast(RMSNorm, norm).weight, name=f"{name}.weight", index=(slice(None),))
+        return Part(
+            target=cast(RMSNorm, norm).weight, name=f"{name}.weight", index=(slice(None),), plus=float(architecture.family.zero_centred)
+        )
 
     if model.pre_process:
         yield vocabulary(model.embedding.word_embeddings.weight, EMBEDDING)

@@ -61,7 +61,9 @@ class Calibration:
 
 def subject_of(config: RunConfig, architecture: Architecture, device: Device) -> dict[str, object]:
     """Return the subject of the tables that serve a config on a device."""
-    shape = {name: value for name, value in dataclasses.asdict(shape_of(architecture)).items() if name != "num_layers"}
+    found = shape_of(architecture)
+    given = {field.name: (getattr(found, field.name), field.default) for field in dataclasses.fields(found) if field.name != "num_layers"}
+    shape = {name: value for name, (value, default) in given.items() if value != default or name == "qk_norm"}
     kind = {"tensor": config.parallel.tensor, "sequence": config.parallel.sequence, "bytes_per_number": item_bytes(config, device)}
     return {"device": device.name, **shape, **kind, "base_weights": config.base_weights, "backend": config.backend}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,10 @@ def choose_backends(config: RunConfig, architecture: Architecture, dtype: torch.
     """
     machine = this_machine()
     backends = choose(backend_of(config), machine)
+    if architecture.attention_cap is not None:
+        if dist.get_rank() == 0:
+            print("attention: ours in plain torch, a slow one, since this base model caps its scores", flush=True)
+        return dataclasses.replace(backends, attention="torch")
     if backends.attention == "torch":
         return backends
     tensor = config.parallel.tensor

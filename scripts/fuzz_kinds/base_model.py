@@ -29,6 +29,11 @@ CONFIGS = {
         "max_window_layers": 1,
     },
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 4, "sliding_window": 5, "pad_token_id": 0},
+    "gemma3_text": {
+        **{"num_key_value_heads": 2, "head_dim": 4, "sliding_window": 5, "sliding_window_pattern": 2, "pad_token_id": 0},
+        **{"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    },
     "granite": {"num_key_value_heads": 2, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "ministral": {"num_key_value_heads": 2, "head_dim": 4, "sliding_window": 5},
     "phi3": {

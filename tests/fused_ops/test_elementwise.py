@@ -99,8 +99,9 @@ def test_rotate_qkv(heads, kv_heads, head_dim, pairs, with_norms, dtype, backend
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 1, 34), (2, 4200)])
-def test_swiglu(shape, dtype, backend):
-    compare(lambda x: (swiglu(x, backend=backend),), lambda x: (swiglu_reference(x),), [random(*shape) * 3], dtype)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_swiglu(shape, gelu, dtype, backend):
+    compare(lambda x: (swiglu(x, backend=backend, gelu=gelu),), lambda x: (swiglu_reference(x, gelu),), [random(*shape) * 3], dtype)
 
 
 def test_swiglu_needs_no_memory_for_its_gradients(backend):
@@ -257,10 +258,11 @@ def test_rope_compiles_without_spills(heads, kv_heads, head_dim, norm, backward)
 
 @pytest.mark.parametrize("again", [None, False, True])
 @pytest.mark.parametrize("in_8_bits", [False, True])
-def test_swiglu_compiles_without_spills(again, in_8_bits):
+@pytest.mark.parametrize("gelu", [False, True])
+def test_swiglu_compiles_without_spills(again, in_8_bits, gelu):
     arguments = {"x_ptr": "*bf16", "y_ptr": "*bf16", "num_cols": "i32", "num_blocks": "i32", **IN_8_BITS}
     block = swiglu_file.MOST_IN_REGISTERS if in_8_bits else swiglu_file.BLOCK
-    kernel, constants = swiglu_file._forward_kernel, {"BLOCK": block, "FP8": in_8_bits}
+    kernel, constants = swiglu_file._forward_kernel, {"BLOCK": block, "GELU": gelu, "FP8": in_8_bits}
     if again is not None:
         kernel, constants = swiglu_file._backward_kernel, {**constants, "REFILL": again}
         arguments |= {"dy_ptr": "*bf16", "dx_ptr": "*bf16"}

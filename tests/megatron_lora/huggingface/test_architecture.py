@@ -86,7 +86,7 @@ def test_sliding_windows(changes, windows, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"model_type": "gemma"}, "model_type is 'gemma'; supported are llama, mistral, qwen2, qwen3, ministral, granite"),
     ({"model_type": None}, "model_type is None"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only the activation of the model type"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is 'fp8'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

@@ -33,6 +33,10 @@ BASES = {
                 "sliding_window": 7, "tie_word_embeddings": False, "pad_token_id": None},
     "ministral": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
     "phi3": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 7, "pad_token_id": None},
+    "gemma2": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7, "tie_word_embeddings": False,
+               "attn_logit_softcapping": 2.0, "final_logit_softcapping": None},
+    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7, "tie_word_embeddings": False,
+                    "sliding_window_pattern": 2},
 }  # fmt: skip
 MIXED = ["full_attention", "sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -40,41 +44,28 @@ OLDER = {"rope_scaling", "rope_theta", "partial_rotary_factor", "torch_dtype", "
 SHARED = {"is_causal", "attention_chunk_size", "per_layer_config", "transformers_weights", "quantization_config", "output_attentions",
           "num_labels", "text_config", "configuration_files", "attribute_map"}  # fmt: skip
 USED_VALUES = {
-    "vocab_size": 67,
-    "hidden_size": 64,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 4,
-    "head_dim": 12,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 0.3,
-    "hidden_act": "swish",
-    "tie_word_embeddings": True,
-    "attention_bias": True,
-    "mlp_bias": True,
-    "sliding_window": 3,
-    "use_sliding_window": False,
-    "max_window_layers": 2,
-    "layer_types": MIXED,
-    "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
-    "rope_scaling": {"type": "linear", "factor": 3.0},
-    "rope_theta": 50.0,
-    "embedding_multiplier": 2.0,
-    "attention_multiplier": 0.2,
-    "residual_multiplier": 0.7,
-    "logits_scaling": 3.0,
-    "no_rope_layers": [0, 1, 1, 0],
-    "no_rope_layer_interval": 3,
-    "partial_rotary_factor": 0.5,
-}
+    "vocab_size": 67, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 4, "head_dim": 12, "max_position_embeddings": 64, "rms_norm_eps": 0.3, "hidden_act": "swish",
+    "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "sliding_window": 3, "use_sliding_window": False,
+    "max_window_layers": 2, "layer_types": MIXED, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
+    "rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 50.0,
+    "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 3.0,
+    "no_rope_layers": [0, 1, 1, 0], "no_rope_layer_interval": 3, "partial_rotary_factor": 0.5,
+    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 9, "final_logit_softcapping": 0.5, "attn_logit_softcapping": 0.5,
+    "sliding_window_pattern": 3, "rope_local_base_freq": 50.0,
+}  # fmt: skip
 LONGROPE = {"rope_theta": 100.0, "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.5, 2.5, 4.0, 9.0]}
 VALUES_OF_TYPE = {  # in place of those above
     ("phi3", "rope_parameters"): {**LONGROPE, "rope_type": "longrope"},
     ("phi3", "rope_scaling"): {**LONGROPE, "type": "longrope"},
+    ("gemma3_text", "rope_parameters"): {
+        "full_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}, "sliding_attention": {"rope_theta": 20.0},
+    },
+    ("gemma3_text", "rope_scaling"): {"rope_type": "linear", "factor": 3.0},
 }  # fmt: skip
 REFUSED_VALUES = {
-    "hidden_act": "gelu", "attention_dropout": 0.1, "quantization_config": {"quant_method": "fp8"}, "compression_config": {"format": "x"},
+    "hidden_act": "gelu", "hidden_activation": "gelu", "use_bidirectional_attention": True,
+    "attention_dropout": 0.1, "quantization_config": {"quant_method": "fp8"}, "compression_config": {"format": "x"},
     "partial_rotary_factor": 0.5, "is_causal": False, "attention_chunk_size": 8, "per_layer_config": {"1": {"sliding_window": 3}},
     "text_config": {"model_type": "llama"}, "decoder": {}, "generator": {}, "text_encoder": {}, "vision_config": {}, "audio_config": {},
     "resid_pdrop": 0.1, "embd_pdrop": 0.1,
@@ -86,6 +77,7 @@ HARMLESS_VALUES = {
     "pretraining_tp": 2, "chunk_size_feed_forward": 3, "bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 4,
     "output_hidden_states": True, "output_attentions": True, "return_dict": False, "use_cache": False, "id2label": {"0": "a", "1": "b"},
     "label2id": {"a": 0, "b": 1}, "problem_type": "regression", "num_labels": 2, "transformers_version": "4.40.0",
+    "cache_implementation": "hybrid",
     "name_or_path": "elsewhere/model", "_name_or_path": "elsewhere/model", "_commit_hash": "0123", "tokenizer_class": "NoSuchTokenizer",
     "gradient_checkpointing": True, "attn_implementation": "eager", "_attn_implementation": "sdpa", "_attn_implementation_autoset": True,
     "classifier_dropout": 0.5, "unsloth_version": "2025.1", "unsloth_fixed": True,
@@ -138,10 +130,14 @@ IGNORED_BY_TYPE = {  # fields of other types: the value above is refused by name
     "smollm3": set(),
     "ministral": {"attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers"},
     "phi3": {"attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "layer_types"},
+    "gemma2": {"mlp_bias", "hidden_act"},
+    "gemma3_text": {"mlp_bias", "hidden_act", "attn_logit_softcapping"},
 }
 UNCHANGED = {  # what these types are anyway
     *(("llama", "use_sliding_window"), ("llama", "max_window_layers"), ("qwen2", "attention_bias")),
     *(("granite", "use_sliding_window"), ("granite", "max_window_layers"), ("smollm3", "max_window_layers"), ("smollm3", "layer_types")),
+    *(("gemma2", "use_sliding_window"), ("gemma2", "max_window_layers")),
+    *(("gemma3_text", "use_sliding_window"), ("gemma3_text", "max_window_layers")),
 }
 
 
@@ -162,7 +158,7 @@ def test_used_fields_give_the_logits_of_transformers(kind, tmp_path, one_process
         ours = our_logits(directory)
         assert difference(ours, their_logits(directory, read_architecture(directory).vocab_size)) < 1e-5, key
         changed = ours.shape != base.shape or difference(ours, base) > 1e-4
-        assert changed == (key not in ("max_position_embeddings", "hidden_act") and (kind, key) not in UNCHANGED), key
+        assert changed == (key not in ("max_position_embeddings", "hidden_act", "hidden_activation") and (kind, key) not in UNCHANGED), key
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -174,7 +170,7 @@ def test_fields_without_effect_change_no_logit(kind, tmp_path, one_process):
     values = {key: {key: value} for key, value in HARMLESS_VALUES.items()} | {"generation": {**generation, "use_cache": True}}
     for key, changes in values.items():
         edited(directory, **changes)
-        if key != "return_dict":  # a tuple is returned
+        if key != "return_dict" and (kind, key) != ("gemma2", "_attn_implementation"):  # a tuple is returned; not there
             assert difference(their_logits(directory, 61), theirs) < 1e-6, key  # another attention has other bits
         assert torch.equal(our_logits(directory), ours), key
         assert unread_fields(directory) == ()
@@ -185,7 +181,7 @@ def test_fields_without_effect_change_no_logit(kind, tmp_path, one_process):
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("key", REFUSED)
 def test_refused_fields_are_named(kind, key, tmp_path):
-    if key in FAMILIES[kind].keys:
+    if key in FAMILIES[kind].keys and key != "hidden_activation":
         return  # one of its own
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **BASE, **BASES[kind], key: REFUSED_VALUES[key]}))
     with pytest.raises(UserError, match=f"{key} is .*; .+") as caught:
@@ -262,6 +258,10 @@ def test_each_layer_has_the_window_of_transformers(name, tmp_path, one_process):
     ("llama", {"rope_parameters": {**YARN, "original_max_position_embeddings": 0}}, "original_max_position_embeddings is 0"),
     ("llama", {"original_max_position_embeddings": 0, "rope_parameters": YARN}, "original_max_position_embeddings is 0"),
     ("llama", {"rope_theta": 10**400}, "rope_theta is 1000"),
+    ("gemma2", {"hidden_activation": None}, "hidden_activation is None; only the activation of the model type"),
+    ("gemma3_text", {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping is 3.0; transformers does not cap the scores"),
+    ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "numbers for full_attention and for sliding_attention are needed"),
+    ("gemma3_text", {"sliding_window": None}, "this gemma3_text has no window for its sliding layers"),
     ("granite", {"logits_scaling": 0}, "logits_scaling is 0; a positive number"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]; 3 entries are needed"),
     ("smollm3", {"layer_types": MIXED, "use_sliding_window": False}, "this smollm3 has no window for its sliding layers"),
@@ -305,7 +305,7 @@ def test_yarn_as_transformers_has_it(name, tmp_path, one_process):
 
 @pytest.mark.parametrize("kind", [kind for kind in BASES if "yarn" in FAMILIES[kind].ropes])
 def test_yarn_of_every_model_type_in_the_older_form(kind, tmp_path, one_process):
-    rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    rope = {"rope_type" if kind == "gemma3_text" else "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     directory = make(tmp_path / "model", kind, max_position_embeddings=32, rope_theta=1e4, rope_scaling=rope)
     assert read_architecture(directory).max_positions == 128
     assert difference(our_logits(directory, (3, 110)), their_logits(directory, 61, (3, 110))) < 1e-5

@@ -9,10 +9,12 @@ import torch
 from tiny import stage_input
 
 from fused_ops.elementwise.rope import rotate
+from fused_ops.launch.backend import gradients
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.huggingface.architecture import Rope
 from megatron_lora.huggingface.rope import frequencies, rotary_table
 from megatron_lora.model.attention import PackedAttention, PackedRows, can_varlen, per_sample_attention, varlen_attention
+from megatron_lora.model.capped_attention import capped_attention
 
 LENGTHS = (3, 11, 1, 8)
 
@@ -83,8 +85,8 @@ def test_only_cuda_in_16_bit_takes_flash_attention():
 
 
 def core(window=None, head_dim=8):
-    architecture = SimpleNamespace(sliding_windows=(None, window))
-    return PackedAttention(SimpleNamespace(architecture=architecture, kv_channels=head_dim), layer_number=2)
+    architecture = SimpleNamespace(sliding_windows=(None, window), softmax_scale=head_dim**-0.5, attention_cap=None)
+    return PackedAttention(SimpleNamespace(architecture=architecture), layer_number=2)
 
 
 def run_core(attention, query, key, value, lengths=LENGTHS):
@@ -117,3 +119,26 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     assert (score(7, 3) - score(7, 1)).abs() > 0.1
     table = rotary_table(torch.tensor([50]), freqs, scale, torch.float32)
     torch.testing.assert_close(rotate(query, table).norm(), query.norm())
+
+
+@pytest.mark.parametrize("window", [None, 9, 100])
+def test_capped_attention_in_blocks(window):
+    """Blocks of rows give what all scores at once give, forward and backward."""
+    lengths, cap, scale = (70, 1, 130), 1.5, 0.9
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(sum(lengths), heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4))
+
+    def at_once(q, k, v):
+        outs = []
+        for a, b, c in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+            b, c = (x.repeat_interleave(2, dim=1) for x in (b, c))
+            behind = torch.arange(len(a))[:, None] - torch.arange(len(a))
+            seen = (behind >= 0) & (behind < (window or len(a)))
+            scores = cap * torch.tanh(torch.einsum("ihd,jhd->hij", a, b) * scale / cap)
+            outs.append(torch.einsum("hij,jhd->ihd", scores.where(seen, -torch.inf).softmax(-1), c))
+        return (torch.cat(outs),)
+
+    ours, grads = gradients(lambda *x: (capped_attention(*x, packing_of(lengths), scale, window, cap),), (q, k, v), (d_out,))
+    theirs, expected = gradients(at_once, (q, k, v), (d_out,))
+    for found, truth in zip((*ours, *grads), (*theirs, *expected), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)

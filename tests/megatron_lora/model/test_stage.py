@@ -78,6 +78,8 @@ def test_logits_and_losses_equal_transformers(kind, models, one_process):
     ("qwen3", {"pp": 2, "tp": 2, "sequence": True}),
     ("granite", {"pp": 2, "tp": 2}),
     ("phi3", {"pp": 2, "tp": 2, "sequence": True}),
+    ("gemma2", {"pp": 2, "tp": 2}),
+    ("gemma3_text", {"pp": 2, "tp": 2, "sequence": True}),
     ("smollm3", {"pp": 2, "tp": 2, "sequence": True}),
 ])  # fmt: skip
 def test_layouts_equal_one_rank(kind, layout, models, one_process, pool):

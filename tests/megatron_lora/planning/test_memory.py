@@ -29,13 +29,19 @@ from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from scheduling import memory
 from scheduling.cost import ModelShape
-from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
+from scheduling.layer_memory import FUSED_MODULES, MODULES, Adapter, LayerMemory, layer_memory
 from scheduling.memory import stage_memory
 
 LENGTHS, LAYERS, VOCABULARY = (300, 500, 224), 4, 512
 ROWS = sum(LENGTHS)
 SEGMENTS = ((0, 300, 0), (300, ROWS, 1))
 INPUTS = 32 * ROWS  # the microbatch itself is there before the stage begins
+OTHERS = {
+    "granite": {"residual_multiplier": 0.5},
+    "phi3": {},
+    "gemma3_text": {"tie_word_embeddings": False, "sliding_window_pattern": 2},
+}  # model type -> what it has of its own
+KINDS = {"mistral": {}, "qwen3": {}, **OTHERS}
 POLICIES = ["none", "cheap", "full", ("full", "cheap", "cheap", "none"), ("none", "none", "full", "full")]
 
 
@@ -43,7 +49,7 @@ POLICIES = ["none", "cheap", "full", ("full", "cheap", "cheap", "none"), ("none"
 def directory(tmp_path_factory):
     """Config files of models whose layers are as uneven as real ones, by model type."""
     root = tmp_path_factory.mktemp("models")
-    for kind in ("mistral", "qwen3"):
+    for kind in KINDS:
         (root / kind).mkdir()
         config = {"model_type": kind, "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
         config |= {
@@ -53,7 +59,9 @@ def directory(tmp_path_factory):
             "rms_norm_eps": 1e-5,
             "head_dim": 32,
         }
-        (root / kind / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
+        (root / kind / "config.json").write_text(
+            json.dumps(config | ({"sliding_window": 4096 if kind == "gemma3_text" else None}) | KINDS[kind])
+        )
     return root
 
 
@@ -129,9 +137,12 @@ BOTH = (Adapter(16), Adapter(24))
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("recompute", POLICIES)
-@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen3", *OTHERS])
 def test_one_rank(kind, recompute, dtype, directory, one_process):
-    found = measure(directory / kind, ParallelConfig(), recompute, dtype, BOTH)
+    if kind in OTHERS and (recompute not in ("none", "cheap", "full") or dtype != torch.bfloat16):
+        return  # they differ from the first two in what a layer keeps and takes alone
+    modules = FUSED_MODULES if kind == "phi3" else MODULES
+    found = measure(directory / kind, ParallelConfig(), recompute, dtype, [Adapter(each.rank, modules) for each in BOTH])
     assert found.weights == 1 and found.adapters == found.modelled_adapters
     assert found.kept == pytest.approx(1, rel=0.002) and found.peak == pytest.approx(1, rel=0.015)
 

@@ -11,7 +11,7 @@ from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.model.backends import Backends, Machine
 from megatron_lora.training import assemble
 
-ARCHITECTURE = SimpleNamespace(num_heads=32, num_kv_heads=8, head_dim=128, sliding_windows=(None, 512))
+ARCHITECTURE = SimpleNamespace(num_heads=32, num_kv_heads=8, head_dim=128, sliding_windows=(None, 512), attention_cap=None)
 
 
 def chosen(monkeypatch, fault: str, machine: Machine, tensor: int = 1) -> tuple[Backends, list]:
