@@ -53,6 +53,24 @@ KINDS = {  # name: (transformers class, what differs); query heads per kv head: 
 }  # fmt: skip
 
 
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+MULTIMODAL = {  # name: (kind of its text part, transformers class, vision class, what differs)
+    "gemma3": ("gemma3_text", "Gemma3", "SiglipVision", {"mm_tokens_per_image": 4}),
+    "mistral3": ("mistral", "Mistral3", "PixtralVision", {"tie_word_embeddings": False}),
+}
+
+
+def save_multimodal(directory: Path, kind: str):
+    """Write a random model of text and images, and return it."""
+    import transformers
+
+    text, name, vision, values = MULTIMODAL[kind]
+    part = getattr(transformers, KINDS[text][0] + "Config")(**{**BASE, **KINDS[text][1]})
+    tower = getattr(transformers, vision + "Config")(**TOWER)
+    config = getattr(transformers, name + "Config")(text_config=part.to_dict(), vision_config=tower.to_dict(), **values)
+    return save_random(transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval(), directory)
+
+
 def save_model(directory: Path, kind: str, max_shard_size: str = "5GB", more=()):
     """Write a random float32 model of a kind, with `more` of its config, every parameter of it random, and return it."""
     import transformers
@@ -60,8 +78,12 @@ def save_model(directory: Path, kind: str, max_shard_size: str = "5GB", more=())
     name, values = KINDS[kind]
     transformers.utils.logging.set_verbosity_error()
     config = getattr(transformers, name + "Config")(**{**BASE, **values, **dict(more)})
+    return save_random(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), directory, max_shard_size)
+
+
+def save_random(model, directory: Path, max_shard_size: str = "5GB"):
+    """Write a model with random parameters, and return it."""
     generator = torch.Generator().manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms too, which start at 0 and 1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.dim() == 1))

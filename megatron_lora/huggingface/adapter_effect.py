@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
 from megatron_lora.huggingface.adapter_targets import read_targets
+from megatron_lora.huggingface.families import MULTIMODAL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,10 @@ def load_base(model_dir: Path) -> PreTrainedModel:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, trust_remote_code=False).eval()
+        config = transformers.AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        of_images = config.model_type in MULTIMODAL
+        loader = transformers.AutoModelForImageTextToText if of_images else transformers.AutoModelForCausalLM
+        return loader.from_pretrained(model_dir, dtype=torch.float32, trust_remote_code=False).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--base: {str(model_dir)!r} cannot be loaded by transformers ({one_line(error, 160)}); fetch it again") from None
 

@@ -35,6 +35,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 PREFIX = "base_model.model."
+OF_TEXT = "model.language_model."  # of paths in a model of text and images
 LAYER = re.compile(r"layers\.(\d+)\.")
 LARGEST_RANK, LARGEST_ALPHA = 2**20, 1e30
 
@@ -175,7 +176,9 @@ def check_adapter(where: str, adapter: AdapterFile, shapes: Mapping[str, tuple[i
 
 def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
     """Return adapter_config.json, in fields that PEFT has had since 0.8; an integral alpha is an int, which some readers require."""
-    alpha = adapter.lora_alpha
+    alpha, targets = adapter.lora_alpha, list(adapter.target_modules)
+    if all(path.startswith(OF_TEXT) for path in adapter.weights):  # beside a vision tower whose linears have the same names
+        targets = re.escape(OF_TEXT) + rf"layers\.\d+\.\w+\.(?:{'|'.join(targets)})"
     return {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -188,7 +191,7 @@ def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
         "peft_type": "LORA",
         "r": adapter.r,
         "revision": adapter.revision,
-        "target_modules": list(adapter.target_modules),
+        "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "use_rslora": adapter.use_rslora,
     }

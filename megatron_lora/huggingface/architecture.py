@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -21,12 +22,12 @@ from typing import Any
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import read_regular
 from megatron_lora.huggingface import config_fields
-from megatron_lora.huggingface.families import ACTIVATIONS, FAMILIES, FUSED, SEPARATE, Family
+from megatron_lora.huggingface.families import ACTIVATIONS, FAMILIES, FUSED, MULTIMODAL, OTHERS, SEPARATE, Family
 from megatron_lora.huggingface.rope_config import Rope, read_ropes, rope_readers, rope_values
 
 # Megatron's linear -> all modules that a family may merge in it.
 MERGED_LINEARS = {linear: tuple(dict.fromkeys((*SEPARATE[linear], *FUSED[linear]))) for linear in SEPARATE}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 LARGEST_COUNT = 2**31 - 1  # the largest value of any count in config.json
 LARGEST_NUMBER = 1e30  # of any other number in it
 MOST_LAYERS = 10_000
@@ -61,6 +62,7 @@ class Architecture:
     logit_divisor: float = 1.0
     attention_cap: float | None = None  # c: scores are c tanh(scores / c)
     logit_cap: float | None = None
+    prefix: str = "model"  # of its tensors' names but for the head's
 
     @property
     def rope(self) -> Rope | None:
@@ -133,7 +135,19 @@ class Architecture:
     def module_path(self, layer: int, module: str) -> str:
         """Return the Hugging Face path of a module, for example "model.layers.0.self_attn.q_proj"."""
         block = "mlp" if module in MERGED_LINEARS["fc1"] + MERGED_LINEARS["fc2"] else "self_attn"
-        return f"model.layers.{layer}.{block}.{module}"
+        return f"{self.prefix}.layers.{layer}.{block}.{module}"
+
+    @property
+    def embedding(self) -> str:
+        """The name of the embedding's matrix."""
+        return f"{self.prefix}.embed_tokens.weight"
+
+    def current_name(self, name: str) -> str | None:
+        """Return the name of a stored tensor as transformers has it today; None: it is of another part than the text's."""
+        if self.prefix == "model":
+            return name
+        name = re.sub(r"^language_model\.(?:model\.)?", f"{self.prefix}.", name).replace(f"{self.prefix}.lm_head.", "lm_head.")
+        return None if re.match(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.", name) else name
 
     def has_bias(self, module: str) -> bool:
         """Return whether the base linear `module` has a bias."""
@@ -142,6 +156,8 @@ class Architecture:
     def notes(self) -> list[str]:
         """Return what a user has to know of the model."""
         found = []
+        if self.prefix != "model":
+            found.append("of this model of text and images, the text part alone is trained")
         if self.rope is not None and self.rope.kind == "longrope" and self.max_positions > self.rope.original_max_positions:
             short = int(self.rope.original_max_positions)
             found.append(
@@ -152,14 +168,17 @@ class Architecture:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all tensors that the checkpoint must hold, by Hugging Face name."""
-        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, self.hidden_size), "model.norm.weight": (self.hidden_size,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            self.embedding: (self.vocab_size, self.hidden_size),
+            f"{self.prefix}.norm.weight": (self.hidden_size,),
+        }
         if not self.tied_head:
             shapes[HEAD] = (self.vocab_size, self.hidden_size)
         for layer in range(self.num_layers):
             for norm in self.family.norms:
-                shapes[f"model.layers.{layer}.{norm}.weight"] = (self.hidden_size,)
+                shapes[f"{self.prefix}.layers.{layer}.{norm}.weight"] = (self.hidden_size,)
             for norm in ("q_norm", "k_norm") if self.qk_norm else ():
-                shapes[f"model.layers.{layer}.self_attn.{norm}.weight"] = (self.head_dim,)
+                shapes[f"{self.prefix}.layers.{layer}.self_attn.{norm}.weight"] = (self.head_dim,)
             for module, (num_in, num_out) in self.module_sizes.items():
                 shapes[self.module_path(layer, module) + ".weight"] = (num_out, num_in)
                 if self.has_bias(module):
@@ -185,7 +204,7 @@ class _Reader:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.values = json.loads(read_regular(path))
+            self.values: dict[str, Any] = json.loads(read_regular(path))
         except OSError:
             raise UserError(
                 f"base_model: {path} cannot be read; give a Hugging Face model directory with config.json and safetensors"
@@ -195,8 +214,19 @@ class _Reader:
         if not isinstance(self.values, dict):
             raise UserError(f"base_model: {path} holds no object; fetch the file again")
         kind = self.values.get("model_type")
+        self.outer: dict[str, Any] = {}  # of a model of text and images
+        if isinstance(kind, str) and kind in MULTIMODAL:
+            self.outer, text = self.values, self.values.get("text_config")
+            if not isinstance(text, dict) or text.get("model_type", MULTIMODAL[kind]) != MULTIMODAL[kind]:
+                raise self.error("text_config", text, f"the fields of a {MULTIMODAL[kind]} are needed")
+            self.values = {**text, "tie_word_embeddings": self.outer.get("tie_word_embeddings", True)}
+            kind = MULTIMODAL[kind]
         if not isinstance(kind, str) or kind not in FAMILIES:
-            raise self.error("model_type", kind, f"supported are {', '.join(FAMILIES)}")
+            hint = f"supported are {', '.join([*FAMILIES, *MULTIMODAL])}"
+            if isinstance(kind, str) and kind in OTHERS:
+                nearest, differs = OTHERS[kind]
+                hint += f"; the nearest is {nearest}, from which it differs by {differs}"
+            raise self.error("model_type", kind, hint)
         self.model_type: str = kind
         self.family: Family = FAMILIES[kind]
 
@@ -272,6 +302,7 @@ class _Reader:
             o_bias=attention_bias,
             mlp_bias=mlp_bias,
             tied_head=self.flag("tie_word_embeddings"),
+            prefix="model.language_model" if self.outer else "model",
             **factors,
         )
 
@@ -285,6 +316,8 @@ class _Reader:
             if value not in harmless and not is_own:
                 shown = value.get("quant_method", value) if isinstance(value, dict) else value
                 raise self.error(key, shown, hint)
+            if self.outer and key not in ("text_config", "vision_config") and self.outer.get(key, harmless[0]) not in harmless:
+                raise self.error(key, self.outer[key], hint)
         kind, family = self.model_type, self.family
         if family.qk_norm and self.values.get("attn_logit_softcapping") is not None and "attn_logit_softcapping" in family.keys:
             hint = f"transformers does not cap the scores of a {kind}; remove the key"

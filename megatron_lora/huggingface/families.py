@@ -44,6 +44,28 @@ class Family:
     multipliers: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # config key -> field of Architecture, and the power of it
 
 
+# Checkpoints of text and images -> the family of their text part, which is trained alone.
+MULTIMODAL = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+# Model types that are refused -> the nearest family, and what differs.
+_EXPERTS = "a mixture of experts"
+OTHERS: dict[str, tuple[str, str]] = {
+    "gemma": ("gemma2", "no norms after attention and MLP"),
+    "gemma3n": ("gemma3_text", "embeddings of every layer, and layers that share keys and values"),
+    "ministral3": ("ministral", "queries that are scaled by their position"),
+    "phi": ("phi3", "attention and MLP side by side"),
+    "mllama": ("llama", "layers that attend to an image"),
+    **dict.fromkeys(("llama4", "llama4_text"), ("llama", f"{_EXPERTS}, and attention in chunks")),
+    **dict.fromkeys(("olmo2", "olmo3"), ("llama", "norms after attention and MLP alone")),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("llama", f"latent attention (MLA) and {_EXPERTS}")),
+    "gpt_oss": ("qwen3", f"{_EXPERTS}, and attention sinks"),
+    "mixtral": ("mistral", _EXPERTS),
+    "qwen2_moe": ("qwen2", _EXPERTS),
+    "qwen3_moe": ("qwen3", _EXPERTS),
+    "granitemoe": ("granite", _EXPERTS),
+    "phimoe": ("phi3", _EXPERTS),
+    **dict.fromkeys(("qwen3_next", "jamba", "falcon_h1", "nemotron_h"), ("llama", "layers that are no attention")),
+    "granitemoehybrid": ("granite", "layers that are no attention"),
+}
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False}
 _GRANITE = {
     "embedding_multiplier": ("embedding_scale", 1.0),

@@ -33,6 +33,11 @@ def model_card(config: Mapping[str, Any], num_parameters: int, base_digest: str,
     known = [f"revision `{revision}`"] if revision else []
     known += [f"weights of SHA-256 `{base_digest}`"] if base_digest else []
     of_base = f"\nOf the base model: {', '.join(known)}.\n" if known else ""
+    modules, loader = config["target_modules"], "AutoModelForCausalLM"
+    if isinstance(modules, str):  # an expression for the text part of a model of text and images
+        modules, loader = f"`{modules}`", "AutoModelForImageTextToText"
+    else:
+        modules = ", ".join(modules)
     return f"""---
 base_model: {base}
 library_name: peft
@@ -46,13 +51,13 @@ tags:
 # LoRA adapter for {base_model}
 
 Trained with megatron-lora. {num_parameters:,} parameters, rank {config["r"]}, lora_alpha {config["lora_alpha"]:g}\
-{", rank-stabilised scale" if config["use_rslora"] else ""}, on {", ".join(config["target_modules"])}.
+{", rank-stabilised scale" if config["use_rslora"] else ""}, on {modules}.
 {of_base}
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-base = AutoModelForCausalLM.from_pretrained({base}{pinned})
+base = {loader}.from_pretrained({base}{pinned})
 model = PeftModel.from_pretrained(base, "{DIRECTORY}")
 ```
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
+from megatron_lora.huggingface.architecture import HEAD, Architecture
 from megatron_lora.huggingface.weight_slices import Source
 
 NUM_ORDINARY = 256
@@ -31,7 +31,7 @@ def untrained_tokens(source: Source, architecture: Architecture, tokens: Mapping
     if not ordinary:
         return []
     untrained: set[int] = set()
-    for name in (EMBEDDING,) if architecture.tied_head else (EMBEDDING, HEAD):
+    for name in (architecture.embedding,) if architecture.tied_head else (architecture.embedding, HEAD):
         rows, norms = _rows(source, name, ids), _rows(source, name, ordinary).norm(dim=1)
         scale = rows.norm(dim=1)
         untrained |= {token for token, small in zip(ids, (scale < TINY * norms.median()).tolist(), strict=True) if small}

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import read_regular
-from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture, read_architecture
+from megatron_lora.huggingface.architecture import HEAD, Architecture, read_architecture
 
 DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes per number
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,7 +50,7 @@ def read_base_model(model_dir: str | Path, load_weights: bool = True) -> Archite
     if not load_weights:
         return architecture
     stored = stored_tensors(model_dir, architecture)
-    if architecture.tied_head and stored[HEAD] != stored[EMBEDDING]:
+    if architecture.tied_head and stored[HEAD] != stored[architecture.embedding]:
         architecture = dataclasses.replace(architecture, tied_head=False)
     model = f"base_model: {str(model_dir)!r}"
     for name, shape in architecture.tensor_shapes().items():
@@ -65,13 +65,16 @@ def stored_tensors(model_dir: str | Path, architecture: Architecture) -> dict[st
     Raises UserError where a tensor is missing, stored twice, or not in the architecture.
     """
     model = f"base_model: {str(model_dir)!r}"
-    names = {*architecture.tensor_shapes(), EMBEDDING, HEAD}
+    embedding = architecture.embedding
+    names = {*architecture.tensor_shapes(), embedding, HEAD}
     stored: dict[str, StoredTensor] = {}
     unknown = []
     for file in weight_files(Path(model_dir)):
         for name, entry in read_header(file).items():
+            if (current := architecture.current_name(name)) is None:
+                continue
             # transformers takes a missing or superfluous `model.` as none
-            full = next((each for each in (name, name.removeprefix("model."), f"model.{name}") if each in names), name)
+            full = next((each for each in (current, current.removeprefix("model."), f"model.{current}") if each in names), name)
             if full in stored:
                 first = stored[full]
                 raise UserError(f"{model} holds {full} twice, as {first.name} in {first.file.name} and {name} in {file.name}; {REFETCH}")
@@ -80,7 +83,7 @@ def stored_tensors(model_dir: str | Path, architecture: Architecture) -> dict[st
             elif not ROTARY_TABLE.search(name):
                 unknown.append(name)
     if architecture.tied_head:
-        for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+        for name, other in ((HEAD, embedding), (embedding, HEAD)):
             if name not in stored and other in stored:
                 stored[name] = stored[other]
     for name in architecture.tensor_shapes():

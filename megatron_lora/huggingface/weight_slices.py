@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_lora.errors import UserError, one_line
-from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
+from megatron_lora.huggingface.architecture import HEAD, Architecture
 from megatron_lora.huggingface.weight_files import stored_tensors
 
 Index = tuple[slice, ...]
@@ -51,7 +51,9 @@ class Checkpoint:
 
     def __init__(self, model_dir: str | Path, architecture: Architecture):
         self.stored = stored_tensors(model_dir, architecture)
-        assert not architecture.tied_head or self.stored[HEAD] == self.stored[EMBEDDING], "read_base_model says that the head is not tied"
+        assert not architecture.tied_head or self.stored[HEAD] == self.stored[architecture.embedding], (
+            "read_base_model says that the head is not tied"
+        )
         self.opened: dict[Path, safe_open] = {}
         self.bytes_read = 0
 

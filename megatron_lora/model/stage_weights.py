@@ -11,7 +11,7 @@ from typing import cast
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
+from megatron_lora.huggingface.architecture import HEAD, Architecture
 from megatron_lora.huggingface.weight_slices import Part
 from megatron_lora.model.decoder import DecoderLayer
 from megatron_lora.model.linears import MultiLoraLinear
@@ -34,21 +34,21 @@ def parts_of(
         )
 
     if model.pre_process:
-        yield vocabulary(model.embedding.word_embeddings.weight, EMBEDDING)
+        yield vocabulary(model.embedding.word_embeddings.weight, architecture.embedding)
     for layer, block in zip(layers, cast(Sequence[DecoderLayer], model.decoder.layers), strict=True):
         norms = dict(zip(architecture.family.norms, block.norms, strict=True))
         if architecture.qk_norm:
             attention = block.self_attention
             norms |= {"self_attn.q_norm": attention.q_layernorm, "self_attn.k_norm": attention.k_layernorm}
         for name, norm in norms.items():
-            yield norm_part(norm, f"model.layers.{layer}.{name}")
+            yield norm_part(norm, f"{architecture.prefix}.layers.{layer}.{name}")
     for linear in linears:
         yield from _linear_parts(linear)
     if model.post_process:
-        yield norm_part(model.decoder.final_layernorm, "model.norm")
+        yield norm_part(model.decoder.final_layernorm, f"{architecture.prefix}.norm")
         if not (architecture.tied_head and model.pre_process):
             assert model.output_layer.weight is not None
-            yield vocabulary(model.output_layer.weight, EMBEDDING if architecture.tied_head else HEAD)
+            yield vocabulary(model.output_layer.weight, architecture.embedding if architecture.tied_head else HEAD)
 
 
 def _linear_parts(linear: MultiLoraLinear) -> Iterator[Part]:

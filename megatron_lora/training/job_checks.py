@@ -59,7 +59,7 @@ def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: s
     }
     sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
     shapes = {path: (sizes[module][1], sizes[module][0]) for (_, module), path in paths.items() if module in sizes}
-    others = [*(path for path in paths.values() if path not in shapes), "model.embed_tokens", "lm_head"]
+    others = [*(path for path in paths.values() if path not in shapes), architecture.embedding.removesuffix(".weight"), "lm_head"]
     check_adapter(named, adapter, shapes, others)
     if adapter.base_model and Path(adapter.base_model).name != Path(base_model).name:
         made_for = f"was made for the base model {show(adapter.base_model)}, and this run has {base_model!r}, of the same shapes"

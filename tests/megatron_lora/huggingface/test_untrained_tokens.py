@@ -6,9 +6,10 @@ from typing import cast
 import pytest
 import torch
 
-from megatron_lora.huggingface.architecture import EMBEDDING, HEAD, Architecture
+from megatron_lora.huggingface.architecture import HEAD, Architecture
 from megatron_lora.huggingface.untrained_tokens import untrained_tokens
 
+EMBEDDING = "model.embed_tokens.weight"
 SIZE, ADDED = 600, range(580, 600)
 
 
@@ -25,7 +26,7 @@ def matrices(dtype=torch.bfloat16):
 
 
 def named(source, *tokens, tied=False):
-    architecture = cast(Architecture, SimpleNamespace(vocab_size=SIZE, tied_head=tied))
+    architecture = cast(Architecture, SimpleNamespace(vocab_size=SIZE, tied_head=tied, embedding=EMBEDDING))
     return untrained_tokens(source, architecture, {token: f"<{token}>" for token in tokens}, ADDED)
 
 

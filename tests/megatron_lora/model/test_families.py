@@ -5,11 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from full_logits import full_logits
-from tiny import KINDS, attach_adapters, joined_gradients, random_factor, save_model, stage_input
+from safetensors.torch import load_file, save_file
+from tiny import (
+    KINDS,
+    MULTIMODAL,
+    attach_adapters,
+    joined_gradients,
+    random_factor,
+    save_model,
+    save_multimodal,
+    stage_input,
+)
 
 from megatron_lora.config.schema import ParallelConfig
-from megatron_lora.huggingface.adapter_files import AdapterFile, write_adapter
-from megatron_lora.huggingface.families import FAMILIES
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.adapter_effect import faults_of_files, linear_sizes, load_base
+from megatron_lora.huggingface.adapter_files import AdapterFile, raw_config, read_adapter, write_adapter
+from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.huggingface.families import FAMILIES, OTHERS
 from megatron_lora.huggingface.weight_files import read_base_model
 from megatron_lora.model.stage import build_stage
 
@@ -22,11 +35,11 @@ def largest_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-@pytest.mark.parametrize("kind", [*KINDS])
+@pytest.mark.parametrize("kind", [*KINDS, *MULTIMODAL])
 def test_an_adapter_is_that_of_peft(kind, tmp_path, one_process):
     from peft import PeftModel
 
-    reference = save_model(tmp_path / "base", kind)
+    reference = (save_multimodal if kind in MULTIMODAL else save_model)(tmp_path / "base", kind)
     architecture = read_base_model(tmp_path / "base")
     weights = {}
     for layer in range(architecture.num_layers):
@@ -36,6 +49,9 @@ def test_an_adapter_is_that_of_peft(kind, tmp_path, one_process):
     modules = tuple(architecture.module_sizes)
     adapter = AdapterFile(r=R, lora_alpha=R / 2, use_rslora=False, target_modules=modules, weights=weights)
     write_adapter(tmp_path / "adapter", adapter, str(tmp_path / "base"))
+    reader = read_adapter(tmp_path / "adapter")
+    assert reader.target_modules == tuple(sorted(modules)) and reader.weights.keys() == weights.keys()
+    assert faults_of_files(tmp_path / "adapter", raw_config(tmp_path / "adapter"), linear_sizes(load_base(tmp_path / "base"))) == []
     theirs = PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
     microbatch = stage_input(LENGTHS, architecture.vocab_size, ((0, sum(LENGTHS), 0),))
     logits = torch.cat([theirs(tokens[None]).logits[0] for tokens in microbatch.tokens.split(LENGTHS)])
@@ -59,6 +75,33 @@ def test_an_adapter_is_that_of_peft(kind, tmp_path, one_process):
             ours = found[0][f"{path} {name} 0"]
             assert largest_error(ours.T if transposed else ours, gradient) < 1e-4, (path, name)
             assert all(torch.equal(ours, again[f"{path} {name} 0"]) for again in found), f"{path} {name}: policies differ"
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_the_text_part_under_newer_names_is_the_same(kind, tmp_path, one_process):
+    save_multimodal(tmp_path, kind)
+    architecture = read_base_model(tmp_path)
+    assert "the text part alone is trained" in architecture.notes()[0]
+    stages = [build_stage(architecture, tmp_path, ParallelConfig(), dtype=torch.float32, device=torch.device("cpu"))]
+    file, renamed = tmp_path / "model.safetensors", {}
+    for name, tensor in load_file(file).items():
+        newer = name.replace("language_model.model.", "language_model.").removeprefix("language_model.lm_head")
+        renamed["lm_head.weight" if newer == ".weight" else f"model.{newer}"] = tensor
+    assert not renamed.keys() & load_file(file).keys() and any("vision_tower" in name for name in renamed)
+    save_file(renamed, file)
+    stages.append(build_stage(read_base_model(tmp_path), tmp_path, ParallelConfig(), dtype=torch.float32, device=torch.device("cpu")))
+    pairs = list(zip(*(stage.parameters() for stage in stages), strict=True))
+    assert pairs and all(torch.equal(ours, other) for ours, other in pairs)
+
+
+@pytest.mark.parametrize("kind, nearest", [(kind, nearest) for kind, (nearest, _) in OTHERS.items()])
+def test_other_families_are_refused_with_the_nearest(kind, nearest, tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    with pytest.raises(
+        UserError, match=f"model_type is '{kind}'; supported are llama, .*; the nearest is {nearest}, from which it differs"
+    ):
+        read_architecture(tmp_path)
+    assert nearest in FAMILIES
 
 
 def test_each_family_is_tested():
