@@ -29,10 +29,10 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor |
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return the norm of x in its dtype; the weight may be more precise."""
+    """Return the norm of x in its dtype; beside x in 16 bits the weight may be in float32."""
     if weight.dtype == x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

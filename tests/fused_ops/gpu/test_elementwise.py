@@ -17,8 +17,8 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).cuda().bfloat16()
 
 
-def norm_case(rows, hidden, with_residual):
-    weight = random(hidden, seed=9)
+def norm_case(rows, hidden, with_residual, dtype=torch.bfloat16):
+    weight = random(hidden, seed=9).to(dtype)
     inputs = [random(rows, hidden, seed=i) for i in range(1 + with_residual)]
     return (
         lambda x, r=None, refill=None: rms_norm(x, weight, EPS, r, refill),
@@ -27,8 +27,8 @@ def norm_case(rows, hidden, with_residual):
     )
 
 
-def rope_case(rows, heads, kv_heads, head_dim, with_norms):
-    angles = random(rows, head_dim // 2, seed=9).float()
+def rope_case(rows, heads, kv_heads, head_dim, with_norms, pairs=None):
+    angles = random(rows, head_dim // 2 if pairs is None else pairs, seed=9).float()
     table = angles.cos().bfloat16(), angles.sin().bfloat16()
     weights = random(head_dim, seed=7), random(head_dim, seed=8)
 
@@ -44,8 +44,8 @@ def rope_case(rows, heads, kv_heads, head_dim, with_norms):
     )
 
 
-def swiglu_case(rows, ffn):
-    return lambda x, refill=None: (swiglu(x, refill),), lambda x: (swiglu_reference(x),), [random(rows, 2 * ffn)]
+def swiglu_case(rows, ffn, gelu=False):
+    return lambda x, refill=None: (swiglu(x, refill, gelu=gelu),), lambda x: (swiglu_reference(x, gelu),), [random(rows, 2 * ffn)]
 
 
 CASES = {
@@ -55,6 +55,11 @@ CASES = {
     "norm, narrow": (norm_case, 1001, 576, True),
     "norm, odd": (norm_case, 33, 77, False),
     "norm, wide": (norm_case, 65, 16384, True),
+    "norm, weight in float32": (norm_case, 777, 3840, True, torch.float32),
+    "rope, three quarters": (rope_case, 333, 24, 8, 128, False, 48),
+    "rope, none": (rope_case, 333, 16, 4, 128, False, 0),
+    "rope, wide heads with norms": (rope_case, 77, 16, 8, 256, True),
+    "gelu": (swiglu_case, 1000, 15360, True),
     "rope": (rope_case, 1000, 32, 8, 128, False),
     "rope, one token": (rope_case, 1, 9, 3, 64, False),
     "rope, odd heads": (rope_case, 333, 7, 1, 12, False),
@@ -89,7 +94,7 @@ def test_as_accurate_as_plain_bf16(name):
         assert error.abs().max() <= 3 * allowed.abs().max() + 2**-8 * float(truth.abs().max())
 
 
-@pytest.mark.parametrize("name", ["norm", "norm, residual", "norm, odd", "swiglu", "swiglu, odd"])
+@pytest.mark.parametrize("name", ["norm", "norm, residual", "norm, odd", "swiglu", "swiglu, odd", "gelu"])
 def test_what_is_made_again_has_the_same_bits(name):
     make, *shape = CASES[name]
     ours, _, inputs = make(*shape)

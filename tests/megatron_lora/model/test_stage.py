@@ -77,6 +77,7 @@ def test_logits_and_losses_equal_transformers(kind, models, one_process):
     ("llama-tied", {"pp": 2, "tp": 2, "sequence": True}),
     ("qwen3", {"pp": 2, "tp": 2, "sequence": True}),
     ("granite", {"pp": 2, "tp": 2}),
+    ("ministral", {"pp": 2, "tp": 2}),
     ("phi3", {"pp": 2, "tp": 2, "sequence": True}),
     ("gemma2", {"pp": 2, "tp": 2}),
     ("gemma3_text", {"pp": 2, "tp": 2, "sequence": True}),
