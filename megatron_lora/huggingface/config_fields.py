@@ -69,6 +69,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(("pretraining_tp", "chunk_size_feed_forward"), "the same sums, in parts"),
     **dict.fromkeys(("bos_token_id", "eos_token_id"), "the tokenizer's is used"),
     "cache_implementation": "of generation",
+    "_sliding_window_pattern": "layer_types says it",
     "pad_token_id": "samples are packed without padding",
     **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict", "use_cache", "gradient_checkpointing"), "of running"),
     **dict.fromkeys(("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"), "of running"),

@@ -265,6 +265,7 @@ CASES = {
     "boolean as word": (override("defaults.shuffle=no"), ["defaults.shuffle: 'no'", "true nor false"]),
     "unknown module": (override("jobs.one.target_modules=[q_pro]"), ["jobs.one.target_modules.0: 'q_pro'", "did you mean q_proj?"]),
     "module twice": (override("jobs.one.target_modules=[q_proj, q_proj]"), ["jobs.one.target_modules: 'q_proj'", "remove one"]),
+    "modules of other models": (override("jobs.one.target_modules=[qkv_proj]"), ["qkv_proj is no linear of a llama; set", "[q_proj,"]),
     "modules as one word": (override("jobs.one.target_modules=q_proj"), ["jobs.one.target_modules: 'q_proj' is not a list"]),
     "unknown scheduler": (override("defaults.lr_scheduler=cosin"), ["defaults.lr_scheduler: 'cosin'", "did you mean cosine?"]),
     "fp16": (override("precision=fp16"), ["precision: 'fp16'", "auto or bf16 or fp32"]),

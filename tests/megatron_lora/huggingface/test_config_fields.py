@@ -77,7 +77,7 @@ HARMLESS_VALUES = {
     "pretraining_tp": 2, "chunk_size_feed_forward": 3, "bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 4,
     "output_hidden_states": True, "output_attentions": True, "return_dict": False, "use_cache": False, "id2label": {"0": "a", "1": "b"},
     "label2id": {"a": 0, "b": 1}, "problem_type": "regression", "num_labels": 2, "transformers_version": "4.40.0",
-    "cache_implementation": "hybrid",
+    "cache_implementation": "hybrid", "_sliding_window_pattern": 5,
     "name_or_path": "elsewhere/model", "_name_or_path": "elsewhere/model", "_commit_hash": "0123", "tokenizer_class": "NoSuchTokenizer",
     "gradient_checkpointing": True, "attn_implementation": "eager", "_attn_implementation": "sdpa", "_attn_implementation_autoset": True,
     "classifier_dropout": 0.5, "unsloth_version": "2025.1", "unsloth_fixed": True,
