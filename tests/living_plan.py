@@ -135,6 +135,8 @@ class World:
     def set_state(self, name: str, state: str, reason: str) -> None:
         self.states[name] = state
 
+    num_begun = 0  # windows
+
     def run(self, between: Callable[[int], None] = lambda window: None) -> None:
         """Take all windows."""
         feed = PlanFeed(self.settings, 0, self.path / "plan", dist.group.WORLD, self.control, self)  # type: ignore[arg-type]
@@ -143,14 +145,13 @@ class World:
             self._execute(window)
             self.windows.append(window)
             between(number)
-        for _ in range(self.control.later.qsize()):
-            self.control.later.get()(self)
+        self.control.write_later(self)
         self.control.finish()
         assert not self.residents or all(each.taken == each.num_steps or each.leaving for each in self.residents.values())
 
     def _begin(self, changes: WindowChanges) -> None:
-        for _ in range(self.control.later.qsize()):
-            self.control.later.get()(self)
+        self.num_begun += 1
+        self.control.write_later(self, self.num_begun)
         for number in changes.freed:
             del self.residents[number]
         for joining in changes.joined:

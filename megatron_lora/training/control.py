@@ -15,9 +15,11 @@ four times as many as keep all stages busy where that is more.
 
 from __future__ import annotations
 
+import math
 import queue
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +106,7 @@ class Control:
         self.recent: list[tuple[int, Ending]] = []  # endings of steps whose STEP is still to come, with their index
         self.changes = WindowChanges()
         self.news: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()  # (what, job, reason)
-        self.later: queue.SimpleQueue[Callable[[RunFiles], None]] = queue.SimpleQueue()  # for the training thread, which writes files
+        self.later: deque[tuple[int, Callable[[RunFiles], None]]] = deque()  # what the training thread writes, by window
         self.shown: object = None
 
     def tell(self, what: str, name: str, reason: str = "") -> None:
@@ -119,6 +121,11 @@ class Control:
         self._show()
         self.accounts.write(ended=True)
         self.reader.close()
+
+    def write_later(self, files: RunFiles, num_begun: float = math.inf) -> None:
+        """Write what changed with the first `num_begun` windows; where they begin, so that a run that is repeated does it there too."""
+        while self.later and self.later[0][0] < num_begun:
+            self.later.popleft()[1](files)
 
     def ask(self, window: int, slot: int) -> Asked | None:
         """Return what changes with the next window; None where the run ends."""
@@ -232,8 +239,7 @@ class Control:
         """Return what happened at this window in the run that is repeated, written to events.jsonl as there; requests are refused."""
         self._write_news(self._take_news())
         requests, lines = self.folder.take(self.log.ids)
-        lines += [self.folder.refuse(request, "this run repeats another, so nothing else changes it") for request in requests]
-        self._say(lines)
+        self._say(lines + [self.folder.refuse(request, "this run repeats another, so nothing else changes it") for request in requests])
         events = [event for each in replay.events(self.window) for event in self._write([each], each.id)]
         self.run = then(self.run, events)
         return events
@@ -253,8 +259,8 @@ class Control:
                 entry.saved = True
                 state = entry.leaving or entry.state
                 if state in ("queued", "paused") and state != reason:  # a user may have asked for something else in the meantime
-                    told_by = self.run.reasons.get(name, "")
-                    self.later.put(lambda files, name=name, state=state, why=told_by: files.set_state(name, state, why))
+                    words = (name, state, self.run.reasons.get(name, ""))
+                    self.later.append((self.window, lambda files, words=words: files.set_state(*words)))
         return told
 
     def _take_read(self) -> list[tuple[str, str, str]]:
@@ -283,8 +289,8 @@ class Control:
             return []
         late = [entry for entry in self._queue() if now - entry.since_s > limit]
         residents = [entry for entry in self.entries.values() if entry.resident and entry.leaving is None and entry.name not in changed]
-        rested = [entry for entry in residents if now - entry.since_s > limit]
-        if not late or not rested:
+        rested = [entry for entry in residents if late and now - entry.since_s > limit]
+        if not rested:
             return []
         furthest = max(rested, key=lambda entry: (entry.used / entry.config.priority, -entry.number))
         return [Change(event="parked", job=furthest.name, details={"reason": f"{late[0].name} has waited for more than {limit:g} s"})]
@@ -308,7 +314,7 @@ class Control:
             self.entries[config.name] = Entry(number=self.num_jobs, config=config)
             self.num_jobs += 1
         if added:
-            self.later.put(lambda files: files.add_jobs(added))
+            self.later.append((self.window, lambda files: files.add_jobs(added)))
 
     def _join(self, name: str) -> Joining:
         """Make a job resident; one that is repeated is waited for until it is read and its checkpoint written."""
@@ -345,7 +351,7 @@ class Control:
             print(f"megatron-lora: {entry.name}: all of its steps were planned when it was {event.event}, so it ends", flush=True)
             return
         if (state in OVER and event.id is not None) or (not entry.resident and state != "done"):
-            self.later.put(lambda files: files.set_state(entry.name, state, reason))  # else the training thread does it
+            self.later.append((self.window, lambda files: files.set_state(entry.name, state, reason)))  # else the training thread does it
         if state in OVER and not entry.resident:
             del self.entries[entry.name]
 
@@ -391,4 +397,4 @@ class Control:
         queued = [QueueEntry(e.name, e.since, "waits for rows" if e.is_read and e.saved else "is read") for e in waiting]
         if (resident, queued) != self.shown:
             self.shown = (resident, queued)
-            write_queue(self.output_dir, resident, queued)
+            write_queue(self.output_dir, *self.shown)

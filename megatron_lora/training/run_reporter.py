@@ -54,6 +54,7 @@ class RunReporter:
         self.reasons: dict[str, str] = {}  # job whose patience is over -> why it is stopped
         self.watchdogs: dict[str, Watchdog] = {}
         self.alarms: dict[str, str] = {}  # job that its watchdog has paused -> why
+        self.num_begun = 0  # windows
         self.over: set[str] = set()  # names of jobs that ended in this start
         self.advice: dict[str, str] = {}  # of jobs that are done, for those who serve them
         self.directory = RunDirectory.join(config)
@@ -93,8 +94,8 @@ class RunReporter:
         """Do what waits for this thread where a window, or a part of one, `begins`; update the states of jobs that are `written`."""
         if begins:
             self.control.accounts.begin()
-        for _ in range(self.control.later.qsize()):
-            self.control.later.get()(self)
+            self.num_begun += 1
+        self.control.write_later(self, self.num_begun)
         self._update_states(written)
 
     def on_step(self, done: StepDone, written: Written) -> None:
@@ -113,7 +114,8 @@ class RunReporter:
 
     def finish(self, written: Written, *, stopped: bool) -> None:
         """Report the last states; if the run was `stopped`, resident jobs that are not over become "paused"."""
-        self.on_window(written, begins=False)
+        self.control.write_later(self)
+        self._update_states(written)
         for job in self.jobs.values():
             if stopped and job.state not in OVER and job.state != "paused":
                 self._set_job(job, "paused", "the run was stopped; the same command resumes it")

@@ -87,7 +87,8 @@ def start(options: argparse.Namespace, folder: Path, way: str) -> LivingRun:
     config = config_of(options, folder, NUM_STEPS)
     config["jobs"] = [job | {"save_steps": 4} for job in config["jobs"]]
     once = {"FAIL_RANK": "0", "FAIL_ONCE": str(folder / "failed")} if way == "out-of-memory" else {}
-    return LivingRun(folder, config, once, *(["--max-restarts", "1"] if once else []), failing=bool(once))
+    quiet = {"PYTHONWARNINGS": "ignore"}  # of packages that are compiled for the first time
+    return LivingRun(folder, config, once | quiet, *(["--max-restarts", "1"] if once else []), failing=bool(once))
 
 
 def unbroken(options: argparse.Namespace) -> dict:
