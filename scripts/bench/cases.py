@@ -98,7 +98,7 @@ def parser() -> OneLineParser:
     case.add_argument("--backend", default="auto", choices=["auto", "torch", "te"], help="of norms and attention")
     case.add_argument("--seconds", type=positive, default=60.0, help="about how long the run shall take, by the cost model")
     case.add_argument("--steps", type=whole, help="of each job, in place of --seconds")
-    case.add_argument("--save-steps", type=whole, default=0, help="a checkpoint of each job every so many steps; default: none")
+    case.add_argument("--save-steps", type=whole, default=0, help="steps between two checkpoints of each job; default: none")
     case.add_argument("--calibrate", action="store_true", help="calibrate first, and predict from that")
     case.add_argument("--profile", action="store_true", help="also profile some slots: shares of GEMM, attention, LoRA, ...")
     found.set_defaults(launch_names=launch_names)

@@ -15,6 +15,7 @@ from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.huggingface.families import FAMILIES
 from megatron_lora.model import backends, transformer_engine
 from megatron_lora.model.attention import per_sample_attention
 from megatron_lora.model.backends import Backends, Machine, backend_of, check_backends, choose, fall_back
@@ -177,7 +178,8 @@ def test_float32_is_left_to_torch():
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("with_refill", [False, True])
 def test_the_norm_is_ours_in_other_hands(with_residual, with_refill, stand_in):
-    config = SimpleNamespace(use_cpu_initialization=True, params_dtype=torch.float32)
+    llama = SimpleNamespace(family=FAMILIES["llama"])
+    config = SimpleNamespace(use_cpu_initialization=True, params_dtype=torch.float32, architecture=llama)
     answers = []
     for kind in (RMSNorm, transformer_engine.EngineNorm):
         generator = torch.Generator().manual_seed(0)

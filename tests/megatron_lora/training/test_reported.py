@@ -45,7 +45,7 @@ class Run:
         config = RunConfig(base_model="m", output_dir=str(self.path), jobs=(self.job.config,))
         self.directory = RunDirectory.create(config)
         accounts = SimpleNamespace(begin=lambda: None)
-        control = SimpleNamespace(tell=lambda *news: self.told.append(news[:2]), later=queue.SimpleQueue(), accounts=accounts)
+        control = SimpleNamespace(tell=lambda *news: self.told.append(news[:2]), write_later=lambda *words: None, accounts=accounts)
         self.reporter = RunReporter(config, {0: self.job}, self.board, control)
         self.reporter.join(self.job)
 
