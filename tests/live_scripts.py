@@ -202,6 +202,8 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
         ends_early = "none" if is_last else rng.choice(["stop", "kill", "kill"]) if end == "mixed" else end
         stop_after = rng.randint(2, 14) if ends_early == "stop" else None
         kill = _random_kill(rng, parallel, folder / f"killed-{start}") if ends_early == "kill" else None
+        if counts["starts"] and _is_over_with_requests(load_config(config)):
+            break
         with RunDirectory.create(load_config(config)) as directory:
             leftovers.check(run)
             try:
@@ -228,6 +230,19 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
     return Outcome(run, config, parallel, first, counts)
 
 
+def _is_over_with_requests(config) -> bool:
+    """Whether a start is refused, because what was asked for since the last one ends the jobs that were left."""
+    from megatron_lora.errors import UserError
+    from megatron_lora.output.run_directory import RunDirectory
+
+    try:
+        RunDirectory.create(config).close()
+    except UserError as error:
+        assert "holds a finished run" in str(error), error
+        return True
+    return False
+
+
 def _random_kill(rng: random.Random, parallel: dict, marker: Path) -> Kill:
     """Return a kill that is early rather than late, so that the next start has something left to do."""
     what, most = rng.choice([("forward", 40), ("file", 300), ("time", 4000)])
@@ -245,7 +260,7 @@ def check(pool, scene: Scene, outcome: Outcome) -> Counter[str]:
 
     states = job_states(outcome.run)
     for name, state in states.items():
-        if state == "cancelled":
+        if state in ("cancelled", "paused"):  # paused: a request has cancelled it since, and nothing is left that a start could train
             continue
         solo = _solo(pool, scene, name)
         assert state == job_states(solo)[name], (name, states)

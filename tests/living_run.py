@@ -113,7 +113,7 @@ class LivingRun:
         assert found is not None, f"rank {number} has ended already"
         return found
 
-    def train(self, seconds: float = 120, num_steps: int = 3) -> None:
+    def train(self, seconds: float = 300, num_steps: int = 3) -> None:
         """Wait until its first job has logged `num_steps` steps."""
         metrics = self.output / "jobs" / self.first_job / "metrics.jsonl"
         end = time.monotonic() + seconds

@@ -4,9 +4,9 @@
     python -m scripts.bench.endings --ways terminated,lost,out-of-memory                              # each resumed, to its end
 
 Random weights and lengths. A rank is killed once steps are taken, raises in a backward, or is stopped: then another loses patience after
-PATIENCE_S, and torchrun gives the stopped one 30 s. Runs that are resumed afterwards (RESUMED, on one rank too) are asked to stop, lose a rank,
-or run out of memory for once; their steps and losses are compared with those of an unbroken run. A line each in results/endings.jsonl,
-with all of the run's standard error; ends with 1 where a run ended otherwise than it should.
+PATIENCE_S, and torchrun gives the stopped one 30 s. Runs that are resumed (RESUMED, on one rank too) are asked to stop, lose a rank, or
+run out of memory for once; their steps and losses are compared with those of an unbroken run. A line each in results/endings.jsonl, with
+all of the run's standard error; ends with 1 where a run ended otherwise than it should.
 """
 
 import argparse

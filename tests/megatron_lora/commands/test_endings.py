@@ -58,14 +58,14 @@ def test_a_rank_that_hangs_ends_the_run_once_another_times_out(start):
     run = start({"pipeline": 2}, MEGATRON_LORA_TIMEOUT_S="3")
     run.train()
     os.kill(run.rank(0), signal.SIGSTOP)
-    status, error = run.end(60)  # torchrun gives the stopped rank half a minute to end
+    status, error = run.end(300)  # torchrun gives the stopped rank half a minute to end
     assert status == 1 and error.count("\n") == 1 and error.startswith(living_run.HUNG.format(0) + "1 timed out waiting for it")
     assert re.search(r"; rank 0 was (in|waiting for) the \w+ .*slot \d+; rank 1 was waiting for the forward message of slot \d+$", error)
 
 
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "sequence": True}])
 def test_a_failing_rank_ends_the_run_with_its_own_words(parallel, start):
-    status, error = start(parallel, failing=True).end(60)
+    status, error = start(parallel, failing=True).end(300)
     assert status == 1 and error.count("Traceback") == 1 and error.endswith(living_run.FAILED)
 
 
@@ -92,14 +92,14 @@ def test_a_run_that_is_asked_to_stop_ends_with_75_and_resumes_when_it_is_started
     run.train()
     for pid in reached(run):
         os.kill(pid, number)
-    assert run.end(60) == (75, "")
+    assert run.end(300) == (75, "")
     recorded, taken = json.loads((run.output / "status.json").read_text()), steps_of(run)
     assert recorded["exit_status"] == 75 and recorded["jobs"]["a"]["state"] == "paused"
     assert (run.output / "jobs" / "a" / f"checkpoint-{taken[-1]}").is_dir()
     again = start(parallel)
     again.train(num_steps=len(taken) + 3)
     os.kill(again.process.pid, signal.SIGTERM)
-    assert again.end(60) == (75, "")
+    assert again.end(300) == (75, "")
     assert steps_of(again) == list(range(1, len(steps_of(again)) + 1)) and len(steps_of(again)) > len(taken)
 
 
@@ -111,17 +111,17 @@ def test_a_second_signal_ends_a_run_at_once(start):
         os.kill(run.process.pid, signal.SIGTERM)
         time.sleep(stop_signals.SAME_REQUEST_S + 0.5)
     os.kill(run.rank(1), signal.SIGCONT)
-    status, error = run.end(60)
+    status, error = run.end(300)
     assert status == 128 + signal.SIGTERM and error == "megatron-lora: stopped by SIGTERM before its state was saved\n"
 
 
 def test_a_run_that_has_run_out_of_memory_is_started_again_with_less_and_no_step_is_lost_or_doubled(start, tmp_path):
     run = start({"pipeline": 2}, "--max-restarts", "1", failing=True, FAIL_ONCE=str(tmp_path / "failed"))
-    wait_for(lambda: "restart 1 of at most 1" in run.error(), 120)
+    wait_for(lambda: "restart 1 of at most 1" in run.error(), 300)
     assert "rank 1: torch.OutOfMemoryError: CUDA out of memory\n" in run.error() and "chosen for 85% of the memory" in run.error()
     run.train(num_steps=len(steps_of(run)) + 5)
     os.kill(run.process.pid, signal.SIGTERM)
-    status, error = run.end(60)
+    status, error = run.end(300)
     assert status == 75 and error.count("Traceback") == 1
     assert steps_of(run) == list(range(1, len(steps_of(run)) + 1))
 
@@ -133,4 +133,4 @@ def test_a_run_that_is_asked_to_stop_before_it_trains_ends_at_once_and_may_be_st
     wait_for(lambda: any(torchrun in environment[""] for environment in run.processes().values()))
     wait_for(lambda: sum("RANK" in environment for environment in run.processes().values()) >= ranks)
     os.kill(run.process.pid, signal.SIGTERM)
-    assert run.end(60) == (75, "megatron-lora: stopped by SIGTERM before it took a step\n")
+    assert run.end(300) == (75, "megatron-lora: stopped by SIGTERM before it took a step\n")
