@@ -107,6 +107,7 @@ class World:
         self.trained: defaultdict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         self.evaluated: list[tuple[str, int]] = []
         self.windows: list[Window] = []
+        self.num_begun = 0  # windows
         self.most_resident = 0
         self.recent: list[tuple] = []  # endings by index
         self.moved: list[tuple[str, int]] = []
@@ -134,8 +135,6 @@ class World:
 
     def set_state(self, name: str, state: str, reason: str) -> None:
         self.states[name] = state
-
-    num_begun = 0  # windows
 
     def run(self, between: Callable[[int], None] = lambda window: None) -> None:
         """Take all windows."""

@@ -241,7 +241,7 @@ class Arena:
 
     def b_moved(self, adapter_row: int, buffer: Tensor) -> Tensor:
         """Return for each B^T of an adapter, in the order of its factors, whether a flat buffer has a value there that is not 0: bool."""
-        views = self._stripes[adapter_row].factors.views(buffer)[1::2]
+        views = self._stripes[adapter_row].factors.views(buffer)[1::2]  # A and B^T alternate
         return torch.stack([part.any(1) for part in views], 1).flatten() if views else buffer.new_zeros(0, dtype=torch.bool)
 
     def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:

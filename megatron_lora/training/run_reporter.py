@@ -148,7 +148,7 @@ class RunReporter:
     def _update_states(self, written: Written) -> None:
         while not written.empty():
             job, state = written.get()
-            if job.state in OVER or job.name in self.over:
+            if job.name in self.over:
                 continue  # cancelled meanwhile, perhaps after it had left
             reasons = {"stopped": self.reasons, "paused": self.alarms}.get(state, {})
             self._set_job(job, state, reasons.get(job.name, ""))

@@ -122,7 +122,9 @@ def resumed(options: argparse.Namespace, way: str, whole: dict) -> dict:
         finally:
             run.close()
     ordered = all([step for step, _ in of] == list(range(1, NUM_STEPS + 1)) for of in found.values())
-    off = max((abs(a - b) / abs(b) for job, of in whole.items() for (_, b), (_, a) in zip(of, found[job], strict=False)), default=1.0)
+    off = max(
+        (abs(a - b) / abs(b) for job, of in whole.items() for (_, b), (_, a) in zip(of, found.get(job, []), strict=False)), default=1.0
+    )
     said = {"terminated": "status 75: ", "lost": f"status 1: {KILLED.format(0)}", "out-of-memory": ""}[way]
     good = status == 0 and ordered and whole.keys() == found.keys() and off < MOST_OFF and first == said
     good &= way != "out-of-memory" or "restart 1 of at most 1" in error

@@ -44,13 +44,12 @@ from megatron_lora.training.job_reader import JobReader  # noqa: E402
 from megatron_lora.training.residents import Residents  # noqa: E402
 from megatron_lora.training.run_reporter import RunReporter  # noqa: E402
 from megatron_lora.training.snapshots import SnapshotCollector  # noqa: E402
-from scripts import one_line  # noqa: E402
 from scripts.bench.end_to_end import during, memory  # noqa: E402
 from scripts.bench.model_shapes import write_config  # noqa: E402
 from scripts.bench.stamp import append_line, result_options, stamp  # noqa: E402
 from scripts.bench.trained import trained  # noqa: E402
 from scripts.bench.workloads import SUITE, job_configs, read_workload, write_lengths  # noqa: E402
-from scripts.one_line import OneLineParser, ended, numbers, positive, whole  # noqa: E402
+from scripts.one_line import OneLineParser, ended, folder, numbers, positive, whole  # noqa: E402
 
 RANKS = (8, 16, 24, 32)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -199,7 +198,7 @@ def main() -> int:
     parser.add_argument("--validation", type=whole, default=16, help="samples of a job's validation set")
     parser.add_argument("--eval-jobs", type=whole, default=64, help="jobs of the queue whose samples plain and evaluated have")
     parser.add_argument("--cases", type=numbers(str), default=CASES)
-    parser.add_argument("--runs", type=one_line.folder, help="where the runs' directories stay; default: they are removed")
+    parser.add_argument("--runs", type=folder, help="where the runs' directories stay; default: they are removed")
     result_options(parser, "job_queue.jsonl")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
@@ -214,15 +213,12 @@ def main() -> int:
                 run = trained(config, around=during(gauges))
             assert run is not None
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-            found = (
-                figures(run)
-                | {
-                    "memory": memory(run, read_architecture(config.base_model), "fused", [peak]),
-                    "gauges": gauges,
-                    "host_s": host_s,
-                }
-                | way
-            )
+            found = figures(run) | {
+                "memory": memory(run, read_architecture(config.base_model), "fused", [peak]),
+                "gauges": gauges,
+                "host_s": host_s,
+                **way,
+            }
             gc.collect()
             torch.cuda.empty_cache()
             told = [f"{found['tokens_per_s']:,.0f} tokens/s", f"{found['seconds']:.1f} s", f"{found['most_resident']} resident"]

@@ -101,13 +101,15 @@ def main() -> int:
     """Measure, print and keep the figures."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=whole, default=SPAN + 10)
-    parser.add_argument("--effort", type=int, choices=range(10), default=1, help="work of the local search; a run's is 1")
+    parser.add_argument("--effort", type=int, default=1, help="work of the local search; a run's is 1")
     parser.add_argument("--only", default="", help="cases whose name begins so: P = 4, d = 1")
     parser.add_argument("--workers", type=whole, default=1, help="cases at a time")
     result_options(parser, "plan_shares.jsonl")
     options = parser.parse_args()
     if options.windows < SPAN:
         parser.error(f"--windows {options.windows}: at least {SPAN}")
+    if options.effort < 0:
+        parser.error(f"--effort {options.effort}: at least 0")
     mark = stamp(options.hardware, options.commit)  # before the results make the tree another one
     settings = {
         "effort": options.effort,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fused_ops.lora.adapters import padded_rank
 from megatron_lora.model.adapter_arena import Arena
-from megatron_lora.model.arena_region import AdapterSpec, room_of, shards, side_by_side
+from megatron_lora.model.arena_region import AdapterSpec, Stripes, room_of, shards, side_by_side
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.planning.adapter_rows import Book
 from megatron_lora.training.snapshots import join_shards
@@ -218,6 +218,17 @@ def test_linears_that_merge_the_same_modules_share_their_tables():
     with arena.showing([AdapterSpec(r=5, scale=1.0, dropout=0.5, target_modules=frozenset(PROJ))]):
         assert [linear.adapters.width for linear in arena.linears] == [0, 16, 0, 16] and arena.linears[1].adapters.has_dropout
     assert [linear.adapters.width for linear in arena.linears] == [48, 16, 48, 16] and not arena.linears[1].adapters.has_dropout
+
+
+@pytest.mark.parametrize(
+    ("parts", "num_views"), [([(0, 2), (5, 3), (10, 2), (15, 3)], 2), ([(0, 2), (5, 3), (10, 2), (16, 3)], 4), ([], 0)]
+)
+def test_stripes_are_the_parts_as_few_views(parts, num_views):
+    flat = torch.arange(23.0)[1:]  # begins inside its storage
+    views = Stripes.of(parts, 2).views(flat)
+    assert len(views) == num_views
+    found = [row for rows in zip(*(view.unbind() for view in views), strict=True) for row in rows]
+    assert [row.tolist() for row in found] == [flat[start : start + length].tolist() for start, length in parts]
 
 
 def test_shards_are_a_function_of_adapter_and_rank():
