@@ -271,6 +271,8 @@ def repeat(pool, outcome: Outcome, folder: Path) -> None:
         pool(**outcome.parallel).run(train, config, {}, None, None, str(outcome.run), "inline")
         directory.finish(0)
     for name, lines in outcome.first.items():
+        if not lines:  # it was killed before the job's first step was reported
+            continue
         repeated = runs.lines_of(again, name)[: len(lines)]
         assert [line | {"seconds": 0} for line in repeated] == [line | {"seconds": 0} for line in lines], name
     if outcome.counts["starts"] == 1:
