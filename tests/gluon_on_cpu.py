@@ -66,7 +66,8 @@ def _binary(name):
         setattr(Value, name.replace("__", "__r", 1), backward)
 
 
-for _name in ["add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift", "lt", "le", "gt", "ge", "eq", "ne"]:
+_NAMES = "add sub mul floordiv truediv mod and or xor lshift rshift lt le gt ge eq ne"
+for _name in _NAMES.split():
     _binary(f"__{_name}__")
 
 
@@ -382,6 +383,7 @@ def _language() -> types.SimpleNamespace:
         "warp_specialize": _warp_specialize,
         "inline_asm_elementwise": _assembly,
         "thread_barrier": lambda: None,
+        "exp": lambda x: Value(np.exp(raw(x))),
         "bfloat16": np.float32,
         "float8e4nv": np.float32,
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 from fused_ops.launch.backend import backend_name, gradients
 from fused_ops.launch.optional_triton import tl, triton
 from fused_ops.lora.fp8 import Fp8Matrix, Rounded, empty_rows, magnitude, row_scale
+from fused_ops.lora.gated import Gated
 from fused_ops.lora.refill import Refill, wanted
 
 BLOCK = 2048
@@ -92,29 +93,41 @@ def swiglu(
     rounded_up: Rounded | None = None,
     rounded_down: Rounded | None = None,
     gelu: bool = False,
+    gated: Gated | None = None,
 ) -> Tensor:
     """Return silu(gate) * up, with `gelu` gelu(gate) * up, [..., F] from [..., gate | up] (contiguous, last dimension 2F; else ValueError).
 
     With `refill` the output is recomputed in backward for the linear that holds the same Refill. With `rounded_down` kernels also give
     the output in 8 bits to the linear that holds it, and with `rounded_up` the gradient of [gate | up] to the linear that made these.
-    Backward overwrites `gate_up`.
+    `gated` has what the linears before and after have done of it. Backward overwrites `gate_up`.
     """
     if gate_up.shape[-1] % 2 or not gate_up.is_contiguous():
         raise ValueError(f"gate | up {list(gate_up.shape)} with strides {gate_up.stride()} must be contiguous, of even width")
-    return _SwiGLU.apply(gate_up, refill, backend_name(gate_up.device, backend), rounded_up, rounded_down, gelu)
+    return _SwiGLU.apply(gate_up, refill, backend_name(gate_up.device, backend), rounded_up, rounded_down, gelu, None if gelu else gated)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, refill, backend, rounded_up, rounded_down, gelu):
+    def forward(ctx, gate_up, refill, backend, rounded_up, rounded_down, gelu, gated):
         ctx.save_for_backward(gate_up)
-        ctx.refill, ctx.backend, ctx.rounded, ctx.gelu = refill, backend, rounded_up, gelu
+        ctx.refill, ctx.backend, ctx.rounded, ctx.gelu, ctx.gated = refill, backend, rounded_up, gelu, gated
+        if gated is not None and backend == "triton":
+            gated.gate_up = gate_up.detach().flatten(0, -2)
+            if (y := gated.take_y()) is not None:
+                return y.view(*gate_up.shape[:-1], -1)
         return forward(gate_up, rounded_down, gelu) if backend == "triton" else swiglu_reference(gate_up, gelu)
 
     @staticmethod
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
         refilling = wanted(ctx.refill)
+        if ctx.gated is not None:
+            ctx.gated.gate_up = None
+            if ctx.gated.done:
+                y = ctx.gated.take_y()
+                if refilling:
+                    ctx.refill.finish(y)
+                return gate_up.detach(), None, None, None, None, None, None
         gate_up, dy = gate_up.detach(), dy.contiguous()
         if ctx.backend == "triton":
             y = backward(dy, gate_up, refilling, d_gate_up=gate_up, y=dy, rounded=ctx.rounded, gelu=ctx.gelu)
@@ -123,7 +136,7 @@ class _SwiGLU(torch.autograd.Function):
             gate_up.copy_(d_gate_up)
         if refilling:
             ctx.refill.finish(y)
-        return gate_up, None, None, None, None, None
+        return gate_up, None, None, None, None, None, None
 
 
 def forward(gate_up: Tensor, rounded: Rounded | None = None, gelu: bool = False) -> Tensor:

@@ -1,5 +1,6 @@
 """The GPU's operators, under the names of fused_ops.lora.reference, each by the kernel that fits: what `linear.py` calls on CUDA."""
 
+import os
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from fused_ops.launch.shapes import suits_hopper
 from fused_ops.launch.triton_version import compiles_gluon
 from fused_ops.lora.adapters import LoraGroup
 from fused_ops.lora.fp8 import Fp8Matrix, Fp8Weight, parts, quantise_rows
+from fused_ops.lora.gated import Gated
 from fused_ops.lora.route import Route
 from fused_ops.lora.triton import down as lora_down
 from fused_ops.lora.triton import grad as lora_grad
@@ -16,13 +18,15 @@ from fused_ops.lora.triton.gemm import gemm
 
 if TYPE_CHECKING or compiles_gluon():  # else `suits_hopper` is never true, and a Triton that is not known may fail to import them
     from fused_ops.lora.hopper.down import hopper_down
-    from fused_ops.lora.hopper.gemm import hopper_gemm
+    from fused_ops.lora.hopper.gemm import BN, hopper_gemm
     from fused_ops.lora.hopper.grad_a import hopper_grad_a
     from fused_ops.lora.hopper.grad_sb import MAX_HOPPER_RANK, hopper_grad_s_and_b
 
 __all__ = ["down", "grad_a", "grad_s_and_b", "grad_x", "up"]
 
 fix_cache_keys()
+
+FORWARD = BACKWARD = os.environ.get("MEGATRON_LORA_SWIGLU", "1") == "1"  # while it is measured
 
 
 def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
@@ -49,17 +53,36 @@ def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx
 
 def up(
     x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
-    x8: Fp8Matrix | None = None,
+    x8: Fp8Matrix | None = None, gated: Gated | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return Y [T, N] = X W^T (+ bias) + S B^T; `x8`: X in 8 bits, if a neighbour has rounded it."""
+    """Return Y [T, N] = X W^T (+ bias) + S B^T; `x8`: X in 8 bits, if a neighbour has rounded it.
+
+    `gated` is given silu(gate) * up, if the kernel can.
+    """
+    if FORWARD and gated is not None and group is not None and route is not None and s_TR is not None and isinstance(weight_NK, Tensor):
+        width = weight_NK.shape[0] // 2
+        pairs = group.columns == ((0, width), (width, 2 * width)) and width % BN.value == 0
+        if pairs and suits_hopper(s_TR, x_TK, weight_NK, *group.b_RN):
+            gated.y = x_TK.new_empty(len(x_TK), width)
+            return hopper_gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False, y_TF=gated.y)
     return _gemm(x_TK, x8, weight_NK, bias_N, s_TR, group, route, backward=False)
 
 
 def grad_x(
     dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
-    dy8: Fp8Matrix | None = None,
+    dy8: Fp8Matrix | None = None, gated: Gated | None = None, refill: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return dX [T, K] = dY W + M * (dS A); `dy8`: dY in 8 bits, if a neighbour has rounded it."""
+    """Return dX [T, K] = dY W + M * (dS A); `dy8`: dY in 8 bits, if a neighbour has rounded it.
+
+    With `gated`, if it can: that of SwiGLU's input in place of it, and what is returned has no values; X too if it wants a `refill`.
+    """
+    if BACKWARD and gated is not None and group is not None and route is not None and ds_TR is not None and isinstance(weight_NK, Tensor):
+        gate_up, width = gated.gate_up, weight_NK.shape[1]
+        if gate_up is not None and width % BN.value == 0 and suits_hopper(ds_TR, dy_TN, weight_NK, group.a_RK, gate_up):
+            y = dy_TN.new_empty(len(dy_TN), width) if refill else None
+            hopper_gemm(dy_TN, weight_NK, None, ds_TR, group, route, backward=True, gate_up=gate_up, y_TF=y)
+            gated.gate_up, gated.done, gated.y = None, True, y
+            return dy_TN.new_empty(()).expand(len(dy_TN), width)
     return _gemm(dy_TN, dy8, weight_NK, None, ds_TR, group, route, backward=True)
 
 

@@ -21,6 +21,7 @@ from fused_ops.launch.backend import backend_name
 from fused_ops.lora import reference
 from fused_ops.lora.adapters import LoraGroup
 from fused_ops.lora.fp8 import Fp8Matrix, Fp8Weight, Rounded
+from fused_ops.lora.gated import Gated
 from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
 
@@ -76,13 +77,16 @@ def multi_lora_linear(
     refill: Refill | None = None,
     rounded: Rounded | None = None,
     output_shape: torch.Size | None = None,
+    makes: Gated | None = None,
+    reads: Gated | None = None,
 ) -> Tensor:
     """Return Y [T, N] = X W^T (+ bias) + each row's adapter; without group or route, the frozen linear alone.
 
     x_TK [T_local, K], weight_NK [N, K] (frozen; an Fp8Weight: both products over 8-bit operands), bias_N [N] or None. With `refill`,
     shared with X's producer, X is not kept; `rounded` has X and dY in 8 bits where neighbours made them. With `output_shape`, that of an
     output that was computed before, this is for backward alone: Y has no values, takes no memory, and neither its product nor its
-    reduction is computed. Raises ValueError where shapes or dtypes do not fit.
+    reduction is computed. Y is gate | up of the SwiGLU that has `makes`, X the output of that which has `reads`. Raises ValueError where
+    shapes or dtypes do not fit.
     """
     if group is None or route is None or not route.segments or group.width == 0:
         group = route = None
@@ -90,12 +94,12 @@ def multi_lora_linear(
         group = group.without_dropout
     _check(x_TK, weight_NK, bias_N, group)
     ops = backend_for(x_TK.device, backend)
-    return _MultiLoraLinear.apply(x_TK, weight_NK, bias_N, group, route, collectives, ops, refill, rounded, output_shape)
+    return _MultiLoraLinear.apply(x_TK, weight_NK, bias_N, group, route, collectives, ops, refill, rounded, output_shape, makes, reads)
 
 
 class _MultiLoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK, bias_N, group, route, collectives, ops, refill, rounded, output_shape):
+    def forward(ctx, x_TK, weight_NK, bias_N, group, route, collectives, ops, refill, rounded, output_shape, makes, reads):
         full_x = collectives.gather_input(x_TK)
         if route is not None and route.num_rows != full_x.shape[0]:
             raise ValueError(f"the route has {route.num_rows} rows but X has {full_x.shape[0]}")
@@ -103,11 +107,11 @@ class _MultiLoraLinear(torch.autograd.Function):
         if group is not None and refill is None:
             ctx.save_for_backward(x_TK)
         ctx.s_TR, ctx.weight_NK, ctx.group, ctx.route = s_TR, weight_NK, group, route
-        ctx.collectives, ctx.ops, ctx.refill, ctx.rounded = collectives, ops, refill, rounded
+        ctx.collectives, ctx.ops, ctx.refill, ctx.rounded, ctx.reads = collectives, ops, refill, rounded, reads
         x8 = _same_rows(rounded and rounded.take_x(), full_x)
         if output_shape is not None:
             return x_TK.new_empty(()).expand(output_shape)
-        return collectives.reduce_output(ops.up(full_x, weight_NK, bias_N, s_TR, group, route, x8))
+        return collectives.reduce_output(ops.up(full_x, weight_NK, bias_N, s_TR, group, route, x8, makes))
 
     @staticmethod
     def backward(ctx, dy_TN):
@@ -119,9 +123,11 @@ class _MultiLoraLinear(torch.autograd.Function):
         dx_TK = None
         if ctx.needs_input_grad[0]:
             dy8 = _same_rows(ctx.rounded and ctx.rounded.take_dy(), dy_TN)
-            dx_TK = ctx.collectives.reduce_grad(ops.grad_x(dy_TN, ctx.weight_NK, ds_TR, group, route, dy8))
+            dx_TK = ctx.collectives.reduce_grad(
+                ops.grad_x(dy_TN, ctx.weight_NK, ds_TR, group, route, dy8, ctx.reads, ctx.refill is not None)
+            )
         if group is None:
-            return dx_TK, *[None] * 9
+            return dx_TK, *[None] * 11
         local = route.rows(*ctx.collectives.local_rows(route.num_rows))
         grad_a = partial(ops.grad_a, ds_TR=ctx.collectives.reduce_ds(ds_TR), group=group, route=local)
         if ctx.refill is None:
@@ -129,7 +135,7 @@ class _MultiLoraLinear(torch.autograd.Function):
             grad_a(x_TK, after_dx=after_dx)
         else:
             ctx.refill.defer(grad_a)
-        return dx_TK, *[None] * 9
+        return dx_TK, *[None] * 11
 
 
 def _same_rows(rounded: Fp8Matrix | None, matrix: Tensor) -> Fp8Matrix | None:

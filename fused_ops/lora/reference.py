@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_ops.lora.adapters import LoraGroup, padded_rank
 from fused_ops.lora.dropout import keep_mask
 from fused_ops.lora.fp8 import Fp8Matrix, Fp8Weight, multiply_reference
+from fused_ops.lora.gated import Gated
 from fused_ops.lora.route import Route
 
 _WIDENED = 1024  # rows of a 16-bit weight that are converted to float32 at a time
@@ -30,9 +31,9 @@ def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
 
 def up(
     x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
-    x8: Fp8Matrix | None = None,
+    x8: Fp8Matrix | None = None, gated: Gated | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return Y [T, N] = X W^T (+ bias) + S B^T; X is rounded here if the weight is, whatever `x8` has."""
+    """Return Y [T, N] = X W^T (+ bias) + S B^T; X is rounded here if the weight is, whatever `x8` has; `gated` gets nothing."""
     if s_TR is None or group is None or route is None:
         return _frozen(x_TK, weight_NK, bias_N)
     y_TN = _frozen(x_TK.float(), weight_NK, bias_N)
@@ -55,9 +56,9 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
 
 def grad_x(
     dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
-    dy8: Fp8Matrix | None = None,
+    dy8: Fp8Matrix | None = None, gated: Gated | None = None, refill: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return dX [T, K] = dY W + M * (dS A); dY is rounded here if the weight is, whatever `dy8` has."""
+    """Return dX [T, K] = dY W + M * (dS A); dY is rounded here if the weight is, whatever `dy8` has; `gated` gets nothing."""
     if ds_TR is None or group is None or route is None:
         return _frozen_grad(dy_TN, weight_NK)
     dx_TK = _frozen_grad(dy_TN.float(), weight_NK)

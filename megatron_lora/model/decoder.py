@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fused_ops.elementwise.swiglu import swiglu
 from fused_ops.lora.fp8 import Rounded
+from fused_ops.lora.gated import Gated
 from fused_ops.lora.refill import Refill
 from megatron_lora.model.attention import MergedSelfAttention, PackedRows
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
@@ -76,17 +77,17 @@ class DecoderLayer(TransformerLayer):
     def _compute(self, hidden: Tensor, rows: PackedRows, cheap: bool) -> Tensor:
         """Run the layer; if `cheap`, the linears after norms and SwiGLU do not keep their inputs."""
         down = self.mlp.linear_fc2.new_rounded()
-        hidden, x, for_down = self._up_to_down(hidden, rows, cheap, down)
-        out, _ = self.mlp.linear_fc2(x, rows.route, for_down, down)
+        hidden, x, for_down, gated = self._up_to_down(hidden, rows, cheap, down)
+        out, _ = self.mlp.linear_fc2(x, rows.route, for_down, down, reads=gated)
         return torch.add(hidden, self._normed(out, 1), alpha=self.residual_scale)
 
     def for_backward(self, hidden: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor]:
         """Run the layer again for its backward: return the sum's two terms, the second without values."""
-        hidden, x, for_down = self._up_to_down(hidden, rows, cheap=True)
+        hidden, x, for_down, gated = self._up_to_down(hidden, rows, cheap=True)
         if self.norms_after:
-            out, _ = self.mlp.linear_fc2(x, rows.route, for_down)
+            out, _ = self.mlp.linear_fc2(x, rows.route, for_down, reads=gated)
         else:
-            out = self.mlp.linear_fc2.for_backward(x, rows.route, for_down, hidden.shape)
+            out = self.mlp.linear_fc2.for_backward(x, rows.route, for_down, hidden.shape, gated)
         return hidden, self._added(out, 1)
 
     def _normed(self, x: Tensor, norm: int) -> Tensor:
@@ -100,8 +101,8 @@ class DecoderLayer(TransformerLayer):
 
     def _up_to_down(
         self, hidden: Tensor, rows: PackedRows, cheap: bool, down: Rounded | None = None
-    ) -> tuple[Tensor, Tensor, Refill | None]:
-        """Run all of the layer before its last linear: return the residual, the linear's input, and its Refill if `cheap`.
+    ) -> tuple[Tensor, Tensor, Refill | None, Gated | None]:
+        """Run all of the layer before its last linear: return the residual, the linear's input, its Refill if `cheap`, and its Gated.
 
         Nothing outlives its last use here: this is the peak of a forward that keeps nothing. `down` gets the input in 8 bits.
         """
@@ -109,8 +110,9 @@ class DecoderLayer(TransformerLayer):
         qkv, up = self.self_attention.linear_qkv.new_rounded(), self.mlp.linear_fc1.new_rounded()
         x, hidden = self.input_layernorm.add(hidden, None, for_qkv, qkv)
         x, hidden = self.pre_mlp_layernorm.add(self._added(self.self_attention(x, rows, for_qkv, qkv), 0), hidden, for_up, up)
-        x, _ = self.mlp.linear_fc1(x, rows.route, for_up, up)
-        return hidden, swiglu(x, for_down, rounded_up=up, rounded_down=down, gelu=self.gelu), for_down
+        gated = None if self.gelu else Gated()
+        x, _ = self.mlp.linear_fc1(x, rows.route, for_up, up, makes=gated)
+        return hidden, swiglu(x, for_down, rounded_up=up, rounded_down=down, gelu=self.gelu, gated=gated), for_down, gated
 
 
 class _Rerun(torch.autograd.Function):

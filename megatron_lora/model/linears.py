@@ -41,6 +41,7 @@ from torch import Tensor
 
 from fused_ops.lora.adapters import LoraGroup
 from fused_ops.lora.fp8 import Fp8Weight, Rounded, quantise_weight
+from fused_ops.lora.gated import Gated
 from fused_ops.lora.linear import Collectives, multi_lora_linear
 from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
@@ -142,10 +143,10 @@ class MultiLoraColumnParallelLinear(MultiLoraLinear, ColumnParallelLinear):
     parallel, kinds = "column", (ColumnCollectives, ColumnSequenceCollectives)
 
     def forward(
-        self, input_: Tensor, route: Route | None, refill: Refill | None = None, rounded: Rounded | None = None
+        self, input_: Tensor, route: Route | None, refill: Refill | None = None, rounded: Rounded | None = None, makes: Gated | None = None
     ) -> tuple[Tensor, None]:
         """Return Y with its bias added, and None: Megatron adds a bias returned here, and there is none to add."""
-        return self._apply_linear(input_, self.bias, route, refill=refill, rounded=rounded), None
+        return self._apply_linear(input_, self.bias, route, refill=refill, rounded=rounded, makes=makes), None
 
 
 class MultiLoraRowParallelLinear(MultiLoraLinear, RowParallelLinear):
@@ -154,15 +155,18 @@ class MultiLoraRowParallelLinear(MultiLoraLinear, RowParallelLinear):
     parallel, kinds = "row", (RowCollectives, RowSequenceCollectives)
 
     def forward(
-        self, input_: Tensor, route: Route | None, refill: Refill | None = None, rounded: Rounded | None = None
+        self, input_: Tensor, route: Route | None, refill: Refill | None = None, rounded: Rounded | None = None, reads: Gated | None = None
     ) -> tuple[Tensor, None]:
         """Return Y with its bias added once, after the reduction, and None: Megatron has no bias to add."""
-        y = self._apply_linear(input_, None, route, refill=refill, rounded=rounded)
+        y = self._apply_linear(input_, None, route, refill=refill, rounded=rounded, reads=reads)
         return y if self.bias is None else y + self.bias, None
 
-    def for_backward(self, input_: Tensor, route: Route | None, refill: Refill | None, output_shape: torch.Size) -> Tensor:
+    def for_backward(
+        self, input_: Tensor, route: Route | None, refill: Refill | None, output_shape: torch.Size, reads: Gated | None = None
+    ) -> Tensor:
         """Return what `forward` returned, [T_local, 1, N], without values: to run backward again, whose gradients do not depend on them."""
-        return self._apply_linear(input_, None, route, refill=refill, output_shape=torch.Size((output_shape[0], output_shape[-1])))
+        shape = torch.Size((output_shape[0], output_shape[-1]))
+        return self._apply_linear(input_, None, route, refill=refill, output_shape=shape, reads=reads)
 
 
 def freeze(module: torch.nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_ops.lora.adapters import LoraGroup, padded_rank
 from fused_ops.lora.fp8 import Rounded
+from fused_ops.lora.gated import Gated
 from fused_ops.lora.linear import Collectives, multi_lora_linear
 from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
@@ -48,8 +49,10 @@ def plain_lora_linear(
     refill: Refill | None = None,
     rounded: Rounded | None = None,
     output_shape: torch.Size | None = None,
+    makes: Gated | None = None,
+    reads: Gated | None = None,
 ) -> Tensor:
-    """Return Y [T, N]; one tensor rank only. A norm or SwiGLU in front keeps its output (`refill` and `rounded` stay unused).
+    """Return Y [T, N]; one tensor rank only. Norms and SwiGLU keep their outputs and do their own work (other arguments stay unused).
 
     Y is computed also where its shape alone is wanted, as PEFT's layers do when they run again.
     """

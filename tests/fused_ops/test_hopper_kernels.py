@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from gluon_on_cpu import gluon_on_cpu  # noqa: E402
 from kernel_tools import interpreted  # noqa: E402
 
+from fused_ops.elementwise.swiglu import swiglu_reference  # noqa: E402
 from fused_ops.lora import reference  # noqa: E402
 from fused_ops.lora.fp8 import quantise_rows, quantise_weight  # noqa: E402
 
@@ -172,3 +173,39 @@ def test_a_step_that_nobody_loads_is_a_deadlock(ops, make_problem, monkeypatch):
     monkeypatch.setitem(globals_of_kernel, "async_load", lambda *args, **more: next(loads) == 9 or real(*args, **more))
     with pytest.raises(AssertionError, match="nobody arrives"):
         ops.up(p.x, p.weight, None, s, p.group, p.route)
+
+
+SWIGLU = {
+    "tiles of one job": {"lengths": [256, 128], "ranks": [16, 40]},
+    "boundaries inside tiles": {"lengths": [100, 0, 77, 140], "ranks": [16, 8, 3, 12], "gaps": 3},
+    "not all modules, and dropout": {"lengths": [150, 90], "ranks": [8, 33], "dropouts": [0.1, 0.3], "missing": {(0, 1), (1, 0)}},
+}
+
+
+@pytest.mark.parametrize("case", SWIGLU)
+def test_swiglu_where_gate_and_up_are_made(make_problem, ops, case):
+    p = make_problem(**SWIGLU[case], k=128, n=(512, 512))
+    s, y = reference.down(p.x, p.group, p.route), torch.empty(len(p.x), 512)
+    expected = reference.up(p.x, p.weight, None, s, p.group, p.route)
+    with poisoned():
+        found = ops.gemm(p.x, p.weight, None, s, p.group, p.route, backward=False, y_TF=y.fill_(float("nan")))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, swiglu_reference(found), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("refill", [False, True])
+@pytest.mark.parametrize("case", SWIGLU)
+def test_its_gradient_where_that_of_its_output_is_made(make_problem, ops, case, refill):
+    problem = SWIGLU[case] | {"missing": ()}
+    p = make_problem(**problem, k=512, n=(64,))
+    gate_up, y = torch.randn(len(p.x), 1024), torch.full((len(p.x), 512), float("nan"))
+    ds = reference.grad_s_and_b(p.dy, reference.down(p.x, p.group, p.route), p.group, p.route)
+    inputs = gate_up.clone().requires_grad_()
+    output = swiglu_reference(inputs)
+    (expected,) = torch.autograd.grad(output, inputs, reference.grad_x(p.dy, p.weight, ds, p.group, p.route))
+    options = {"gate_up": gate_up, "y_TF": y if refill else None}
+    with poisoned():
+        found = ops.gemm(p.dy, p.weight, None, ds, p.group, p.route, backward=True, **options)
+    assert found is gate_up
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not refill or torch.allclose(y, output, rtol=1e-5, atol=1e-5)

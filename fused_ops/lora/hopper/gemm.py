@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.launch.early_launch import pdl
@@ -32,6 +32,7 @@ from fused_ops.launch.shapes import num_processors
 from fused_ops.lora.adapters import LoraGroup
 from fused_ops.lora.fp8 import Fp8Matrix, parts
 from fused_ops.lora.hopper.gemm_lora import adapter_level, add_masked, add_owner, add_product, load_ranks, module_in_tile, owner_ranks
+from fused_ops.lora.hopper.gemm_swiglu import activate, column, load_gates, store, store_gradients
 from fused_ops.lora.hopper.gemm_tile import (
     BM,
     BN,
@@ -50,7 +51,7 @@ from fused_ops.lora.hopper.gemm_tile import (
     product,
 )
 from fused_ops.lora.hopper.layouts import describe
-from fused_ops.lora.hopper.names import async_load, async_store
+from fused_ops.lora.hopper.names import async_load
 from fused_ops.lora.hopper.ring import ring_barriers
 from fused_ops.lora.route import ADAPTER, END_SEGMENT, FIRST_SEGMENT, OWNER, SEGMENT_FIELDS, TILE_FIELDS, Route
 from fused_ops.lora.term import term_of_a, term_of_b, three
@@ -78,10 +79,12 @@ def _tile_origin(i_tile, num_rows, num_cols):
 def _loader(
     descs, ring, tables, sizes, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, FP8: gl.constexpr, PDL: gl.constexpr,
+    SWIGLU: gl.constexpr,
 ):  # fmt: skip
     """Load every step of every tile of this program."""
     INNER: gl.constexpr = BK_OF_8_BITS if FP8 else BK
-    input_desc, weight_desc, s_desc, l_descs, l_part_descs = descs
+    PAIRED: gl.constexpr = SWIGLU and not BACKWARD
+    input_desc, weight_desc, s_desc, l_descs, l_part_descs, gates_desc = descs
     a_bufs, b_bufs, full_bars, empty_bars = ring
     tiles_ptr, segments_ptr, adapters_ptr = tables
     num_rows, num_cols, num_inner = sizes
@@ -96,7 +99,7 @@ def _loader(
             for group in gl.static_range(2):
                 async_load(input_desc, [i_row + group * WM, i_k], full_bar, a_bufs.index(2 * stage + group))
             for half in gl.static_range(2):
-                at_col = i_col + half * HALF
+                at_col = column(i_col, num_cols, half, 0, PAIRED)
                 at = [i_k, at_col] if BACKWARD and not FP8 else [at_col, i_k]
                 async_load(weight_desc, at, full_bar, b_bufs.index(2 * stage + half))
             step += 1
@@ -108,19 +111,26 @@ def _loader(
             for m in gl.static_range(1 if WIDE else MODULES):
                 l_desc = l_descs[0 if BACKWARD else m]
                 ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+                mine = m if PAIRED else 0  # the half that is the module's; what is loaded for the other lies outside of L: zeros
+                l_cols = (column(l_col, num_cols, 0 - mine, 0, PAIRED), column(l_col, num_cols, 1 - mine, 0, PAIRED))
                 for i_rank in range(0, ranks, RANK):
-                    step = load_ranks(ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_col, 2, HALF, LORA)
-        else:
-            for part in range(4):
-                for i_segment in range(i_low, i_high):
-                    adapter = gl.load(segments_ptr + i_segment * SEGMENT_FIELDS + ADAPTER)
-                    for m in gl.static_range(1 if WIDE else MODULES):
-                        l_desc = l_part_descs[0 if BACKWARD else m]
-                        ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
-                        l_col += part * QUARTER
-                        for i_rank in range(0, ranks, RANK):
-                            s_at, l_at = s_col + i_rank, l_row + i_rank
-                            step = load_ranks(ring, step, s_desc, l_desc, i_row, s_at, l_at, l_col, 1, QUARTER, LORA_PART)
+                    step = load_ranks(ring, step, s_desc, l_desc, i_row, s_col + i_rank, l_row + i_rank, l_cols, 2, HALF, LORA)
+            i_high = i_low  # nothing is left for the quarters
+        for i_part in range(4):
+            half, part = i_part // 2, i_part % 2
+            if PAIRED:
+                half, part = i_part % 2, i_part // 2
+            for i_segment in range(i_low, i_high):
+                adapter = gl.load(segments_ptr + i_segment * SEGMENT_FIELDS + ADAPTER)
+                for m in gl.static_range(1 if WIDE else MODULES):
+                    l_desc = l_part_descs[0 if BACKWARD else m]
+                    ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, adapter, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
+                    l_cols = (column(l_col, num_cols, half - (m if PAIRED else 0), part, PAIRED),)
+                    for i_rank in range(0, ranks, RANK):
+                        s_at, l_at = s_col + i_rank, l_row + i_rank
+                        step = load_ranks(ring, step, s_desc, l_desc, i_row, s_at, l_at, l_cols, 1, QUARTER, LORA_PART)
+            if SWIGLU and BACKWARD:
+                step = load_gates(ring, step, gates_desc, i_row, i_col + i_part * QUARTER, num_cols)
 
 
 @gluon.jit
@@ -164,13 +174,14 @@ def _column_scales(scales_ptr, i_col, num_cols):
 @gluon.jit
 def _multiplier(
     common, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    FP8: gl.constexpr, PDL: gl.constexpr, GROUP: gl.constexpr,
+    FP8: gl.constexpr, PDL: gl.constexpr, SWIGLU: gl.constexpr, REFILL: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute and store one warp group's rows of every tile of this program."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature, scales = common
+    output_desc, y_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature, scales = common
+    PAIRED: gl.constexpr = SWIGLU and not BACKWARD
     tiles_ptr, segments_ptr, adapters_ptr = tables
     num_rows, num_cols, num_inner = sizes
     num_tiles, stride = gl.cdiv(num_rows, BM) * gl.cdiv(num_cols, BN), gl.num_programs(0)
@@ -195,21 +206,22 @@ def _multiplier(
                 b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, ranks, GROUP)
         b_part0, b_part1 = _quarters(b_acc0)
         b_part2, b_part3 = _quarters(b_acc1)
-        parts = (b_part0, b_part1, b_part2, b_part3)
+        parts = (b_part0, b_part2, b_part1, b_part3) if PAIRED else (b_part0, b_part1, b_part2, b_part3)
         b_keys = o_row.to(gl.uint32)
         if DROPOUT:
             b_keys = gl.load(keys_ptr + o_row, o_row < num_rows, 0).to(gl.uint32, bitcast=True)
-        for i_part in gl.static_range(4):
-            b_part = parts[i_part]
-            o_col = i_col + i_part * QUARTER + gl.arange(0, QUARTER, COLUMNS)
+        for i in gl.static_range(4):
+            b_part = parts[i]
+            at_col = column(i_col, num_cols, i % 2, i // 2, PAIRED) if PAIRED else i_col + i * QUARTER
+            o_col = at_col + gl.arange(0, QUARTER, COLUMNS)
             if FP8:
                 b_scales = b_next_scales
-                if i_part < 3:
-                    b_next_scales = _column_scales(scales[1], i_col + (i_part + 1) * QUARTER, num_cols)
+                if i < 3:
+                    b_next_scales = _column_scales(scales[1], i_col + (i + 1) * QUARTER, num_cols)
                 b_part *= gl.expand_dims(b_row_scales, 1) * gl.expand_dims(b_scales, 0)
             b_hash = b_keys
             if DROPOUT:
-                b_hash = mask_hash(b_keys, first_feature + i_col + i_part * QUARTER)
+                b_hash = mask_hash(b_keys, first_feature + at_col)
             if owner < 0:
                 b_part, step = add_masked(
                     ring, step, b_part, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops,
@@ -219,22 +231,27 @@ def _multiplier(
                 b_part, step = add_product(ring, step, b_part, b_hash, module_ranks, level, MODULES, DROPOUT, GROUP)
             if HAS_BIAS:
                 b_part += gl.expand_dims(gl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(gl.float32), 0)
-            output_buf = output_bufs.index(2 * GROUP + i_part % 2)
-            tma.store_wait(1)  # all but the latest: what this buffer held is stored
-            output_buf.store(b_part.to(gl.bfloat16))
-            fence_async_shared()
-            async_store(output_desc, [i_row + GROUP * WM, i_col + i_part * QUARTER], output_buf)
+            b_out = b_part.to(gl.bfloat16)
+            if SWIGLU and BACKWARD:
+                step = store_gradients(ring, step, output_desc, y_desc, output_bufs, i_row, at_col, num_cols, b_out, REFILL, i, GROUP)
+            else:
+                store(output_desc, output_bufs, i_row, at_col, b_out, i + i // 2 if PAIRED else i, GROUP)
+                if PAIRED:
+                    if i % 2 == 0:
+                        b_gate = b_out
+                    else:
+                        store(y_desc, output_bufs, i_row, i_col // 2 + i // 2 * QUARTER, activate(b_gate, b_out), i + i // 2 + 1, GROUP)
         i_row, i_col, owner = next_row, next_col, next_owner
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "first_feature"])
 def _hopper_kernel(
-    input_desc, weight_desc, output_desc, s_desc, l_desc0, l_desc1, l_desc2, l_part0, l_part1, l_part2,
+    input_desc, weight_desc, output_desc, y_desc, s_desc, l_desc0, l_desc1, l_desc2, l_part0, l_part1, l_part2,
     row_scales_ptr, column_scales_ptr, bias_ptr, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr,
     num_rows, num_cols, num_inner, first_feature, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    FP8: gl.constexpr, PDL: gl.constexpr,
+    FP8: gl.constexpr, SWIGLU: gl.constexpr, REFILL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     INNER: gl.constexpr = BK_OF_8_BITS if FP8 else BK
     a_bufs = gl.allocate_shared_memory(input_desc.dtype, [2 * STAGES, WM, INNER], input_desc.layout)
@@ -246,23 +263,27 @@ def _hopper_kernel(
     full_bars, empty_bars = ring_barriers(STAGES, 2)
     ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, adapters_ptr)
     sizes = (num_rows, num_cols, num_inner)
-    descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2))
+    descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2), output_desc)
     scales = (row_scales_ptr, column_scales_ptr)
-    common = (output_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature, scales)
+    common = (output_desc, y_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature, scales)
     gl.warp_specialize(
         [
-            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, 0)),
-            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, 1)),
-            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT, FP8, PDL)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, SWIGLU, REFILL, 0)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, SWIGLU, REFILL, 1)),
+            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT, FP8, PDL, SWIGLU)),
         ], [WARPS, 1], [240, 24],
     )  # fmt: skip
 
 
 def hopper_gemm(
     input_TI: Tensor | Fp8Matrix, weight: Tensor | Fp8Matrix, bias_O: Tensor | None, s_TR: Tensor, group: LoraGroup, route: Route,
-    backward: bool,
+    backward: bool, gate_up: Tensor | None = None, y_TF: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return what triton/gemm.py's gemm returns, for tensors that `suits_hopper`.
+
+    Forward with `y_TF`: the weight's columns are gate | up, and silu(gate) * up is written to y_TF [T, F]. Backward with `gate_up` [T, 2F]:
+    dX is the gradient of silu(gate) * up, that of gate | up is written over them and returned, and the product itself to `y_TF`, unless
+    None. F is a multiple of BN. Neither goes with 8 bits.
 
     The input in 16 bits must be older than S: blocks of it are loaded while the kernel that computes S still runs.
     """
@@ -270,20 +291,22 @@ def hopper_gemm(
     fp8 = row_scales is not None
     inner_first, inner = backward and not fp8, (BK_OF_8_BITS if fp8 else BK).value
     (num_rows, num_inner), num_cols = values.shape, weight.shape[1 if inner_first else 0]
-    out_TO = torch.empty(num_rows, num_cols, dtype=s_TR.dtype, device=values.device)
+    out_TO = torch.empty(num_rows, num_cols, dtype=s_TR.dtype, device=values.device) if gate_up is None else gate_up
+    swiglu = y_TF is not None or gate_up is not None
     term = term_of_a(group) if backward else term_of_b(group)
-    starts, stops = zip(*group.columns, strict=True)
+    starts, stops = zip(*([(0, num_cols)] * 2 if swiglu and not backward else group.columns), strict=True)  # pairs: both in every tile
     tiles = -(-num_rows // BM.value) * -(-num_cols // BN.value)
     early = bool(route.segments) and not fp8 and num_cols * num_inner <= MAX_EARLY_WEIGHTS
     _hopper_kernel[(min(num_processors(values.device), tiles),)](
         describe(values, WM.value, inner),
         describe(weight, inner, HALF.value) if inner_first else describe(weight, HALF.value, inner),
-        describe(out_TO, WM.value, QUARTER.value), describe(s_TR, WM.value, RANK.value),
+        describe(out_TO, WM.value, QUARTER.value), None if y_TF is None else describe(y_TF, WM.value, QUARTER.value),
+        describe(s_TR, WM.value, RANK.value),
         *three([describe(tensor, RANK.value, HALF.value) for tensor in term.with_rows]),
         *three([describe(tensor, RANK.value, QUARTER.value) for tensor in term.with_rows]),
         row_scales, column_scales, bias_O, route.tiles(BM.value), route.segment_table, group.adapter_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
-        FP8=fp8, num_warps=WARPS.value, maxnreg=168, **pdl(values, early),
+        FP8=fp8, SWIGLU=swiglu, REFILL=backward and y_TF is not None, num_warps=WARPS.value, maxnreg=168, **pdl(values, early),
     )  # fmt: skip
     return out_TO

@@ -49,8 +49,8 @@ def owner_ranks(adapters_ptr, owner, i_col, starts, stops, BACKWARD: gl.constexp
 
 
 @gluon.jit
-def load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Load 16 ranks of S, and of L in PARTS times COLUMNS columns from l_col on."""
+def load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_cols, PARTS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load 16 ranks of S, and of L in COLUMNS columns from each of PARTS l_cols on."""
     a_bufs, b_bufs, full_bars, empty_bars = ring
     stage = step % STAGES
     full_bar = full_bars.index(stage)
@@ -61,7 +61,7 @@ def load_ranks(ring, step, s_desc, l_desc, i_row, s_col, l_row, l_col, PARTS: gl
         async_load(s_desc, [i_row + group * WM, s_col], full_bar, s_buf)
     for part in gl.static_range(PARTS):
         l_buf = as_block(b_bufs.index(2 * stage + part), RANK, COLUMNS, LAYOUT)
-        async_load(l_desc, [l_row, l_col + part * COLUMNS], full_bar, l_buf)
+        async_load(l_desc, [l_row, l_cols[part]], full_bar, l_buf)
     return step + 1
 
 
