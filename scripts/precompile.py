@@ -18,6 +18,7 @@ import torch
 from fused_ops.launch import early_launch
 from fused_ops.lora import fused
 from fused_ops.lora.fp8 import quantise_weight
+from fused_ops.lora.gated import Gated
 from fused_ops.lora.route import make_route
 from fused_ops.lora.triton.gemm import gemm
 from scripts.bench.kernels import MIXES, SHAPES
@@ -36,9 +37,15 @@ JOBS = [((16,) * 4, (0.0,) * 4), ((8, 16, 32, 64), (0.0, 0.0, 0.05, 0.05)), ((4,
 
 
 def launch(problem, weight=None) -> None:
-    """Launch every operator of a linear, forward and backward; that of dA also as it is where something lies between dX and it."""
+    """Launch every operator of a linear, forward and backward, SwiGLU beside it; that of dA also as it is where others follow dX."""
     problem.steps(fused, weight)
-    fused.grad_a(problem.x, problem.x.new_empty(problem.route.num_rows, problem.group.width), problem.group, problem.route)
+    s, term = problem.x.new_empty(problem.route.num_rows, problem.group.width), (problem.group, problem.route)
+    fused.grad_a(problem.x, s, *term)
+    fused.up(problem.x, problem.weight, None, s, *term, gated=Gated())
+    for refill in (False, True):
+        gated = Gated()
+        gated.gate_up = problem.x.new_empty(len(problem.x), 2 * problem.x.shape[1])
+        fused.grad_x(problem.dy, problem.weight, s, *term, gated=gated, refill=refill)
 
 
 def stretched(k, columns, ranks, dropouts, rows=ROWS, lengths=None):

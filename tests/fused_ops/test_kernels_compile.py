@@ -94,6 +94,22 @@ def test_warp_groups_neither_spill_nor_wait(make_problem, compiled, case):
         assert "wgmma.mma_async.sync.aligned.m64n128k16" in kernel.asm["ptx"] and "setmaxnreg" in kernel.asm["ptx"]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_swiglu_beside_products_neither_spills_nor_waits(make_problem, compiled, dropout):
+    from fused_ops.lora.hopper.gemm import hopper_gemm
+
+    up, down = (make_problem([2048] * 4, [16] * 4, k=512, n=n, dropouts=[dropout] * 4, dtype=torch.bfloat16) for n in ((512, 512), (512,)))
+    s, ds = (p.x.new_zeros(p.route.num_rows, p.group.width) for p in (up, down))
+    y, gate_up = up.x.new_empty(8192, 512), up.x.new_empty(8192, 1024)
+    hopper_gemm(up.x, up.weight, None, s, up.group, up.route, backward=False, y_TF=y)
+    for refilled in (None, y):
+        hopper_gemm(down.dy, down.weight, None, ds, down.group, down.route, backward=True, gate_up=gate_up, y_TF=refilled)
+    assert len(compiled) == 3
+    for kernel in compiled:
+        registers, spilled, serialised = report(kernel)
+        assert not spilled and not serialised, (kernel.name, registers, spilled, serialised)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_warp_groups_in_8_bits_neither_spill_nor_wait(make_problem, compiled, case):
     from fused_ops.lora.fp8 import quantise_rows, quantise_weight

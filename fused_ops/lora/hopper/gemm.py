@@ -20,6 +20,8 @@ defines an accumulator before the loop: hence LoRA comes last. The loading warp 
 S still runs (early_launch.py).
 """
 
+import os
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -59,6 +61,7 @@ from fused_ops.lora.term import term_of_a, term_of_b, three
 BK, BK_OF_8_BITS = gl.constexpr(64), gl.constexpr(128)  # inner block, of as many bytes in 8 bits
 BYTES = gl.constexpr((BM.value + BN.value) * 128)  # of a step
 TOGETHER = gl.constexpr(8)  # row tiles that share the columns of W in the cache
+WHOLE_IN_8_BITS = os.environ.get("MEGATRON_LORA_WHOLE", "1") == "1"  # while it is measured
 _ACC, _ACC_OF_8_BITS = product(HALF), product(HALF, 32)
 
 # Larger weights are not launched early: it made 4096 x 28672 slower by 2.5%, left 14336 x 4096 and 8192 x 8192 as they were, and made
@@ -79,7 +82,7 @@ def _tile_origin(i_tile, num_rows, num_cols):
 def _loader(
     descs, ring, tables, sizes, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, FP8: gl.constexpr, PDL: gl.constexpr,
-    SWIGLU: gl.constexpr,
+    SWIGLU: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Load every step of every tile of this program."""
     INNER: gl.constexpr = BK_OF_8_BITS if FP8 else BK
@@ -107,7 +110,7 @@ def _loader(
             gdc_wait()
         tile_ptr = tiles_ptr + i_row // BM * TILE_FIELDS
         i_low, i_high, owner = gl.load(tile_ptr + FIRST_SEGMENT), gl.load(tile_ptr + END_SEGMENT), gl.load(tile_ptr + OWNER)
-        if (owner >= 0) & (not DROPOUT) & (not FP8):
+        if (owner >= 0) & (not DROPOUT) & (WHOLE or not FP8):
             for m in gl.static_range(1 if WIDE else MODULES):
                 l_desc = l_descs[0 if BACKWARD else m]
                 ranks, l_row, s_col, l_col = module_in_tile(adapters_ptr, owner, i_col, starts[m], stops[m], m, BACKWARD, WIDE)
@@ -172,9 +175,22 @@ def _column_scales(scales_ptr, i_col, num_cols):
 
 
 @gluon.jit
+def _half_scales(scales_ptr, i_col, num_cols):
+    """Return the scales of the columns of half a tile."""
+    o_col = i_col + gl.arange(0, HALF, gl.SliceLayout(0, _ACC))
+    return gl.load(scales_ptr + o_col, o_col < num_cols, 0.0)
+
+
+@gluon.jit
+def _scaled(b_acc, b_rows, b_cols):
+    """Return half an accumulator in 8 bits times the scales of its rows and columns."""
+    return gl.convert_layout(b_acc, _ACC, assert_trivial=True) * (gl.expand_dims(b_rows, 1) * gl.expand_dims(b_cols, 0))
+
+
+@gluon.jit
 def _multiplier(
     common, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    FP8: gl.constexpr, PDL: gl.constexpr, SWIGLU: gl.constexpr, REFILL: gl.constexpr, GROUP: gl.constexpr,
+    FP8: gl.constexpr, PDL: gl.constexpr, SWIGLU: gl.constexpr, REFILL: gl.constexpr, WHOLE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute and store one warp group's rows of every tile of this program."""
     if PDL:
@@ -197,11 +213,18 @@ def _multiplier(
         next_row, next_col = _tile_origin(min(i_tile + stride, num_tiles - 1), num_rows, num_cols)
         next_owner = gl.load(tiles_ptr + next_row // BM * TILE_FIELDS + OWNER)
         o_row = i_row + GROUP * WM + gl.arange(0, WM, ROWS)
-        if FP8:  # scales are loaded ahead: those of the rows and of the first quarter before the products, of the others a quarter ahead
+        # Scales in 8 bits are loaded ahead: of the rows and of all columns before the products, or of a quarter's columns a quarter ahead.
+        if WHOLE:
+            o_scale = i_row + GROUP * WM + gl.arange(0, WM, gl.SliceLayout(1, _ACC))
+            b_rows = gl.load(scales[0] + o_scale, o_scale < num_rows, 0.0)
+            b_cols0, b_cols1 = _half_scales(scales[1], i_col, num_cols), _half_scales(scales[1], i_col + HALF, num_cols)
+        if FP8 and not WHOLE:
             b_row_scales = gl.load(scales[0] + o_row, o_row < num_rows, 0.0)
             b_next_scales = _column_scales(scales[1], i_col, num_cols)
         b_acc0, b_acc1, step = _frozen_product(ring, step, num_inner, BACKWARD, FP8, GROUP)
-        if not FP8:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
+        if WHOLE:
+            b_acc0, b_acc1 = _scaled(b_acc0, b_rows, b_cols0), _scaled(b_acc1, b_rows, b_cols1)
+        if WHOLE or not FP8:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
             if (owner >= 0) & (not DROPOUT):
                 b_acc0, b_acc1, step = add_owner(ring, step, b_acc0, b_acc1, ranks, GROUP)
         b_part0, b_part1 = _quarters(b_acc0)
@@ -214,7 +237,7 @@ def _multiplier(
             b_part = parts[i]
             at_col = column(i_col, num_cols, i % 2, i // 2, PAIRED) if PAIRED else i_col + i * QUARTER
             o_col = at_col + gl.arange(0, QUARTER, COLUMNS)
-            if FP8:
+            if FP8 and not WHOLE:
                 b_scales = b_next_scales
                 if i < 3:
                     b_next_scales = _column_scales(scales[1], i_col + (i + 1) * QUARTER, num_cols)
@@ -227,7 +250,7 @@ def _multiplier(
                     ring, step, b_part, tables, i_low, i_high, b_hash, o_row, i_col, starts, stops,
                     BACKWARD, MODULES, WIDE, DROPOUT, GROUP,
                 )  # fmt: skip
-            elif DROPOUT or FP8:
+            elif (DROPOUT or FP8) and not WHOLE:
                 b_part, step = add_product(ring, step, b_part, b_hash, module_ranks, level, MODULES, DROPOUT, GROUP)
             if HAS_BIAS:
                 b_part += gl.expand_dims(gl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(gl.float32), 0)
@@ -251,7 +274,7 @@ def _hopper_kernel(
     row_scales_ptr, column_scales_ptr, bias_ptr, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr,
     num_rows, num_cols, num_inner, first_feature, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    FP8: gl.constexpr, SWIGLU: gl.constexpr, REFILL: gl.constexpr, PDL: gl.constexpr,
+    FP8: gl.constexpr, SWIGLU: gl.constexpr, REFILL: gl.constexpr, WHOLE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     INNER: gl.constexpr = BK_OF_8_BITS if FP8 else BK
     a_bufs = gl.allocate_shared_memory(input_desc.dtype, [2 * STAGES, WM, INNER], input_desc.layout)
@@ -268,9 +291,9 @@ def _hopper_kernel(
     common = (output_desc, y_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature, scales)
     gl.warp_specialize(
         [
-            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, SWIGLU, REFILL, 0)),
-            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, SWIGLU, REFILL, 1)),
-            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT, FP8, PDL, SWIGLU)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, SWIGLU, REFILL, WHOLE, 0)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, SWIGLU, REFILL, WHOLE, 1)),
+            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT, FP8, PDL, SWIGLU, WHOLE)),
         ], [WARPS, 1], [240, 24],
     )  # fmt: skip
 
@@ -307,6 +330,7 @@ def hopper_gemm(
         row_scales, column_scales, bias_O, route.tiles(BM.value), route.segment_table, group.adapter_table, route.row_keys,
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
-        FP8=fp8, SWIGLU=swiglu, REFILL=backward and y_TF is not None, num_warps=WARPS.value, maxnreg=168, **pdl(values, early),
+        FP8=fp8, SWIGLU=swiglu, REFILL=backward and y_TF is not None, WHOLE=fp8 and WHOLE_IN_8_BITS and not term.dropout,
+        num_warps=WARPS.value, maxnreg=168, **pdl(values, early),
     )  # fmt: skip
     return out_TO
