@@ -37,11 +37,12 @@ JOBS = [((16,) * 4, (0.0,) * 4), ((8, 16, 32, 64), (0.0, 0.0, 0.05, 0.05)), ((4,
 
 
 def launch(problem, weight=None) -> None:
-    """Launch every operator of a linear, forward and backward, SwiGLU beside it; that of dA also as it is where others follow dX."""
+    """Launch every operator of a linear, forward and backward, SwiGLU and residuals beside it; dA also where others follow dX."""
     problem.steps(fused, weight)
     s, term = problem.x.new_empty(problem.route.num_rows, problem.group.width), (problem.group, problem.route)
     fused.grad_a(problem.x, s, *term)
     fused.up(problem.x, problem.weight, None, s, *term, gated=Gated())
+    fused.up(problem.x, problem.weight if weight is None else weight, None, s, *term, added=problem.dy)
     for refill in (False, True):
         gated = Gated()
         gated.gate_up = problem.x.new_empty(len(problem.x), 2 * problem.x.shape[1])

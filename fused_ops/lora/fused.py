@@ -53,11 +53,11 @@ def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx
 
 def up(
     x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
-    x8: Fp8Matrix | None = None, gated: Gated | None = None,
+    x8: Fp8Matrix | None = None, gated: Gated | None = None, added: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return Y [T, N] = X W^T (+ bias) + S B^T; `x8`: X in 8 bits, if a neighbour has rounded it.
 
-    `gated` is given silu(gate) * up, if the kernel can.
+    `gated` is given silu(gate) * up, if the kernel can. `added` [T, N] is added to Y.
     """
     if FORWARD and gated is not None and group is not None and route is not None and s_TR is not None and isinstance(weight_NK, Tensor):
         width = weight_NK.shape[0] // 2
@@ -65,7 +65,7 @@ def up(
         if pairs and suits_hopper(s_TR, x_TK, weight_NK, *group.b_RN):
             gated.y = x_TK.new_empty(len(x_TK), width)
             return hopper_gemm(x_TK, weight_NK, bias_N, s_TR, group, route, backward=False, y_TF=gated.y)
-    return _gemm(x_TK, x8, weight_NK, bias_N, s_TR, group, route, backward=False)
+    return _gemm(x_TK, x8, weight_NK, bias_N, s_TR, group, route, backward=False, added=added)
 
 
 def grad_x(
@@ -86,12 +86,16 @@ def grad_x(
     return _gemm(dy_TN, dy8, weight_NK, None, ds_TR, group, route, backward=True)
 
 
-def _gemm(x_TI: Tensor, x8: Fp8Matrix | None, weight: Tensor | Fp8Weight, bias_O, s_TR, group, route, backward: bool) -> Tensor:
+def _gemm(x_TI: Tensor, x8: Fp8Matrix | None, weight: Tensor | Fp8Weight, bias_O, s_TR, group, route, backward: bool, added=None) -> Tensor:
     """Return the product by the kernel that fits; over a weight in 8 bits X is rounded, if no neighbour has."""
     if isinstance(weight, Fp8Weight):
         operands = (x8 or quantise_rows(x_TI, "triton"), weight.by_input if backward else weight.by_output)
     else:
         operands = (x_TI, weight)
-    if s_TR is not None and suits_hopper(s_TR, *(parts(each)[0] for each in operands), *((group.a_RK,) if backward else group.b_RN)):
-        return hopper_gemm(*operands, bias_O, s_TR, group, route, backward)
-    return gemm(*operands, bias_O, s_TR, group, route, backward, x_TI.dtype)
+    others = () if added is None else (added,)
+    if s_TR is not None and suits_hopper(
+        s_TR, *others, *(parts(each)[0] for each in operands), *((group.a_RK,) if backward else group.b_RN)
+    ):
+        return hopper_gemm(*operands, bias_O, s_TR, group, route, backward, added_TO=added)
+    out = gemm(*operands, bias_O, s_TR, group, route, backward, x_TI.dtype)
+    return out if added is None else out + added

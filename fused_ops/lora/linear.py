@@ -79,13 +79,15 @@ def multi_lora_linear(
     output_shape: torch.Size | None = None,
     makes: Gated | None = None,
     reads: Gated | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Return Y [T, N] = X W^T (+ bias) + each row's adapter; without group or route, the frozen linear alone.
 
     x_TK [T_local, K], weight_NK [N, K] (frozen; an Fp8Weight: both products over 8-bit operands), bias_N [N] or None. With `refill`,
     shared with X's producer, X is not kept; `rounded` has X and dY in 8 bits where neighbours made them. With `output_shape`, that of an
     output that was computed before, this is for backward alone: Y has no values, takes no memory, and neither its product nor its
-    reduction is computed. Y is gate | up of the SwiGLU that has `makes`, X the output of that which has `reads`. Raises ValueError where
+    reduction is computed. Y is gate | up of the SwiGLU that has `makes`, X the output of that which has `reads`. `residual` [T, N] is added
+    to Y (on one tensor rank). Raises ValueError where
     shapes or dtypes do not fit.
     """
     if group is None or route is None or not route.segments or group.width == 0:
@@ -94,12 +96,14 @@ def multi_lora_linear(
         group = group.without_dropout
     _check(x_TK, weight_NK, bias_N, group)
     ops = backend_for(x_TK.device, backend)
-    return _MultiLoraLinear.apply(x_TK, weight_NK, bias_N, group, route, collectives, ops, refill, rounded, output_shape, makes, reads)
+    return _MultiLoraLinear.apply(
+        x_TK, weight_NK, bias_N, group, route, collectives, ops, refill, rounded, output_shape, makes, reads, residual
+    )
 
 
 class _MultiLoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK, bias_N, group, route, collectives, ops, refill, rounded, output_shape, makes, reads):
+    def forward(ctx, x_TK, weight_NK, bias_N, group, route, collectives, ops, refill, rounded, output_shape, makes, reads, residual):
         full_x = collectives.gather_input(x_TK)
         if route is not None and route.num_rows != full_x.shape[0]:
             raise ValueError(f"the route has {route.num_rows} rows but X has {full_x.shape[0]}")
@@ -111,12 +115,13 @@ class _MultiLoraLinear(torch.autograd.Function):
         x8 = _same_rows(rounded and rounded.take_x(), full_x)
         if output_shape is not None:
             return x_TK.new_empty(()).expand(output_shape)
-        return collectives.reduce_output(ops.up(full_x, weight_NK, bias_N, s_TR, group, route, x8, makes))
+        return collectives.reduce_output(ops.up(full_x, weight_NK, bias_N, s_TR, group, route, x8, makes, residual))
 
     @staticmethod
     def backward(ctx, dy_TN):
         group, route, ops = ctx.group, ctx.route, ctx.ops
         _bind_thread(dy_TN)
+        d_residual = dy_TN if ctx.needs_input_grad[12] else None
         x_TK = ctx.saved_tensors[0] if group is not None and ctx.refill is None else None  # now: unpacking it may launch kernels
         dy_TN = ctx.collectives.gather_grad(dy_TN).contiguous()
         ds_TR = None if group is None else ops.grad_s_and_b(dy_TN, ctx.s_TR, group, route)
@@ -127,7 +132,7 @@ class _MultiLoraLinear(torch.autograd.Function):
                 ops.grad_x(dy_TN, ctx.weight_NK, ds_TR, group, route, dy8, ctx.reads, ctx.refill is not None)
             )
         if group is None:
-            return dx_TK, *[None] * 11
+            return dx_TK, *[None] * 11, d_residual
         local = route.rows(*ctx.collectives.local_rows(route.num_rows))
         grad_a = partial(ops.grad_a, ds_TR=ctx.collectives.reduce_ds(ds_TR), group=group, route=local)
         if ctx.refill is None:
@@ -135,7 +140,7 @@ class _MultiLoraLinear(torch.autograd.Function):
             grad_a(x_TK, after_dx=after_dx)
         else:
             ctx.refill.defer(grad_a)
-        return dx_TK, *[None] * 11
+        return dx_TK, *[None] * 11, d_residual
 
 
 def _same_rows(rounded: Fp8Matrix | None, matrix: Tensor) -> Fp8Matrix | None:

@@ -31,9 +31,11 @@ def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
 
 def up(
     x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
-    x8: Fp8Matrix | None = None, gated: Gated | None = None,
+    x8: Fp8Matrix | None = None, gated: Gated | None = None, added: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return Y [T, N] = X W^T (+ bias) + S B^T; X is rounded here if the weight is, whatever `x8` has; `gated` gets nothing."""
+    if added is not None:
+        return up(x_TK, weight_NK, bias_N, s_TR, group, route) + added
     if s_TR is None or group is None or route is None:
         return _frozen(x_TK, weight_NK, bias_N)
     y_TN = _frozen(x_TK.float(), weight_NK, bias_N)

@@ -70,9 +70,14 @@ class MergedSelfAttention(SelfAttention):
         self.rope: Rope | None = config.architecture.ropes[self.layer_number - 1]
 
     def forward(
-        self, hidden_states: Tensor, packed_seq_params: PackedRows, refill: Refill | None = None, rounded: Rounded | None = None
+        self,
+        hidden_states: Tensor,
+        packed_seq_params: PackedRows,
+        refill: Refill | None = None,
+        rounded: Rounded | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Return [T_local, 1, H] for normed hidden states [T_local, 1, H].
+        """Return [T_local, 1, H] for normed hidden states [T_local, 1, H], with the residual if there is one.
 
         With `refill`, linear_qkv does not keep them for backward; `rounded` has them in 8 bits.
         """
@@ -83,7 +88,7 @@ class MergedSelfAttention(SelfAttention):
         heads, kv_heads = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         query, key, value = rotate_qkv(qkv.squeeze(1), packed_seq_params.rotary[self.rope], heads, kv_heads, norms)
         attended = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
-        out, _ = self.linear_proj(attended.unsqueeze(1), packed_seq_params.route)
+        out, _ = self.linear_proj(attended.unsqueeze(1), packed_seq_params.route, residual=residual)
         return out
 
 

@@ -78,7 +78,9 @@ class DecoderLayer(TransformerLayer):
         """Run the layer; if `cheap`, the linears after norms and SwiGLU do not keep their inputs."""
         down = self.mlp.linear_fc2.new_rounded()
         hidden, x, for_down, gated = self._up_to_down(hidden, rows, cheap, down)
-        out, _ = self.mlp.linear_fc2(x, rows.route, for_down, down, reads=gated)
+        if self.adds_alone:
+            return self.mlp.linear_fc2(x, rows.route, for_down, down, gated, hidden)[0]
+        out, _ = self.mlp.linear_fc2(x, rows.route, for_down, down, gated)
         return torch.add(hidden, self._normed(out, 1), alpha=self.residual_scale)
 
     def for_backward(self, hidden: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor]:
@@ -89,6 +91,11 @@ class DecoderLayer(TransformerLayer):
         else:
             out = self.mlp.linear_fc2.for_backward(x, rows.route, for_down, hidden.shape, gated)
         return hidden, self._added(out, 1)
+
+    @property
+    def adds_alone(self) -> bool:
+        """Whether the residual is added to the linears' outputs as they are."""
+        return not self.norms_after and self.residual_scale == 1.0
 
     def _normed(self, x: Tensor, norm: int) -> Tensor:
         """Return what attention (0) or the MLP (1) gives, normed where the family has norms after them."""
@@ -109,7 +116,9 @@ class DecoderLayer(TransformerLayer):
         for_qkv, for_up, for_down = (Refill() if cheap else None for _ in range(3))
         qkv, up = self.self_attention.linear_qkv.new_rounded(), self.mlp.linear_fc1.new_rounded()
         x, hidden = self.input_layernorm.add(hidden, None, for_qkv, qkv)
-        x, hidden = self.pre_mlp_layernorm.add(self._added(self.self_attention(x, rows, for_qkv, qkv), 0), hidden, for_up, up)
+        inside = self.adds_alone and self.self_attention.linear_proj.adds_inside  # the residual
+        x = self.self_attention(x, rows, for_qkv, qkv, hidden if inside else None)
+        x, hidden = self.pre_mlp_layernorm.add(x if inside else self._added(x, 0), None if inside else hidden, for_up, up)
         gated = None if self.gelu else Gated()
         x, _ = self.mlp.linear_fc1(x, rows.route, for_up, up, makes=gated)
         return hidden, swiglu(x, for_down, rounded_up=up, rounded_down=down, gelu=self.gelu, gated=gated), for_down, gated

@@ -29,6 +29,7 @@ then (fused_ops.lora.refill).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -47,6 +48,8 @@ from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
 from megatron_lora.errors import UserError
 from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
+
+ADD_INSIDE = os.environ.get("MEGATRON_LORA_ADD", "1") == "1"  # while it is measured
 
 CollectivesOver = Callable[[dist.ProcessGroup], Collectives]
 
@@ -154,11 +157,24 @@ class MultiLoraRowParallelLinear(MultiLoraLinear, RowParallelLinear):
 
     parallel, kinds = "row", (RowCollectives, RowSequenceCollectives)
 
+    @property
+    def adds_inside(self) -> bool:
+        """Whether a residual is added in the product's kernel: on one tensor rank, whose product is not a partial sum."""
+        return ADD_INSIDE and type(self.collectives) is Collectives
+
     def forward(
-        self, input_: Tensor, route: Route | None, refill: Refill | None = None, rounded: Rounded | None = None, reads: Gated | None = None
+        self,
+        input_: Tensor,
+        route: Route | None,
+        refill: Refill | None = None,
+        rounded: Rounded | None = None,
+        reads: Gated | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Return Y with its bias added once, after the reduction, and None: Megatron has no bias to add."""
-        y = self._apply_linear(input_, None, route, refill=refill, rounded=rounded, reads=reads)
+        """Return Y with its bias and `residual` [T_local, 1, N] added once, after the reduction, and None: Megatron has no bias to add."""
+        inside = residual.squeeze(1) if residual is not None and self.adds_inside else None
+        y = self._apply_linear(input_, None, route, refill=refill, rounded=rounded, reads=reads, residual=inside)
+        y = y if residual is None or inside is not None else residual + y
         return y if self.bias is None else y + self.bias, None
 
     def for_backward(

@@ -51,6 +51,7 @@ def plain_lora_linear(
     output_shape: torch.Size | None = None,
     makes: Gated | None = None,
     reads: Gated | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Return Y [T, N]; one tensor rank only. Norms and SwiGLU keep their outputs and do their own work (other arguments stay unused).
 
@@ -58,8 +59,9 @@ def plain_lora_linear(
     """
     assert type(collectives) is Collectives, "plain LoRA runs on one tensor rank"
     if group is None or route is None or not route.segments:
-        return multi_lora_linear(x_TK, weight_NK, bias_N, None, None)
-    return _PlainLora.apply(x_TK, weight_NK, bias_N, group, route)
+        return multi_lora_linear(x_TK, weight_NK, bias_N, None, None, residual=residual)
+    y_TN = _PlainLora.apply(x_TK, weight_NK, bias_N, group, route)
+    return y_TN if residual is None else residual + y_TN
 
 
 class _PlainLora(torch.autograd.Function):

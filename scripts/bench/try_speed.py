@@ -27,7 +27,7 @@ from fused_ops.lora.hopper import gemm as hopper
 from fused_ops.lora.route import make_route
 from fused_ops.lora.triton.gemm import gemm
 from megatron_lora.huggingface.architecture import read_architecture
-from megatron_lora.model import loss
+from megatron_lora.model import linears, loss
 from megatron_lora.parallel.process_groups import destroy_parallel
 from megatron_lora.training import assemble, train
 from scheduling import memory
@@ -46,18 +46,19 @@ ROWS = {
     "8x1024": "workload=64x1024 jobs=1 ranks=16 completion=1",
     "fp8": "workload=4x4096 jobs=4 ranks=16 completion=1 base-weights=fp8",
 }
-WAYS = {  # SwiGLU forward and backward in linears, LoRA's ranks in 8 bits as one step, bytes of a chunk of logits
-    "before": (False, False, False, 300e6),
-    "forward": (True, False, False, 300e6),
-    "both": (True, True, False, 300e6),
-    "chunk": (True, True, False, 1.1e9),
-    "whole": (False, False, True, 300e6),
-    "whole chunk": (False, False, True, 1.1e9),
+WAYS = {  # SwiGLU forward and backward in linears, the residual too, LoRA's ranks in 8 bits as one step, bytes of a chunk of logits
+    "before": (False, False, False, False, 300e6),
+    "forward": (True, False, False, False, 300e6),
+    "swiglu": (True, True, False, False, 300e6),
+    "add": (False, False, True, False, 300e6),
+    "all": (True, True, True, True, 300e6),
+    "chunk": (True, True, True, True, 1.1e9),
+    "whole": (False, False, False, True, 300e6),
 }
 
 
 def choose(way: str) -> None:
-    fused.FORWARD, fused.BACKWARD, hopper.WHOLE_IN_8_BITS, chunk = WAYS[way]
+    fused.FORWARD, fused.BACKWARD, linears.ADD_INSIDE, hopper.WHOLE_IN_8_BITS, chunk = WAYS[way]
     memory.LOSS_CHUNK_BYTES = int(chunk)
 
 
@@ -192,8 +193,8 @@ def one_run(options, case, kept: Kept, row: str, way: str, profile: bool = False
 def main() -> int:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=numbers(str), default=("het-s4",))
-    parser.add_argument("--ways", type=numbers(str), default=("before", "forward", "both"))
-    parser.add_argument("--fp8-ways", type=numbers(str), default=("before", "whole"))
+    parser.add_argument("--ways", type=numbers(str), default=("before", "forward", "swiglu", "all", "chunk"))
+    parser.add_argument("--fp8-ways", type=numbers(str), default=("before", "whole", "all"))
     parser.add_argument("--rounds", type=whole, default=5)
     parser.add_argument("--limit-s", type=float, default=200.0)
     parser.add_argument("--output", type=Path, default=Path("speed.jsonl"))

@@ -209,3 +209,11 @@ def test_its_gradient_where_that_of_its_output_is_made(make_problem, ops, case, 
     assert found is gate_up
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not refill or torch.allclose(y, output, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["tiles of one job", "boundaries inside tiles", "merged"])
+def test_a_residual_is_added_once(make_problem, ops, case):
+    p = make_problem(**CASES[case])
+    s, residual = reference.down(p.x, p.group, p.route), torch.randn(len(p.x), len(p.weight))
+    found = ops.gemm(p.x, p.weight, None, s, p.group, p.route, backward=False, added_TO=residual)
+    torch.testing.assert_close(found, reference.up(p.x, p.weight, None, s, p.group, p.route, added=residual), rtol=1e-5, atol=1e-5)

@@ -33,7 +33,17 @@ from fused_ops.launch.early_launch import pdl
 from fused_ops.launch.shapes import num_processors
 from fused_ops.lora.adapters import LoraGroup
 from fused_ops.lora.fp8 import Fp8Matrix, parts
-from fused_ops.lora.hopper.gemm_lora import adapter_level, add_masked, add_owner, add_product, load_ranks, module_in_tile, owner_ranks
+from fused_ops.lora.hopper.gemm_lora import (
+    adapter_level,
+    add_loaded,
+    add_masked,
+    add_owner,
+    add_product,
+    load_added,
+    load_ranks,
+    module_in_tile,
+    owner_ranks,
+)
 from fused_ops.lora.hopper.gemm_swiglu import activate, column, load_gates, store, store_gradients
 from fused_ops.lora.hopper.gemm_tile import (
     BM,
@@ -82,12 +92,12 @@ def _tile_origin(i_tile, num_rows, num_cols):
 def _loader(
     descs, ring, tables, sizes, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, FP8: gl.constexpr, PDL: gl.constexpr,
-    SWIGLU: gl.constexpr, WHOLE: gl.constexpr,
+    SWIGLU: gl.constexpr, WHOLE: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """Load every step of every tile of this program."""
     INNER: gl.constexpr = BK_OF_8_BITS if FP8 else BK
     PAIRED: gl.constexpr = SWIGLU and not BACKWARD
-    input_desc, weight_desc, s_desc, l_descs, l_part_descs, gates_desc = descs
+    input_desc, weight_desc, s_desc, l_descs, l_part_descs, further_desc = descs
     a_bufs, b_bufs, full_bars, empty_bars = ring
     tiles_ptr, segments_ptr, adapters_ptr = tables
     num_rows, num_cols, num_inner = sizes
@@ -133,7 +143,9 @@ def _loader(
                         s_at, l_at = s_col + i_rank, l_row + i_rank
                         step = load_ranks(ring, step, s_desc, l_desc, i_row, s_at, l_at, l_cols, 1, QUARTER, LORA_PART)
             if SWIGLU and BACKWARD:
-                step = load_gates(ring, step, gates_desc, i_row, i_col + i_part * QUARTER, num_cols)
+                step = load_gates(ring, step, further_desc, i_row, i_col + i_part * QUARTER, num_cols)
+            if ADD:
+                step = load_added(ring, step, further_desc, i_row, i_col + i_part * QUARTER)
 
 
 @gluon.jit
@@ -190,7 +202,8 @@ def _scaled(b_acc, b_rows, b_cols):
 @gluon.jit
 def _multiplier(
     common, BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    FP8: gl.constexpr, PDL: gl.constexpr, SWIGLU: gl.constexpr, REFILL: gl.constexpr, WHOLE: gl.constexpr, GROUP: gl.constexpr,
+    FP8: gl.constexpr, PDL: gl.constexpr, SWIGLU: gl.constexpr, REFILL: gl.constexpr, WHOLE: gl.constexpr, ADD: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute and store one warp group's rows of every tile of this program."""
     if PDL:
@@ -254,6 +267,8 @@ def _multiplier(
                 b_part, step = add_product(ring, step, b_part, b_hash, module_ranks, level, MODULES, DROPOUT, GROUP)
             if HAS_BIAS:
                 b_part += gl.expand_dims(gl.load(bias_ptr + o_col, o_col < num_cols, 0.0).to(gl.float32), 0)
+            if ADD:
+                b_part, step = add_loaded(ring, step, b_part, GROUP)
             b_out = b_part.to(gl.bfloat16)
             if SWIGLU and BACKWARD:
                 step = store_gradients(ring, step, output_desc, y_desc, output_bufs, i_row, at_col, num_cols, b_out, REFILL, i, GROUP)
@@ -270,11 +285,11 @@ def _multiplier(
 
 @gluon.jit(do_not_specialize=["num_rows", "first_feature"])
 def _hopper_kernel(
-    input_desc, weight_desc, output_desc, y_desc, s_desc, l_desc0, l_desc1, l_desc2, l_part0, l_part1, l_part2,
+    input_desc, weight_desc, output_desc, y_desc, added_desc, s_desc, l_desc0, l_desc1, l_desc2, l_part0, l_part1, l_part2,
     row_scales_ptr, column_scales_ptr, bias_ptr, tiles_ptr, segments_ptr, adapters_ptr, keys_ptr,
     num_rows, num_cols, num_inner, first_feature, starts, stops,
     BACKWARD: gl.constexpr, MODULES: gl.constexpr, WIDE: gl.constexpr, DROPOUT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    FP8: gl.constexpr, SWIGLU: gl.constexpr, REFILL: gl.constexpr, WHOLE: gl.constexpr, PDL: gl.constexpr,
+    FP8: gl.constexpr, SWIGLU: gl.constexpr, REFILL: gl.constexpr, WHOLE: gl.constexpr, ADD: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     INNER: gl.constexpr = BK_OF_8_BITS if FP8 else BK
     a_bufs = gl.allocate_shared_memory(input_desc.dtype, [2 * STAGES, WM, INNER], input_desc.layout)
@@ -286,14 +301,14 @@ def _hopper_kernel(
     full_bars, empty_bars = ring_barriers(STAGES, 2)
     ring, tables = (a_bufs, b_bufs, full_bars, empty_bars), (tiles_ptr, segments_ptr, adapters_ptr)
     sizes = (num_rows, num_cols, num_inner)
-    descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2), output_desc)
+    descs = (input_desc, weight_desc, s_desc, (l_desc0, l_desc1, l_desc2), (l_part0, l_part1, l_part2), added_desc if ADD else output_desc)
     scales = (row_scales_ptr, column_scales_ptr)
     common = (output_desc, y_desc, output_bufs, ring, tables, sizes, starts, stops, bias_ptr, keys_ptr, first_feature, scales)
     gl.warp_specialize(
         [
-            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, SWIGLU, REFILL, WHOLE, 0)),
-            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, SWIGLU, REFILL, WHOLE, 1)),
-            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT, FP8, PDL, SWIGLU, WHOLE)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, SWIGLU, REFILL, WHOLE, ADD, 0)),
+            (_multiplier, (common, BACKWARD, MODULES, WIDE, DROPOUT, HAS_BIAS, FP8, PDL, SWIGLU, REFILL, WHOLE, ADD, 1)),
+            (_loader, (descs, ring, tables, sizes, starts, stops, BACKWARD, MODULES, WIDE, DROPOUT, FP8, PDL, SWIGLU, WHOLE, ADD)),
         ], [WARPS, 1], [240, 24],
     )  # fmt: skip
 
@@ -301,12 +316,13 @@ def _hopper_kernel(
 def hopper_gemm(
     input_TI: Tensor | Fp8Matrix, weight: Tensor | Fp8Matrix, bias_O: Tensor | None, s_TR: Tensor, group: LoraGroup, route: Route,
     backward: bool, gate_up: Tensor | None = None, y_TF: Tensor | None = None,
+    added_TO: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return what triton/gemm.py's gemm returns, for tensors that `suits_hopper`.
 
     Forward with `y_TF`: the weight's columns are gate | up, and silu(gate) * up is written to y_TF [T, F]. Backward with `gate_up` [T, 2F]:
     dX is the gradient of silu(gate) * up, that of gate | up is written over them and returned, and the product itself to `y_TF`, unless
-    None. F is a multiple of BN. Neither goes with 8 bits.
+    None. F is a multiple of BN. Neither goes with 8 bits. `added_TO` is added to the product before that is rounded.
 
     The input in 16 bits must be older than S: blocks of it are loaded while the kernel that computes S still runs.
     """
@@ -323,7 +339,8 @@ def hopper_gemm(
     _hopper_kernel[(min(num_processors(values.device), tiles),)](
         describe(values, WM.value, inner),
         describe(weight, inner, HALF.value) if inner_first else describe(weight, HALF.value, inner),
-        describe(out_TO, WM.value, QUARTER.value), None if y_TF is None else describe(y_TF, WM.value, QUARTER.value),
+        describe(out_TO, WM.value, QUARTER.value),
+        *[each if each is None else describe(each, WM.value, QUARTER.value) for each in (y_TF, added_TO)],
         describe(s_TR, WM.value, RANK.value),
         *three([describe(tensor, RANK.value, HALF.value) for tensor in term.with_rows]),
         *three([describe(tensor, RANK.value, QUARTER.value) for tensor in term.with_rows]),
@@ -331,6 +348,6 @@ def hopper_gemm(
         num_rows, num_cols, num_inner, group.first_feature, starts, stops,
         BACKWARD=backward, MODULES=term.num_modules, WIDE=term.wide, DROPOUT=term.dropout, HAS_BIAS=bias_O is not None,
         FP8=fp8, SWIGLU=swiglu, REFILL=backward and y_TF is not None, WHOLE=fp8 and WHOLE_IN_8_BITS and not term.dropout,
-        num_warps=WARPS.value, maxnreg=168, **pdl(values, early),
+        ADD=added_TO is not None,         num_warps=WARPS.value, maxnreg=168, **pdl(values, early),
     )  # fmt: skip
     return out_TO

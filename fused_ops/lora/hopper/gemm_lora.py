@@ -14,8 +14,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from fused_ops.lora.adapters import A_ROW, ADAPTER_FIELDS, B_ROW, FIRST_A_ROW, LEVEL, LORA_RANK, MODULE_FIELDS, S_COLUMN, S_WIDTH
 from fused_ops.lora.hopper.dropout import KEEPS_NONE, add_kept, level_of
-from fused_ops.lora.hopper.gemm_tile import BM, BN, HALF, LORA, LORA_PART, PART, QUARTER, RANK, STAGES, WM, S
+from fused_ops.lora.hopper.gemm_tile import ADDED, BM, BN, HALF, LORA, LORA_PART, PART, QUARTER, RANK, STAGES, WM, S
 from fused_ops.lora.hopper.names import as_block, async_load
+from fused_ops.lora.hopper.ring import release_loaded
 from fused_ops.lora.route import ADAPTER, END, FIRST, SEGMENT_FIELDS
 
 
@@ -94,6 +95,30 @@ def _product(ring, step, ranks, GROUP: gl.constexpr):
         mbarrier.arrive(empty_bars.index(stage), count=1)
         step += 1
     return b_product, step
+
+
+@gluon.jit
+def load_added(ring, step, added_desc, i_row, i_col):
+    """Load a quarter of what is added to the output, for both warp groups."""
+    a_bufs, b_bufs, full_bars, empty_bars = ring
+    stage = step % STAGES
+    full_bar = full_bars.index(stage)
+    mbarrier.wait(empty_bars.index(stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(full_bar, BM * QUARTER * 2)
+    for group in gl.static_range(2):
+        async_load(added_desc, [i_row + group * WM, i_col], full_bar, as_block(a_bufs.index(2 * stage + group), WM, QUARTER, ADDED))
+    return step + 1
+
+
+@gluon.jit
+def add_loaded(ring, step, b_acc, GROUP: gl.constexpr):
+    """Return a quarter of the accumulator plus what was loaded for it, and the next step."""
+    a_bufs, b_bufs, full_bars, empty_bars = ring
+    stage = step % STAGES
+    mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
+    b_added = as_block(a_bufs.index(2 * stage + GROUP), WM, QUARTER, ADDED).load(PART)
+    release_loaded(empty_bars.index(stage))
+    return b_acc + b_added.to(gl.float32), step + 1
 
 
 @gluon.jit

@@ -10,12 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from fused_ops.lora.hopper.gemm_tile import BM, HALF, PART, QUARTER, STAGES, WM
-from fused_ops.lora.hopper.layouts import shared
+from fused_ops.lora.hopper.gemm_tile import ADDED, BM, HALF, PART, QUARTER, STAGES, WM
 from fused_ops.lora.hopper.names import as_block, async_load, async_store
 from fused_ops.lora.hopper.ring import release_loaded
-
-_GATES = shared(WM, QUARTER)
 
 
 @gluon.jit
@@ -37,8 +34,8 @@ def load_gates(ring, step, gates_desc, i_row, i_col, num_cols):
     mbarrier.expect(full_bar, 2 * BM * QUARTER * 2)
     for group in gl.static_range(2):
         i_own = i_row + group * WM
-        async_load(gates_desc, [i_own, i_col], full_bar, as_block(a_bufs.index(2 * stage + group), WM, QUARTER, _GATES))
-        async_load(gates_desc, [i_own, num_cols + i_col], full_bar, as_block(b_bufs.index(2 * stage + group), WM, QUARTER, _GATES))
+        async_load(gates_desc, [i_own, i_col], full_bar, as_block(a_bufs.index(2 * stage + group), WM, QUARTER, ADDED))
+        async_load(gates_desc, [i_own, num_cols + i_col], full_bar, as_block(b_bufs.index(2 * stage + group), WM, QUARTER, ADDED))
     return step + 1
 
 
@@ -68,8 +65,8 @@ def store_gradients(
     a_bufs, b_bufs, full_bars, empty_bars = ring
     stage = step % STAGES
     mbarrier.wait(full_bars.index(stage), (step // STAGES) & 1)
-    b_gate = as_block(a_bufs.index(2 * stage + GROUP), WM, QUARTER, _GATES).load(PART)
-    b_up = as_block(b_bufs.index(2 * stage + GROUP), WM, QUARTER, _GATES).load(PART)
+    b_gate = as_block(a_bufs.index(2 * stage + GROUP), WM, QUARTER, ADDED).load(PART)
+    b_up = as_block(b_bufs.index(2 * stage + GROUP), WM, QUARTER, ADDED).load(PART)
     release_loaded(empty_bars.index(stage))
     b_gate, b_up, b_dy = b_gate.to(gl.float32), b_up.to(gl.float32), b_dy.to(gl.float32)
     b_sigmoid = 1.0 / (1.0 + gl.exp(0.0 - b_gate))

@@ -18,6 +18,7 @@ def product(columns: gl.constexpr, depth: int = 16) -> gl.constexpr:
 
 
 S, LORA, LORA_PART = shared(WM, RANK), shared(RANK, HALF), shared(RANK, QUARTER)
+ADDED = shared(WM, QUARTER)
 PART = product(QUARTER)
 ROWS, COLUMNS = gl.constexpr(gl.SliceLayout(1, PART.value)), gl.constexpr(gl.SliceLayout(0, PART.value))
 

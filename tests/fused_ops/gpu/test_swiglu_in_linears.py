@@ -1,4 +1,4 @@
-"""SwiGLU in the epilogues of the linears around it: what the three kernels give one after another, refills included. Needs Hopper."""
+"""SwiGLU and a residual in the epilogues of linears: what kernels give one after another, refills included. Needs Hopper."""
 
 import pytest
 import torch
@@ -22,13 +22,15 @@ MIXES = {
 
 
 def both_passes(up, down, refill, with_gated):
-    """Return output, d x and all gradients of adapters of down(swiglu(up(x)))."""
+    """Return gate | up, the output, d x and all gradients of adapters of residual + down(swiglu(up(x))), the residual being x."""
     for each in (up, down):
         each.zero_grads()
     x, gated, refill = up.x.clone().requires_grad_(), Gated() if with_gated else None, Refill() if refill else None
     gate_up = multi_lora_linear(x, up.weight, None, up.group, up.route, makes=gated)
     y = swiglu(gate_up, refill, gated=gated)
-    out = multi_lora_linear(y, down.weight, None, down.group, down.route, refill=refill, reads=gated)
+    residual = x if with_gated else None
+    out = multi_lora_linear(y, down.weight, None, down.group, down.route, refill=refill, reads=gated, residual=residual)
+    out = out if with_gated else x + out
     kept = [gate_up.detach().clone(), y.detach().clone(), out.detach()]
     out.backward(down.dy)
     assert gated is None or (gated.done and gated.y is None and gated.gate_up is None), "the kernels did not do SwiGLU's work"
@@ -46,4 +48,4 @@ def test_as_three_kernels(mix, refill, monkeypatch):
     for i, (a, b, c) in enumerate(zip(apart, together, again, strict=True)):
         assert torch.equal(b, c), f"{i}: two runs differ"
         error = float((a.float() - b.float()).norm() / a.float().norm())
-        assert error < (1e-3 if i < 3 else 4e-3), f"{i}: {error}"
+        assert error < (1e-3 if i < 2 else 4e-3), f"{i}: {error}"
