@@ -88,7 +88,7 @@ class Kept:
             self.warm_up(*arguments, **options)
 
 
-def pieces(output: Path, rounds: int) -> None:
+def pieces(output: Path, rounds: int, commit: str | None) -> None:
     """Time what the attempts change, under CUDA graphs."""
     found = {}
     up, down = problem("4096->28672", 0.0), problem("14336->4096", 0.0)
@@ -124,7 +124,7 @@ def pieces(output: Path, rounds: int) -> None:
         torch.cuda.empty_cache()
     del up, down, s, ds, term, last
     found["loss"] = measured(losses(), rounds)
-    append_line(output, stamp() | {"pieces": found, "rounds": rounds})
+    append_line(output, stamp(None, commit) | {"pieces": found, "rounds": rounds})
 
 
 def measured(candidates: dict, rounds: int) -> dict:
@@ -198,13 +198,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=whole, default=5)
     parser.add_argument("--limit-s", type=float, default=200.0)
     parser.add_argument("--output", type=Path, default=Path("speed.jsonl"))
+    parser.add_argument("--commit")
     parser.add_argument("--runs", default="/tmp/speed_runs")
     parser.add_argument("--pieces", action="store_true")
     parser.add_argument("--profile", action="store_true")
     chosen = parser.parse_args()
     start = time.monotonic()
     if chosen.pieces:
-        pieces(chosen.output, 10)
+        pieces(chosen.output, 10, chosen.commit)
         gc.collect()
         torch.cuda.empty_cache()
         print(f"pieces: {time.monotonic() - start:.0f} s", flush=True)
@@ -227,14 +228,14 @@ def main() -> int:
                     longest = took if i else 0.0
                     if i:
                         rates.setdefault((row, way), []).append(found["tokens_per_s"])
-                    append_line(chosen.output, stamp() | {"row": row, "way": way, "round": i} | found)
+                    append_line(chosen.output, stamp(None, chosen.commit) | {"row": row, "way": way, "round": i} | found)
                     print(f"{i} {row} {way}: {found['tokens_per_s']:,.0f} tokens/s, {took:.1f} s, loss {found['first_loss']}", flush=True)
         if chosen.profile:
             row, case = chosen.rows[0], cases[0]
             ways = chosen.fp8_ways if row == "fp8" else chosen.ways
             for way in (ways[0], ways[-1]):
                 found = one_run(options, case, kept, row, way, profile=True)
-                append_line(chosen.output, stamp() | {"row": row, "way": way, "profile": found})
+                append_line(chosen.output, stamp(None, chosen.commit) | {"row": row, "way": way, "profile": found})
                 print(way, {kind: round(share, 4) for kind, share in found["shares"].items()}, flush=True)
     for (row, way), each in rates.items():
         middle, first = statistics.median(each), statistics.median(rates[row, next(w for r, w in rates if r == row)])
