@@ -26,6 +26,8 @@ from fused_ops.lora import fused
 from fused_ops.lora.fp8 import quantise_rows, quantise_weight
 from fused_ops.lora.hopper import gemm as hopper
 from fused_ops.lora.route import make_route
+from fused_ops.lora.triton import down as lora_down
+from fused_ops.lora.triton import grad as lora_grad
 from fused_ops.lora.triton.gemm import gemm
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model import linears, loss
@@ -45,8 +47,10 @@ ROWS = {
     "mixed": "workload=het-s4 jobs=4 ranks=8,16,32,64 dropouts=0,0,0.05,0.05 completion=0.25",
     "2x4096": "workload=16x4096 jobs=1 ranks=16 completion=1",
     "8x1024": "workload=64x1024 jobs=1 ranks=16 completion=1",
+    "dropout": "workload=het-s4 jobs=4 ranks=16 dropouts=0.1 completion=0.25",
     "fp8": "workload=4x4096 jobs=4 ranks=16 completion=1 base-weights=fp8",
 }
+HOPPER = fused.down, fused.grad_a
 WAYS = {  # SwiGLU forward and backward in linears, the residual too, LoRA's ranks in 8 bits as one step, bytes of a chunk of logits
     "before": (False, False, False, False, 300e6),
     "forward": (True, False, False, False, 300e6),
@@ -54,6 +58,7 @@ WAYS = {  # SwiGLU forward and backward in linears, the residual too, LoRA's ran
     "add": (False, False, True, False, 300e6),
     "all": (True, True, True, True, 300e6),
     "chunk": (True, True, True, True, 1.1e9),
+    "plain": (False, False, False, False, 300e6),  # S and dA with dropout by plain Triton
     "whole": (False, False, False, True, 300e6),
 }
 
@@ -61,6 +66,7 @@ WAYS = {  # SwiGLU forward and backward in linears, the residual too, LoRA's ran
 def choose(way: str) -> None:
     fused.FORWARD, fused.BACKWARD, linears.ADD_INSIDE, hopper.WHOLE_IN_8_BITS, chunk = WAYS[way]
     memory.LOSS_CHUNK_BYTES = int(chunk)
+    fused.down, fused.grad_a = (lora_down.down, lora_grad.grad_a) if way == "plain" else HOPPER
 
 
 class Kept:
