@@ -269,6 +269,20 @@ def test_this_triton_is_known():
     assert triton_version.compiles_gluon(), f"Triton {triton_version.VERSION} is not one of those that triton_version.py describes"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_descriptors_are_those_that_triton_makes(dtype):
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from fused_ops.lora.hopper.layouts import _layout, describe
+
+    matrix = torch.zeros(300, 128).to(dtype)
+    ours = describe(matrix, 64, 64)
+    theirs = TensorDescriptor.from_tensor(matrix, [64, 64], _layout(dtype == torch.float8_e4m3fn, 64, 64))
+    assert vars(ours).keys() == vars(theirs).keys() and type(ours) is TensorDescriptor and ours.base is matrix
+    assert repr(ours.layout) == repr(theirs.layout) and isinstance(ours.layout, type(theirs.layout))
+    assert all(getattr(ours, name) == getattr(theirs, name) for name in ("shape", "strides", "block_shape", "padding"))
+
+
 UNKNOWN = """
 from importlib import metadata
 from types import SimpleNamespace
@@ -285,9 +299,7 @@ from fused_ops.lora import fused
 shapes.uses_tma = lambda *tensors: True
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 class Rows:
-    is_cuda, device, dtype = True, "cuda", torch.bfloat16
-    def __len__(self):
-        return 1
+    shape, device, dtype = (1,), torch.device("cuda"), torch.bfloat16
 print(shapes.suits_hopper(Rows()))
 """
 
