@@ -5,6 +5,7 @@ Triton. ptxas serialises a GEMM's pipeline silently when registers run out (C751
 140% loss on an H200. Nothing is skipped on a Triton that is new: what it cannot do has to be looked at (launch/triton_version.py).
 """
 
+import dataclasses
 import itertools
 import os
 import re
@@ -278,9 +279,10 @@ def test_descriptors_are_those_that_triton_makes(dtype):
     matrix = torch.zeros(300, 128).to(dtype)
     ours = describe(matrix, 64, 64)
     theirs = TensorDescriptor.from_tensor(matrix, [64, 64], _layout(dtype == torch.float8_e4m3fn, 64, 64))
-    assert vars(ours).keys() == vars(theirs).keys() and type(ours) is TensorDescriptor and ours.base is matrix
+    assert type(ours) is TensorDescriptor and ours.base is matrix
     assert repr(ours.layout) == repr(theirs.layout) and isinstance(ours.layout, type(theirs.layout))
-    assert all(getattr(ours, name) == getattr(theirs, name) for name in ("shape", "strides", "block_shape", "padding"))
+    others = [field.name for field in dataclasses.fields(theirs) if field.name not in ("base", "layout")]
+    assert len(others) >= 4 and all(getattr(ours, name) == getattr(theirs, name) for name in others)
 
 
 UNKNOWN = """
