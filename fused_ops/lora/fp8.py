@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fused_ops.launch.backend import backend_name
 from fused_ops.launch.optional_triton import tl, triton
+from fused_ops.lora.frozen import FrozenWeight
 
 DTYPE = torch.float8_e4m3fn
 _MAX_COLUMNS = 32768  # that a program keeps in registers; longer rows are read twice
@@ -42,11 +43,21 @@ def parts(matrix: Tensor | Fp8Matrix) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fp8Weight:
+class Fp8Weight(FrozenWeight):
     """A frozen weight [N, K] for both directions: by_output [N, K] for X W^T, by_input [K, N] for dY W."""
+
+    in_8_bits = True
 
     by_output: Fp8Matrix
     by_input: Fp8Matrix
+
+    def forward(self) -> Fp8Matrix:
+        """Return the copy by outputs."""
+        return self.by_output
+
+    def grad_input(self) -> Fp8Matrix:
+        """Return the copy by inputs."""
+        return self.by_input
 
     @property
     def shape(self) -> torch.Size:

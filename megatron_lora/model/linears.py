@@ -40,7 +40,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from fused_ops.lora.adapters import LoraGroup
-from fused_ops.lora.fp8 import Fp8Weight, Rounded, quantise_weight
+from fused_ops.lora.fp8 import Rounded, quantise_weight
+from fused_ops.lora.frozen import FrozenWeight
 from fused_ops.lora.linear import Collectives, multi_lora_linear
 from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
@@ -87,7 +88,7 @@ class MultiLoraLinear:
     bias: torch.nn.Parameter | None
     geometry: LinearGeometry
     adapters: LoraGroup | None = None  # of all resident jobs; None: the base model alone
-    weight_in_8_bits: Fp8Weight | None = None  # takes the place of `weight` after `quantise`
+    frozen: FrozenWeight | None = None  # takes the place of `weight` after `quantise`
     operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
 
     def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
@@ -121,18 +122,18 @@ class MultiLoraLinear:
     def quantise(self) -> None:
         """Replace the frozen weight by one in 8 bits (fused_ops.lora.fp8); UserError where it is not finite."""
         try:
-            self.weight_in_8_bits = quantise_weight(self.weight.detach())
+            self.frozen = quantise_weight(self.weight.detach())
         except ValueError as error:
             raise UserError(f"base_weights: 'fp8': {self.geometry.paths[0]}: {error}; use native, or fetch the model again") from None
         self.weight = None  # pyright: ignore[reportAttributeAccessIssue]  None is how torch drops a parameter
 
     def new_rounded(self) -> Rounded | None:
-        """Return what a norm or SwiGLU beside the linear gives rows in 8 bits to; None over a weight in 16 or 32 bits."""
-        return None if self.weight_in_8_bits is None else Rounded()
+        """Return what a norm or SwiGLU beside the linear gives rows in 8 bits to; None where it multiplies in 16 or 32."""
+        return Rounded() if self.frozen is not None and self.frozen.in_8_bits else None
 
     def _apply_linear(self, x: Tensor, bias: Tensor | None, route: Route | None, **options) -> Tensor:
         """Return Y [T or T_local, 1, N] for Megatron's x [rows, batch of 1, K]; `options` are the operator's."""
-        weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits
+        weight = self.weight if self.frozen is None else self.frozen
         return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, **options).unsqueeze(1)
 
 

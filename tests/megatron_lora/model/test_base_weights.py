@@ -81,7 +81,7 @@ def test_weights_in_16_bits_are_gone(directory, one_process):
         dtype=torch.bfloat16, device=torch.device("cpu"), base_weights="fp8",
     )  # fmt: skip
     for linear in stage.linears:
-        (num_out, num_in), kept = linear.weight_in_8_bits.shape, linear.weight_in_8_bits.num_bytes
+        (num_out, num_in), kept = linear.frozen.shape, linear.frozen.num_bytes
         assert linear.weight is None and kept == 2 * num_out * num_in + 4 * (num_out + num_in)
         assert (num_out, num_in) == (sum(linear.geometry.out_features), linear.geometry.in_features)
     held = {name for name, _ in stage.named_parameters() if "linear" in name}
@@ -95,7 +95,7 @@ def test_the_memory_model_knows_the_bytes(precision, dtype, directory, tmp_path,
     architecture = read_architecture(directory)
     (predicted,) = memory_of(config, architecture, DEVICES["cpu"])
     stage = build_stage(architecture, directory, ParallelConfig(), dtype=dtype, device=torch.device("cpu"), base_weights="fp8")
-    in_8_bits = [linear.weight_in_8_bits for linear in stage.linears]
+    in_8_bits = [linear.frozen for linear in stage.linears]
     values = sum(weight.num_bytes - 4 * sum(weight.shape) for weight in in_8_bits)
     others = sum(parameter.nbytes for name, parameter in stage.named_parameters() if not name.endswith("bias"))
     assert predicted.weights == values + others
