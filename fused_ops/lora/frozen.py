@@ -51,3 +51,8 @@ def operand(weight: Tensor | FrozenWeight, backward: bool) -> Tensor | Fp8Matrix
     if isinstance(weight, Tensor):
         return weight
     return weight.grad_input() if backward else weight.forward()
+
+
+def factors_of(weight: Tensor | FrozenWeight, backward: bool) -> Tensor | None:
+    """Return what the columns of the other operand are multiplied by before it is rounded."""
+    return weight.dy_factors if backward and isinstance(weight, FrozenWeight) else None

@@ -9,7 +9,7 @@ from fused_ops.launch.shapes import suits_hopper
 from fused_ops.launch.triton_version import compiles_gluon
 from fused_ops.lora.adapters import LoraGroup
 from fused_ops.lora.fp8 import Fp8Matrix, parts, quantise_rows
-from fused_ops.lora.frozen import FrozenWeight, operand
+from fused_ops.lora.frozen import FrozenWeight, factors_of, operand
 from fused_ops.lora.route import Route
 from fused_ops.lora.triton import down as lora_down
 from fused_ops.lora.triton import grad as lora_grad
@@ -66,8 +66,9 @@ def grad_x(
 
 def _gemm(x_TI: Tensor, x8: Fp8Matrix | None, weight: Tensor | FrozenWeight, bias_O, s_TR, group, route, backward: bool) -> Tensor:
     """Return the product by the kernel that fits; over a weight in 8 bits X is rounded, if no neighbour has."""
-    matrix = operand(weight, backward)
-    operands = (x8 or quantise_rows(x_TI, "triton") if isinstance(matrix, Fp8Matrix) else x_TI, matrix)
+    matrix, factors = operand(weight, backward), factors_of(weight, backward)
+    x8 = None if factors is not None else x8
+    operands = (x8 or quantise_rows(x_TI, "triton", factors) if isinstance(matrix, Fp8Matrix) else x_TI, matrix)
     if s_TR is not None and suits_hopper(s_TR, *(parts(each)[0] for each in operands), *((group.a_RK,) if backward else group.b_RN)):
         return hopper_gemm(*operands, bias_O, s_TR, group, route, backward)
     return gemm(*operands, bias_O, s_TR, group, route, backward, x_TI.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_ops.lora.adapters import LoraGroup, padded_rank
 from fused_ops.lora.dropout import keep_mask
 from fused_ops.lora.fp8 import Fp8Matrix, multiply_reference
-from fused_ops.lora.frozen import FrozenWeight, operand
+from fused_ops.lora.frozen import FrozenWeight, factors_of, operand
 from fused_ops.lora.route import Route
 
 _WIDENED = 1024  # rows of a 16-bit weight that are converted to float32 at a time
@@ -92,7 +92,7 @@ def _frozen_grad(dy_TN: Tensor, weight_NK: Tensor | FrozenWeight) -> Tensor:
     """Return dY W in dy's dtype."""
     matrix = operand(weight_NK, backward=True)
     if isinstance(matrix, Fp8Matrix):
-        return multiply_reference(dy_TN, matrix)
+        return multiply_reference(dy_TN, matrix, factors_of(weight_NK, backward=True))
     if matrix.dtype == dy_TN.dtype:
         return dy_TN @ matrix
     blocks = zip(dy_TN.split(_WIDENED, 1), matrix.split(_WIDENED), strict=True)
