@@ -40,12 +40,11 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from fused_ops.lora.adapters import LoraGroup
-from fused_ops.lora.fp8 import Rounded, quantise_weight
+from fused_ops.lora.fp8 import Rounded
 from fused_ops.lora.frozen import FrozenWeight
 from fused_ops.lora.linear import Collectives, multi_lora_linear
 from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
-from megatron_lora.errors import UserError
 from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
 
 CollectivesOver = Callable[[dist.ProcessGroup], Collectives]
@@ -84,11 +83,11 @@ class MultiLoraLinear:
     kinds: tuple[CollectivesOver, CollectivesOver]  # its collectives without and with sequence parallelism
     config: Any  # a StageConfig
     tp_group: dist.ProcessGroup
-    weight: torch.nn.Parameter  # None after `quantise`
+    weight: torch.nn.Parameter  # on the meta device until `freeze_as`, then None, unless it is kept in `precision`
     bias: torch.nn.Parameter | None
     geometry: LinearGeometry
     adapters: LoraGroup | None = None  # of all resident jobs; None: the base model alone
-    frozen: FrozenWeight | None = None  # takes the place of `weight` after `quantise`
+    frozen: FrozenWeight | None = None  # takes the place of `weight`
     operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
 
     def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
@@ -97,6 +96,8 @@ class MultiLoraLinear:
         # Megatron's, of the class behind this one
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)  # pyright: ignore[reportCallIssue]
         self.role = tp_comm_buffer_name
+        if config.base_weights != "native":
+            self.weight = torch.nn.Parameter(self.weight.detach().to("meta"))
         freeze(cast(torch.nn.Module, self))
         alone = self.tp_group.size() == 1
         self.collectives = Collectives() if alone else self.kinds[config.sequence_parallel](self.tp_group)
@@ -119,12 +120,10 @@ class MultiLoraLinear:
         )
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 
-    def quantise(self) -> None:
-        """Replace the frozen weight by one in 8 bits (fused_ops.lora.fp8); UserError where it is not finite."""
-        try:
-            self.frozen = quantise_weight(self.weight.detach())
-        except ValueError as error:
-            raise UserError(f"base_weights: 'fp8': {self.geometry.paths[0]}: {error}; use native, or fetch the model again") from None
+    def freeze_as(self, weight: FrozenWeight) -> None:
+        """Put the weight as it is stored in the place of the parameter."""
+        assert weight.shape == self.weight.shape
+        self.frozen = weight
         self.weight = None  # pyright: ignore[reportAttributeAccessIssue]  None is how torch drops a parameter
 
     def new_rounded(self) -> Rounded | None:
