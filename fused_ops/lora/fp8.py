@@ -32,6 +32,11 @@ class Fp8Matrix:
     values: Tensor
     scales: Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of both."""
+        return self.values.nbytes + self.scales.nbytes
+
     def float(self) -> Tensor:
         """Return the matrix in float32."""
         return self.values.float() * self.scales[:, None]
@@ -67,7 +72,7 @@ class Fp8Weight(FrozenWeight):
     @property
     def num_bytes(self) -> int:
         """Return the bytes that both copies take."""
-        return sum(t.nbytes for matrix in (self.by_output, self.by_input) for t in (matrix.values, matrix.scales))
+        return self.by_output.num_bytes + self.by_input.num_bytes
 
 
 def quantise_weight(weight_NK: Tensor, backend: str | None = None) -> Fp8Weight:

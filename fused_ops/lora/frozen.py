@@ -35,7 +35,7 @@ class FrozenWeight(ABC):
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Return the bytes that are held for it, without the scratch."""
+        """Return the bytes of what is stored."""
 
     @abstractmethod
     def forward(self) -> Tensor | Fp8Matrix:

@@ -32,6 +32,11 @@ class Nf4Matrix:
     codes: Tensor
     absmax: Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of both."""
+        return self.codes.nbytes + self.absmax.nbytes
+
     def float(self) -> Tensor:
         """Return the matrix [R, C] in float32."""
         pairs = torch.stack((self.codes >> 4, self.codes & 15), -1).flatten(1)

@@ -52,6 +52,8 @@ class PackedWeight(FrozenWeight):
     scratch: Scratch
     powers: Tensor  # [N] float32: a power of two for each output
     largest: Tensor  # [K] float32, all the largest of them
+    factors: Tensor | None  # [N] float32: of the rows, where the matrix is unpacked for the forward product
+    factors_of_transpose: Tensor  # [N] float32
     dy_factors: Tensor | None = None
 
     @property
@@ -61,24 +63,22 @@ class PackedWeight(FrozenWeight):
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes that it takes beside the scratch."""
-        stored = (self.matrix.values, self.matrix.scales) if isinstance(self.matrix, Fp8Matrix) else (self.matrix.codes, self.matrix.absmax)
-        return sum(tensor.nbytes for tensor in (*stored, self.powers, self.largest))
+        """Return the bytes of the matrix; the vectors beside it and the scratch are not counted."""
+        return self.matrix.num_bytes
 
     def forward(self) -> Tensor | Fp8Matrix:
         """Return what X is multiplied with, [N, K]."""
         if not self.in_8_bits:
-            return self._unpacked(self.matrix.scales if isinstance(self.matrix, Fp8Matrix) else None, self.dtype)
+            return self._unpacked(self.factors, self.dtype)
         if isinstance(self.matrix, Fp8Matrix):
             return self.matrix
-        return Fp8Matrix(values=self._unpacked(1 / self.powers, DTYPE), scales=self.powers)
+        return Fp8Matrix(values=self._unpacked(self.factors, DTYPE), scales=self.powers)
 
     def grad_input(self) -> Tensor | Fp8Matrix:
         """Return what dY is multiplied with: [N, K], or in 8 bits [K, N]."""
         if not self.in_8_bits:
             return self.forward()
-        stored = self.powers if isinstance(self.matrix, Fp8Matrix) else torch.ones_like(self.powers)
-        return Fp8Matrix(values=self._unpacked(stored / self.largest[0], DTYPE, transposed=True), scales=self.largest)
+        return Fp8Matrix(values=self._unpacked(self.factors_of_transpose, DTYPE, transposed=True), scales=self.largest)
 
     def _unpacked(self, factors: Tensor | None, dtype: torch.dtype, transposed: bool = False) -> Tensor:
         """Return the stored numbers (of 8 bits, without scales) times a factor for each row, in another type."""
@@ -102,12 +102,15 @@ def pack(matrix: Fp8Matrix | Nf4Matrix, dtype: torch.dtype, in_8_bits: bool, scr
     if isinstance(matrix, Fp8Matrix):
         (rows, cols), (halves, exponents) = matrix.values.shape, torch.frexp(matrix.scales)
         powers, left = torch.ldexp(torch.ones_like(halves), exponents - 1), 2 * halves
-        factors = left if in_8_bits and bool((left != 1).any()) else None
+        dy_factors = left if in_8_bits and bool((left != 1).any()) else None
+        factors, numbers = matrix.scales, powers
     else:
         rows, cols = matrix.codes.shape[0], 2 * matrix.codes.shape[1]
-        powers, factors = quantise_rows_reference(matrix.absmax).scales, None
+        powers, dy_factors = quantise_rows_reference(matrix.absmax).scales, None
+        factors, numbers = 1 / powers if in_8_bits else None, torch.ones_like(powers)
     scratch.reserve(rows * cols * (1 if in_8_bits else dtype.itemsize))
     largest = powers.amax().expand(cols).contiguous()
     return PackedWeight(
-        matrix=matrix, dtype=dtype, in_8_bits=in_8_bits, scratch=scratch, powers=powers, largest=largest, dy_factors=factors
-    )
+        matrix=matrix, dtype=dtype, in_8_bits=in_8_bits, scratch=scratch, powers=powers, largest=largest,
+        factors=factors, factors_of_transpose=numbers / largest[0], dy_factors=dy_factors,
+    )  # fmt: skip
