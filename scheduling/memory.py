@@ -129,17 +129,21 @@ def stage_memory(
     deterministic: bool = False,
     room: Mapping[str, int] | None = None,
     residents: int | None = None,
+    scratch_bytes: float = 0.0,
 ) -> StageMemory:
     """Model one stage with its `adapters`.
 
     At most `residents` of them (None: all) lie at once in the `room` that there is for them, module -> rank rows (None: what they take).
-    `item` is the bytes of a number of the compute dtype, `weight_bytes` those of a frozen linear's weight (`item` unless it is quantised).
+    `item` is the bytes of a number of the compute dtype, `weight_bytes` those of a frozen linear's weight (`item` unless it is quantised),
+    `scratch_bytes` those that it has where it is unpacked for a product, in memory for the largest linear.
     A tied matrix counts on the first and on the last stage. With `offload`, inputs of `full` layers wait in host memory.
     """
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
     layer = layer_memory(shape, adapters, item, tensor, sequence, deterministic, residents)
     head_rows = -(-shape.vocab_size // tensor)
     linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor
+    widest = max(2 * shape.ffn_size, shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads))
+    scratch = scratch_bytes * shape.hidden_size * widest / tensor
     norm_item = 4 if shape.zero_centred else item
     norms = (2 * (1 + shape.post_norms) * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * norm_item
     row_bytes = {module: num_bytes * num_layers for module, num_bytes in rank_row_bytes(shape, item, tensor).items()}
@@ -147,7 +151,7 @@ def stage_memory(
     summed = 4 * max(sizes, default=0) / _state_bytes(item) if tensor * replicas > 1 else 0  # one job's gradients while ranks sum them
     arena = sum(sizes) if room is None else sum(row_bytes[module] * rows for module, rows in room.items())
     memory = StageMemory(
-        weights=(linears + norms) * num_layers + shape.hidden_size * (item * head_rows * (first + last) + norm_item * last),
+        weights=scratch + (linears + norms) * num_layers + shape.hidden_size * (item * head_rows * (first + last) + norm_item * last),
         adapters=arena + summed,
         runtime=float(_CUBLAS_BYTES if cuda else 0),
         layer=layer,

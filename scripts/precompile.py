@@ -17,9 +17,11 @@ import torch
 
 from fused_ops.launch import early_launch
 from fused_ops.lora import fused
-from fused_ops.lora.fp8 import quantise_weight
+from fused_ops.lora.fp8 import DTYPE, quantise_rows, quantise_weight
+from fused_ops.lora.nf4 import quantise_nf4
 from fused_ops.lora.route import make_route
 from fused_ops.lora.triton.gemm import gemm
+from fused_ops.lora.triton.unpack import unpack
 from scripts.bench.kernels import MIXES, SHAPES
 from scripts.one_line import OneLineParser
 from tests.fused_ops.conftest import build_problem
@@ -71,6 +73,10 @@ def end_to_end() -> None:
                 problem = stretched(k, columns, ranks, dropouts)
                 launch(problem)
                 launch(problem, quantise_weight(problem.weight, "reference"))
+    for matrix in (quantise_nf4(torch.zeros(256, 256)), quantise_rows(torch.zeros(256, 256), "reference")):
+        for dtype, transposed in ((torch.bfloat16, False), (DTYPE, False), (DTYPE, True)):
+            for factors in (None, torch.ones(256)):
+                unpack(matrix, factors, torch.empty(256, 256, dtype=dtype), transposed)
 
 
 def tests() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fused_ops.launch.backend import backend_name
 from fused_ops.launch.optional_triton import tl, triton
+from fused_ops.lora.frozen import FrozenWeight
 
 DTYPE = torch.float8_e4m3fn
 _MAX_COLUMNS = 32768  # that a program keeps in registers; longer rows are read twice
@@ -31,6 +32,11 @@ class Fp8Matrix:
     values: Tensor
     scales: Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of both."""
+        return self.values.nbytes + self.scales.nbytes
+
     def float(self) -> Tensor:
         """Return the matrix in float32."""
         return self.values.float() * self.scales[:, None]
@@ -42,11 +48,21 @@ def parts(matrix: Tensor | Fp8Matrix) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fp8Weight:
+class Fp8Weight(FrozenWeight):
     """A frozen weight [N, K] for both directions: by_output [N, K] for X W^T, by_input [K, N] for dY W."""
+
+    in_8_bits = True
 
     by_output: Fp8Matrix
     by_input: Fp8Matrix
+
+    def forward(self) -> Fp8Matrix:
+        """Return the copy by outputs."""
+        return self.by_output
+
+    def grad_input(self) -> Fp8Matrix:
+        """Return the copy by inputs."""
+        return self.by_input
 
     @property
     def shape(self) -> torch.Size:
@@ -56,7 +72,7 @@ class Fp8Weight:
     @property
     def num_bytes(self) -> int:
         """Return the bytes that both copies take."""
-        return sum(t.nbytes for matrix in (self.by_output, self.by_input) for t in (matrix.values, matrix.scales))
+        return self.by_output.num_bytes + self.by_input.num_bytes
 
 
 def quantise_weight(weight_NK: Tensor, backend: str | None = None) -> Fp8Weight:
@@ -67,21 +83,22 @@ def quantise_weight(weight_NK: Tensor, backend: str | None = None) -> Fp8Weight:
     return Fp8Weight(by_output=by_output, by_input=by_input)
 
 
-def quantise_rows(x_RC: Tensor, backend: str | None = None) -> Fp8Matrix:
-    """Round a matrix row by row. x_RC [R, C] in 16 or 32 bits (else ValueError)."""
+def quantise_rows(x_RC: Tensor, backend: str | None = None, factors_C: Tensor | None = None) -> Fp8Matrix:
+    """Round a matrix row by row, each column times its factor if there are any. x_RC [R, C] in 16 or 32 bits (else ValueError)."""
     if x_RC.dim() != 2 or x_RC.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"{x_RC.dtype} {list(x_RC.shape)} is not a matrix in 16 or 32 bits")
-    return (_launch if backend_name(x_RC.device, backend) == "triton" else quantise_rows_reference)(x_RC.contiguous())
+    quantise = _launch if backend_name(x_RC.device, backend) == "triton" else quantise_rows_reference
+    return quantise(x_RC.contiguous(), factors_C)
 
 
-def multiply_reference(x_TI: Tensor, weight_OI: Fp8Matrix) -> Tensor:
-    """Return X W^T in x's dtype with X rounded as the kernels round it; sums in float32."""
-    return (quantise_rows_reference(x_TI).float() @ weight_OI.float().T).to(x_TI.dtype)
+def multiply_reference(x_TI: Tensor, weight_OI: Fp8Matrix, factors_I: Tensor | None = None) -> Tensor:
+    """Return X W^T in x's dtype with X, times factors if there are any, rounded as the kernels round it; sums in float32."""
+    return (quantise_rows_reference(x_TI, factors_I).float() @ weight_OI.float().T).to(x_TI.dtype)
 
 
-def quantise_rows_reference(x_RC: Tensor) -> Fp8Matrix:
+def quantise_rows_reference(x_RC: Tensor, factors_C: Tensor | None = None) -> Fp8Matrix:
     """Round a matrix row by row in plain torch: the kernel's twin, the same bits."""
-    x = x_RC.float()
+    x = x_RC.float() if factors_C is None else x_RC.float() * factors_C
     largest = (x.view(torch.int32) & 0x7FFFFFFF).amax(1) if x.shape[1] else x.new_zeros(len(x), dtype=torch.int32)
     exponent = (((largest + 0x1FFFFF) >> 23) - 8).clamp(min=1)
     exponent = torch.where(largest < 0x7F800000, exponent, 255)
@@ -138,18 +155,26 @@ def row_scale(largest):
 
 
 @triton.jit
-def _quantise_kernel(x_ptr, values_ptr, scales_ptr, num_cols, COLS: tl.constexpr, ONE_BLOCK: tl.constexpr):
+def _load_row(x_ptr, factors_ptr, o_col, num_cols, SCALED: tl.constexpr):
+    b_x = tl.load(x_ptr + o_col, o_col < num_cols, 0.0)
+    return b_x.to(tl.float32) * tl.load(factors_ptr + o_col, o_col < num_cols, 0.0) if SCALED else b_x
+
+
+@triton.jit
+def _quantise_kernel(
+    x_ptr, factors_ptr, values_ptr, scales_ptr, num_cols, SCALED: tl.constexpr, COLS: tl.constexpr, ONE_BLOCK: tl.constexpr
+):
     i_row = tl.program_id(0).to(tl.int64)
     x_ptr += i_row * num_cols
     values_ptr += i_row * num_cols
     o_col = tl.arange(0, COLS)
     if ONE_BLOCK:
-        b_x = tl.load(x_ptr + o_col, o_col < num_cols, 0.0)
+        b_x = _load_row(x_ptr, factors_ptr, o_col, num_cols, SCALED)
         largest = tl.max(magnitude(b_x), 0)
     else:
         b_largest = tl.zeros([COLS], tl.int32)
         for first in range(0, num_cols, COLS):
-            b_x = tl.load(x_ptr + first + o_col, first + o_col < num_cols, 0.0)
+            b_x = _load_row(x_ptr, factors_ptr, first + o_col, num_cols, SCALED)
             b_largest = tl.maximum(b_largest, magnitude(b_x))
         largest = tl.max(b_largest, 0)
     scale, inverse = row_scale(largest)
@@ -158,16 +183,19 @@ def _quantise_kernel(x_ptr, values_ptr, scales_ptr, num_cols, COLS: tl.constexpr
         tl.store(values_ptr + o_col, (b_x.to(tl.float32) * inverse).to(values_ptr.dtype.element_ty), o_col < num_cols)
     else:
         for first in range(0, num_cols, COLS):
-            b_x = tl.load(x_ptr + first + o_col, first + o_col < num_cols, 0.0)
+            b_x = _load_row(x_ptr, factors_ptr, first + o_col, num_cols, SCALED)
             tl.store(values_ptr + first + o_col, (b_x.to(tl.float32) * inverse).to(values_ptr.dtype.element_ty), first + o_col < num_cols)
 
 
-def _launch(x_RC: Tensor) -> Fp8Matrix:
+def _launch(x_RC: Tensor, factors_C: Tensor | None = None) -> Fp8Matrix:
     """Launch a program per row."""
     (num_rows, num_cols), rounded = x_RC.shape, empty_rows(x_RC)
     if num_rows:
         one_block = num_cols <= _MAX_COLUMNS
         cols = triton.next_power_of_2(max(num_cols, 16)) if one_block else 8192
         warps = min(16, max(1, cols // 512))
-        _quantise_kernel[(num_rows,)](x_RC, rounded.values, rounded.scales, num_cols, COLS=cols, ONE_BLOCK=one_block, num_warps=warps)
+        _quantise_kernel[(num_rows,)](
+            x_RC, factors_C, rounded.values, rounded.scales, num_cols,
+            SCALED=factors_C is not None, COLS=cols, ONE_BLOCK=one_block, num_warps=warps,
+        )  # fmt: skip
     return rounded

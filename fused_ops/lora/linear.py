@@ -20,7 +20,8 @@ from torch import Tensor
 from fused_ops.launch.backend import backend_name
 from fused_ops.lora import reference
 from fused_ops.lora.adapters import LoraGroup
-from fused_ops.lora.fp8 import Fp8Matrix, Fp8Weight, Rounded
+from fused_ops.lora.fp8 import Fp8Matrix, Rounded
+from fused_ops.lora.frozen import FrozenWeight
 from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
 
@@ -67,7 +68,7 @@ def backend_for(device: torch.device, backend: str | None = None) -> ModuleType:
 
 def multi_lora_linear(
     x_TK: Tensor,
-    weight_NK: Tensor | Fp8Weight,
+    weight_NK: Tensor | FrozenWeight,
     bias_N: Tensor | None,
     group: LoraGroup | None,
     route: Route | None,
@@ -79,7 +80,7 @@ def multi_lora_linear(
 ) -> Tensor:
     """Return Y [T, N] = X W^T (+ bias) + each row's adapter; without group or route, the frozen linear alone.
 
-    x_TK [T_local, K], weight_NK [N, K] (frozen; an Fp8Weight: both products over 8-bit operands), bias_N [N] or None. With `refill`,
+    x_TK [T_local, K], weight_NK [N, K] (frozen, as it is stored), bias_N [N] or None. With `refill`,
     shared with X's producer, X is not kept; `rounded` has X and dY in 8 bits where neighbours made them. With `output_shape`, that of an
     output that was computed before, this is for backward alone: Y has no values, takes no memory, and neither its product nor its
     reduction is computed. Raises ValueError where shapes or dtypes do not fit.
@@ -150,8 +151,8 @@ def _bind_thread(tensor: Tensor) -> None:
         _thread.is_bound = True
 
 
-def _check(x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None, group: LoraGroup | None) -> None:
-    dtype = x_TK.dtype if isinstance(weight_NK, Fp8Weight) else weight_NK.dtype
+def _check(x_TK: Tensor, weight_NK: Tensor | FrozenWeight, bias_N: Tensor | None, group: LoraGroup | None) -> None:
+    dtype = weight_NK.dtype if isinstance(weight_NK, Tensor) else x_TK.dtype
     if x_TK.dim() != 2 or len(weight_NK.shape) != 2 or x_TK.shape[1] != weight_NK.shape[1] or x_TK.dtype != dtype:
         raise ValueError(f"X {x_TK.dtype} {list(x_TK.shape)} does not fit W {dtype} {list(weight_NK.shape)}")
     if bias_N is not None and bias_N.shape != weight_NK.shape[:1]:

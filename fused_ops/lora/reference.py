@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fused_ops.lora.adapters import LoraGroup, padded_rank
 from fused_ops.lora.dropout import keep_mask
-from fused_ops.lora.fp8 import Fp8Matrix, Fp8Weight, multiply_reference
+from fused_ops.lora.fp8 import Fp8Matrix, multiply_reference
+from fused_ops.lora.frozen import FrozenWeight, factors_of, operand
 from fused_ops.lora.route import Route
 
 _WIDENED = 1024  # rows of a 16-bit weight that are converted to float32 at a time
@@ -29,8 +30,8 @@ def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
 
 
 def up(
-    x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None, s_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
-    x8: Fp8Matrix | None = None,
+    x_TK: Tensor, weight_NK: Tensor | FrozenWeight, bias_N: Tensor | None, s_TR: Tensor | None,
+    group: LoraGroup | None, route: Route | None, x8: Fp8Matrix | None = None,
 ) -> Tensor:  # fmt: skip
     """Return Y [T, N] = X W^T (+ bias) + S B^T; X is rounded here if the weight is, whatever `x8` has."""
     if s_TR is None or group is None or route is None:
@@ -54,7 +55,7 @@ def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) ->
 
 
 def grad_x(
-    dy_TN: Tensor, weight_NK: Tensor | Fp8Weight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
+    dy_TN: Tensor, weight_NK: Tensor | FrozenWeight, ds_TR: Tensor | None, group: LoraGroup | None, route: Route | None,
     dy8: Fp8Matrix | None = None,
 ) -> Tensor:  # fmt: skip
     """Return dX [T, K] = dY W + M * (dS A); dY is rounded here if the weight is, whatever `dy8` has."""
@@ -74,25 +75,27 @@ def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx
         group.grad_a_RK[a_rows] += ds_TR[rows, columns].float().T @ xd
 
 
-def _frozen(x_TK: Tensor, weight_NK: Tensor | Fp8Weight, bias_N: Tensor | None) -> Tensor:
+def _frozen(x_TK: Tensor, weight_NK: Tensor | FrozenWeight, bias_N: Tensor | None) -> Tensor:
     """Return X W^T (+ bias) in x's dtype."""
     bias_N = None if bias_N is None else bias_N.to(x_TK.dtype)
-    if isinstance(weight_NK, Fp8Weight):
-        y_TN = multiply_reference(x_TK, weight_NK.by_output)
-    elif weight_NK.dtype == x_TK.dtype:
-        return F.linear(x_TK, weight_NK, bias_N)
+    matrix = operand(weight_NK, backward=False)
+    if isinstance(matrix, Fp8Matrix):
+        y_TN = multiply_reference(x_TK, matrix)
+    elif matrix.dtype == x_TK.dtype:
+        return F.linear(x_TK, matrix, bias_N)
     else:
-        y_TN = torch.cat([x_TK @ block.to(x_TK.dtype).T for block in weight_NK.split(_WIDENED)], 1)
+        y_TN = torch.cat([x_TK @ block.to(x_TK.dtype).T for block in matrix.split(_WIDENED)], 1)
     return y_TN if bias_N is None else y_TN + bias_N
 
 
-def _frozen_grad(dy_TN: Tensor, weight_NK: Tensor | Fp8Weight) -> Tensor:
+def _frozen_grad(dy_TN: Tensor, weight_NK: Tensor | FrozenWeight) -> Tensor:
     """Return dY W in dy's dtype."""
-    if isinstance(weight_NK, Fp8Weight):
-        return multiply_reference(dy_TN, weight_NK.by_input)
-    if weight_NK.dtype == dy_TN.dtype:
-        return dy_TN @ weight_NK
-    blocks = zip(dy_TN.split(_WIDENED, 1), weight_NK.split(_WIDENED), strict=True)
+    matrix = operand(weight_NK, backward=True)
+    if isinstance(matrix, Fp8Matrix):
+        return multiply_reference(dy_TN, matrix, factors_of(weight_NK, backward=True))
+    if matrix.dtype == dy_TN.dtype:
+        return dy_TN @ matrix
+    blocks = zip(dy_TN.split(_WIDENED, 1), matrix.split(_WIDENED), strict=True)
     return cast(Tensor, sum(dy @ block.to(dy.dtype) for dy, block in blocks))  # not 0: there is a block
 
 

@@ -155,7 +155,7 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
     show_unread_fields(model_dir, architecture.model_type)
     for note in architecture.notes():
         print(f"megatron-lora: base_model: {model_dir}: {note}", file=sys.stderr)
-    check_layout(architecture, config.parallel)
+    check_layout(architecture, config.parallel, config.base_weights)
     if config.recompute != "auto":
         recompute_of_layers(config.recompute, architecture.num_layers)
     for job in config.jobs:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_lora.commands import launch
 from megatron_lora.commands.stop_signals import StopSignals
-from megatron_lora.config.rules import suggest
+from megatron_lora.config.rules import base_weights, storage_and_compute, suggest
 from megatron_lora.config.schema import RunConfig, dump_config, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.adapter_files import read_adapter
@@ -74,7 +74,7 @@ def in_steps(config: RunConfig, name: str, num_steps: int, precision: str) -> Ru
     ends = {"max_steps": num_steps, "save_steps": 0, "keep": "last", "early_stopping_patience": None, "early_stopping_threshold": 0.0}
     ends |= {"loss_watchdog_threshold": None, "eval_watchdog_patience": None, "export": "peft", "export_dtype": "fp32"}
     jobs = [dataclasses.replace(job, **ends) for job in config.jobs]
-    weights = "native" if precision == "fp32" else config.base_weights
+    weights = base_weights("", {"storage": storage_and_compute(config.base_weights)[0]}) if precision == "fp32" else config.base_weights
     ordered = tuple(sorted(jobs, key=lambda job: job.name != name))
     return dataclasses.replace(config, jobs=ordered, precision=precision, base_weights=weights, on_save=())
 

@@ -23,6 +23,7 @@ from megatron_lora.config.parallel_keys import ParallelConfig, parallel
 from megatron_lora.config.rules import (
     METRICS,
     auto_or,
+    base_weights,
     job_name,
     list_of,
     mapping_of,
@@ -256,9 +257,11 @@ class RunConfig:
     load_weights: bool = key(True, truth(), "false: random weights, for benchmarks")
     base_weights: str = key(
         "native",
-        one_of("native", "fp8"),
-        "`native`: in `precision`; `fp8`: the frozen linears multiply in 8 bits, LoRA stays in 16. It needs a GPU of compute "
-        "capability 8.9 or later, takes as much memory as bf16, and rounds weights, activations and gradients to 4 significant bits",
+        base_weights,
+        "how the frozen linears are stored and multiplied; LoRA, embedding and head stay in `precision`, which `bf16` stands for. "
+        "`storage: nf4` is bitsandbytes' with double quantisation (4.5 bits a weight), `fp8` one copy with a scale for each output; both "
+        "are unpacked for each product. `compute: fp8` rounds weights, activations and gradients to 4 significant bits. `native`: both "
+        "bf16; `fp8`: compute fp8 over two copies in 8 bits, as large as bf16. 8 bits need a GPU of compute capability 8.9",
     )
     backend: str = key(
         "auto",

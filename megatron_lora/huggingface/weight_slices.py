@@ -42,8 +42,14 @@ def load(parts: Iterable[Part], source: Source) -> None:
             part.target.copy_(source.read(part.name, part.index))
             if part.plus:
                 part.target.add_(part.plus)
-            if not torch.isfinite(part.target).all():
-                raise UserError(f"base_model: the tensor {part.name} holds NaN or infinite numbers; fetch the model again")
+            finite(part.target, part.name)
+
+
+def finite(values: Tensor, name: str) -> Tensor:
+    """Return the values of a tensor; UserError where one is NaN or infinite."""
+    if not torch.isfinite(values).all():
+        raise UserError(f"base_model: the tensor {name} holds NaN or infinite numbers; fetch the model again")
+    return values
 
 
 class Checkpoint:

@@ -94,9 +94,12 @@ def check_backends(config: RunConfig, machine: Machine | None = None) -> None:
         import_engine(backend)
     elif machine.engine is not None:
         _check_harmless(machine.engine)
-    if config.base_weights == "fp8" and machine.capability is not None and machine.capability < FP8_CAPABILITY:
+    if "fp8" in config.base_weights and machine.capability is not None and machine.capability < FP8_CAPABILITY:
         found, needed = (".".join(map(str, numbers)) for numbers in (machine.capability, FP8_CAPABILITY))
-        raise UserError(f"base_weights: 'fp8' needs a GPU of compute capability {needed} or later, and this one has {found}; use native")
+        raise UserError(
+            f"base_weights: {config.base_weights!r} needs a GPU of compute capability {needed} or later, and this one has {found}; "
+            "use native, or nf4/bf16"
+        )
 
 
 def import_engine(backend: str) -> ModuleType:

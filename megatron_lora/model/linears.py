@@ -40,11 +40,11 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from fused_ops.lora.adapters import LoraGroup
-from fused_ops.lora.fp8 import Fp8Weight, Rounded, quantise_weight
+from fused_ops.lora.fp8 import Rounded
+from fused_ops.lora.frozen import FrozenWeight
 from fused_ops.lora.linear import Collectives, multi_lora_linear
 from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
-from megatron_lora.errors import UserError
 from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
 
 CollectivesOver = Callable[[dist.ProcessGroup], Collectives]
@@ -83,11 +83,11 @@ class MultiLoraLinear:
     kinds: tuple[CollectivesOver, CollectivesOver]  # its collectives without and with sequence parallelism
     config: Any  # a StageConfig
     tp_group: dist.ProcessGroup
-    weight: torch.nn.Parameter  # None after `quantise`
+    weight: torch.nn.Parameter  # on the meta device until `freeze_as`, then None, unless it is kept in `precision`
     bias: torch.nn.Parameter | None
     geometry: LinearGeometry
     adapters: LoraGroup | None = None  # of all resident jobs; None: the base model alone
-    weight_in_8_bits: Fp8Weight | None = None  # takes the place of `weight` after `quantise`
+    frozen: FrozenWeight | None = None  # takes the place of `weight`
     operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
 
     def __init__(self, *args, config, tp_comm_buffer_name: str, **kwargs):
@@ -96,6 +96,8 @@ class MultiLoraLinear:
         # Megatron's, of the class behind this one
         super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)  # pyright: ignore[reportCallIssue]
         self.role = tp_comm_buffer_name
+        if config.base_weights != "native":
+            self.weight = torch.nn.Parameter(self.weight.detach().to("meta"))
         freeze(cast(torch.nn.Module, self))
         alone = self.tp_group.size() == 1
         self.collectives = Collectives() if alone else self.kinds[config.sequence_parallel](self.tp_group)
@@ -118,21 +120,19 @@ class MultiLoraLinear:
         )
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
 
-    def quantise(self) -> None:
-        """Replace the frozen weight by one in 8 bits (fused_ops.lora.fp8); UserError where it is not finite."""
-        try:
-            self.weight_in_8_bits = quantise_weight(self.weight.detach())
-        except ValueError as error:
-            raise UserError(f"base_weights: 'fp8': {self.geometry.paths[0]}: {error}; use native, or fetch the model again") from None
+    def freeze_as(self, weight: FrozenWeight) -> None:
+        """Put the weight as it is stored in the place of the parameter."""
+        assert weight.shape == self.weight.shape
+        self.frozen = weight
         self.weight = None  # pyright: ignore[reportAttributeAccessIssue]  None is how torch drops a parameter
 
     def new_rounded(self) -> Rounded | None:
-        """Return what a norm or SwiGLU beside the linear gives rows in 8 bits to; None over a weight in 16 or 32 bits."""
-        return None if self.weight_in_8_bits is None else Rounded()
+        """Return what a norm or SwiGLU beside the linear gives rows in 8 bits to; None where it multiplies in 16 or 32."""
+        return Rounded() if self.frozen is not None and self.frozen.in_8_bits else None
 
     def _apply_linear(self, x: Tensor, bias: Tensor | None, route: Route | None, **options) -> Tensor:
         """Return Y [T or T_local, 1, N] for Megatron's x [rows, batch of 1, K]; `options` are the operator's."""
-        weight = self.weight if self.weight_in_8_bits is None else self.weight_in_8_bits
+        weight = self.weight if self.frozen is None else self.frozen
         return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, **options).unsqueeze(1)
 
 

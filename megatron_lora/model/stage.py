@@ -44,6 +44,7 @@ from megatron_lora.huggingface.weight_slices import Checkpoint, Part, RandomTens
 from megatron_lora.model import loss
 from megatron_lora.model.attention import MergedSelfAttention, PackedAttention, PackedRows
 from megatron_lora.model.backends import OURS, Backends
+from megatron_lora.model.base_weights import fill
 from megatron_lora.model.cudnn_attention import cudnn_attention
 from megatron_lora.model.decoder import DecoderLayer
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
@@ -62,6 +63,7 @@ class StageConfig(TransformerConfig):
     """Megatron's configuration, which every module receives, with the base model's architecture added."""
 
     architecture: Architecture | None = None
+    base_weights: str = "native"
 
 
 class Stage(torch.nn.Module):
@@ -232,14 +234,14 @@ def build_stage(
 
     `recompute` is the policy of all layers, or of each layer of the complete model (decoder.py); `activation_offloading`
     lets the inputs of `full` layers wait in host memory (offloading.py).
-    `base_weights` "fp8" quantises the linears' weights, one linear after another. `backends` chooses the
+    `base_weights` says how the linears' weights are stored (base_weights.py). `backends` chooses the
     norms and the attention (backends.py). Megatron's `parallel_state` must be initialised
     (process_groups.initialize_parallel). Raises UserError where model, files and layout do not fit together.
     """
-    check_layout(architecture, parallel)
+    check_layout(architecture, parallel, base_weights)
     compat.quieten_gpt_model()
     layers = layers_of_stages(architecture.num_layers, parallel)[parallel_state.get_pipeline_model_parallel_rank()]
-    config = _stage_config(architecture, parallel, dtype, device)
+    config = _stage_config(architecture, parallel, dtype, device, base_weights)
     with compat.attention_variables_kept():
         model = GPTModel(
             config=config,
@@ -261,18 +263,17 @@ def build_stage(
     stage = Stage(model, architecture, layers, device)
     stage.set_recompute(recompute, activation_offloading)
     stage.set_attention(backends.attention)
-    if load_weights:
-        assert model_dir is not None
-        load(stage.parts(), Checkpoint(model_dir, architecture))
-    else:
-        load(stage.parts(), RandomTensors(architecture, seed, dtype, device))
-    if base_weights == "fp8":
-        for linear in stage.linears:
-            linear.quantise()
+    assert model_dir is not None or not load_weights
+    source = Checkpoint(model_dir, architecture) if load_weights and model_dir else RandomTensors(architecture, seed, dtype, device)
+    load(stage.parts(), source)
+    if base_weights != "native":
+        fill(stage.linears, source, base_weights, dtype, device)
     return stage
 
 
-def _stage_config(architecture: Architecture, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device) -> StageConfig:
+def _stage_config(
+    architecture: Architecture, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device, base_weights: str
+) -> StageConfig:
     layout = None
     if parallel.pipeline > 1:
         layout = [["decoder"] * len(layers) for layers in layers_of_stages(architecture.num_layers, parallel)]
@@ -280,6 +281,7 @@ def _stage_config(architecture: Architecture, parallel: ParallelConfig, dtype: t
         layout[-1].append("loss")
     return StageConfig(
         architecture=architecture,
+        base_weights=base_weights,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_size,

@@ -52,14 +52,22 @@ def parts_of(
 
 
 def _linear_parts(linear: MultiLoraLinear) -> Iterator[Part]:
-    """Yield the parts of a linear's weight and bias: this rank's rows of each module (column-parallel), or its columns (row-parallel)."""
+    """Yield the parts of a linear's bias, and of its weight unless that is quantised (base_weights.py)."""
+    for start, number, name, index in weight_pieces(linear):
+        if not linear.weight.is_meta:
+            yield Part(target=linear.weight[start : start + number], name=name, index=index)
+        if linear.bias is not None:
+            bias = f"{name.removesuffix('weight')}bias"
+            yield Part(target=linear.bias[start : start + number], name=bias, index=index[:1])
+
+
+def weight_pieces(linear: MultiLoraLinear) -> Iterator[tuple[int, int, str, tuple[slice, slice]]]:
+    """Yield (first row, rows, tensor, its slice) of a linear's weight: rows of each module (column-parallel), or columns (row-parallel)."""
     geometry, rank, everything = linear.geometry, linear.tp_group.rank(), slice(None)
     for index, (path, (start, _)) in enumerate(zip(geometry.paths, geometry.columns, strict=True)):
         for first, number in geometry.pieces(index, rank):
             rows, columns = slice(first, first + number), everything
             if geometry.parallel == "row":
                 columns = slice(geometry.first_feature, geometry.first_feature + geometry.in_features)
-            yield Part(target=linear.weight[start : start + number], name=f"{path}.weight", index=(rows, columns))
-            if linear.bias is not None:
-                yield Part(target=linear.bias[start : start + number], name=f"{path}.bias", index=(rows,))
+            yield start, number, f"{path}.weight", (rows, columns)
             start += number

@@ -8,6 +8,8 @@ from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
 
+NF4_BLOCK = 64  # as fused_ops.lora.nf4 has it
+
 
 def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> tuple[range, ...]:
     """Return the layers of each pipeline stage: by `layers_per_stage`, otherwise evenly, the first stages taking the remainder."""
@@ -29,8 +31,8 @@ def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tu
     return policies
 
 
-def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raise UserError, naming the key of `parallel`, if the model cannot be divided over the ranks."""
+def check_layout(architecture: Architecture, parallel: ParallelConfig, base_weights: str = "native") -> None:
+    """Raise UserError, naming the key, if the model cannot be divided over the ranks, or its weights not into blocks of NF4."""
     heads = {"query heads": architecture.num_heads, "key/value heads": architecture.num_kv_heads}
     for what, size in (heads | {"feed-forward features": architecture.ffn_size}).items():
         if size % parallel.tensor:
@@ -38,6 +40,13 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     if parallel.pipeline > architecture.num_layers:
         raise UserError(
             f"parallel.pipeline: {parallel.pipeline} stages are more than the model's {architecture.num_layers} layers; use fewer stages"
+        )
+    of_rows = architecture.num_heads * architecture.head_dim, architecture.ffn_size
+    odd = [size for size in (architecture.hidden_size, *(n // parallel.tensor for n in of_rows)) if size % NF4_BLOCK]
+    if base_weights.startswith("nf4") and odd:
+        raise UserError(
+            f"base_weights: {base_weights!r}: a rank's linears with {odd[0]} inputs are not made of blocks of {NF4_BLOCK}; "
+            "use fewer tensor ranks, or another storage"
         )
     counts = parallel.layers_per_stage
     if counts is not None and (len(counts) != parallel.pipeline or sum(counts) != architecture.num_layers or min(counts) < 1):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_lora.config.rules import storage_and_compute
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.huggingface.architecture import Architecture
-from megatron_lora.parallel.partition import layers_of_stages
+from megatron_lora.parallel.partition import NF4_BLOCK, layers_of_stages
 from megatron_lora.planning.adapter_memory import GB, MODEST_SHARE, adapters_of, most, rooms, rows_of
 from megatron_lora.planning.devices import reference_of
 from scheduling.cost import CostModel, Device, ModelShape, head_share, linear_tiles, stage_costs
@@ -136,6 +137,14 @@ def least_residents(config: RunConfig, architecture: Architecture, device: Devic
     return min(len(config.jobs), max(2 * (config.parallel.pipeline + config.parallel.norm_delay), modest))
 
 
+def stored_bytes(base_weights: str, item: int) -> tuple[float | None, float]:
+    """Return the bytes of a frozen weight as it is stored (None: `item`), and where it is unpacked for a product, if it is."""
+    storage, compute = storage_and_compute(base_weights)
+    if storage == "bf16":
+        return (2.0 if compute == "fp8" else None), 0.0  # two copies in 8 bits
+    return (1.0 if storage == "fp8" else 0.5 + 4 / NF4_BLOCK), 1.0 if compute == "fp8" else float(item)
+
+
 def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> tuple[StageMemory, ...]:
     """Return each stage's memory model, for one tensor rank.
 
@@ -146,6 +155,7 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
     parallel, shape = config.parallel, shape_of(architecture)
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, parallel)]
     item = item_bytes(config, device)
+    weight_bytes, scratch_bytes = stored_bytes(config.base_weights, item)
     adapters = adapters_of(config.jobs)
     demand = rows_of(adapters)
     if config.adapter_memory == "auto":
@@ -164,7 +174,8 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
             tensor=parallel.tensor,
             recompute=config.recompute,
             item=item,
-            weight_bytes=2.0 if config.base_weights == "fp8" else None,  # two 8-bit copies of each weight
+            weight_bytes=weight_bytes,
+            scratch_bytes=scratch_bytes,
             sequence=parallel.sequence,
             cuda=device.name != "cpu",
             replicas=parallel.data,

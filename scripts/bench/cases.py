@@ -94,7 +94,7 @@ def parser() -> OneLineParser:
     case.add_argument("--recompute", type=recompute, default="auto", help="none, cheap, full, 20*full,60*cheap or auto: what fits")
     case.add_argument("--activation-offloading", action="store_true", help="inputs of layers under full wait in host memory")
     case.add_argument("--deterministic", action="store_true", help="the same bits again")
-    case.add_argument("--base-weights", default="native", choices=["native", "fp8"])
+    case.add_argument("--base-weights", default="native", choices=["native", "fp8", "fp8/bf16", "fp8/fp8", "nf4/bf16", "nf4/fp8"])
     case.add_argument("--backend", default="auto", choices=["auto", "torch", "te"], help="of norms and attention")
     case.add_argument("--seconds", type=positive, default=60.0, help="about how long the run shall take, by the cost model")
     case.add_argument("--steps", type=whole, help="of each job, in place of --seconds")

@@ -116,7 +116,7 @@ def each_linear(directory, base_weights, given, device) -> list[dict]:
     for linear, into in zip(stage.linears, seen, strict=True):
         into |= {f"gradient {number}": gradient for number, gradient in enumerate(gradients_of(linear))}
         if base_weights == "fp8":
-            matrices = linear.weight_in_8_bits.by_output, linear.weight_in_8_bits.by_input
+            matrices = linear.frozen.by_output, linear.frozen.by_input
             into["weight"] = torch.cat([matrix.float().flatten() for matrix in matrices])
     return [{name: tensor.cpu() for name, tensor in into.items()} for into in seen]
 

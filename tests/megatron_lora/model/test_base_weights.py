@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import oracle
 import pytest
 import runs
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import attach_adapters, save_model, stage_input, train_step
 
+from fused_ops.lora.fp8 import quantise_rows
+from fused_ops.lora.nf4 import quantise_nf4
 from megatron_lora.config.schema import ParallelConfig, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
@@ -29,14 +33,14 @@ def directory(tmp_path_factory):
     return path
 
 
-def step_of(directory, base_weights, parallel, recompute="none"):
+def step_of(directory, base_weights, parallel, recompute="none", segments=SEGMENTS):
     """Train one microbatch; runs on any rank."""
     stage = build_stage(
         read_architecture(directory), directory, parallel,
         dtype=torch.float32, device=torch.device("cpu"), base_weights=base_weights, recompute=recompute,
     )  # fmt: skip
     attach_adapters(stage.linears, parallel.tensor, dropout=0.25)
-    return train_step(stage, stage_input(LENGTHS, stage.architecture.vocab_size, SEGMENTS), parallel)
+    return train_step(stage, stage_input(LENGTHS, stage.architecture.vocab_size, segments), parallel)
 
 
 def distance(ours, theirs):
@@ -81,7 +85,7 @@ def test_weights_in_16_bits_are_gone(directory, one_process):
         dtype=torch.bfloat16, device=torch.device("cpu"), base_weights="fp8",
     )  # fmt: skip
     for linear in stage.linears:
-        (num_out, num_in), kept = linear.weight_in_8_bits.shape, linear.weight_in_8_bits.num_bytes
+        (num_out, num_in), kept = linear.frozen.shape, linear.frozen.num_bytes
         assert linear.weight is None and kept == 2 * num_out * num_in + 4 * (num_out + num_in)
         assert (num_out, num_in) == (sum(linear.geometry.out_features), linear.geometry.in_features)
     held = {name for name, _ in stage.named_parameters() if "linear" in name}
@@ -95,18 +99,98 @@ def test_the_memory_model_knows_the_bytes(precision, dtype, directory, tmp_path,
     architecture = read_architecture(directory)
     (predicted,) = memory_of(config, architecture, DEVICES["cpu"])
     stage = build_stage(architecture, directory, ParallelConfig(), dtype=dtype, device=torch.device("cpu"), base_weights="fp8")
-    in_8_bits = [linear.weight_in_8_bits for linear in stage.linears]
+    in_8_bits = [linear.frozen for linear in stage.linears]
     values = sum(weight.num_bytes - 4 * sum(weight.shape) for weight in in_8_bits)
     others = sum(parameter.nbytes for name, parameter in stage.named_parameters() if not name.endswith("bias"))
     assert predicted.weights == values + others
 
 
-def test_a_weight_that_is_not_finite_is_named(directory, one_process):
-    stage = build_stage(read_architecture(directory), directory, ParallelConfig(), dtype=torch.float32, device=torch.device("cpu"))
-    with torch.no_grad():
-        stage.linears[2].weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"base_weights: 'fp8': model.layers.0.mlp.gate_proj: .* not finite; use native"):
-        stage.linears[2].quantise()
+@pytest.mark.parametrize("kind", ["fp8", "fp8/bf16", "nf4/bf16"])
+def test_a_weight_that_is_not_finite_is_named(kind, wide, tmp_path, one_process):
+    spoilt = with_weights(wide, tmp_path, lambda w: w.index_fill(0, torch.tensor([3]), float("nan")))
+    with pytest.raises(UserError, match=r"base_model: the tensor model.layers.0.self_attn.q_proj.weight holds NaN or infinite"):
+        step_of(spoilt, kind, ParallelConfig())
+
+
+# ---- one copy, unpacked for each product ----
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Return a model that two tensor ranks can cut into blocks of 64 inputs."""
+    path = tmp_path_factory.mktemp("wide")
+    save_model(path, "llama", more={"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}.items())
+    return path
+
+
+def with_weights(directory, path, change):
+    """Return a copy of a model with other weights in its linears."""
+    shutil.copytree(directory, path / "copy")
+    tensors = load_file(path / "copy" / "model.safetensors")
+    changed = {name: change(w) if "_proj.weight" in name else w for name, w in tensors.items()}
+    save_file(changed, path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    return path / "copy"
+
+
+@pytest.fixture(scope="module")
+def dequantised(wide, tmp_path_factory):
+    """Return storage -> the model with the weights that are stored so, in float32."""
+    quantise = {"nf4": quantise_nf4, "fp8": quantise_rows}
+    return {name: with_weights(wide, tmp_path_factory.mktemp(name), lambda w, q=q: q(w).float()) for name, q in quantise.items()}
+
+
+def same(ours, theirs, bound):
+    assert ours["gradients"].keys() == theirs["gradients"].keys()
+    for name in ("losses", "logits"):
+        assert distance(ours[name], theirs[name]) <= bound, name
+    assert distance(all_gradients(ours), all_gradients(theirs)) <= bound
+
+
+@pytest.mark.parametrize("storage", ["nf4", "fp8"])
+def test_losses_and_gradients_are_those_of_the_dequantised_weights(storage, wide, dequantised, one_process):
+    """In float32 the same; multiplied in 8 bits, the same as two copies of these weights in 8 bits but for the transpose's last digits."""
+    native = step_of(wide, "native", ParallelConfig())
+    exact, rounded = (step_of(dequantised[storage], kind, ParallelConfig()) for kind in ("native", "fp8"))
+    ours = {compute: step_of(wide, f"{storage}/{compute}", ParallelConfig()) for compute in ("bf16", "fp8")}
+    same(ours["bf16"], exact, 1e-6)
+    same(ours["fp8"], rounded, 0.05 * distance(rounded["logits"], exact["logits"]))
+    assert distance(exact["logits"], native["logits"]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fp8/bf16", "nf4/bf16"])
+def test_tensor_ranks_hold_slices_of_the_whole(kind, wide, pool, one_process):
+    parallel = ParallelConfig(tensor=2)
+    answers = pool(tp=2).run(step_of, wide, kind, parallel)
+    same(answers[0], step_of(wide, kind, ParallelConfig()), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fp8/bf16", "fp8/fp8", "nf4/bf16", "nf4/fp8"])
+def test_a_job_alone_gets_the_gradients_that_it_gets_among_others(kind, wide, one_process):
+    alone, among = (step_of(wide, kind, ParallelConfig(), segments=segments) for segments in (SEGMENTS[1:], SEGMENTS))
+    own = [name for name in among["gradients"] if name.endswith(" 0") and among["gradients"][name].any()]
+    first = torch.arange(sum(LENGTHS)) >= 27  # samples that hold no row of the other job
+    assert len(own) > 20 and distance(alone["losses"][first], among["losses"][first]) < 1e-5
+
+
+def test_blocks_have_to_fit(directory, one_process):
+    with pytest.raises(UserError, match=r"base_weights: 'nf4/bf16': a rank's linears with 32 inputs are not made of blocks of 64"):
+        step_of(directory, "nf4/bf16", ParallelConfig())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["fp8/bf16", "fp8/fp8", "nf4/bf16", "nf4/fp8"])
+def test_the_memory_model_knows_the_storage(kind, precision, wide, tmp_path, one_process):
+    path = runs.write_config(tmp_path / "config.yaml", wide, tmp_path / "run", [JOB], {}, 64)
+    config = load_config(path, ["recompute=none", f"base_weights={kind}", f"precision={precision}"])
+    (predicted,) = memory_of(config, read_architecture(wide), DEVICES["cpu"])
+    stage = build_stage(
+        read_architecture(wide), wide, ParallelConfig(), dtype=getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[precision]),
+        device=torch.device("cpu"), base_weights=kind,
+    )  # fmt: skip
+    frozen = [linear.frozen for linear in stage.linears]
+    small = sum(4 * weight.shape[0] * kind.startswith("fp8") for weight in frozen)
+    others = sum(parameter.nbytes for name, parameter in stage.named_parameters() if not name.endswith("bias"))
+    assert predicted.weights == sum(weight.num_bytes for weight in frozen) - small + others + frozen[0].scratch.num_bytes
 
 
 def test_a_whole_run_learns_as_the_one_in_full_precision(pool, tmp_path):
