@@ -139,7 +139,7 @@ def stage_memory(
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
     layer = layer_memory(shape, adapters, item, tensor, sequence, deterministic, residents)
     head_rows = -(-shape.vocab_size // tensor)
-    linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor
+    linears = shape.layer_weights * (item if weight_bytes is None else weight_bytes) / tensor
     norm_item = 4 if shape.zero_centred else item
     norms = (2 * (1 + shape.post_norms) * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * norm_item
     row_bytes = {module: num_bytes * num_layers for module, num_bytes in rank_row_bytes(shape, item, tensor).items()}

@@ -46,6 +46,7 @@ from megatron_lora.model.attention import MergedSelfAttention, PackedAttention, 
 from megatron_lora.model.backends import OURS, Backends
 from megatron_lora.model.cudnn_attention import cudnn_attention
 from megatron_lora.model.decoder import DecoderLayer
+from megatron_lora.model.experts import Experts
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.model.offloading import HostPool, LayerInputs
@@ -91,8 +92,7 @@ class Stage(torch.nn.Module):
     def _bind_linears(self) -> Iterator[MultiLoraLinear]:
         for layer, block in zip(self.layers, self.blocks, strict=True):
             assert block.layer_number == layer + 1
-            attention, mlp = block.self_attention, block.mlp
-            for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
+            for linear in block.linears:
                 linear.set_layer(layer)
                 yield linear
 
@@ -345,7 +345,7 @@ def _block_spec(config: StageConfig, num_layers: int, backends: Backends) -> Any
             input_layernorm=norm,
             self_attention=attention,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(_SpecProvider()),
+            mlp=cast(Any, Experts) if config.architecture.num_experts else get_mlp_module_spec_for_backend(_SpecProvider()),
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=cast(Any, norm))
