@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,3 +112,24 @@ def test_the_kernels_are_the_twin(num_experts, top_k, normalised, num_tokens):
     assert route.tiles is not None
     covered = torch.cat([torch.arange(first, end) for _, first, end in route.tiles[: route.tiles[-1, 0]].tolist()])
     assert torch.equal(covered, torch.arange(len(x) * top_k))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_grouped_products_neither_spill_nor_wait():
+    pytest.importorskip("triton")
+    from kernel_tools import assemble
+    from stand_in_gpu import compiling
+
+    from fused_ops.experts import fused
+    from fused_ops.experts.route import ExpertRoute
+
+    places, weight = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(4, 1536, 2048, dtype=torch.bfloat16)
+    route = ExpertRoute(token_R=places, weight_R=places, place_Tk=places, first_E=places, tiles=places)
+    with compiling() as compiled:
+        for transposed in (False, True):
+            fused.grouped(weight.new_zeros(128, 1536 if transposed else 2048), weight, route, transposed)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        found = assemble(kernel.asm["ptx"])
+        assert not found.spilled_bytes and not found.serialised, (found.registers, found.spilled_bytes, found.serialised)
+        assert "wgmma.mma_async" in found.ptx and "cp.async.bulk.tensor" in found.ptx
