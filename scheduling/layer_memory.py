@@ -41,7 +41,7 @@ _SHARE_COLUMNS = 512  # of dY, over which a program sums dS
 # Up to this rank dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64. On other GPUs than
 # Hopper the limit is 32, and the estimate is too high.
 _MAX_FUSED_RANK = 64
-_CHOICE_BYTES = 4 * 4  # of each expert of a token: its number, weight, place, and the token at that place
+_CHOICE_BYTES = 4 * 4  # of each expert of a token: its number, weight and place, and the weight at that place
 _CAPPED_BYTES = 64 * 4 * 5  # of a head and key: scores of a block of rows, in float32, and what is computed of them
 
 
@@ -108,7 +108,8 @@ class LayerMemory:
             return max(output + swiglu + self.routed, self.capped)
         qkv = self.query + 2 * self.key_value
         attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + max(self.gathered, self.capped) + self.copies
-        up = max(2 * self.hidden + self.gathered * self.sequence + 2 * self.ffn, self.hidden + 3 * self.ffn) + self.routed
+        swiglu = self.hidden * (1 + (self.routed > 0)) + 3 * self.ffn  # experts' caller holds their input
+        up = max(2 * self.hidden + self.gathered * self.sequence + 2 * self.ffn, swiglu) + self.routed
         return max(attention, up, self.hidden + output + self.ffn + self.routed)  # beside the second norm's sum
 
     def backward(self, policy: str, tokens: int) -> float:

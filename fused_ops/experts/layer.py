@@ -66,10 +66,7 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, weights, near_ties, ops, values):
         full_x = weights.before.gather_input(x_TH)
-        choice, near = ops.choose(full_x @ weights.router_EH.t(), weights.top_k, weights.normalised)
-        if near_ties is not None:
-            near_ties += near.sum()
-        route = ops.make_route(choice, len(weights.router_EH))
+        choice, route = ops.choose(full_x @ weights.router_EH.t(), weights.top_k, weights.normalised, near_ties)
         gate_up = ops.grouped(ops.gather(full_x, route), weights.up_EFH, route)
         ctx.save_for_backward(gate_up)
         ctx.choice = replace(choice, probability_TE=None if weights.normalised else choice.probability_TE)
@@ -84,9 +81,9 @@ class _ExpertMlp(torch.autograd.Function):
         weights, route, ops = ctx.weights, ctx.route, ctx.ops
         (gate_up,) = ctx.saved_tensors
         dy = weights.after.gather_grad(dy_TH).contiguous()
-        da = ops.grouped(ops.gather(dy, route), weights.down_EHF, route, transposed=True)
-        d_gate_up, d_weight_R = ops.weighted_swiglu_backward(gate_up.detach(), da, route)
+        d_gate_up, d_weight_R = ops.weighted_swiglu_backward(
+            gate_up.detach(), ops.grouped(ops.gather(dy, route), weights.down_EHF, route, transposed=True), route
+        )
         dx = ops.combine(ops.grouped(d_gate_up, weights.up_EFH, route, transposed=True), route)
-        d_logits = reference.grad_choice(ctx.choice, d_weight_R[route.place_Tk], len(weights.router_EH))
-        dx.addmm_(d_logits.to(dx.dtype), weights.router_EH)
+        dx.addmm_(ops.grad_choice(ctx.choice, d_weight_R, route, len(weights.router_EH), dx.dtype), weights.router_EH)
         return weights.before.reduce_grad(dx), None, None, None, None

@@ -16,40 +16,44 @@ from fused_ops.launch.backend import gradients
 TILE = 16
 
 
-def choose(logits_TE: Tensor, top_k: int, normalised: bool) -> tuple[Choice, Tensor]:
-    """Return the experts of each token, and which tokens' last one might be another."""
+def choose(logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | None = None) -> tuple[Choice, ExpertRoute]:
+    """Return the experts of each token, and its rows; add to `near_ties` the tokens whose last expert might be another."""
     probability = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     values, order = torch.sort(probability, dim=-1, descending=True, stable=True)  # NaN is the largest, and all are equal
     weight = values[:, :top_k]
-    near = values[:, top_k - 1] - values[:, top_k] < NEAR if top_k < values.shape[1] else torch.zeros_like(values[:, 0], dtype=torch.bool)
+    if near_ties is not None and top_k < values.shape[1]:
+        near_ties += (values[:, top_k - 1] - values[:, top_k] < NEAR).sum()
     weight = weight / weight.sum(-1, keepdim=True) if normalised else weight.contiguous()
-    return Choice(probability_TE=probability, expert_Tk=order[:, :top_k].contiguous(), weight_Tk=weight), near
+    choice = Choice(probability_TE=probability, expert_Tk=order[:, :top_k].contiguous(), weight_Tk=weight)
+    return choice, route_of(choice, logits_TE.shape[1])
 
 
-def grad_choice(choice: Choice, d_weight_Tk: Tensor, num_experts: int) -> Tensor:
-    """Return the gradient of the logits, float32 [T, E]; normalised weights are a softmax over the chosen experts alone."""
-    zeros, experts = d_weight_Tk.new_zeros(len(d_weight_Tk), num_experts), choice.expert_Tk.long()
-    probability = zeros.scatter(1, experts, choice.weight_Tk) if choice.probability_TE is None else choice.probability_TE
-    d_probability = zeros.scatter(1, experts, d_weight_Tk)
-    return probability * (d_probability - (probability * d_probability).sum(-1, keepdim=True))
-
-
-def make_route(choice: Choice, num_experts: int) -> ExpertRoute:
+def route_of(choice: Choice, num_experts: int) -> ExpertRoute:
     """Order rows by expert, then by token."""
     experts, order = torch.sort(choice.expert_Tk.flatten(), stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     return ExpertRoute(
-        token_R=order // choice.expert_Tk.shape[1],
         weight_R=choice.weight_Tk.flatten()[order],
         place_Tk=place.view_as(choice.expert_Tk),
         first_E=torch.searchsorted(experts, torch.arange(num_experts + 1, device=order.device)),
     )
 
 
+def grad_choice(choice: Choice, d_weight_R: Tensor, route: ExpertRoute, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of the logits, [T, E]; normalised weights are a softmax over the chosen experts alone."""
+    d_weight_Tk = d_weight_R[route.place_Tk]
+    zeros, experts = d_weight_Tk.new_zeros(len(d_weight_Tk), num_experts), choice.expert_Tk.long()
+    probability = zeros.scatter(1, experts, choice.weight_Tk) if choice.probability_TE is None else choice.probability_TE
+    d_probability = zeros.scatter(1, experts, d_weight_Tk)
+    return (probability * (d_probability - (probability * d_probability).sum(-1, keepdim=True))).to(dtype)
+
+
 def gather(x_TH: Tensor, route: ExpertRoute) -> Tensor:
     """Return each row's token, [R, H]."""
-    return x_TH[route.token_R]
+    rows = x_TH.new_empty(route.place_Tk.numel(), x_TH.shape[1])
+    rows[route.place_Tk] = x_TH[:, None]
+    return rows
 
 
 def grouped(x_RI: Tensor, weight_EOI: Tensor, route: ExpertRoute, transposed: bool = False) -> Tensor:

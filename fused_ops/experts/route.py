@@ -8,6 +8,7 @@ from torch import Tensor
 
 NEAR = 1e-5  # probabilities that differ by less may change places in other arithmetic
 BLOCK = 128  # rows of a tile; the last tile of an expert may have fewer
+TOKENS = 32  # of a program of kernels that choose experts and place rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,6 @@ class Choice:
 class ExpertRoute:
     """Rows 0 <= r < R = T k, by expert and then by token."""
 
-    token_R: Tensor
     weight_R: Tensor  # float32
     place_Tk: Tensor  # the row of each of a token's experts
     first_E: Tensor  # [E + 1] the first row of each expert, and R

@@ -36,8 +36,7 @@ def problem(skew: float, tokens: int):
 def case(skew: float, tokens: int, rounds: int) -> dict:
     """Time one router."""
     x, weights, logits = problem(skew, tokens)
-    choice, _ = fused.choose(logits, TOP_K, True)
-    route = fused.make_route(choice, EXPERTS)
+    _, route = fused.choose(logits, TOP_K, True)
     counts, ends = route.first_E.diff(), route.first_E[1:].clone()
     x_RH = fused.gather(x, route)
     gate_up = fused.grouped(x_RH, weights.up_EFH, route)
@@ -46,7 +45,6 @@ def case(skew: float, tokens: int, rounds: int) -> dict:
     leaf, dy = x.clone().requires_grad_(), torch.randn_like(x)
     candidates = {
         "choose": lambda: fused.choose(logits, TOP_K, True),
-        "route": lambda: fused.make_route(choice, EXPERTS),
         "gather": lambda: fused.gather(x, route),
         "swiglu": lambda: fused.weighted_swiglu(gate_up, route),
         "swiglu backward": lambda: fused.weighted_swiglu_backward(gate_up.clone(), a, route),

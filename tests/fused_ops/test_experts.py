@@ -84,8 +84,9 @@ def test_neighbours_change_no_bit_of_a_token():
 
 def test_a_token_of_nan_has_the_first_experts_and_near_ties_are_counted():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0], [float("nan")] * 4, [3.0, 1.0, 1.0 + 1e-6, 0.0], [1.0, 1.0, 0.0, 0.0]])
-    choice, near = reference.choose(logits, 2, normalised=True)
-    assert choice.expert_Tk.tolist() == [[1, 2], [0, 1], [0, 2], [0, 1]] and near.tolist() == [False, False, True, False]
+    near = torch.zeros(1, dtype=torch.int64)
+    choice, _ = reference.choose(logits, 2, True, near)
+    assert choice.expert_Tk.tolist() == [[1, 2], [0, 1], [0, 2], [0, 1]] and near.tolist() == [1]
     assert isinstance(choice, Choice) and choice.weight_Tk[0].sum() == 1
 
 
@@ -102,12 +103,12 @@ def test_the_kernels_are_the_twin(num_experts, top_k, normalised, num_tokens):
     expected = steps(x, weights, dy)
     with interpreted(kernels, grouped):
         found = steps(x, weights, dy, "triton")
-        route = fused.make_route(fused.choose(x @ weights.router_EH.T, top_k, normalised)[0], num_experts)
+        route = fused.choose(x @ weights.router_EH.T, top_k, normalised)[1]
     healthy = torch.arange(len(x)) != 10
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         assert ours[10].isnan().all() and (ours - theirs)[healthy].abs().max() < 2e-6 * theirs[healthy].abs().max()
     assert found[2] == expected[2]
-    twin = reference.make_route(reference.choose(x @ weights.router_EH.T, top_k, normalised)[0], num_experts)
+    twin = reference.choose(x @ weights.router_EH.T, top_k, normalised)[1]
     assert torch.equal(route.place_Tk.long(), twin.place_Tk) and torch.equal(route.first_E.long(), twin.first_E)
     assert route.tiles is not None
     covered = torch.cat([torch.arange(first, end) for _, first, end in route.tiles[: route.tiles[-1, 0]].tolist()])
@@ -124,7 +125,7 @@ def test_grouped_products_neither_spill_nor_wait():
     from fused_ops.experts.route import ExpertRoute
 
     places, weight = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(4, 1536, 2048, dtype=torch.bfloat16)
-    route = ExpertRoute(token_R=places, weight_R=places, place_Tk=places, first_E=places, tiles=places)
+    route = ExpertRoute(weight_R=places, place_Tk=places, first_E=places, tiles=places)
     with compiling() as compiled:
         for transposed in (False, True):
             fused.grouped(weight.new_zeros(128, 1536 if transposed else 2048), weight, route, transposed)

@@ -6,7 +6,6 @@ import torch
 
 from fused_ops.experts import reference
 from fused_ops.experts.layer import ExpertWeights, expert_mlp, operators
-from fused_ops.experts.route import Choice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2048, 768, 128, 8
@@ -19,10 +18,9 @@ def random(*shape, seed=0, scale=1.0):
 
 def route_of(counts):
     """Return the route of one expert a token, expert e having counts[e] tokens, shuffled."""
-    experts = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
-    experts = experts[torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))].cuda()[:, None]
-    choice = Choice(probability_TE=None, expert_Tk=experts, weight_Tk=torch.ones_like(experts, dtype=torch.float32))
-    return operators(experts.device).make_route(choice, len(counts))
+    experts = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    experts = experts[torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))].cuda()
+    return operators(experts.device).choose(torch.nn.functional.one_hot(experts, len(counts)).bfloat16(), 1, True)[1]
 
 
 COUNTS = {"even": [64] * 8, "empty ones, one tile and one more row": [0, 129, 0, 1, 128, 700, 0], "one expert": [300], "small": [1, 0, 2]}
