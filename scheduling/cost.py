@@ -25,48 +25,10 @@ from itertools import accumulate
 
 import numpy as np
 
+from scheduling.model_shape import ModelShape
 from scheduling.slot_cost import TILE_ROWS, SlotCost
 
 OFFLOADED = "offloaded"  # a `full` layer whose input waits in host memory (`offloaded`)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """The numbers of a decoder-only transformer that decide its cost."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_size: int
-    vocab_size: int
-    qk_norm: bool = False
-    fused: bool = False  # q, k and v are one module with one A, and so are gate and up
-    zero_centred: bool = False  # norms multiply by 1 + w, in float32
-    post_norms: bool = False  # attention's and the MLP's results are normed too
-    scaled: bool = False  # or multiplied
-    num_ropes: int = 1
-    capped_scores: bool = False  # of attention, which plain torch then computes
-    capped_logits: bool = False
-
-    @property
-    def layer_params(self) -> int:
-        """Weights of the linears of one layer (q, k, v, o, gate, up, down)."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        return attention + 3 * self.hidden_size * self.ffn_size
-
-    @property
-    def head_params(self) -> int:
-        """Weights of the output head (and of the embedding)."""
-        return self.hidden_size * self.vocab_size
-
-    @property
-    def lora_width(self) -> int:
-        """Sum of K + N over the linears of a layer: LoRA weights per layer and rank, all modules targeted."""
-        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        num_inputs = 4 if self.fused else 7
-        return num_inputs * self.hidden_size + (query + 2 * key_value) + query + 3 * self.ffn_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +183,9 @@ def analytic_cost(
         launches = device.layer_launch_s * num_layers
         shares = {policy: policies.count(policy) / max(1, num_layers) for policy in ("none", "cheap", "full")}
         recomputed = shares["full"] + _CHEAP * (shares["full"] + shares["cheap"])  # of a forward
-        last_product = shares["full"] * shape.hidden_size * shape.ffn_size / max(1, shape.layer_params) * (not shape.post_norms)
+        last_product = (
+            shares["full"] * shape.hidden_size * shape.ffn_size * max(1, shape.top_k) / max(1, shape.layer_params) * (not shape.post_norms)
+        )
         forward = PassCost(per_token=linear + head, per_square=attention, per_rank_token=lora, fixed=launches)
         backward = PassCost(
             per_token=linear * (1 + recomputed - last_product),
@@ -368,9 +332,10 @@ def linear_tiles(shape: ModelShape, device: Device, tensor: int = 1) -> tuple[fl
     """Return SlotCost.tiles: the time of a layer's linears, forward and backward, by row tiles, in tokens that fill every wave of tiles.
 
     The device computes `processors` tiles of a GEMM at a time, and an incomplete last wave takes as long as a full one: 4,096 rows of 5,120
-    columns are 640 tiles, five waves of 132, as many as 3,329 rows need. Empty where the device has no tiles.
+    columns are 640 tiles, five waves of 132, as many as 3,329 rows need. Empty where the device has no tiles, and for experts, whose many
+    tiles are partly filled at any number of rows.
     """
-    if not device.processors:
+    if not device.processors or shape.num_experts:
         return ()
     query, key_value = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
     ffn = shape.ffn_size // tensor

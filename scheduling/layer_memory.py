@@ -12,9 +12,9 @@ rotation and SwiGLU) allocates them:
 SwiGLU's backward writes its gradient over gate | up, and the output that it computes again over that output's gradient. A `full` layer
 runs again as a `cheap` one, up to the input of its last linear, whose product backward does not need.
 
-A linear that no adapter targets keeps nothing. S and the norms' statistics are kept as long as the microbatch. With head norms the GEMM's
-q | k | v is kept too. Norms after attention and the MLP keep their inputs, 2 H more. Sequence parallelism shards the rows of what tensor
-parallelism does not shard, and gathers them for a GEMM.
+A linear that no adapter targets keeps nothing. Experts keep gate | up of each expert of a token, and no input. S and the norms'
+statistics are kept as long as the microbatch. With head norms the GEMM's q | k | v is kept too. Norms after attention and the MLP keep
+their inputs, 2 H more. Sequence parallelism shards the rows of what tensor parallelism does not shard, and gathers them for a GEMM.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _SHARE_COLUMNS = 512  # of dY, over which a program sums dS
 # Up to this rank dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64. On other GPUs than
 # Hopper the limit is 32, and the estimate is too high.
 _MAX_FUSED_RANK = 64
+_CHOICE_BYTES = 4 * 4  # of each expert of a token: its number, weight and place, and the weight at that place
 _CAPPED_BYTES = 64 * 4 * 5  # of a head and key: scores of a block of rows, in float32, and what is computed of them
 
 
@@ -79,6 +80,8 @@ class LayerMemory:
     sequence: bool
     after: float = 0.0  # what norms after attention and the MLP keep, of each its input and statistics
     copies: float = 0.0  # another hidden state, where results are normed or multiplied before they are added
+    routed: float = 0.0  # a hidden state for each expert of a token, while they compute
+    choice: float = 0.0  # probabilities and places of the experts, kept
     capped: float = 0.0  # scores of the rows that plain torch computes at once, where attention caps them
 
     def kept(self, policy: str) -> float:
@@ -87,7 +90,7 @@ class LayerMemory:
             return self.hidden * (policy == "full")
         qkv = self.query + 2 * self.key_value
         bare = 2 * self.hidden + 2 * self.statistics + qkv * (1 + self.head_norms) + self.query + self.sums + 2 * self.ffn
-        bare += sum(self.widths.values()) + 2 * self.after
+        bare += sum(self.widths.values()) + 2 * self.after + self.choice
         return bare if policy == "cheap" else bare + self.inputs
 
     @property
@@ -102,11 +105,12 @@ class LayerMemory:
         output = max(2 * self.hidden, self.hidden + self.gathered * self.sequence) + self.hidden * (self.after > 0)
         swiglu = self.ffn * (policy != "none" or not self.widths["down"])
         if policy != "full":
-            return max(output + swiglu, self.capped)
+            return max(output + swiglu + self.routed, self.capped)
         qkv = self.query + 2 * self.key_value
         attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + max(self.gathered, self.capped) + self.copies
-        up = max(2 * self.hidden + self.gathered * self.sequence + 2 * self.ffn, self.hidden + 3 * self.ffn)
-        return max(attention, up, self.hidden + output + self.ffn)  # beside the second norm's sum
+        swiglu = self.hidden * (1 + (self.routed > 0)) + 3 * self.ffn  # experts' caller holds their input
+        up = max(2 * self.hidden + self.gathered * self.sequence + 2 * self.ffn, swiglu) + self.routed
+        return max(attention, up, self.hidden + output + self.ffn + self.routed)  # beside the second norm's sum
 
     def backward(self, policy: str, tokens: int) -> float:
         """Bytes beyond `kept`, for `tokens` tokens, at the peak of the backward."""
@@ -117,13 +121,13 @@ class LayerMemory:
             return (self.kept("cheap") - self.hidden + copies) * tokens + self.backward("cheap", tokens)
         cheap, widths = policy == "cheap", self.widths
         swiglu_kept = 0.0 if cheap or not widths["down"] else self.ffn
-        dy = self.hidden + self.copies + (self.gathered if self.sequence else 0.0)
+        dy = self.hidden + self.copies + (self.gathered if self.sequence else 0.0) + self.routed
         down = dy + widths["down"] + max(self._shares("down", tokens), self.ffn) + self._partial("down", self.ffn, tokens)
         swiglu = self.hidden + self.ffn - swiglu_kept
         if cheap and widths["down"]:
             swiglu += widths["down"] + self._partial("down", self.ffn, tokens)
         freed = 2 * self.ffn + swiglu_kept
-        dx = self.gathered + (self.hidden if self.sequence else 0.0)
+        dx = self.gathered + (self.hidden if self.sequence else 0.0) + self.routed
         up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - freed
         freed += self.hidden * (1 + (not cheap and widths["up"] > 0))
         expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK, dV of all query heads by cuDNN; torch's take half
@@ -162,7 +166,7 @@ def layer_memory(
     """
     local = tensor if sequence else 1
     query, key_value = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
-    hidden, ffn = shape.hidden_size, shape.ffn_size // tensor
+    hidden, ffn = shape.hidden_size, shape.ffn_size // tensor * max(1, shape.top_k)
     outputs = {"qkv": (query, key_value, key_value), "o": (hidden,), "up": (ffn, ffn), "down": (hidden,)}
     return LayerMemory(
         hidden=hidden * item / local,
@@ -186,5 +190,7 @@ def layer_memory(
         sequence=sequence,
         after=(hidden * item + 4) / local * shape.post_norms,
         copies=hidden * item / local * (shape.post_norms or shape.scaled),
+        routed=hidden * item * shape.top_k,
+        choice=4 * shape.num_experts + _CHOICE_BYTES * shape.top_k,
         capped=_CAPPED_BYTES * shape.num_heads / tensor * shape.capped_scores,
     )

@@ -141,7 +141,7 @@ def stage_memory(
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
     layer = layer_memory(shape, adapters, item, tensor, sequence, deterministic, residents)
     head_rows = -(-shape.vocab_size // tensor)
-    linears = shape.layer_params * (item if weight_bytes is None else weight_bytes) / tensor
+    linears = shape.layer_weights * (item if weight_bytes is None else weight_bytes) / tensor
     widest = max(2 * shape.ffn_size, shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads))
     scratch = scratch_bytes * shape.hidden_size * widest / tensor
     norm_item = 4 if shape.zero_centred else item

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from fused_ops.elementwise import cross_entropy, rms_norm, rope, swiglu
+from fused_ops.experts import layer
 from fused_ops.lora import linear
 from megatron_lora.model import attention
 from megatron_lora.parallel import compat
@@ -87,7 +88,7 @@ def dry_gpu():
     """Run the GPU's path of all operators, on CPU tensors that are never written."""
     triton = [
         mock.patch.object(module, "backend_name", lambda device, backend=None: "triton")
-        for module in (cross_entropy, linear, rms_norm, rope, swiglu)
+        for module in (cross_entropy, layer, linear, rms_norm, rope, swiglu)
     ]
     with contextlib.ExitStack() as stack:
         for patch in (

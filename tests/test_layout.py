@@ -41,7 +41,12 @@ ROOMS = {  # room of megatron_lora -> what else it may import: rooms, other pack
     "training": {"config", "huggingface", "parallel", "data", "output", "model", "planning", "scheduling", "fused_ops"},
     "commands": {"config", "huggingface", "parallel", "data", "output", "model", "planning", "training", "scheduling", "fused_ops"},
 }
-OPERATORS = {"launch": {"launch"}, "lora": {"launch", "lora"}, "elementwise": {"launch", "lora", "elementwise"}}  # the same of fused_ops
+OPERATORS = {
+    "launch": {"launch"},
+    "lora": {"launch", "lora"},
+    "elementwise": {"launch", "lora", "elementwise"},
+    "experts": {"launch", "lora", "experts"},
+}  # the same of fused_ops
 MAX_LINES, MAX_PRODUCT_LINES, MAX_FUNCTION_LINES = 500, 400, 80
 
 

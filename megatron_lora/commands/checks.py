@@ -156,6 +156,8 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
     for note in architecture.notes():
         print(f"megatron-lora: base_model: {model_dir}: {note}", file=sys.stderr)
     check_layout(architecture, config.parallel, config.base_weights)
+    if architecture.num_experts and config.base_weights != "native":
+        raise UserError(f"base_weights: {show(config.base_weights)}: experts are frozen in `precision` alone; set base_weights: native")
     if config.recompute != "auto":
         recompute_of_layers(config.recompute, architecture.num_layers)
     for job in config.jobs:

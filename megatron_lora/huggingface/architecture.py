@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
@@ -23,6 +23,7 @@ from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import read_regular
 from megatron_lora.huggingface import config_fields
 from megatron_lora.huggingface.families import ACTIVATIONS, FAMILIES, FUSED, MULTIMODAL, OTHERS, SEPARATE, Family
+from megatron_lora.huggingface.layer_kinds import layers_with_rope, sliding_windows
 from megatron_lora.huggingface.rope_config import Rope, read_ropes, rope_readers, rope_values
 
 # Megatron's linear -> all modules that a family may merge in it.
@@ -42,7 +43,7 @@ class Architecture:
 
     model_type: str
     hidden_size: int
-    ffn_size: int
+    ffn_size: int  # of the MLP, or of each expert
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -62,6 +63,9 @@ class Architecture:
     logit_divisor: float = 1.0
     attention_cap: float | None = None  # c: scores are c tanh(scores / c)
     logit_cap: float | None = None
+    num_experts: int = 0  # of a layer; 0: an MLP
+    top_k: int = 0  # experts of a token
+    normalised: bool = False  # whether the probabilities of these are divided by their sum
     prefix: str = "model"  # of its tensors' names but for the head's
 
     @property
@@ -137,6 +141,17 @@ class Architecture:
         block = "mlp" if module in MERGED_LINEARS["fc1"] + MERGED_LINEARS["fc2"] else "self_attn"
         return f"{self.prefix}.layers.{layer}.{block}.{module}"
 
+    def expert_paths(self, layer: int, expert: int) -> tuple[str, ...]:
+        """Return the Hugging Face paths of an expert's gate, up and down."""
+        assert self.family.experts is not None
+        block = f"{self.prefix}.layers.{layer}.{self.family.experts.block}.experts.{expert}"
+        return tuple(f"{block}.{module}" for module in self.family.experts.modules)
+
+    def router(self, layer: int) -> str:
+        """Return the name of the router's matrix [experts, hidden]."""
+        assert self.family.experts is not None
+        return f"{self.prefix}.layers.{layer}.{self.family.experts.block}.gate.weight"
+
     @property
     def embedding(self) -> str:
         """The name of the embedding's matrix."""
@@ -183,6 +198,12 @@ class Architecture:
                 shapes[self.module_path(layer, module) + ".weight"] = (num_out, num_in)
                 if self.has_bias(module):
                     shapes[self.module_path(layer, module) + ".bias"] = (num_out,)
+            if self.num_experts:
+                shapes[self.router(layer)] = (self.num_experts, self.hidden_size)
+            for expert in range(self.num_experts):
+                up = (self.ffn_size, self.hidden_size)
+                paths = self.expert_paths(layer, expert)
+                shapes |= {f"{path}.weight": shape for path, shape in zip(paths, (up, up, up[::-1]), strict=True)}
         return shapes
 
 
@@ -276,9 +297,9 @@ class _Reader:
         if self.count("num_hidden_layers") > MOST_LAYERS:
             raise self.error("num_hidden_layers", self.get("num_hidden_layers"), f"at most {MOST_LAYERS:,} are supported")
         attention_bias, mlp_bias = (key in self.family.biases and self.flag(key) for key in ("attention_bias", "mlp_bias"))
-        layers_with_rope = self.layers_with_rope()
-        windows = self.sliding_windows(layers_with_rope)
-        ropes = read_ropes(self, head_dim, layers_with_rope, [window is not None for window in windows])
+        has_rope = layers_with_rope(self)
+        windows = sliding_windows(self, has_rope)
+        ropes = read_ropes(self, head_dim, has_rope, [window is not None for window in windows])
         factors = {"softmax_scale": head_dim**-0.5}
         for key, (name, power) in self.family.multipliers.items():
             if self.get(key) is not None or "cap" not in name:
@@ -288,7 +309,7 @@ class _Reader:
         return Architecture(
             model_type=self.model_type,
             hidden_size=self.count("hidden_size"),
-            ffn_size=self.count("intermediate_size"),
+            ffn_size=self.count(self.family.experts.width if self.family.experts else "intermediate_size"),
             num_layers=self.count("num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=kv_heads,
@@ -304,7 +325,22 @@ class _Reader:
             tied_head=self.flag("tie_word_embeddings"),
             prefix="model.language_model" if self.outer else "model",
             **factors,
+            **self.experts(),
         )
+
+    def experts(self) -> dict[str, Any]:
+        """Return the fields of Architecture that say what experts there are, and how many a token has."""
+        names = self.family.experts
+        if names is None:
+            return {}
+        given = [key for key in names.counts if key in self.values] or [names.counts[0]]
+        number, top_k = self.count(given[0]), self.count("num_experts_per_tok")
+        for key in given[1:]:
+            if self.get(key) != number:
+                raise self.error(key, self.get(key), f"{given[0]} is {number}, and both are the number of experts; correct one")
+        if top_k > number:
+            raise self.error("num_experts_per_tok", top_k, f"at most the {number} experts of {given[0]} are needed")
+        return {"num_experts": number, "top_k": top_k, "normalised": names.always_normalised or self.flag("norm_topk_prob")}
 
     def refuse_unsupported(self) -> None:
         """Refuse what this trainer does not compute, and what one model type honours and this one would ignore."""
@@ -331,63 +367,3 @@ class _Reader:
             raise self.error("mlp_bias", self.get("mlp_bias"), f"the MLP of a {kind} has no bias; use the model_type of these weights")
         if "head_dim" in family.defaults and self.get("head_dim") is None:
             raise self.error("head_dim", None, "a whole number of at least 1 is needed")
-
-    def layers_with_rope(self) -> list[bool]:
-        """Return which layers have a rotary embedding."""
-        layers = range(self.count("num_hidden_layers"))
-        if "no_rope_layers" not in self.family.keys:
-            return [True for _ in layers]
-        given = self.get("no_rope_layers")
-        if given is None:
-            interval = self.count("no_rope_layer_interval")
-            return [(layer + 1) % interval != 0 for layer in layers]
-        if not isinstance(given, list) or len(given) < len(layers) or not all(one in (0, 1) for one in given):
-            raise self.error("no_rope_layers", given, f"{len(layers)} entries are needed: 1 for a layer with a rotary embedding, else 0")
-        return [bool(given[layer]) for layer in layers]
-
-    def sliding_windows(self, layers_with_rope: Sequence[bool]) -> tuple[int | None, ...]:
-        """Return each layer's window, as transformers does: a mistral with layer_types is a Ministral there."""
-        num_layers, kinds, window = len(layers_with_rope), self.get("layer_types"), self.get("sliding_window")
-        if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
-            raise self.error("sliding_window", window, "a whole number of at least 1, or null, is needed")
-        known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
-        if kinds is not None and not (known and len(kinds) == num_layers):
-            raise self.error("layer_types", kinds, f"{num_layers} entries, each full_attention or sliding_attention, are needed")
-        if self.family.windows == "none":
-            if window is not None and window < self.count("max_position_embeddings"):
-                hint = f"a {self.model_type} has no sliding window; remove the key, or use model_type mistral"
-                raise self.error("sliding_window", window, hint)
-            window = None
-        elif self.family.windows in ("all", "always"):
-            if window is not None and kinds is None:
-                self.refuse_window_keys_of_qwen(window)
-            if self.family.windows == "always" and len({*(kinds or ()), "full_attention" if window is None else "sliding_attention"}) > 1:
-                raise self.error("layer_types", kinds, f"the layers of a {self.model_type} do not differ; remove the key")
-        elif self.family.windows != "pattern":
-            window = window if self.flag("use_sliding_window") else None
-            if self.family.windows == "flag":
-                self.first_sliding_layer()
-        if window is not None:
-            window = self.count("sliding_window")
-        if kinds is None and self.family.windows == "without rope":
-            return tuple(None if has_rope else window for has_rope in layers_with_rope)
-        if kinds is None and self.family.windows == "pattern":
-            key = "sliding_window_pattern"
-            every = self.count(key) if key in self.family.keys else self.family.defaults[key]
-            kinds = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(num_layers)]
-        if kinds is None:
-            first = self.first_sliding_layer() if window is not None else 0
-            return tuple(window if layer >= first else None for layer in range(num_layers))
-        if window is None and "sliding_attention" in kinds:
-            raise self.error("layer_types", kinds, f"this {self.model_type} has no window for its sliding layers; correct sliding_window")
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-    def first_sliding_layer(self) -> int:
-        return 0 if self.family.windows in ("all", "always") else self.count("max_window_layers", least=0)
-
-    def refuse_window_keys_of_qwen(self, window: object) -> None:
-        hint = f"every layer of a {self.model_type} has the window of sliding_window {window!r}"
-        hint += "; remove this key, or set sliding_window: null"
-        for key, harmless in (("use_sliding_window", True), ("max_window_layers", 0)):
-            if self.get(key, harmless) != harmless:
-                raise self.error(key, self.get(key), hint)

@@ -21,7 +21,8 @@ OF_FAMILIES: dict[str, str] = {
 }
 USED: dict[str, str] = {
     "model_type": ", ".join(FAMILIES),
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), ""),
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers"), ""),
+    "intermediate_size": "qwen3_moe has moe_intermediate_size, since all of its layers have experts",
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), ""),
     "max_position_embeddings": "no record may be longer; YaRN gives factor times the original length",
     "rms_norm_eps": "",
@@ -29,7 +30,7 @@ USED: dict[str, str] = {
     "tie_word_embeddings": "where the files hold both matrices, both are loaded",
     "attention_bias": "llama, qwen3; another value than the model type has is refused for mistral and qwen2",
     "mlp_bias": "llama; true is refused for the others",
-    "sliding_window": "mistral, qwen2, qwen3; one that is shorter than the positions is refused for llama",
+    "sliding_window": "mistral, mixtral, qwen2, qwen3, qwen3_moe; one that is shorter than the positions is refused for llama",
     "use_sliding_window": "qwen2, qwen3; false beside a window is refused for mistral",
     "max_window_layers": "qwen2, qwen3; another number than 0 beside a window is refused for mistral",
     "layer_types": "all; sliding layers are refused where the model type has no window",
@@ -51,6 +52,9 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     **dict.fromkeys(("resid_pdrop", "embd_pdrop"), ((0, None), "only 0.0 is supported")),
     "is_causal": ((True,), "a model that also sees later tokens cannot be trained to predict them; use a causal one"),
     "attention_chunk_size": ((None,), "attention in chunks is not supported; use a model without it"),
+    "decoder_sparse_step": ((1, None), "layers without experts are not supported; use a model whose layers all have them"),
+    "mlp_only_layers": (([], None), "layers without experts are not supported; use a model whose layers all have them"),
+    "router_jitter_noise": ((0, None), "only 0.0 is supported"),
     "per_layer_config": ((None, {}), "layers that differ are not supported; use a model of equal layers"),
     **dict.fromkeys(
         ("text_config", "decoder", "generator", "text_encoder", "vision_config", "audio_config"),
@@ -66,6 +70,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "architectures": "the causal model of the model type is built",
     **dict.fromkeys(("dtype", "torch_dtype"), "the key precision decides"),
     "initializer_range": "weights are loaded",
+    **dict.fromkeys(("output_router_logits", "router_aux_loss_coef"), "of the router's loss; the router is frozen"),
     **dict.fromkeys(("pretraining_tp", "chunk_size_feed_forward"), "the same sums, in parts"),
     **dict.fromkeys(("bos_token_id", "eos_token_id"), "the tokenizer's is used"),
     "cache_implementation": "of generation",

@@ -1,7 +1,7 @@
 """The families of base models, as data: what tells one from another, in config.json, in the files and in what is computed.
 
-Every family is a decoder of layers with grouped-query attention and a gated MLP. What differs stands in its `Family`;
-no other file asks for a model type. A new dense family is an entry here, and its rows in tests/tiny.py.
+Every family is a decoder of layers with grouped-query attention and a gated MLP, or experts, each of which is one. What differs
+stands in its `Family`; no other file asks for a model type. A new dense family is an entry here, and its rows in tests/tiny.py.
 
     FAMILIES["granite"].multipliers["logits_scaling"]        # ("logit_divisor", 1.0): the field of Architecture, and the power
 """
@@ -14,9 +14,21 @@ from typing import Any
 
 SEPARATE = {"qkv": ("q_proj", "k_proj", "v_proj"), "proj": ("o_proj",), "fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",)}
 FUSED = {**SEPARATE, "qkv": ("qkv_proj",), "fc1": ("gate_up_proj",)}  # q, k and v, or gate and up, are one module with one A and one B
+ATTENTION = {linear: SEPARATE[linear] for linear in ("qkv", "proj")}  # beside experts, which are no linears of their layer
 BEFORE = ("input_layernorm", "post_attention_layernorm")  # norms before attention and before the MLP
 AROUND = ("input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")  # and after each
 ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}  # activation of the gate -> its names in config.json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNames:
+    """What a family's experts are called, in config.json and in the files."""
+
+    block: str  # of a layer: <block>.gate.weight is the router's, <block>.experts.<expert>.<module>.weight an expert's
+    modules: tuple[str, str, str]  # gate, up and down
+    width: str  # config key of an expert's features
+    counts: tuple[str, ...]  # config keys of the number of experts; the first is the published one, transformers may write another
+    always_normalised: bool = False  # the chosen experts' probabilities, to the sum 1; else where norm_topk_prob says so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +36,8 @@ class Family:
     """One model type.
 
     `windows` says which layers attend within `sliding_window`, where config.json has no `layer_types`: "none"; "all"; "flag": those from
-    max_window_layers on, if use_sliding_window; "without rope": those without a rotary embedding, if use_sliding_window; "always": all,
-    and layer_types must agree; "pattern": all but every sliding_window_pattern-th.
+    max_window_layers on, if use_sliding_window; "without rope": those without a rotary embedding, if use_sliding_window; "always": all
+    (where use_sliding_window has a default: if it is set), and layer_types must agree; "pattern": all but every sliding_window_pattern-th.
     """
 
     defaults: Mapping[str, Any]  # what transformers uses for a key that config.json does not have
@@ -42,6 +54,7 @@ class Family:
     windows: str = "none"
     activation: str = "silu"
     multipliers: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # config key -> field of Architecture, and the power of it
+    experts: ExpertNames | None = None  # in place of the MLP in every layer
 
 
 # Checkpoints of text and images -> the family of their text part, which is trained alone.
@@ -58,11 +71,9 @@ OTHERS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("olmo2", "olmo3"), ("llama", "norms after attention and MLP alone")),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("llama", f"latent attention (MLA) and {_EXPERTS}")),
     "gpt_oss": ("qwen3", f"{_EXPERTS}, and attention sinks"),
-    "mixtral": ("mistral", _EXPERTS),
-    "qwen2_moe": ("qwen2", _EXPERTS),
-    "qwen3_moe": ("qwen3", _EXPERTS),
+    "qwen2_moe": ("qwen3_moe", "an expert that every token has"),
     "granitemoe": ("granite", _EXPERTS),
-    "phimoe": ("phi3", _EXPERTS),
+    "phimoe": ("mixtral", "norms with a bias, and another choice of experts"),
     **dict.fromkeys(("qwen3_next", "jamba", "falcon_h1", "nemotron_h"), ("llama", "layers that are no attention")),
     "granitemoehybrid": ("granite", "layers that are no attention"),
 }
@@ -101,6 +112,39 @@ FAMILIES: dict[str, Family] = {
         linears=FUSED,
         ropes=("default", "longrope"),
         windows="always",
+    ),
+    "qwen3_moe": Family(
+        defaults={
+            **{"num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False, "num_experts": 128},
+            **{"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False},
+        },
+        keys=("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+        biases=("attention_bias",),
+        linears=ATTENTION,
+        qk_norm=True,
+        windows="always",
+        experts=ExpertNames(
+            block="mlp",
+            modules=("gate_proj", "up_proj", "down_proj"),
+            width="moe_intermediate_size",
+            counts=("num_experts", "num_local_experts"),
+        ),
+    ),
+    "mixtral": Family(
+        defaults={
+            **{"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None},
+            **{"num_local_experts": 8, "num_experts_per_tok": 2},
+        },
+        keys=("num_local_experts", "num_experts_per_tok"),
+        linears=ATTENTION,
+        windows="always",
+        experts=ExpertNames(
+            block="block_sparse_moe",
+            modules=("w1", "w3", "w2"),
+            width="intermediate_size",
+            counts=("num_local_experts",),
+            always_normalised=True,
+        ),
     ),
     "smollm3": Family(
         defaults={

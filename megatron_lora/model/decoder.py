@@ -3,6 +3,8 @@
     x, h = norm(h)          h = h + W_o attention(rope(W_qkv x))
     x, h = norm(h)          h = h + W_down swiglu(W_gate_up x)         the second norm's kernel also adds the first sum
 
+or with experts in place of the MLP (experts.py).
+
 A family may norm what attention and the MLP give before it is added (Gemma), which keeps 2 H more, scale it
 (Granite), and have another activation than SiLU in place of SwiGLU's.
 
@@ -33,7 +35,8 @@ from fused_ops.elementwise.swiglu import swiglu
 from fused_ops.lora.fp8 import Rounded
 from fused_ops.lora.refill import Refill
 from megatron_lora.model.attention import MergedSelfAttention, PackedRows
-from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
+from megatron_lora.model.experts import Experts
+from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.model.transformer_engine import EngineNorm
 
@@ -51,7 +54,7 @@ class DecoderLayer(TransformerLayer):
     input_layernorm: RMSNorm | EngineNorm
     self_attention: MergedSelfAttention
     pre_mlp_layernorm: RMSNorm | EngineNorm
-    mlp: Mlp
+    mlp: Mlp  # or Experts, which Megatron takes for its MLP
 
     recompute = "none"
     offloads = False
@@ -61,6 +64,17 @@ class DecoderLayer(TransformerLayer):
         family = config.architecture.family
         self.residual_scale, self.gelu = config.architecture.residual_scale, family.activation == "gelu_tanh"
         self.norms_after = torch.nn.ModuleList(RMSNorm(config, config.hidden_size, config.layernorm_epsilon) for _ in family.norms[2:])
+
+    @property
+    def experts(self) -> Experts | None:
+        """What takes the place of the MLP; None: nothing."""
+        return cast(Experts, self.mlp) if isinstance(self.mlp, Experts) else None
+
+    @property
+    def linears(self) -> tuple[MultiLoraLinear, ...]:
+        """The layer's linears, in order."""
+        attention = self.self_attention.linear_qkv, self.self_attention.linear_proj
+        return attention if self.experts is not None else (*attention, self.mlp.linear_fc1, self.mlp.linear_fc2)
 
     @property
     def norms(self) -> tuple[RMSNorm | EngineNorm, ...]:
@@ -75,6 +89,9 @@ class DecoderLayer(TransformerLayer):
 
     def _compute(self, hidden: Tensor, rows: PackedRows, cheap: bool) -> Tensor:
         """Run the layer; if `cheap`, the linears after norms and SwiGLU do not keep their inputs."""
+        if self.experts is not None:
+            hidden, x = self._through_attention(hidden, rows, cheap)
+            return torch.add(hidden, self._normed(self.experts(x), 1), alpha=self.residual_scale)
         down = self.mlp.linear_fc2.new_rounded()
         hidden, x, for_down = self._up_to_down(hidden, rows, cheap, down)
         out, _ = self.mlp.linear_fc2(x, rows.route, for_down, down)
@@ -82,6 +99,9 @@ class DecoderLayer(TransformerLayer):
 
     def for_backward(self, hidden: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor]:
         """Run the layer again for its backward: return the sum's two terms, the second without values."""
+        if self.experts is not None:
+            hidden, x = self._through_attention(hidden, rows, cheap=True)
+            return hidden, self._added(self.experts(x, values=bool(self.norms_after)), 1)
         hidden, x, for_down = self._up_to_down(hidden, rows, cheap=True)
         if self.norms_after:
             out, _ = self.mlp.linear_fc2(x, rows.route, for_down)
@@ -105,12 +125,20 @@ class DecoderLayer(TransformerLayer):
 
         Nothing outlives its last use here: this is the peak of a forward that keeps nothing. `down` gets the input in 8 bits.
         """
-        for_qkv, for_up, for_down = (Refill() if cheap else None for _ in range(3))
-        qkv, up = self.self_attention.linear_qkv.new_rounded(), self.mlp.linear_fc1.new_rounded()
-        x, hidden = self.input_layernorm.add(hidden, None, for_qkv, qkv)
-        x, hidden = self.pre_mlp_layernorm.add(self._added(self.self_attention(x, rows, for_qkv, qkv), 0), hidden, for_up, up)
+        for_up, for_down = (Refill() if cheap else None for _ in range(2))
+        up = self.mlp.linear_fc1.new_rounded()
+        hidden, x = self._through_attention(hidden, rows, cheap, for_up, up)
         x, _ = self.mlp.linear_fc1(x, rows.route, for_up, up)
         return hidden, swiglu(x, for_down, rounded_up=up, rounded_down=down, gelu=self.gelu), for_down
+
+    def _through_attention(
+        self, hidden: Tensor, rows: PackedRows, cheap: bool, for_up: Refill | None = None, up: Rounded | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run attention and the norms around it: return the residual and the normed input of the MLP, or of the experts."""
+        for_qkv, qkv = Refill() if cheap else None, self.self_attention.linear_qkv.new_rounded()
+        x, hidden = self.input_layernorm.add(hidden, None, for_qkv, qkv)
+        x, hidden = self.pre_mlp_layernorm.add(self._added(self.self_attention(x, rows, for_qkv, qkv), 0), hidden, for_up, up)
+        return hidden, x
 
 
 class _Rerun(torch.autograd.Function):

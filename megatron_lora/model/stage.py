@@ -47,6 +47,7 @@ from megatron_lora.model.backends import OURS, Backends
 from megatron_lora.model.base_weights import fill
 from megatron_lora.model.cudnn_attention import cudnn_attention
 from megatron_lora.model.decoder import DecoderLayer
+from megatron_lora.model.experts import Experts
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.model.offloading import HostPool, LayerInputs
@@ -93,8 +94,7 @@ class Stage(torch.nn.Module):
     def _bind_linears(self) -> Iterator[MultiLoraLinear]:
         for layer, block in zip(self.layers, self.blocks, strict=True):
             assert block.layer_number == layer + 1
-            attention, mlp = block.self_attention, block.mlp
-            for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
+            for linear in block.linears:
                 linear.set_layer(layer)
                 yield linear
 
@@ -176,6 +176,11 @@ class Stage(torch.nn.Module):
     def evaluate(self, hidden: Tensor, labels: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return each row's cross-entropy, fp32 [T], and whether its label has the highest logit, bool [T] (label -100: 0, False)."""
         return loss.evaluate(hidden, labels, self.head, targets)
+
+    @property
+    def near_ties(self) -> tuple[Tensor, ...]:
+        """Each layer's count of tokens whose last expert might be another (experts.py); none of a model without experts."""
+        return tuple(block.experts.near_ties for block in self.blocks if block.experts is not None)
 
     def parts(self) -> Iterator[Part]:
         """Yield each part of this rank's parameters, with the name and slice of the checkpoint tensor that it is loaded from."""
@@ -347,7 +352,7 @@ def _block_spec(config: StageConfig, num_layers: int, backends: Backends) -> Any
             input_layernorm=norm,
             self_attention=attention,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(_SpecProvider()),
+            mlp=cast(Any, Experts) if config.architecture.num_experts else get_mlp_module_spec_for_backend(_SpecProvider()),
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=cast(Any, norm))

@@ -42,6 +42,8 @@ def parts_of(
             norms |= {"self_attn.q_norm": attention.q_layernorm, "self_attn.k_norm": attention.k_layernorm}
         for name, norm in norms.items():
             yield norm_part(norm, f"{architecture.prefix}.layers.{layer}.{name}")
+        if block.experts is not None:
+            yield from block.experts.parts(layer)
     for linear in linears:
         yield from _linear_parts(linear)
     if model.post_process:

@@ -23,8 +23,10 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from fused_ops.experts.route import NEAR
 from megatron_lora.config.live import Live
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig, load_config
@@ -134,8 +136,12 @@ def _train(config: RunConfig, stop: StopRequest, live: Live, on_begin: OnBegin |
     if device.type == "cuda":
         specs = [spec_of(job) for job in config.jobs]
         warm_up(stage, arena.result(), config.microbatch_tokens, config.parallel.row_multiple, specs)
+    for counted in stage.near_ties:
+        counted.zero_()  # of warming up
     timeline = _run_windows(config, stage, arena.result(), residents, control, feed, stop, on_begin, model_dir)
     _save_timeline(config, timeline, position_of(config.parallel), host_group)
+    if architecture.num_experts:
+        _say_near_ties(stage, config.parallel.tensor, host_group)
 
 
 def _run_windows(
@@ -286,6 +292,15 @@ def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, ho
     dist.gather_object(timeline.events(rank, position.stage), events, group=host_group)
     if events is not None:
         write_timeline(Path(config.output_dir) / "timeline.json", events)
+
+
+def _say_near_ties(stage: Stage, tensor_ranks: int, host_group: dist.ProcessGroup) -> None:
+    """Print how many choices of experts other arithmetic might make differently; each tensor rank has counted all of its stage."""
+    total = sum((counted.cpu() for counted in stage.near_ties), torch.zeros(1, dtype=torch.int64))
+    dist.all_reduce(total, group=host_group)
+    if dist.get_rank() == 0:
+        line = f"experts: {int(total) // tensor_ranks:,} times, over all tokens and layers, a token's last expert and the next one were"
+        print(f"{line} within {NEAR:g} in probability: other arithmetic may choose the other", flush=True)
 
 
 def resolve_together(

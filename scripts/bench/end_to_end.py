@@ -98,6 +98,7 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
     (own / "model").mkdir(parents=True, exist_ok=True)
     (folder / "name").write_text(case.name, encoding="utf-8")
     write_config(options.shape, own / "model", options.num_layers)
+    modules = {"target_modules": list(read_architecture(own / "model").module_sizes)}  # all, of experts none
     parallel = {name: getattr(options, name) for name in ("pipeline", "tensor", "data", "sequence")}
     tree = {
         "base_model": str(own / "model"),
@@ -110,7 +111,7 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
         "deterministic": case.deterministic,
         "base_weights": case.base_weights,
         "backend": case.backend,
-        "jobs": job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion),
+        "jobs": [job | modules for job in job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion)],
     }
     architecture = read_architecture(own / "model")
     tree["jobs"] = [job | {"target_modules": list(architecture.module_sizes)} for job in tree["jobs"]]

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity
 
 BY_KERNEL = (  # kind -> parts of kernels' names
     ("GEMM", ("_gemm_kernel", "_hopper_kernel")),
+    ("experts' GEMM", ("_grouped_kernel",)),
     ("FP8 quantisation", ("_quantise_kernel",)),
     ("unpacking", ("_unpack_kernel",)),
     ("LoRA", ("_down_kernel", "_rows_kernel", "_grad_sb_kernel", "_add_shares_kernel", "_add_items_kernel", "_finish_kernel")),
@@ -31,6 +32,7 @@ BY_OPERATOR = (  # kind -> parts of the names of what launched a kernel
     ("norms", ("_RmsNorm",)),
     ("RoPE", ("_RotateQkv",)),
     ("SwiGLU", ("_SwiGLU",)),
+    ("experts", ("_ExpertMlp",)),
     ("attention", ("attention", "varlen", "attn")),
 )
 LINEARS = ("_MultiLoraLinear", "_PlainLora")

@@ -28,6 +28,9 @@ BASES = {
     "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "use_sliding_window": True, "sliding_window": 7,
               "max_window_layers": 1},
+    "qwen3_moe": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "use_sliding_window": True, "sliding_window": 7,
+                  "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    "mixtral": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7, "num_local_experts": 4},
     "granite": {"num_attention_heads": 4, "num_key_value_heads": 2, "embedding_multiplier": 3.0, "attention_multiplier": 0.5},
     "smollm3": {"num_attention_heads": 4, "num_key_value_heads": 2, "no_rope_layer_interval": 2, "use_sliding_window": True,
                 "sliding_window": 7, "tie_word_embeddings": False, "pad_token_id": None},
@@ -52,7 +55,8 @@ USED_VALUES = {
     "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 3.0,
     "no_rope_layers": [0, 1, 1, 0], "no_rope_layer_interval": 3, "partial_rotary_factor": 0.5,
     "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 9, "final_logit_softcapping": 0.5, "attn_logit_softcapping": 0.5,
-    "sliding_window_pattern": 3, "rope_local_base_freq": 50.0,
+    "sliding_window_pattern": 3, "rope_local_base_freq": 50.0, "num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16, "norm_topk_prob": True,
 }  # fmt: skip
 LONGROPE = {"rope_theta": 100.0, "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.5, 2.5, 4.0, 9.0]}
 VALUES_OF_TYPE = {  # in place of those above
@@ -68,12 +72,13 @@ REFUSED_VALUES = {
     "attention_dropout": 0.1, "quantization_config": {"quant_method": "fp8"}, "compression_config": {"format": "x"},
     "partial_rotary_factor": 0.5, "is_causal": False, "attention_chunk_size": 8, "per_layer_config": {"1": {"sliding_window": 3}},
     "text_config": {"model_type": "llama"}, "decoder": {}, "generator": {}, "text_encoder": {}, "vision_config": {}, "audio_config": {},
-    "resid_pdrop": 0.1, "embd_pdrop": 0.1,
+    "resid_pdrop": 0.1, "embd_pdrop": 0.1, "decoder_sparse_step": 2, "mlp_only_layers": [1], "router_jitter_noise": 0.1,
     "is_encoder_decoder": True, "add_cross_attention": True, "pruned_heads": {"0": [1]}, "transformers_weights": "other.safetensors",
     "configuration_files": ["config.4.0.json"], "attribute_map": {"hidden_size": "vocab_size"},
 }  # fmt: skip
 HARMLESS_VALUES = {
     "architectures": ["LlamaForSequenceClassification"], "dtype": "bfloat16", "torch_dtype": "float16", "initializer_range": 0.5,
+    "output_router_logits": True, "router_aux_loss_coef": 0.5,
     "pretraining_tp": 2, "chunk_size_feed_forward": 3, "bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 4,
     "output_hidden_states": True, "output_attentions": True, "return_dict": False, "use_cache": False, "id2label": {"0": "a", "1": "b"},
     "label2id": {"a": 0, "b": 1}, "problem_type": "regression", "num_labels": 2, "transformers_version": "4.40.0",
@@ -126,6 +131,8 @@ IGNORED_BY_TYPE = {  # fields of other types: the value above is refused by name
     "mistral": {"attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers"},
     "qwen2": {"mlp_bias"},
     "qwen3": {"mlp_bias"},
+    "qwen3_moe": {"mlp_bias", "layer_types", "max_window_layers", "num_local_experts"},
+    "mixtral": {"attention_bias", "mlp_bias", "layer_types", "use_sliding_window", "max_window_layers"},
     "granite": {"sliding_window", "layer_types"},
     "smollm3": set(),
     "ministral": {"attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers"},
@@ -136,7 +143,7 @@ IGNORED_BY_TYPE = {  # fields of other types: the value above is refused by name
 UNCHANGED = {  # what these types are anyway
     *(("llama", "use_sliding_window"), ("llama", "max_window_layers"), ("qwen2", "attention_bias")),
     *(("granite", "use_sliding_window"), ("granite", "max_window_layers"), ("smollm3", "max_window_layers"), ("smollm3", "layer_types")),
-    *(("gemma2", "use_sliding_window"), ("gemma2", "max_window_layers")),
+    *(("qwen3_moe", "intermediate_size"), ("gemma2", "use_sliding_window"), ("gemma2", "max_window_layers")),
     *(("gemma3_text", "use_sliding_window"), ("gemma3_text", "max_window_layers")),
 }
 
@@ -263,6 +270,8 @@ def test_each_layer_has_the_window_of_transformers(name, tmp_path, one_process):
     ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "numbers for full_attention and for sliding_attention are needed"),
     ("gemma3_text", {"sliding_window": None}, "this gemma3_text has no window for its sliding layers"),
     ("granite", {"logits_scaling": 0}, "logits_scaling is 0; a positive number"),
+    ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; at most the 8 experts of num_experts are needed"),
+    ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0; a whole number of at least 1"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]; 3 entries are needed"),
     ("smollm3", {"layer_types": MIXED, "use_sliding_window": False}, "this smollm3 has no window for its sliding layers"),
     ("phi3", {"layer_types": MIXED}, "the layers of a phi3 do not differ; remove the key"),

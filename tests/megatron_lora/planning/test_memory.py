@@ -29,7 +29,7 @@ from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from scheduling import memory
 from scheduling.cost import ModelShape
-from scheduling.layer_memory import FUSED_MODULES, MODULES, Adapter, LayerMemory, layer_memory
+from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
 from scheduling.memory import stage_memory
 
 LENGTHS, LAYERS, VOCABULARY = (300, 500, 224), 4, 512
@@ -39,6 +39,7 @@ INPUTS = 32 * ROWS  # the microbatch itself is there before the stage begins
 OTHERS = {
     "granite": {"residual_multiplier": 0.5},
     "phi3": {},
+    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 192},
     "gemma3_text": {"tie_word_embeddings": False, "sliding_window_pattern": 2},
 }  # model type -> what it has of its own
 KINDS = {"mistral": {}, "qwen3": {}, **OTHERS}
@@ -141,7 +142,7 @@ BOTH = (Adapter(16), Adapter(24))
 def test_one_rank(kind, recompute, dtype, directory, one_process):
     if kind in OTHERS and (recompute not in ("none", "cheap", "full") or dtype != torch.bfloat16):
         return  # they differ from the first two in what a layer keeps and takes alone
-    modules = FUSED_MODULES if kind == "phi3" else MODULES
+    modules = tuple(read_architecture(directory / kind).module_sizes)
     found = measure(directory / kind, ParallelConfig(), recompute, dtype, [Adapter(each.rank, modules) for each in BOTH])
     assert found.weights == 1 and found.adapters == found.modelled_adapters
     assert found.kept == pytest.approx(1, rel=0.002) and found.peak == pytest.approx(1, rel=0.015)

@@ -1,0 +1,98 @@
+"""The GPU's operators of the experts, under the names of experts/reference.py: what layer.py calls on CUDA."""
+
+import torch
+from torch import Tensor
+
+from fused_ops.experts import kernels
+from fused_ops.experts.grouped import grouped
+from fused_ops.experts.route import BLOCK, NEAR, TOKENS, Choice, ExpertRoute, most_tiles
+from fused_ops.launch.cache_keys import fix_cache_keys
+from fused_ops.launch.optional_triton import triton
+
+__all__ = ["choose", "combine", "gather", "grad_choice", "grouped", "weighted_swiglu", "weighted_swiglu_backward"]
+
+_COLUMNS = 2048  # of a row at a time
+
+fix_cache_keys()
+
+
+def _block(num_cols: int) -> int:
+    return min(_COLUMNS, triton.next_power_of_2(num_cols))
+
+
+def choose(logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | None = None) -> tuple[Choice, ExpertRoute]:
+    """Return the experts of each token, and its rows; add to `near_ties` the tokens whose last expert might be another."""
+    (num_tokens, num_experts), device = logits_TE.shape, logits_TE.device
+    width, num_blocks = triton.next_power_of_2(num_experts), triton.cdiv(num_tokens, TOKENS)
+    probability, weight = (logits_TE.new_empty(num_tokens, columns, dtype=torch.float32) for columns in (num_experts, top_k))
+    expert, counts = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((num_tokens, top_k), (num_blocks, width)))
+    if num_tokens:
+        kernels.choose_kernel[(num_blocks,)](
+            logits_TE, probability, expert, weight, counts, near_ties if top_k < num_experts else None, num_tokens, num_experts, NEAR,
+            TOP_K=top_k, NORMALISED=normalised, BT=TOKENS, BE=width, BK=triton.next_power_of_2(top_k),
+        )  # fmt: skip
+    choice = Choice(probability_TE=probability, expert_Tk=expert, weight_Tk=weight)
+    return choice, _route_of(choice, counts, num_experts)
+
+
+def _route_of(choice: Choice, counts: Tensor, num_experts: int) -> ExpertRoute:
+    """Order rows by expert, then by token; `counts` are those of each block of tokens, and are overwritten."""
+    (num_tokens, top_k), (num_blocks, width) = choice.expert_Tk.shape, counts.shape
+    most = most_tiles(num_tokens * top_k, num_experts)
+    first, tiles = counts.new_empty(num_experts + 1), counts.new_empty(most + 1, 3)
+    place, weight = torch.empty_like(choice.expert_Tk), choice.weight_Tk.new_empty(num_tokens * top_k)
+    kernels.first_rows_kernel[(1,)](counts, first, tiles, num_blocks, num_experts, most, BLOCK=BLOCK, BB=64, BE=width, num_warps=8)
+    if num_tokens:
+        kernels.place_kernel[(num_blocks,)](
+            choice.expert_Tk, choice.weight_Tk, counts, place, weight, num_tokens, TOP_K=top_k, BT=TOKENS, BE=width
+        )
+    return ExpertRoute(weight_R=weight, place_Tk=place, first_E=first, tiles=tiles)
+
+
+def grad_choice(choice: Choice, d_weight_R: Tensor, route: ExpertRoute, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of the logits, [T, E]; normalised weights are a softmax over the chosen experts alone."""
+    num_tokens, top_k = choice.expert_Tk.shape
+    out = torch.empty(num_tokens, num_experts, dtype=dtype, device=d_weight_R.device)
+    if num_tokens:
+        kernels.grad_choice_kernel[(triton.cdiv(num_tokens, TOKENS),)](
+            d_weight_R, route.place_Tk, choice.expert_Tk, choice.weight_Tk, choice.probability_TE, out, num_tokens, num_experts,
+            TOP_K=top_k, NORMALISED=choice.probability_TE is None, BT=TOKENS, BE=triton.next_power_of_2(num_experts),
+        )  # fmt: skip
+    return out
+
+
+def gather(x_TH: Tensor, route: ExpertRoute) -> Tensor:
+    """Return each row's token, [R, H]."""
+    (num_tokens, num_cols), top_k = x_TH.shape, route.place_Tk.shape[1]
+    out = x_TH.new_empty(num_tokens * top_k, num_cols)
+    if num_tokens:
+        kernels.gather_kernel[(num_tokens,)](x_TH, route.place_Tk, out, num_cols, TOP_K=top_k, BLOCK=_block(num_cols))
+    return out
+
+
+def combine(y_RH: Tensor, route: ExpertRoute) -> Tensor:
+    """Return the sum of each token's rows, in float32 and in the order of its experts, [T, H]."""
+    (num_tokens, top_k), num_cols = route.place_Tk.shape, y_RH.shape[1]
+    out, block = y_RH.new_empty(num_tokens, num_cols), _block(num_cols)
+    num_blocks = triton.cdiv(num_cols, block)
+    if num_tokens:
+        kernels.combine_kernel[(num_tokens * num_blocks,)](y_RH, route.place_Tk, out, num_cols, num_blocks, TOP_K=top_k, BLOCK=block)
+    return out
+
+
+def weighted_swiglu(gate_up_RF: Tensor, route: ExpertRoute) -> Tensor:
+    """Return silu(gate) * up times each row's weight."""
+    num_rows, num_cols = len(gate_up_RF), gate_up_RF.shape[1] // 2
+    y = gate_up_RF.new_empty(num_rows, num_cols)
+    if num_rows:
+        kernels.swiglu_kernel[(num_rows,)](gate_up_RF, route.weight_R, y, num_cols, BLOCK=_block(num_cols))
+    return y
+
+
+def weighted_swiglu_backward(gate_up_RF: Tensor, dy: Tensor, route: ExpertRoute) -> tuple[Tensor, Tensor]:
+    """Return the gradients of [gate | up], written over it, and of the weights, float32 [R]."""
+    num_rows, num_cols = dy.shape
+    d_weight = torch.empty_like(route.weight_R)
+    if num_rows:
+        kernels.swiglu_backward_kernel[(num_rows,)](dy, gate_up_RF, route.weight_R, d_weight, num_cols, BLOCK=_block(num_cols))
+    return gate_up_RF, d_weight

@@ -1,0 +1,92 @@
+"""The operators of experts/layer.py in plain torch: what CPU runs use, and what the kernels are compared with.
+
+A grouped product multiplies TILE rows of one expert at a time, the last ones filled up with zeros, so that a row's sums are the same
+wherever it lies and whoever lies beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_ops.experts.route import NEAR, Choice, ExpertRoute
+from fused_ops.launch.backend import gradients
+
+TILE = 16
+
+
+def choose(logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | None = None) -> tuple[Choice, ExpertRoute]:
+    """Return the experts of each token, and its rows; add to `near_ties` the tokens whose last expert might be another."""
+    probability = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    values, order = torch.sort(probability, dim=-1, descending=True, stable=True)  # NaN is the largest, and all are equal
+    weight = values[:, :top_k]
+    if near_ties is not None and top_k < values.shape[1]:
+        near_ties += (values[:, top_k - 1] - values[:, top_k] < NEAR).sum()
+    weight = weight / weight.sum(-1, keepdim=True) if normalised else weight.contiguous()
+    choice = Choice(probability_TE=probability, expert_Tk=order[:, :top_k].contiguous(), weight_Tk=weight)
+    return choice, route_of(choice, logits_TE.shape[1])
+
+
+def route_of(choice: Choice, num_experts: int) -> ExpertRoute:
+    """Order rows by expert, then by token."""
+    experts, order = torch.sort(choice.expert_Tk.flatten(), stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return ExpertRoute(
+        weight_R=choice.weight_Tk.flatten()[order],
+        place_Tk=place.view_as(choice.expert_Tk),
+        first_E=torch.searchsorted(experts, torch.arange(num_experts + 1, device=order.device)),
+    )
+
+
+def grad_choice(choice: Choice, d_weight_R: Tensor, route: ExpertRoute, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of the logits, [T, E]; normalised weights are a softmax over the chosen experts alone."""
+    d_weight_Tk = d_weight_R[route.place_Tk]
+    zeros, experts = d_weight_Tk.new_zeros(len(d_weight_Tk), num_experts), choice.expert_Tk.long()
+    probability = zeros.scatter(1, experts, choice.weight_Tk) if choice.probability_TE is None else choice.probability_TE
+    d_probability = zeros.scatter(1, experts, d_weight_Tk)
+    return (probability * (d_probability - (probability * d_probability).sum(-1, keepdim=True))).to(dtype)
+
+
+def gather(x_TH: Tensor, route: ExpertRoute) -> Tensor:
+    """Return each row's token, [R, H]."""
+    rows = x_TH.new_empty(route.place_Tk.numel(), x_TH.shape[1])
+    rows[route.place_Tk] = x_TH[:, None]
+    return rows
+
+
+def grouped(x_RI: Tensor, weight_EOI: Tensor, route: ExpertRoute, transposed: bool = False) -> Tensor:
+    """Return each row times the matrix of its expert, X W^T; `transposed`: X W, of X [R, O]."""
+    weights = weight_EOI if transposed else weight_EOI.transpose(1, 2)
+    out = x_RI.new_empty(len(x_RI), weights.shape[2])
+    first = route.first_E.tolist()
+    for expert, (start, end) in enumerate(zip(first, first[1:], strict=False)):
+        for row in range(start, end, TILE):
+            rows = x_RI[row : min(row + TILE, end)]
+            out[row : row + len(rows)] = (F.pad(rows, (0, 0, 0, TILE - len(rows))) @ weights[expert])[: len(rows)]
+    return out
+
+
+def combine(y_RH: Tensor, route: ExpertRoute) -> Tensor:
+    """Return the sum of each token's rows, in float32 and in the order of its experts, [T, H]."""
+    total = y_RH[route.place_Tk[:, 0]].float()
+    for rank in range(1, route.place_Tk.shape[1]):
+        total += y_RH[route.place_Tk[:, rank]]
+    return total.to(y_RH.dtype)
+
+
+def weighted_swiglu(gate_up_RF: Tensor, route: ExpertRoute) -> Tensor:
+    """Return silu(gate) * up times each row's weight."""
+    return _weighted(gate_up_RF, route.weight_R).to(gate_up_RF.dtype)
+
+
+def weighted_swiglu_backward(gate_up_RF: Tensor, dy: Tensor, route: ExpertRoute) -> tuple[Tensor, Tensor]:
+    """Return the gradients of [gate | up], written over it, and of the weights, float32 [R]."""
+    _, (d_gate_up, d_weight) = gradients(lambda *x: (_weighted(*x),), (gate_up_RF.float(), route.weight_R), (dy.float(),))
+    return gate_up_RF.copy_(d_gate_up), d_weight
+
+
+def _weighted(gate_up_RF: Tensor, weight_R: Tensor) -> Tensor:
+    gate, up = gate_up_RF.float().chunk(2, dim=-1)
+    return F.silu(gate) * up * weight_R[:, None]

@@ -1,0 +1,35 @@
+"""Which experts each token has, and where its rows lie when rows are ordered by expert: tensors on the device, made without a host sync."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+NEAR = 1e-5  # probabilities that differ by less may change places in other arithmetic
+BLOCK = 128  # rows of a tile; the last tile of an expert may have fewer
+TOKENS = 32  # of a program of kernels that choose experts and place rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The k experts of each token, the most probable first; of equal ones the one with the lower number."""
+
+    probability_TE: Tensor | None  # float32
+    expert_Tk: Tensor
+    weight_Tk: Tensor  # float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRoute:
+    """Rows 0 <= r < R = T k, by expert and then by token."""
+
+    weight_R: Tensor  # float32
+    place_Tk: Tensor  # the row of each of a token's experts
+    first_E: Tensor  # [E + 1] the first row of each expert, and R
+    tiles: Tensor | None = None  # of kernels, int32 [most_tiles + 1, 3]: expert, first row and end of each tile; last, how many there are
+
+
+def most_tiles(num_rows: int, num_experts: int) -> int:
+    """Return a bound on the tiles of any route."""
+    return -(-num_rows // BLOCK) + num_experts

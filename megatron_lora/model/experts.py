@@ -1,0 +1,65 @@
+"""A layer's experts and their router, frozen, in place of Megatron's MLP (fused_ops/experts/layer.py).
+
+Every tensor rank has a part of each expert's features, gate over up as in linear_fc1, and the whole router. All tensor ranks choose
+alike, since they have the same numbers. `near_ties` counts the tokens, layer by layer, whose last expert other arithmetic might choose
+differently: top-k is not continuous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_ops.experts.layer import ExpertWeights, expert_mlp
+from fused_ops.lora.linear import Collectives
+from megatron_lora.huggingface.architecture import Architecture
+from megatron_lora.huggingface.weight_slices import Part
+from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
+from megatron_lora.parallel.process_groups import tensor_group
+
+
+class Experts(torch.nn.Module):
+    """The experts of one layer; its arguments are those of Megatron's MLP."""
+
+    def __init__(self, config, **_):
+        super().__init__()
+        architecture: Architecture = config.architecture
+        self.architecture, self.group = architecture, tensor_group()
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+        number, hidden, width = architecture.num_experts, architecture.hidden_size, architecture.ffn_size // self.group.size()
+
+        def frozen(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device), requires_grad=False)
+
+        self.router, self.up, self.down = frozen(number, hidden), frozen(number, 2 * width, hidden), frozen(number, hidden, width)
+        self.near_ties = torch.zeros(1, dtype=torch.int64, device=device)
+        alone, kinds = self.group.size() == 1, (ColumnCollectives, RowCollectives)
+        if config.sequence_parallel:
+            kinds = (ColumnSequenceCollectives, RowSequenceCollectives)
+        self.before, self.after = (Collectives() if alone else kind(self.group) for kind in kinds)
+
+    def forward(self, x: Tensor, values: bool = True) -> Tensor:
+        """Return the experts' output [T_local, 1, H] of x; without `values`, for backward alone."""
+        weights = ExpertWeights(
+            router_EH=self.router,
+            up_EFH=self.up,
+            down_EHF=self.down,
+            top_k=self.architecture.top_k,
+            normalised=self.architecture.normalised,
+            before=self.before,
+            after=self.after,
+        )
+        return expert_mlp(x.squeeze(1), weights, self.near_ties if values else None, values=values).unsqueeze(1)
+
+    def parts(self, layer: int) -> Iterator[Part]:
+        """Yield the parts of the weights, with the name and slice of the checkpoint tensor that each is loaded from."""
+        everything, width = slice(None), self.down.shape[2]
+        own = slice(self.group.rank() * width, (self.group.rank() + 1) * width)
+        yield Part(target=self.router, name=self.architecture.router(layer), index=(everything, everything))
+        for expert in range(self.architecture.num_experts):
+            gate, up, down = (f"{path}.weight" for path in self.architecture.expert_paths(layer, expert))
+            yield Part(target=self.up[expert, :width], name=gate, index=(own, everything))
+            yield Part(target=self.up[expert, width:], name=up, index=(own, everything))
+            yield Part(target=self.down[expert], name=down, index=(everything, own))

@@ -1,0 +1,136 @@
+"""A layer's experts: the twin in torch against autograd in float64, the kernels against the twin, and rows that depend on no other."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_ops.experts import reference
+from fused_ops.experts.layer import ExpertWeights, expert_mlp
+from fused_ops.experts.route import Choice
+
+HIDDEN, WIDTH = 32, 24
+
+
+def weights_of(num_experts=8, top_k=3, normalised=True, dtype=torch.float32, seed=0) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(seed)
+    router, up, down = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) * 0.3
+        for shape in ((num_experts, HIDDEN), (num_experts, 2 * WIDTH, HIDDEN), (num_experts, HIDDEN, WIDTH))
+    )
+    return ExpertWeights(router_EH=router, up_EFH=up, down_EHF=down, top_k=top_k, normalised=normalised)
+
+
+def plain(x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+    """The same by all experts of all tokens."""
+    p = torch.softmax(x @ weights.router_EH.T, -1)
+    chosen, experts = p.topk(weights.top_k)
+    if weights.normalised:
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    gate, up = torch.einsum("th,efh->tef", x, weights.up_EFH).chunk(2, -1)
+    y = torch.einsum("tef,ehf->teh", F.silu(gate) * up, weights.down_EHF)
+    return (torch.zeros_like(p).scatter(1, experts, chosen)[..., None] * y).sum(1)
+
+
+def steps(x, weights, dy, backend=None, values=True):
+    """Return Y and dX, and the near ties."""
+    leaf, near = x.clone().requires_grad_(), torch.zeros(1, dtype=torch.int64)
+    y = expert_mlp(leaf, weights, near, backend, values)
+    y.backward(dy)
+    return y.detach(), leaf.grad, int(near)
+
+
+def problem(num_tokens=70, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(num_tokens, HIDDEN, generator=generator).to(dtype) for _ in range(2))
+
+
+def in_double(weights: ExpertWeights) -> ExpertWeights:
+    router, up, down = (each.double() for each in (weights.router_EH, weights.up_EFH, weights.down_EHF))
+    return ExpertWeights(router_EH=router, up_EFH=up, down_EHF=down, top_k=weights.top_k, normalised=weights.normalised)
+
+
+SHAPES = [(8, 3, True), (5, 2, False), (4, 4, True), (6, 1, False), (3, 1, True)]
+
+
+@pytest.mark.parametrize("num_experts, top_k, normalised", SHAPES)
+def test_the_twin_is_the_formula(num_experts, top_k, normalised):
+    weights, (x, dy) = weights_of(num_experts, top_k, normalised), problem()
+    leaf = x.double().requires_grad_()
+    expected = plain(leaf, in_double(weights))
+    expected.backward(dy.double())
+    assert leaf.grad is not None
+    y, dx, near = steps(x, weights, dy)
+    assert (y - expected).abs().max() < 2e-6 * expected.abs().max() and near == 0
+    assert (dx - leaf.grad).abs().max() < 2e-6 * leaf.grad.abs().max()
+    assert torch.equal(steps(x, weights, dy, values=False)[1], dx)
+
+
+def test_neighbours_change_no_bit_of_a_token():
+    weights, (x, dy) = weights_of(), problem()
+    y, dx, _ = steps(x, weights, dy)
+    kept = torch.arange(len(x)) % 3 != 1
+    for spoilt in (float("nan"), float("inf"), 7.0):
+        others, upstream = x.clone(), dy.clone()
+        others[~kept] = others[~kept] * -2 + spoilt
+        upstream[~kept] = spoilt
+        again, dx_again, _ = steps(others, weights, upstream)
+        assert torch.equal(y[kept], again[kept]) and torch.equal(dx[kept], dx_again[kept])
+        assert not torch.equal(y[~kept], again[~kept])
+
+
+def test_a_token_of_nan_has_the_first_experts_and_near_ties_are_counted():
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0], [float("nan")] * 4, [3.0, 1.0, 1.0 + 1e-6, 0.0], [1.0, 1.0, 0.0, 0.0]])
+    near = torch.zeros(1, dtype=torch.int64)
+    choice, _ = reference.choose(logits, 2, True, near)
+    assert choice.expert_Tk.tolist() == [[1, 2], [0, 1], [0, 2], [0, 1]] and near.tolist() == [1]
+    assert isinstance(choice, Choice) and choice.weight_Tk[0].sum() == 1
+
+
+@pytest.mark.parametrize("num_experts, top_k, normalised, num_tokens", [(5, 2, False, 25), (2, 1, True, 150)])
+def test_the_kernels_are_the_twin(num_experts, top_k, normalised, num_tokens):
+    pytest.importorskip("triton")
+    from kernel_tools import interpreted
+
+    from fused_ops.experts import fused, grouped, kernels
+
+    weights, (x, dy) = weights_of(num_experts, top_k, normalised), problem(num_tokens)
+    x[10] = float("nan")
+    x[11:, 0], weights.router_EH[:, 0] = 9.0, torch.linspace(1.0, 0.0, num_experts)  # one expert has more rows than a tile
+    expected = steps(x, weights, dy)
+    with interpreted(kernels, grouped):
+        found = steps(x, weights, dy, "triton")
+        route = fused.choose(x @ weights.router_EH.T, top_k, normalised)[1]
+    healthy = torch.arange(len(x)) != 10
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert ours[10].isnan().all() and (ours - theirs)[healthy].abs().max() < 2e-6 * theirs[healthy].abs().max()
+    assert found[2] == expected[2]
+    twin = reference.choose(x @ weights.router_EH.T, top_k, normalised)[1]
+    assert torch.equal(route.place_Tk.long(), twin.place_Tk) and torch.equal(route.first_E.long(), twin.first_E)
+    assert route.tiles is not None
+    covered = torch.cat([torch.arange(first, end) for _, first, end in route.tiles[: route.tiles[-1, 0]].tolist()])
+    assert torch.equal(covered, torch.arange(len(x) * top_k))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_grouped_products_neither_spill_nor_wait():
+    pytest.importorskip("triton")
+    from kernel_tools import assemble
+    from stand_in_gpu import compiling
+
+    from fused_ops.experts import fused
+    from fused_ops.experts.route import ExpertRoute
+
+    places, weight = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(4, 1536, 2048, dtype=torch.bfloat16)
+    route = ExpertRoute(weight_R=places, place_Tk=places, first_E=places, tiles=places)
+    with compiling() as compiled:
+        for transposed in (False, True):
+            fused.grouped(weight.new_zeros(128, 1536 if transposed else 2048), weight, route, transposed)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        found = assemble(kernel.asm["ptx"])
+        assert not found.spilled_bytes and not found.serialised, (found.registers, found.spilled_bytes, found.serialised)
+        assert "wgmma.mma_async" in found.ptx and "cp.async.bulk.tensor" in found.ptx
