@@ -202,7 +202,7 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
         script = random_script(rng, scene, start) if start < max(num_ends, len(LATE)) and not (is_last and num_ends) else {}
         ends_early = "none" if is_last else rng.choice(["stop", "kill", "kill"]) if end == "mixed" else end
         stop_after = rng.randint(2, 14) if ends_early == "stop" else None
-        kill = _random_kill(rng, parallel, folder / f"killed-{start}") if ends_early == "kill" else None
+        kill = random_kill(rng, parallel, folder / f"killed-{start}") if ends_early == "kill" else None
         try:
             opened = RunDirectory.create(load_config(config))
         except UserError as error:  # what was asked for since the last start ends the jobs that were left
@@ -234,7 +234,7 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
     return Outcome(run, config, parallel, first, counts)
 
 
-def _random_kill(rng: random.Random, parallel: dict, marker: Path) -> Kill:
+def random_kill(rng: random.Random, parallel: dict, marker: Path) -> Kill:
     """Return a kill that is early rather than late, so that the next start has something left to do."""
     what, most = rng.choice([("forward", 40), ("file", 300), ("time", 4000)])
     rank = 0 if what == "file" or not parallel else rng.randrange(2)

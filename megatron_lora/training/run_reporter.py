@@ -96,6 +96,7 @@ class RunReporter:
             self.control.accounts.begin()
             self.num_begun += 1
         self.control.write_later(self, self.num_begun)
+        self.steps.flush(wait=False)  # where nothing trains, what may go on waits for reports
         self._update_states(written)
 
     def on_step(self, done: StepDone, written: Written) -> None:
@@ -178,6 +179,7 @@ class RunReporter:
         for observer in self.observers:
             observer.on_evaluation(dataclasses.replace(report, best=progress.best))
         self._post(job, report.step)
+        self.control.sweeps.tell(job.config, report.step, getattr(report, metric), job.num_steps)
         self._pause(job, self.watchdogs[job.name].after_evaluation(report.eval_loss))
         if progress.over and report.step < job.num_steps:
             best = "" if progress.best is None else f", the best after step {progress.best.step}"

@@ -1,0 +1,59 @@
+"""Which points of a sweep go on at a rung: pure functions of the results there.
+
+At each rung results are sorted by value, and of n the best max(1, n // reduction) go on, if their value is finite.
+`successive_halving` judges a rung once nobody is still to come; `asha` judges who has come against all that are there by then, so
+that no point waits for another. A decision is never made again: of a point that is decided the result counts, and no more.
+
+    decide(sweep, "min", results, decided, coming={0})          # -> decisions, in the order of (rung, slot, point)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from megatron_lora.config.sweep_keys import SweepConfig
+
+
+class Result(NamedTuple):
+    """The metric of a point at a rung, and the slot of the plan in front of which it was there; sorted as decisions are made."""
+
+    rung: int
+    slot: int
+    point: int
+    value: float
+
+
+class Decision(NamedTuple):
+    """Whether a point goes on beyond its result: it is the `place`-th best, from 1, of `num` that are at the rung."""
+
+    result: Result
+    goes_on: bool
+    place: int
+    num: int
+
+
+def decide(
+    sweep: SweepConfig, mode: str, results: Sequence[Result], decided: Collection[tuple[int, int]], coming: Collection[int]
+) -> list[Decision]:
+    """Return the decisions that can be made. `decided`: (rung, point); `coming`: rungs that a point may still come to."""
+    found = []
+    for rung in sorted({result.rung for result in results}):
+        there = [result for result in results if result.rung == rung]
+        new = sorted(result for result in there if (rung, result.point) not in decided)
+        if not new or (sweep.strategy == "successive_halving" and rung in coming):
+            continue
+        order = [result.point for result in sorted(there, key=lambda result: (badness(result.value, mode), result.point))]
+        num_going = max(1, len(there) // sweep.reduction)
+        for result in new:
+            place = order.index(result.point) + 1
+            found.append(Decision(result, place <= num_going and math.isfinite(result.value), place, len(there)))
+    return found
+
+
+def badness(value: float | None, mode: str) -> float:
+    """Return a number that is the smaller the better a value of the metric is; infinite for one that is not finite."""
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return value if mode == "min" else -value
