@@ -24,6 +24,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.files import sealed, unsealed, write_atomically
 
 LEADERBOARD, BEST = "leaderboard.json", "best"
+MOST_CELLS = 8  # of a heat map, along a key
 Evaluated = Sequence[tuple[int, float]]  # (step, value)
 
 
@@ -80,3 +81,32 @@ def read_leaderboard(output_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{path}: is not the leaderboard of a run; restore it, or resume the run, which writes it anew") from None
     return boards
+
+
+def written(value: Any) -> str:
+    """Write a value of a sweep's key."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value) if isinstance(value, int | str) else json.dumps(value)
+
+
+def heat_map(board: Mapping[str, Any]) -> tuple[list[str], tuple[list[str], list[str]], list[list[float | None]]]:
+    """Return the first two keys of a leaderboard, the labels of rows and columns, and the best value of each cell, None without one.
+
+    Of a key with more than MOST_CELLS values, neighbours share a cell.
+    """
+    names, rows = board["over"][:2], board["points"]
+    places, labels = [], []
+    for name in names:
+        found = [row["values"].get(name) for row in rows]
+        numbers = all(isinstance(value, int | float) for value in found)
+        order = sorted(set(found)) if numbers else list({written(value): value for value in found}.values())
+        num = min(MOST_CELLS, len(order))
+        of = {written(value): at * num // len(order) for at, value in enumerate(order)}
+        parts = [[value for at, value in enumerate(order) if at * num // len(order) == cell] for cell in range(num)]
+        places.append(of)
+        labels.append([written(part[0]) + (f" to {written(part[-1])}" if len(part) > 1 else "") for part in parts])
+    cells: list[list[float | None]] = [[None] * len(labels[1]) for _ in labels[0]]
+    for row in rows:  # the best first
+        line, column = (of[written(row["values"].get(name))] for of, name in zip(places, names, strict=True))
+        if cells[line][column] is None:
+            cells[line][column] = row["value"]
+    return names, (labels[0], labels[1]), cells

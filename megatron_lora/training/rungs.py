@@ -52,6 +52,16 @@ def decide(
     return found
 
 
+def expected_share(sweep: SweepConfig, num_points: int) -> float:
+    """Return the share of all points' steps that is taken, where each point takes equally many and none is known to be better."""
+    spent, num, before = 0.0, num_points, 0.0
+    for share in (*sweep.rungs, 1.0):
+        spent, before = spent + num * (share - before), share
+        going = sum(max(1, come // sweep.reduction) / come for come in range(1, num + 1))
+        num = round(going) if sweep.strategy == "asha" else max(1, num // sweep.reduction)
+    return spent / num_points
+
+
 def badness(value: float | None, mode: str) -> float:
     """Return a number that is the smaller the better a value of the metric is; infinite for one that is not finite."""
     if value is None or not math.isfinite(value):

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from megatron_lora.config.sweep_keys import SweepConfig
-from megatron_lora.training.rungs import Decision, Result, decide
+from megatron_lora.training.rungs import Decision, Result, decide, expected_share
 
 HALVING = SweepConfig(job="a", over={}, strategy="successive_halving")
 ASHA = SweepConfig(job="a", over={}, strategy="asha")
@@ -44,6 +44,12 @@ def test_asha_judges_who_has_come_against_all_by_then_and_never_again():
     there = [*results([3.0]), Result(0, 8, 1, 2.0), Result(0, 9, 2, 1.0)]
     later = decide(ASHA, "min", there, {(0, 0)}, coming={0})
     assert [(d.result.point, d.goes_on, d.place, d.num) for d in later] == [(1, False, 2, 3), (2, True, 1, 3)]
+
+
+def test_what_a_sweep_costs_is_known_before():
+    assert expected_share(SweepConfig(job="a", over={}, strategy="grid"), 32) == 1.0
+    assert math.isclose(expected_share(HALVING, 9), (9 * 0.111 + 3 * 0.222 + 1 * 0.667) / 9)
+    assert 0.24 < expected_share(HALVING, 32) < expected_share(ASHA, 32) < 0.35
 
 
 @pytest.mark.parametrize("sweep", [HALVING, ASHA])

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 
 import pytest
 from living_plan import World, job_config
 
+from megatron_lora.commands import sweep, watch
 from megatron_lora.config.schema import JobConfig, load_jobs
 from megatron_lora.config.sweep_keys import SweepConfig, with_points
+from megatron_lora.errors import UserError
 from megatron_lora.output.changes import Run, apply
 from megatron_lora.output.events import read_events
 from megatron_lora.output.leaderboard import read_leaderboard
+from megatron_lora.output.report_page import report_page
+from megatron_lora.output.run_view import RunView
 
 STEPS = 9
 JOB = {"name": "tune", "datasets": [{"path": "nowhere.jsonl", "type": "text"}], "val_set_size": 2}
 
 
 def points(strategy: str, num: int = 9, **keys) -> list[JobConfig]:
-    sweep = SweepConfig(job="tune", over={"seed": {"choices": list(range(num))}}, strategy=strategy, **keys)
-    return list(load_jobs(None, with_points(sweep, [JOB]), 0))
+    config = SweepConfig(**{"job": "tune", "over": {"seed": {"choices": list(range(num))}}, "strategy": strategy, **keys})
+    return list(load_jobs(None, with_points(config, [JOB]), 0))
 
 
 def value_of(name: str, step: int) -> float:
@@ -69,6 +74,28 @@ def test_the_leaderboard_has_the_best_first_and_a_link_to_it(one_process, tmp_pa
     assert rows[0] == {"job": "tune-004", "values": {"seed": 4}, "state": "done", "value": value_of("tune-004", 9), "step": 9, "rung": 2}
     assert (rows[1]["state"], rows[1]["step"], rows[1]["rung"]) == ("stopped", 3, 1)
     assert os.readlink(tmp_path / "best") == "jobs/tune-004"
+
+
+def test_a_sweep_is_shown_in_the_terminal_in_pictures_and_on_the_page(one_process, tmp_path, capsys):
+    jobs = points("successive_halving", over={"r": {"choices": [4, 8, 16]}, "use_rslora": {"choices": [True, False]}})
+    run = world(tmp_path / "run", jobs)
+    run.run()
+    best = read_leaderboard(tmp_path / "run")["tune"]["points"][0]
+    (tmp_path / "run" / "status.json").write_text(json.dumps({"exit_status": 0, "jobs": {n: {"state": s} for n, s in run.states.items()}}))
+    assert sweep.main(str(tmp_path / "run"), True, str(tmp_path / "sweep.png")) == 0
+    assert json.loads(capsys.readouterr().out)["tune"]["points"][0] == best
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    assert sweep.main(str(tmp_path / "run"), False, None) == 0
+    shown = capsys.readouterr().out
+    assert "6 points, successive_halving, min eval_loss" in shown and shown.index(best["job"]) < shown.index("tune-000")
+    view = RunView.read(tmp_path / "run")
+    lines = [line.plain for line in watch.frame(view, watch.Rate(), 120, 60)]
+    assert any(line.startswith("sweep tune: 6 of 6 points are over") for line in lines)
+    assert any(line.startswith(best["job"]) and "r 16, use_rslora True" in line for line in lines)
+    page = report_page(view)
+    assert "<h2>Sweep tune</h2>" in page and page.count(f"<td>{best['value']:.4f}</td>") == 1
+    with pytest.raises(UserError, match=r"has no leaderboard\.json"):
+        sweep.main(str(tmp_path), False, None)
 
 
 def test_a_point_that_is_paused_is_not_waited_for_and_is_judged_when_it_comes(one_process, tmp_path):
