@@ -61,8 +61,8 @@ class SweepConfig:
     strategy: str = key(
         "grid",
         one_of(*STRATEGIES),
-        "`grid`: all combinations; `random`: some; `successive_halving`: at each rung the best go on, once all are there; `asha`: each "
-        "goes on, or not, as it compares with those that were there before; `optuna`: its TPE sampler names points as others end",
+        "`grid`: all combinations; `random`: some; `successive_halving`: at each rung the best continue, once all are there; `asha`: each "
+        "continues, or not, as it compares with those that were there before; `optuna`: its TPE sampler names points as others end",
     )
     num: int | None = key(
         None,
@@ -72,7 +72,7 @@ class SweepConfig:
     )
     metric: str | None = key(None, null_or(one_of(*METRICS)), "which number of an evaluation compares points; null: the job's `metric`")
     mode: str | None = key(None, null_or(one_of("min", "max")), "whether the smallest or the largest is the best; null: as it needs")
-    reduction: int = key(3, whole_number("a reduction", 2), "of the points at a rung, one in so many goes on")
+    reduction: int = key(3, whole_number("a reduction", 2), "of the points at a rung, one of this many continues")
     first_rung: float = key(
         0.111, number("a share of a point's steps", 0, 1, above=True, below=True), "the first rung, a share of a point's own steps"
     )
@@ -85,7 +85,7 @@ class SweepConfig:
         return tuple(shares) if self.strategy in HALVING else ()
 
     def rung_steps(self, num_steps: int) -> tuple[int, ...]:
-        """Return the steps after which a point of so many steps is at each rung."""
+        """Return the steps after which a point of `num_steps` steps is at each rung."""
         return tuple(max(1, round(share * num_steps)) for share in self.rungs)
 
 

@@ -134,7 +134,7 @@ class Planned:
     ended: Sequence[Sequence[Ending]]
     left: Mapping[int, int]
     departed: frozenset[int]
-    at_rung: frozenset[int]
+    at_rung: frozenset[int] = frozenset()
     used: Mapping[int, Used]
 
 

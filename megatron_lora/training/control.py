@@ -250,7 +250,7 @@ class Control:
 
     def _promote(self, events: Sequence[Event]) -> None:
         """Let the points that were promoted join again."""
-        for name in self.sweeps.settle(events):
+        for name in self.sweeps.note(events):
             self.entries[name].at_rung = False
 
     def _take_news(self) -> list[tuple[str, str, str]]:
@@ -373,7 +373,7 @@ class Control:
     def _queue(self) -> list[Entry]:
         """Return the jobs that could join if there were rows, in their order."""
         ready = (entry for entry in self.entries.values() if entry.can_join)
-        return sorted(ready, key=lambda e: (-self.sweeps.rungs.get(e.name, 0), e.since))  # who was promoted goes on
+        return sorted(ready, key=lambda e: (-self.sweeps.rungs.get(e.name, 0), e.since))  # who was promoted comes first
 
     def _read_ahead(self) -> None:
         """Have the next jobs of the queue read, a few more than are ready."""

@@ -96,7 +96,7 @@ class RunReporter:
             self.control.accounts.begin()
             self.num_begun += 1
         self.control.write_later(self, self.num_begun)
-        self.steps.flush(wait=False)  # where nothing trains, what may go on waits for reports
+        self.steps.flush(wait=False)  # where nothing trains, what may continue waits for reports
         self._update_states(written)
 
     def on_step(self, done: StepDone, written: Written) -> None:

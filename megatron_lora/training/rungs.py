@@ -1,8 +1,8 @@
-"""Which points of a sweep go on at a rung: pure functions of the results there.
+"""Which points of a sweep continue at a rung: pure functions of the results there.
 
-At each rung results are sorted by value, and of n the best max(1, n // reduction) go on, if their value is finite.
-`successive_halving` judges a rung once nobody is still to come; `asha` judges who has come against all that are there by then, so
-that no point waits for another. A decision is never made again: of a point that is decided the result counts, and no more.
+At each rung results are sorted by value, and of n the best max(1, n // reduction) continue, if their value is finite.
+`successive_halving` judges a rung once no point is still to come; `asha` judges who has come against all that are there by then, so
+that no point waits for another. No decision is made twice: of a point that is decided the result counts, and no more.
 
     decide(sweep, "min", results, decided, coming={0})          # -> decisions, in the order of (rung, slot, point)
 """
@@ -26,10 +26,10 @@ class Result(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Whether a point goes on beyond its result: it is the `place`-th best, from 1, of `num` that are at the rung."""
+    """Whether a point continues beyond its result: it is the `place`-th best, from 1, of `num` that are at the rung."""
 
     result: Result
-    goes_on: bool
+    continues: bool
     place: int
     num: int
 
@@ -45,10 +45,10 @@ def decide(
         if not new or (sweep.strategy == "successive_halving" and rung in coming):
             continue
         order = [result.point for result in sorted(there, key=lambda result: (badness(result.value, mode), result.point))]
-        num_going = max(1, len(there) // sweep.reduction)
+        num_kept = max(1, len(there) // sweep.reduction)
         for result in new:
             place = order.index(result.point) + 1
-            found.append(Decision(result, place <= num_going and math.isfinite(result.value), place, len(there)))
+            found.append(Decision(result, place <= num_kept and math.isfinite(result.value), place, len(there)))
     return found
 
 

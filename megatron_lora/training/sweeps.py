@@ -8,7 +8,7 @@ act. A run that is resumed reads them, so none is made twice.
     sweeps = Sweeps(output_dir, log.events, run.config.jobs)
     sweeps.tell(job, step, value, num_steps)             # any thread: an evaluation
     changes = sweeps.decide(entries, slot)               # the feed's thread
-    sweeps.settle(log.append(changes, ...))
+    sweeps.note(log.append(changes, ...))
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sweeps:
     """The points of a run, by name."""
 
     def __init__(self, output_dir: Path, events: Sequence[Change], jobs: Sequence[JobConfig]):
-        """Take up the points among `jobs` where earlier starts, whose `events` are known, have left them."""
+        """Know the points among `jobs` where earlier starts, whose `events` are known, have left them."""
         self.output_dir = output_dir
         self.points: dict[str, JobConfig] = {}
         self.rungs: dict[str, int] = {}  # passed
@@ -44,15 +44,15 @@ class Sweeps:
         self._news: queue.SimpleQueue[tuple[JobConfig, int, float, int]] = queue.SimpleQueue()
         self._shown: object = None
         self.add(jobs)
-        self.settle(events)
+        self.note(events)
         for job in self.points.values():
-            self._take_up(job)
+            self._read_earlier(job)
 
     def add(self, jobs: Sequence[JobConfig]) -> None:
         """Know the points among jobs that the run has."""
         self.points |= {job.name: job for job in jobs if job.point is not None}
 
-    def _take_up(self, job: JobConfig) -> None:
+    def _read_earlier(self, job: JobConfig) -> None:
         """Read what metrics and checkpoint of an earlier start say of a point."""
         file = metrics_file(self.output_dir, job.name)
         if not file.exists():
@@ -63,7 +63,7 @@ class Sweeps:
             self._arrive(job, point.step, self.evaluated[job.name][point.step], point.state.num_steps, 0)
 
     def tell(self, job: JobConfig, step: int, value: float, num_steps: int) -> None:
-        """Take note, in any thread, of an evaluation of a job of so many steps."""
+        """Take note, in any thread, of an evaluation of a job of `num_steps` steps."""
         if job.point is not None:
             self._news.put((job, step, value, num_steps))
 
@@ -90,7 +90,7 @@ class Sweeps:
             self.arrived[job.name] = Result(rung, slot, job.point.number, value)
 
     def _judge(self, sweep: SweepConfig, points: Sequence[JobConfig], entries: Mapping[str, Entry]) -> list[Change]:
-        """Return who goes on and who is stopped, among the points that have arrived with their checkpoints."""
+        """Return who continues and who is stopped, among the points that have arrived with their checkpoints."""
         alive = {job.name: entries[job.name] for job in points if job.name in entries}
         held = {name: self.arrived[name] for name, entry in alive.items() if entry.held and entry.saved and name in self.arrived}
         results = [*held.values()]
@@ -107,10 +107,10 @@ class Sweeps:
             step = alive[job.name].left_after
             value = result.value if math.isfinite(result.value) else None
             details = {"rung": result.rung, "step": step, "value": value, "place": decision.place, "of": decision.num}
-            if not decision.goes_on:
+            if not decision.continues:
                 why = f"{decision.place} of {decision.num} by {job.metric} at its rung after {step} steps"
                 details = {"reason": why, **details}
-            changes.append(Change(event="promoted" if decision.goes_on else "stopped", job=job.name, details=details))
+            changes.append(Change(event="promoted" if decision.continues else "stopped", job=job.name, details=details))
         return changes
 
     def decided_of(self, job: JobConfig) -> dict[int, float]:
@@ -129,8 +129,8 @@ class Sweeps:
             changes.append(Change(event="added", job=mapping["name"], details={"config": mapping}))
         return changes
 
-    def settle(self, events: Sequence[Change]) -> list[str]:
-        """Take note of decisions among events; return who goes on."""
+    def note(self, events: Sequence[Change]) -> list[str]:
+        """Take note of decisions among events; return who continues."""
         promoted = []
         for event in events:
             if event.event in ("promoted", "stopped") and "rung" in event.details:

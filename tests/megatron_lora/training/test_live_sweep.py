@@ -1,4 +1,4 @@
-"""A live sweep of a tiny model, unbroken and killed: the same decisions, and points that go on are as if they were never in a sweep."""
+"""A live sweep of a tiny model, unbroken and killed: the same decisions, and points that continue are as if they were never in a sweep."""
 
 from __future__ import annotations
 

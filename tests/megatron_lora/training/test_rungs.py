@@ -1,4 +1,4 @@
-"""Who goes on at a rung: halving and its asynchronous form, as pure functions of the results."""
+"""Who continues at a rung: halving and its asynchronous form, as pure functions of the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ASHA = SweepConfig(job="a", over={}, strategy="asha")
 
 
 def going(decisions: list[Decision]) -> list[int]:
-    return [decision.result.point for decision in decisions if decision.goes_on]
+    return [decision.result.point for decision in decisions if decision.continues]
 
 
 def results(values, rung: int = 0, slot: int = 0) -> list[Result]:
@@ -43,7 +43,7 @@ def test_asha_judges_who_has_come_against_all_by_then_and_never_again():
     assert going(first) == [0]
     there = [*results([3.0]), Result(0, 8, 1, 2.0), Result(0, 9, 2, 1.0)]
     later = decide(ASHA, "min", there, {(0, 0)}, coming={0})
-    assert [(d.result.point, d.goes_on, d.place, d.num) for d in later] == [(1, False, 2, 3), (2, True, 1, 3)]
+    assert [(d.result.point, d.continues, d.place, d.num) for d in later] == [(1, False, 2, 3), (2, True, 1, 3)]
 
 
 def test_what_a_sweep_costs_is_known_before():

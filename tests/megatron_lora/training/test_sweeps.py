@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 
 import pytest
@@ -18,6 +19,7 @@ from megatron_lora.output.events import read_events
 from megatron_lora.output.leaderboard import read_leaderboard
 from megatron_lora.output.report_page import report_page
 from megatron_lora.output.run_view import RunView
+from megatron_lora.training.optuna_points import ask
 
 STEPS = 9
 JOB = {"name": "tune", "datasets": [{"path": "nowhere.jsonl", "type": "text"}], "val_set_size": 2}
@@ -117,3 +119,27 @@ def test_what_was_decided_is_known_when_the_run_is_resumed(one_process, tmp_path
     stopped = {name for name, made in decisions(tmp_path).items() if made[-1][0] == "stopped"}
     assert isinstance(again, Run) and {name for name, state in again.states.items() if state == "stopped"} == stopped
     assert all("at its rung after" in again.reasons[name] for name in stopped)
+
+
+def test_optuna_names_points_as_others_end_and_the_same_ones_for_the_same_results(one_process, tmp_path):
+    pytest.importorskip("optuna", reason="Optuna is not installed; a sweep that names it is refused")
+    over = {"learning_rate": {"min": 1e-5, "max": 1e-1, "log": True}, "r": {"choices": [4, 8]}}
+    drawn = points("optuna", over=over)
+    assert len(drawn) == 10
+    rates = {job.name: job.learning_rate for job in drawn}
+
+    def loss_of(name: str, step: int) -> float:
+        known = {job.name: job.learning_rate for job in run.control.run.config.jobs}
+        return abs(math.log10(known[name]) + 3.0)
+
+    run = world(tmp_path, drawn, value_of=loss_of)
+    run.lengths = dict.fromkeys([f"tune-{k:03d}" for k in range(16)], [[3, 4]] * 2)
+    run.validation = dict.fromkeys(run.lengths, [2])
+    run.run()
+    rows = read_leaderboard(tmp_path)["tune"]["points"]
+    assert len(rows) == 16 and {row["state"] for row in rows} == {"done"}
+    asked = [abs(math.log10(row["values"]["learning_rate"]) + 3) for row in rows if row["job"] not in rates]
+    assert sum(asked) / 6 < sum(abs(math.log10(rate) + 3) for rate in rates.values()) / 10
+    told = {k: (job.point.values, True, (2, float(k))) for k, job in enumerate(drawn) if job.point}
+    config = drawn[0].point.sweep
+    assert ask(config, "min", told, 10) == ask(config, "min", told, 10) != ask(config, "max", told, 10)
