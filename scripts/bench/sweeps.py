@@ -4,10 +4,12 @@
     python -m scripts.bench.sweeps decisions                        halving, its asynchronous form and random stopping, over 20 seeds
     python -m scripts.bench.sweeps simulate --points 256            the real control and planner over 4 stages, without a model
     python -m scripts.bench.sweeps live --data names.jsonl          9 recorded points as a sweep, as a grid, and 2 of them one by one
+    python -m scripts.bench.sweeps kills                            a sweep of a tiny model is killed ten times, and decides the same
     python -m scripts.bench.sweeps gpu --points 64                  an 8B shape; recorded curves stand in for its losses
 
 Regret is (L - L_best) / (L_median - L_best), L being the final loss of the best point that was trained to its end, and the others those of
 the whole grid. Random stopping lets as many continue at each rung as halving does, whoever they are. Appends a JSON line per case.
+`picture` draws docs/sweep.png.
 """
 
 import argparse
@@ -22,8 +24,10 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 from megatron_lora.environment import allocator_settings
@@ -196,14 +200,14 @@ def live(options: argparse.Namespace) -> dict:
     job = {"name": "tune", "datasets": [{"path": str(options.data), "type": "prompt_completion"}], "val_set_size": 16, "sequence_len": 128}
     job |= {"warmup_ratio": 0.1, "keep": "last", "target_modules": ["q_proj", "v_proj"]}
     sweep = {"job": "tune", "over": over, "num": options.points, "seed": options.seed}
-    seconds, compared, survivors = {}, [], []
+    seconds, compared, survivors = {}, {}, []
     with tempfile.TemporaryDirectory() as folder:
         common = {"base_model": options.model, "output_dir": f"{folder}/run", "microbatch_tokens": 384, "jobs": [job]}
 
         def train(case: str, config: RunConfig) -> None:
-            begun = time.monotonic()
-            assert trained(config) is not None
-            seconds[case] = time.monotonic() - begun
+            run = trained(config)
+            assert run is not None
+            seconds[case] = run.makespan_s
             print(f"{case}: {seconds[case]:.0f} s", flush=True)
 
         config = config_of(common | {"jobs": [dict(job)], "sweep": sweep | {"strategy": "successive_halving"}})
@@ -211,7 +215,8 @@ def live(options: argparse.Namespace) -> dict:
         for row in read_leaderboard(Path(config.output_dir))["tune"]["points"]:
             curve = dict(points[json.dumps(row["values"])]["curve"])
             found = read_evaluations(metrics_file(config.output_dir, row["job"]))
-            compared += [abs(line["eval_loss"] - curve[line["step"]]) / curve[line["step"]] for line in found]
+            differences = [abs(line["eval_loss"] - curve[line["step"]]) / curve[line["step"]] for line in found]
+            compared[row["job"]] = max(differences)
             survivors += [row["values"]] if row["state"] == "done" else []
         chosen = [points[json.dumps({key: getattr(each, key) for key in over})] for each in config.jobs]
         curves = [shares_of(point) for point in chosen]
@@ -224,7 +229,7 @@ def live(options: argparse.Namespace) -> dict:
         "points": options.points,
         "survivors": survivors,
         "survivors_of_recorded_curves": [chosen[point]["values"] for point in wanted],
-        "most_relative_difference": max(compared),
+        "relative_differences": compared,
         "seconds": seconds,
         "one_by_one_s": statistics.fmean(alone) * options.points,
     }
@@ -232,12 +237,37 @@ def live(options: argparse.Namespace) -> dict:
 
 def halved(curves: list[Curve]) -> list[int]:
     """Return which points halving trains to their end."""
+    return [point for point, share in enumerate(stopped_at(curves)) if share == 1.0]
+
+
+def stopped_at(curves: list[Curve]) -> list[float]:
+    """Return at which share of its steps halving stops each point."""
     sweep = SweepConfig(job="a", over={}, strategy="successive_halving")
-    there = list(range(len(curves)))
+    shares, there = [1.0] * len(curves), list(range(len(curves)))
     for rung, share in enumerate(sweep.rungs):
         found = decide(sweep, "min", [Result(rung, 0, point, at(curves[point], share)) for point in there], (), ())
         there = [decision.result.point for decision in found if decision.continues]
-    return there
+        shares = [share if shares[point] == 1.0 and point not in there else shares[point] for point in range(len(curves))]
+    return shares
+
+
+def picture(options: argparse.Namespace) -> dict:
+    """Draw the recorded points as halving would have trained them."""
+    from megatron_lora.commands.sweep import draw
+
+    points = recorded()
+    stops = stopped_at([shares_of(point) for point in points])
+    rows, jobs = [], {}
+    for point, stop in zip(points, stops, strict=True):
+        curve = [(step, loss) for step, loss in point["curve"] if step <= round(stop * point["steps"])]
+        state, name = ("done" if stop == 1.0 else "stopped"), point["job"].replace("grid", "names")
+        rows.append({"job": name, "values": point["values"], "state": state, "value": min(loss for _, loss in curve)})
+        jobs[name] = SimpleNamespace(num_steps=point["steps"], evaluated=lambda metric, curve=curve: curve)
+    rows.sort(key=lambda row: row["value"])
+    over = ["learning_rate", "global_batch_size", "r"]
+    board = {"metric": "eval_loss", "mode": "min", "strategy": "successive_halving", "over": over, "points": rows}
+    draw(str(options.picture), {"names, 32 points, halving": board}, cast(Any, SimpleNamespace(jobs=jobs)))
+    return {"picture": options.picture.name, "stopped": {f"{share:.3g}": stops.count(share) for share in sorted(set(stops))}}
 
 
 def gpu(options: argparse.Namespace) -> dict:
@@ -294,16 +324,42 @@ def gpu(options: argparse.Namespace) -> dict:
     }
 
 
+def kills(options: argparse.Namespace) -> dict:
+    """Kill a sweep of a tiny model on two stages ten times, at random moments; AssertionError where it decides otherwise than unbroken."""
+    import rank_pool
+    import sweep_scripts
+
+    from megatron_lora.config.schema import ParallelConfig
+
+    ranks = rank_pool.RankPool()
+
+    def pool(pp: int = 1):
+        return SimpleNamespace(run=lambda function, *words: ranks.run(ParallelConfig(pipeline=pp), function, *words))
+
+    with closing(ranks), tempfile.TemporaryDirectory() as folder:
+        scene = sweep_scripts.make_scene(Path(folder))
+        whole = sweep_scripts.play(pool, scene, Path(folder) / "whole", {"pp": 2})
+        killed = sweep_scripts.play(pool, scene, Path(folder) / "killed", {"pp": 2}, random.Random(options.seed), num_kills=10)
+        sweep_scripts.check(whole, killed)
+        for outcome in (whole, killed):
+            sweep_scripts.check_survivors(pool, scene, outcome)
+    return {"kills": killed.kills, "decisions": len(whole.decisions), "survivors": whole.survivors, "equal": True}
+
+
+CASES = {"decisions": decisions, "simulate": simulate, "live": live, "kills": kills, "picture": picture, "gpu": gpu}
+
+
 def main() -> int:
     """Run one case, and append its line."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=("record", "decisions", "simulate", "live", "gpu"))
+    parser.add_argument("case", choices=("record", *CASES))
     parser.add_argument("run", type=Path, nargs="?", help="of record: a finished run")
     parser.add_argument("--points", type=whole, help="default: 256, 9 or 64")
     parser.add_argument("--strategy", choices=("successive_halving", "asha"), default="asha")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--data", type=Path, help="of live: the records that the grid was trained on")
+    parser.add_argument("--picture", type=Path, default=Path("docs/sweep.png"))
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--num-layers", type=whole)
     parser.add_argument("--steps", type=whole, default=9)
@@ -316,7 +372,7 @@ def main() -> int:
     if options.case == "record":
         found, file = record(options.run), CURVES
     else:
-        found = {"decisions": decisions, "simulate": simulate, "live": live, "gpu": gpu}[options.case](options)
+        found = CASES[options.case](options)
         file = options.output
         print(json.dumps(found, indent=1))
     case = options.case if options.case != "simulate" else f"simulate, {options.strategy}"
