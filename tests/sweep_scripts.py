@@ -99,6 +99,17 @@ def check(whole: Outcome, other: Outcome) -> None:
         assert abs(one["value"] - two["value"]) <= 1e-5 * abs(one["value"]), (one, two)
 
 
+def check_stopped(outcome: Outcome) -> None:
+    """Check that each point which was stopped has the adapter of its rung, whose digests are recorded, and no checkpoint."""
+    from megatron_lora.output.final_files import check_run_files
+
+    check_run_files(outcome.run)
+    for row in outcome.leaderboard:
+        folder = outcome.run / "jobs" / row["job"]
+        assert (folder / "adapter_model.safetensors").is_file(), row
+        assert row["state"] != "stopped" or not list(folder.glob("checkpoint-*")) or outcome.kills, row
+
+
 def check_survivors(pool, scene: Scene, outcome: Outcome) -> None:
     """Compare each point that has trained to its end with the job that was never in a sweep."""
     for name in outcome.survivors:

@@ -114,7 +114,7 @@ class Control:
         over = [told for told in self._take_news() if told[0] in OVER]  # who is to be paused now was stopped with the run
         for event in self._write_news(over):
             self.entries.pop(event.job, None)
-        self.sweeps.decide({}, self.slot)  # takes note of the last evaluations
+        self.sweeps.hear(self.slot)
         self.run = replace(self.run, states={**self.run.states, **{name: what for what, name, _ in over}})
         self._show()
         self.accounts.write(ended=True)
@@ -130,6 +130,7 @@ class Control:
         self.window, self.slot = window, slot
         self.accounts.write()
         freed = self._free()
+        self.sweeps.hear(slot)
         events = self._happened() if self.replay is None else self._repeated(self.replay)
         self._add([event.job for event in events if event.event == "added"])
         self._promote(events)
@@ -222,7 +223,7 @@ class Control:
         self.run, requested, lines = take_requests(self.folder, self.log, self.run, window=self.window, slot=self.slot)
         self._say(lines)
         changed = {event.job for event in (*events, *requested)}  # who was resumed just now waits for the next window
-        judged = self._write(self.sweeps.decide({name: e for name, e in self.entries.items() if name not in changed}, self.slot))
+        judged = self._write(self.sweeps.decide({name: e for name, e in self.entries.items() if name not in changed}))
         self._promote(judged)
         self.run = then(self.run, judged)
         parked = self._parked(changed)

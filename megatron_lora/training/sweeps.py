@@ -7,7 +7,7 @@ act. A run that is resumed reads them, so none is made twice.
 
     sweeps = Sweeps(output_dir, log.events, run.config.jobs)
     sweeps.tell(job, step, value, num_steps)             # any thread: an evaluation
-    changes = sweeps.decide(entries, slot)               # the feed's thread
+    sweeps.hear(slot); changes = sweeps.decide(entries)  # the feed's thread
     sweeps.note(log.append(changes, ...))
 """
 
@@ -71,11 +71,18 @@ class Sweeps:
         """Whether a point has a result at a rung that is not decided."""
         return name in self.arrived
 
-    def decide(self, entries: Mapping[str, Entry], slot: int) -> list[Change]:
-        """Return what is decided in front of a slot, and the points that Optuna adds; `entries` are the jobs that are not over."""
+    def is_stopped(self, name: str) -> bool:
+        """Whether a job is a point that its sweep has stopped: at a rung that it has not passed."""
+        return self.rungs.get(name, 0) in self.decided.get(name, {})
+
+    def hear(self, slot: int) -> None:
+        """Take what was told, in front of a slot."""
         for job, step, value, num_steps in [self._news.get() for _ in range(self._news.qsize())]:
             self.evaluated.setdefault(job.name, {})[step] = value
             self._arrive(job, step, value, num_steps, slot)
+
+    def decide(self, entries: Mapping[str, Entry]) -> list[Change]:
+        """Return what is decided now, and the points that Optuna adds; `entries` are the jobs that are not over."""
         changes = []
         for points in by_sweep(list(self.points.values())).values():
             sweep = points[0].point.sweep

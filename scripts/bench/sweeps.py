@@ -343,7 +343,7 @@ def kills(options: argparse.Namespace) -> dict:
         sweep_scripts.check(whole, killed)
         for outcome in (whole, killed):
             sweep_scripts.check_survivors(pool, scene, outcome)
-    return {"kills": killed.kills, "decisions": len(whole.decisions), "survivors": whole.survivors, "equal": True}
+        return {"kills": killed.kills, "decisions": len(whole.decisions), "survivors": whole.survivors}
 
 
 CASES = {"decisions": decisions, "simulate": simulate, "live": live, "kills": kills, "picture": picture, "gpu": gpu}

@@ -19,4 +19,5 @@ def test_a_sweep_that_is_killed_decides_the_same_and_its_points_are_as_alone(poo
     killed = sweep_scripts.play(pool, scene, tmp_path / "killed", {"pp": 2}, random.Random(1), num_kills=3)
     sweep_scripts.check(whole, killed)
     for outcome in (whole, killed):
+        sweep_scripts.check_stopped(outcome)
         sweep_scripts.check_survivors(pool, scene, outcome)

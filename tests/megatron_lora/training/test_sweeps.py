@@ -121,6 +121,16 @@ def test_what_was_decided_is_known_when_the_run_is_resumed(one_process, tmp_path
     assert all("at its rung after" in again.reasons[name] for name in stopped)
 
 
+@pytest.mark.parametrize("strategy", ["successive_halving", "asha"])
+def test_a_sweep_is_repeated_from_its_events_alone(one_process, tmp_path, strategy):
+    run = world(tmp_path / "first", points(strategy))
+    run.run()
+    again = world(tmp_path / "again", points(strategy), replay=tmp_path / "first", value_of=lambda name, step: 0.0)
+    again.run()
+    assert again.trained == run.trained and again.states == run.states
+    assert decisions(tmp_path / "again") == decisions(tmp_path / "first")
+
+
 def test_optuna_names_points_as_others_end_and_the_same_ones_for_the_same_results(one_process, tmp_path):
     pytest.importorskip("optuna", reason="Optuna is not installed; a sweep that names it is refused")
     over = {"learning_rate": {"min": 1e-5, "max": 1e-1, "log": True}, "r": {"choices": [4, 8]}}
