@@ -37,7 +37,7 @@ exit status: 0 all jobs done, 1 a crash, 2 wrong input, 3 some jobs failed, 75 s
   megatron-lora add runs/quickstart-1 job.yaml
   megatron-lora add runs/quickstart-1 job.yaml name=second learning_rate=1e-4
 
-JOB.yaml holds one job's mapping, or jobs: with defaults:. The jobs are checked like those of a config, their data too.""",
+JOB.yaml holds one job's mapping, or jobs: with defaults: and sweep:. The jobs are checked like those of a config, their data too.""",
     "pause": """example:
   megatron-lora pause runs/quickstart-1 summaries names""",
     "resume": """example:
@@ -73,6 +73,10 @@ shows plan another machine's costs.""",
   megatron-lora report runs/quickstart-1
   megatron-lora report runs/quickstart-1 --plot timeline.png
   megatron-lora report runs/quickstart-1 --html""",
+    "sweep": """examples:
+  megatron-lora sweep runs/sweep
+  megatron-lora sweep runs/sweep --json
+  megatron-lora sweep runs/sweep --plot sweep.png""",
     "watch": """examples:
   megatron-lora watch runs/quickstart-1
   megatron-lora watch runs/quickstart-1 --job summaries names
@@ -169,6 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
     watch = add(
         "watch", "show a run in the terminal, while it trains or after it: jobs, losses, queue, events, the newest window of the plan"
     )
+    sweep = add("sweep", "show the leaderboard of a run's sweep: points, their values and what they came to; draw curves and a heat map")
     tune = add("tune", "measure how to cut matrix products on this GPU; runs that start later take the fastest")
     preview = add("preview", "show the tokens of a few samples of a job, with those that the loss counts marked")
     verify = add("verify", "train a job alone and among the others for some steps, and show how far the two adapters lie apart")
@@ -190,7 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
         if words:
             command.add_argument("words", nargs="+", metavar=words, help="jobs of the run" + ("; what to set" if "=" in words else ""))
         command.add_argument("--no-wait", action="store_true", help="do not wait a few seconds for the run to take the request")
-    add_jobs.add_argument("file", metavar="JOB.yaml", help="a job's mapping, or jobs: with defaults:")
+    add_jobs.add_argument("file", metavar="JOB.yaml", help="a job's mapping, or jobs: with defaults: and sweep:")
     add_jobs.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="an override such as r=32, or jobs.NAME.r=32")
     jobs.add_argument("run", metavar="RUN", help="the output directory of a run")
     jobs.add_argument("--json", action="store_true", help="print JSON in place of a table")
@@ -199,12 +204,14 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", metavar="NAME", help="predict for h100, h200, a100 or cpu (default: this machine's GPU, else h100)")
     plan.add_argument("--cost", metavar="FILE", help="take seconds from a table that calibrate has written (default: this machine's own)")
     calibrate.add_argument("--output", metavar="FILE", help="write the table here (default: below the cache directory, where it is found)")
-    for command in (report, watch):
+    for command in (report, watch, sweep):
         command.add_argument("run", metavar="RUN", help="the output directory of a run")
     report.add_argument("--plot", metavar="FILE", help="also draw what ran when, and what was predicted, into a new .png, .svg or .pdf")
     report.add_argument(
         "--html", nargs="?", const="", metavar="FILE", help="write a page with curves, states, accounting and a timeline (RUN/report.html)"
     )
+    sweep.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    sweep.add_argument("--plot", metavar="FILE", help="also draw the points' curves and a heat map into a new .png, .svg or .pdf")
     watch.add_argument("--job", nargs="+", default=[], metavar="NAME", help="show these jobs alone (default: those that train come first)")
     watch.add_argument("--once", action="store_true", help="print one frame and end")
     tune.add_argument("--output", metavar="FILE", help="add the choices to this file (default: the one that runs read)")
@@ -232,6 +239,7 @@ CALLS: dict[str, Callable[[Any, argparse.Namespace], int]] = {  # of the module 
     "plan": lambda command, a: command.main(a.config, a.overrides, policy=a.policy, plot=a.plot, device_name=a.device, cost_file=a.cost),
     "report": lambda command, a: command.main(a.run, a.plot, a.html),
     "watch": lambda command, a: command.main(a.run, a.job, a.once),
+    "sweep": lambda command, a: command.main(a.run, a.json, a.plot),
     "tune": lambda command, a: command.main(a.output),
     "preview": lambda command, a: command.main(a.config, a.overrides, a.job, a.samples),
     "check-adapter": lambda command, a: command.main(a.adapter, a.base, a.server, a.name, a.samples),

@@ -20,7 +20,7 @@ PEFT = r"adapter_config\.json|adapter_model\.safetensors|README\.md"
 PLAN = r"window-\d{4,}\.json|windows-\d{4,}-\d{4,}\.jsonl\.gz"
 REQUEST = r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{16}\.json"
 OF_THE_RUN = ("config.yaml", "env.json", "status.json", "timeline.json", "report.html", "cost.json", "calibration.json", "queue.json")
-OF_THE_RUN += ("accounting.json", "events.jsonl")
+OF_THE_RUN += ("accounting.json", "events.jsonl", "leaderboard.json")
 FILES = re.compile(
     "|".join(
         (

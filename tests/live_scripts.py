@@ -201,7 +201,7 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
         script = random_script(rng, scene, start) if start < max(num_ends, len(LATE)) and not (is_last and num_ends) else {}
         ends_early = "none" if is_last else rng.choice(["stop", "kill", "kill"]) if end == "mixed" else end
         stop_after = rng.randint(2, 14) if ends_early == "stop" else None
-        kill = _random_kill(rng, parallel, folder / f"killed-{start}") if ends_early == "kill" else None
+        kill = random_kill(rng, parallel, folder / f"killed-{start}") if ends_early == "kill" else None
         with RunDirectory.create(load_config(config)) as directory:
             leftovers.check(run)
             try:
@@ -228,7 +228,7 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
     return Outcome(run, config, parallel, first, counts)
 
 
-def _random_kill(rng: random.Random, parallel: dict, marker: Path) -> Kill:
+def random_kill(rng: random.Random, parallel: dict, marker: Path) -> Kill:
     """Return a kill that is early rather than late, so that the next start has something left to do."""
     what, most = rng.choice([("forward", 40), ("file", 300), ("time", 4000)])
     rank = 0 if what == "file" or not parallel else rng.randrange(2)

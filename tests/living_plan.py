@@ -83,9 +83,10 @@ class World:
         bad: Mapping[str, str] | None = None,
         replay: Path | None = None,
         capacity: int = 32,
+        value_of: Callable[[str, int], float] = lambda name, step: 1.0,
         **control,
     ):
-        self.path, self.lengths, self.validation = path, lengths, validation or {}
+        self.path, self.lengths, self.validation, self.value_of = path, lengths, validation or {}, value_of
         (path / "plan").mkdir(parents=True)
         self.states = {job.name: "queued" for job in jobs}
         self.control = Control(
@@ -121,8 +122,11 @@ class World:
             steps = read_lengths(0, self.lengths[name])
             held = self.validation.get(name, ())
             dealt = DealtJob.of(steps, 1, SlotCost(), held)
-            after = [step for step in range(first + 1, len(steps) + 1) if step % 2 == 0 or step == len(steps)] if held else []
-            planned.append(PlannedJob(number=joining.number, dealt=dealt, first_step=first, evaluate_after=after))
+            rungs = joining.config.point.sweep.rung_steps(len(steps)) if joining.config.point else ()
+            due = [step for step in range(first + 1, len(steps) + 1) if step % 2 == 0 or step == len(steps) or step in rungs]
+            after = due if held else []
+            until = rungs[joining.rungs] if joining.rungs < len(rungs) else None
+            planned.append(PlannedJob(number=joining.number, dealt=dealt, first_step=first, evaluate_after=after, until=until))
         return planned
 
     def prepare(self, changes: WindowChanges) -> None:
@@ -184,6 +188,8 @@ class World:
         resident = self.residents[ending.job]
         if ending.evaluation:
             self.evaluated.append((resident.name, ending.step))
+            config = next(job for job in self.control.run.config.jobs if job.name == resident.name)
+            self.control.sweeps.tell(config, ending.step, self.value_of(resident.name, ending.step), resident.num_steps)
             return
         assert resident.taken == ending.step
         resident.taken += 1

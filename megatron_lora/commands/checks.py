@@ -147,7 +147,7 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
 
     Jobs of `may_fail` whose data are bad are in the inputs' `failed`, if any job is left.
     """
-    from megatron_lora.training.job_checks import check_init_adapter, check_lengths, check_targets
+    from megatron_lora.training.job_checks import check_init_adapter, check_lengths, check_rungs, check_targets
 
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
@@ -172,6 +172,7 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
     for job, job_data in good:
         check_lengths(job, job_data, config.microbatch_tokens, architecture)
         check_visits(job, job_data.mixture.num_copies)
+        check_rungs(job, job_data)
     failed = {name: str(error) for name, error in bad.items()}
     return Inputs(model_dir=model_dir, architecture=architecture, data=tuple(data for _, data in good), failed=failed)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_lora.commands.checks import read_inputs, say_failed
 from megatron_lora.config.rules import one_of
 from megatron_lora.config.schema import RunConfig, load_config
+from megatron_lora.config.sweep_keys import by_sweep
 from megatron_lora.data.evaluation import evaluation_steps, longest_of
 from megatron_lora.data.sample_arrays import target_share
 from megatron_lora.data.samples import JobData
@@ -26,6 +27,7 @@ from megatron_lora.planning.forecast import Figures, Forecast, Workload, forecas
 from megatron_lora.planning.plan_picture import check_plot_path, draw
 from megatron_lora.planning.predict import cost_of, memory_of, message_and_step_seconds, planner_cost
 from megatron_lora.planning.resolve import adapter_memory_line, describe, host_memory_line, resolve
+from megatron_lora.training.rungs import expected_share
 from scheduling.cost import DEVICES, Device
 from scheduling.data_parallel import deal
 from scheduling.memory import RESERVED
@@ -62,7 +64,7 @@ def main(config_path: str, overrides: list[str], *, policy: str, plot: str | Non
     lines = [*chosen, *table(config, policy, workload, solo, together), *validation_lines(config, inputs.data), ""]
     lines += stage_table(config, inputs.architecture, device, together)
     lines += [*host_memory_line(given, config, inputs.architecture, device), *[DETERMINISTIC][: config.deterministic], ""]
-    lines += [basis(device, known, costs, share), *advice(config, policy, solo, together)]
+    lines += [basis(device, known, costs, share), *advice(config, policy, solo, together), *sweep_lines(config, together)]
     print("\n".join(lines))
     if plot is not None:
         draw(plot, [("predicted", together.timeline)], together.stream, [job.name for job in config.jobs], "seconds")
@@ -131,6 +133,17 @@ def validation_lines(config: RunConfig, data: Sequence[JobData]) -> list[str]:
             size = f"{len(samples):,} samples for validation, {samples.lengths.sum():,} tokens"
             lines.append(f"{job.name}: {size}, evaluated {times} times, which the seconds do not count")
     return [*lines, ""] if lines else []
+
+
+def sweep_lines(config: RunConfig, together: Forecast) -> list[str]:
+    """Return a line for each sweep: what its points cost if all train to their end, and what is expected of it."""
+    lines, shares = [], dict(zip((job.name for job in config.jobs), together.shares(), strict=True))
+    for name, points in by_sweep(config.jobs).items():
+        sweep, seconds = points[0].point.sweep, together.figures.seconds * sum(shares[job.name] for job in points)
+        known = f"sweep {name}: {len(points)} points, {amount(seconds)} s if all train to their end"
+        early = expected_share(sweep, len(points))
+        lines.append(f"{known}; {amount(early * seconds)} s expected by {sweep.strategy}, {early:.0%} of it" if sweep.rungs else known)
+    return lines
 
 
 def gains_of(solo: Forecast, together: Forecast) -> list[float]:

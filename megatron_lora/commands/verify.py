@@ -71,7 +71,14 @@ def main(config_path: str, overrides: list[str], name: str, num_steps: int, sign
 
 def in_steps(config: RunConfig, name: str, num_steps: int, precision: str) -> RunConfig:
     """Return a config whose jobs train for `num_steps` steps to their ends, the job `name` first."""
-    ends = {"max_steps": num_steps, "save_steps": 0, "keep": "last", "early_stopping_patience": None, "early_stopping_threshold": 0.0}
+    ends = {
+        "max_steps": num_steps,
+        "save_steps": 0,
+        "keep": "last",
+        "early_stopping_patience": None,
+        "early_stopping_threshold": 0.0,
+        "point": None,
+    }
     ends |= {"loss_watchdog_threshold": None, "eval_watchdog_patience": None, "export": "peft", "export_dtype": "fp32"}
     jobs = [dataclasses.replace(job, **ends) for job in config.jobs]
     weights = base_weights("", {"storage": storage_and_compute(config.base_weights)[0]}) if precision == "fp32" else config.base_weights

@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -24,12 +25,14 @@ from megatron_lora.errors import UserError
 from megatron_lora.output.display import STYLES, duration
 from megatron_lora.output.job_states import OVER
 from megatron_lora.output.job_view import JobView
+from megatron_lora.output.leaderboard import written
 from megatron_lora.output.run_view import PlanWindow, RunView, event_time
 
 REFRESH_S = 1.0
 RATE_S = 60.0  # tokens/s are of the last minute
 PRINTED_LINES = 60  # of a frame that is no terminal's
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
+MOST_POINTS = 5  # of a sweep that are shown
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -83,7 +86,8 @@ def frame(view: RunView, rate: Rate, width: int, height: int, names: Sequence[st
     timeline = _timeline(view.window, view.num_stages, width, max(1, height // 4)) if height >= 20 and view.window else []
     events = [_event(event) for event in view.events[-min(8, max(0, (height - 14) // 3)) :]] if height >= 18 else []
     queue = [_queue(view)] if view.queue else []
-    rest = [block for block in (queue, events, timeline) if block]
+    best = [line for name, board in view.leaderboards.items() for line in _leaderboard(name, board)] if height >= 18 else []
+    rest = [block for block in (best, queue, events, timeline) if block]
     spare = height - len(lines) - sum(len(block) + 1 for block in rest) - 1
     lines += [Text(), *_table(view, [view.jobs[name] for name in names] or list(view.jobs.values()), width, max(3, spare), ascii_only)]
     for block in rest:
@@ -200,6 +204,18 @@ def _queue(view: RunView) -> Text:
     why = ", ".join(f"{count} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items())
     first = ", ".join(str(entry["job"]) for entry in view.queue[:8])
     return Text.assemble(("queue ", "bold"), f"{len(view.queue)} ({why}): {first}{', ...' if len(view.queue) > 8 else ''}")
+
+
+def _leaderboard(name: str, board: Mapping[str, Any]) -> list[Text]:
+    """Write the heading and the best points of a sweep."""
+    rows = board["points"]
+    over = sum(row["state"] in OVER for row in rows)
+    lines = [Text(f"sweep {name}: {over} of {len(rows)} points are over; the best by {board['metric']}", style="bold")]
+    for row in [row for row in rows if row["value"] is not None][:MOST_POINTS]:
+        values = ", ".join(f"{key} {written(row['values'].get(key))}" for key in board["over"])
+        state = (f"{row['state']:9}", STYLES.get(row["state"], ""))
+        lines.append(Text.assemble(f"{row['job']:16} ", state, f" {_number(row['value']):>8} at step {row['step']:<5} {values}"))
+    return lines
 
 
 def _event(event: dict) -> Text:

@@ -1,4 +1,5 @@
-"""The jobs that `megatron-lora add` reads from a YAML file: one job's mapping, or `jobs:` with `defaults:`, checked as in a config.
+"""The jobs that `megatron-lora add` reads from a YAML file: one job's mapping, or `jobs:` with `defaults:` and
+`sweep:`, checked as in a config.
 
 jobs = load_added_jobs("job.yaml", ["r=32"], config)      # config: the run's; its seed is that of jobs without one
 """
@@ -11,6 +12,7 @@ from megatron_lora.config.dataset_paths import is_hub_id
 from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.rules import key_name, show
 from megatron_lora.config.schema import DatasetConfig, JobConfig, RunConfig, load_jobs
+from megatron_lora.config.sweep_keys import sweep, with_points
 from megatron_lora.config.yaml_file import read_yaml
 from megatron_lora.errors import UserError
 
@@ -22,13 +24,12 @@ def load_added_jobs(path: str, overrides: Sequence[str], config: RunConfig) -> t
         raise UserError(f"{path}: holds {show(tree)}; write one job's mapping, or jobs: with defaults:")
     for override in overrides:
         apply_override(tree, override)
-    if "sweep" in tree:
-        raise UserError(f"{path}: sweep: is not supported yet; list its points as jobs")
-    if "jobs" not in tree and "defaults" not in tree:
+    if not tree.keys() & {"jobs", "defaults", "sweep"}:
         tree = {"jobs": [tree]}
-    if others := sorted(tree.keys() - {"jobs", "defaults"}):
+    if others := sorted(tree.keys() - {"jobs", "defaults", "sweep"}):
         raise UserError(f"{path}: {key_name(others[0])}: belongs to the run, whose config stays as it is; beside jobs give defaults alone")
-    return tuple(map(_from_anywhere, load_jobs(tree.get("defaults"), tree.get("jobs"), config.seed)))
+    swept, jobs = sweep("sweep", tree.get("sweep")), tree.get("jobs")
+    return tuple(map(_from_anywhere, load_jobs(tree.get("defaults"), with_points(swept, jobs) if swept else jobs, config.seed)))
 
 
 def _from_anywhere(job: JobConfig) -> JobConfig:

@@ -38,6 +38,7 @@ from megatron_lora.config.rules import (
     val_set_size,
     whole_number,
 )
+from megatron_lora.config.sweep_keys import Point, SweepConfig, point, sweep, with_points
 from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
 
@@ -184,6 +185,7 @@ class JobConfig:
         number("a priority", 0, above=True),
         "share of the device's time among jobs that could use it: 2 gets twice as much as 1. The updates of a job are the same",
     )
+    point: Point | None = key(None, point, "what makes the job a point of a sweep; never set by hand")
 
     @property
     def is_evaluated(self) -> bool:
@@ -270,6 +272,9 @@ class RunConfig:
         "attention; `auto`: our norms and [cuDNN's attention](install.md#cudnns-attention) where it is installed and works, else torch's "
         "(Transformer Engine's where torch is too old to have its own for packed samples)",
     )
+    sweep: SweepConfig | None = key(
+        None, sweep, "makes [the points of a sweep](sweeps.md) out of one job; `config.yaml` lists them as jobs"
+    )
     jobs: tuple[JobConfig, ...]
 
     @property
@@ -294,6 +299,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             JobConfig: "defaults or a job",
             DatasetConfig: "a dataset",
             OnSaveConfig: "on_save",
+            SweepConfig: "sweep",
         }
         raise UnknownKey(*error.missed, homes) from None
 
@@ -304,7 +310,8 @@ def config_of(tree: dict) -> RunConfig:
     check_keys(RunConfig, "", tree, extra=("defaults",))
     seed = SEED("seed", tree.get("seed", 0))
     config = values(RunConfig, "", tree, skip=("jobs",))
-    run = RunConfig(**config, jobs=load_jobs(defaults, jobs, seed))
+    swept = config.pop("sweep", None)
+    run = RunConfig(**config, jobs=load_jobs(defaults, with_points(swept, jobs) if swept else jobs, seed))
     if run.activation_offloading is True and not run.may_run_again:
         raise UserError("activation_offloading: true moves inputs of `full` layers, and recompute names none; use recompute: full, or auto")
     if run.deterministic and run.backend == "te":
@@ -349,6 +356,8 @@ def _with_validation_keys(where: str, job: JobConfig, given: Collection[str]) ->
     if job.val_datasets and job.val_set_size:
         size = f"{where}.val_set_size: {show(job.val_set_size)}"
         raise UserError(f"{size} takes records of {where}.datasets, and val_datasets are given; keep one of the two keys")
+    if job.point is not None and not job.is_evaluated:
+        raise UserError(f"{where}: a sweep compares its points by evaluations; set jobs.{job.point.sweep.job}.val_datasets or val_set_size")
     mode = METRICS[job.metric]
     if job.mode not in (None, mode):
         raise UserError(f"{where}.mode: {job.mode} contradicts {where}.metric: {job.metric}, of which {mode} is the best; remove it")

@@ -29,7 +29,8 @@ def draw_validation(num_records: int, size: float | int, seed: int) -> np.ndarra
 
 
 def evaluation_steps(job: JobConfig, steps: Steps, taken: int = 0, due: bool = True) -> tuple[int, ...]:
-    """Return after which numbers of steps a job is evaluated, ascending: `eval_steps` or epochs apart, and at its end; 0 is its start.
+    """Return after which numbers of steps a job is evaluated, ascending: `eval_steps` or epochs apart, at its end, and at the rungs of its
+    sweep; 0 is its start.
 
     Of a job that resumes after `taken` steps, those that come; the one after `taken` itself only if it is `due`. Empty without validation
     data.
@@ -37,8 +38,9 @@ def evaluation_steps(job: JobConfig, steps: Steps, taken: int = 0, due: bool = T
     if not job.is_evaluated:
         return ()
     every = job.eval_steps or steps.per_epoch
-    counts = [*([0] if job.eval_on_start else []), *range(every, len(steps), every), len(steps)]
-    return tuple(count for count in counts if count > taken or (due and count == taken))
+    counts = {*([0] if job.eval_on_start else []), *range(every, len(steps), every), len(steps)}
+    counts |= set(job.point.sweep.rung_steps(len(steps)) if job.point else ())
+    return tuple(count for count in sorted(counts) if count > taken or (due and count == taken))
 
 
 def longest_of(validation: Iterable[Samples]) -> list[tuple[tuple[int]]]:

@@ -73,6 +73,12 @@ def remove_outdated(job_dir: Path, best: Best | None, save_total_limit: int | No
             _remove(directory)
 
 
+def remove_checkpoints(job_dir: Path) -> None:
+    """Remove all checkpoints of a job that is over; best weights that they alone named stay."""
+    for checkpoint in steps_of(job_dir, "checkpoint").values():
+        _remove(checkpoint)
+
+
 def _best_step_of(checkpoint: Path) -> int | None:
     """Return the step that a checkpoint names as its job's best; None also for a checkpoint that is damaged."""
     try:

@@ -4,7 +4,7 @@
     run = then(run, changes)
 
 `apply` derives a run from its events, so it may be called again with the same ones: nothing happens
-twice. States that need files on disk (done, stopped) are taken from status.json and never from
+twice. States that need files on disk (done, stopped by patience) are taken from status.json and never from
 events. At a start jobs that are not over are queued again, except those that a request, or their
 watchdog, has paused.
 """
@@ -61,12 +61,17 @@ def apply(changes: Sequence[Change], states: Mapping[str, str], config: RunConfi
             found.setdefault(name, "queued")
         elif change.event == "set" and name in jobs:
             jobs[name] = with_values(jobs[name], {details["key"]: details["value"]}, config.seed)
-        elif change.event in STATE_OF and name in jobs:
+        elif (state := _state_after(change)) is not None and name in jobs:
             if found.get(name) not in OVER:
-                found[name] = STATE_OF[change.event]
-            if found[name] == STATE_OF[change.event]:
+                found[name] = state
+            if found[name] == state:
                 reasons[name] = details.get("reason", "") if found[name] != "queued" else ""
     return Run(config=dataclasses.replace(config, jobs=tuple(jobs.values())), states=found, reasons=reasons)
+
+
+def _state_after(change: Change) -> str | None:
+    """Return the state of a job that a change decides; of a point that its sweep stops, the files are there before."""
+    return "stopped" if change.event == "stopped" and "rung" in change.details else STATE_OF.get(change.event)
 
 
 def then(run: Run, changes: Sequence[Change]) -> Run:

@@ -28,7 +28,7 @@ from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import sealed, sync, unsealed
 
 EVENTS_FILE = "events.jsonl"
-REPLAYED = ("added", "started", "paused", "resumed", "cancelled", "set", "parked", "stopped", "failed")
+REPLAYED = ("added", "started", "promoted", "paused", "resumed", "cancelled", "set", "parked", "stopped", "failed")
 EVENTS = (*REPLAYED, "done")  # done follows from the plan
 
 

@@ -25,6 +25,7 @@ from megatron_lora.output.display import STYLES, duration
 from megatron_lora.output.job_view import JobView
 from megatron_lora.output.report_charts import DETAILED, HATCHED, Pass, bare_curve, colour, job_chart, overview_chart, timeline_picture
 from megatron_lora.output.report_style import NUM_COLOURS, SCRIPT, STYLE
+from megatron_lora.output.report_sweeps import sweep_sections
 from megatron_lora.output.run_view import PlanWindow, RunView, event_time
 
 REPORT = "report.html"
@@ -45,7 +46,15 @@ def report_page(view: RunView) -> str:
     """Return the page as HTML."""
     jobs = list(view.jobs.values())
     colours = _colours(jobs)
-    sections = [_header(view), _figures(view, jobs), _failures(jobs), _overview(jobs, colours), _charts(jobs), _jobs_table(view, jobs)]
+    sections = [
+        _header(view),
+        _figures(view, jobs),
+        _failures(jobs),
+        sweep_sections(view.leaderboards),
+        _overview(jobs, colours),
+        _charts(jobs),
+        _jobs_table(view, jobs),
+    ]
     sections += [_timeline(view, colours), _accounting(view, jobs), _events(view), _footer(view)]
     allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"

@@ -37,15 +37,16 @@ from megatron_lora.output.changes import Run, apply, foresee, job_mapping, state
 from megatron_lora.output.events import EVENTS_FILE, EventLog, read_events
 from megatron_lora.output.final_files import STATUS, digests_of_metrics, digests_of_run
 from megatron_lora.output.job_states import OVER, after, exit_status
+from megatron_lora.output.leaderboard import BEST, LEADERBOARD
 from megatron_lora.output.lock_file import LOCK, check_held, in_use, is_in_use, lock_directory, share, sign
 from megatron_lora.output.requests import FOLDER, RequestFolder
 from megatron_lora.output.resume import as_begun, check_resume, rewind
-from megatron_lora.output.standing import Best, Choose, ResumePoint, newest, resume_points
+from megatron_lora.output.standing import Best, Choose, ResumePoint, newest, resume_point_of, resume_points
 from megatron_lora.output.take_requests import take_requests
 
 OF_ONE_RUN = (
     *("calibration.json", "cost.json", "plan", "jobs", "timeline.json", "report.html"),
-    *(EVENTS_FILE, "queue.json", "accounting.json"),
+    *(EVENTS_FILE, "queue.json", "accounting.json", LEADERBOARD, BEST),
 )
 LEFTOVERS = (  # of processes that ended while they wrote
     *("plan/.window*", "plan/start-*/.*", "requests/.*", "requests/refused/.*"),
@@ -135,6 +136,11 @@ class RunDirectory:
         jobs = {job.name: _job(run.states.get(job.name, "queued"), run.reasons.get(job.name, "")) for job in config.jobs}
         for name, point in remaining.items():
             jobs[name] = _job(run.states.get(name, "queued"), run.reasons.get(name, ""), point.step, point.best)
+        for name in run.states.keys() & jobs.keys() - over.keys():
+            if run.states[name] == "stopped":  # by its sweep, and killed before that was recorded
+                job_dir = self.path / "jobs" / name
+                point, reason = resume_point_of(job_dir), run.reasons.get(name, "")
+                jobs[name] = _job("stopped", reason, point.step, point.best, digests_of_metrics(job_dir))
         jobs |= {name: _job(after("queued", "failed"), reason) for name, reason in failed.items()} | over
         self._write_status({"exit_status": None, "reason": "", "rests_on": dict(rests_on), "jobs": jobs})
         write_atomically(self.path / "config.yaml", sealed_yaml(dump_config(config)))

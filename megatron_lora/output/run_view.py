@@ -27,6 +27,7 @@ from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import check_yaml, unsealed
 from megatron_lora.output.final_files import STATUS
 from megatron_lora.output.job_view import JobView
+from megatron_lora.output.leaderboard import LEADERBOARD
 from megatron_lora.output.lock_file import is_in_use
 from megatron_lora.output.metrics import metrics_file
 from megatron_lora.output.run_files import read_spans, read_windows, window_files
@@ -100,6 +101,7 @@ class RunView:
         self.jobs: dict[str, JobView] = {}
         self.events: list[dict[str, Any]] = []
         self.queue: list[dict[str, Any]] = []
+        self.leaderboards: dict[str, dict[str, Any]] = {}  # of sweeps, by name
         self.accounting: dict[str, dict[str, float]] = {}  # name -> tokens, slots, device_seconds, padding
         self.window: PlanWindow | None = None  # the newest
         self.unreadable: dict[str, str] = {}  # file -> why
@@ -124,6 +126,7 @@ class RunView:
         self._if_changed("config.yaml", self._read_config)
         self._if_changed("queue.json", self._read_queue)
         self._if_changed("accounting.json", self._read_accounting)
+        self._if_changed(LEADERBOARD, self._read_leaderboards)
         self._if_changed("events.jsonl", self._read_events)
         for name, job in self.jobs.items():
             if job.state == "running" or self._settled.get(name) != job.state:
@@ -168,6 +171,12 @@ class RunView:
 
     def _read_accounting(self, text: str) -> None:
         self.accounting = {str(name): dict(used) for name, used in unsealed(text)["jobs"].items()}
+
+    def _read_leaderboards(self, text: str) -> None:
+        self.leaderboards = {
+            str(name): {**board, "points": [row for row in board["points"] if row["job"] in self.jobs]}
+            for name, board in unsealed(text).items()
+        }
 
     def _read_events(self, text: str) -> None:
         """Take the lines that are new: the file only grows, and a line that is being written waits."""

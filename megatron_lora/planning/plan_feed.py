@@ -41,6 +41,7 @@ from megatron_lora.files import pack, sealed, write_atomically
 from scheduling.accounting import usage
 from scheduling.data_parallel import Dealt, DealtJob
 from scheduling.follow import Follower, Window
+from scheduling.job_lengths import JobLengths
 from scheduling.plan_json import stream_from_json
 from scheduling.slot_cost import SlotCost
 from scheduling.types import MAX_ENDINGS, NOOP, Ending, Stream
@@ -77,13 +78,24 @@ class PlannedJob:
     first_step: int = 0
     evaluate_after: Sequence[int] = ()
     priority: float = 1.0
+    until: int | None = None  # steps: a rung of its sweep, where it leaves; None: it is planned to its end
+
+    @property
+    def rounds(self) -> JobLengths:
+        """What is planned of it, from its very first step on."""
+        return self.dealt.rounds if self.until is None else self.dealt.rounds.cut(self.until)
+
+    @property
+    def evaluations(self) -> list[int]:
+        """After which numbers of steps it is evaluated, as far as it is planned."""
+        return [step for step in self.evaluate_after if self.until is None or step <= self.until]
 
     def request(self) -> dict[str, Any]:
         """Return what the planner gets, which counts steps from `first_step`."""
         return {
-            "steps": list(self.dealt.rounds.from_step(self.first_step)),
+            "steps": list(self.rounds.from_step(self.first_step)),
             "validation": list(self.dealt.validation_rounds),
-            "evaluate_after": [step - self.first_step for step in self.evaluate_after],
+            "evaluate_after": [step - self.first_step for step in self.evaluations],
             "priority": self.priority,
         }
 
@@ -115,13 +127,14 @@ class Planned:
     """A window as it was planned: its slots of rounds, what ends in each, and who leaves.
 
     Who was asked to leave and is not in `left`, number -> steps taken then, has all its steps planned.
-    Of those who have `departed` nothing remains to be planned.
+    Of those who have `departed` nothing remains to be planned. Who is `at_rung` has left there.
     """
 
     stream: Stream
     ended: Sequence[Sequence[Ending]]
     left: Mapping[int, int]
     departed: frozenset[int]
+    at_rung: frozenset[int] = frozenset()
     used: Mapping[int, Used]
 
 
@@ -169,6 +182,7 @@ class PlanFeed:
         self.crew = crew
         self.follower = Follower([], s.num_stages, s.capacity, s.delay, max_endings=s.max_endings)
         self.dealt: dict[int, DealtJob] = {}  # of the jobs that are followed
+        self.until: dict[int, int] = {}  # of those that leave at a rung: after which step
         self.stopping = threading.Event()
         self.wanted = threading.Semaphore(1)  # windows that may be planned
         self.all_read = False
@@ -219,8 +233,11 @@ class PlanFeed:
                 before = self.follower.jobs.keys() | {job.number for job in joined}
                 followed = self._follow(window, joined)
                 departed = frozenset(before - self.follower.jobs.keys())
+                rungs = {number: self.until.pop(number) for number in departed & self.until.keys()}
+                left = rungs | dict(window["left"])
+                at_rung = frozenset(number for number, step in rungs.items() if left[number] == step)
                 changes, moves, told = self.director.planned(
-                    Planned(stream=followed.rounds, ended=followed.ended, left=dict(window["left"]), departed=departed, used=followed.used)
+                    Planned(stream=followed.rounds, ended=followed.ended, left=left, departed=departed, at_rung=at_rung, used=followed.used)
                 )
                 chain.update(json.dumps([window["microbatches"], window["evaluate"]]).encode())
                 window |= {"moves": sorted(moves), "sha256": chain.hexdigest()}
@@ -260,8 +277,10 @@ class PlanFeed:
     def _follow(self, window: dict[str, Any], joined: Sequence[PlannedJob]) -> _Followed:
         """Check a window, and find what ends in its slots."""
         for job in joined:
-            self.follower.join(job.number, job.dealt.rounds, job.first_step, job.dealt.validation_rounds, job.evaluate_after)
+            self.follower.join(job.number, job.rounds, job.first_step, job.dealt.validation_rounds, job.evaluations)
             self.dealt[job.number] = job.dealt
+            if job.until is not None:
+                self.until[job.number] = job.until
         for number, evaluate in window["leave"]:
             self.follower.leave(number, evaluate)
         rounds = stream_from_json(window["microbatches"], window["evaluate"]) + (NOOP,) * window["drain"]

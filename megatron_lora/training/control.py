@@ -23,10 +23,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_lora.config.schema import JobConfig
-from megatron_lora.errors import UserError
 from megatron_lora.output.changes import Run, then
 from megatron_lora.output.events import Change, Event, EventLog, Replay, utc_now
 from megatron_lora.output.job_states import OVER
@@ -39,7 +38,8 @@ from megatron_lora.planning.adapter_rows import Book, Waiting, admit
 from megatron_lora.planning.plan_feed import Asked, Planned
 from megatron_lora.training.accounts import Accounts
 from megatron_lora.training.job_reader import JobReader
-from megatron_lora.training.run_job import Entry
+from megatron_lora.training.run_job import Entry, RunFiles, furthest_past_its_share, misfits
+from megatron_lora.training.sweeps import Sweeps
 from megatron_lora.training.window_changes import Joining, Leaving, Places, WindowChanges
 from scheduling.types import Ending
 
@@ -47,14 +47,6 @@ MOST_USEFUL = 64  # residents, where fewer keep all stages busy
 READ_AHEAD = 16  # jobs that are read and wait for rows
 IDLE_S = 0.2  # between windows where nothing trains
 STATE_AFTER = {"resumed": "queued", "parked": "queued"} | {state: state for state in ("paused", *OVER)}  # of a job, by event
-
-
-class RunFiles(Protocol):
-    """What the control has written of the run."""
-
-    def add_jobs(self, jobs: Sequence[JobConfig]) -> None: ...
-
-    def set_state(self, name: str, state: str, reason: str) -> None: ...
 
 
 class Control:
@@ -95,12 +87,16 @@ class Control:
         self.log = EventLog(output_dir)
         self.folder = RequestFolder(output_dir)
         self.accounts = Accounts(output_dir, self.log.start, num_devices)
+        self.sweeps = Sweeps(output_dir, self.log.events if replay is None else (), run.config.jobs)
         self.num_jobs = len(run.config.jobs)
         self.entries: dict[str, Entry] = {}
         for number, config in sorted(enumerate(run.config.jobs), key=lambda item: item[1].name not in begun):
             state = run.states.get(config.name, "queued")
             if state not in OVER:
-                self.entries[config.name] = Entry(number=number, config=config, state=state, is_read=config.name in read)
+                entry = Entry(number=number, config=config, state=state, is_read=config.name in read)
+                entry.at_rung = self.sweeps.is_at_rung(config.name)
+                entry.left_after = resume_point_of(output_dir / "jobs" / config.name).step if entry.at_rung else 0
+                self.entries[config.name] = entry
         self.window, self.slot = 0, 0  # the next window, and its first slot
         self.index = 0  # of that slot, among those that have a backward
         self.recent: list[tuple[int, Ending]] = []  # endings of steps whose STEP is still to come, with their index
@@ -118,6 +114,8 @@ class Control:
         over = [told for told in self._take_news() if told[0] in OVER]  # who is to be paused now was stopped with the run
         for event in self._write_news(over):
             self.entries.pop(event.job, None)
+        self.sweeps.hear(self.slot)
+        self.run = replace(self.run, states={**self.run.states, **{name: what for what, name, _ in over}})
         self._show()
         self.accounts.write(ended=True)
         self.reader.close()
@@ -132,8 +130,10 @@ class Control:
         self.window, self.slot = window, slot
         self.accounts.write()
         freed = self._free()
+        self.sweeps.hear(slot)
         events = self._happened() if self.replay is None else self._repeated(self.replay)
         self._add([event.job for event in events if event.event == "added"])
+        self._promote(events)
         joined = [self._join(event.job) for event in events if event.event == "started"]
         leave: dict[int, bool] = {}
         for event in events:
@@ -170,10 +170,12 @@ class Control:
         self.accounts.plan(self.window, {residents[number].name: used for number, used in planned.used.items()})
         left = {}
         for number, step in planned.left.items():
-            state = residents[number].leaving
-            assert state is not None, f"job {number} has left unasked"
-            left[number] = Leaving(step=step, state=state)
-            residents[number].saved, residents[number].left_after = not left[number].saves, step
+            entry = residents[number]
+            entry.at_rung = number in planned.at_rung
+            assert entry.leaving is not None or entry.at_rung, f"job {number} has left unasked"
+            entry.leaving = entry.leaving or "queued"
+            left[number] = Leaving(step=step, state=entry.leaving)
+            entry.saved, entry.left_after = not left[number].saves, step
         for number in planned.departed:
             entry = residents[number]
             entry.departed = True
@@ -209,21 +211,24 @@ class Control:
         """Whether more may happen where no job is resident; what is repeated ends with the last event."""
         if self.replay is not None:
             return self.window < self.replay.last_window
-        return self.keep_alive or any(entry.waits for entry in self.entries.values())
+        return self.keep_alive or any(entry.waits or entry.held for entry in self.entries.values())
 
     # What happens -------------------------------------------------------------------------------------------------------------
 
     def _happened(self) -> list[Event]:
         """Return what happens now, written to events.jsonl: news of jobs, requests, jobs that park or join."""
-        told = self._take_news() + self._take_read() + self._misfits()
+        told = self._take_news() + self._take_read() + misfits(self.entries.values(), self.check_fits)
         events = self._write_news(told)
         self.run = replace(self.run, states={**self.run.states, **{name: what for what, name, _ in told}})
         self.run, requested, lines = take_requests(self.folder, self.log, self.run, window=self.window, slot=self.slot)
         self._say(lines)
         changed = {event.job for event in (*events, *requested)}  # who was resumed just now waits for the next window
+        judged = self._write(self.sweeps.decide({name: e for name, e in self.entries.items() if name not in changed}))
+        self._promote(judged)
+        self.run = then(self.run, judged)
         parked = self._parked(changed)
         joined = [Change(event="started", job=name) for name in self._joining(changed)]
-        return [*events, *requested, *self._write([*parked, *joined])]
+        return [*events, *requested, *judged, *self._write([*parked, *joined])]
 
     def _write(self, changes: Sequence[Change], id: str | None = None) -> list[Event]:
         return self.log.append(changes, window=self.window, slot=self.slot, id=id) if changes else []
@@ -243,6 +248,11 @@ class Control:
         events = [event for each in replay.events(self.window) for event in self._write([each], each.id)]
         self.run = then(self.run, events)
         return events
+
+    def _promote(self, events: Sequence[Event]) -> None:
+        """Let the points that were promoted join again."""
+        for name in self.sweeps.note(events):
+            self.entries[name].at_rung = False
 
     def _take_news(self) -> list[tuple[str, str, str]]:
         """Return who is over, with the reasons, and note whose checkpoint is written; of a run that is repeated, who is done."""
@@ -270,30 +280,11 @@ class Control:
             self.entries[name].is_read = True
         return [("failed", name, fault) for name, fault in answers.items() if fault is not None]
 
-    def _misfits(self) -> list[tuple[str, str, str]]:
-        """Return the jobs of the queue that could never have rows, with the reasons."""
-        found = []
-        for entry in self.entries.values():
-            if entry.waits and not entry.fits:
-                try:
-                    self.check_fits(entry.config)
-                    entry.fits = True
-                except UserError as error:
-                    found.append(("failed", entry.name, str(error)))
-        return found
-
     def _parked(self, changed: Collection[str]) -> list[Change]:
         """Return who makes room for a job that has waited for `max_wait_s`: the resident that has used most for its priority."""
-        limit, now = self.max_wait_s, time.monotonic()
-        if limit is None or any(entry.leaving == "queued" for entry in self.entries.values()):
-            return []
-        late = [entry for entry in self._queue() if now - entry.since_s > limit]
-        residents = [entry for entry in self.entries.values() if entry.resident and entry.leaving is None and entry.name not in changed]
-        rested = [entry for entry in residents if late and now - entry.since_s > limit]
-        if not rested:
-            return []
-        furthest = max(rested, key=lambda entry: (entry.used / entry.config.priority, -entry.number))
-        return [Change(event="parked", job=furthest.name, details={"reason": f"{late[0].name} has waited for more than {limit:g} s"})]
+        found = furthest_past_its_share(self.entries.values(), self.max_wait_s, changed)
+        why = found and f"{found[1].name} has waited for more than {self.max_wait_s:g} s"
+        return [Change(event="parked", job=found[0].name, details={"reason": why})] if found else []
 
     def _joining(self, changed: Collection[str]) -> list[str]:
         """Return the names of jobs that wait and may join now; their rows are taken."""
@@ -313,6 +304,7 @@ class Control:
         for config in added:
             self.entries[config.name] = Entry(number=self.num_jobs, config=config)
             self.num_jobs += 1
+        self.sweeps.add(added)
         if added:
             self.later.append((self.window, lambda files: files.add_jobs(added)))
 
@@ -330,7 +322,8 @@ class Control:
         entry.resident, entry.state, entry.passed, entry.since_s = True, "running", 0, time.monotonic()
         self.run = replace(self.run, states={**self.run.states, name: "running"})
         point = resume_point_of(self.output_dir / "jobs" / name)
-        return Joining(number=entry.number, config=entry.config, point=point, places=places)
+        rungs = self.sweeps.rungs.get(name, 0)
+        return Joining(number=entry.number, config=entry.config, point=point, places=places, rungs=rungs)
 
     def _change(self, event: Event, state: str, leave: dict[int, bool]) -> None:
         """Have a job leave, wait again, or be over."""
@@ -380,7 +373,8 @@ class Control:
 
     def _queue(self) -> list[Entry]:
         """Return the jobs that could join if there were rows, in their order."""
-        return sorted((e for e in self.entries.values() if e.waits and e.is_read and e.saved and e.fits), key=lambda e: e.since)
+        ready = (entry for entry in self.entries.values() if entry.can_join)
+        return sorted(ready, key=lambda e: (-self.sweeps.rungs.get(e.name, 0), e.since))  # who was promoted comes first
 
     def _read_ahead(self) -> None:
         """Have the next jobs of the queue read, a few more than are ready."""
@@ -393,8 +387,9 @@ class Control:
     def _show(self) -> None:
         """Write queue.json where it has changed."""
         resident = [entry.name for entry in self.entries.values() if entry.resident]
-        waiting = sorted((entry for entry in self.entries.values() if entry.waits), key=lambda e: e.since)
-        queued = [QueueEntry(e.name, e.since, "waits for rows" if e.is_read and e.saved else "is read") for e in waiting]
+        self.sweeps.write(self.run.states)
+        waiting = sorted((e for e in self.entries.values() if e.waits or e.held), key=lambda e: (e.held, e.since))
+        queued = [QueueEntry(e.name, e.since, e.waits_for) for e in waiting]
         if (resident, queued) != self.shown:
             self.shown = (resident, queued)
             write_queue(self.output_dir, *self.shown)

@@ -6,6 +6,7 @@ job_reader.py those that wait in the queue.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def check_targets(job: JobConfig, architecture: Architecture) -> None:
         if module not in own:
             remedy = f"set target_modules: [{', '.join(own)}], or some of these"
             raise UserError(f"jobs.{job.name}.target_modules: {module} is no linear of a {architecture.model_type}; {remedy}")
+
+
+def check_rungs(job: JobConfig, data: JobData) -> None:
+    """Check that a point of a sweep has a step of its own at each rung before its end."""
+    if job.point is None:
+        return
+    sweep, num_steps = job.point.sweep, len(data.steps_of(job).steps)
+    if any(step >= after for step, after in itertools.pairwise((*sweep.rung_steps(num_steps), num_steps))):
+        rungs = ", ".join(f"{share:.3g}" for share in sweep.rungs)
+        raise UserError(
+            f"jobs.{job.name}: has {num_steps} steps, too few for rungs after {rungs} of them; raise sweep.first_rung or max_steps"
+        )
 
 
 def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: str) -> None:

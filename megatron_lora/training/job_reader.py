@@ -28,7 +28,7 @@ from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.output.standing import resume_point_of
-from megatron_lora.training.job_checks import check_checkpoint, check_init_adapter, check_lengths, check_targets
+from megatron_lora.training.job_checks import check_checkpoint, check_init_adapter, check_lengths, check_rungs, check_targets
 
 Check = Callable[[JobConfig], "str | None"]
 
@@ -46,6 +46,7 @@ def read_and_check(
         data = load_jobs_data([job], tokenizer_for([job], model_dir), cache_dir, architecture.vocab_size)[0]
         check_lengths(job, data, budget, architecture)
         check_visits(job, data.mixture.num_copies)
+        check_rungs(job, data)
         check_checkpoint(job, data, resume_point_of(Path(output_dir) / "jobs" / job.name))
     except UserError as error:
         return str(error)

@@ -86,6 +86,11 @@ class Job:
         """Whether the evaluation after `step` steps is not complete yet."""
         return self.is_evaluated_after(step) and self.evaluated_after < step
 
+    def next_rung(self, num_passed: int) -> int | None:
+        """Return after which step a point of a sweep is at its next rung, where it leaves; None where it has none before its end."""
+        rungs = self.config.point.sweep.rung_steps(self.num_steps) if self.config.point else ()
+        return rungs[num_passed] if num_passed < len(rungs) else None
+
     def adapter_spec(self) -> AdapterSpec:
         """Return the settings that the arena needs."""
         return spec_of(self.config)

@@ -77,6 +77,7 @@ class Residents:
                     first_step=job.resume_point.step,
                     evaluate_after=job.evaluation_steps,
                     priority=job.config.priority,
+                    until=job.next_rung(joining.rungs),
                 )
             )
         return planned

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_lora.config.schema import JobConfig, RunConfig
+from megatron_lora.output.best import remove_checkpoints
 from megatron_lora.output.final_files import digests_of_metrics
 from megatron_lora.output.job_states import OVER, after
 from megatron_lora.output.metrics import EvalReport, JobSummary, Observer, StepReport, metrics_file, read_evaluations
@@ -55,6 +56,7 @@ class RunReporter:
         self.watchdogs: dict[str, Watchdog] = {}
         self.alarms: dict[str, str] = {}  # job that its watchdog has paused -> why
         self.num_begun = 0  # windows
+        self.files_of_left: dict[str, dict[str, str]] = {}  # of jobs that have left: SHA-256 of the files of their PEFT directories
         self.over: set[str] = set()  # names of jobs that ended in this start
         self.advice: dict[str, str] = {}  # of jobs that are done, for those who serve them
         self.directory = RunDirectory.join(config)
@@ -96,6 +98,7 @@ class RunReporter:
             self.control.accounts.begin()
             self.num_begun += 1
         self.control.write_later(self, self.num_begun)
+        self.steps.flush(wait=False)  # where nothing trains, what may continue waits for reports
         self._update_states(written)
 
     def on_step(self, done: StepDone, written: Written) -> None:
@@ -133,13 +136,15 @@ class RunReporter:
         best = self.progress[name].best if name in self.progress else None
         files = self._final_files(name) if state in OVER else None
         self.directory.set_job(name, state, reason, step=self.steps_reported.get(name), best=best, files=files)
+        if state == "stopped" and self.control.sweeps.is_stopped(name):
+            remove_checkpoints(self.directory.path / "jobs" / name)
         for observer in self.observers:
             observer.on_status(name, state, reason)
 
     def _final_files(self, name: str) -> dict[str, str]:
         """Return the SHA-256 of the files of a job that is over: its metrics, and its PEFT directory where this start has written it."""
         found = digests_of_metrics(self.directory.path / "jobs" / name)
-        return found | next((dict(job.files) for job in self.jobs.values() if job.name == name), {})
+        return found | next((dict(job.files) for job in self.jobs.values() if job.name == name), self.files_of_left.get(name, {}))
 
     def add_jobs(self, jobs: Sequence[JobConfig]) -> None:
         """Record jobs that were added to the run; in the training thread."""
@@ -148,6 +153,7 @@ class RunReporter:
     def _update_states(self, written: Written) -> None:
         while not written.empty():
             job, state = written.get()
+            self.files_of_left[job.name] = dict(job.files)
             if job.name in self.over:
                 continue  # cancelled meanwhile, perhaps after it had left
             reasons = {"stopped": self.reasons, "paused": self.alarms}.get(state, {})
@@ -178,6 +184,7 @@ class RunReporter:
         for observer in self.observers:
             observer.on_evaluation(dataclasses.replace(report, best=progress.best))
         self._post(job, report.step)
+        self.control.sweeps.tell(job.config, report.step, getattr(report, metric), job.num_steps)
         self._pause(job, self.watchdogs[job.name].after_evaluation(report.eval_loss))
         if progress.over and report.step < job.num_steps:
             best = "" if progress.best is None else f", the best after step {progress.best.step}"

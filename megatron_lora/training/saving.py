@@ -52,7 +52,8 @@ class Saver:
     def leave(self, job: Job) -> None:
         """Save a job that leaves, and has taken its last step before that; its state is that of its leaving once it is written."""
         assert job.leaving is not None
-        if job.leaving.saves and job.steps_taken == job.resume_point.step and not job.evaluated_after == job.steps_taken > 0:
+        is_evaluated = job.steps_taken > 0 and (job.evaluated_after == job.steps_taken or job.owes_evaluation(job.steps_taken))
+        if job.leaving.saves and job.steps_taken == job.resume_point.step and not is_evaluated:
             self.collector.written.put((job, job.leaving.state))  # it is as it was when it joined
         elif job.leaving.saves:
             self._save(job, moments=True)

@@ -30,6 +30,7 @@ class Joining:
     config: JobConfig
     point: ResumePoint
     places: Places
+    rungs: int = 0  # that it has passed, of a point of a sweep, which leaves at the next one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
