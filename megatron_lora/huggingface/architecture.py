@@ -23,7 +23,7 @@ from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import read_regular
 from megatron_lora.huggingface import config_fields
 from megatron_lora.huggingface.families import ACTIVATIONS, FAMILIES, FUSED, MULTIMODAL, OTHERS, SEPARATE, Family
-from megatron_lora.huggingface.quantised_tensors import READ, unread_quantisation
+from megatron_lora.huggingface.quantised_tensors import unread_quantisation
 from megatron_lora.huggingface.rope_config import Rope, read_ropes, rope_readers, rope_values
 
 # Megatron's linear -> all modules that a family may merge in it.
@@ -316,7 +316,7 @@ class _Reader:
             value = self.get(key, harmless[0])
             if key == "quantization_config" and isinstance(value, dict):
                 if (unread := unread_quantisation(value)) is not None:
-                    raise self.error(key, unread, READ)
+                    raise self.error(key, unread, hint)
                 continue
             if value not in harmless and not is_own:
                 raise self.error(key, value, hint)
