@@ -171,12 +171,13 @@ def analytic_cost(
     tensor: int = 1,
     recompute: str | Sequence[str] = "none",
     head_share: float = 1.0,
+    linear_speed: float = 1.0,
 ) -> CostModel:
-    """Derive the cost of each stage from the model's shape; `layers` counts the layers of every stage, `head_share` the head's rows."""
+    """Derive each stage's cost: it has `layers`, the head `head_share` of the rows, frozen linears `linear_speed` times the rate."""
     rate = device.flops_per_s * tensor
     stages = []
     for index, (num_layers, policies) in enumerate(zip(layers, stage_policies(layers, recompute), strict=True)):
-        linear = 2 * shape.layer_params * num_layers / rate
+        linear = 2 * shape.layer_params * num_layers / (rate * linear_speed)
         attention = 2 * shape.num_heads * shape.head_dim * num_layers / rate  # QK and PV, each half under the causal mask
         lora = 2 * shape.lora_width * num_layers / rate
         head = 4 * shape.head_params * head_share / rate if index == len(layers) - 1 else 0.0
@@ -210,13 +211,14 @@ def stage_costs(
     recompute: str | Sequence[str] = "none",
     head_share: float = 1.0,
     to_host_bytes: float = 0.0,
+    linear_speed: float = 1.0,
 ) -> CostModel:
     """Return the cost of each stage as it was measured on the device, by analytic_cost where it was not.
 
     Where inputs of `full` layers wait in host memory, each is `to_host_bytes` per token, and its layer takes at least as long as the copy.
     """
     if device.measured is None:
-        model = analytic_cost(shape, device, layers, tensor, recompute, head_share)
+        model = analytic_cost(shape, device, layers, tensor, recompute, head_share, linear_speed)
         layer = analytic_cost(shape, device, (1, 0), tensor).stages[0].forward
     else:
         model = _measured_costs(device.measured, layers, recompute, head_share)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fused_ops.launch.backend import backend_name
 from fused_ops.launch.optional_triton import tl, triton
-from fused_ops.lora.frozen import FrozenWeight
 
 DTYPE = torch.float8_e4m3fn
 _MAX_COLUMNS = 32768  # that a program keeps in registers; longer rows are read twice
@@ -48,13 +47,13 @@ def parts(matrix: Tensor | Fp8Matrix) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fp8Weight(FrozenWeight):
+class Fp8Weight:
     """A frozen weight [N, K] for both directions: by_output [N, K] for X W^T, by_input [K, N] for dY W."""
-
-    in_8_bits = True
 
     by_output: Fp8Matrix
     by_input: Fp8Matrix
+    in_8_bits: bool = True
+    dy_factors: Tensor | None = None
 
     def forward(self) -> Fp8Matrix:
         """Return the copy by outputs."""

@@ -7,43 +7,44 @@ A plain tensor [N, K] is its own operand in both. Weights that are unpacked for 
 next one is asked for, which suits products that are launched one after another on one stream.
 """
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fused_ops.lora.fp8 import Fp8Matrix
+from fused_ops.lora.fp8 import Fp8Matrix
 
 
-class FrozenWeight(ABC):
-    """A weight that is not a tensor of the compute dtype."""
-
-    __slots__ = ()
-
-    in_8_bits: bool  # both operands: what is multiplied with them is rounded too, by a neighbour if it can
-    dy_factors: Tensor | None = None  # [N] float32: multiply dY's columns before it is rounded
+class FrozenWeight(Protocol):
+    """A weight that is not a tensor of the compute dtype: fp8.Fp8Weight, packed.PackedWeight."""
 
     @property
-    @abstractmethod
+    def in_8_bits(self) -> bool:
+        """Whether both operands are: what is multiplied with them is rounded too, by a neighbour if it can."""
+        ...
+
+    @property
+    def dy_factors(self) -> Tensor | None:
+        """Return what dY's columns are multiplied by before it is rounded, [N] float32."""
+        ...
+
+    @property
     def shape(self) -> torch.Size:
         """Return (N, K)."""
+        ...
 
     @property
-    @abstractmethod
     def num_bytes(self) -> int:
         """Return the bytes of what is stored."""
+        ...
 
-    @abstractmethod
     def forward(self) -> Tensor | Fp8Matrix:
         """Return what X is multiplied with."""
+        ...
 
-    @abstractmethod
     def grad_input(self) -> Tensor | Fp8Matrix:
         """Return what dY is multiplied with."""
+        ...
 
 
 def operand(weight: Tensor | FrozenWeight, backward: bool) -> Tensor | Fp8Matrix:
@@ -55,4 +56,4 @@ def operand(weight: Tensor | FrozenWeight, backward: bool) -> Tensor | Fp8Matrix
 
 def factors_of(weight: Tensor | FrozenWeight, backward: bool) -> Tensor | None:
     """Return what the columns of the other operand are multiplied by before it is rounded."""
-    return weight.dy_factors if backward and isinstance(weight, FrozenWeight) else None
+    return None if isinstance(weight, Tensor) or not backward else weight.dy_factors

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fused_ops.launch.backend import backend_name
 from fused_ops.lora.fp8 import DTYPE, Fp8Matrix, quantise_rows_reference
-from fused_ops.lora.frozen import FrozenWeight
 from fused_ops.lora.nf4 import Nf4Matrix
 
 
@@ -43,7 +42,7 @@ class Scratch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedWeight(FrozenWeight):
+class PackedWeight:
     """A stored matrix [N, K] and in what its products multiply: `dtype`, or 8 bits. Made by `pack`."""
 
     matrix: Fp8Matrix | Nf4Matrix

@@ -24,6 +24,7 @@ from megatron_lora.files import read_regular
 from megatron_lora.huggingface import config_fields
 from megatron_lora.huggingface.families import ACTIVATIONS, FAMILIES, FUSED, MULTIMODAL, OTHERS, SEPARATE, Family
 from megatron_lora.huggingface.layer_kinds import layers_with_rope, sliding_windows
+from megatron_lora.huggingface.quantised_tensors import unread_quantisation
 from megatron_lora.huggingface.rope_config import Rope, read_ropes, rope_readers, rope_values
 
 # Megatron's linear -> all modules that a family may merge in it.
@@ -349,9 +350,12 @@ class _Reader:
             if key == "hidden_act" or (key == "hidden_activation" and is_own):
                 harmless, is_own = ACTIVATIONS[self.family.activation], False
             value = self.get(key, harmless[0])
+            if key == "quantization_config" and isinstance(value, dict):
+                if (unread := unread_quantisation(value)) is not None:
+                    raise self.error(key, unread, hint)
+                continue
             if value not in harmless and not is_own:
-                shown = value.get("quant_method", value) if isinstance(value, dict) else value
-                raise self.error(key, shown, hint)
+                raise self.error(key, value, hint)
             if self.outer and key not in ("text_config", "vision_config") and self.outer.get(key, harmless[0]) not in harmless:
                 raise self.error(key, self.outer[key], hint)
         kind, family = self.model_type, self.family

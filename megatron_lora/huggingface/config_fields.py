@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_lora.huggingface.families import FAMILIES
+from megatron_lora.huggingface.quantised_tensors import READ
 
 # Fields that some families read; for others they are among those that are not read.
 OF_FAMILIES: dict[str, str] = {
@@ -46,7 +47,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "hidden_activation": ((None, "silu", "swish"), "only the activation of the model type is supported"),
     "use_bidirectional_attention": ((False, None), "a model that also sees later tokens cannot be trained to predict them"),
     "attention_dropout": ((0, None), "only 0.0 is supported"),
-    "quantization_config": ((None,), "use a checkpoint in bf16 or fp32, without this key"),
+    "quantization_config": ((None,), READ),
     "compression_config": ((None, {}), "use a checkpoint in bf16 or fp32, without this key"),
     "partial_rotary_factor": ((1, None), "only 1.0 is supported"),
     **dict.fromkeys(("resid_pdrop", "embd_pdrop"), ((0, None), "only 0.0 is supported")),

@@ -22,8 +22,10 @@ from pathlib import Path
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import read_regular
 from megatron_lora.huggingface.architecture import HEAD, Architecture, read_architecture
+from megatron_lora.huggingface.quantised_tensors import BESIDE, fault_of
 
 DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes per number
+QUANTISED_DTYPES = ("F8_E4M3", "U8")  # of weights that have something beside them (quantised_tensors.py)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 REFETCH = "fetch the model again"
@@ -38,6 +40,7 @@ class StoredTensor:
     file: Path
     name: str
     entry: Mapping
+    beside: dict[str, "StoredTensor"] = dataclasses.field(default_factory=dict)  # what a quantised weight needs: _scale, .absmax, ...
 
 
 def read_base_model(model_dir: str | Path, load_weights: bool = True) -> Architecture:
@@ -54,7 +57,7 @@ def read_base_model(model_dir: str | Path, load_weights: bool = True) -> Archite
         architecture = dataclasses.replace(architecture, tied_head=False)
     model = f"base_model: {str(model_dir)!r}"
     for name, shape in architecture.tensor_shapes().items():
-        _check_entry(f"{model}: {stored[name].name}", stored[name].entry, shape)
+        _check_entry(f"{model}: {stored[name].name}", stored[name], shape)
     return architecture
 
 
@@ -68,7 +71,7 @@ def stored_tensors(model_dir: str | Path, architecture: Architecture) -> dict[st
     embedding = architecture.embedding
     names = {*architecture.tensor_shapes(), embedding, HEAD}
     stored: dict[str, StoredTensor] = {}
-    unknown = []
+    unknown, beside = [], []
     for file in weight_files(Path(model_dir)):
         for name, entry in read_header(file).items():
             if (current := architecture.current_name(name)) is None:
@@ -80,8 +83,16 @@ def stored_tensors(model_dir: str | Path, architecture: Architecture) -> dict[st
                 raise UserError(f"{model} holds {full} twice, as {first.name} in {first.file.name} and {name} in {file.name}; {REFETCH}")
             if full in names:
                 stored[full] = StoredTensor(file=file, name=name, entry=entry)
+            elif part := BESIDE.fullmatch(full):
+                beside.append((part["weight"], part["what"], StoredTensor(file=file, name=name, entry=entry)))
             elif not ROTARY_TABLE.search(name):
                 unknown.append(name)
+    for weight, what, part in beside:
+        main = next((each for each in (weight, weight.removeprefix("model."), f"model.{weight}") if each in names), None)
+        if main in stored and stored[main].entry["dtype"] in QUANTISED_DTYPES:
+            stored[main].beside[what] = part
+        else:
+            unknown.append(part.name)
     if architecture.tied_head:
         for name, other in ((HEAD, embedding), (embedding, HEAD)):
             if name not in stored and other in stored:
@@ -104,9 +115,14 @@ def _remedy(name: str) -> str:
     return "use the config.json of these weights"
 
 
-def _check_entry(where: str, entry: Mapping, shape: tuple[int, ...]) -> None:
+def _check_entry(where: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
     """Raise UserError unless a header's entry has the shape, a type that is read, and its bytes."""
+    entry, beside = stored.entry, stored.beside
     dtype, found = entry["dtype"], list(entry["shape"])
+    if beside and len(shape) == 2:
+        if (fault := fault_of(dtype, beside, found, shape)) is not None:
+            raise UserError(f"{where} is {one_line(fault, 100)}, which is no quantised {list(shape)}; {REFETCH}")
+        return
     if dtype not in DTYPES:
         raise UserError(f"{where} is {one_line(dtype, 40)}; use a checkpoint in bf16, fp16 or fp32, not a quantised one")
     if found != list(shape):

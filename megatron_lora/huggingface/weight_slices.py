@@ -10,9 +10,10 @@ would all be NaN.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.architecture import HEAD, Architecture
-from megatron_lora.huggingface.weight_files import stored_tensors
+from megatron_lora.huggingface.quantised_tensors import dequantised, packed
+from megatron_lora.huggingface.weight_files import StoredTensor, stored_tensors
 
 Index = tuple[slice, ...]
 
@@ -60,14 +62,30 @@ class Checkpoint:
         assert not architecture.tied_head or self.stored[HEAD] == self.stored[architecture.embedding], (
             "read_base_model says that the head is not tied"
         )
+        self.shapes = architecture.tensor_shapes()
         self.opened: dict[Path, safe_open] = {}
         self.bytes_read = 0
 
     def read(self, name: str, index: Index) -> Tensor:
-        """Return one slice of one tensor, by its full name. Raises UserError naming file and tensor."""
+        """Return one slice of one tensor, by its full name; of a quantised one its numbers. Raises UserError naming file and tensor."""
+        stored = self._stored(name)
+        return self._slice(stored, index) if not stored.beside else dequantised(self._parts(stored), self.shapes[name], index)
+
+    def packed(self, name: str, index: Index) -> tuple[Tensor, Tensor] | None:
+        """Return a slice of a quantised tensor as it is stored (quantised_tensors.packed); None where that cannot be."""
+        stored = self._stored(name)
+        return packed(self._parts(stored), self.shapes[name], index) if stored.beside else None
+
+    def _stored(self, name: str) -> StoredTensor:
         stored = self.stored.get(name)
         if stored is None:
             raise UserError(f"base_model: the tensor {name} is in none of the safetensors files; fetch the model again")
+        return stored
+
+    def _parts(self, stored: StoredTensor) -> Callable[[str], Tensor]:
+        return lambda what: self._slice(stored.beside[what] if what else stored, ...)
+
+    def _slice(self, stored: StoredTensor, index: Any) -> Tensor:
         try:
             if stored.file not in self.opened:
                 self.opened[stored.file] = safe_open(stored.file, framework="pt", device="cpu")
@@ -97,6 +115,9 @@ class RandomTensors:
         key = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator(device=self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0.0, 0.02, generator=generator)[index]
+
+    def packed(self, name: str, index: Index) -> None:
+        """Return None: nothing is stored."""
 
 
 Source = Checkpoint | RandomTensors

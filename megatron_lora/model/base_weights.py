@@ -1,4 +1,5 @@
 """The frozen linears' weights as `base_weights` stores them, quantised while they are streamed, a tensor of the checkpoint at a time.
+What a checkpoint holds in the same storage is kept as it is (huggingface.quantised_tensors).
 
     native        a parameter in `precision`, loaded by weight_slices.load
     fp8           two copies in 8 bits, of the weight in `precision`
@@ -43,7 +44,11 @@ def _fp8(linear: MultiLoraLinear, source: Source, device: torch.device) -> Fp8Ma
     rows, cols = linear.weight.shape
     values, scales = torch.empty(rows, cols, dtype=DTYPE, device=device), torch.empty(rows, device=device)
     for start, number, name, index in weight_pieces(linear):
-        piece = quantise_rows(_read(source, name, index, device))
+        if (found := source.packed(name, index)) is not None and found[0].dtype == DTYPE:
+            piece = Fp8Matrix(values=found[0].to(device), scales=finite(found[1].to(device), name))
+            finite(piece.values.to(torch.bfloat16), name)
+        else:
+            piece = quantise_rows(_read(source, name, index, device))
         values[start : start + number], scales[start : start + number] = piece.values, piece.scales
     return Fp8Matrix(values=values, scales=scales)
 
@@ -52,8 +57,11 @@ def _nf4(linear: MultiLoraLinear, source: Source, device: torch.device) -> Nf4Ma
     rows, cols = linear.weight.shape
     codes = torch.empty(rows, cols // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(rows, cols // BLOCK, device=device)
-    for start, number, name, (its_rows, its_columns) in weight_pieces(linear):
-        part = quantise_nf4(_read(source, name, (slice(None), slice(None)), device)).part(its_rows, its_columns)
+    for start, number, name, index in weight_pieces(linear):
+        if (found := source.packed(name, index)) is not None and found[0].dtype == torch.uint8:
+            part = Nf4Matrix(codes=found[0].to(device), absmax=finite(found[1].to(device), name))
+        else:
+            part = quantise_nf4(_read(source, name, (slice(None), slice(None)), device)).part(*index)
         codes[start : start + number], absmax[start : start + number] = part.codes, part.absmax
     return Nf4Matrix(codes=codes, absmax=absmax)
 

@@ -10,7 +10,7 @@ from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.parallel.partition import NF4_BLOCK, layers_of_stages
 from megatron_lora.planning.adapter_memory import GB, MODEST_SHARE, adapters_of, most, rooms, rows_of
 from megatron_lora.planning.devices import reference_of
-from scheduling.cost import CostModel, Device, ModelShape, head_share, linear_tiles, stage_costs
+from scheduling.cost import CostModel, Device, ModelShape, StageCost, head_share, linear_tiles, stage_costs, stage_policies
 from scheduling.memory import (
     StageMemory,
     loss_chunk_rows,
@@ -21,6 +21,8 @@ from scheduling.memory import (
 from scheduling.slot_cost import SlotCost
 
 USUAL_TOKENS = 4096  # of a usual microbatch: stands in for microbatch_tokens while that is `auto`
+LINEARS_IN_8_BITS = 1.6  # times as fast as in 16, with rounding and LoRA: 1.35 to 1.65 measured (fp8.jsonl)
+MEMORY_BYTES_PER_S = 3e12  # that unpacking reaches on a Hopper GPU
 MAX_SEGMENT_SHARE = 0.02  # bound on a segment's fixed cost, as a share of a usual microbatch's time: the largest measured
 
 
@@ -47,7 +49,23 @@ def cost_of(config: RunConfig, architecture: Architecture, device: Device, targe
     share = head_share_of(config, architecture, device, target_share)
     rows = config.parallel.tensor if config.parallel.sequence else 1
     to_host = architecture.hidden_size * item_bytes(config, device) / rows if config.activation_offloading is True else 0.0
-    return stage_costs(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share, to_host)
+    storage, compute = storage_and_compute(config.base_weights)
+    speed = LINEARS_IN_8_BITS if compute == "fp8" and device.name != "cpu" else 1.0
+    model = stage_costs(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share, to_host, speed)
+    if storage == "bf16" or device.measured is not None or device.name == "cpu":
+        return model
+    moved = shape_of(architecture).layer_params / config.parallel.tensor * sum(stored_bytes(config.base_weights, 2)) / MEMORY_BYTES_PER_S
+    return _unpacking(model, layers, config.recompute, 0.0 if storage == compute else moved, moved)  # 8 bits are multiplied as stored
+
+
+def _unpacking(model: CostModel, layers: list[int], recompute: str | tuple[str, ...], forward_s: float, backward_s: float) -> CostModel:
+    """Return a model in which each layer also unpacks its weights, once in a forward and once in a backward."""
+    stages = []
+    for stage, policies in zip(model.stages, stage_policies(layers, recompute), strict=True):
+        forward, backward = len(policies) * forward_s, len(policies) * backward_s + policies.count("full") * forward_s
+        passes = ((stage.forward, forward), (stage.backward, backward))
+        stages.append(StageCost(*(dataclasses.replace(one, fixed=one.fixed + seconds) for one, seconds in passes)))
+    return CostModel(tuple(stages))
 
 
 def message_and_step_seconds(config: RunConfig, architecture: Architecture, device: Device) -> tuple[float, float]:
@@ -137,11 +155,11 @@ def least_residents(config: RunConfig, architecture: Architecture, device: Devic
     return min(len(config.jobs), max(2 * (config.parallel.pipeline + config.parallel.norm_delay), modest))
 
 
-def stored_bytes(base_weights: str, item: int) -> tuple[float | None, float]:
-    """Return the bytes of a frozen weight as it is stored (None: `item`), and where it is unpacked for a product, if it is."""
+def stored_bytes(base_weights: str, item: int) -> tuple[float, float]:
+    """Return the bytes of a frozen weight as it is stored, and where it is unpacked for a product, if it is."""
     storage, compute = storage_and_compute(base_weights)
     if storage == "bf16":
-        return (2.0 if compute == "fp8" else None), 0.0  # two copies in 8 bits
+        return (2.0 if compute == "fp8" else float(item)), 0.0  # two copies in 8 bits
     return (1.0 if storage == "fp8" else 0.5 + 4 / NF4_BLOCK), 1.0 if compute == "fp8" else float(item)
 
 

@@ -29,7 +29,7 @@ def case(shape: tuple[int, int], stored: str, dtype: torch.dtype, transposed: bo
     """Return one case's line."""
     weight = torch.randn(shape, generator=torch.Generator("cuda").manual_seed(0), device="cuda", dtype=torch.bfloat16).mul_(0.02)
     matrix = quantise_nf4(weight) if stored == "nf4" else quantise_rows(weight)
-    factors = torch.exp2(torch.arange(shape[0], device="cuda") % 3) if dtype == DTYPE else None
+    factors = torch.exp2(torch.arange(shape[0], device="cuda") % 3 - 2) if dtype == DTYPE else None
     out = torch.empty(shape[::-1] if transposed else shape, dtype=dtype, device="cuda")
     few = type(matrix)(**{name: getattr(matrix, name)[:300].contiguous() for name in matrix.__dataclass_fields__})
     small = torch.empty((shape[1], 300) if transposed else (300, shape[1]), dtype=dtype, device="cuda")

@@ -89,7 +89,7 @@ def test_sliding_windows(changes, windows, tmp_path):
     ({"model_type": None}, "model_type is None"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only the activation of the model type"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is 'fp8'"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is 'fp8 without weight_block_size'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'; supported are default, linear"),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is None"),

@@ -18,7 +18,7 @@ from megatron_lora.config.schema import ParallelConfig, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.stage import build_stage
-from megatron_lora.planning.predict import memory_of
+from megatron_lora.planning.predict import cost_of, memory_of
 from scheduling.cost import DEVICES
 
 LENGTHS = (5, 22, 1, 16)
@@ -175,6 +175,22 @@ def test_a_job_alone_gets_the_gradients_that_it_gets_among_others(kind, wide, on
 def test_blocks_have_to_fit(directory, one_process):
     with pytest.raises(UserError, match=r"base_weights: 'nf4/bf16': a rank's linears with 32 inputs are not made of blocks of 64"):
         step_of(directory, "nf4/bf16", ParallelConfig())
+
+
+def test_the_cost_model_knows_the_storage(wide, tmp_path):
+    """Unpacking takes its bytes' time, once a pass; 8 bits are multiplied faster, and as they are stored in a forward."""
+    path = runs.write_config(tmp_path / "config.yaml", wide, tmp_path / "run", [JOB], {}, 64)
+    architecture, costs = read_architecture(wide), {}
+    for kind in ("native", "fp8", "fp8/fp8", "nf4/bf16", "nf4/fp8"):
+        config = load_config(path, ["recompute=none", f"base_weights={kind}", "precision=bf16", "parallel.layers_per_stage=[2]"])
+        costs[kind] = cost_of(config, architecture, DEVICES["h100"]).stages[0]
+    weights = 2 * (4 * 128 * 128 + 3 * 128 * 128)
+    added = {kind: [(one.fixed - costs["native"].forward.fixed) * 3e12 / weights for one in (cost.forward, cost.backward)]
+             for kind, cost in costs.items()}  # fmt: skip
+    for kind, bytes_moved in {"fp8": (0, 0), "fp8/fp8": (0, 2), "nf4/bf16": (2.5625, 2.5625), "nf4/fp8": (1.5625, 1.5625)}.items():
+        assert added[kind] == pytest.approx(bytes_moved, abs=1e-6), kind
+    assert costs["fp8"].forward.per_token == costs["nf4/fp8"].forward.per_token < costs["native"].forward.per_token
+    assert costs["nf4/bf16"].forward.per_token == costs["native"].forward.per_token
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
