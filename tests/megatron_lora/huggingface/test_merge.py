@@ -100,7 +100,7 @@ def test_a_merged_model_computes_what_base_and_adapters_do(family):
         out = folder / "out" / name
         assert main(["merge", *adapters, str(out), "--base", str(folder / "base")]) == 0
         assert (logits(load(out)) - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max().clamp_min(1)
-        assert (logits(load(folder / "base")) - wanted[name]).abs().max() > 0.1
+        assert (logits(load(folder / "base")) - wanted[name]).abs().max() > 0.01
         names = {path.name for path in (folder / "base").iterdir()}
         assert {path.name for path in out.iterdir()} == names - {"notes.bin"} and len(names) > 12
         for other in names - {"notes.bin"}:
