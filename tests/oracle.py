@@ -47,6 +47,18 @@ def make_model(directory: Path, *, num_layers: int = 4, kv_heads: int = 2, seed:
     return directory
 
 
+def make_moe(directory: Path) -> Path:
+    """Save a tiny random Qwen3-MoE with a word-level tokenizer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    attention = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(vocab_size=make_tokenizer(directory), num_hidden_layers=3, initializer_range=0.08, **attention, **experts)
+    Qwen3MoeForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
 def make_rows(path: Path, num_rows: int, seed: int, longest: int = 30) -> Path:
     """Write prompt_completion rows of random words."""
     generator = torch.Generator().manual_seed(seed)

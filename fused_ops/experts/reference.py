@@ -1,7 +1,7 @@
 """The operators of experts/layer.py in plain torch: what CPU runs use, and what the kernels are compared with.
 
 A grouped product multiplies TILE rows of one expert at a time, the last ones filled up with zeros, so that a row's sums are the same
-wherever it lies and whoever lies beside it.
+wherever it lies and whatever lies beside it.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ def required(rule: Rule, meaning: str, unit: str = "") -> Any:
     return dataclasses.field(metadata={"rule": rule, "meaning": meaning, "unit": unit})
 
 
+NOT_YET = ("experts", "expert_r", "expert")
+
+
 class UnknownKey(UserError):
     """A key that a section does not have."""
 
@@ -35,6 +38,8 @@ class UnknownKey(UserError):
         home = next((where for other, where in (homes or {}).items() if other is not kind and meant in names_of(other)), None)
         if home and (meant == name or not hint):
             hint = f" here; {'it' if meant == name else meant} is a key of {home}"
+        if name in NOT_YET:
+            hint = "; it does not work yet: experts are frozen, and each tensor rank has a part of all; remove it"
         listed = "" if hint else f"; the keys are {', '.join(sorted(known))}"
         super().__init__(f"{path}.{key_name(name)}".lstrip(".") + f": unknown key{hint}{listed}")
 

@@ -74,8 +74,14 @@ def family(request, tmp_path_factory):
     """A base model of many files, two adapters of it, and peft's logits of each and of both with weights."""
     folder = tmp_path_factory.mktemp(request.param)
     base = make_base(folder / "base", request.param)
-    model = peft.get_peft_model(load(base), peft.LoraConfig(task_type="CAUSAL_LM", **ADAPTERS["one"]), adapter_name="one")
-    model.add_adapter("two", peft.LoraConfig(task_type="CAUSAL_LM", **ADAPTERS["two"]))
+    model = load(base)
+    linears = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}  # no experts
+    one, two = (
+        peft.LoraConfig(task_type="CAUSAL_LM", **values | {"target_modules": linears.intersection(values["target_modules"])})
+        for values in ADAPTERS.values()
+    )
+    model = peft.get_peft_model(model, one, adapter_name="one")
+    model.add_adapter("two", two)
     randomise(model)
     model.save_pretrained(folder)
     found = {}
@@ -94,7 +100,7 @@ def test_a_merged_model_computes_what_base_and_adapters_do(family):
         out = folder / "out" / name
         assert main(["merge", *adapters, str(out), "--base", str(folder / "base")]) == 0
         assert (logits(load(out)) - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max().clamp_min(1)
-        assert (logits(load(folder / "base")) - wanted[name]).abs().max() > 0.1
+        assert (logits(load(folder / "base")) - wanted[name]).abs().max() > 0.01
         names = {path.name for path in (folder / "base").iterdir()}
         assert {path.name for path in out.iterdir()} == names - {"notes.bin"} and len(names) > 12
         for other in names - {"notes.bin"}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import oracle
@@ -22,6 +23,11 @@ def job(name: str, rows, **settings) -> dict:
     return {"name": name, "datasets": [{"path": str(rows), "type": "prompt_completion"}]} | defaults | settings
 
 
+def job_on(model: str):
+    """Return `job` for a model, which has adapters on attention where the model has experts."""
+    return job if model == "model" else partial(job, target_modules=MODULES[:4])
+
+
 def adapter_of(output_dir, name: str) -> dict[str, torch.Tensor]:
     """Return the tensors of a job's adapter."""
     return load_file(output_dir / "jobs" / name / "adapter_model.safetensors")
@@ -32,12 +38,15 @@ def scene(tmp_path_factory) -> dict:
     """A model and four files of rows."""
     root = tmp_path_factory.mktemp("promises")
     rows = [oracle.make_rows(root / f"rows-{i}.jsonl", num_rows=12, seed=10 + i) for i in range(4)]
-    return {"root": root, "model": oracle.make_model(root / "model"), "rows": rows}
+    return {"root": root, "model": oracle.make_model(root / "model"), "moe": oracle.make_moe(root / "moe"), "rows": rows}
 
 
-@pytest.mark.parametrize(("parallel", "microbatch_tokens"), [({}, 48), ({"pp": 2}, 130), ({"tp": 2, "sequence": True}, 64)])
-def test_a_job_with_dropout_trains_as_it_would_alone(parallel, microbatch_tokens, scene, pool, tmp_path):
-    rows = scene["rows"]
+@pytest.mark.parametrize(
+    ("model", "parallel", "microbatch_tokens"),
+    [("model", {}, 48), ("model", {"pp": 2}, 130), ("model", {"tp": 2, "sequence": True}, 64), ("moe", {"tp": 2, "sequence": True}, 64)],
+)
+def test_a_job_with_dropout_trains_as_it_would_alone(model, parallel, microbatch_tokens, scene, pool, tmp_path):
+    rows, job = scene["rows"], job_on(model)
     # Adam's first update is almost the sign of the gradient: with its default epsilon an element whose gradient is below rounding
     # noise goes either way, in any implementation, and one such element in these few steps is more than the bound.
     mine = job("mine", rows[0], lora_dropout=0.1, warmup_ratio=0.0, adam_epsilon=1e-6)
@@ -46,8 +55,8 @@ def test_a_job_with_dropout_trains_as_it_would_alone(parallel, microbatch_tokens
         job("narrow", rows[2], r=2, target_modules=["v_proj"], global_batch_size=5, seed=5),
         job("same-seed", rows[3], lora_dropout=0.1, use_rslora=True),
     ]
-    alone = runs.write_config(tmp_path / "alone.yaml", scene["model"], tmp_path / "alone", [mine], {}, 256)
-    among = runs.write_config(tmp_path / "among.yaml", scene["model"], tmp_path / "among", [*others, mine], parallel, microbatch_tokens)
+    alone = runs.write_config(tmp_path / "alone.yaml", scene[model], tmp_path / "alone", [mine], {}, 256)
+    among = runs.write_config(tmp_path / "among.yaml", scene[model], tmp_path / "among", [*others, mine], parallel, microbatch_tokens)
     assert runs.start(pool, alone, {}) == runs.start(pool, among, parallel) == 0
     for a, b in zip(runs.losses_of(tmp_path / "alone", "mine"), runs.losses_of(tmp_path / "among", "mine"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
@@ -63,10 +72,12 @@ def test_dropout_changes_the_run(scene, pool, tmp_path):
     assert runs.losses_of(tmp_path / "run", "with")[1:] != pytest.approx(runs.losses_of(tmp_path / "run", "without")[1:], rel=1e-5)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"pp": 2}])
-def test_neighbours_with_other_rows_and_nan_change_no_bit(parallel, scene, pool, tmp_path):
+@pytest.mark.parametrize(("model", "parallel"), [("model", {}), ("model", {"pp": 2}), ("moe", {"pp": 2})])
+def test_neighbours_with_other_rows_and_nan_change_no_bit(model, parallel, scene, pool, tmp_path):
+    job = job_on(model)
     mine = [job("first", scene["rows"][0], lora_dropout=0.1), job("last", scene["rows"][1], r=4)]
-    broken = oracle.make_adapter(scene["model"], tmp_path / "broken", r=8, lora_alpha=16, target_modules=MODULES, seed=0)
+    modules = MODULES if model == "model" else MODULES[:4]
+    broken = oracle.make_adapter(scene[model], tmp_path / "broken", r=8, lora_alpha=16, target_modules=modules, seed=0)
     tensors = load_file(broken / "adapter_model.safetensors")
     # finite, as an init_adapter has to be; NaN at its first forward
     save_file({key: torch.full_like(value, 1e30) for key, value in tensors.items()}, broken / "adapter_model.safetensors")
@@ -79,7 +90,7 @@ def test_neighbours_with_other_rows_and_nan_change_no_bit(parallel, scene, pool,
     adapters = {}
     for name, (neighbour, status) in neighbours.items():
         jobs = [mine[0], neighbour, mine[1]]
-        config = runs.write_config(tmp_path / f"{name}.yaml", scene["model"], tmp_path / name, jobs, parallel, 96)
+        config = runs.write_config(tmp_path / f"{name}.yaml", scene[model], tmp_path / name, jobs, parallel, 96)
         assert runs.start(pool, config, parallel) == status
         adapters[name] = {j["name"]: adapter_of(tmp_path / name, j["name"]) for j in mine}
     shared = json.loads((tmp_path / "nan" / "plan" / "window-0000.json").read_text())["microbatches"]
