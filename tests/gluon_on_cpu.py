@@ -101,15 +101,22 @@ class Layout:
 class Descriptor:
     """A tensor as TMA addresses it, and the box of a copy."""
 
+    base: torch.Tensor
+    block_shape: list[int]
     layout, dtype = Layout(), np.float32
 
-    def __init__(self, tensor: torch.Tensor, box):
-        self.bytes = 1 if tensor.dtype == torch.float8_e4m3fn else 2  # of an element on the device
-        self.data, self.box = tensor.float().numpy() if self.bytes == 1 else tensor.numpy(), tuple(box)
+    @property
+    def bytes(self) -> int:
+        """Bytes of an element on the device."""
+        return 1 if self.base.dtype == torch.float8_e4m3fn else 2
 
-    @classmethod
-    def from_tensor(cls, tensor, box, layout):
-        return cls(tensor, box)
+    @property
+    def data(self) -> np.ndarray:
+        return self.base.float().numpy() if self.bytes == 1 else self.base.numpy()
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        return tuple(self.block_shape)
 
     def places(self, coord):
         """Return the slices of the tensor and of the box that overlap."""

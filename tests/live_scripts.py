@@ -184,7 +184,6 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
     holds what it may, and no process is left.
     """
     from megatron_lora.config.schema import load_config
-    from megatron_lora.errors import UserError
     from megatron_lora.output.events import read_events
     from megatron_lora.output.job_states import exit_status
     from megatron_lora.output.run_directory import RunDirectory, job_states
@@ -203,12 +202,7 @@ def play(pool, scene: Scene, seed: int, parallel: dict, folder: Path, end: str =
         ends_early = "none" if is_last else rng.choice(["stop", "kill", "kill"]) if end == "mixed" else end
         stop_after = rng.randint(2, 14) if ends_early == "stop" else None
         kill = random_kill(rng, parallel, folder / f"killed-{start}") if ends_early == "kill" else None
-        try:
-            opened = RunDirectory.create(load_config(config))
-        except UserError as error:  # what was asked for since the last start ends the jobs that were left
-            assert start and "holds a finished run" in str(error), error
-            break
-        with opened as directory:
+        with RunDirectory.create(load_config(config)) as directory:
             leftovers.check(run)
             try:
                 pool(**parallel).run(train, config, script, stop_after, kill, None, "inline" if start else "process")
@@ -247,13 +241,11 @@ def _whole_lines(path: Path) -> list[dict]:
 
 def check(pool, scene: Scene, outcome: Outcome) -> Counter[str]:
     """Compare each job with its solo run, within promise 1's bounds; return how many jobs ended in each state."""
-    from megatron_lora.output.events import read_events
     from megatron_lora.output.run_directory import job_states
 
     states = job_states(outcome.run)
-    cancelled = {event.job for event in read_events(outcome.run) if event.event == "cancelled"}
     for name, state in states.items():
-        if state == "cancelled" or (state == "paused" and name in cancelled):  # the latter when it was paused, and nothing else was left
+        if state == "cancelled":
             continue
         solo = _solo(pool, scene, name)
         assert state == job_states(solo)[name], (name, states)
@@ -279,6 +271,8 @@ def repeat(pool, outcome: Outcome, folder: Path) -> None:
         pool(**outcome.parallel).run(train, config, {}, None, None, str(outcome.run), "inline")
         directory.finish(0)
     for name, lines in outcome.first.items():
+        if not lines:  # it was killed before the job's first step was reported
+            continue
         repeated = runs.lines_of(again, name)[: len(lines)]
         assert [line | {"seconds": 0} for line in repeated] == [line | {"seconds": 0} for line in lines], name
     if outcome.counts["starts"] == 1:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_ops.launch.backend import backend_name
 from fused_ops.launch.optional_triton import tl, triton
+from fused_ops.launch.shapes import cdiv
 
 BLOCK = 4096
 WARPS = 8
@@ -88,7 +89,7 @@ def softmax_sums(logits: Tensor, backend: str | None = None) -> tuple[Tensor, Te
     if backend_name(logits.device, backend) == "reference":
         return softmax_sums_reference(logits)
     num_rows, num_cols = logits.shape
-    num_blocks = triton.cdiv(num_cols, BLOCK)
+    num_blocks = cdiv(num_cols, BLOCK)
     highest, total = torch.empty(2, num_rows, num_blocks, dtype=torch.float32, device=logits.device)
     _launch(_softmax_sums_kernel, num_rows, num_cols, logits, highest, total)
     top = highest.amax(dim=1)
@@ -130,7 +131,7 @@ def scatter_scaled(grad: Tensor, scales: Tensor, rows: Tensor | None = None, bac
 
 def _launch(kernel, num_rows: int, num_cols: int, *tensors: Tensor | None, **options: int) -> None:
     """Launch a program for each block of columns of each row."""
-    num_blocks = triton.cdiv(num_cols, BLOCK)
+    num_blocks = cdiv(num_cols, BLOCK)
     if num_rows * num_blocks:
         kernel[(num_rows * num_blocks,)](*tensors, num_cols, num_blocks, **options, BLOCK=BLOCK, num_warps=WARPS)
 

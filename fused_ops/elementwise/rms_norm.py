@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_ops.launch.backend import backend_name, gradients
 from fused_ops.launch.optional_triton import tl, triton
+from fused_ops.launch.shapes import cdiv
 from fused_ops.lora.fp8 import Rounded, empty_rows, magnitude, row_scale
 from fused_ops.lora.refill import Refill, wanted
 
@@ -144,7 +145,7 @@ def forward(
     values, scales = (None, None) if rounded is None or rounded.x is None else (rounded.x.values, rounded.x.scales)
     if num_rows:
         rows, cols, warps = _tile(num_cols)
-        _forward_kernel[(triton.cdiv(num_rows, rows),)](
+        _forward_kernel[(cdiv(num_rows, rows),)](
             x, residual, weight, y, total, rstd, values, scales, num_rows, num_cols, eps,
             ADD=residual is not None, FP8=values is not None, ROWS=rows, COLS=cols, num_warps=warps,
         )  # fmt: skip
@@ -158,7 +159,7 @@ def backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, r
     dx, y = torch.empty_like(total), torch.empty_like(total) if refill else None
     if num_rows:
         rows, cols, warps = _tile(num_cols)
-        _backward_kernel[(triton.cdiv(num_rows, rows),)](
+        _backward_kernel[(cdiv(num_rows, rows),)](
             dy, dtotal, total, weight, rstd, dx, y, num_rows, num_cols,
             ADD=dtotal is not None, REFILL=refill, ROWS=rows, COLS=cols, num_warps=warps,
         )  # fmt: skip

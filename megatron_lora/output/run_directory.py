@@ -69,7 +69,7 @@ class RunDirectory:
     def check(config: RunConfig, choose: Choose = newest, keep_alive: bool = False) -> dict[str, ResumePoint]:
         """Return the resume points of the remaining jobs, as they are chosen; UserError when this run cannot use its directory.
 
-        Writes nothing. With `keep_alive` no job need remain.
+        Writes nothing. With `keep_alive`, or where requests since the last start end what was left, no job need remain.
         """
         path = Path(config.output_dir)
         try:
@@ -77,7 +77,7 @@ class RunDirectory:
             if not has_begun(path):
                 return resume_points(config, {})
             run = as_left(path, config, states_to_start_from(job_states(path)))
-            return check_resume(path, run.states, run.config, choose, keep_alive)
+            return check_resume(path, run.states, run.config, choose, keep_alive or not _ended(path))
         except OSError as error:
             raise _unusable(path, error) from None
 
@@ -123,9 +123,10 @@ class RunDirectory:
         run, over, remaining = Run(config=config, states={job.name: "queued" for job in config.jobs}), {}, {}
         if has_begun(self.path):
             rests_on = base_files_of(self.path) or rests_on
+            may_have_none = keep_alive or not _ended(self.path)
             run = self._take_requests(config)
             # Checked again, because another run may have ended between `check` and the lock.
-            remaining = check_resume(self.path, run.states, run.config, choose, keep_alive)
+            remaining = check_resume(self.path, run.states, run.config, choose, may_have_none)
             rewind(self.path, remaining)
             config = as_begun(load_config(self.path / "config.yaml"), run.config)
             over = {name: job for name, job in self.status()["jobs"].items() if job["state"] in OVER}
@@ -319,6 +320,11 @@ def job_states(path: Path) -> dict[str, str]:
         raise UserError(
             f"output_dir: {str(path)!r} holds the results of a run whose {STATUS} cannot be read; restore it, or choose another directory"
         ) from None
+
+
+def _ended(path: Path) -> bool:
+    """Whether the last start left no job that a start could train; requests since then may have ended more, and say so in the next."""
+    return all(state in OVER for state in job_states(path).values())
 
 
 def _describe(run: Run, config: RunConfig, path: Path) -> list[str]:

@@ -155,6 +155,7 @@ def _run_windows(
         # Ranks wait for the first one's thread, which may wait until a job is evaluated.
         writer = Writer(config, board, model_dir, {} if reporter is None else reporter.directory.status().get("rests_on", {}))
         collector = SnapshotCollector(arena, writer.write, new_group(backend="gloo", timeout=LONGEST_WINDOW))
+        collector.pin_ahead([spec_of(job) for job in config.jobs if job.save_steps])
         saver = Saver(jobs, collector, board)
         first_updates = FirstUpdates()
 

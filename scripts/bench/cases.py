@@ -130,6 +130,7 @@ def _case(chosen: argparse.Namespace) -> Case:
     words += [str(chosen.budget), policies_in_words(chosen.recompute)]
     words += [word for word, usual in ((chosen.base_weights, "native"), (chosen.backend, "auto")) if word != usual]
     words += [word for word, on in (("offloaded", chosen.activation_offloading), ("deterministic", chosen.deterministic)) if on]
+    words += [f"{chosen.num_layers} layers"] if chosen.num_layers else []
     words += [f"checkpoints every {chosen.save_steps}"] if chosen.save_steps else []
     how = [chosen.policy] if chosen.policy == HF_PEFT else [chosen.policy, chosen.adapters]
     given = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(Case)}

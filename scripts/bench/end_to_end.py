@@ -112,8 +112,10 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
         "backend": case.backend,
         "jobs": job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion),
     }
+    architecture = read_architecture(own / "model")
+    tree["jobs"] = [job | {"target_modules": list(architecture.module_sizes)} for job in tree["jobs"]]
     if steps is None:
-        steps = case.steps or steps_for(case, lengths, load(own, tree), read_architecture(own / "model"))
+        steps = case.steps or steps_for(case, lengths, load(own, tree), architecture)
     return load(own, tree | {"jobs": [job | {"max_steps": steps, "save_steps": case.save_steps} for job in tree["jobs"]]})
 
 

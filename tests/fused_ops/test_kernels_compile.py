@@ -5,6 +5,7 @@ Triton. ptxas serialises a GEMM's pipeline silently when registers run out (C751
 140% loss on an H200. Nothing is skipped on a Triton that is new: what it cannot do has to be looked at (launch/triton_version.py).
 """
 
+import dataclasses
 import itertools
 import os
 import re
@@ -269,6 +270,21 @@ def test_this_triton_is_known():
     assert triton_version.compiles_gluon(), f"Triton {triton_version.VERSION} is not one of those that triton_version.py describes"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_descriptors_are_those_that_triton_makes(dtype):
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from fused_ops.lora.hopper.layouts import _layout, describe
+
+    matrix = torch.zeros(300, 128).to(dtype)
+    ours = describe(matrix, 64, 64)
+    theirs = TensorDescriptor.from_tensor(matrix, [64, 64], _layout(dtype == torch.float8_e4m3fn, 64, 64))
+    assert type(ours) is TensorDescriptor and ours.base is matrix
+    assert repr(ours.layout) == repr(theirs.layout) and isinstance(ours.layout, type(theirs.layout))
+    others = [field.name for field in dataclasses.fields(theirs) if field.name not in ("base", "layout")]
+    assert len(others) >= 4 and all(getattr(ours, name) == getattr(theirs, name) for name in others)
+
+
 UNKNOWN = """
 from importlib import metadata
 from types import SimpleNamespace
@@ -285,9 +301,7 @@ from fused_ops.lora import fused
 shapes.uses_tma = lambda *tensors: True
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 class Rows:
-    is_cuda, device, dtype = True, "cuda", torch.bfloat16
-    def __len__(self):
-        return 1
+    shape, device, dtype = (1,), torch.device("cuda"), torch.bfloat16
 print(shapes.suits_hopper(Rows()))
 """
 

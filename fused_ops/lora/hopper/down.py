@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.launch.early_launch import pdl
-from fused_ops.launch.shapes import num_processors, rank_class
+from fused_ops.launch.shapes import cdiv, num_processors, rank_class
 from fused_ops.lora.adapters import A_ROW, ADAPTER_FIELDS, LEVEL, LORA_RANK, MODULE_FIELDS, S_COLUMN, S_WIDTH, LoraGroup
 from fused_ops.lora.hopper.dropout import drop_features, level_of, mix, pair_keys
 from fused_ops.lora.hopper.layouts import describe
@@ -145,13 +145,13 @@ def hopper_down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
     num_rows, num_inner = x_TK.shape
     modules = group.num_modules
     rank = rank_class(group.max_padded_rank, 64 if modules == 1 else 32)
-    num_items, num_ranks = route.num_items(BM.value), triton.cdiv(group.max_padded_rank, rank)
+    num_items, num_ranks = route.num_items(BM.value), cdiv(group.max_padded_rank, rank)
     if not num_items:
         return s_TR
-    num_shares = min(max(num_processors(x_TK.device) // num_items, 1), triton.cdiv(num_inner, 512))
-    num_blocks = triton.cdiv(num_inner, BK.value)
-    share_blocks = triton.cdiv(num_blocks, num_shares)
-    num_shares = triton.cdiv(num_blocks, share_blocks)
+    num_shares = min(max(num_processors(x_TK.device) // num_items, 1), cdiv(num_inner, 512))
+    num_blocks = cdiv(num_inner, BK.value)
+    share_blocks = cdiv(num_blocks, num_shares)
+    num_shares = cdiv(num_blocks, share_blocks)
     partial = torch.empty(num_shares if num_shares > 1 else 0, *s_TR.shape, dtype=torch.float32, device=x_TK.device)
 
     stage_bytes = (BM.value + modules * rank) * BK.value * 2
@@ -163,7 +163,7 @@ def hopper_down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
         **pdl(x_TK),
     )  # fmt: skip
     if num_shares > 1:
-        _add_shares_kernel[(num_items, triton.cdiv(group.width, 16))](
+        _add_shares_kernel[(num_items, cdiv(group.width, 16))](
             s_TR, partial, route.items(BM.value), group.adapter_table, group.scale_table, num_rows, num_shares, s_TR.stride(0),
             BM=BM.value, COLUMNS=16, num_warps=4, **pdl(x_TK),
         )  # fmt: skip

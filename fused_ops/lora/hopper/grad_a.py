@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.launch.early_launch import pdl
-from fused_ops.launch.shapes import num_processors, rank_class
+from fused_ops.launch.shapes import cdiv, num_processors, rank_class
 from fused_ops.lora.adapters import A_ROW, ADAPTER_FIELDS, FIRST_A_ROW, LEVEL, LORA_RANK, MODULE_FIELDS, S_COLUMN, S_WIDTH, LoraGroup
 from fused_ops.lora.hopper.dropout import drop_rows, half_of, level_of, mix, pair_keys
 from fused_ops.lora.hopper.layouts import describe
@@ -183,7 +183,7 @@ def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, a
     modules, width = group.num_modules, group.width
     rank = rank_class(group.max_padded_rank, 64 if modules == 1 else 32)
     columns = 128 if modules * rank <= 64 else 64
-    num_blocks, num_ranks = triton.cdiv(num_cols, columns), triton.cdiv(group.max_padded_rank, rank)
+    num_blocks, num_ranks = cdiv(num_cols, columns), cdiv(group.max_padded_rank, rank)
     rows = route.item_rows(num_blocks, 2 * num_processors(x_TK.device))
     num_items = route.num_items(rows)
     if not num_items:
@@ -196,7 +196,7 @@ def hopper_grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, a
         BC=columns, RANK=rank, MODULES=modules, num_warps=WARPS.value, maxnreg=128, **pdl(x_TK), AHEAD=after_dx,
     )  # fmt: skip
     if several:
-        _add_items_kernel[(triton.cdiv(num_cols, 256), num_items, triton.cdiv(width, 16))](
+        _add_items_kernel[(cdiv(num_cols, 256), num_items, cdiv(width, 16))](
             group.grad_a_RK, partial, route.items(rows), group.adapter_table, num_cols, width,
             COLUMNS=256, RANKS=16, num_warps=4, **pdl(x_TK),
         )  # fmt: skip

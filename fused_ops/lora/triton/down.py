@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.launch.early_launch import pdl
-from fused_ops.launch.shapes import num_processors, rank_class, uses_tma
+from fused_ops.launch.shapes import cdiv, num_processors, rank_class, uses_tma
 from fused_ops.lora.adapters import A_ROW, ADAPTER_FIELDS, B_ROW, LEVEL, LORA_RANK, S_WIDTH, LoraGroup
 from fused_ops.lora.route import ADAPTER, END, FIRST, ITEM_FIELDS, Route
 from fused_ops.lora.term import LoraTerm, term_of_a, term_of_module
@@ -126,12 +126,12 @@ def _launch(value: Tensor, out: Tensor, group: LoraGroup, route: Route, term: Lo
     (lora,), (num_rows, num_inner) = term.factors, value.shape
     rank, tma = rank_class(term.width, 128 if term.num_modules == 1 else 64), uses_tma(value, lora)
     config = down_config(rank, term.num_modules, term.dropout, value.element_size(), tma)
-    num_items, num_ranks = route.num_items(config.rows), triton.cdiv(term.width, rank)
+    num_items, num_ranks = route.num_items(config.rows), cdiv(term.width, rank)
     if not num_items:
         return
     num_splits = splits(num_rows, num_inner, config, num_processors(value.device))
-    split_blocks = triton.cdiv(num_inner, num_splits * config.inner)
-    num_splits = triton.cdiv(num_inner, split_blocks * config.inner)
+    split_blocks = cdiv(num_inner, num_splits * config.inner)
+    num_splits = cdiv(num_inner, split_blocks * config.inner)
     partial = torch.empty(num_splits if num_splits > 1 else 0, *out.shape, dtype=torch.float32, device=value.device)
     _down_kernel[(num_items, num_splits, num_ranks)](
         *described(tma, (value, config.rows, config.inner), (lora, rank, config.inner)), out, partial,

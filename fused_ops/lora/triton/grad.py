@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.launch.early_launch import pdl
-from fused_ops.launch.shapes import rank_class, uses_tma
+from fused_ops.launch.shapes import cdiv, rank_class, uses_tma
 from fused_ops.lora.adapters import A_ROW, ADAPTER_FIELDS, B_ROW, LEVEL, LORA_RANK, S_WIDTH, LoraGroup
 from fused_ops.lora.route import ADAPTER, END, END_ITEM, FIRST, FIRST_ITEM, ITEM_FIELDS, SEGMENT, Route
 from fused_ops.lora.term import LoraTerm, term_of_a, term_of_module
@@ -183,7 +183,7 @@ def _sum_rows(
     rank, tma = rank_class(term.width, 128 if term.num_modules == 1 else 32), uses_tma(value, s_TR)
     num_cols, width = value.shape[1], group.width
     config = rows_config(rank, term.num_modules, term.dropout, value.element_size(), tma)
-    num_blocks, num_ranks = triton.cdiv(num_cols, config.columns), triton.cdiv(term.width, rank)
+    num_blocks, num_ranks = cdiv(num_cols, config.columns), cdiv(term.width, rank)
     num_items = route.num_items(config.item_rows)
     if not num_items:
         return

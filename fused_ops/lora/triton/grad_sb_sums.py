@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_ops.launch.early_launch import pdl
-from fused_ops.launch.shapes import num_processors, rank_class
+from fused_ops.launch.shapes import cdiv, num_processors, rank_class
 from fused_ops.lora.adapters import ADAPTER_FIELDS, B_ROW, LORA_RANK, MODULE_FIELDS, S_COLUMN, LoraGroup
 from fused_ops.lora.route import ADAPTER, END, END_ITEM, FIRST, FIRST_ITEM, ITEM_FIELDS, Route
 
@@ -120,7 +120,7 @@ class Sums:
 def make_sums(dy_TN: Tensor, group: LoraGroup, route: Route, block: int) -> Sums:
     """Return how to cut dY [T, N] into items and blocks of `block` columns."""
     sizes, rank, empty = tuple(stop - start for start, stop in group.columns), rank_class(group.max_padded_rank), dy_TN.new_empty
-    ends = tuple(accumulate(triton.cdiv(size, block) for size in sizes))
+    ends = tuple(accumulate(cdiv(size, block) for size in sizes))
     item_rows = route.item_rows(ends[-1], num_processors(dy_TN.device))
     num_items = route.num_items(item_rows)
     several = num_items if num_items > len(route.segments) else 0

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_ops.launch.shapes import unchecked
 from fused_ops.lora.adapters import FIRST_A_ROW, MODULE_FIELDS, S_COLUMN
 
 
@@ -42,4 +43,4 @@ def arrive_last(counter_ptr, num_programs):
 
 def described(tma: bool, *blocks: tuple[Tensor, int, int]) -> list:
     """Return matrices as kernels take them: with TMA by descriptors of blocks [rows, columns], else as they are."""
-    return [TensorDescriptor.from_tensor(each, [rows, columns]) if tma else each for each, rows, columns in blocks]
+    return [unchecked(TensorDescriptor, each, [rows, columns]) if tma else each for each, rows, columns in blocks]

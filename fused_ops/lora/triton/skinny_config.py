@@ -6,7 +6,7 @@ sums as that allows. Without TMA the pipeline is shallower and several programs 
 
 from dataclasses import dataclass
 
-from fused_ops.launch.optional_triton import triton
+from fused_ops.launch.shapes import cdiv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,5 +81,5 @@ def shares_config(num_cols: int, rank: int, item_size: int, tma: bool) -> Shares
 
 def splits(num_rows: int, num_inner: int, config: DownConfig, processors: int) -> int:
     """Return the number of programs among which the inner dimension of S is cut."""
-    wanted = int(config.per_processor * processors) // triton.cdiv(max(num_rows, 1), config.rows)
+    wanted = int(config.per_processor * processors) // cdiv(max(num_rows, 1), config.rows)
     return max(1, min(wanted, num_inner // 512))

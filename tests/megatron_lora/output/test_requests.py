@@ -327,6 +327,24 @@ def test_a_finished_run_to_which_a_job_was_added_is_resumed_and_one_that_lost_a_
         RunDirectory.check(other)
 
 
+def test_a_start_records_that_requests_have_ended_what_was_left(tmp_path):
+    path = tmp_path / "run"
+    with RunDirectory.create(config(path)) as directory:
+        (path / "jobs" / "a").mkdir(parents=True)
+        (path / "jobs" / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
+        directory.set_job("a", "done")
+        directory.set_job("Bee", "paused")
+        directory.finish(75)
+    ask(path, "cancel", "Bee")
+    assert RunDirectory.check(config(path)) == {}
+    RunDirectory.create(config(path)).close()
+    assert {name: entry["state"] for name, entry in json.loads((path / "status.json").read_text())["jobs"].items()} == {
+        "a": "done", "Bee": "cancelled"
+    }  # fmt: skip
+    with pytest.raises(UserError, match="a finished run"):
+        RunDirectory.check(config(path))
+
+
 def test_requests_are_kept_by_a_run_that_never_took_a_step(tmp_path):
     path = tmp_path / "run"
     with RunDirectory.create(config(path)) as directory:
