@@ -197,20 +197,19 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--no-wait", action="store_true", help="do not wait a few seconds for the run to take the request")
     add_jobs.add_argument("file", metavar="JOB.yaml", help="a job's mapping, or jobs: with defaults: and sweep:")
     add_jobs.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="an override such as r=32, or jobs.NAME.r=32")
-    jobs.add_argument("run", metavar="RUN", help="the output directory of a run")
-    jobs.add_argument("--json", action="store_true", help="print JSON in place of a table")
     plan.add_argument("--plot", metavar="FILE", help="also draw the plan, stage by stage, into a new .png, .svg or .pdf")
     plan.add_argument("--policy", default="ours", metavar="NAME", help="ours (default), or to compare flush, round-robin, grouped, greedy")
     plan.add_argument("--device", metavar="NAME", help="predict for h100, h200, a100 or cpu (default: this machine's GPU, else h100)")
     plan.add_argument("--cost", metavar="FILE", help="take seconds from a table that calibrate has written (default: this machine's own)")
     calibrate.add_argument("--output", metavar="FILE", help="write the table here (default: below the cache directory, where it is found)")
-    for command in (report, watch, sweep):
+    for command in (jobs, report, watch, sweep):
         command.add_argument("run", metavar="RUN", help="the output directory of a run")
+    for command in (jobs, sweep):
+        command.add_argument("--json", action="store_true", help="print JSON in place of a table")
     report.add_argument("--plot", metavar="FILE", help="also draw what ran when, and what was predicted, into a new .png, .svg or .pdf")
     report.add_argument(
         "--html", nargs="?", const="", metavar="FILE", help="write a page with curves, states, accounting and a timeline (RUN/report.html)"
     )
-    sweep.add_argument("--json", action="store_true", help="print JSON in place of a table")
     sweep.add_argument("--plot", metavar="FILE", help="also draw the points' curves and a heat map into a new .png, .svg or .pdf")
     watch.add_argument("--job", nargs="+", default=[], metavar="NAME", help="show these jobs alone (default: those that train come first)")
     watch.add_argument("--once", action="store_true", help="print one frame and end")

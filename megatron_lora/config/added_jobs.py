@@ -27,7 +27,7 @@ def load_added_jobs(path: str, overrides: Sequence[str], config: RunConfig) -> t
     if not tree.keys() & {"jobs", "defaults", "sweep"}:
         tree = {"jobs": [tree]}
     if others := sorted(tree.keys() - {"jobs", "defaults", "sweep"}):
-        raise UserError(f"{path}: {key_name(others[0])}: belongs to the run, whose config stays as it is; beside jobs give defaults alone")
+        raise UserError(f"{path}: {key_name(others[0])}: belongs to the run, whose config stays; beside jobs give defaults and sweep alone")
     swept, jobs = sweep("sweep", tree.get("sweep")), tree.get("jobs")
     return tuple(map(_from_anywhere, load_jobs(tree.get("defaults"), with_points(swept, jobs) if swept else jobs, config.seed)))
 

@@ -375,7 +375,7 @@ def main() -> int:
         found = CASES[options.case](options)
         file = options.output
         print(json.dumps(found, indent=1))
-    case = options.case if options.case != "simulate" else f"simulate, {options.strategy}"
+    case = f"{options.case}, {options.strategy}" if options.case in ("simulate", "gpu") else options.case
     line = stamp(options.hardware, options.commit) | {"case": case, "seed": options.seed}
     append_line(file, line | (found if options.case == "record" else {"results": found}))
     return 0

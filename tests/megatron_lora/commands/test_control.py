@@ -169,7 +169,7 @@ def test_jobs_with_defaults_are_added_together(run, materials, capsys):
     ("keys", "words"),
     [
         ({"name": "A"}, "jobs.A.name: the run has a job of this name (upper and lower case"),
-        ({"sweep": {}}, "sweep: is not supported yet"),
+        ({"sweep": {}}, "beside jobs give defaults and sweep alone"),
         ({"jobs": [], "base_model": "x"}, "base_model: belongs to the run"),
         ({"flavour": 1}, "jobs.c.flavour: unknown key"),
         ({"r": "16"}, "jobs.c.r: '16' is not a LoRA rank"),
