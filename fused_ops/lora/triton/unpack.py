@@ -9,6 +9,7 @@ is packed.unpack_reference; `out` may be any memory that the kernel before has f
 from torch import Tensor
 
 from fused_ops.launch.optional_triton import constants, tl, triton
+from fused_ops.launch.shapes import cdiv
 from fused_ops.lora.fp8 import Fp8Matrix
 from fused_ops.lora.nf4 import BLOCK, Nf4Matrix, table_of
 
@@ -54,7 +55,7 @@ def unpack(matrix: Fp8Matrix | Nf4Matrix, factors: Tensor | None, out: Tensor, t
     num_rows, num_cols = out.shape[::-1] if transposed else out.shape
     assert values.is_contiguous() and values.shape == (num_rows, num_cols // 2 if nf4 else num_cols)
     rows, blocks = SIZES[transposed]
-    _unpack_kernel[(triton.cdiv(num_cols, BLOCK * blocks), triton.cdiv(num_rows, rows))](
+    _unpack_kernel[(cdiv(num_cols, BLOCK * blocks), cdiv(num_rows, rows))](
         values, matrix.absmax if nf4 else None, table_of(out.device) if nf4 else None, factors, out, num_rows, num_cols,
         NF4=nf4, SCALED=factors is not None, TRANSPOSED=transposed, ROWS=rows, BLOCKS=blocks, num_warps=4,
     )  # fmt: skip
