@@ -32,7 +32,7 @@ def choose(logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | 
     probability, weight = (logits_TE.new_empty(num_tokens, columns, dtype=torch.float32) for columns in (num_experts, top_k))
     expert, counts = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((num_tokens, top_k), (num_blocks, width)))
     if num_tokens:
-        kernels.choose_kernel[(num_blocks,)](
+        kernels.expert_choose_kernel[(num_blocks,)](
             logits_TE, probability, expert, weight, counts, near_ties if top_k < num_experts else None, num_tokens, num_experts, NEAR,
             TOP_K=top_k, NORMALISED=normalised, BT=TOKENS, BE=width, BK=_power_of_2(top_k),
         )  # fmt: skip
@@ -46,9 +46,9 @@ def _route_of(choice: Choice, counts: Tensor, num_experts: int) -> ExpertRoute:
     most = most_tiles(num_tokens * top_k, num_experts)
     first, tiles = counts.new_empty(num_experts + 1), counts.new_empty(most + 1, 3)
     place, weight = torch.empty_like(choice.expert_Tk), choice.weight_Tk.new_empty(num_tokens * top_k)
-    kernels.first_rows_kernel[(1,)](counts, first, tiles, num_blocks, num_experts, most, BLOCK=BLOCK, BB=64, BE=width, num_warps=8)
+    kernels.expert_first_rows_kernel[(1,)](counts, first, tiles, num_blocks, num_experts, most, BLOCK=BLOCK, BB=64, BE=width, num_warps=8)
     if num_tokens:
-        kernels.place_kernel[(num_blocks,)](
+        kernels.expert_place_kernel[(num_blocks,)](
             choice.expert_Tk, choice.weight_Tk, counts, place, weight, num_tokens, TOP_K=top_k, BT=TOKENS, BE=width
         )
     return ExpertRoute(weight_R=weight, place_Tk=place, first_E=first, tiles=tiles)
@@ -59,7 +59,7 @@ def grad_choice(choice: Choice, d_weight_R: Tensor, route: ExpertRoute, num_expe
     num_tokens, top_k = choice.expert_Tk.shape
     out = torch.empty(num_tokens, num_experts, dtype=dtype, device=d_weight_R.device)
     if num_tokens:
-        kernels.grad_choice_kernel[(cdiv(num_tokens, TOKENS),)](
+        kernels.expert_grad_choice_kernel[(cdiv(num_tokens, TOKENS),)](
             d_weight_R, route.place_Tk, choice.expert_Tk, choice.weight_Tk, choice.probability_TE, out, num_tokens, num_experts,
             TOP_K=top_k, NORMALISED=choice.probability_TE is None, BT=TOKENS, BE=_power_of_2(num_experts),
         )  # fmt: skip
@@ -71,7 +71,7 @@ def gather(x_TH: Tensor, route: ExpertRoute) -> Tensor:
     (num_tokens, num_cols), top_k = x_TH.shape, route.place_Tk.shape[1]
     out = x_TH.new_empty(num_tokens * top_k, num_cols)
     if num_tokens:
-        kernels.gather_kernel[(num_tokens,)](x_TH, route.place_Tk, out, num_cols, TOP_K=top_k, BLOCK=_block(num_cols))
+        kernels.expert_gather_kernel[(num_tokens,)](x_TH, route.place_Tk, out, num_cols, TOP_K=top_k, BLOCK=_block(num_cols))
     return out
 
 
@@ -81,7 +81,7 @@ def combine(y_RH: Tensor, route: ExpertRoute) -> Tensor:
     out, block = y_RH.new_empty(num_tokens, num_cols), _block(num_cols)
     num_blocks = cdiv(num_cols, block)
     if num_tokens:
-        kernels.combine_kernel[(num_tokens * num_blocks,)](y_RH, route.place_Tk, out, num_cols, num_blocks, TOP_K=top_k, BLOCK=block)
+        kernels.expert_combine_kernel[(num_tokens * num_blocks,)](y_RH, route.place_Tk, out, num_cols, num_blocks, TOP_K=top_k, BLOCK=block)
     return out
 
 
@@ -90,7 +90,7 @@ def weighted_swiglu(gate_up_RF: Tensor, route: ExpertRoute) -> Tensor:
     num_rows, num_cols = len(gate_up_RF), gate_up_RF.shape[1] // 2
     y = gate_up_RF.new_empty(num_rows, num_cols)
     if num_rows:
-        kernels.swiglu_kernel[(num_rows,)](gate_up_RF, route.weight_R, y, num_cols, BLOCK=_block(num_cols))
+        kernels.expert_swiglu_kernel[(num_rows,)](gate_up_RF, route.weight_R, y, num_cols, BLOCK=_block(num_cols))
     return y
 
 
@@ -99,5 +99,5 @@ def weighted_swiglu_backward(gate_up_RF: Tensor, dy: Tensor, route: ExpertRoute)
     num_rows, num_cols = dy.shape
     d_weight = torch.empty_like(route.weight_R)
     if num_rows:
-        kernels.swiglu_backward_kernel[(num_rows,)](dy, gate_up_RF, route.weight_R, d_weight, num_cols, BLOCK=_block(num_cols))
+        kernels.expert_swiglu_backward_kernel[(num_rows,)](dy, gate_up_RF, route.weight_R, d_weight, num_cols, BLOCK=_block(num_cols))
     return gate_up_RF, d_weight

@@ -7,7 +7,7 @@ from fused_ops.launch.optional_triton import tl, triton
 
 
 @triton.jit
-def choose_kernel(
+def expert_choose_kernel(
     logits_ptr, probability_ptr, expert_ptr, weight_ptr, counts_ptr, near_ties_ptr, num_tokens, num_experts, near,
     TOP_K: tl.constexpr, NORMALISED: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def choose_kernel(
 
 
 @triton.jit
-def grad_choice_kernel(
+def expert_grad_choice_kernel(
     d_weight_ptr, place_ptr, expert_ptr, weight_ptr, probability_ptr, out_ptr, num_tokens, num_experts,
     TOP_K: tl.constexpr, NORMALISED: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def grad_choice_kernel(
 
 
 @triton.jit
-def gather_kernel(x_ptr, place_ptr, out_ptr, num_cols, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def expert_gather_kernel(x_ptr, place_ptr, out_ptr, num_cols, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     i_token = tl.program_id(0).to(tl.int64)
     for start in range(0, num_cols, BLOCK):
         o_col = start + tl.arange(0, BLOCK)
@@ -82,7 +82,7 @@ def gather_kernel(x_ptr, place_ptr, out_ptr, num_cols, TOP_K: tl.constexpr, BLOC
 
 
 @triton.jit
-def first_rows_kernel(
+def expert_first_rows_kernel(
     counts_ptr, first_ptr, tiles_ptr, num_blocks, num_experts, most, BLOCK: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Write where each expert's rows begin, where those of each block of tokens do (over its counts), and the table of tiles.
@@ -119,7 +119,7 @@ def first_rows_kernel(
 
 
 @triton.jit
-def place_kernel(
+def expert_place_kernel(
     expert_ptr, weight_ptr, before_ptr, place_ptr, row_weight_ptr, num_tokens, TOP_K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Write the rows of a block of tokens: behind those of earlier blocks, in the order of tokens."""
@@ -138,7 +138,7 @@ def place_kernel(
 
 
 @triton.jit
-def swiglu_kernel(x_ptr, weight_ptr, y_ptr, num_cols, BLOCK: tl.constexpr):
+def expert_swiglu_kernel(x_ptr, weight_ptr, y_ptr, num_cols, BLOCK: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weight_ptr + i_row)
     for start in range(0, num_cols, BLOCK):
@@ -150,7 +150,7 @@ def swiglu_kernel(x_ptr, weight_ptr, y_ptr, num_cols, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_backward_kernel(dy_ptr, x_ptr, weight_ptr, d_weight_ptr, num_cols, BLOCK: tl.constexpr):
+def expert_swiglu_backward_kernel(dy_ptr, x_ptr, weight_ptr, d_weight_ptr, num_cols, BLOCK: tl.constexpr):
     """Write d[gate | up] over [gate | up]."""
     i_row = tl.program_id(0).to(tl.int64)
     weight, d_weight = tl.load(weight_ptr + i_row), 0.0
@@ -170,7 +170,7 @@ def swiglu_backward_kernel(dy_ptr, x_ptr, weight_ptr, d_weight_ptr, num_cols, BL
 
 
 @triton.jit
-def combine_kernel(y_ptr, place_ptr, out_ptr, num_cols, num_blocks, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def expert_combine_kernel(y_ptr, place_ptr, out_ptr, num_cols, num_blocks, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     i_token = (tl.program_id(0) // num_blocks).to(tl.int64)
     o_col = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
     m_col = o_col < num_cols

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity
 BY_KERNEL = (  # kind -> parts of kernels' names
     ("GEMM", ("_gemm_kernel", "_hopper_kernel")),
     ("experts' GEMM", ("_grouped_kernel",)),
+    ("experts", ("expert_",)),
     ("FP8 quantisation", ("_quantise_kernel",)),
     ("unpacking", ("_unpack_kernel",)),
     ("LoRA", ("_down_kernel", "_rows_kernel", "_grad_sb_kernel", "_add_shares_kernel", "_add_items_kernel", "_finish_kernel")),
