@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from megatron_lora.commands.plan import sweep_lines
 from megatron_lora.config import sweep_keys
 from megatron_lora.config.added_jobs import load_added_jobs
 from megatron_lora.config.schema import config_of, dump_config, load_config
@@ -106,3 +109,11 @@ def test_optuna_is_refused_with_how_to_install_it_where_it_is_missing(monkeypatc
 def test_whole_numbers_of_a_range_are_equally_likely():
     assert [sweep_keys.value_at({"min": 1, "max": 4, "log": False}, share) for share in (0, 0.24, 0.26, 0.99)] == [1, 1, 2, 4]
     assert math.isclose(sweep_keys.value_at({"min": 1e-4, "max": 1e-2, "log": True}, 0.5), 1e-3)
+
+
+def test_plan_says_what_a_sweep_costs():
+    config = config_of(tree({"r": list(range(1, 10))}, jobs=(JOB | {"name": "other"}, JOB), strategy="successive_halving"))
+    together = SimpleNamespace(shares=lambda: [0.1] * 10, figures=SimpleNamespace(seconds=1000.0))
+    share = (9 * 0.111 + 3 * 0.222 + 0.667) / 9
+    said = f"sweep tune: 9 points, 900 s if all train to their end; {900 * share:.0f} s expected by successive_halving, {share:.0%} of it"
+    assert sweep_lines(config, cast(Any, together)) == [said]
