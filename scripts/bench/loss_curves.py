@@ -1,7 +1,7 @@
 """Loss curves of the same jobs in bf16: the fused kernels, their reference, and transformers + peft, which runs several times.
 
     python scripts/fetch_model.py models/SmolLM2-135M-Instruct && python scripts/make_tasks.py data/quickstart
-    python -m scripts.bench.loss_curves configs/quickstart.yaml [--fp8] [--processes 8]
+    python -m scripts.bench.loss_curves configs/quickstart.yaml [--bases fp8 nf4/bf16] [--processes 8]
 
 All start from the same adapters (peft's, as directories that jobs begin with) and take the same samples in the same steps, without
 dropout. The runs of peft differ only in the order of samples inside a global batch, and so in which of them share a padded microbatch:
@@ -140,7 +140,7 @@ def parser() -> OneLineParser:
     found.add_argument("--batch", type=whole, default=4, help="samples of peft's microbatch")
     found.add_argument("--processes", type=whole, default=1, help="in which runs of peft go side by side")
     found.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
-    found.add_argument("--fp8", action="store_true", help="also over a base in 8 bits")
+    found.add_argument("--bases", nargs="*", default=[], help="also over these base_weights: fp8 nf4/bf16 fp8/bf16")
     found.add_argument("--figure", type=picture, default=RESULTS / "loss_curves.png")
     result_options(found, "loss_curves.jsonl")
     return found
@@ -158,7 +158,7 @@ def run(options) -> None:
         config = alone(given, options.steps, options.dtype, folder)
         begin(model_dir, config.jobs, folder)
         bases = {"fused": config, "reference": config}
-        bases |= {"fused, fp8 base": dataclasses.replace(config, base_weights="fp8")} if options.fp8 else {}
+        bases |= {f"fused, {base} base": dataclasses.replace(config, base_weights=base) for base in options.bases}
         for kind, base in bases.items():
             curves[kind] = ours(base, kind.split(",")[0], folder / "run")
             print(f"  {kind}: last losses {[round(losses[-1], 4) for losses in curves[kind]]}", flush=True)
