@@ -7,7 +7,7 @@ which fields it shows, under which headings and in which format:
     <!-- table: quickstart.jsonl | Where: hardware | Tokens/s: tokens_per_s:.0f | Commit: commit -->
     <!-- end of table -->
 
-`runs.jsonl with profile.GEMM | ...` takes only the lines that have the field; `peaks.0` is the first of a list. A field that is null
+`runs.jsonl with profile.GEMM and commit | ...` takes only the lines that have these fields; `peaks.0` is the first of a list. A field that is null
 was not measured, and its cell is empty.
 
 Only the newest line of each distinct `case` is shown (lines without `case` are one case), in the order in which cases first appear.
@@ -72,7 +72,7 @@ def table(spec: str, results: Path) -> str:
     headings, fields = zip(*(column.split(": ", 1) for column in columns), strict=True)
     file, _, wanted = source.partition(" with ")
     lines = [json.loads(line) for line in (results / file).read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if not wanted or _has(line, wanted)]
+    lines = [line for line in lines if not wanted or all(_has(line, name) for name in wanted.split(" and "))]
     rows = [headings, ["---"] * len(headings), *([cell(line, field) for field in fields] for line in newest(lines))]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
