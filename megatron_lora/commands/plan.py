@@ -140,7 +140,9 @@ def sweep_lines(config: RunConfig, together: Forecast) -> list[str]:
     lines, shares = [], dict(zip((job.name for job in config.jobs), together.shares(), strict=True))
     for name, points in by_sweep(config.jobs).items():
         sweep, seconds = points[0].point.sweep, together.figures.seconds * sum(shares[job.name] for job in points)
-        known = f"sweep {name}: {len(points)} points, {amount(seconds)} s if all train to their end"
+        num = sweep.num_points if sweep.strategy == "optuna" else len(points)  # those that it will name cost as much as the first ones
+        seconds *= num / len(points)
+        known = f"sweep {name}: {num} points, {amount(seconds)} s if all train to their end"
         early = expected_share(sweep, len(points))
         lines.append(f"{known}; {amount(early * seconds)} s expected by {sweep.strategy}, {early:.0%} of it" if sweep.rungs else known)
     return lines

@@ -356,6 +356,8 @@ def _with_validation_keys(where: str, job: JobConfig, given: Collection[str]) ->
     if job.val_datasets and job.val_set_size:
         size = f"{where}.val_set_size: {show(job.val_set_size)}"
         raise UserError(f"{size} takes records of {where}.datasets, and val_datasets are given; keep one of the two keys")
+    if job.point is not None:
+        _check_point(where, job)
     if job.point is not None and not job.is_evaluated:
         raise UserError(f"{where}: a sweep compares its points by evaluations; set jobs.{job.point.sweep.job}.val_datasets or val_set_size")
     mode = METRICS[job.metric]
@@ -376,6 +378,20 @@ def _with_validation_keys(where: str, job: JobConfig, given: Collection[str]) ->
         threshold = f"{where}.early_stopping_threshold: {job.early_stopping_threshold:g}"
         raise UserError(f"{threshold} needs {where}.early_stopping_patience; set a number of evaluations, or remove it")
     return dataclasses.replace(job, mode=mode, keep=job.keep if job.is_evaluated else "last")
+
+
+def _check_point(where: str, job: JobConfig) -> None:
+    """Raise UserError unless a point has the name and the numbers that its sweep gave it."""
+    assert job.point is not None
+    of, values = job.point.sweep, job.point.values
+    named = f"{of.job}-{job.point.number:03d}"
+    rules = {field.name: field.metadata["rule"] for field in dataclasses.fields(JobConfig)}
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    same = values.keys() == of.over.keys() <= rules.keys() and all(
+        rules[name](where, numbers[name]) == getattr(job, name) for name in numbers
+    )
+    if job.name != named or not same:
+        raise UserError(f"{where}.point: is what a sweep wrote for {named} with {show(values)}; set name and values back, or remove point")
 
 
 def _plain(value: object) -> object:

@@ -16,15 +16,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_lora.config.keys import build, key, required
-from megatron_lora.config.rules import METRICS, accepts, job_name, null_or, number, one_of, show, whole_number
+from megatron_lora.config.rules import METRICS, accepts, job_name, key_name, null_or, number, one_of, show, whole_number
 from megatron_lora.errors import UserError
 
 HALVING = ("successive_halving", "asha")
 STRATEGIES = ("grid", "random", *HALVING, "optuna")
-FIXED = ("name", "point", "metric", "mode")  # keys of a job that its points share
+FIXED = ("name", "point", "metric", "mode", "val_datasets", "val_set_size")  # keys of a job that its points share
 DEFAULT_NUM = 16
 FIRST_ASKED = 10  # points that Optuna's sampler is not asked for: as many as it would draw at random first
 LAST_RUNG = 0.95  # of a point's steps: a later one is its end
+MOST_POINTS, MOST_VALUES = 1_000, 500  # each point lists its sweep, and config.yaml has a limit
+DRAWS = 100  # for each point that is to differ from the others
 
 
 @accepts("a mapping of job keys to a list, `{choices: [...]}` or `{min, max, log}`")
@@ -32,7 +34,7 @@ def over(path: str, value: object) -> dict[str, dict[str, Any]]:
     """Accept what a sweep goes over; each key's values become {"choices": list} or {"min", "max", "log"}."""
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path}: {show(value)} is no mapping of job keys to values; write for example {{r: [8, 16]}}")
-    return {name: _axis(f"{path}.{name}", name, axis) for name, axis in value.items()}
+    return {name: _axis(f"{path}.{key_name(name)}", name, axis) for name, axis in value.items()}
 
 
 def _axis(path: str, name: str, axis: Any) -> dict[str, Any]:
@@ -66,17 +68,27 @@ class SweepConfig:
     )
     num: int | None = key(
         None,
-        null_or(whole_number("a number of points", 1, 10_000)),
+        null_or(whole_number("a number of points", 1, MOST_POINTS)),
         f"points; null: all combinations, or {DEFAULT_NUM} where there is a range",
         "points",
     )
     metric: str | None = key(None, null_or(one_of(*METRICS)), "which number of an evaluation compares points; null: the job's `metric`")
     mode: str | None = key(None, null_or(one_of("min", "max")), "whether the smallest or the largest is the best; null: as it needs")
-    reduction: int = key(3, whole_number("a reduction", 2), "of the points at a rung, one of this many continues")
+    reduction: int = key(3, whole_number("a reduction", 2, MOST_POINTS), "of the points at a rung, one of this many continues")
     first_rung: float = key(
-        0.111, number("a share of a point's steps", 0, 1, above=True, below=True), "the first rung, a share of a point's own steps"
+        0.111, number("a share of a point's steps", 0, LAST_RUNG, above=True, below=True), "the first rung, a share of a point's own steps"
     )
     seed: int = key(0, whole_number("a seed", 0, 2**32 - 1), "decides which points are drawn")
+
+    @property
+    def choices(self) -> dict[str, list[Any]]:
+        """The keys that have a list of values, with these."""
+        return {name: axis["choices"] for name, axis in self.over.items() if "choices" in axis}
+
+    @property
+    def num_points(self) -> int:
+        """How many points there are in the end."""
+        return self.num or (DEFAULT_NUM if len(self.choices) < len(self.over) else math.prod(map(len, self.choices.values())))
 
     @property
     def rungs(self) -> tuple[float, ...]:
@@ -121,6 +133,8 @@ def with_points(config: SweepConfig, jobs: object) -> list[Any]:
     names = [job.get("name") for job in entries if isinstance(job, dict)]
     if config.job not in names:
         raise UserError(f"sweep.job: {show(config.job)} is no entry of jobs, which are {', '.join(map(str, names)) or 'missing'}; name one")
+    if names.count(config.job) > 1:
+        raise UserError(f"jobs.{config.job}.name: two jobs have this name, and a sweep varies one; rename one")
     at = [isinstance(job, dict) and job.get("name") == config.job for job in entries].index(True)
     points = [point_of(config, entries[at], number, values) for number, values in enumerate(first_values(config))]
     return [*entries[:at], *points, *entries[at + 1 :]]
@@ -135,24 +149,50 @@ def point_of(config: SweepConfig, job: Mapping[str, Any], number: int, values: M
 
 def first_values(config: SweepConfig) -> list[dict[str, Any]]:
     """Return the values of the points that are there from the start; UserError where there are none such."""
-    choices = {name: axis["choices"] for name, axis in config.over.items() if "choices" in axis}
+    _check_keys_used(config)
+    choices, num = config.choices, config.num_points
     ranges = [name for name in config.over if name not in choices]
     size = math.prod(map(len, choices.values()))
-    num = config.num or (DEFAULT_NUM if ranges else size)
-    if config.strategy == "grid":
-        if ranges:
-            raise UserError(f"sweep.over.{ranges[0]}: a range has no grid; give a list, or strategy: random")
-        if num != size:
-            raise UserError(f"sweep.num: {num} is not the grid's {size} points; remove it, or use strategy: random")
+    if config.strategy == "grid" and ranges:
+        raise UserError(f"sweep.over.{key_name(ranges[0])}: a range has no grid; give a list, or strategy: random")
+    if num > MOST_POINTS:
+        raise UserError(
+            f"sweep.over: has {num:,} combinations, and at most {MOST_POINTS:,} can be points; set sweep.num, and strategy: random"
+        )
+    if config.strategy == "grid" and num != size:
+        raise UserError(f"sweep.num: {num} is not the grid's {size} points; remove it, or use strategy: random")
+    if num > size and not ranges:
+        raise UserError(f"sweep.num: {num} is more than the {size} points that sweep.over has; lower it, or give more values")
     if config.strategy == "optuna":
         check_optuna()
-        return [_draw(config, number) for number in range(min(num, FIRST_ASKED))]
-    if ranges:
-        return [_draw(config, number) for number in range(num)]
-    if num > size:
-        raise UserError(f"sweep.num: {num} is more than the {size} points that sweep.over has; lower it, or give more values")
-    grid = [dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values())]
-    return grid if num == size else [grid[at] for at in random.Random(config.seed).sample(range(size), num)]
+        return _drawn(config, min(num, FIRST_ASKED))
+    if ranges or num < size:
+        return _drawn(config, num)
+    return [dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values())]
+
+
+def _check_keys_used(config: SweepConfig) -> None:
+    """Raise UserError for values that are given twice, or too many, and for a key that the strategy does not use."""
+    for name, choices in config.choices.items():
+        if twice := [value for at, value in enumerate(choices[:MOST_VALUES]) if value in choices[:at]]:
+            raise UserError(f"sweep.over.{key_name(name)}: {show(twice[0])} is in the list twice; remove one of the two")
+    if (number := sum(map(len, config.choices.values()))) > MOST_VALUES:
+        raise UserError(f"sweep.over: lists {number:,} values, and at most {MOST_VALUES} are supported; give ranges")
+    unused = () if config.strategy in HALVING else ("seed",) * (config.strategy == "grid") + ("reduction", "first_rung")
+    for field in dataclasses.fields(config):
+        if field.name in unused and (value := getattr(config, field.name)) != field.default:
+            raise UserError(f"sweep.{field.name}: {value} means nothing to strategy: {config.strategy}; remove it, or use another strategy")
+
+
+def _drawn(config: SweepConfig, num: int) -> list[dict[str, Any]]:
+    """Return the first `num` points that are drawn and differ; UserError where so many are not found."""
+    found: dict[str, dict[str, Any]] = {}
+    for index in range(DRAWS * num):
+        values = _draw(config, index)
+        found.setdefault(repr(values), values)
+        if len(found) == num:
+            return [*found.values()]
+    raise UserError(f"sweep.num: {num} points were to differ, and {len(found)} were found in sweep.over; lower it, or give more values")
 
 
 def _draw(config: SweepConfig, number: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_lora.config.sweep_keys import DEFAULT_NUM, FIRST_ASKED, SweepConfig, check_optuna
+from megatron_lora.config.sweep_keys import FIRST_ASKED, SweepConfig, check_optuna
 
 Told = Mapping[int, tuple[Mapping[str, Any], bool, tuple[int, float] | None]]  # of a point: its values, whether it is over, (step, value)
 
@@ -18,7 +18,7 @@ Told = Mapping[int, tuple[Mapping[str, Any], bool, tuple[int, float] | None]]  #
 def num_to_ask(sweep: SweepConfig, told: Told) -> int:
     """Return how many points are to be added: as many as are over, until there are all."""
     alive = sum(not over for _, over, _ in told.values())
-    return max(0, min(FIRST_ASKED - alive, (sweep.num or DEFAULT_NUM) - len(told)))
+    return max(0, min(FIRST_ASKED - alive, sweep.num_points - len(told)))
 
 
 def ask(sweep: SweepConfig, mode: str, told: Told, number: int) -> dict[str, Any]:

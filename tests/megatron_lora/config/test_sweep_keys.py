@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,6 +17,8 @@ from megatron_lora.config.added_jobs import load_added_jobs
 from megatron_lora.config.schema import config_of, dump_config, load_config
 from megatron_lora.config.sweep_keys import SweepConfig
 from megatron_lora.errors import UserError
+from megatron_lora.output.changes import job_mapping
+from megatron_lora.output.resume import changed_key
 
 JOB = {"name": "tune", "datasets": [{"path": "a.jsonl", "type": "text"}], "val_set_size": 4, "lora_alpha": 8}
 OVER = {"learning_rate": [1e-4, 1e-3], "r": [4, 8, 16]}
@@ -91,13 +94,52 @@ def test_rungs_are_fractions_of_a_points_own_steps():
         (OVER, {"mode": "max"}, r"jobs\.tune-000\.mode: max contradicts"),
         (OVER, {"job": "tun"}, r"sweep\.job: 'tun' is no entry of jobs, which are tune"),
         (OVER, {"first_rung": 1.0}, r"sweep\.first_rung: 1\.0 is not a share"),
-        ({"val_set_size": [0]}, {}, r"compares its points by evaluations; set jobs\.tune\.val_datasets"),
+        (OVER, {"jobs": [JOB | {"val_set_size": 0}]}, r"compares its points by evaluations; set jobs\.tune\.val_datasets"),
+        ({"val_set_size": [2, 4]}, {}, r"sweep\.over\.val_set_size: all points of a sweep share it"),
+        (OVER, {"jobs": [JOB, JOB]}, r"jobs\.tune\.name: two jobs have this name"),
+        ({"r": [4, 8, 4]}, {}, r"sweep\.over\.r: 4 is in the list twice"),
+        ({"r\n": [4, 4]}, {}, r"sweep\.over\.'r\\n': 4 is in the list twice"),
+        ({"seed": list(range(501))}, {}, r"sweep\.over: lists 501 values, and at most 500"),
+        ({key: [*range(1, 101)] for key in ("r", "seed", "max_steps", "save_steps")}, {}, r"sweep\.over: has 100,000,000 combinations"),
+        ({"r": {"min": 1, "max": 4}}, {"strategy": "random", "num": 5}, r"sweep\.num: 5 points were to differ, and 4 were found"),
+        (OVER, {"first_rung": 0.95, "strategy": "asha"}, r"sweep\.first_rung: 0\.95 is not a share"),
+        (OVER, {"first_rung": 0.3}, r"sweep\.first_rung: 0\.3 means nothing to strategy: grid"),
+        (OVER, {"reduction": 2, "strategy": "random"}, r"sweep\.reduction: 2 means nothing to strategy: random"),
+        (OVER, {"seed": 1}, r"sweep\.seed: 1 means nothing to strategy: grid"),
     ],
 )
 def test_points_that_cannot_exist_are_refused_in_one_line(over, keys, words):
     with pytest.raises(UserError, match=words) as refused:
         config_of(tree(over, **keys))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"name": "other"}, {"r": 32}, {"point.number": 1}, {"point.values": {"r": 4}}, {"point.values": {"rank": 4, "r": 4}}]
+)
+def test_a_point_that_is_written_by_hand_is_refused(changed):
+    config = tree(jobs=[job_mapping(points()[0])]) | {"sweep": None}
+    assert config_of(dict(config)).jobs == points()[:1]
+    for key, value in changed.items():
+        *sections, last = key.split(".")
+        (config["jobs"][0][sections[0]] if sections else config["jobs"][0])[last] = value
+    with pytest.raises(UserError, match=r"point: is what a sweep wrote for tune-00. with {"):
+        config_of(config)
+
+
+def test_drawn_points_differ_whatever_they_go_over():
+    assert sorted(job.r for job in points({"r": {"min": 1, "max": 4}}, strategy="random", num=4)) == [1, 2, 3, 4]
+    many = {key: [*range(1, 101)] for key in ("r", "seed", "max_steps", "save_steps")}
+    assert len({(job.r, job.seed, job.max_steps, job.save_steps) for job in points(many, strategy="random", num=20)}) == 20
+
+
+def test_a_run_is_not_resumed_with_another_sweep():
+    before = config_of(tree())
+    assert changed_key(before, config_of(tree())) is None
+    other = config_of(tree(OVER | {"r": [4, 8, 32]}))
+    assert changed_key(before, other) == "sweep.over.r: {'choices': [4, 8, 32]} differs from {'choices': [4, 8, 16]}"
+    drawn = [config_of(tree(RANGES, strategy="random", num=num)) for num in (3, 4)]
+    assert changed_key(*drawn) == "sweep.num: 4 differs from 3"
 
 
 def test_optuna_is_refused_with_how_to_install_it_where_it_is_missing(monkeypatch):
@@ -111,9 +153,19 @@ def test_whole_numbers_of_a_range_are_equally_likely():
     assert math.isclose(sweep_keys.value_at({"min": 1e-4, "max": 1e-2, "log": True}, 0.5), 1e-3)
 
 
+def as_of_optuna(job):
+    """Return a point as it is in a sweep of twice as many, of which Optuna is to name the others."""
+    if job.point is None:
+        return job
+    sweep = dataclasses.replace(job.point.sweep, strategy="optuna", num=18)
+    return dataclasses.replace(job, point=dataclasses.replace(job.point, sweep=sweep))
+
+
 def test_plan_says_what_a_sweep_costs():
     config = config_of(tree({"r": list(range(1, 10))}, jobs=(JOB | {"name": "other"}, JOB), strategy="successive_halving"))
     together = SimpleNamespace(shares=lambda: [0.1] * 10, figures=SimpleNamespace(seconds=1000.0))
+    optuna = dataclasses.replace(config, jobs=tuple(map(as_of_optuna, config.jobs)))
+    assert sweep_lines(optuna, cast(Any, together)) == ["sweep tune: 18 points, 1,800 s if all train to their end"]
     share = (9 * 0.111 + 3 * 0.222 + 0.667) / 9
     said = f"sweep tune: 9 points, 900 s if all train to their end; {900 * share:.0f} s expected by successive_halving, {share:.0%} of it"
     assert sweep_lines(config, cast(Any, together)) == [said]
