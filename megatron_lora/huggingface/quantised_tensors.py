@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, one_line
 
 BESIDE = re.compile(
     r"(?P<weight>.+\.weight)(?P<what>_scale|_scale_inv|\.absmax|\.quant_map|\.nested_absmax|\.nested_quant_map|\.quant_state\.bitsandbytes__nf4)"
 )
 STATE = ".quant_state.bitsandbytes__nf4"
+FLOATS = ("F32", "BF16", "F16")
 BLOCK, GROUP = 64, 256  # of NF4, and of its absmax
 READ = "compressed-tensors FP8, FP8 in blocks and bitsandbytes NF4 are read; use one of these, or a checkpoint in bf16"
 Read = Callable[[str], Tensor]  # the name of what lies beside a weight, or "" -> the complete tensor
@@ -32,12 +33,16 @@ def unread_quantisation(found: Mapping[str, Any]) -> str | None:
     """Return what of a quantization_config is not read; None where its tensors are."""
     method = found.get("quant_method")
     if method == "compressed-tensors":
-        weights = [group.get("weights") or {} for group in found.get("config_groups", {}).values()]
-        forms = {(each.get("num_bits"), each.get("type"), each.get("strategy")) for each in weights}
-        bad = forms - {(8, "float", "channel"), (8, "float", "tensor")}
-        return f"{method} {sorted(map(str, bad))[0]}" if bad else None if forms else f"{method} without config_groups"
+        groups = found.get("config_groups")
+        weights = (
+            [group.get("weights") if isinstance(group, dict) else group for group in groups.values()] if isinstance(groups, dict) else []
+        )
+        forms = [tuple(each.get(key) for key in ("num_bits", "type", "strategy")) if isinstance(each, dict) else each for each in weights]
+        bad = [str(form) for form in forms if form not in ((8, "float", "channel"), (8, "float", "tensor"))]
+        return f"{method} {min(bad)}" if bad else None if forms else f"{method} without config_groups"
     if method == "fp8":
-        return None if found.get("weight_block_size") else "fp8 without weight_block_size"
+        size = found.get("weight_block_size")
+        return None if size == [128, 128] else f"fp8 with weight_block_size {size}" if size else "fp8 without weight_block_size"
     if method == "bitsandbytes":
         kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else "8 bits"
         return None if kind == "nf4" else f"{method} {kind}"
@@ -45,23 +50,24 @@ def unread_quantisation(found: Mapping[str, Any]) -> str | None:
 
 
 def fault_of(dtype: str, beside: Mapping[str, Any], entry_shape: list[int], shape: tuple[int, ...]) -> str | None:
-    """Return what is wrong with a quantised tensor of a linear [N, K] and what lies beside it, by their shapes; None if nothing is."""
-    shapes = {what: list(each.entry["shape"]) for what, each in beside.items()}
-    rows, cols = shape
-    if dtype == "F8_E4M3" and entry_shape == [rows, cols] and len(shapes) == 1:
-        if shapes.get("_scale") in ([rows, 1], [rows], [1], []):
-            return None
-        blocks = shapes.get("_scale_inv")
-        if blocks == [math.ceil(rows / 128), math.ceil(cols / 128)]:
-            return None
-    if (
-        dtype == "U8"
-        and math.prod(entry_shape) * 2 == rows * cols
-        and not cols % BLOCK
-        and {".absmax", ".quant_map", STATE} <= shapes.keys()
-    ):
-        return None if shapes[".absmax"] == [rows * cols // BLOCK] else f"its absmax has shape {shapes['.absmax']}"
-    return f"{dtype} {entry_shape} beside {', '.join(sorted(shapes)) or 'nothing'}"
+    """Return what is wrong with a quantised tensor of a linear [N, K] and what lies beside it, by types and shapes; None if nothing is."""
+    (rows, cols), forms = shape, []
+    if dtype == "F8_E4M3" and entry_shape == [rows, cols]:
+        scales = [rows, 1], [rows], [1], []
+        forms = [{"_scale": (FLOATS, scales)}, {"_scale_inv": (FLOATS, ([math.ceil(rows / 128), math.ceil(cols / 128)],))}]
+    if dtype == "U8" and math.prod(entry_shape) * 2 == rows * cols and not cols % BLOCK:
+        blocks = rows * cols // BLOCK
+        nested = {".nested_absmax": (FLOATS, ([math.ceil(blocks / GROUP)],)), ".nested_quant_map": (FLOATS, ([256],))}
+        plain = {".quant_map": (FLOATS, ([16],)), STATE: (("U8",), ([math.prod(beside[STATE].entry["shape"])],) if STATE in beside else ())}
+        forms = [plain | {".absmax": (FLOATS, ([blocks],))}, plain | nested | {".absmax": (("U8",), ([blocks],))}]
+    found = {what: (each.entry["dtype"], list(each.entry["shape"])) for what, each in beside.items()}
+    for form in forms:
+        if form.keys() == found.keys():
+            bad = [
+                f"{what} {kind} {size}" for what, (kind, size) in found.items() if kind not in form[what][0] or size not in form[what][1]
+            ]
+            return f"{dtype} {entry_shape} beside {', '.join(bad)}" if bad else None
+    return f"{dtype} {entry_shape} beside {', '.join(sorted(found)) or 'nothing'}"
 
 
 def dequantised(read: Read, shape: tuple[int, ...], index: tuple[slice, ...]) -> Tensor:
@@ -98,13 +104,18 @@ def _by_rows(read: Read) -> bool:
 def _nf4(read: Read, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the codes [N, K / 2] and the absmax [N, K / 64], in float32, of a bitsandbytes tensor."""
     rows, cols = shape
-    state = json.loads(bytes(read(STATE).tolist()))
-    if state.get("blocksize") != BLOCK or state.get("quant_type") != "nf4" or list(state.get("shape", [])) != [rows, cols]:
-        raise UserError(f"base_model: a tensor of bitsandbytes has the state {json.dumps(state)[:200]}; blocks of {BLOCK} in NF4 are read")
-    absmax = read(".absmax")
+    absmax, written = read(".absmax"), bytes(read(STATE).tolist())
+    try:
+        state = json.loads(written)
+    except ValueError:
+        state = None
+    wanted = {"blocksize": BLOCK, "quant_type": "nf4", "shape": [rows, cols]}
+    wanted |= {"nested_blocksize": GROUP} if absmax.dtype == torch.uint8 else {}
+    offset = state.get("nested_offset", 0.0) if isinstance(state, dict) and wanted.items() <= state.items() else None
+    if not isinstance(offset, int | float):
+        said = f"the state {one_line(written.decode(errors='replace'), 200)}"
+        raise UserError(f"base_model: a tensor of bitsandbytes has {said}, and {json.dumps(wanted)} is read; fetch the model again")
     if absmax.dtype == torch.uint8:
-        if state.get("nested_blocksize") != GROUP:
-            raise UserError(f"base_model: bitsandbytes' nested_blocksize is {state.get('nested_blocksize')}; {GROUP} is read")
         groups = read(".nested_absmax").float().repeat_interleave(GROUP)[: len(absmax)]
-        absmax = read(".nested_quant_map").float()[absmax.int()] * groups + state["nested_offset"]
+        absmax = read(".nested_quant_map").float()[absmax.int()] * groups + offset
     return read("").reshape(rows, cols // 2), absmax.float().reshape(rows, cols // BLOCK)

@@ -121,15 +121,15 @@ def _check_entry(where: str, stored: StoredTensor, shape: tuple[int, ...]) -> No
     dtype, found = entry["dtype"], list(entry["shape"])
     if beside and len(shape) == 2:
         if (fault := fault_of(dtype, beside, found, shape)) is not None:
-            raise UserError(f"{where} is {one_line(fault, 100)}, which is no quantised {list(shape)}; {REFETCH}")
-        return
-    if dtype not in DTYPES:
+            raise UserError(f"{where} is {one_line(fault, 160)}, which is no quantised {list(shape)}; {REFETCH}")
+    elif dtype not in DTYPES:
         raise UserError(f"{where} is {one_line(dtype, 40)}; use a checkpoint in bf16, fp16 or fp32, not a quantised one")
-    if found != list(shape):
+    elif found != list(shape):
         raise UserError(f"{where} has shape {one_line(found, 60)} and config.json calls for {list(shape)}; {REFETCH}")
-    first, end = entry["data_offsets"]
-    if end - first != math.prod(shape) * DTYPES[dtype]:
-        raise UserError(f"{where} has {end - first} bytes, which are not {found} {dtype}; {REFETCH}")
+    for what, each in {"": stored, **beside}.items():
+        (first, end), dtype, found = each.entry["data_offsets"], each.entry["dtype"], each.entry["shape"]
+        if end - first != math.prod(found) * DTYPES.get(dtype, 1):
+            raise UserError(f"{where}{what} has {end - first} bytes, which are not {found} {dtype}; {REFETCH}")
 
 
 def weight_files(model_dir: Path) -> list[Path]:

@@ -120,6 +120,10 @@ def test_codes_and_values_are_kept(plain, tmp_path, one_process):
 
 REFUSED = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "quantization_config is 'gptq'"),
+    **{f"groups {groups}": ({"quant_method": "compressed-tensors", "config_groups": groups}, f"compressed-tensors {said}")
+       for groups, said in (([], "without config_groups"), ({"a": None}, "None"), ({"a": {"weights": [8]}}, "[8]"),
+                            ({"a": {"weights": {"num_bits": [8]}}}, "([8], None, None)"))},
+    "fp8 in other blocks": (BLOCKS | {"weight_block_size": [64, 128]}, "'fp8 with weight_block_size [64, 128]'"),
     "fp8 of one scale": ({"quant_method": "fp8"}, "quantization_config is 'fp8 without weight_block_size'"),
     "fp4": (NF4 | {"bnb_4bit_quant_type": "fp4"}, "quantization_config is 'bitsandbytes fp4'"),
     "8 bits of bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes 8 bits'"),
@@ -139,16 +143,40 @@ def test_other_quantisations_are_refused_by_name(case, plain, tmp_path):
     assert words in str(caught.value) and "bitsandbytes NF4 are read" in str(caught.value)
 
 
-@pytest.mark.parametrize(("form", "beside", "words"), [
-    ("compressed", "_scale", "F8_E4M3 [128, 128] beside _scale"),
-    ("blocks", "_scale_inv", "beside _scale_inv"),
-    ("nf4", ".absmax", "its absmax has shape [7]"),
-])  # fmt: skip
-def test_scales_have_to_fit(form, beside, words, plain, tmp_path):
-    ours, _ = quantised(tmp_path, plain, form)
+SEVEN = torch.zeros(7)
+SPOILT = [
+    ("compressed", "_scale", SEVEN, "F8_E4M3 [128, 128] beside _scale F32 [7]"),
+    ("compressed", "_scale", torch.ones(128, dtype=torch.int32), "beside _scale I32 [128]"),
+    ("compressed", ".absmax", SEVEN, "beside .absmax, _scale"),
+    ("blocks", "_scale_inv", SEVEN, "beside _scale_inv F32 [7]"),
+    ("nf4", ".absmax", SEVEN.to(torch.uint8), "beside .absmax U8 [7]"),
+    ("nf4", ".absmax", torch.ones(256), "beside .absmax F32 [256]"),
+    ("nf4", ".quant_map", SEVEN, "beside .quant_map F32 [7]"),
+    ("nf4", ".nested_absmax", None, "beside .absmax, .nested_quant_map"),
+    ("nf4", ".nested_quant_map", SEVEN, "beside .nested_quant_map F32 [7]"),
+]
+
+
+def spoilt(path, plain, form, beside, value):
+    """Return a checkpoint in a form, in which something else, or nothing, lies beside a weight."""
+    ours, _ = quantised(path, plain, form)
     tensors = load_file(ours / "model.safetensors")
     name = f"model.layers.0.self_attn.q_proj.weight{beside}"
-    save_file(tensors | {name: tensors[name].flatten()[:1].repeat(7)}, ours / "model.safetensors", metadata={"format": "pt"})
+    rest = {other: tensor for other, tensor in tensors.items() if other != name}
+    save_file(rest | ({} if value is None else {name: value}), ours / "model.safetensors", metadata={"format": "pt"})
+    return ours
+
+
+@pytest.mark.parametrize(("form", "beside", "value", "words"), SPOILT, ids=[f"{form}{beside}-{words}" for form, beside, _, words in SPOILT])
+def test_scales_have_to_fit(form, beside, value, words, plain, tmp_path):
     with pytest.raises(UserError) as caught:
-        read_base_model(ours)
+        read_base_model(spoilt(tmp_path, plain, form, beside, value))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("state", [b"{", b"[1]", b'{"blocksize": 128}', b"\xff"])
+def test_a_state_of_bitsandbytes_that_cannot_be_read_is_named(state, plain, tmp_path, one_process):
+    ours = spoilt(tmp_path, plain, "nf4", ".quant_state.bitsandbytes__nf4", torch.tensor(list(state), dtype=torch.uint8))
+    for base_weights in ("native", "nf4/bf16"):
+        with pytest.raises(UserError, match="a tensor of bitsandbytes has the state .* is read; fetch the model again"):
+            hidden_of(ours, base_weights)
