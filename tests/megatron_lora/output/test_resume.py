@@ -11,9 +11,11 @@ import runs
 from safetensors.torch import load_file, save_file
 
 from megatron_lora.commands.checks import check_run
+from megatron_lora.config import schema
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError
 from megatron_lora.files import sealed, unsealed
+from megatron_lora.output.resume import changed_key
 from megatron_lora.output.standing import resume_point_of
 
 STEPS, EVERY = 7, 3
@@ -159,6 +161,15 @@ def test_what_would_change_a_jobs_updates_is_refused_and_nothing_is_touched(chan
     with pytest.raises(UserError, match=words):
         check_run(config)
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_is_not_resumed_over_weights_that_are_stored_otherwise():
+    def stored(base_weights):
+        jobs = [{"name": "a", "datasets": [{"path": "a.jsonl", "type": "text"}]}]
+        return schema.config_of({"base_model": "m", "output_dir": "o", "base_weights": base_weights, "jobs": jobs})
+
+    for now, words in (({"storage": "bf16"}, None), ({"storage": "nf4"}, "'nf4/bf16'"), ("fp8", "'fp8'"), ("fp8/fp8", "'fp8/fp8'")):
+        assert changed_key(stored("native"), stored(now)) == (words and f"base_weights: {words} differs from 'native'")
 
 
 def test_a_finished_run_stays_finished(scene):
