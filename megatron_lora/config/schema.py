@@ -357,7 +357,7 @@ def _with_validation_keys(where: str, job: JobConfig, given: Collection[str]) ->
         size = f"{where}.val_set_size: {show(job.val_set_size)}"
         raise UserError(f"{size} takes records of {where}.datasets, and val_datasets are given; keep one of the two keys")
     if job.point is not None:
-        _check_point(where, job)
+        _check_point(where, job, job.point)
     if job.point is not None and not job.is_evaluated:
         raise UserError(f"{where}: a sweep compares its points by evaluations; set jobs.{job.point.sweep.job}.val_datasets or val_set_size")
     mode = METRICS[job.metric]
@@ -380,11 +380,9 @@ def _with_validation_keys(where: str, job: JobConfig, given: Collection[str]) ->
     return dataclasses.replace(job, mode=mode, keep=job.keep if job.is_evaluated else "last")
 
 
-def _check_point(where: str, job: JobConfig) -> None:
+def _check_point(where: str, job: JobConfig, point: Point) -> None:
     """Raise UserError unless a point has the name and the numbers that its sweep gave it."""
-    assert job.point is not None
-    of, values = job.point.sweep, job.point.values
-    named = f"{of.job}-{job.point.number:03d}"
+    of, values, named = point.sweep, point.values, f"{point.sweep.job}-{point.number:03d}"
     rules = {field.name: field.metadata["rule"] for field in dataclasses.fields(JobConfig)}
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
     same = values.keys() == of.over.keys() <= rules.keys() and all(

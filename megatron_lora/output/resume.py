@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
-from megatron_lora.config.sweep_keys import SweepConfig
+from megatron_lora.config.sweep_keys import Point, SweepConfig
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import check_yaml, pack, write_atomically
 from megatron_lora.output.changes import SETTABLE, job_mapping
@@ -44,7 +44,7 @@ def changed_key(before: RunConfig, now: RunConfig) -> str | None:
         if old_job.name not in jobs:
             return f"jobs: {old_job.name!r}, which the run has, is not among them"
         for name, (old, new) in _differences(old_job, jobs[old_job.name], JOB_KEYS_THAT_MAY_CHANGE).items():
-            if name == "point" and old and new and old.sweep != new.sweep:
+            if isinstance(old, Point) and isinstance(new, Point) and old.sweep != new.sweep:
                 return _changed_sweep(old.sweep, new.sweep)
             return f"jobs.{old_job.name}.{name}: {show(new)} differs from {show(old)}"
     return None
