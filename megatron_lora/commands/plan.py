@@ -73,7 +73,7 @@ def main(config_path: str, overrides: list[str], *, policy: str, plot: str | Non
 
 
 def adapter_lines(jobs: Sequence[JobConfig], architecture: Architecture) -> list[str]:
-    """Return a line for each size that adapters have: their parameters, and what a job writes, in fp32; a checkpoint has Adam's moments too."""
+    """Return a line for each size that adapters have: their parameters, and the bytes of what a job writes, all of it in fp32."""
     sizes: dict[int, list[str]] = {}
     for job in jobs:
         features = sum(sum(architecture.module_sizes[module]) for module in job.target_modules)
