@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_lora.commands.checks import read_inputs, say_failed
 from megatron_lora.config.rules import one_of
-from megatron_lora.config.schema import RunConfig, load_config
+from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.config.sweep_keys import by_sweep
 from megatron_lora.data.evaluation import evaluation_steps, longest_of
 from megatron_lora.data.sample_arrays import target_share
@@ -61,6 +61,7 @@ def main(config_path: str, overrides: list[str], *, policy: str, plot: str | Non
     seconds = message_and_step_seconds(config, inputs.architecture, device)
     together, solo = (forecast(runs_of(each, workload), workload, *seconds) for each in (policy, "flush"))
     chosen = [*describe(given, config), *adapter_memory_line(given, config, inputs.architecture, device)]
+    chosen += adapter_lines(config.jobs, inputs.architecture)
     lines = [*chosen, *table(config, policy, workload, solo, together), *validation_lines(config, inputs.data), ""]
     lines += stage_table(config, inputs.architecture, device, together)
     lines += [*host_memory_line(given, config, inputs.architecture, device), *[DETERMINISTIC][: config.deterministic], ""]
@@ -69,6 +70,19 @@ def main(config_path: str, overrides: list[str], *, policy: str, plot: str | Non
     if plot is not None:
         draw(plot, [("predicted", together.timeline)], together.stream, [job.name for job in config.jobs], "seconds")
     return 0
+
+
+def adapter_lines(jobs: Sequence[JobConfig], architecture: Architecture) -> list[str]:
+    """Return a line for each size that adapters have: their parameters, and the bytes of what a job writes, all of it in fp32."""
+    sizes: dict[int, list[str]] = {}
+    for job in jobs:
+        features = sum(sum(architecture.module_sizes[module]) for module in job.target_modules)
+        sizes.setdefault(job.r * features * architecture.num_layers, []).append(job.name)
+    lines = []
+    for number, names in sorted(sizes.items()):
+        whose = names[0] if len(names) == 1 else f"each of {len(names)} adapters" if len(names) > 3 else ", ".join(names)
+        lines.append(f"{whose}: {number:,} parameters, {size(4 * number)}, and {size(12 * number)} a checkpoint")
+    return lines
 
 
 def choose_device(

@@ -185,7 +185,7 @@ def _check_keys_used(config: SweepConfig) -> None:
 
 
 def _drawn(config: SweepConfig, num: int) -> list[dict[str, Any]]:
-    """Return the first `num` points that are drawn and differ; UserError where so many are not found."""
+    """Return the first `num` points that are drawn and differ; UserError where fewer are found."""
     found: dict[str, dict[str, Any]] = {}
     for index in range(DRAWS * num):
         values = _draw(config, index)

@@ -24,7 +24,7 @@ from megatron_lora.files import read_regular
 from megatron_lora.huggingface import config_fields
 from megatron_lora.huggingface.families import ACTIVATIONS, FAMILIES, FUSED, MULTIMODAL, OTHERS, SEPARATE, Family
 from megatron_lora.huggingface.layer_kinds import layers_with_rope, sliding_windows
-from megatron_lora.huggingface.quantised_tensors import unread_quantisation
+from megatron_lora.huggingface.quantisation import unread_quantisation
 from megatron_lora.huggingface.rope_config import Rope, read_ropes, rope_readers, rope_values
 
 # Megatron's linear -> all modules that a family may merge in it.

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_lora.huggingface.families import FAMILIES
-from megatron_lora.huggingface.quantised_tensors import READ
+from megatron_lora.huggingface.quantisation import READ
 
 # Fields that some families read; for others they are among those that are not read.
 OF_FAMILIES: dict[str, str] = {

@@ -22,10 +22,10 @@ from pathlib import Path
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import read_regular
 from megatron_lora.huggingface.architecture import HEAD, Architecture, read_architecture
-from megatron_lora.huggingface.quantised_tensors import BESIDE, fault_of
+from megatron_lora.huggingface.quantisation import BESIDE, fault_of
 
 DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes per number
-QUANTISED_DTYPES = ("F8_E4M3", "U8")  # of weights that have something beside them (quantised_tensors.py)
+QUANTISED_DTYPES = ("F8_E4M3", "U8")  # of weights that have something beside them (quantisation.py)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 REFETCH = "fetch the model again"

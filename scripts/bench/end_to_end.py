@@ -43,7 +43,7 @@ from scripts.bench.kernel_shares import Profiled  # noqa: E402
 from scripts.bench.model_shapes import write_config  # noqa: E402
 from scripts.bench.stamp import append_line, stamp  # noqa: E402
 from scripts.bench.trained import trained  # noqa: E402
-from scripts.bench.workloads import head, job_configs, read_workload, take  # noqa: E402
+from scripts.bench.workloads import head, job_configs, read_workload, take, with_targets  # noqa: E402
 
 PROFILED_TOKENS = 4 * 8192
 
@@ -98,7 +98,6 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
     (own / "model").mkdir(parents=True, exist_ok=True)
     (folder / "name").write_text(case.name, encoding="utf-8")
     write_config(options.shape, own / "model", options.num_layers)
-    modules = {"target_modules": list(read_architecture(own / "model").module_sizes)}  # all, of experts none
     parallel = {name: getattr(options, name) for name in ("pipeline", "tensor", "data", "sequence")}
     tree = {
         "base_model": str(own / "model"),
@@ -111,10 +110,10 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
         "deterministic": case.deterministic,
         "base_weights": case.base_weights,
         "backend": case.backend,
-        "jobs": [job | modules for job in job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion)],
+        "jobs": job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion),
     }
     architecture = read_architecture(own / "model")
-    tree["jobs"] = [job | {"target_modules": list(architecture.module_sizes)} for job in tree["jobs"]]
+    tree["jobs"] = with_targets(tree["jobs"], architecture)
     if steps is None:
         steps = case.steps or steps_for(case, lengths, load(own, tree), architecture)
     return load(own, tree | {"jobs": [job | {"max_steps": steps, "save_steps": case.save_steps} for job in tree["jobs"]]})

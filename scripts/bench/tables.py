@@ -7,8 +7,8 @@ which fields it shows, under which headings and in which format:
     <!-- table: quickstart.jsonl | Where: hardware | Tokens/s: tokens_per_s:.0f | Commit: commit -->
     <!-- end of table -->
 
-`runs.jsonl with profile.GEMM and commit | ...` takes only the lines that have these fields; `peaks.0` is the first of a list. A field that is null
-was not measured, and its cell is empty.
+`runs.jsonl with profile.GEMM and commit | ...` takes only the lines that have these fields; `peaks.0` is the first of a list. A field that
+is null was not measured, and its cell is empty.
 
 Only the newest line of each distinct `case` is shown (lines without `case` are one case), in the order in which cases first appear.
 

@@ -174,7 +174,10 @@ def test_scales_have_to_fit(form, beside, value, words, plain, tmp_path):
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("state", [b"{", b"[1]", b'{"blocksize": 128}', b"\xff"])
+WITHOUT_OFFSET = b'{"quant_type": "nf4", "blocksize": 64, "shape": [128, 128], "nested_blocksize": 256}'
+
+
+@pytest.mark.parametrize("state", [b"{", b"[1]", b'{"blocksize": 128}', b"\xff", WITHOUT_OFFSET])
 def test_a_state_of_bitsandbytes_that_cannot_be_read_is_named(state, plain, tmp_path, one_process):
     ours = spoilt(tmp_path, plain, "nf4", ".quant_state.bitsandbytes__nf4", torch.tensor(list(state), dtype=torch.uint8))
     for base_weights in ("native", "nf4/bf16"):
