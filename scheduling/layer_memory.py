@@ -104,8 +104,10 @@ class LayerMemory:
             return self.hidden + self.forward("full")
         output = max(2 * self.hidden, self.hidden + self.gathered * self.sequence) + self.hidden * (self.after > 0)
         swiglu = self.ffn * (policy != "none" or not self.widths["down"])
+        if self.routed and policy != "full":  # what experts computed is summed once their inputs are gone
+            return max(self.gathered + self.hidden * self.sequence + swiglu, output) + self.routed
         if policy != "full":
-            return max(output + swiglu + self.routed, self.capped)
+            return max(output + swiglu, self.capped)
         qkv = self.query + 2 * self.key_value
         attention = self.hidden + 2 * qkv + self.query + self.sums + self.widths["o"] + max(self.gathered, self.capped) + self.copies
         swiglu = self.hidden * (1 + (self.routed > 0)) + 3 * self.ffn  # experts' caller holds their input
