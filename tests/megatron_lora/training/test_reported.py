@@ -21,6 +21,7 @@ from megatron_lora.training.executor import EvaluationDone, StepDone
 from megatron_lora.training.jobs import Job
 from megatron_lora.training.reported import ReportBoard, Reported
 from megatron_lora.training.run_reporter import RunReporter
+from megatron_lora.training.sweeps import Sweeps
 from scheduling.types import Microbatch, Segment
 
 NUM_TARGETS = 1 + 2 + 3 + 4
@@ -44,8 +45,9 @@ class Run:
         self.path = path / "run"
         config = RunConfig(base_model="m", output_dir=str(self.path), jobs=(self.job.config,))
         self.directory = RunDirectory.create(config)
-        accounts = SimpleNamespace(begin=lambda: None)
-        control = SimpleNamespace(tell=lambda *news: self.told.append(news[:2]), write_later=lambda *words: None, accounts=accounts)
+        accounts, sweeps = SimpleNamespace(begin=lambda: None), Sweeps(self.path, (), config.jobs)
+        told = {"tell": lambda *news: self.told.append(news[:2]), "write_later": lambda *words: None}
+        control = SimpleNamespace(**told, accounts=accounts, sweeps=sweeps)
         self.reporter = RunReporter(config, {0: self.job}, self.board, control)
         self.reporter.join(self.job)
 

@@ -57,10 +57,13 @@ def test_the_advice_of_jobs_that_are_done_ends_a_run(capsys):
         ("c", "done", ""),
         ("d", "queued", ""),
     ):
-        written.put((SimpleNamespace(name=name, state="running", advice=advice), state))
-    ended = SimpleNamespace(observers=[], directory=SimpleNamespace(close=lambda: None), reasons={}, alarms={}, advice={}, over={"d"})
+        written.put((SimpleNamespace(name=name, state="running", advice=advice, files={}), state))
+    ended = SimpleNamespace(
+        observers=[], directory=SimpleNamespace(close=lambda: None), reasons={}, alarms={}, advice={}, over={"d"}, files_of_left={}
+    )
     ended.board, ended._set_job = SimpleNamespace(close=lambda failed: None), lambda job, state, reason: None
-    ended.control, announced = SimpleNamespace(tell=lambda *news: None), []
+    sweeps = SimpleNamespace(is_stopped=lambda name: False)
+    ended.control, announced = SimpleNamespace(tell=lambda *news: None, sweeps=sweeps), []
     ended.on_save = SimpleNamespace(put=announced.append, results=lambda: [("a", "server", "down")], close=lambda: None)
     ended.directory.set_on_save = lambda *words: announced.append(words)
     RunReporter._update_states(cast(RunReporter, ended), written)
