@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_ops.launch.backend import backend_name, gradients
 from fused_ops.launch.optional_triton import tl, triton
-from fused_ops.launch.shapes import cdiv
+from fused_ops.launch.shapes import cdiv, power_of_2
 from fused_ops.lora.fp8 import Rounded, empty_rows, magnitude, row_scale
 from fused_ops.lora.refill import Refill, wanted
 
@@ -168,6 +168,6 @@ def backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, r
 
 def _tile(num_cols: int) -> tuple[int, int, int]:
     """Return rows and columns of a program's tile and its warps: about 16 numbers per thread and tensor."""
-    cols = triton.next_power_of_2(num_cols)
+    cols = power_of_2(num_cols)
     rows = max(1, 2048 // cols)
     return rows, cols, min(16, max(4, rows * cols // 512))

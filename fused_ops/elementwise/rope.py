@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_ops.elementwise.rms_norm import normed
 from fused_ops.launch.backend import backend_name, gradients
 from fused_ops.launch.optional_triton import tl, triton
-from fused_ops.launch.shapes import cdiv
+from fused_ops.launch.shapes import cdiv, power_of_2
 
 Table = tuple[Tensor, Tensor]  # cos and sin, [T, d/2]
 HeadNorms = tuple[Tensor, Tensor, float]  # weights of q and of k [d], eps
@@ -172,11 +172,11 @@ def _launch(qkv: Tensor | None, parts: tuple[Tensor, ...], dqkv: Tensor | None, 
         _rope_kernel[(cdiv(num_rows * heads, block) + 2 * cdiv(num_rows * kv_heads, block),)](
             qkv, q, k, v, dqkv, *table, q_weight, k_weight, num_rows, eps,
             Q_HEADS=heads, KV_HEADS=kv_heads, HALF=head_dim // 2, PAIRS=table[0].shape[1],
-            HEADS=block, HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
+            HEADS=block, HALF_BLOCK=power_of_2(head_dim // 2),
             NORM=norms is not None, BACKWARD=dqkv is not None, num_warps=4,
         )  # fmt: skip
 
 
 def heads_per_program(head_dim: int) -> int:
     """Return how many heads a program handles: about 2048 numbers."""
-    return max(1, 2048 // triton.next_power_of_2(head_dim))
+    return max(1, 2048 // power_of_2(head_dim))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_ops.launch.backend import backend_name, gradients
 from fused_ops.launch.optional_triton import tl, triton
-from fused_ops.launch.shapes import cdiv
+from fused_ops.launch.shapes import cdiv, power_of_2
 from fused_ops.lora.fp8 import Fp8Matrix, Rounded, empty_rows, magnitude, row_scale
 from fused_ops.lora.refill import Refill, wanted
 
@@ -161,7 +161,7 @@ def _rounded_rows(written: Tensor, num_cols: int, rounded: Rounded | None) -> Fp
 def _launch(kernel, y: Tensor, rows: Fp8Matrix | None, *tensors: Tensor, **flags: bool) -> None:
     """Launch a program for each block of a row of y, or for a whole row where it is rounded."""
     num_cols = y.shape[-1]
-    block, warps = (BLOCK, 4) if rows is None else (size := triton.next_power_of_2(max(num_cols, 16)), min(16, max(4, size // 512)))
+    block, warps = (BLOCK, 4) if rows is None else (size := power_of_2(max(num_cols, 16)), min(16, max(4, size // 512)))
     num_blocks = cdiv(num_cols, block)
     values, scales = (None, None) if rows is None else (rows.values, rows.scales)
     grid = (y.numel() // num_cols * num_blocks,)

@@ -7,7 +7,7 @@ from fused_ops.experts import kernels
 from fused_ops.experts.grouped import grouped
 from fused_ops.experts.route import BLOCK, NEAR, TOKENS, Choice, ExpertRoute, most_tiles
 from fused_ops.launch.cache_keys import fix_cache_keys
-from fused_ops.launch.shapes import cdiv
+from fused_ops.launch.shapes import cdiv, power_of_2
 
 __all__ = ["choose", "combine", "gather", "grad_choice", "grouped", "weighted_swiglu", "weighted_swiglu_backward"]
 
@@ -16,25 +16,20 @@ _COLUMNS = 2048  # of a row at a time
 fix_cache_keys()
 
 
-def _power_of_2(number: int) -> int:
-    """Return the next power of 2, at least 1."""
-    return 1 << (number - 1).bit_length()
-
-
 def _block(num_cols: int) -> int:
-    return min(_COLUMNS, _power_of_2(num_cols))
+    return min(_COLUMNS, power_of_2(num_cols))
 
 
 def choose(logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | None = None) -> tuple[Choice, ExpertRoute]:
     """Return the experts of each token, and its rows; add to `near_ties` the tokens whose last expert might be another."""
     (num_tokens, num_experts), device = logits_TE.shape, logits_TE.device
-    width, num_blocks = _power_of_2(num_experts), cdiv(num_tokens, TOKENS)
+    width, num_blocks = power_of_2(num_experts), cdiv(num_tokens, TOKENS)
     probability, weight = (logits_TE.new_empty(num_tokens, columns, dtype=torch.float32) for columns in (num_experts, top_k))
     expert, counts = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((num_tokens, top_k), (num_blocks, width)))
     if num_tokens:
         kernels.expert_choose_kernel[(num_blocks,)](
             logits_TE, probability, expert, weight, counts, near_ties if top_k < num_experts else None, num_tokens, num_experts, NEAR,
-            TOP_K=top_k, NORMALISED=normalised, BT=TOKENS, BE=width, BK=_power_of_2(top_k),
+            TOP_K=top_k, NORMALISED=normalised, BT=TOKENS, BE=width, BK=power_of_2(top_k),
         )  # fmt: skip
     choice = Choice(probability_TE=probability, expert_Tk=expert, weight_Tk=weight)
     return choice, _route_of(choice, counts, num_experts)
@@ -61,7 +56,7 @@ def grad_choice(choice: Choice, d_weight_R: Tensor, route: ExpertRoute, num_expe
     if num_tokens:
         kernels.expert_grad_choice_kernel[(cdiv(num_tokens, TOKENS),)](
             d_weight_R, route.place_Tk, choice.expert_Tk, choice.weight_Tk, choice.probability_TE, out, num_tokens, num_experts,
-            TOP_K=top_k, NORMALISED=choice.probability_TE is None, BT=TOKENS, BE=_power_of_2(num_experts),
+            TOP_K=top_k, NORMALISED=choice.probability_TE is None, BT=TOKENS, BE=power_of_2(num_experts),
         )  # fmt: skip
     return out
 

@@ -11,16 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_ops.experts.route import BLOCK, ExpertRoute, most_tiles
-from fused_ops.launch.shapes import num_processors, uses_tma
-from fused_ops.lora.triton.parts import described
+from fused_ops.launch.shapes import cdiv, num_processors, uses_tma
+from fused_ops.lora.triton.parts import described, halves
 
 COLUMNS = 256
 INNER = 64
-
-
-@triton.jit
-def _halves(b_acc, BM: tl.constexpr, HALF: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(b_acc, (BM, 2, HALF)), (0, 2, 1)))
 
 
 @triton.jit(do_not_specialize=["num_rows", "most"])
@@ -50,7 +45,7 @@ def _grouped_kernel(
                     w_at = weight + (w_row + o_col).to(tl.int64)[None, :] * w_stride + o_k[:, None]
                 b_w = tl.load(w_at, (o_k < num_inner)[:, None] & (o_col < num_cols)[None, :], 0.0)
             b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
-        parts = _halves(b_acc, BM, BN // 2)
+        parts = halves(b_acc)
         for i_part in tl.static_range(2):
             o_part = i_col + i_part * (BN // 2) + tl.arange(0, BN // 2)
             out_at = out_ptr + o_row.to(tl.int64)[:, None] * num_cols + o_part[None, :]
@@ -71,7 +66,7 @@ def grouped(x_RI: Tensor, weight_EOI: Tensor, route: ExpertRoute, transposed: bo
     columns, inner = (COLUMNS // 2, INNER // 2) if small else (COLUMNS, INNER)
     x, weight_or_box = described(tma, (x_RI, BLOCK, inner), (weight, *((inner, columns) if transposed else (columns, inner))))
     most = most_tiles(num_rows, num_experts)
-    programs = min(num_processors(x_RI.device), most * -(-num_cols // columns))
+    programs = min(num_processors(x_RI.device), most * cdiv(num_cols, columns))
     _grouped_kernel[(programs,)](
         x, weight_or_box, out, route.tiles, num_rows, num_cols, num_inner, most, weight_rows, x_RI.stride(0), weight.stride(0),
         BM=BLOCK, BN=columns, BK=inner, STAGES=3, FLATTEN=tma, TRANSPOSED=transposed, TMA=tma, num_warps=8,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fused_ops.launch.shapes import cdiv
+
 NEAR = 1e-5  # probabilities that differ by less may change places in other arithmetic
 BLOCK = 128  # rows of a tile; the last tile of an expert may have fewer
 TOKENS = 32  # of a program of kernels that choose experts and place rows
@@ -32,4 +34,4 @@ class ExpertRoute:
 
 def most_tiles(num_rows: int, num_experts: int) -> int:
     """Return a bound on the tiles of any route."""
-    return -(-num_rows // BLOCK) + num_experts
+    return cdiv(num_rows, BLOCK) + num_experts

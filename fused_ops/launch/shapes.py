@@ -13,9 +13,14 @@ def cdiv(number: int, size: int) -> int:
     return -(-number // size)
 
 
+def power_of_2(number: int) -> int:
+    """Return the next power of 2, at least 1; as `cdiv`, in place of Triton's own."""
+    return 1 << (number - 1).bit_length()
+
+
 def rank_class(rank: int, limit: int = 256) -> int:
     """Return the compiled rank block for `rank`: the next of 16, 32, 64, 128, 256, at most `limit` (kernels loop beyond it)."""
-    return min(max(16, 1 << (rank - 1).bit_length()), limit)
+    return min(max(16, power_of_2(rank)), limit)
 
 
 @lru_cache

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fused_ops.launch.backend import backend_name
 from fused_ops.launch.optional_triton import tl, triton
+from fused_ops.launch.shapes import power_of_2
 
 DTYPE = torch.float8_e4m3fn
 _MAX_COLUMNS = 32768  # that a program keeps in registers; longer rows are read twice
@@ -191,7 +192,7 @@ def _launch(x_RC: Tensor, factors_C: Tensor | None = None) -> Fp8Matrix:
     (num_rows, num_cols), rounded = x_RC.shape, empty_rows(x_RC)
     if num_rows:
         one_block = num_cols <= _MAX_COLUMNS
-        cols = triton.next_power_of_2(max(num_cols, 16)) if one_block else 8192
+        cols = power_of_2(max(num_cols, 16)) if one_block else 8192
         warps = min(16, max(1, cols // 512))
         _quantise_kernel[(num_rows,)](
             x_RC, factors_C, rounded.values, rounded.scales, num_cols,

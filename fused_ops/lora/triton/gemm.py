@@ -26,7 +26,7 @@ from fused_ops.lora.route import ADAPTER, END, END_SEGMENT, FIRST, FIRST_SEGMENT
 from fused_ops.lora.term import LoraTerm, term_of_a, term_of_b, three
 from fused_ops.lora.triton.dropout import column_keys, hash_bits, keep
 from fused_ops.lora.triton.gemm_config import GemmConfig, gemm_config
-from fused_ops.lora.triton.parts import described
+from fused_ops.lora.triton.parts import described, halves
 
 RANK = 16  # ranks of one product of the LoRA term
 
@@ -137,24 +137,17 @@ def _store(output, bias_ptr, b_acc, i_row, i_col, o_row, o_col, num_rows, num_co
 
 
 @triton.jit
-def _halves(b_acc):
-    rows: tl.constexpr = b_acc.shape[0]
-    cols: tl.constexpr = b_acc.shape[1]
-    return tl.split(tl.permute(tl.reshape(b_acc, (rows, 2, cols // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def _split(b_acc, PARTS: tl.constexpr):
     """Return the 1, 2 or 4 column parts of a block, left to right."""
     if PARTS == 1:
         parts = (b_acc,)
     else:
-        low, high = _halves(b_acc)
+        low, high = halves(b_acc)
         if PARTS == 2:
             parts = (low, high)
         else:
-            part0, part1 = _halves(low)
-            part2, part3 = _halves(high)
+            part0, part1 = halves(low)
+            part2, part3 = halves(high)
             parts = (part0, part1, part2, part3)
     return parts
 

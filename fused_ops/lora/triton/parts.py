@@ -31,6 +31,14 @@ def zeros(NUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def halves(b_acc):
+    """Return the left and the right half of a block [rows, columns]."""
+    rows: tl.constexpr = b_acc.shape[0]
+    cols: tl.constexpr = b_acc.shape[1]
+    return tl.split(tl.permute(tl.reshape(b_acc, (rows, 2, cols // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def arrive_last(counter_ptr, num_programs):
     """Count this program in; return whether it was the last of num_programs, whose stores it then sees, and reset the counter."""
     tl.debug_barrier()
