@@ -1,5 +1,6 @@
-"""The jobs that `megatron-lora add` reads from a YAML file: one job's mapping, or `jobs:` with `defaults:` and
-`sweep:`, checked as in a config.
+"""The jobs that `megatron-lora add` reads from a YAML file, checked as in a config.
+
+The file holds one job's mapping, or `jobs:` with `defaults:` and `sweep:`.
 
 jobs = load_added_jobs("job.yaml", ["r=32"], config)      # config: the run's; its seed is that of jobs without one
 """

@@ -20,7 +20,10 @@ from megatron_lora.errors import UserError, one_line
 Check = Callable[[str, object], Any]
 
 RECOMPUTE = ("none", "cheap", "full")
-BASE_WEIGHTS = {("bf16", "bf16"): "native", ("bf16", "fp8"): "fp8"}  # (storage, compute) -> its word; else STORAGE/COMPUTE
+BASE_WEIGHTS = {  # (storage, compute) -> its word
+    **{("bf16", "bf16"): "native", ("bf16", "fp8"): "fp8"},
+    **{(storage, compute): f"{storage}/{compute}" for storage in ("fp8", "nf4") for compute in ("bf16", "fp8")},
+}
 METRICS = {"eval_loss": "min", "eval_perplexity": "min", "eval_accuracy": "max"}  # of an evaluation -> which of its values is the best
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -254,15 +257,13 @@ def base_weights(path: str, value: object) -> str:
             raise UserError(f"{path}.{key_name(min(unknown))}: unknown key; use storage and compute")
         storage = one_of("bf16", "fp8", "nf4")(f"{path}.storage", value.get("storage", "bf16"))
         pair = storage, one_of("bf16", "fp8")(f"{path}.compute", value.get("compute", "bf16"))
-        return BASE_WEIGHTS.get(pair, "/".join(pair))
-    return one_of("native", "fp8", "fp8/bf16", "fp8/fp8", "nf4/bf16", "nf4/fp8")(path, value)
+        return BASE_WEIGHTS[pair]
+    return one_of(*BASE_WEIGHTS.values())(path, value)
 
 
 def storage_and_compute(base_weights: str) -> tuple[str, str]:
     """Return what a word of base_weights stores and multiplies; bf16 stands for `precision`."""
-    pairs = {word: pair for pair, word in BASE_WEIGHTS.items()}
-    storage, _, compute = base_weights.partition("/")
-    return pairs.get(base_weights, (storage, compute))
+    return next(pair for pair, word in BASE_WEIGHTS.items() if word == base_weights)
 
 
 @accepts("0, a share above 0 and below 1, or a whole number")

@@ -205,10 +205,26 @@ def value_at(axis: Mapping[str, Any], share: float) -> Any:
     """Return the value at a share, 0 to below 1, of what a key goes over."""
     if "choices" in axis:
         return axis["choices"][int(share * len(axis["choices"]))]
-    low, high = axis["min"], axis["max"]
-    whole = isinstance(low, int) and isinstance(high, int)
+    low, high, whole = axis["min"], axis["max"], is_whole(axis)
     value = low * ((high + whole) / low) ** share if axis["log"] else low + share * (high + whole - low)
-    return min(high, int(value)) if whole else min(high, max(low, float(f"{value:.6g}")))
+    return in_range(axis, value)
+
+
+def is_whole(axis: Mapping[str, Any]) -> bool:
+    """Whether a range is one of whole numbers."""
+    return isinstance(axis["min"], int) and isinstance(axis["max"], int)
+
+
+def in_range(axis: Mapping[str, Any], value: float) -> float:
+    """Return a number of a range as points have it: whole, or to six digits."""
+    return min(axis["max"], int(value) if is_whole(axis) else max(axis["min"], float(f"{value:.6g}")))
+
+
+def badness(value: float | None, mode: str) -> float:
+    """Return a number that is the smaller the better a value of the metric is; infinite for one that is not finite."""
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return value if mode == "min" else -value
 
 
 def check_optuna() -> None:

@@ -29,11 +29,10 @@ def draw_validation(num_records: int, size: float | int, seed: int) -> np.ndarra
 
 
 def evaluation_steps(job: JobConfig, steps: Steps, taken: int = 0, due: bool = True) -> tuple[int, ...]:
-    """Return after which numbers of steps a job is evaluated, ascending: `eval_steps` or epochs apart, at its end, and at the rungs of its
-    sweep; 0 is its start.
+    """Return after which numbers of steps a job is evaluated, ascending; 0 is its start.
 
-    Of a job that resumes after `taken` steps, those that come; the one after `taken` itself only if it is `due`. Empty without validation
-    data.
+    `eval_steps` or epochs apart, at its end, and at the rungs of its sweep. Of a job that resumes after `taken` steps, those that come; the
+    one after `taken` itself only if it is `due`. Empty without validation data.
     """
     if not job.is_evaluated:
         return ()

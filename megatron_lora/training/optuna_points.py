@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_lora.config.sweep_keys import FIRST_ASKED, SweepConfig, check_optuna
+from megatron_lora.config.sweep_keys import FIRST_ASKED, SweepConfig, check_optuna, in_range, is_whole
 
 Told = Mapping[int, tuple[Mapping[str, Any], bool, tuple[int, float] | None]]  # of a point: its values, whether it is over, (step, value)
 
@@ -41,8 +41,7 @@ def ask(sweep: SweepConfig, mode: str, told: Told, number: int) -> dict[str, Any
 def _distribution(optuna: Any, axis: Mapping[str, Any]) -> Any:
     if "choices" in axis:
         return optuna.distributions.CategoricalDistribution(tuple(range(len(axis["choices"]))))
-    whole = isinstance(axis["min"], int) and isinstance(axis["max"], int)
-    kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
+    kind = optuna.distributions.IntDistribution if is_whole(axis) else optuna.distributions.FloatDistribution
     return kind(axis["min"], axis["max"], log=axis["log"])
 
 
@@ -52,6 +51,4 @@ def _known(axis: Mapping[str, Any], value: Any) -> Any:
 
 
 def _value(axis: Mapping[str, Any], asked: Any) -> Any:
-    if "choices" in axis:
-        return axis["choices"][asked]
-    return asked if isinstance(asked, int) else min(axis["max"], max(axis["min"], float(f"{asked:.6g}")))
+    return axis["choices"][asked] if "choices" in axis else in_range(axis, asked)

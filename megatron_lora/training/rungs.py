@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from megatron_lora.config.sweep_keys import SweepConfig
+from megatron_lora.config.sweep_keys import SweepConfig, badness
 
 
 class Result(NamedTuple):
@@ -60,10 +60,3 @@ def expected_share(sweep: SweepConfig, num_points: int) -> float:
         going = sum(max(1, come // sweep.reduction) / come for come in range(1, num + 1))
         num = round(going) if sweep.strategy == "asha" else max(1, num // sweep.reduction)
     return spent / num_points
-
-
-def badness(value: float | None, mode: str) -> float:
-    """Return a number that is the smaller the better a value of the metric is; infinite for one that is not finite."""
-    if value is None or not math.isfinite(value):
-        return math.inf
-    return value if mode == "min" else -value
