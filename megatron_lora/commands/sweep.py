@@ -17,7 +17,7 @@ from rich.text import Text
 
 from megatron_lora.commands.output_streams import keep_running_unread
 from megatron_lora.output.display import STYLES
-from megatron_lora.output.leaderboard import heat_map, read_leaderboard, written
+from megatron_lora.output.leaderboard import cells, columns, heading, heat_map, read_leaderboard
 from megatron_lora.output.run_view import RunView
 from megatron_lora.planning.plan_picture import check_plot_path
 
@@ -43,14 +43,12 @@ def main(run_path: str, as_json: bool, plot: str | None) -> int:
 
 def table(name: str, board: dict[str, Any]) -> Table:
     """Lay out a leaderboard, the best point first."""
-    laid_out = Table(title=f"{name}: {len(board['points'])} points, {board['strategy']}, {board['mode']} {board['metric']}", expand=False)
-    for heading in ("place", "job", *board["over"], board["metric"], "step", "rungs", "state"):
-        laid_out.add_column(heading, justify="left" if heading in ("job", "state") else "right", no_wrap=True)
+    laid_out = Table(title=f"{name}: {heading(board)}", expand=False)
+    for column in columns(board):
+        laid_out.add_column(column, justify="left" if column in ("job", "state") else "right", no_wrap=True)
     for place, row in enumerate(board["points"], 1):
-        value = "" if row["value"] is None else f"{row['value']:.4f}"
-        cells = [written(row["values"].get(key)) for key in board["over"]]
-        ends = (value, str(row["step"] or ""), str(row["rung"]), Text(row["state"], style=STYLES.get(row["state"], "")))
-        laid_out.add_row(str(place), row["job"], *cells, *ends)
+        *line, state = cells(board, place, row)
+        laid_out.add_row(*line, Text(state, style=STYLES.get(state, "")))
     return laid_out
 
 
@@ -74,8 +72,8 @@ def draw(path: str, boards: dict[str, Any], view: RunView) -> None:
         if len(board["over"]) < 2:
             heat.set_axis_off()
             continue
-        names, labels, cells = heat_map(board)
-        image = heat.imshow([[float("nan") if cell is None else cell for cell in line] for line in cells], cmap="viridis_r", aspect="auto")
+        names, labels, best = heat_map(board)
+        image = heat.imshow([[float("nan") if cell is None else cell for cell in line] for line in best], cmap="viridis_r", aspect="auto")
         heat.set_xticks(range(len(labels[1])), labels[1], rotation=30)
         heat.set_yticks(range(len(labels[0])), labels[0])
         heat.set(title=f"best {board['metric']}", xlabel=names[1], ylabel=names[0])

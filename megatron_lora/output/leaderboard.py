@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lora.config.schema import JobConfig
-from megatron_lora.config.sweep_keys import by_sweep
+from megatron_lora.config.sweep_keys import badness, by_sweep
 from megatron_lora.errors import UserError
 from megatron_lora.files import sealed, unsealed, write_atomically
 
@@ -40,8 +40,7 @@ def leaderboard(
             step, value = kept(job, evaluated.get(job.name, ())) or (None, None)
             row = {"job": job.name, "values": job.point.values, "state": states.get(job.name, "queued")}
             rows.append(row | {"value": value, "step": step, "rung": rungs.get(job.name, 0)})
-        sign = 1 if first.mode == "min" else -1
-        rows.sort(key=lambda row: math.inf if row["value"] is None else sign * row["value"])
+        rows.sort(key=lambda row: badness(row["value"], first.mode))
         of = {"metric": first.metric, "mode": first.mode, "strategy": first.point.sweep.strategy, "over": list(first.point.sweep.over)}
         found[name] = of | {"points": rows}
     return found
@@ -52,8 +51,7 @@ def kept(job: JobConfig, evaluated: Evaluated) -> tuple[int, float] | None:
     finite = [(step, value) for step, value in evaluated if math.isfinite(value)]
     if not finite:
         return None
-    sign = 1 if job.mode == "min" else -1
-    return min(finite, key=lambda each: sign * each[1]) if job.keep == "best" else finite[-1]
+    return min(finite, key=lambda each: badness(each[1], job.mode)) if job.keep == "best" else finite[-1]
 
 
 def write_leaderboard(output_dir: Path, boards: Mapping[str, Any]) -> None:
@@ -86,6 +84,23 @@ def read_leaderboard(output_dir: Path) -> dict[str, Any]:
 def written(value: Any) -> str:
     """Write a value of a sweep's key."""
     return f"{value:.4g}" if isinstance(value, float) else str(value) if isinstance(value, int | str) else json.dumps(value)
+
+
+def heading(board: Mapping[str, Any]) -> str:
+    """Say what is compared, and how."""
+    return f"{len(board['points'])} points, {board['strategy']}, {board['mode']} {board['metric']}"
+
+
+def columns(board: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the headings of a leaderboard as a table."""
+    return ("place", "job", *board["over"], board["metric"], "step", "rungs", "state")
+
+
+def cells(board: Mapping[str, Any], place: int, row: Mapping[str, Any]) -> list[str]:
+    """Return a point's line of that table; `place` is 1 for the best."""
+    value = "" if row["value"] is None else f"{row['value']:.4f}"
+    values = [written(row["values"].get(key)) for key in board["over"]]
+    return [str(place), row["job"], *values, value, str(row["step"] or ""), str(row["rung"]), row["state"]]
 
 
 def heat_map(board: Mapping[str, Any]) -> tuple[list[str], tuple[list[str], list[str]], list[list[float | None]]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from megatron_lora.output.leaderboard import heat_map, written
+from megatron_lora.output.leaderboard import cells, columns, heading, heat_map
 
 MOST_ROWS = 50
 
@@ -17,37 +17,35 @@ def sweep_sections(boards: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _section(name: str, board: Mapping[str, Any]) -> str:
-    over, points = list(board["over"]), board["points"]
-    heads = [("place", False), ("point", True), *((key, False) for key in over), (board["metric"], False), ("step", False)]
-    head = "".join(f"<th{' class=l' if is_text else ''}>{escape(key)}</th>" for key, is_text in [*heads, ("rungs", False), ("state", True)])
+    points, names = board["points"], columns(board)
+    left = [" class=l" if name in ("job", "state") else "" for name in names]
+    shown = ["point" if name == "job" else name for name in names]
+    head = "".join(f"<th{side}>{escape(name)}</th>" for side, name in zip(left, shown, strict=True))
     rows = []
     for place, row in enumerate(points[:MOST_ROWS], 1):
-        value = "" if row["value"] is None else f"{row['value']:.4f}"
-        cells = [str(place), *(escape(written(row["values"].get(key))) for key in over), value, str(row["step"] or ""), str(row["rung"])]
-        cells.insert(1, escape(row["job"]))
-        tds = "".join(f"<td{' class=l' if at == 1 else ''}>{cell}</td>" for at, cell in enumerate(cells))
-        rows.append(f'<tr>{tds}<td class="l">{escape(row["state"])}</td></tr>')
+        tds = "".join(f"<td{side}>{escape(cell)}</td>" for side, cell in zip(left, cells(board, place, row), strict=True))
+        rows.append(f"<tr>{tds}</tr>")
     more = f'<p class="muted small">and {len(points) - MOST_ROWS} more, in leaderboard.json</p>' if len(points) > MOST_ROWS else ""
-    said = f"{len(points)} points, {board['strategy']}, {board['mode']} {board['metric']}"
     table = f'<div class="box scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>{more}</div>'
-    return f'<h2>Sweep {escape(name)}</h2><p class="muted small">{escape(said)}</p>{_heat(board) if len(over) > 1 else ""}{table}'
+    heat = _heat(board) if len(board["over"]) > 1 else ""
+    return f'<h2>Sweep {escape(name)}</h2><p class="muted small">{escape(heading(board))}</p>{heat}{table}'
 
 
 def _heat(board: Mapping[str, Any]) -> str:
     """Draw the heat map as a table: the better a cell's best value, the darker it is."""
-    names, (rows, columns), cells = heat_map(board)
-    values = [value for line in cells for value in line if value is not None]
+    names, (rows, labels), best_of = heat_map(board)
+    values = [value for line in best_of for value in line if value is not None]
     if not values:
         return ""
     worst, best = (max(values), min(values)) if board["mode"] == "min" else (min(values), max(values))
     body = []
-    for label, line in zip(rows, cells, strict=True):
+    for label, line in zip(rows, best_of, strict=True):
         tds = []
         for value in line:
             share = 0.0 if value is None or worst == best else (worst - value) / (worst - best)
             shade = f' style="background:color-mix(in srgb,var(--c0) {5 + 65 * share:.0f}%,transparent)"' if value is not None else ""
             tds.append(f"<td{shade}>{'' if value is None else f'{value:.4f}'}</td>")
         body.append(f'<tr><th class="l">{escape(label)}</th>{"".join(tds)}</tr>')
-    head = "".join(f"<th>{escape(label)}</th>" for label in columns)
+    head = "".join(f"<th>{escape(label)}</th>" for label in labels)
     corner = f'<th class="l">{escape(names[0])} \\ {escape(names[1])}</th>'
     return f'<div class="box scroll"><table><thead><tr>{corner}{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
