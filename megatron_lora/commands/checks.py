@@ -19,7 +19,6 @@ from megatron_lora.config.live import Live
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.data.dataset_sources import MAX_NAME_BYTES, sources_of
-from megatron_lora.data.steps import check_visits
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.architecture import Architecture, unread_fields
@@ -147,7 +146,7 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
 
     Jobs of `may_fail` whose data are bad are in the inputs' `failed`, if any job is left.
     """
-    from megatron_lora.training.job_checks import check_init_adapter, check_lengths, check_rungs, check_targets
+    from megatron_lora.training.job_checks import check_data, check_init_adapter, check_targets
 
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
@@ -156,8 +155,6 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
     for note in architecture.notes():
         print(f"megatron-lora: base_model: {model_dir}: {note}", file=sys.stderr)
     check_layout(architecture, config.parallel, config.base_weights)
-    if architecture.num_experts and config.base_weights != "native":
-        raise UserError(f"base_weights: {show(config.base_weights)}: experts are frozen in `precision` alone; set base_weights: native")
     if config.recompute != "auto":
         recompute_of_layers(config.recompute, architecture.num_layers)
     for job in config.jobs:
@@ -170,9 +167,7 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
             raise error
     good = [(job, data) for job, data in found if job.name not in bad]
     for job, job_data in good:
-        check_lengths(job, job_data, config.microbatch_tokens, architecture)
-        check_visits(job, job_data.mixture.num_copies)
-        check_rungs(job, job_data)
+        check_data(job, job_data, config.microbatch_tokens, architecture)
     failed = {name: str(error) for name, error in bad.items()}
     return Inputs(model_dir=model_dir, architecture=architecture, data=tuple(data for _, data in good), failed=failed)
 

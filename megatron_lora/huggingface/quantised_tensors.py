@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_lora.errors import UserError, one_line
-from megatron_lora.huggingface.quantisation import BLOCK, GROUP, STATE
+from megatron_lora.huggingface.quantisation import GROUP, NF4_BLOCK, STATE
 
 Read = Callable[[str], Tensor]  # the name of what lies beside a weight, or "" -> the complete tensor
 
@@ -26,7 +26,7 @@ def dequantised(read: Read, shape: tuple[int, ...], index: tuple[slice, ...]) ->
     if values.dtype == torch.uint8:
         codes, absmax = _nf4(read, shape)
         pairs = torch.stack((codes >> 4, codes & 15), -1)
-        blocks = read(".quant_map").float()[pairs.int()].reshape(-1, BLOCK) * absmax.reshape(-1, 1)
+        blocks = read(".quant_map").float()[pairs.int()].reshape(-1, NF4_BLOCK) * absmax.reshape(-1, 1)
         return blocks.reshape(shape)[index]
     rows, cols = shape
     scales = read("_scale") if _by_rows(read) else read("_scale_inv").repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
@@ -40,7 +40,7 @@ def packed(read: Read, shape: tuple[int, ...], index: tuple[slice, ...]) -> tupl
     if values.dtype == torch.uint8:
         codes, absmax = _nf4(read, shape)
         first, end, _ = columns.indices(shape[1])
-        return codes[rows, first // 2 : end // 2], absmax[rows, first // BLOCK : end // BLOCK]
+        return codes[rows, first // 2 : end // 2], absmax[rows, first // NF4_BLOCK : end // NF4_BLOCK]
     return (values[index], read("_scale").float().reshape(-1, 1).expand(shape[0], 1)[rows, 0]) if _by_rows(read) else None
 
 
@@ -59,7 +59,7 @@ def _nf4(read: Read, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         state = json.loads(written)
     except ValueError:
         state = None
-    wanted = {"blocksize": BLOCK, "quant_type": "nf4", "shape": [rows, cols]}
+    wanted = {"blocksize": NF4_BLOCK, "quant_type": "nf4", "shape": [rows, cols]}
     nested = absmax.dtype == torch.uint8
     wanted |= {"nested_blocksize": GROUP} if nested else {}
     offset = state.get("nested_offset", None if nested else 0.0) if isinstance(state, dict) and wanted.items() <= state.items() else None
@@ -69,4 +69,4 @@ def _nf4(read: Read, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     if nested:
         groups = read(".nested_absmax").float().repeat_interleave(GROUP)[: len(absmax)]
         absmax = read(".nested_quant_map").float()[absmax.int()] * groups + offset
-    return read("").reshape(rows, cols // 2), absmax.float().reshape(rows, cols // BLOCK)
+    return read("").reshape(rows, cols // 2), absmax.float().reshape(rows, cols // NF4_BLOCK)

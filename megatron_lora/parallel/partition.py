@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from itertools import accumulate
 
+from megatron_lora.config.rules import show, storage_and_compute
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
-
-NF4_BLOCK = 64  # as fused_ops.lora.nf4 has it
+from megatron_lora.huggingface.quantisation import NF4_BLOCK
 
 
 def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> tuple[range, ...]:
@@ -43,11 +43,13 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig, base_weig
         )
     of_rows = architecture.num_heads * architecture.head_dim, architecture.ffn_size
     odd = [size for size in (architecture.hidden_size, *(n // parallel.tensor for n in of_rows)) if size % NF4_BLOCK]
-    if base_weights.startswith("nf4") and odd:
+    if storage_and_compute(base_weights)[0] == "nf4" and odd:
         raise UserError(
             f"base_weights: {base_weights!r}: a rank's linears with {odd[0]} inputs are not made of blocks of {NF4_BLOCK}; "
             "use fewer tensor ranks, or another storage"
         )
+    if architecture.num_experts and base_weights != "native":
+        raise UserError(f"base_weights: {show(base_weights)}: experts are frozen in `precision` alone; set base_weights: native")
     counts = parallel.layers_per_stage
     if counts is not None and (len(counts) != parallel.pipeline or sum(counts) != architecture.num_layers or min(counts) < 1):
         raise UserError(

@@ -7,10 +7,11 @@ import dataclasses
 from megatron_lora.config.rules import storage_and_compute
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.huggingface.architecture import Architecture
-from megatron_lora.parallel.partition import NF4_BLOCK, layers_of_stages
+from megatron_lora.huggingface.quantisation import NF4_BLOCK
+from megatron_lora.parallel.partition import layers_of_stages
 from megatron_lora.planning.adapter_memory import GB, MODEST_SHARE, adapters_of, most, rooms, rows_of
 from megatron_lora.planning.devices import reference_of
-from scheduling.cost import CostModel, Device, ModelShape, StageCost, head_share, linear_tiles, stage_costs, stage_policies
+from scheduling.cost import CostModel, Device, StageCost, head_share, linear_tiles, stage_costs, stage_policies
 from scheduling.memory import (
     StageMemory,
     loss_chunk_rows,
@@ -18,6 +19,7 @@ from scheduling.memory import (
     rank_row_bytes,
     stage_memory,
 )
+from scheduling.model_shape import ModelShape
 from scheduling.slot_cost import SlotCost
 
 USUAL_TOKENS = 4096  # of a usual microbatch: stands in for microbatch_tokens while that is `auto`

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData
-from megatron_lora.data.steps import count_steps
+from megatron_lora.data.steps import check_visits, count_steps
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.adapter_files import check_adapter, check_modules, read_adapter
 from megatron_lora.huggingface.architecture import Architecture
@@ -29,6 +29,13 @@ def check_targets(job: JobConfig, architecture: Architecture) -> None:
         if module not in own:
             remedy = f"set target_modules: [{', '.join(own)}], or some of these"
             raise UserError(f"jobs.{job.name}.target_modules: {module} is no linear of a {architecture.model_type}; {remedy}")
+
+
+def check_data(job: JobConfig, data: JobData, budget: int | str, architecture: Architecture) -> None:
+    """Check a job's data where they have been read: the lengths of samples, how often each is taken, the rungs of its sweep."""
+    check_lengths(job, data, budget, architecture)
+    check_visits(job, data.mixture.num_copies)
+    check_rungs(job, data)
 
 
 def check_rungs(job: JobConfig, data: JobData) -> None:

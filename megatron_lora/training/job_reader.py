@@ -23,12 +23,11 @@ from pathlib import Path
 import megatron_lora
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import load_jobs_data
-from megatron_lora.data.steps import check_visits
 from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.output.standing import resume_point_of
-from megatron_lora.training.job_checks import check_checkpoint, check_init_adapter, check_lengths, check_rungs, check_targets
+from megatron_lora.training.job_checks import check_checkpoint, check_data, check_init_adapter, check_targets
 
 Check = Callable[[JobConfig], "str | None"]
 
@@ -44,9 +43,7 @@ def read_and_check(
         check_targets(job, architecture)
         check_init_adapter(job, architecture, base_model)
         data = load_jobs_data([job], tokenizer_for([job], model_dir), cache_dir, architecture.vocab_size)[0]
-        check_lengths(job, data, budget, architecture)
-        check_visits(job, data.mixture.num_copies)
-        check_rungs(job, data)
+        check_data(job, data, budget, architecture)
         check_checkpoint(job, data, resume_point_of(Path(output_dir) / "jobs" / job.name))
     except UserError as error:
         return str(error)

@@ -137,3 +137,15 @@ def test_layout_that_does_not_fit(layout, message, tmp_path):
     with pytest.raises(UserError) as caught:
         check_layout(read(tmp_path, num_key_value_heads=2), ParallelConfig(**layout))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("base_weights, changes, message", [
+    ("nf4/bf16", {"num_key_value_heads": 2}, "base_weights: 'nf4/bf16': a rank's linears with 32 inputs are not made of blocks of 64"),
+    ("fp8", {"model_type": "mixtral", "num_key_value_heads": 2}, "base_weights: 'fp8': experts are frozen in `precision` alone"),
+])  # fmt: skip
+def test_weights_that_cannot_be_stored_so(base_weights, changes, message, tmp_path):
+    architecture = read(tmp_path, **changes)
+    check_layout(architecture, ParallelConfig(tensor=2))
+    with pytest.raises(UserError) as caught:
+        check_layout(architecture, ParallelConfig(tensor=2), base_weights)
+    assert message in str(caught.value)
