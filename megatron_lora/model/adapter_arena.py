@@ -254,9 +254,13 @@ class Arena:
             factors = self._stripes[adapter_row].factors
             _copy(factors.views(self.compute), factors.views(self.master))
 
+    def shards_of(self, spec: AdapterSpec) -> list[Factor]:
+        """Return an adapter's factors on this rank; where they begin is not said."""
+        return [factor for region in self.regions for factor in shards(region.geometry, self.tensor_rank, spec)]
+
     def _host_memory(self, spec: AdapterSpec) -> tuple[Tensor, list[tuple[Factor, Tensor]]]:
         """Return memory on the host for an adapter's factors, and each factor with its part [r, width] of it."""
-        factors = [factor for region in self.regions for factor in shards(region.geometry, self.tensor_rank, spec)]
+        factors = self.shards_of(spec)
         lengths = [factor.length for factor in factors]
         flat = torch.empty(sum(lengths), pin_memory=self.master.is_cuda)
         return flat, [(f, part.view(f.r, f.width)) for f, part in zip(factors, flat.split(lengths), strict=True)]

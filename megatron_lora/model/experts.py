@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from fused_ops.experts.layer import ExpertWeights, expert_mlp
-from fused_ops.lora.linear import Collectives
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.huggingface.weight_slices import Part
-from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
+from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
 from megatron_lora.parallel.process_groups import tensor_group
 
 
@@ -35,10 +34,8 @@ class Experts(torch.nn.Module):
 
         self.router, self.up, self.down = frozen(number, hidden), frozen(number, 2 * width, hidden), frozen(number, hidden, width)
         self.near_ties = torch.zeros(1, dtype=torch.int64, device=device)
-        alone, kinds = self.group.size() == 1, (ColumnCollectives, RowCollectives)
-        if config.sequence_parallel:
-            kinds = (ColumnSequenceCollectives, RowSequenceCollectives)
-        self.before, self.after = (Collectives() if alone else kind(self.group) for kind in kinds)
+        linears = MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
+        self.before, self.after = (linear.collectives_over(self.group, config.sequence_parallel) for linear in linears)
 
     def forward(self, x: Tensor, values: bool = True) -> Tensor:
         """Return the experts' output [T_local, 1, H] of x; without `values`, for backward alone."""

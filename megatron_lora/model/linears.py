@@ -99,8 +99,7 @@ class MultiLoraLinear:
         if config.base_weights != "native":
             self.weight = torch.nn.Parameter(self.weight.detach().to("meta"))
         freeze(cast(torch.nn.Module, self))
-        alone = self.tp_group.size() == 1
-        self.collectives = Collectives() if alone else self.kinds[config.sequence_parallel](self.tp_group)
+        self.collectives = self.collectives_over(self.tp_group, config.sequence_parallel)
 
     def set_layer(self, layer: int) -> None:
         """Set the layer (its index in the complete model) that the linear belongs to."""
@@ -119,6 +118,11 @@ class MultiLoraLinear:
             tensor_ranks=ranks,
         )
         assert self.geometry.columns[-1][1] == self.weight.shape[0]
+
+    @classmethod
+    def collectives_over(cls, group: dist.ProcessGroup, sequence: bool) -> Collectives:
+        """Return the collectives around such a linear over a tensor group."""
+        return Collectives() if group.size() == 1 else cls.kinds[sequence](group)
 
     def freeze_as(self, weight: FrozenWeight) -> None:
         """Put the weight as it is stored in the place of the parameter."""

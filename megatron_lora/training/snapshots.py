@@ -87,11 +87,11 @@ class SnapshotCollector:
 
         torch keeps pinned memory that is given back for the next that asks for as much, rounded up to a power of two.
         """
-        arena = self.arena
-        lengths = sorted(
-            sum(f.length for region in arena.regions for f in shards(region.geometry, arena.tensor_rank, spec)) for spec in specs
-        )
-        kept = [_host_memory(3 * length, arena.master.is_cuda) for length in lengths[-MOST_PINNED_AHEAD:]]
+        if not self.arena.master.is_cuda:
+            return
+        of_spec = {spec: sum(factor.length for factor in self.arena.shards_of(spec)) for spec in set(specs)}
+        lengths = sorted(of_spec[spec] for spec in specs)
+        kept = [_host_memory(3 * length, pinned=True) for length in lengths[-MOST_PINNED_AHEAD:]]
         kept.clear()
 
     def submit(self, job: Job, *, moments: bool) -> None:
