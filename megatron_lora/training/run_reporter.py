@@ -56,7 +56,7 @@ class RunReporter:
         self.watchdogs: dict[str, Watchdog] = {}
         self.alarms: dict[str, str] = {}  # job that its watchdog has paused -> why
         self.num_begun = 0  # windows
-        self.files_of_left: dict[str, dict[str, str]] = {}  # of jobs that have left: SHA-256 of the files of their PEFT directories
+        self.files_of_left: dict[str, dict[str, str]] = {}  # of jobs that have left and are not over: SHA-256 of PEFT files
         self.over: set[str] = set()  # names of jobs that ended in this start
         self.advice: dict[str, str] = {}  # of jobs that are done, for those who serve them
         self.directory = RunDirectory.join(config)
@@ -143,8 +143,9 @@ class RunReporter:
 
     def _final_files(self, name: str) -> dict[str, str]:
         """Return the SHA-256 of the files of a job that is over: its metrics, and its PEFT directory where this start has written it."""
+        left = self.files_of_left.pop(name, {})
         found = digests_of_metrics(self.directory.path / "jobs" / name)
-        return found | next((dict(job.files) for job in self.jobs.values() if job.name == name), self.files_of_left.get(name, {}))
+        return found | next((dict(job.files) for job in self.jobs.values() if job.name == name), left)
 
     def add_jobs(self, jobs: Sequence[JobConfig]) -> None:
         """Record jobs that were added to the run; in the training thread."""
@@ -153,9 +154,9 @@ class RunReporter:
     def _update_states(self, written: Written) -> None:
         while not written.empty():
             job, state = written.get()
-            self.files_of_left[job.name] = dict(job.files)
             if job.name in self.over:
                 continue  # cancelled meanwhile, perhaps after it had left
+            self.files_of_left[job.name] = dict(job.files)
             reasons = {"stopped": self.reasons, "paused": self.alarms}.get(state, {})
             self._set_job(job, state, reasons.get(job.name, ""))
             self.control.tell(*((state, job.name, "") if state in OVER else ("saved", job.name, state)))
