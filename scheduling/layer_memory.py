@@ -22,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduling.cost import OFFLOADED, ModelShape
+from scheduling.cost import OFFLOADED
+from scheduling.model_shape import ModelShape
 
 POLICIES = ("none", "cheap", "full")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from scheduling.cost import OFFLOADED, Device, ModelShape, offloaded, stage_policies
+from scheduling.cost import OFFLOADED, Device, offloaded, stage_policies
 from scheduling.layer_memory import FUSED_MODULES, MODULES, Adapter, LayerMemory, layer_memory
+from scheduling.model_shape import ModelShape
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.cost import DEVICES, ModelShape
+from scheduling.cost import DEVICES
 from scheduling.layer_memory import Adapter
 from scheduling.memory import cheapest_policies, fitting_tokens, peak_bytes, stage_memory, tokens_in_flight, usable_bytes
+from scheduling.model_shape import ModelShape
 from scheduling.types import Microbatch, Segment
 
 LLAMA_8B = ModelShape(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=14336, vocab_size=128256)

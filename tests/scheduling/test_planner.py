@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.backlog import costs_of, open_backlog, to_stream
-from scheduling.cost import DEVICES, ModelShape, linear_tiles
+from scheduling.cost import DEVICES, linear_tiles
 from scheduling.data_parallel import deal
+from scheduling.model_shape import ModelShape
 from scheduling.packing import _fit, _fit_tokens, fill, first_fit, ramp, spread
 from scheduling.plan_json import stream_to_json
 from scheduling.planner import best_stretch, plan_stream

@@ -15,7 +15,7 @@ from megatron_lora.output import take_requests
 from megatron_lora.output.changes import Run, apply, decide, job_mapping, states_to_start_from
 from megatron_lora.output.events import Change, EventLog, read_events
 from megatron_lora.output.requests import Request, RequestFolder, new_request, write_request
-from megatron_lora.output.run_directory import RunDirectory, with_changes
+from megatron_lora.output.run_directory import RunDirectory, job_states, with_changes
 
 
 def job(name: str, **keys) -> JobConfig:
@@ -301,14 +301,19 @@ def test_resuming_with_the_first_config_keeps_what_was_added_set_paused_and_canc
     assert request.id in EventLog(path).ids
 
 
-def test_a_finished_run_to_which_a_job_was_added_is_resumed_and_one_that_lost_a_job_is_not(tmp_path):
-    path = tmp_path / "run"
+def leave(path, Bee: str, status: int) -> None:
+    """Have a run end that has trained `a` to its end."""
     with RunDirectory.create(config(path)) as directory:
         (path / "jobs" / "a").mkdir(parents=True)
         (path / "jobs" / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
         directory.set_job("a", "done")
-        directory.set_job("Bee", "done")
-        directory.finish(0)
+        directory.set_job("Bee", Bee)
+        directory.finish(status)
+
+
+def test_a_finished_run_to_which_a_job_was_added_is_resumed_and_one_that_lost_a_job_is_not(tmp_path):
+    path = tmp_path / "run"
+    leave(path, Bee="done", status=0)
     with pytest.raises(UserError, match="a finished run"):
         RunDirectory.check(config(path))
     assert RunDirectory.check(config(path), keep_alive=True) == {}  # it waits for others
@@ -316,9 +321,7 @@ def test_a_finished_run_to_which_a_job_was_added_is_resumed_and_one_that_lost_a_
     ask(path, "add", jobs=[job("c")])
     assert RunDirectory.check(config(path)).keys() == {"c"}
     RunDirectory.create(config(path)).close()
-    assert {name: entry["state"] for name, entry in json.loads((path / "status.json").read_text())["jobs"].items()} == {
-        "a": "done", "Bee": "done", "c": "queued"
-    }  # fmt: skip
+    assert job_states(path) == {"a": "done", "Bee": "done", "c": "queued"}
     shorter = RunConfig(base_model="m", output_dir=str(path), jobs=(job("a"),))
     with pytest.raises(UserError, match="'Bee', which the run has, is not among them"):
         RunDirectory.check(shorter)
@@ -329,18 +332,11 @@ def test_a_finished_run_to_which_a_job_was_added_is_resumed_and_one_that_lost_a_
 
 def test_a_start_records_that_requests_have_ended_what_was_left(tmp_path):
     path = tmp_path / "run"
-    with RunDirectory.create(config(path)) as directory:
-        (path / "jobs" / "a").mkdir(parents=True)
-        (path / "jobs" / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
-        directory.set_job("a", "done")
-        directory.set_job("Bee", "paused")
-        directory.finish(75)
+    leave(path, Bee="paused", status=75)
     ask(path, "cancel", "Bee")
     assert RunDirectory.check(config(path)) == {}
     RunDirectory.create(config(path)).close()
-    assert {name: entry["state"] for name, entry in json.loads((path / "status.json").read_text())["jobs"].items()} == {
-        "a": "done", "Bee": "cancelled"
-    }  # fmt: skip
+    assert job_states(path) == {"a": "done", "Bee": "cancelled"}
     with pytest.raises(UserError, match="a finished run"):
         RunDirectory.check(config(path))
 

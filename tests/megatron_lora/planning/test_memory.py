@@ -28,9 +28,9 @@ from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from scheduling import memory
-from scheduling.cost import ModelShape
 from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
 from scheduling.memory import stage_memory
+from scheduling.model_shape import ModelShape
 
 LENGTHS, LAYERS, VOCABULARY = (300, 500, 224), 4, 512
 ROWS = sum(LENGTHS)
