@@ -46,7 +46,8 @@ def scatter_scaled_reference(grad: Tensor, scales: Tensor, rows: Tensor | None) 
     return scaled if rows is None else grad.new_zeros(len(scales), grad.shape[1]).index_copy_(0, rows, scaled)
 
 
-@triton.jit
+# Halves and slices of one number a row begin anywhere, by the microbatch: their alignment would be a kernel each.
+@triton.jit(do_not_specialize_on_alignment=["highest_ptr", "total_ptr"])
 def _softmax_sums_kernel(logits_ptr, highest_ptr, total_ptr, num_cols, num_blocks, BLOCK: tl.constexpr):
     i_row = (tl.program_id(0) // num_blocks).to(tl.int64)
     o_col = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -57,7 +58,7 @@ def _softmax_sums_kernel(logits_ptr, highest_ptr, total_ptr, num_cols, num_block
     tl.store(total_ptr + tl.program_id(0), tl.sum(tl.exp(b_z - shift), 0))
 
 
-@triton.jit(do_not_specialize=["first_token"])
+@triton.jit(do_not_specialize=["first_token"], do_not_specialize_on_alignment=["label_ptr", "highest_ptr", "total_ptr"])
 def _softmax_residual_kernel(
     logits_ptr, label_ptr, highest_ptr, total_ptr, num_cols, num_blocks, first_token, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -71,7 +72,7 @@ def _softmax_residual_kernel(
     tl.store(z_at, tl.where(label >= 0, b_p, 0.0).to(logits_ptr.dtype.element_ty), m_col)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "row_ptr"])
 def _scatter_scaled_kernel(grad_ptr, scale_ptr, row_ptr, out_ptr, num_cols, num_blocks, ALL: tl.constexpr, BLOCK: tl.constexpr):
     i_grad = (tl.program_id(0) // num_blocks).to(tl.int64)
     o_col = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)

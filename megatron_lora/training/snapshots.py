@@ -3,15 +3,18 @@
 Stages take a job's step at different times, so no rank may wait for another while it takes one. Each
 rank copies the job's factors (for a checkpoint also Adam's two moments) to host memory and queues them
 for a thread, which sends them over gloo. The first rank's thread receives the parts of all ranks, joins
-the shards (A along K for row-parallel linears, B along N for column-parallel ones) and calls `write`,
+the shards (A along K for row-parallel linears, B along N for column-parallel ones) and has `write` called,
 which may wait until the snapshot's step is reported; the ranks' training threads wait for neither.
-All ranks take the same steps in the same order, so messages match by their order.
+All ranks take the same steps in the same order, so messages match by their order. Snapshots of one job are
+written one after another, those of different jobs side by side: a digest and a sync take the most of it.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +27,7 @@ from megatron_lora.model.arena_region import AdapterSpec, shards
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.training.jobs import Job
 
+MOST_WRITERS = 8  # threads of the first rank that write; each holds a joined copy of one job's state
 MOST_PINNED_AHEAD = 4  # checkpoints at the same step whose host memory is there from the start
 Weights = dict[str, tuple[Tensor, Tensor]]  # path -> (A [r, K], B [N, r]), fp32, all shards joined
 
@@ -58,6 +62,64 @@ class _Part:
     copied: torch.cuda.Event | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Joinable:
+    """All ranks' parts of a snapshot: `flats[rank]` is [buffers, the rank's factors one after another]."""
+
+    part: _Part
+    flats: Sequence[Tensor]
+    num_updates: int
+    skipped_in_a_row: int
+
+
+class _Writers:
+    """Threads that call `write` with what they are given, of each job one after another, in its order."""
+
+    def __init__(self, write: Callable[[_Joinable], None], num_threads: int):
+        self._write = write
+        self._changed = threading.Condition()
+        self._of_job: dict[str, deque[_Joinable]] = {}  # what is to be written; its first is being written, or is in `_ready`
+        self._ready: deque[str] = deque()
+        self.failure: BaseException | None = None
+        for number in range(num_threads):
+            threading.Thread(target=self._work, name=f"snapshot-writer-{number}", daemon=True).start()
+
+    def put(self, job: str, snapshot: _Joinable) -> None:
+        """Have a snapshot written after those of the same job."""
+        with self._changed:
+            others = self._of_job.setdefault(job, deque())
+            others.append(snapshot)
+            if len(others) == 1:
+                self._ready.append(job)
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all is written; raises what a write has raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._of_job or self.failure is not None)
+        if self.failure is not None:
+            raise self.failure
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ready)
+                job = self._ready.popleft()
+                snapshot = self._of_job[job][0]
+            try:
+                self._write(snapshot)
+            except BaseException as failure:  # carried to the main thread, which raises it
+                self.failure = failure
+            del snapshot  # its memory is free before anybody is told
+            with self._changed:
+                self._of_job[job].popleft()
+                if self._of_job[job]:
+                    self._ready.append(job)
+                else:
+                    del self._of_job[job]
+                self._changed.notify_all()
+
+
 class SnapshotCollector:
     """Sends this rank's parts of snapshots to the first rank, which writes them."""
 
@@ -78,6 +140,7 @@ class SnapshotCollector:
         self.linears_of_rank: Sequence[tuple[Sequence[LinearGeometry], int]] = ranks  # and the tensor rank
         self.written: queue.SimpleQueue[tuple[Job, str]] = queue.SimpleQueue()  # jobs that leave with what was written, and their states
         self.failure: BaseException | None = None
+        self.writers = _Writers(self._join_and_write, min(MOST_WRITERS, os.cpu_count() or 1) if self.rank == 0 else 0)
         self.waiting: queue.SimpleQueue[_Part | threading.Event | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="snapshot-collector", daemon=True)
         self.thread.start()
@@ -129,13 +192,15 @@ class SnapshotCollector:
         self._raise_failure()
 
     def _raise_failure(self) -> None:
-        if self.failure is not None:
-            raise self.failure
+        failure = self.failure or self.writers.failure
+        if failure is not None:
+            raise failure
 
     def _work(self) -> None:
         try:
             while (part := self.waiting.get()) is not None:
                 if isinstance(part, threading.Event):
+                    self.writers.wait()
                     part.set()
                     continue
                 if part.copied is not None:
@@ -143,6 +208,8 @@ class SnapshotCollector:
                 failed, num_updates, skipped_in_a_row = part.values[-3:].tolist()
                 if not failed:
                     self._collect(part, int(num_updates), int(skipped_in_a_row))
+                del part  # else its memory is held until the next one comes
+            self.writers.wait()
         except BaseException as failure:  # carried to the main thread, which raises it
             self.failure = failure
 
@@ -151,23 +218,28 @@ class SnapshotCollector:
         if self.rank != 0:
             dist.send(own, 0, group=self.group)
             return
-        factors = [
-            [shard for geometry in linears for shard in shards(geometry, tensor_rank, part.spec)]
-            for linears, tensor_rank in self.linears_of_rank
-        ]
         flats = [own.view(part.num_buffers, -1)]
         for rank in range(1, self.world_size):
-            flat = torch.empty(part.num_buffers, sum(factor.length for factor in factors[rank]))
+            flat = torch.empty(part.num_buffers, sum(factor.length for factor in self._factors(part.spec, rank)))
             dist.recv(flat, rank, group=self.group)
             flats.append(flat)
+        self.writers.put(part.job.name, _Joinable(part, flats, num_updates, skipped_in_a_row))
+
+    def _factors(self, spec: AdapterSpec, rank: int) -> list[Factor]:
+        linears, tensor_rank = self.linears_of_rank[rank]
+        return [shard for geometry in linears for shard in shards(geometry, tensor_rank, spec)]
+
+    def _join_and_write(self, joinable: _Joinable) -> None:
+        part, flats = joinable.part, joinable.flats
+        factors = [self._factors(part.spec, rank) for rank in range(self.world_size)]
         weights, *moments = (join_shards(factors, [flat[buffer] for flat in flats]) for buffer in range(part.num_buffers))
         snapshot = Snapshot(
             job=part.job,
             step=part.step,
             weights=weights,
             moments=tuple(moments),
-            num_updates=num_updates,
-            skipped_in_a_row=skipped_in_a_row,
+            num_updates=joinable.num_updates,
+            skipped_in_a_row=joinable.skipped_in_a_row,
         )
         if (state := self.write(snapshot)) is not None:
             self.written.put((part.job, state))

@@ -1,0 +1,37 @@
+"""The threads that write snapshots: of one job in its order, of others meanwhile, and a failure is raised where it is waited for."""
+
+import threading
+
+import pytest
+
+from megatron_lora.training.snapshots import _Writers
+
+
+def test_jobs_are_written_side_by_side_and_each_in_its_order():
+    written, may_go_on = [], threading.Event()
+
+    def write(snapshot):
+        if snapshot == ("a", 0):
+            assert may_go_on.wait(20)
+        written.append(snapshot)
+        if snapshot == ("b", 2):
+            may_go_on.set()
+
+    writers = _Writers(write, 2)
+    for step in range(3):
+        for job in "ab":
+            writers.put(job, (job, step))
+    writers.wait()
+    assert written[:3] == [("b", 0), ("b", 1), ("b", 2)], "the other job waits for the first one's slow disk"
+    assert written[3:] == [("a", 0), ("a", 1), ("a", 2)]
+
+
+def test_a_failure_of_a_writer_is_raised():
+    def write(snapshot):
+        raise OSError(snapshot)
+
+    writers = _Writers(write, 2)
+    writers.put("a", "no space is left")
+    with pytest.raises(OSError, match="no space is left"):
+        writers.wait()
+    assert isinstance(writers.failure, OSError)
