@@ -27,7 +27,7 @@ from megatron_lora.model.arena_region import AdapterSpec, shards
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.training.jobs import Job
 
-MOST_WRITERS = 8  # threads of the first rank that write; each holds a joined copy of one job's state
+MOST_WRITERS = 4  # threads of the first rank that write; each holds a joined copy of one job's state
 MOST_PINNED_AHEAD = 4  # checkpoints at the same step whose host memory is there from the start
 Weights = dict[str, tuple[Tensor, Tensor]]  # path -> (A [r, K], B [N, r]), fp32, all shards joined
 
@@ -80,6 +80,7 @@ class _Writers:
         self._changed = threading.Condition()
         self._of_job: dict[str, deque[_Joinable]] = {}  # what is to be written; its first is being written, or is in `_ready`
         self._ready: deque[str] = deque()
+        self._closed = False
         self.failure: BaseException | None = None
         for number in range(num_threads):
             threading.Thread(target=self._work, name=f"snapshot-writer-{number}", daemon=True).start()
@@ -100,10 +101,18 @@ class _Writers:
         if self.failure is not None:
             raise self.failure
 
+    def close(self) -> None:
+        """End the threads once all is written: they hold what `write` refers to, an arena among it."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._ready)
+                self._changed.wait_for(lambda: self._ready or (self._closed and not self._of_job))
+                if not self._ready:
+                    return
                 job = self._ready.popleft()
                 snapshot = self._of_job[job][0]
             try:
@@ -189,6 +198,7 @@ class SnapshotCollector:
         """Wait until everything that was submitted is written."""
         self.waiting.put(None)
         self.thread.join()
+        self.writers.close()
         self._raise_failure()
 
     def _raise_failure(self) -> None:

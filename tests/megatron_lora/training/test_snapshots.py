@@ -17,12 +17,18 @@ def test_jobs_are_written_side_by_side_and_each_in_its_order():
         if snapshot == ("b", 2):
             may_go_on.set()
 
+    before = set(threading.enumerate())
     writers = _Writers(write, 2)
+    threads = set(threading.enumerate()) - before
     for step in range(3):
         for job in "ab":
             writers.put(job, (job, step))
+    writers.close()
     writers.wait()
     assert written[:3] == [("b", 0), ("b", 1), ("b", 2)], "the other job waits for the first one's slow disk"
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive(), "it would hold the run's memory"
     assert written[3:] == [("a", 0), ("a", 1), ("a", 2)]
 
 
