@@ -119,7 +119,7 @@ class _Writers:
                 self._write(snapshot)
             except BaseException as failure:  # carried to the main thread, which raises it
                 self.failure = failure
-            del snapshot  # its memory is free before anybody goes on
+            del snapshot  # its memory is free before anybody waits no more
             with self._changed:
                 self._of_job[job].popleft()
                 if self._of_job[job]:
