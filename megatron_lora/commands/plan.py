@@ -48,7 +48,7 @@ def main(config_path: str, overrides: list[str], *, policy: str, plot: str | Non
     costs = None if cost_file is None else read_calibration(Path(cost_file), "--cost")
     inputs = read_inputs(given, may_fail={job.name for job in given.jobs})
     say_failed(inputs)
-    given = dataclasses.replace(given, jobs=tuple(job for job in given.jobs if job.name not in inputs.failed))
+    given = dataclasses.replace(given, jobs=tuple(job for job in inputs.jobs if job.name not in inputs.failed))
     device, known, costs = choose_device(named, costs, given, inputs.architecture)
     samples = [job_data.steps_of(job) for job, job_data in zip(given.jobs, inputs.data, strict=True)]
     lengths = [of_job.lengths() for of_job in samples]

@@ -28,6 +28,7 @@ from megatron_lora.huggingface.quantisation import unread_quantisation
 from megatron_lora.huggingface.rope_config import Rope, read_ropes, rope_readers, rope_values
 
 # Megatron's linear -> all modules that a family may merge in it.
+EXPERT_MODULES = (*SEPARATE["fc1"], *SEPARATE["fc2"])
 MERGED_LINEARS = {linear: tuple(dict.fromkeys((*SEPARATE[linear], *FUSED[linear]))) for linear in SEPARATE}
 HEAD = "lm_head.weight"
 LARGEST_COUNT = 2**31 - 1  # the largest value of any count in config.json
@@ -131,6 +132,11 @@ class Architecture:
         modules = [module for merged in self.family.linears.values() for module in merged]
         return {module: (inputs.get(module, self.hidden_size), sum(self.module_parts(module))) for module in modules}
 
+    @property
+    def expert_modules(self) -> tuple[str, ...]:
+        """The modules of each expert that can have an adapter, as a config calls them."""
+        return EXPERT_MODULES if self.num_experts else ()
+
     def module_parts(self, module: str) -> tuple[int, ...]:
         """Return the output features of what a module computes side by side; tensor parallelism divides each."""
         queries, keys, ffn = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.ffn_size
@@ -142,8 +148,8 @@ class Architecture:
         block = "mlp" if module in MERGED_LINEARS["fc1"] + MERGED_LINEARS["fc2"] else "self_attn"
         return f"{self.prefix}.layers.{layer}.{block}.{module}"
 
-    def expert_paths(self, layer: int, expert: int) -> tuple[str, ...]:
-        """Return the Hugging Face paths of an expert's gate, up and down."""
+    def expert_paths(self, layer: int, expert: int | str) -> tuple[str, ...]:
+        """Return the Hugging Face paths of an expert's gate, up and down; `expert` may be what stands for its number."""
         assert self.family.experts is not None
         block = f"{self.prefix}.layers.{layer}.{self.family.experts.block}.experts.{expert}"
         return tuple(f"{block}.{module}" for module in self.family.experts.modules)

@@ -6,12 +6,14 @@ job_reader.py those that wait in the queue.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
 
+from megatron_lora.config.consistent_job import with_targets
 from megatron_lora.config.rules import show
-from megatron_lora.config.schema import JobConfig
+from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.samples import JobData
 from megatron_lora.data.steps import check_visits, count_steps
 from megatron_lora.errors import UserError
@@ -22,13 +24,10 @@ from megatron_lora.output.final_files import check_job_files
 from megatron_lora.output.standing import ResumePoint
 
 
-def check_targets(job: JobConfig, architecture: Architecture) -> None:
-    """Check that the base model has the modules that a job targets."""
-    own = architecture.module_sizes
-    for module in job.target_modules:
-        if module not in own:
-            remedy = f"set target_modules: [{', '.join(own)}], or some of these"
-            raise UserError(f"jobs.{job.name}.target_modules: {module} is no linear of a {architecture.model_type}; {remedy}")
+def targeted(config: RunConfig, architecture: Architecture) -> RunConfig:
+    """Return a config whose jobs name the modules that they target of the base model; UserError where it does not have one."""
+    modules = tuple(architecture.module_sizes), architecture.expert_modules
+    return dataclasses.replace(config, jobs=tuple(with_targets(job, *modules, architecture.model_type) for job in config.jobs))
 
 
 def check_data(job: JobConfig, data: JobData, budget: int | str, architecture: Architecture) -> None:

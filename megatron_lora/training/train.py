@@ -59,6 +59,7 @@ from megatron_lora.training.control import Control
 from megatron_lora.training.determinism import determinism
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.first_updates import FirstUpdates
+from megatron_lora.training.job_checks import targeted
 from megatron_lora.training.job_reader import JobReader, read_and_check
 from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn, spec_of
 from megatron_lora.training.reported import ReportBoard
@@ -112,6 +113,7 @@ def _train(config: RunConfig, stop: StopRequest, live: Live, on_begin: OnBegin |
 
     model_dir = resolve_base_model(config.base_model)
     architecture = read_base_model(model_dir, config.load_weights)
+    config = targeted(config, architecture)
     first = read_jobs_in_turn(first_jobs(config, points), model_dir, architecture.vocab_size, host_group, points)
     # Without a job to train, one that is added decides nothing any more: the head is then taken to compute every row.
     share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in first.values()) if first else 1.0

@@ -12,7 +12,6 @@ from itertools import accumulate
 from pathlib import Path
 
 from megatron_lora.errors import UserError
-from megatron_lora.huggingface.architecture import Architecture
 from scheduling.types import Lengths
 
 SUITE = Path(__file__).resolve().parent / "lengths.json"
@@ -38,11 +37,6 @@ def job_configs(
         longest = max(tokens for batch in steps for tokens in batch)
         jobs.append({"name": f"job-{job}", "seed": job, "sequence_len": max(2, longest), **data, **lora, **schedule})
     return jobs
-
-
-def with_targets(jobs: Sequence[dict], architecture: Architecture) -> list[dict]:
-    """Return jobs as a config has them, with adapters on all linears of the model's layers."""
-    return [job | {"target_modules": list(architecture.module_sizes)} for job in jobs]
 
 
 def write_lengths(file: Path, lengths: Sequence[int], completion: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_lora.config.schema import TARGET_MODULES
+from megatron_lora.config.rules import TARGET_MODULES
 from megatron_lora.planning.adapter_rows import MAX_PASSED, Book, FreeRows, Waiting, admit, needs, spans
 
 
