@@ -32,6 +32,7 @@ from megatron_lora.output.resume import changed_key
 from megatron_lora.output.run_directory import RunDirectory, base_files_of, has_begun, with_changes
 from megatron_lora.output.standing import Choose, Damaged, ResumePoint, newest
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
+from megatron_lora.planning.targets import targeted
 
 SAMPLES_LOOKED_AT = 100  # of a job, for its chat template's tokens, which stand in all of them
 RANKS_PER_CORE = 4  # with more gloo ranks than this on a core, they mostly wait for each other
@@ -148,7 +149,7 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
 
     Jobs of `may_fail` whose data are bad are in the inputs' `failed`, if any job is left.
     """
-    from megatron_lora.training.job_checks import check_data, check_init_adapter, targeted
+    from megatron_lora.training.job_checks import check_data, check_init_adapter
 
     check_files(config)
     model_dir = resolve_base_model(config.base_model)

@@ -38,8 +38,8 @@ from megatron_lora.planning.calibration import Calibration, calibration_file, su
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.predict import memory_of, planner_cost, shape_of
 from megatron_lora.planning.resolve import resolve
+from megatron_lora.planning.targets import targeted
 from megatron_lora.training.assemble import make_resident
-from megatron_lora.training.job_checks import targeted
 from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn
 from megatron_lora.training.pass_times import in_turns, probe_slots, time_parts
 from megatron_lora.training.warm_up import warm_up

@@ -53,13 +53,13 @@ from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost, rank_row_bytes_of, room_of, window_time
 from megatron_lora.planning.resolve import describe, memory_line, resolve
+from megatron_lora.planning.targets import targeted
 from megatron_lora.training.agree_to_stop import until_stopped
 from megatron_lora.training.assemble import DTYPES, make_arena, make_executor, make_stage
 from megatron_lora.training.control import Control
 from megatron_lora.training.determinism import determinism
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.first_updates import FirstUpdates
-from megatron_lora.training.job_checks import targeted
 from megatron_lora.training.job_reader import JobReader, read_and_check
 from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn, spec_of
 from megatron_lora.training.reported import ReportBoard

@@ -36,7 +36,7 @@ from megatron_lora.parallel.process_groups import destroy_parallel  # noqa: E402
 from megatron_lora.planning.devices import this_device  # noqa: E402
 from megatron_lora.planning.predict import cost_of, memory_of, shape_of  # noqa: E402
 from megatron_lora.planning.resolve import resolve  # noqa: E402
-from megatron_lora.training.job_checks import targeted  # noqa: E402
+from megatron_lora.planning.targets import targeted  # noqa: E402
 from scheduling.memory import tokens_in_flight  # noqa: E402
 from scripts.bench.cases import HF_PEFT, Case, check, layout_name, policies_in_words, read_options  # noqa: E402
 from scripts.bench.gauges import gauged  # noqa: E402
