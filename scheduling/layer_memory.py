@@ -12,7 +12,7 @@ rotation and SwiGLU) allocates them:
 SwiGLU's backward writes its gradient over gate | up, and the output that it computes again over that output's gradient. A `full` layer
 runs again as a `cheap` one, up to the input of its last linear, whose product backward does not need.
 
-A linear that no adapter targets keeps nothing. Experts keep gate | up of each expert of a token, and no input. S and the norms'
+A linear that no adapter targets keeps nothing. Experts keep gate | up of each expert of a token, and with adapters x. S and the norms'
 statistics are kept as long as the microbatch. With head norms the GEMM's q | k | v is kept too. Norms after attention and the MLP keep
 their inputs, 2 H more. Sequence parallelism shards the rows of what tensor parallelism does not shard, and gathers them for a GEMM.
 """
@@ -34,6 +34,7 @@ MERGED = {
     "up": ("gate_proj", "up_proj", "gate_up_proj"),
     "down": ("down_proj",),
 }
+EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")  # of each expert, where a model has experts
 RANK_ALIGN = 16  # an adapter has its rank in rows, rounded up to this
 _ITEM_ROWS = 2048  # of one job, over which a program sums dA
 _FEWEST_ROWS = 256  # of one job, over which a program sums dB at least
@@ -48,15 +49,20 @@ _CAPPED_BYTES = 64 * 4 * 5  # of a head and key: scores of a block of rows, in f
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One job's rank and the modules that it targets."""
+    """One job's rank and the modules that it targets; with an `expert_rank` those of EXPERT_MODULES are each expert's."""
 
     rank: int
     modules: tuple[str, ...] = MODULES
+    expert_rank: int = 0
 
     @property
     def rows(self) -> int:
-        """Rows of each of its factors."""
+        """Rows of each of its factors but for experts'."""
         return -(-self.rank // RANK_ALIGN) * RANK_ALIGN
+
+    def rows_of(self, module: str) -> int:
+        """Rows of each of a module's factors."""
+        return self.expert_rank if self.expert_rank and module in EXPERT_MODULES else self.rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,20 +97,21 @@ class LayerMemory:
             return self.hidden * (policy == "full")
         qkv = self.query + 2 * self.key_value
         bare = 2 * self.hidden + 2 * self.statistics + qkv * (1 + self.head_norms) + self.query + self.sums + 2 * self.ffn
-        bare += sum(self.widths.values()) + 2 * self.after + self.choice
+        bare += sum(self.widths.values()) + 2 * self.after + self.choice + self.hidden * (self.routed > 0 and self.widths["up"] > 0)
         return bare if policy == "cheap" else bare + self.inputs
 
     @property
     def inputs(self) -> float:
         """Bytes per token of the linears' inputs that are kept for dA and could be recomputed."""
-        return self.hidden * ((self.widths["qkv"] > 0) + (self.widths["up"] > 0)) + self.ffn * (self.widths["down"] > 0)
+        of_mlp = 0.0 if self.routed else self.hidden * (self.widths["up"] > 0) + self.ffn * (self.widths["down"] > 0)
+        return self.hidden * (self.widths["qkv"] > 0) + of_mlp
 
     def forward(self, policy: str) -> float:
         """Bytes per token beyond `kept` at the forward's peak: the MLP's result and the output; of a `full` layer, what it drops too."""
         if policy == OFFLOADED:
             return self.hidden + self.forward("full")
         output = max(2 * self.hidden, self.hidden + self.gathered * self.sequence) + self.hidden * (self.after > 0)
-        swiglu = self.ffn * (policy != "none" or not self.widths["down"])
+        swiglu = self.ffn * (policy != "none" or not self.widths["down"] or self.routed > 0)
         if self.routed and policy != "full":  # what experts computed is summed once their inputs are gone
             return max(self.gathered + self.hidden * self.sequence + swiglu, output) + self.routed
         if policy != "full":
@@ -123,7 +130,7 @@ class LayerMemory:
             copies = 0.0 if self.after else self.copies
             return (self.kept("cheap") - self.hidden + copies) * tokens + self.backward("cheap", tokens)
         cheap, widths = policy == "cheap", self.widths
-        swiglu_kept = 0.0 if cheap or not widths["down"] else self.ffn
+        swiglu_kept = 0.0 if cheap or not widths["down"] or self.routed else self.ffn
         dy = self.hidden + self.copies + (self.gathered if self.sequence else 0.0) + self.routed
         down = dy + widths["down"] + max(self._shares("down", tokens), self.ffn) + self._partial("down", self.ffn, tokens)
         swiglu = self.hidden + self.ffn - swiglu_kept
@@ -138,9 +145,13 @@ class LayerMemory:
         attention = self.hidden + self.query + (self.query + 2 * self.key_value) + sums + expanded + self.capped + self.copies - freed
         return max(down, swiglu, up, attention, 0.0) * tokens
 
+    def _of_experts(self, linear: str) -> bool:
+        """Whether a linear is of experts, whose sums belong to one program each."""
+        return self.routed > 0 and linear in ("up", "down")
+
     def _shares(self, linear: str, tokens: int) -> float:
         """Bytes per token of the shares of dS, summed over column blocks in float32, and of the partial sums of dB, one for each item."""
-        if self.largest_rank > _MAX_FUSED_RANK or not self.widths[linear]:
+        if self.largest_rank > _MAX_FUSED_RANK or not self.widths[linear] or self._of_experts(linear):
             return 0.0
         rank, blocks = max(16, 1 << (self.largest_rank - 1).bit_length()), self.blocks[linear]
         fewest, most = (tokens / rows + self.num_jobs for rows in (_ITEM_ROWS, _FEWEST_ROWS))
@@ -149,6 +160,8 @@ class LayerMemory:
 
     def _partial(self, linear: str, num_bytes: float, tokens: int) -> float:
         """Bytes per token of dA's partial sums over an input of `num_bytes`: a float32 matrix per item (some rows of one job)."""
+        if self._of_experts(linear):
+            return 0.0
         items = tokens / _ITEM_ROWS + self.num_jobs
         return 4 * items * self.widths[linear] / self.item * num_bytes / self.item / tokens
 
@@ -181,7 +194,9 @@ def layer_memory(
         statistics=4 / local,
         item=item,
         widths={
-            name: item * max((adapter.rows * len(set(modules) & set(adapter.modules)) for adapter in adapters), default=0)
+            name: item
+            * max((sum(adapter.rows_of(module) for module in modules if module in adapter.modules) for adapter in adapters), default=0)
+            * (shape.top_k if shape.num_experts and name in ("up", "down") else 1)
             for name, modules in MERGED.items()
         },
         blocks={name: sum(-(-size // _SHARE_COLUMNS) for size in sizes) for name, sizes in outputs.items()},

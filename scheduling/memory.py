@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from scheduling.cost import OFFLOADED, Device, offloaded, stage_policies
-from scheduling.layer_memory import FUSED_MODULES, MODULES, Adapter, LayerMemory, layer_memory
+from scheduling.layer_memory import EXPERT_MODULES, FUSED_MODULES, MODULES, Adapter, LayerMemory, layer_memory
 from scheduling.model_shape import ModelShape
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
@@ -148,7 +148,7 @@ def stage_memory(
     norm_item = 4 if shape.zero_centred else item
     norms = (2 * (1 + shape.post_norms) * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * norm_item
     row_bytes = {module: num_bytes * num_layers for module, num_bytes in rank_row_bytes(shape, item, tensor).items()}
-    sizes = [sum(row_bytes[module] * adapter.rows for module in adapter.modules) for adapter in adapters]
+    sizes = [sum(row_bytes[module] * adapter.rows_of(module) for module in adapter.modules) for adapter in adapters]
     summed = 4 * max(sizes, default=0) / _state_bytes(item) if tensor * replicas > 1 else 0  # one job's gradients while ranks sum them
     arena = sum(sizes) if room is None else sum(row_bytes[module] * rows for module, rows in room.items())
     memory = StageMemory(
@@ -174,7 +174,8 @@ def rank_row_bytes(shape: ModelShape, item: int, tensor: int = 1) -> dict[str, i
     inputs = {"o_proj": query, "down_proj": shape.ffn_size}
     modules = FUSED_MODULES if shape.fused else MODULES
     columns = {module: shape.hidden_size + (outputs | inputs)[module] // tensor for module in modules}
-    return {module: count * _state_bytes(item) for module, count in columns.items()}
+    experts = {module: shape.num_experts for module in EXPERT_MODULES if shape.num_experts}
+    return {module: count * experts.get(module, 1) * _state_bytes(item) for module, count in columns.items()}
 
 
 def _state_bytes(item: int) -> int:

@@ -1,6 +1,6 @@
 """Compiles, without a GPU, the LoRA kernels that benchmarks and GPU tests run on a Hopper GPU, and leaves them in Triton's cache.
 
-    TRITON_CACHE_DIR=cache python -m scripts.precompile [kernels] [end_to_end] [tests]
+    TRITON_CACHE_DIR=cache python -m scripts.precompile [kernels] [end_to_end] [experts] [tests]
 
 Carried to the GPU machine (the same Triton and Python there; of each kernel the .json and .cubin files are enough), the cache saves minutes
 of compilation. What a benchmark launches is launched here on CPU tensors of the same shapes, which nobody fills, against a driver that
@@ -17,6 +17,7 @@ import torch
 
 from fused_ops.launch import early_launch
 from fused_ops.lora import fused
+from fused_ops.lora.adapters import AdapterTable
 from fused_ops.lora.fp8 import DTYPE, quantise_rows, quantise_weight
 from fused_ops.lora.nf4 import quantise_nf4
 from fused_ops.lora.route import make_route
@@ -80,6 +81,41 @@ def end_to_end() -> None:
                 unpack(matrix, factors, torch.empty(256, 256, dtype=dtype), transposed)
 
 
+def experts() -> None:
+    """What adapters on the experts of a Qwen3-30B-A3B launch, of few experts and rows."""
+    from fused_ops.experts import fused as of_experts
+    from fused_ops.experts.adapters import ExpertGroup, Lora
+    from fused_ops.experts.job_rows import JobRows
+    from fused_ops.experts.route import ExpertRoute
+
+    def zeros(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    num, rows, hidden, width = 4, 128, 2048, 768
+    places, table = zeros(64, 2, dtype=torch.int32), zeros(num, 1, 2, dtype=torch.int32)
+    route = ExpertRoute(weight_R=places, place_Tk=places, first_E=places, tiles=places)
+    by_job = JobRows(bounds=table, keys_R=table.new_zeros(rows), segments=table.new_zeros(1, 4), adapters=(0,))
+    for r, p in ((4, 0.0), (4, 0.1), (16, 0.0), (16, 0.1)):
+        for num_in, columns in ((hidden, ((0, width), (width, 2 * width))), (width, ((0, hidden),))):
+            a, b = zeros(num, len(columns) * r, num_in), tuple(zeros(num, r, stop - start) for start, stop in columns)
+            group = ExpertGroup(
+                a_ERK=a,
+                b_ERN=b,
+                grad_a_ERK=a.float(),
+                grad_b_ERN=tuple(each.float() for each in b),
+                columns=columns,
+                a_rows=(tuple(r * module for module in range(len(columns))),),
+                b_rows=((0,) * len(columns),),
+                adapters=AdapterTable(ranks=(r,), scales=(1.0,), dropouts=(p,)),
+            )
+            x, dy = zeros(rows, num_in), zeros(rows, columns[-1][1])
+            weight = zeros(num, dy.shape[1], num_in)
+            lora = Lora(of_experts.down(x, group, by_job), group, by_job)
+            of_experts.grouped(x, weight, route, lora=lora)
+            of_experts.grouped(dy, weight, route, True, lora._replace(s_RW=of_experts.grad_s_and_b(dy, *lora)))
+            of_experts.grad_a(x, *lora)
+
+
 def tests() -> None:
     """What tests/fused_ops/gpu/test_kernels.py launches for its mixes."""
     tree = ast.parse((ROOT / "tests/fused_ops/gpu/test_kernels.py").read_text())
@@ -90,7 +126,7 @@ def tests() -> None:
 
 def main() -> None:
     """Compile what is named on the command line, else everything."""
-    known = {"kernels": kernels, "end_to_end": end_to_end, "tests": tests}
+    known = {"kernels": kernels, "end_to_end": end_to_end, "experts": experts, "tests": tests}
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(known)}; default: all")
     chosen = parser.parse_args().what or list(known)

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_lora.config.rules import TARGET_MODULES
 from megatron_lora.config.schema import JobConfig, RunConfig, load_jobs
-from megatron_lora.model.arena_region import room_of
 from megatron_lora.output.changes import Run
 from megatron_lora.output.events import Replay
 from megatron_lora.output.standing import CheckpointState, checkpoint_name
+from megatron_lora.planning.adapter_memory import adapters_of, rows_of
 from megatron_lora.planning.adapter_rows import Book
 from megatron_lora.planning.plan_feed import PlanFeed, PlannedJob, PlanSettings
 from megatron_lora.training.control import Control
@@ -34,7 +35,9 @@ Lengths = Mapping[str, Sequence[Sequence[int]]]
 
 def job_config(name: str, **keys) -> JobConfig:
     """Return a job whose data nobody reads."""
-    return load_jobs(None, [{"name": name, "datasets": [{"path": "nowhere.jsonl", "type": "text"}], **keys}], 0)[0]
+    return load_jobs(
+        None, [{"name": name, "datasets": [{"path": "nowhere.jsonl", "type": "text"}], "target_modules": list(TARGET_MODULES), **keys}], 0
+    )[0]
 
 
 class Reader:
@@ -92,7 +95,7 @@ class World:
         self.control = Control(
             path,
             Run(config=_run_config(path, jobs), states=dict(self.states)),
-            Book(room_of(jobs if room is None else room)),
+            Book(rows_of(adapters_of(jobs if room is None else room))),
             Reader(bad or {}),  # type: ignore[arg-type]
             read=[],
             begun=[],

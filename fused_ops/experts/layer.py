@@ -1,4 +1,4 @@
-"""A mixture of frozen experts in place of a layer's MLP: the autograd.Function that connects the operators.
+"""A mixture of frozen experts in place of a layer's MLP, with adapters on each: the autograd.Function that connects the operators.
 
     p = softmax(x R^T)         the k largest are the token's experts e_1, ..., e_k, with weights w_j = p_j, or p_j over their sum
     y = sum_j w_j D_e (silu(G_e x) * (U_e x)),  e = e_j
@@ -11,8 +11,11 @@ nothing is added atomically. A token of NaN has the first k experts.
     forward    rows of X gathered; [gate | up] = X U^T; a = w silu(gate) up; Y = a D^T, summed over a token's experts
     backward   rows of dY gathered; da = dY D; dw = da . silu(gate) up; dX = d[gate | up] U, summed likewise; through p to x
 
+Adapters of experts add S B^T to either product of a row (adapters.py), and to a = w silu(gate) up theirs see the weight, which they are
+linear in. dA needs the rows of X, which are gathered again, and a, which is computed again.
+
 Kept for backward: [gate | up] of every row, whose memory backward overwrites, the choice, and where normalisation does not make them
-superfluous the probabilities. Tensor ranks have a part of every expert's features, and the whole router.
+superfluous the probabilities; with adapters S, and X [T, H]. Tensor ranks have a part of every expert's features, and the whole router.
 """
 
 from __future__ import annotations
@@ -24,8 +27,11 @@ import torch
 from torch import Tensor
 
 from fused_ops.experts import reference
+from fused_ops.experts.adapters import ExpertGroup, Lora
+from fused_ops.experts.job_rows import JobRows, job_rows
 from fused_ops.launch.backend import backend_name
 from fused_ops.lora.linear import Collectives
+from fused_ops.lora.route import Route
 
 _IDENTITY = Collectives()
 
@@ -43,14 +49,29 @@ class ExpertWeights:
     after: Collectives = _IDENTITY  # and with `down`, as of a row-parallel one
 
 
+Groups = tuple[ExpertGroup | None, ExpertGroup | None]  # on gate and up, and on down
+
+
 def expert_mlp(
-    x_TH: Tensor, weights: ExpertWeights, near_ties: Tensor | None = None, backend: str | None = None, values: bool = True
+    x_TH: Tensor,
+    weights: ExpertWeights,
+    near_ties: Tensor | None = None,
+    backend: str | None = None,
+    values: bool = True,
+    groups: Groups = (None, None),
+    segments: Route | None = None,
 ) -> Tensor:
     """Return Y [T, H] of X [T, H]; adds to `near_ties`, an integer of one element, the tokens whose last expert might be another.
 
+    `groups` are the adapters of those jobs that have tokens, as `segments` says. Their gradients are added to the groups' own.
     Without `values` this is for backward alone, which does not depend on Y: it has no values, and its product is not computed.
     """
-    return _ExpertMlp.apply(x_TH, weights, near_ties, operators(x_TH.device, backend), values)
+    if segments is None or not segments.segments:
+        groups = (None, None)
+    up, down = (group if group is not None and group.width else None for group in groups)
+    if segments is not None and not segments.dropout:
+        up, down = (group and group.without_dropout for group in (up, down))
+    return _ExpertMlp.apply(x_TH, weights, near_ties, operators(x_TH.device, backend), values, (up, down), segments)
 
 
 def operators(device: torch.device, backend: str | None = None) -> ModuleType:
@@ -64,26 +85,51 @@ def operators(device: torch.device, backend: str | None = None) -> ModuleType:
 
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, weights, near_ties, ops, values):
+    def forward(ctx, x_TH, weights, near_ties, ops, values, groups, segments):
         full_x = weights.before.gather_input(x_TH)
         choice, route = ops.choose(full_x @ weights.router_EH.t(), weights.top_k, weights.normalised, near_ties)
-        gate_up = ops.grouped(ops.gather(full_x, route), weights.up_EFH, route)
-        ctx.save_for_backward(gate_up)
+        rows = job_rows(route, choice.expert_Tk, segments) if any(groups) else None
+        x_RH = ops.gather(full_x, route)
+        up = _lora(ops, x_RH, groups[0], rows)
+        gate_up = ops.grouped(x_RH, weights.up_EFH, route, lora=up)
+        ctx.save_for_backward(gate_up, *([x_TH] if up else []))
         ctx.choice = replace(choice, probability_TE=None if weights.normalised else choice.probability_TE)
         ctx.weights, ctx.route, ctx.ops = weights, route, ops
+        if not values and groups[1] is None:
+            ctx.loras = up, None
+            return x_TH.new_empty(()).expand(x_TH.shape)
+        a_RF = ops.weighted_swiglu(gate_up, route)
+        ctx.loras = up, down = up, _lora(ops, a_RF, groups[1], rows)
         if not values:
             return x_TH.new_empty(()).expand(x_TH.shape)
-        y = ops.grouped(ops.weighted_swiglu(gate_up, route), weights.down_EHF, route)
+        y = ops.grouped(a_RF, weights.down_EHF, route, lora=down)
         return weights.after.reduce_output(ops.combine(y, route))
 
     @staticmethod
     def backward(ctx, dy_TH):
         weights, route, ops = ctx.weights, ctx.route, ctx.ops
-        (gate_up,) = ctx.saved_tensors
-        dy = weights.after.gather_grad(dy_TH).contiguous()
-        d_gate_up, d_weight_R = ops.weighted_swiglu_backward(
-            gate_up.detach(), ops.grouped(ops.gather(dy, route), weights.down_EHF, route, transposed=True), route
-        )
-        dx = ops.combine(ops.grouped(d_gate_up, weights.up_EFH, route, transposed=True), route)
+        gate_up, *kept = ctx.saved_tensors
+        up, down = ctx.loras
+        dy = ops.gather(weights.after.gather_grad(dy_TH).contiguous(), route)
+        if down is not None:
+            down = _backward(ops, dy, down)
+            ops.grad_a(ops.weighted_swiglu(gate_up, route), *down)
+        da = ops.grouped(dy, weights.down_EHF, route, transposed=True, lora=down)
+        d_gate_up, d_weight_R = ops.weighted_swiglu_backward(gate_up.detach(), da, route)
+        if up is not None:
+            up = _backward(ops, d_gate_up, up)
+        dx = ops.combine(ops.grouped(d_gate_up, weights.up_EFH, route, transposed=True, lora=up), route)
+        if up is not None:
+            ops.grad_a(ops.gather(weights.before.gather_input(kept[0]), route), *up)
         dx.addmm_(ops.grad_choice(ctx.choice, d_weight_R, route, len(weights.router_EH), dx.dtype), weights.router_EH)
-        return weights.before.reduce_grad(dx), None, None, None, None
+        return weights.before.reduce_grad(dx), *[None] * 6
+
+
+def _lora(ops: ModuleType, x_RK: Tensor, group: ExpertGroup | None, rows: JobRows | None) -> Lora | None:
+    """Return what adapters add to the product of X."""
+    return None if group is None or rows is None else Lora(ops.down(x_RK, group, rows), group, rows)
+
+
+def _backward(ops: ModuleType, dy_RN: Tensor, lora: Lora) -> Lora:
+    """Add dB, and return what adapters add to dX, with dS."""
+    return lora._replace(s_RW=ops.grad_s_and_b(dy_RN, *lora))

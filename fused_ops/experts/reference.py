@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_ops.experts.adapters import ExpertGroup, Lora
+from fused_ops.experts.job_rows import JobRows
 from fused_ops.experts.route import NEAR, Choice, ExpertRoute
 from fused_ops.launch.backend import gradients
+from fused_ops.lora.dropout import keep_mask
 
 TILE = 16
 
@@ -56,8 +59,18 @@ def gather(x_TH: Tensor, route: ExpertRoute) -> Tensor:
     return rows
 
 
-def grouped(x_RI: Tensor, weight_EOI: Tensor, route: ExpertRoute, transposed: bool = False) -> Tensor:
-    """Return each row times the matrix of its expert, X W^T; `transposed`: X W, of X [R, O]."""
+def grouped(x_RI: Tensor, weight_EOI: Tensor, route: ExpertRoute, transposed: bool = False, lora: Lora | None = None) -> Tensor:
+    """Return each row times the matrix of its expert, X W^T, plus S B^T; `transposed`: X W plus M * (dS A), of X [R, O]."""
+    if lora is not None:  # rounded once, as in lora/reference.py
+        out = grouped(x_RI.float(), weight_EOI.float(), route, transposed)
+        for rows, expert, adapter, module, columns, a_rows, b_rows in _parts(lora.group, lora.rows):
+            if transposed:
+                product = lora.s_RW[rows, columns].float() @ lora.group.a_ERK[expert, a_rows].float()
+                out[rows] += _dropped(product, lora.group, lora.rows.keys_R[rows], adapter, module)
+            else:
+                start, stop = lora.group.columns[module]
+                out[rows, start:stop] += lora.s_RW[rows, columns].float() @ lora.group.b_ERN[module][expert, b_rows].float()
+        return out.to(x_RI.dtype)
     weights = weight_EOI if transposed else weight_EOI.transpose(1, 2)
     out = x_RI.new_empty(len(x_RI), weights.shape[2])
     first = route.first_E.tolist()
@@ -90,3 +103,47 @@ def weighted_swiglu_backward(gate_up_RF: Tensor, dy: Tensor, route: ExpertRoute)
 def _weighted(gate_up_RF: Tensor, weight_R: Tensor) -> Tensor:
     gate, up = gate_up_RF.float().chunk(2, dim=-1)
     return F.silu(gate) * up * weight_R[:, None]
+
+
+def down(x_RK: Tensor, group: ExpertGroup, rows: JobRows) -> Tensor:
+    """Return S [R, width] in x's dtype: c / (1 - p) (M * X) A^T of each row's expert and job; zero where there is none."""
+    s_RW = x_RK.new_zeros(len(x_RK), group.width)
+    for of_group, expert, adapter, module, columns, a_rows, _ in _parts(group, rows):
+        xd = _dropped(x_RK[of_group].float(), group, rows.keys_R[of_group], adapter, module)
+        s_RW[of_group, columns] = (xd @ group.a_ERK[expert, a_rows].float().T * group.adapters.effective_scales[adapter]).to(x_RK.dtype)
+    return s_RW
+
+
+def grad_s_and_b(dy_RN: Tensor, s_RW: Tensor, group: ExpertGroup, rows: JobRows) -> Tensor:
+    """Return dS [R, width] = c / (1 - p) dY B in dY's dtype, and add dB = dY^T S into the group's gradients."""
+    ds_RW = torch.zeros_like(s_RW)
+    for of_group, expert, adapter, module, columns, _, b_rows in _parts(group, rows):
+        start, stop = group.columns[module]
+        dy = dy_RN[of_group, start:stop].float()
+        b_rn = group.b_ERN[module][expert, b_rows].float()
+        ds_RW[of_group, columns] = (dy @ b_rn.T * group.adapters.effective_scales[adapter]).to(ds_RW.dtype)
+        group.grad_b_ERN[module][expert, b_rows] += s_RW[of_group, columns].float().T @ dy
+    return ds_RW
+
+
+def grad_a(x_RK: Tensor, ds_RW: Tensor, group: ExpertGroup, rows: JobRows) -> None:
+    """Add dA = dS^T (M * X) into the group's gradients."""
+    for of_group, expert, adapter, module, columns, a_rows, _ in _parts(group, rows):
+        xd = _dropped(x_RK[of_group].float(), group, rows.keys_R[of_group], adapter, module)
+        group.grad_a_ERK[expert, a_rows] += ds_RW[of_group, columns].float().T @ xd
+
+
+def _dropped(values_RK: Tensor, group: ExpertGroup, keys_R: Tensor, adapter: int, module: int) -> Tensor:
+    p = group.adapters.dropouts[adapter]
+    return torch.where(keep_mask(keys_R, group.first_feature, values_RK.shape[1], module, p), values_RK, 0.0) if p else values_RK
+
+
+def _parts(group: ExpertGroup, rows: JobRows):
+    """Yield (rows, expert, adapter, module, columns of S, rows of A, rows of B) of every targeted module of every group with rows."""
+    for expert, of_segments in enumerate(rows.bounds.tolist()):
+        for adapter, (first, end) in zip(rows.adapters, of_segments, strict=True):
+            r = group.adapters.ranks[adapter]
+            for module, (a, b) in enumerate(zip(group.a_rows[adapter], group.b_rows[adapter], strict=True)):
+                if a >= 0 and end > first:
+                    column = module * group.max_rank
+                    yield slice(first, end), expert, adapter, module, slice(column, column + r), slice(a, a + r), slice(b, b + r)

@@ -18,10 +18,10 @@ def main(run_path: str, file: str, overrides: Sequence[str], wait: bool) -> int:
     """Ask a run to train more jobs, and print their names; returns 0."""
     opened = open_run(run_path)
     jobs = load_added_jobs(file, overrides, opened.run.config)
-    request = new_request("add", jobs=[job_mapping(job) for job in jobs])
-    decide(request, opened.run)  # names that are taken, before any data are read
+    decide(new_request("add", jobs=[job_mapping(job) for job in jobs]), opened.run)  # names that are taken, before any data are read
     config = opened.run.config
-    read_inputs(dataclasses.replace(config, base_model=_base_model(opened), jobs=jobs))
+    jobs = read_inputs(dataclasses.replace(config, base_model=_base_model(opened), jobs=jobs)).jobs
+    request = new_request("add", jobs=[job_mapping(job) for job in jobs])
     print(f"{', '.join(job.name for job in jobs)}: checked against {opened.path / 'config.yaml'}", flush=True)
     return send(opened, request, wait)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_lora.config.live import Live
 from megatron_lora.config.rules import show
-from megatron_lora.config.schema import RunConfig, load_config
+from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.data.dataset_sources import MAX_NAME_BYTES, sources_of
 from megatron_lora.environment import num_cores
 from megatron_lora.errors import UserError, one_line
@@ -32,6 +32,7 @@ from megatron_lora.output.resume import changed_key
 from megatron_lora.output.run_directory import RunDirectory, base_files_of, has_begun, with_changes
 from megatron_lora.output.standing import Choose, Damaged, ResumePoint, newest
 from megatron_lora.parallel.partition import check_layout, recompute_of_layers
+from megatron_lora.planning.targets import targeted
 
 SAMPLES_LOOKED_AT = 100  # of a job, for its chat template's tokens, which stand in all of them
 RANKS_PER_CORE = 4  # with more gloo ranks than this on a core, they mostly wait for each other
@@ -41,11 +42,13 @@ RANKS_PER_CORE = 4  # with more gloo ranks than this on a core, they mostly wait
 class Inputs:
     """What the checks have read: the model's directory and architecture, and the data of each job, in the order of the jobs.
 
+    `jobs` are the config's, with the modules that they target of this model.
     `failed`: why the jobs cannot train whose data are bad; they are not among the others.
     """
 
     model_dir: Path
     architecture: Architecture
+    jobs: tuple[JobConfig, ...]
     data: tuple
     failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rests_on: Mapping[str, str] = dataclasses.field(default_factory=dict)  # digests of the base model's files
@@ -90,7 +93,7 @@ def _check_run(config: RunConfig, ranks_here: int | None, owner: bool, from_olde
     check_devices(config.parallel.world_size if ranks_here is None else ranks_here)
     may_fail = {job.name for job in config.jobs if points.get(job.name, ResumePoint()).checkpoint is None}
     inputs = read_inputs(config, may_fail)
-    remaining = [job for job in config.jobs if job.name not in inputs.failed]
+    remaining = [job for job in inputs.jobs if job.name not in inputs.failed]
     from megatron_lora.data.token_cache import cache_dir
     from megatron_lora.training.job_checks import check_checkpoint
 
@@ -146,7 +149,7 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
 
     Jobs of `may_fail` whose data are bad are in the inputs' `failed`, if any job is left.
     """
-    from megatron_lora.training.job_checks import check_data, check_init_adapter, check_targets
+    from megatron_lora.training.job_checks import check_data, check_init_adapter
 
     check_files(config)
     model_dir = resolve_base_model(config.base_model)
@@ -157,8 +160,8 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
     check_layout(architecture, config.parallel, config.base_weights)
     if config.recompute != "auto":
         recompute_of_layers(config.recompute, architecture.num_layers)
+    config = targeted(config, architecture)
     for job in config.jobs:
-        check_targets(job, architecture)
         check_init_adapter(job, architecture, config.base_model)
     found = list(zip(config.jobs, read_data(config, model_dir, architecture), strict=True))
     bad = {job.name: data for job, data in found if isinstance(data, UserError)}
@@ -169,7 +172,7 @@ def read_inputs(config: RunConfig, may_fail: Collection[str] = ()) -> Inputs:
     for job, job_data in good:
         check_data(job, job_data, config.microbatch_tokens, architecture)
     failed = {name: str(error) for name, error in bad.items()}
-    return Inputs(model_dir=model_dir, architecture=architecture, data=tuple(data for _, data in good), failed=failed)
+    return Inputs(model_dir=model_dir, architecture=architecture, jobs=config.jobs, data=tuple(data for _, data in good), failed=failed)
 
 
 def say_failed(inputs: Inputs) -> None:

@@ -48,7 +48,7 @@ def main(config_path: str, overrides: list[str], *, policy: str, plot: str | Non
     costs = None if cost_file is None else read_calibration(Path(cost_file), "--cost")
     inputs = read_inputs(given, may_fail={job.name for job in given.jobs})
     say_failed(inputs)
-    given = dataclasses.replace(given, jobs=tuple(job for job in given.jobs if job.name not in inputs.failed))
+    given = dataclasses.replace(given, jobs=tuple(job for job in inputs.jobs if job.name not in inputs.failed))
     device, known, costs = choose_device(named, costs, given, inputs.architecture)
     samples = [job_data.steps_of(job) for job, job_data in zip(given.jobs, inputs.data, strict=True)]
     lengths = [of_job.lengths() for of_job in samples]
@@ -76,13 +76,20 @@ def adapter_lines(jobs: Sequence[JobConfig], architecture: Architecture) -> list
     """Return a line for each size that adapters have: their parameters, and the bytes of what a job writes, all of it in fp32."""
     sizes: dict[int, list[str]] = {}
     for job in jobs:
-        features = sum(sum(architecture.module_sizes[module]) for module in job.target_modules)
-        sizes.setdefault(job.r * features * architecture.num_layers, []).append(job.name)
+        sizes.setdefault(num_parameters(job, architecture), []).append(job.name)
     lines = []
     for number, names in sorted(sizes.items()):
         whose = names[0] if len(names) == 1 else f"each of {len(names)} adapters" if len(names) > 3 else ", ".join(names)
         lines.append(f"{whose}: {number:,} parameters, {size(4 * number)}, and {size(12 * number)} a checkpoint")
     return lines
+
+
+def num_parameters(job: JobConfig, architecture: Architecture) -> int:
+    """Return the weights of a job's adapter."""
+    outside = job.r * sum(sum(size) for module, size in architecture.module_sizes.items() if module in job.target_modules)
+    hidden, width = architecture.hidden_size, architecture.ffn_size
+    experts = architecture.num_experts * job.expert_rank * (hidden + width)
+    return architecture.num_layers * (outside + experts * sum(module in architecture.expert_modules for module in job.target_modules))
 
 
 def choose_device(

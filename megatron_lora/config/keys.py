@@ -25,7 +25,7 @@ def required(rule: Rule, meaning: str, unit: str = "") -> Any:
     return dataclasses.field(metadata={"rule": rule, "meaning": meaning, "unit": unit})
 
 
-NOT_YET = ("experts", "expert_r", "expert")
+NOT_YET = ("expert",)
 
 
 class UnknownKey(UserError):
@@ -39,7 +39,7 @@ class UnknownKey(UserError):
         if home and (meant == name or not hint):
             hint = f" here; {'it' if meant == name else meant} is a key of {home}"
         if name in NOT_YET:
-            hint = "; it does not work yet: experts are frozen, and each tensor rank has a part of all; remove it"
+            hint = "; it does not work yet: each tensor rank has a part of all experts; remove it"
         listed = "" if hint else f"; the keys are {', '.join(sorted(known))}"
         super().__init__(f"{path}.{key_name(name)}".lstrip(".") + f": unknown key{hint}{listed}")
 

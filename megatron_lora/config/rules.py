@@ -24,6 +24,9 @@ BASE_WEIGHTS = {  # (storage, compute) -> its word
     **{("bf16", "bf16"): "native", ("bf16", "fp8"): "fp8"},
     **{(storage, compute): f"{storage}/{compute}" for storage in ("fp8", "nf4") for compute in ("bf16", "fp8")},
 }
+EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", *EXPERT_MODULES)
+MODULES = (*TARGET_MODULES, "qkv_proj", "gate_up_proj")  # of all families
 METRICS = {"eval_loss": "min", "eval_perplexity": "min", "eval_accuracy": "max"}  # of an evaluation -> which of its values is the best
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

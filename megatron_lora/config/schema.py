@@ -11,10 +11,11 @@ itself. Whether it fits the files, the model and the machine is checks.py's ques
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_lora.config.consistent_job import consistent
 from megatron_lora.config.dataset_paths import DatasetConfig, dataset, validation_datasets
 from megatron_lora.config.keys import UnknownKey, build, check_keys, key, names_of, required, values
 from megatron_lora.config.on_save_keys import OnSaveConfig, on_save
@@ -22,6 +23,7 @@ from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.parallel_keys import ParallelConfig, parallel
 from megatron_lora.config.rules import (
     METRICS,
+    MODULES,
     auto_or,
     base_weights,
     job_name,
@@ -42,7 +44,6 @@ from megatron_lora.config.sweep_keys import Point, SweepConfig, point, sweep, wi
 from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
 
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SEED = whole_number("a seed", 0, 2**32 - 1)
 
 
@@ -90,10 +91,22 @@ class JobConfig:
         0.0, number("a dropout probability", 0, 1, below=True), "share of the adapter's input features that are dropped"
     )
     use_rslora: bool = key(False, truth(), "true: the adapter's output is multiplied by `lora_alpha / sqrt(r)`")
-    target_modules: tuple[str, ...] = key(
-        TARGET_MODULES,
-        subset_of("module names", (*TARGET_MODULES, "qkv_proj", "gate_up_proj")),
-        "linears of each layer that get an adapter; a Phi-3 has `qkv_proj`, `o_proj`, `gate_up_proj` and `down_proj`",
+    target_modules: tuple[str, ...] = key(  # given once the base model is known (consistent_job.with_targets)
+        None,
+        null_or(subset_of("module names", MODULES)),
+        "linears of each layer that get an adapter; a Phi-3 has `qkv_proj`, `o_proj`, `gate_up_proj` and `down_proj`. null: all of "
+        "the base model's, those of its experts where `experts` is true",
+    )
+    experts: bool = key(
+        False,
+        truth(),
+        "of a mixture of experts, true: `gate_proj`, `up_proj` and `down_proj` of each expert get an adapter too, or those of them that "
+        "`target_modules` names; the PEFT directory says `lora_dropout: 0`, which is all that PEFT takes there",
+    )
+    expert_r: int | None = key(
+        None,
+        null_or(whole_number("a LoRA rank", 1, 256)),
+        "rank of A and B of each expert, with the scale `lora_alpha / expert_r`; null: `r`",
     )
     init_adapter: str | None = key(
         None,
@@ -191,6 +204,11 @@ class JobConfig:
     def is_evaluated(self) -> bool:
         """Whether the job has validation data."""
         return bool(self.val_datasets or self.val_set_size)
+
+    @property
+    def expert_rank(self) -> int:
+        """The rank of experts' adapters; 0 where they are frozen."""
+        return (self.expert_r or self.r) * self.experts
 
     @property
     def scale(self) -> float:
@@ -344,52 +362,11 @@ def load_jobs(defaults: object, jobs: object, seed: int) -> tuple[JobConfig, ...
         where = f"jobs.{name}" if name else where
         if name and name.lower() in built:
             raise UserError(f"{where}.name: two jobs have this name (upper and lower case count as the same); rename one")
-        config = _with_validation_keys(where, build(JobConfig, where, defaults | job), given=defaults | job)
+        config = consistent(where, build(JobConfig, where, defaults | job), given=defaults | job)
         if config.train_on == "last" and config.train_on_inputs:
             raise UserError(f"{where}.train_on: last contradicts {where}.train_on_inputs: true; keep one of them")
         built[config.name.lower()] = config if config.seed is not None else dataclasses.replace(config, seed=seed)
     return tuple(built.values())
-
-
-def _with_validation_keys(where: str, job: JobConfig, given: Collection[str]) -> JobConfig:
-    """Return a job with the `mode` and `keep` that it leaves open chosen; UserError where its keys contradict. `given`: those written."""
-    if job.val_datasets and job.val_set_size:
-        size = f"{where}.val_set_size: {show(job.val_set_size)}"
-        raise UserError(f"{size} takes records of {where}.datasets, and val_datasets are given; keep one of the two keys")
-    if job.point is not None:
-        _check_point(where, job, job.point)
-    if job.point is not None and not job.is_evaluated:
-        raise UserError(f"{where}: a sweep compares its points by evaluations; set jobs.{job.point.sweep.job}.val_datasets or val_set_size")
-    mode = METRICS[job.metric]
-    if job.mode not in (None, mode):
-        raise UserError(f"{where}.mode: {job.mode} contradicts {where}.metric: {job.metric}, of which {mode} is the best; remove it")
-    wanted = {
-        "eval_steps": job.eval_steps,
-        "eval_on_start": job.eval_on_start,
-        "early_stopping_patience": job.early_stopping_patience,
-        "eval_watchdog_patience": job.eval_watchdog_patience,
-    }
-    if "keep" in given and job.keep == "best":
-        wanted["keep"] = job.keep
-    for name, value in wanted.items():
-        if value and not job.is_evaluated:
-            raise UserError(f"{where}.{name}: {show(value)} needs validation data; set {where}.val_datasets or val_set_size, or remove it")
-    if job.early_stopping_threshold and job.early_stopping_patience is None:
-        threshold = f"{where}.early_stopping_threshold: {job.early_stopping_threshold:g}"
-        raise UserError(f"{threshold} needs {where}.early_stopping_patience; set a number of evaluations, or remove it")
-    return dataclasses.replace(job, mode=mode, keep=job.keep if job.is_evaluated else "last")
-
-
-def _check_point(where: str, job: JobConfig, point: Point) -> None:
-    """Raise UserError unless a point has the name and the numbers that its sweep gave it."""
-    of, values, named = point.sweep, point.values, f"{point.sweep.job}-{point.number:03d}"
-    rules = {field.name: field.metadata["rule"] for field in dataclasses.fields(JobConfig)}
-    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-    same = values.keys() == of.over.keys() <= rules.keys() and all(
-        rules[name](where, numbers[name]) == getattr(job, name) for name in numbers
-    )
-    if job.name != named or not same:
-        raise UserError(f"{where}.point: is what a sweep wrote for {named} with {show(values)}; set name and values back, or remove point")
 
 
 def _plain(value: object) -> object:

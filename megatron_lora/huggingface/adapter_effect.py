@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_lora.errors import UserError, one_line
-from megatron_lora.huggingface.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
+from megatron_lora.huggingface.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile, of_expert
 from megatron_lora.huggingface.adapter_targets import read_targets
 from megatron_lora.huggingface.families import MULTIMODAL
 
@@ -106,6 +106,8 @@ def faults_of_files(directory: Path, config: Mapping[str, Any], linears: Mapping
         raise UserError(f"{file}: cannot be read ({one_line(error, 160)}); save the adapter again, as safetensors") from None
     factors = {key: match for key in shapes if (match := FACTOR.fullmatch(key))}
     held = {match[1].removeprefix(PREFIX) for key, match in factors.items() if key.startswith(PREFIX)}
+    if any(map(of_expert, held)):
+        raise UserError(f"{directory}: adapts experts, which check-adapter does not compare; load it with peft, or merge it")
     if not held & linears.keys():
         return _names_of_none(file, list(factors), linears)
     targets = read_targets(directory / CONFIG_FILE, config)

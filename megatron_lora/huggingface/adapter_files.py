@@ -63,6 +63,7 @@ class AdapterFile:
     use_rslora: bool
     target_modules: tuple[str, ...]
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    expert_r: int = 0  # rank of the linears of experts, where it adapts any
     lora_dropout: float = 0.0
     revision: str | None = None  # of the base model, where it is one of the hub
     base_digest: str = ""  # of the base model's weights (base_files.py), where that is known
@@ -86,7 +87,8 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, 
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for path, (a_RK, b_NR) in adapter.weights.items():
-        assert a_RK.shape[0] == b_NR.shape[1] == adapter.r, f"{path}: A {tuple(a_RK.shape)}, B {tuple(b_NR.shape)}, r {adapter.r}"
+        r = adapter.expert_r if of_expert(path) else adapter.r
+        assert a_RK.shape[0] == b_NR.shape[1] == r, f"{path}: A {tuple(a_RK.shape)}, B {tuple(b_NR.shape)}, r {r}"
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a_RK.detach().clone(memory_format=torch.contiguous_format).cpu()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b_NR.detach().clone(memory_format=torch.contiguous_format).cpu()
     config, num_parameters = _config(adapter, base_model), sum(tensor.numel() for tensor in tensors.values())
@@ -106,7 +108,7 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, 
 def read_adapter(directory: str | Path, *, one_rank: bool = True) -> AdapterFile:
     """Read a PEFT directory of plain LoRA, on the CPU in the file's dtypes; UserError when it is missing, damaged or anything else.
 
-    Without `one_rank` linears may have ranks and alphas of their own; `r` is then the largest.
+    Without `one_rank` linears may have ranks and alphas of their own, as experts may with it; `r` is then the largest.
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -116,12 +118,15 @@ def read_adapter(directory: str | Path, *, one_rank: bool = True) -> AdapterFile
     _check_targets(directory / WEIGHTS_FILE, weights, targets)
     ranks = {path: int(first_match(targets.rank_pattern, path, config["r"])) for path in weights}
     alphas = {path: first_match(targets.alpha_pattern, path, config["lora_alpha"]) for path in weights}
+    of_experts, others = ([path for path in weights if of_expert(path) == kind] for kind in (True, False))
     if one_rank:
-        _check_same(file, "rank_pattern", ranks)
+        for paths in (of_experts, others):
+            _check_same(file, "rank_pattern", {path: ranks[path] for path in paths})
         _check_same(file, "alpha_pattern", alphas)
     _check_ranks(directory / WEIGHTS_FILE, weights, ranks)
     return AdapterFile(
-        r=max(ranks.values()),
+        r=max(ranks[path] for path in others or of_experts),
+        expert_r=max((ranks[path] for path in of_experts), default=0),
         lora_alpha=max(alphas.values()),
         use_rslora=bool(config.get("use_rslora", False)),
         target_modules=tuple(sorted({path.rpartition(".")[2] for path in weights})),
@@ -133,6 +138,11 @@ def read_adapter(directory: str | Path, *, one_rank: bool = True) -> AdapterFile
         base_model=str(config.get("base_model_name_or_path") or ""),
         alphas=alphas,
     )
+
+
+def of_expert(path: str) -> bool:
+    """Return whether a linear is one of an expert's."""
+    return ".experts." in path
 
 
 def check_modules(where: str, adapter: AdapterFile, modules: Collection[str]) -> None:
@@ -179,6 +189,8 @@ def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
     alpha, targets = adapter.lora_alpha, list(adapter.target_modules)
     if all(path.startswith(OF_TEXT) for path in adapter.weights):  # beside a vision tower whose linears have the same names
         targets = re.escape(OF_TEXT) + rf"layers\.\d+\.\w+\.(?:{'|'.join(targets)})"
+    of_others = dict.fromkeys((path.rpartition(".")[2] for path in adapter.weights if not of_expert(path)), adapter.r)
+    has_pattern = bool(of_others) and adapter.expert_r not in (0, adapter.r)
     return {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -189,7 +201,8 @@ def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
         "lora_dropout": adapter.lora_dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": adapter.r,
+        "r": adapter.expert_r or adapter.r,  # peft takes it for the rank of experts, which it joins to one tensor
+        **({"rank_pattern": of_others} if has_pattern else {}),
         "revision": adapter.revision,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",

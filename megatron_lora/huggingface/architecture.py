@@ -28,6 +28,7 @@ from megatron_lora.huggingface.quantisation import unread_quantisation
 from megatron_lora.huggingface.rope_config import Rope, read_ropes, rope_readers, rope_values
 
 # Megatron's linear -> all modules that a family may merge in it.
+EXPERT_MODULES = (*SEPARATE["fc1"], *SEPARATE["fc2"])
 MERGED_LINEARS = {linear: tuple(dict.fromkeys((*SEPARATE[linear], *FUSED[linear]))) for linear in SEPARATE}
 HEAD = "lm_head.weight"
 LARGEST_COUNT = 2**31 - 1  # the largest value of any count in config.json
@@ -131,6 +132,26 @@ class Architecture:
         modules = [module for merged in self.family.linears.values() for module in merged]
         return {module: (inputs.get(module, self.hidden_size), sum(self.module_parts(module))) for module in modules}
 
+    @property
+    def expert_modules(self) -> tuple[str, ...]:
+        """The modules of each expert that can have an adapter, as a config calls them."""
+        return EXPERT_MODULES if self.num_experts else ()
+
+    @property
+    def adapter_modules(self) -> dict[str, str]:
+        """The names of all modules in an adapter's file, with those that a config has for them."""
+        experts = zip(self.family.experts.modules, EXPERT_MODULES, strict=True) if self.family.experts else ()
+        return {module: module for module in self.module_sizes} | dict(experts)
+
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """Return the (in, out) features of all linears that can have an adapter, by Hugging Face path."""
+        sizes, up = {}, (self.hidden_size, self.ffn_size)
+        for layer in range(self.num_layers):
+            sizes |= {self.module_path(layer, module): size for module, size in self.module_sizes.items()}
+            for expert in range(self.num_experts):
+                sizes |= zip(self.expert_paths(layer, str(expert)), (up, up, up[::-1]), strict=True)
+        return sizes
+
     def module_parts(self, module: str) -> tuple[int, ...]:
         """Return the output features of what a module computes side by side; tensor parallelism divides each."""
         queries, keys, ffn = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.ffn_size
@@ -142,8 +163,8 @@ class Architecture:
         block = "mlp" if module in MERGED_LINEARS["fc1"] + MERGED_LINEARS["fc2"] else "self_attn"
         return f"{self.prefix}.layers.{layer}.{block}.{module}"
 
-    def expert_paths(self, layer: int, expert: int) -> tuple[str, ...]:
-        """Return the Hugging Face paths of an expert's gate, up and down."""
+    def expert_paths(self, layer: int, expert: str) -> tuple[str, ...]:
+        """Return the Hugging Face paths of an expert's gate, up and down; `expert` may be what stands for its number."""
         assert self.family.experts is not None
         block = f"{self.prefix}.layers.{layer}.{self.family.experts.block}.experts.{expert}"
         return tuple(f"{block}.{module}" for module in self.family.experts.modules)
@@ -195,17 +216,12 @@ class Architecture:
                 shapes[f"{self.prefix}.layers.{layer}.{norm}.weight"] = (self.hidden_size,)
             for norm in ("q_norm", "k_norm") if self.qk_norm else ():
                 shapes[f"{self.prefix}.layers.{layer}.self_attn.{norm}.weight"] = (self.head_dim,)
-            for module, (num_in, num_out) in self.module_sizes.items():
-                shapes[self.module_path(layer, module) + ".weight"] = (num_out, num_in)
+            for module, (_, num_out) in self.module_sizes.items():
                 if self.has_bias(module):
                     shapes[self.module_path(layer, module) + ".bias"] = (num_out,)
             if self.num_experts:
                 shapes[self.router(layer)] = (self.num_experts, self.hidden_size)
-            for expert in range(self.num_experts):
-                up = (self.ffn_size, self.hidden_size)
-                paths = self.expert_paths(layer, expert)
-                shapes |= {f"{path}.weight": shape for path, shape in zip(paths, (up, up, up[::-1]), strict=True)}
-        return shapes
+        return shapes | {f"{path}.weight": (num_out, num_in) for path, (num_in, num_out) in self.linear_sizes().items()}
 
 
 def read_architecture(model_dir: str | Path) -> Architecture:

@@ -32,4 +32,6 @@ def portable(adapter: AdapterFile) -> AdapterFile:
         path: (pad(a_RK.float(), (0, 0, 0, r - a_RK.shape[0])), pad(adapter.scale(path) * b_NR.float(), (0, r - b_NR.shape[1])))
         for path, (a_RK, b_NR) in adapter.weights.items()
     }
-    return dataclasses.replace(adapter, r=r, lora_alpha=float(r), use_rslora=False, weights=weights, alphas={})
+    return dataclasses.replace(
+        adapter, r=r, expert_r=r if adapter.expert_r else 0, lora_alpha=float(r), use_rslora=False, weights=weights, alphas={}
+    )

@@ -3,9 +3,9 @@
 There are five flat buffers: fp32 ones for the master weights, the gradients and Adam's two moments,
 and one in the compute dtype (the masters themselves when that is fp32). Each linear of the stage
 owns one region of every buffer (arena_region.py). There each adapter's rank is rounded up to a
-multiple of 16 rows, and the surplus rows are zero. Kernels see a region through the linear's
-`LoraGroup`. The optimizer, the checkpoint and the PEFT files see a job through its `Factor`s, which
-are contiguous slices of the flat buffers.
+multiple of 16 rows, and the surplus rows are zero; experts' ranks are not. Kernels see a region through the linear's
+`LoraGroup`, or `ExpertGroup`. The optimizer, the checkpoint and the PEFT files see a job through its `Factor`s, which
+are contiguous slices of the flat buffers, one for each expert.
 
 An adapter has an *adapter row*, its index in the tables of all linears, which it keeps, and *places*:
 the rank rows that it takes in linears of each kind. They are chosen elsewhere. `add` takes the places
@@ -27,13 +27,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import accumulate
-from typing import NamedTuple
+from itertools import accumulate, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
 from megatron_lora.model.arena_region import (
     FREE_ROW,
     AdapterSpec,
@@ -47,6 +46,7 @@ from megatron_lora.model.arena_region import (
     shards,
     side_by_side,
 )
+from megatron_lora.model.experts import ExpertLinear
 from megatron_lora.model.linears import MultiLoraLinear
 
 DRAWING_THREADS = 4  # that draw an adapter's values, each A with a generator of its own
@@ -58,7 +58,7 @@ class Arena:
 
     def __init__(
         self,
-        linears: Sequence[MultiLoraLinear],
+        linears: Sequence[MultiLoraLinear | ExpertLinear],
         adapters: Sequence[AdapterSpec],
         *,
         tensor_rank: int,
@@ -155,13 +155,13 @@ class Arena:
         """Write down where an adapter lies."""
         assert places.keys() == spec.target_modules, f"adapter row {row}: places {places}, targets {sorted(spec.target_modules)}"
         others = [each for other, each in enumerate(zip(self.specs, self.places, strict=True)) if other != row]
-        check_apart(self.room, [(padded_rank(each.r), lies) for each, lies in [*others, (spec, places)]])
+        check_apart(self.room, [*others, (spec, places)])
         self.specs[row], self.places[row] = spec, dict(places)
         factors = [factor for region in self.regions for factor in region.factors(spec, region.place(spec, places))]
-        height, lengths = padded_rank(spec.r), [factor.length for factor in factors]
+        lengths = [f.r * f.width for f in factors for _ in f.starts]
         parts = (
-            [(f.start, height * f.width) for f in factors],
-            [(f.start, f.length) for f in factors],
+            [(start, f.rows * f.width) for f in factors for start in f.starts],
+            [(start, f.r * f.width) for f in factors for start in f.starts],
             list(zip(accumulate(lengths, initial=0), lengths, strict=False)),
         )
         self.factors[row], self._stripes[row] = factors, _Stripes(*(Stripes.of(each, self._num_layers) for each in parts))
@@ -172,23 +172,21 @@ class Arena:
 
     def _set_tables(self, specs: Sequence[AdapterSpec], places: Sequence[Places]) -> None:
         """Give every linear new tables, one for all that merge the same modules; a microbatch in flight keeps those of its forward."""
-        adapters = AdapterTable(
-            ranks=tuple(spec.r for spec in specs),
-            scales=tuple(spec.scale for spec in specs),
-            dropouts=tuple(spec.dropout for spec in specs),
-        )
-        groups: dict[tuple[str, ...], LoraGroup] = {}
+        groups: dict[tuple[str, ...], Any] = {}
         for linear, region, views in zip(self.linears, self.regions, self._views, strict=True):
             modules = region.geometry.modules
             if modules in groups:
                 linear.adapters = groups[modules].beside(**views)
             else:
                 here = [region.place(spec, of_row) if of_row else None for spec, of_row in zip(specs, places, strict=True)]
-                linear.adapters = groups[modules] = region.group(views, here, adapters)
+                linear.adapters = groups[modules] = region.group(views, here, specs)
 
     def view(self, factor: Factor, buffer: Tensor) -> Tensor:
-        """Return the factor's slice of a flat buffer as [r, width]."""
-        return buffer[factor.start : factor.start + factor.length].view(factor.r, factor.width)
+        """Return the factor's slice of a flat buffer as [r, width], or [experts, r, width]."""
+        sizes, strides = (factor.r, factor.width), (factor.width, 1)
+        if factor.experts:
+            sizes, strides = (factor.experts, *sizes), (factor.stride, *strides)
+        return buffer.as_strided(sizes, strides, buffer.storage_offset() + factor.start)
 
     def draw(self, spec: AdapterSpec, seed: int) -> Tensor:
         """Return an adapter's initial values on this rank, factor after factor, fp32 in host memory: PEFT's, A kaiming-uniform, B zero.
@@ -199,11 +197,11 @@ class Arena:
         """
         flat, parts = self._host_memory(spec)
 
-        def fill(item: tuple[Factor, Tensor]) -> None:
-            factor, part = item
+        def fill(item: tuple[Factor, str, Tensor]) -> None:
+            factor, path, part = item
             if factor.kind == "A":
                 num_columns = factor.width * (self.tensor_ranks if factor.sharded else 1)
-                full = _kaiming_uniform(factor.r, num_columns, seed, factor.path)
+                full = _kaiming_uniform(factor.r, num_columns, seed, path)
                 part.copy_(factor.of(full))
             else:
                 part.zero_()
@@ -219,8 +217,8 @@ class Arena:
     def shard(self, spec: AdapterSpec, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
         """Return this rank's shards of full tensors, path -> (A [r, K], B [N, r]), as `draw` returns values. Any thread may call it."""
         flat, parts = self._host_memory(spec)
-        for factor, part in parts:
-            a_rk, b_nr = tensors[factor.path]
+        for factor, path, part in parts:
+            a_rk, b_nr = tensors[path]
             part.copy_(factor.of(a_rk if factor.kind == "A" else b_nr.t()))
         return flat
 
@@ -240,9 +238,15 @@ class Arena:
         return values
 
     def b_moved(self, adapter_row: int, buffer: Tensor) -> Tensor:
-        """Return for each B^T of an adapter, in the order of its factors, whether a flat buffer has a value there that is not 0: bool."""
-        views = self._stripes[adapter_row].factors.views(buffer)[1::2]  # A and B^T alternate
-        return torch.stack([part.any(1) for part in views], 1).flatten() if views else buffer.new_zeros(0, dtype=torch.bool)
+        """Return for each B^T of an adapter, in the order of its factors, whether a flat buffer has a value there that is not 0: bool.
+
+        Of experts it is one that says so of any, since a job's tokens need not reach all.
+        """
+        views, found = iter(self._stripes[adapter_row].factors.views(buffer)), []
+        for factor in self.factors[adapter_row]:
+            parts = [part.any(1) for part in islice(views, len(factor.starts))]
+            found += [torch.stack(parts).any(0)] if factor.kind == "B" and parts else []
+        return torch.stack(found, 1).flatten() if found else buffer.new_zeros(0, dtype=torch.bool)
 
     def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r])."""
@@ -258,12 +262,12 @@ class Arena:
         """Return an adapter's factors on this rank; where they begin is not said."""
         return [factor for region in self.regions for factor in shards(region.geometry, self.tensor_rank, spec)]
 
-    def _host_memory(self, spec: AdapterSpec) -> tuple[Tensor, list[tuple[Factor, Tensor]]]:
-        """Return memory on the host for an adapter's factors, and each factor with its part [r, width] of it."""
+    def _host_memory(self, spec: AdapterSpec) -> tuple[Tensor, list[tuple[Factor, str, Tensor]]]:
+        """Return memory on the host for an adapter's factors, and of each factor each path with its part [r, width] of it."""
         factors = self.shards_of(spec)
         lengths = [factor.length for factor in factors]
         flat = torch.empty(sum(lengths), pin_memory=self.master.is_cuda)
-        return flat, [(f, part.view(f.r, f.width)) for f, part in zip(factors, flat.split(lengths), strict=True)]
+        return flat, [(f, *part) for f, values in zip(factors, flat.split(lengths), strict=True) for part in f.parts(values)]
 
 
 class _Stripes(NamedTuple):

@@ -1,10 +1,11 @@
 """One linear's region of the arena's flat buffers: how many rank rows it has, and which of them an adapter takes.
 
-A region is A [R, K], then per module m its B^T [R_m, N_m]; R is the sum of all R_m. R_m is the same in
-all linears that merge the same modules, on all stages: the arena's `room`. An adapter takes, for each
-module that it targets, as many rows of A and of that B^T as its padded rank; its rows of A are
-contiguous. Which rows is its `Places`, plain data that serve every linear: the first rank chooses them
-(planning/adapter_rows.py), and all ranks follow.
+A region is A [R, K], then per module m its B^T [R_m, N_m]; R is the sum of all R_m. Experts' is A of each
+expert, then B^T of each. R_m is the same in all linears that merge the same modules, on all stages: the
+arena's `room`. An adapter takes, for each module that it targets, as many rows of A and of that B^T as
+its padded rank, or of experts its rank there; its rows of A are contiguous. Which rows is its `Places`,
+plain data that serve every linear: the first rank chooses them (planning/adapter_rows.py), and all
+ranks follow.
 
     room = room_of(specs)                                                 # as many rows as these adapters take together
     region = Region(linear.geometry, room, start=0, tensor_rank=0)
@@ -23,10 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_ops.experts.adapters import ExpertGroup
 from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
-from megatron_lora.huggingface.architecture import MERGED_LINEARS
-from megatron_lora.model.linears import LinearGeometry
+from megatron_lora.huggingface.architecture import EXPERT_MODULES, MERGED_LINEARS
+from megatron_lora.model.linears import EXPERT, LinearGeometry
 
+NOWHERE = repeat((0, 0))  # it has no state
 ALIGN = 64  # elements; every region starts on a multiple of it: 128 bytes in 16 bits
 
 Room = Mapping[str, int]  # module -> rank rows; none of a module that is not there
@@ -41,6 +44,16 @@ class AdapterSpec:
     scale: float
     dropout: float
     target_modules: frozenset[str]
+    expert_rank: int = 0  # of gate, up and down of each expert, which the base model has in place of an MLP; 0: those are of an MLP
+    expert_scale: float = 0.0
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of a module's A and B."""
+        return self.expert_rank if self.expert_rank and module in EXPERT_MODULES else self.r
+
+    def rows_of(self, module: str) -> int:
+        """Return the rank rows that a module's A, or B, takes."""
+        return self.rank_of(module) if self.expert_rank and module in EXPERT_MODULES else padded_rank(self.r)
 
 
 FREE_ROW = AdapterSpec(r=1, scale=0.0, dropout=0.0, target_modules=frozenset())  # what the tables hold where an adapter row is free
@@ -48,20 +61,37 @@ FREE_ROW = AdapterSpec(r=1, scale=0.0, dropout=0.0, target_modules=frozenset()) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """One job's A [r, K] or B^T [r, N] of one module on this rank: `length` elements from `start` on in every flat buffer."""
+    """One job's A [r, K] or B^T [r, N] of one module on this rank, from `start` on in every flat buffer; of experts, one for each."""
 
-    path: str  # the module's Hugging Face path, "model.layers.0.self_attn.q_proj"
+    path: str  # the module's Hugging Face path, "model.layers.0.self_attn.q_proj"; of experts with EXPERT
     kind: str  # "A" or "B"
     start: int
     r: int
+    rows: int  # that it takes, the surplus ones of a padded rank included
     width: int  # columns on this rank
     sharded: bool  # over tensor ranks along `width`; otherwise replicated on them
     pieces: tuple[tuple[int, int], ...]  # global (first, number) of this rank's columns, in its order
+    experts: int = 0
+    stride: int = 0  # elements from one expert's to the next one's
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the module, one, or of every expert's."""
+        return tuple(self.path.replace(EXPERT, str(expert)) for expert in range(self.experts)) or (self.path,)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each of these begins."""
+        return tuple(self.start + expert * self.stride for expert in range(self.experts or 1))
 
     @property
     def length(self) -> int:
-        """Elements of the slice."""
-        return self.r * self.width
+        """Elements, of all experts."""
+        return self.r * self.width * (self.experts or 1)
+
+    def parts(self, values: Tensor) -> list[tuple[str, Tensor]]:
+        """Return (path, [r, width]) of `values`, which has the factor's elements one expert after another."""
+        return list(zip(self.paths, values.view(-1, self.r, self.width), strict=True))
 
     def of(self, full: Tensor) -> Tensor:
         """Return this rank's columns of the factor of all tensor ranks."""
@@ -72,7 +102,6 @@ class Factor:
 class Place:
     """Where one adapter lies in one region: per module its first row of A and of B^T, -1 where the module is not targeted."""
 
-    height: int  # rows of each of its factors: the padded rank
     a_rows: tuple[int, ...]
     b_rows: tuple[int, ...]
 
@@ -80,7 +109,7 @@ class Place:
 def room_of(specs: Sequence[AdapterSpec]) -> dict[str, int]:
     """Return the rank rows of each module that these adapters take together."""
     modules = {module for spec in specs for module in spec.target_modules}
-    return {module: sum(padded_rank(spec.r) for spec in specs if module in spec.target_modules) for module in modules}
+    return {module: sum(spec.rows_of(module) for spec in specs if module in spec.target_modules) for module in modules}
 
 
 def side_by_side(specs: Sequence[AdapterSpec]) -> list[Places]:
@@ -93,17 +122,17 @@ def side_by_side(specs: Sequence[AdapterSpec]) -> list[Places]:
             for module in modules:
                 if module in spec.target_modules:
                     places[module] = (ends.get(kind, 0), ends.get(module, 0))
-                    ends[kind], ends[module] = (end + padded_rank(spec.r) for end in places[module])
+                    ends[kind], ends[module] = (end + spec.rows_of(module) for end in places[module])
         found.append(places)
     return found
 
 
-def check_apart(room: Room, held: Sequence[tuple[int, Places]]) -> None:
-    """Assert that adapters, each its rows and its places, lie inside the room and overlap nowhere."""
+def check_apart(room: Room, held: Sequence[tuple[AdapterSpec, Places]]) -> None:
+    """Assert that adapters, each with its places, lie inside the room and overlap nowhere."""
     for modules in MERGED_LINEARS.values():
         spaces = [(0, modules), *((1, (module,)) for module in modules)]  # A, whose rows the modules share; each B^T
         for which, shared in spaces:
-            spans = sorted((lies[m][which], lies[m][which] + rows) for rows, lies in held for m in shared if m in lies)
+            spans = sorted((lies[m][which], lies[m][which] + spec.rows_of(m)) for spec, lies in held for m in shared if m in lies)
             ends, firsts = [0, *(end for _, end in spans)], [*(first for first, _ in spans), sum(room.get(m, 0) for m in shared)]
             apart = all(end <= first for end, first in zip(ends, firsts, strict=True))
             assert apart, f"{'AB'[which]} of {', '.join(shared)}: adapters at {spans} overlap, or leave {firsts[-1]} rows"
@@ -132,14 +161,18 @@ class Stripes(NamedTuple):
         return [flat.as_strided((self.count, length), (self.stride, 1), first + start) for start, length in self.parts]
 
 
-def shards(geometry: LinearGeometry, tensor_rank: int, spec: AdapterSpec, starts: Iterable[int] = repeat(0)) -> list[Factor]:  # noqa: B008  it has no state
-    """Return the factors of an adapter in a linear of a tensor rank, A and B^T of each targeted module; they begin at `starts`."""
+def shards(
+    geometry: LinearGeometry, tensor_rank: int, spec: AdapterSpec, starts: Iterable[tuple[int, int]] = repeat((0, 0))
+) -> list[Factor]:  # noqa: B008  it has no state
+    """Return the factors of an adapter in a linear of a tensor rank, A and B^T of each targeted module; `starts`: (start, stride)."""
     found, column, k, start = [], geometry.parallel == "column", geometry.in_features, iter(starts)
     for index, (module, path, n) in enumerate(zip(geometry.modules, geometry.paths, geometry.out_features, strict=True)):
         if module in spec.target_modules:
             inputs, outputs = ((0 if column else geometry.first_feature, k),), geometry.pieces(index, tensor_rank)
-            found.append(Factor(path=path, kind="A", start=next(start), r=spec.r, width=k, sharded=not column, pieces=inputs))
-            found.append(Factor(path=path, kind="B", start=next(start), r=spec.r, width=n, sharded=column, pieces=outputs))
+            shared = {"path": path, "r": spec.rank_of(module), "rows": spec.rows_of(module), "experts": geometry.experts}
+            for kind, width, sharded, pieces in (("A", k, not column, inputs), ("B", n, column, outputs)):
+                first, stride = next(start)
+                found.append(Factor(kind=kind, start=first, stride=stride, width=width, sharded=sharded, pieces=pieces, **shared))
     return found
 
 
@@ -151,8 +184,9 @@ class Region:
         self.geometry = geometry
         self.tensor_rank = tensor_rank
         rows = [room.get(module, 0) for module in geometry.modules]
-        self.a_shape = (sum(rows), geometry.in_features)
-        self.b_shapes = tuple(zip(rows, geometry.out_features, strict=True))
+        self.experts = (geometry.experts,) if geometry.experts else ()
+        self.a_shape = (*self.experts, sum(rows), geometry.in_features)
+        self.b_shapes = tuple((*self.experts, *shape) for shape in zip(rows, geometry.out_features, strict=True))
         self.a_start = start
         self.b_starts: list[int] = []
         end = start + math.prod(self.a_shape)
@@ -164,33 +198,39 @@ class Region:
     def place(self, spec: AdapterSpec, places: Places) -> Place:
         """Return where an adapter lies here."""
         rows = [places[module] if module in spec.target_modules else (-1, -1) for module in self.geometry.modules]
-        return Place(height=padded_rank(spec.r), a_rows=tuple(a for a, _ in rows), b_rows=tuple(b for _, b in rows))
+        return Place(a_rows=tuple(a for a, _ in rows), b_rows=tuple(b for _, b in rows))
 
     def factors(self, spec: AdapterSpec, place: Place) -> list[Factor]:
         """Return an adapter's factors: A and B^T of each targeted module."""
-        k, starts = self.geometry.in_features, []
-        for b_start, n, a_row, b_row in zip(self.b_starts, self.geometry.out_features, place.a_rows, place.b_rows, strict=True):
+        starts, ((*_, a_height, k), b_shapes) = [], (self.a_shape, self.b_shapes)
+        for b_start, (*_, height, n), a_row, b_row in zip(self.b_starts, b_shapes, place.a_rows, place.b_rows, strict=True):
             if a_row >= 0:
-                starts += [self.a_start + a_row * k, b_start + b_row * n]
+                starts += [(self.a_start + a_row * k, a_height * k), (b_start + b_row * n, height * n)]
         return shards(self.geometry, self.tensor_rank, spec, starts)
 
     def views(self, compute: Tensor, grad: Tensor) -> dict[str, Any]:
-        """Return the linear's views on the flat buffers, and the geometry that its kernels need: arguments of a LoraGroup."""
+        """Return the linear's views on the flat buffers, and the geometry that its kernels need: arguments of a group."""
 
-        def cut(buffer: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
+        def cut(buffer: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
             return buffer[start : start + math.prod(shape)].view(shape)
 
+        e = "E" if self.experts else ""
         return {
-            "a_RK": cut(compute, self.a_start, self.a_shape),
-            "b_RN": tuple(cut(compute, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
-            "grad_a_RK": cut(grad, self.a_start, self.a_shape),
-            "grad_b_RN": tuple(cut(grad, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
+            f"a_{e}RK": cut(compute, self.a_start, self.a_shape),
+            f"b_{e}RN": tuple(cut(compute, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
+            f"grad_a_{e}RK": cut(grad, self.a_start, self.a_shape),
+            f"grad_b_{e}RN": tuple(cut(grad, s, shape) for s, shape in zip(self.b_starts, self.b_shapes, strict=True)),
             "columns": self.geometry.columns,
             "first_feature": self.geometry.first_feature,
         }
 
-    def group(self, views: dict[str, Any], places: Sequence[Place | None], adapters: AdapterTable) -> LoraGroup:
-        """Return the linear's adapters; `places` and `adapters` are by adapter row, None where one is free."""
+    def group(self, views: dict[str, Any], places: Sequence[Place | None], specs: Sequence[AdapterSpec]) -> LoraGroup | ExpertGroup:
+        """Return the linear's adapters; `places` and `specs` are by adapter row, None and FREE_ROW where one is free."""
+        adapters = AdapterTable(
+            ranks=tuple(spec.rank_of(self.geometry.modules[0]) for spec in specs),
+            scales=tuple(spec.expert_scale if self.experts else spec.scale for spec in specs),
+            dropouts=tuple(spec.dropout for spec in specs),
+        )
         nowhere = (-1,) * len(self.geometry.modules)
         a_rows, b_rows = (tuple(getattr(place, rows) if place else nowhere for place in places) for rows in ("a_rows", "b_rows"))
-        return LoraGroup(**views, a_rows=a_rows, b_rows=b_rows, adapters=adapters)
+        return (ExpertGroup if self.experts else LoraGroup)(**views, a_rows=a_rows, b_rows=b_rows, adapters=adapters)

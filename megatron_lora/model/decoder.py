@@ -91,7 +91,7 @@ class DecoderLayer(TransformerLayer):
         """Run the layer; if `cheap`, the linears after norms and SwiGLU do not keep their inputs."""
         if self.experts is not None:
             hidden, x = self._through_attention(hidden, rows, cheap)
-            return torch.add(hidden, self._normed(self.experts(x), 1), alpha=self.residual_scale)
+            return torch.add(hidden, self._normed(self.experts(x, rows.route), 1), alpha=self.residual_scale)
         down = self.mlp.linear_fc2.new_rounded()
         hidden, x, for_down = self._up_to_down(hidden, rows, cheap, down)
         out, _ = self.mlp.linear_fc2(x, rows.route, for_down, down)
@@ -101,7 +101,7 @@ class DecoderLayer(TransformerLayer):
         """Run the layer again for its backward: return the sum's two terms, the second without values."""
         if self.experts is not None:
             hidden, x = self._through_attention(hidden, rows, cheap=True)
-            return hidden, self._added(self.experts(x, values=bool(self.norms_after)), 1)
+            return hidden, self._added(self.experts(x, rows.route, values=bool(self.norms_after)), 1)
         hidden, x, for_down = self._up_to_down(hidden, rows, cheap=True)
         if self.norms_after:
             out, _ = self.mlp.linear_fc2(x, rows.route, for_down)

@@ -1,4 +1,4 @@
-"""A layer's experts and their router, frozen, in place of Megatron's MLP (fused_ops/experts/layer.py).
+"""A layer's experts and their router, frozen, in place of Megatron's MLP (fused_ops/experts/layer.py), and where their adapters are.
 
 Every tensor rank has a part of each expert's features, gate over up as in linear_fc1, and the whole router. All tensor ranks choose
 alike, since they have the same numbers. `near_ties` counts the tokens, layer by layer, whose last expert other arithmetic might choose
@@ -8,15 +8,26 @@ differently: top-k is not continuous.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fused_ops.experts.adapters import ExpertGroup
 from fused_ops.experts.layer import ExpertWeights, expert_mlp
+from fused_ops.lora.route import Route
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.huggingface.weight_slices import Part
-from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
+from megatron_lora.model.linears import EXPERT, LinearGeometry, MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
 from megatron_lora.parallel.process_groups import tensor_group
+
+
+@dataclass(slots=True)
+class ExpertLinear:
+    """Gate and up, or down, of all experts of a layer, as the arena sees it."""
+
+    geometry: LinearGeometry
+    adapters: ExpertGroup | None = None  # of all resident jobs; None: the base model alone
 
 
 class Experts(torch.nn.Module):
@@ -37,7 +48,32 @@ class Experts(torch.nn.Module):
         linears = MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
         self.before, self.after = (linear.collectives_over(self.group, config.sequence_parallel) for linear in linears)
 
-    def forward(self, x: Tensor, values: bool = True) -> Tensor:
+    def set_layer(self, layer: int) -> None:
+        """Set the layer (its index in the complete model) that the experts belong to."""
+        ranks, rank, modules = self.group.size(), self.group.rank(), self.architecture.expert_modules
+        paths, (hidden, width) = self.architecture.expert_paths(layer, EXPERT), self.down.shape[1:]
+        shared = {"tensor_ranks": ranks, "experts": self.architecture.num_experts}
+        up = LinearGeometry(
+            modules=modules[:2],
+            paths=paths[:2],
+            in_features=hidden,
+            out_features=(width, width),
+            parallel="column",
+            first_feature=0,
+            **shared,
+        )
+        down = LinearGeometry(
+            modules=modules[2:],
+            paths=paths[2:],
+            in_features=width,
+            out_features=(hidden,),
+            parallel="row",
+            first_feature=rank * width,
+            **shared,
+        )
+        self.linears = ExpertLinear(up), ExpertLinear(down)
+
+    def forward(self, x: Tensor, route: Route | None, values: bool = True) -> Tensor:
         """Return the experts' output [T_local, 1, H] of x; without `values`, for backward alone."""
         weights = ExpertWeights(
             router_EH=self.router,
@@ -48,7 +84,9 @@ class Experts(torch.nn.Module):
             before=self.before,
             after=self.after,
         )
-        return expert_mlp(x.squeeze(1), weights, self.near_ties if values else None, values=values).unsqueeze(1)
+        up, down = self.linears
+        near_ties, groups = self.near_ties if values else None, (up.adapters, down.adapters)
+        return expert_mlp(x.squeeze(1), weights, near_ties, values=values, groups=groups, segments=route).unsqueeze(1)
 
     def parts(self, layer: int) -> Iterator[Part]:
         """Yield the parts of the weights, with the name and slice of the checkpoint tensor that each is loaded from."""
@@ -56,7 +94,7 @@ class Experts(torch.nn.Module):
         own = slice(self.group.rank() * width, (self.group.rank() + 1) * width)
         yield Part(target=self.router, name=self.architecture.router(layer), index=(everything, everything))
         for expert in range(self.architecture.num_experts):
-            gate, up, down = (f"{path}.weight" for path in self.architecture.expert_paths(layer, expert))
+            gate, up, down = (f"{path}.weight" for path in self.architecture.expert_paths(layer, str(expert)))
             yield Part(target=self.up[expert, :width], name=gate, index=(own, everything))
             yield Part(target=self.up[expert, width:], name=up, index=(own, everything))
             yield Part(target=self.down[expert], name=down, index=(everything, own))

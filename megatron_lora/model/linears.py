@@ -50,18 +50,22 @@ from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequence
 CollectivesOver = Callable[[dist.ProcessGroup], Collectives]
 
 
+EXPERT = "{}"  # in a path: an expert's number
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGeometry:
     """The shape of a linear on this rank, and of the modules that it merges; "local" counts are this rank's shard."""
 
     modules: tuple[str, ...]  # ("q_proj", "k_proj", "v_proj")
-    paths: tuple[str, ...]  # ("model.layers.0.self_attn.q_proj", ...)
+    paths: tuple[str, ...]  # ("model.layers.0.self_attn.q_proj", ...); of experts with EXPERT in place of the number
     in_features: int  # local
     out_features: tuple[int, ...]  # local, per module
     parallel: str  # "column" or "row"
     first_feature: int  # global index of the local input feature 0
     parts: tuple[tuple[int, ...], ...] = ()  # local output features of what each module computes side by side; (): one thing each
     tensor_ranks: int = 1
+    experts: int = 0  # that have such a linear; 0: the layer has
 
     def pieces(self, module: int, tensor_rank: int) -> tuple[tuple[int, int], ...]:
         """Return the (first, number) of the global output features of a module, by its index, that a tensor rank has, in its order."""

@@ -47,7 +47,7 @@ from megatron_lora.model.backends import OURS, Backends
 from megatron_lora.model.base_weights import fill
 from megatron_lora.model.cudnn_attention import cudnn_attention
 from megatron_lora.model.decoder import DecoderLayer
-from megatron_lora.model.experts import Experts
+from megatron_lora.model.experts import ExpertLinear, Experts
 from megatron_lora.model.linears import MultiLoraColumnParallelLinear, MultiLoraLinear, MultiLoraRowParallelLinear, freeze
 from megatron_lora.model.norm import RMSNorm
 from megatron_lora.model.offloading import HostPool, LayerInputs
@@ -68,7 +68,10 @@ class StageConfig(TransformerConfig):
 
 
 class Stage(torch.nn.Module):
-    """This rank's part of the model: `layers` are the global indices of its layers, `linears` its linears in layer order."""
+    """This rank's part of the model: `layers` are the global indices of its layers, `linears` its linears in layer order.
+
+    `adapted` are all that can have adapters, in the same order: its linears, and those of experts.
+    """
 
     def __init__(self, model: GPTModel, architecture: Architecture, layers: range, device: torch.device):
         super().__init__()
@@ -81,7 +84,8 @@ class Stage(torch.nn.Module):
         self.dtype = model.config.params_dtype
         self.tensor_group = tensor_group()
         self.sequence_parallel = model.config.sequence_parallel
-        self.linears: tuple[MultiLoraLinear, ...] = tuple(self._bind_linears())
+        self.adapted: tuple[MultiLoraLinear | ExpertLinear, ...] = tuple(self._bind_linears())
+        self.linears = tuple(linear for linear in self.adapted if isinstance(linear, MultiLoraLinear))
         scale = architecture.embedding_scale
         self.embedding_scale = float(torch.tensor(scale, dtype=self.dtype)) if architecture.family.scaled_embedding else scale
         self.rotaries = {rope: Rotary(rope, architecture.head_dim, device) for rope in {architecture.ropes[layer] for layer in layers}}
@@ -91,12 +95,15 @@ class Stage(torch.nn.Module):
         """The stage's layers as modules."""
         return cast(Sequence[DecoderLayer], self.model.decoder.layers)
 
-    def _bind_linears(self) -> Iterator[MultiLoraLinear]:
+    def _bind_linears(self) -> Iterator[MultiLoraLinear | ExpertLinear]:
         for layer, block in zip(self.layers, self.blocks, strict=True):
             assert block.layer_number == layer + 1
             for linear in block.linears:
                 linear.set_layer(layer)
                 yield linear
+            if block.experts is not None:
+                block.experts.set_layer(layer)
+                yield from block.experts.linears
 
     def set_recompute(self, recompute: str | tuple[str, ...], offload: bool = False) -> None:
         """Set the recomputation policy of all layers, or of each layer of the model; `offload` inputs of `full` layers to host memory."""

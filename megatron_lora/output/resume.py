@@ -44,6 +44,8 @@ def changed_key(before: RunConfig, now: RunConfig) -> str | None:
         if old_job.name not in jobs:
             return f"jobs: {old_job.name!r}, which the run has, is not among them"
         for name, (old, new) in _differences(old_job, jobs[old_job.name], JOB_KEYS_THAT_MAY_CHANGE).items():
+            if name == "target_modules" and None in (old, new):
+                continue  # one of the two was given once the base model was known, which is the same
             if isinstance(old, Point) and isinstance(new, Point) and old.sweep != new.sweep:
                 return _changed_sweep(old.sweep, new.sweep)
             return f"jobs.{old_job.name}.{name}: {show(new)} differs from {show(old)}"

@@ -22,7 +22,7 @@ from functools import lru_cache
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
 from megatron_lora.planning.adapter_rows import Adapted
-from scheduling.layer_memory import FUSED_MODULES, MODULES, RANK_ALIGN, Adapter
+from scheduling.layer_memory import EXPERT_MODULES, FUSED_MODULES, MODULES, RANK_ALIGN, Adapter
 
 GB = 1e9
 ALL_MODULES = tuple(dict.fromkeys((*MODULES, *FUSED_MODULES)))
@@ -32,19 +32,22 @@ MODEST_SHARE = 0.25  # of a device's memory: activations leave as much to adapte
 def adapters_of(jobs: Collection[Adapted]) -> tuple[Adapter, ...]:
     """Return the adapters of jobs, as the memory model sees them, the largest rank first."""
     return tuple(
-        sorted((Adapter(job.r, tuple(m for m in ALL_MODULES if m in job.target_modules)) for job in jobs), key=lambda each: -each.rank)
+        sorted(
+            (Adapter(job.r, tuple(m for m in ALL_MODULES if m in job.target_modules), job.expert_rank) for job in jobs),
+            key=lambda each: (-each.rank, -each.expert_rank),
+        )
     )
 
 
 def rows_of(adapters: Sequence[Adapter], num: int | None = None) -> dict[str, int]:
     """Return module -> rank rows that the `num` largest (None: all) of the adapters of each module take, which are given largest first."""
-    rows = {module: [adapter.rows for adapter in adapters if module in adapter.modules] for module in ALL_MODULES}
-    return {module: sum(of_module[:num]) for module, of_module in rows.items() if of_module}
+    rows = {module: [adapter.rows_of(module) for adapter in adapters if module in adapter.modules] for module in ALL_MODULES}
+    return {module: sum(sorted(of_module, reverse=True)[:num]) for module, of_module in rows.items() if of_module}
 
 
 def bytes_of(room: Mapping[str, int], row_bytes: Mapping[str, float]) -> float:
     """Return the bytes of an arena."""
-    return sum(row_bytes[module] * rows for module, rows in room.items())
+    return sum(row_bytes.get(module, 0.0) * rows for module, rows in room.items())  # 0: none of a run's jobs adapts experts
 
 
 def rooms(adapters: Sequence[Adapter], row_bytes: Mapping[str, float], num_bytes: float) -> dict[str, int]:
@@ -74,7 +77,9 @@ def in_gb(num_bytes: float) -> float:
 
 
 def check_fits(name: str, adapter: Adapted, room: Mapping[str, int], row_bytes: Mapping[str, float], adapter_memory: float) -> None:
-    """Raise UserError for a job whose adapter does not fit into an empty arena."""
+    """Raise UserError for a job whose adapter does not fit into an empty arena, or whose request did not come from `megatron-lora add`."""
+    if adapter.target_modules is None:
+        raise UserError(f"job {name}: target_modules: null, which a request has to say; give a list")
     own = rows_of(adapters_of([adapter]))
     short = [module for module, rows in own.items() if rows > room.get(module, 0)]
     if short:
@@ -89,8 +94,10 @@ def check_fits(name: str, adapter: Adapted, room: Mapping[str, int], row_bytes: 
 def as_if_kept_alive(config: RunConfig, modules: Collection[str]) -> RunConfig:
     """Return the config with the jobs that a run which is kept alive makes room for: twice as many, each as large as the largest.
 
-    At least as many as twice fill the gap. They target all of the model's `modules`.
+    At least as many as twice fill the gap. They target all of the model's `modules`, and its experts where a job does.
     """
-    largest = dataclasses.replace(max(config.jobs, key=lambda job: job.r), target_modules=tuple(modules))
+    expert_r, largest = max(job.expert_rank for job in config.jobs), max(config.jobs, key=lambda job: job.r)
+    targets = (*modules, *(EXPERT_MODULES if expert_r else ()))
+    largest = dataclasses.replace(largest, target_modules=targets, experts=expert_r > 0, expert_r=expert_r or None)
     gap = config.parallel.pipeline + config.parallel.norm_delay
     return dataclasses.replace(config, jobs=(largest,) * (2 * max(len(config.jobs), 2 * gap)))

@@ -18,6 +18,7 @@ Rows are taken first-fit, so adapters that join an empty book lie in their order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,6 +41,9 @@ class Adapted(Protocol):
 
     @property
     def target_modules(self) -> Collection[str]: ...
+
+    @property
+    def expert_rank(self) -> int: ...
 
 
 class FreeRows:
@@ -155,7 +159,7 @@ class Book:
             if space in (there := spans(resident.adapter, resident.places)):
                 held.append((there[space], job if job in movable else None))
         wanted = []
-        for first in range(0, self.free[space].size - rows + 1, RANK_ALIGN):
+        for first in range(0, self.free[space].size - rows + 1, math.gcd(rows, RANK_ALIGN)):  # experts' ranks are not rounded up
             there = [(span, job) for span, job in held if span[0] < first + rows and first < span[1]]
             inside = [(span, job) for span, job in there if job is not None]
             if len(inside) == len(there):
@@ -218,18 +222,22 @@ def admit(book: Book, queue: Sequence[Waiting]) -> list[tuple[str, Places]]:
 
 def needs(adapter: Adapted) -> dict[str, int]:
     """Return space -> contiguous rows that an adapter takes."""
-    rows, targets = Adapter(adapter.r).rows, set(adapter.target_modules)
-    of_a = {kind: rows * len(targets.intersection(modules)) for kind, modules in MERGED_LINEARS.items()}
-    return {space: count for space, count in (of_a | dict.fromkeys(sorted(targets), rows)).items() if count}
+    of_b = {module: _rows_of(adapter, module) for module in sorted(adapter.target_modules)}
+    of_a = {kind: sum(of_b.get(module, 0) for module in modules) for kind, modules in MERGED_LINEARS.items()}
+    return {space: count for space, count in (of_a | of_b).items() if count}
+
+
+def _rows_of(adapter: Adapted, module: str) -> int:
+    return Adapter(adapter.r, expert_rank=adapter.expert_rank).rows_of(module)
 
 
 def places_at(adapter: Adapted, firsts: Mapping[str, int]) -> Places:
     """Return the places of an adapter whose rows of each space begin at `firsts`."""
-    places, rows, ends = {}, Adapter(adapter.r).rows, dict(firsts)
+    places, ends = {}, dict(firsts)
     for module, kind in KIND_OF.items():
         if module in adapter.target_modules:
             places[module] = (ends[kind], firsts[module])
-            ends[kind] += rows
+            ends[kind] += _rows_of(adapter, module)
     return places
 
 

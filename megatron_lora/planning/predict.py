@@ -11,6 +11,7 @@ from megatron_lora.huggingface.quantisation import NF4_BLOCK
 from megatron_lora.parallel.partition import layers_of_stages
 from megatron_lora.planning.adapter_memory import GB, MODEST_SHARE, adapters_of, most, rooms, rows_of
 from megatron_lora.planning.devices import reference_of
+from megatron_lora.planning.targets import jobs_of
 from scheduling.cost import CostModel, Device, StageCost, head_share, linear_tiles, stage_costs, stage_policies
 from scheduling.memory import (
     StageMemory,
@@ -135,22 +136,25 @@ def precision_of(config: RunConfig, device: Device) -> str:
 def rank_row_bytes_of(config: RunConfig, architecture: Architecture, item: int) -> dict[str, int]:
     """Return module -> bytes of one rank row in all layers of the stage that has the most; `item` is the bytes of a number.
 
-    layers_per_stage must be resolved.
+    Those of experts are there where a job adapts them. layers_per_stage must be resolved.
     """
     layers = max(len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel))
     of_layer = rank_row_bytes(shape_of(architecture), item, config.parallel.tensor)
-    return {module: num_bytes * layers for module, num_bytes in of_layer.items()}
+    frozen = () if any(job.experts for job in config.jobs) else architecture.expert_modules
+    return {module: num_bytes * layers for module, num_bytes in of_layer.items() if module not in frozen}
 
 
 def room_of(config: RunConfig, architecture: Architecture, item: int) -> dict[str, int]:
     """Return module -> rank rows of the arena of a config whose adapter_memory is resolved."""
-    return rooms(adapters_of(config.jobs), rank_row_bytes_of(config, architecture, item), float(config.adapter_memory) * GB)
+    return rooms(
+        adapters_of(jobs_of(config, architecture)), rank_row_bytes_of(config, architecture, item), float(config.adapter_memory) * GB
+    )
 
 
 def least_residents(config: RunConfig, architecture: Architecture, device: Device) -> int:
     """Return beside how many of the largest jobs activations are chosen while adapter_memory is `auto` (adapter_memory.py)."""
     modest = most(
-        adapters_of(config.jobs),
+        adapters_of(jobs_of(config, architecture)),
         rank_row_bytes_of(config, architecture, item_bytes(config, device)),
         MODEST_SHARE * device.memory_bytes,
     )
@@ -176,7 +180,7 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
     layers = [len(stage) for stage in layers_of_stages(architecture.num_layers, parallel)]
     item = item_bytes(config, device)
     weight_bytes, scratch_bytes = stored_bytes(config.base_weights, item)
-    adapters = adapters_of(config.jobs)
+    adapters = adapters_of(jobs_of(config, architecture))
     demand = rows_of(adapters)
     if config.adapter_memory == "auto":
         room = rows_of(adapters, least_residents(config, architecture, device))

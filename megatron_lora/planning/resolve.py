@@ -47,6 +47,7 @@ from megatron_lora.planning.predict import (
     rank_row_bytes_of,
     shape_of,
 )
+from megatron_lora.planning.targets import jobs_of
 from scheduling.cost import Device, head_layers, split_layers, stage_policies
 from scheduling.data_parallel import deal
 from scheduling.memory import (
@@ -90,7 +91,7 @@ def choose_adapter_memory(config: RunConfig, architecture: Architecture, device:
 
     All else must be resolved. Where not even the least number of jobs fits, it is that of these.
     """
-    adapters, least = adapters_of(config.jobs), least_residents(config, architecture, device)
+    adapters, least = adapters_of(jobs_of(config, architecture)), least_residents(config, architecture, device)
     row_bytes = rank_row_bytes_of(config, architecture, item_bytes(config, device))
 
     def room_for(num: int) -> RunConfig:
@@ -249,7 +250,7 @@ def memory_line(before: RunConfig, after: RunConfig, architecture: Architecture,
 
 def adapter_memory_line(before: RunConfig, after: RunConfig, architecture: Architecture, device: Device) -> Sequence[str]:
     """Return a line with the memory of resident adapters where it was chosen, or where not all jobs fit at once."""
-    adapters, row_bytes = adapters_of(after.jobs), rank_row_bytes_of(after, architecture, item_bytes(after, device))
+    adapters, row_bytes = adapters_of(jobs_of(after, architecture)), rank_row_bytes_of(after, architecture, item_bytes(after, device))
     num, gb = most(adapters, row_bytes, float(after.adapter_memory) * GB), float(after.adapter_memory)
     if num < len(adapters):
         fits = f"room for {num} of the {len(adapters)} jobs at once, or for more that are not the largest; the others wait in the queue"

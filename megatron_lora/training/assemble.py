@@ -79,7 +79,7 @@ def make_stage(config: ResolvedConfig, architecture: Architecture, model_dir: Pa
 def make_arena(stage: Stage, parallel: ParallelConfig, adapters: Sequence[AdapterSpec], room: Room | None = None) -> Arena:
     """Give the stage's linears an arena of `room` (default: for these adapters alone), with the adapters in rows 0, 1, ..., all zero."""
     return Arena(
-        stage.linears,
+        stage.adapted,
         adapters,
         room=room,
         tensor_rank=stage.tensor_group.rank(),

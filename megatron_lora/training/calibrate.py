@@ -38,6 +38,7 @@ from megatron_lora.planning.calibration import Calibration, calibration_file, su
 from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.predict import memory_of, planner_cost, shape_of
 from megatron_lora.planning.resolve import resolve
+from megatron_lora.planning.targets import targeted
 from megatron_lora.training.assemble import make_resident
 from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn
 from megatron_lora.training.pass_times import in_turns, probe_slots, time_parts
@@ -94,6 +95,7 @@ def run(config: RunConfig, output: Path | None) -> None:
     host_group = new_group(backend="gloo")
     model_dir = resolve_base_model(config.base_model)
     architecture = read_architecture(model_dir)
+    config = targeted(config, architecture)
     jobs = read_jobs_in_turn(config.jobs, model_dir, architecture.vocab_size, host_group)
     lengths = [job.step_samples.lengths() for job in jobs.values()]
 

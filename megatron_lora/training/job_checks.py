@@ -22,15 +22,6 @@ from megatron_lora.output.final_files import check_job_files
 from megatron_lora.output.standing import ResumePoint
 
 
-def check_targets(job: JobConfig, architecture: Architecture) -> None:
-    """Check that the base model has the modules that a job targets."""
-    own = architecture.module_sizes
-    for module in job.target_modules:
-        if module not in own:
-            remedy = f"set target_modules: [{', '.join(own)}], or some of these"
-            raise UserError(f"jobs.{job.name}.target_modules: {module} is no linear of a {architecture.model_type}; {remedy}")
-
-
 def check_data(job: JobConfig, data: JobData, budget: int | str, architecture: Architecture) -> None:
     """Check a job's data where they have been read: the lengths of samples, how often each is taken, the rungs of its sweep."""
     check_lengths(job, data, budget, architecture)
@@ -64,22 +55,18 @@ def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: s
     except UserError as error:
         raise UserError(f"{where}.init_adapter: {error}") from None
     named = f"{where}.init_adapter: {job.init_adapter!r}"
-    check_modules(named, adapter, architecture.module_sizes)
-    for key in ("r", "lora_alpha", "use_rslora"):
-        wanted, found = getattr(job, key), getattr(adapter, key)
-        if wanted != found:
+    own = architecture.adapter_modules  # the file's names -> the config's
+    check_modules(named, adapter, own)
+    for key, wanted in (("r", job.r), ("expert_r", job.expert_rank), ("lora_alpha", job.lora_alpha), ("use_rslora", job.use_rslora)):
+        found = getattr(adapter, key)
+        if wanted != found and (key != "r" or set(job.target_modules) - {*architecture.expert_modules}):
             raise UserError(f"{where}.{key}: {wanted} differs from {found} in init_adapter {job.init_adapter!r}; set {key}: {found}")
-    if set(adapter.target_modules) != set(job.target_modules):
-        found = ", ".join(module for module in architecture.module_sizes if module in adapter.target_modules)
+    if {own[module] for module in adapter.target_modules} != set(job.target_modules):
+        found = ", ".join(own[module] for module in own if module in adapter.target_modules)
         raise UserError(f"{where}.target_modules: differ from those in init_adapter {job.init_adapter!r}; set [{found}]")
-    paths = {
-        (layer, module): architecture.module_path(layer, module)
-        for layer in range(architecture.num_layers)
-        for module in architecture.module_sizes
-    }
-    sizes = {module: architecture.module_sizes[module] for module in job.target_modules}
-    shapes = {path: (sizes[module][1], sizes[module][0]) for (_, module), path in paths.items() if module in sizes}
-    others = [*(path for path in paths.values() if path not in shapes), architecture.embedding.removesuffix(".weight"), "lm_head"]
+    linears = architecture.linear_sizes()
+    shapes = {path: (n, k) for path, (k, n) in linears.items() if own[path.rpartition(".")[2]] in job.target_modules}
+    others = [*(path for path in linears if path not in shapes), architecture.embedding.removesuffix(".weight"), "lm_head"]
     check_adapter(named, adapter, shapes, others)
     if adapter.base_model and Path(adapter.base_model).name != Path(base_model).name:
         made_for = f"was made for the base model {show(adapter.base_model)}, and this run has {base_model!r}, of the same shapes"

@@ -27,7 +27,7 @@ from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.output.standing import resume_point_of
-from megatron_lora.training.job_checks import check_checkpoint, check_data, check_init_adapter, check_targets
+from megatron_lora.training.job_checks import check_checkpoint, check_data, check_init_adapter
 
 Check = Callable[[JobConfig], "str | None"]
 
@@ -40,7 +40,6 @@ def read_and_check(
     `budget`: tokens of a microbatch. `output_dir` may hold a checkpoint of the job.
     """
     try:
-        check_targets(job, architecture)
         check_init_adapter(job, architecture, base_model)
         data = load_jobs_data([job], tokenizer_for([job], model_dir), cache_dir, architecture.vocab_size)[0]
         check_data(job, data, budget, architecture)

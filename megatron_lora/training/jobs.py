@@ -106,7 +106,14 @@ Jobs = Mapping[int, Job]  # by number
 
 def spec_of(job: JobConfig) -> AdapterSpec:
     """Return what the arena needs to know of a job's adapter."""
-    return AdapterSpec(r=job.r, scale=job.scale, dropout=job.lora_dropout, target_modules=frozenset(job.target_modules))
+    return AdapterSpec(
+        r=job.r,
+        scale=job.scale,
+        dropout=job.lora_dropout,
+        target_modules=frozenset(job.target_modules),
+        expert_rank=job.expert_rank,
+        expert_scale=job.lora_alpha / max(1, job.expert_rank),
+    )
 
 
 def read_jobs(

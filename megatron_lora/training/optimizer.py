@@ -75,7 +75,7 @@ class JobOptimizer:
         assert not self.sums, "the adapter moved while its gradients were summed"
         arena, device = self.arena, self.arena.grad.device
         self.factors: list[Factor] = arena.factors[self.adapter_row]
-        ranges = [(factor.start, factor.length, 0) for factor in self.factors]
+        ranges = [(start, factor.r * factor.width, 0) for factor in self.factors for start in factor.starts]
         chunks = make_chunks(ranges) if device.type == "cuda" else torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
         self.chunks = upload(chunks, device)
         self.replicated = [arena.view(f, arena.grad) for f in self.factors if not f.sharded]

@@ -173,10 +173,11 @@ def adapter_of(job: JobConfig, weights: Weights, rests_on: Mapping[str, str]) ->
     """Return a job's adapter in PEFT's format, for the base model whose files have the digests `rests_on`."""
     return AdapterFile(
         r=job.r,
+        expert_r=job.expert_rank,
         lora_alpha=job.lora_alpha,
         use_rslora=job.use_rslora,
-        lora_dropout=job.lora_dropout,
-        target_modules=job.target_modules,
+        lora_dropout=0.0 if job.experts else job.lora_dropout,  # PEFT refuses another for experts
+        target_modules=tuple(dict.fromkeys(path.rpartition(".")[2] for path in weights)),
         weights=weights,
         revision=rests_on.get(base_files.COMMIT),
         base_digest=rests_on.get(base_files.WEIGHTS, ""),

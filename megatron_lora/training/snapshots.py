@@ -265,8 +265,9 @@ def join_shards(factors_of_rank: Sequence[Sequence[Factor]], flats: Sequence[Ten
     shards: dict[tuple[str, str], dict[int, Tensor]] = {}
     for factors, flat in zip(factors_of_rank, flats, strict=True):
         for factor, part in zip(factors, flat.split([factor.length for factor in factors]), strict=True):
-            pieces = part.view(factor.r, factor.width).split([number for _, number in factor.pieces], dim=1)
-            by_first = shards.setdefault((factor.path, factor.kind), {})
-            by_first |= {first: piece for (first, _), piece in zip(factor.pieces, pieces, strict=True)}
+            for path, values in factor.parts(part):
+                pieces = values.split([number for _, number in factor.pieces], dim=1)
+                by_first = shards.setdefault((path, factor.kind), {})
+                by_first |= {first: piece for (first, _), piece in zip(factor.pieces, pieces, strict=True)}
     joined = {key: torch.cat([by_first[first] for first in sorted(by_first)], dim=1) for key, by_first in shards.items()}
     return {path: (joined[path, "A"], joined[path, "B"].t().contiguous()) for path, kind in joined if kind == "A"}

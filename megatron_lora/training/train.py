@@ -53,6 +53,7 @@ from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost, rank_row_bytes_of, room_of, window_time
 from megatron_lora.planning.resolve import describe, memory_line, resolve
+from megatron_lora.planning.targets import targeted
 from megatron_lora.training.agree_to_stop import until_stopped
 from megatron_lora.training.assemble import DTYPES, make_arena, make_executor, make_stage
 from megatron_lora.training.control import Control
@@ -112,6 +113,7 @@ def _train(config: RunConfig, stop: StopRequest, live: Live, on_begin: OnBegin |
 
     model_dir = resolve_base_model(config.base_model)
     architecture = read_base_model(model_dir, config.load_weights)
+    config = targeted(config, architecture)
     first = read_jobs_in_turn(first_jobs(config, points), model_dir, architecture.vocab_size, host_group, points)
     # Without a job to train, one that is added decides nothing any more: the head is then taken to compute every row.
     share_of_targets = target_share((job.step_samples.samples, job.step_samples.steps) for job in first.values()) if first else 1.0

@@ -64,10 +64,11 @@ def warm_up(stage: Stage, arena: Arena, num_rows: int, multiple: int = 1, adapte
 def variants(adapters: Sequence[AdapterSpec]) -> list[AdapterSpec]:
     """Return an adapter for each kind of kernels that any of these need, alone or as the largest beside others."""
     dropout = max((spec.dropout for spec in adapters), default=0.0)
-    found: dict[tuple[int, frozenset[str], bool], AdapterSpec] = {}
+    found: dict[tuple[int, int, frozenset[str], bool], AdapterSpec] = {}
     for spec in adapters:
         for p in (spec.dropout, dropout):
-            found.setdefault((rank_class(spec.r), spec.target_modules, p > 0), replace(spec, dropout=p))
+            classes = rank_class(spec.r), rank_class(spec.expert_rank) if spec.expert_rank else 0
+            found.setdefault((*classes, spec.target_modules, p > 0), replace(spec, dropout=p))
     return list(found.values())
 
 

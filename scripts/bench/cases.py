@@ -35,6 +35,7 @@ class Case:
     jobs: int
     ranks: tuple[int, ...]
     dropouts: tuple[float, ...]
+    expert_r: int
     completion: float
     budget: int | str
     recompute: str | tuple[str, ...]
@@ -89,6 +90,7 @@ def parser() -> OneLineParser:
     case.add_argument("--jobs", type=whole, default=4)
     case.add_argument("--ranks", type=numbers(whole), default=(16,))
     case.add_argument("--dropouts", type=numbers(share), default=(0.0,))
+    case.add_argument("--expert-r", type=int, default=0, help="rank of adapters on all experts; 0: these are frozen")
     case.add_argument("--completion", type=float, default=0.25, help="share of each sample that is trained on")
     case.add_argument("--budget", type=budget, default=8192)
     case.add_argument("--recompute", type=recompute, default="auto", help="none, cheap, full, 20*full,60*cheap or auto: what fits")
@@ -127,6 +129,7 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[Case]]:
 
 def _case(chosen: argparse.Namespace) -> Case:
     words = [f"{chosen.jobs} jobs r {'/'.join(map(str, chosen.ranks))}", f"p {'/'.join(f'{p:g}' for p in chosen.dropouts)}"]
+    words += [f"experts r {chosen.expert_r}"] if chosen.expert_r else []
     words += [str(chosen.budget), policies_in_words(chosen.recompute)]
     words += [word for word, usual in ((chosen.base_weights, "native"), (chosen.backend, "auto")) if word != usual]
     words += [word for word, on in (("offloaded", chosen.activation_offloading), ("deterministic", chosen.deterministic)) if on]
@@ -163,5 +166,7 @@ def check(options: argparse.Namespace, case: Case, workload: Lengths) -> None:
         raise UserError(f"--policy: {HF_PEFT} runs on one device")
     if case.profile and not torch.cuda.is_available():
         raise UserError("--profile: measures kernels of a GPU, and none is visible")
+    if not 0 <= case.expert_r <= 256:
+        raise UserError(f"--expert-r: {case.expert_r} is no LoRA rank; use 1 to 256, or 0")
     if not 0 < case.completion <= 1:
         raise UserError(f"--completion: {case.completion:g} is no share; use a number above 0 and up to 1")

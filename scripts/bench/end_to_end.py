@@ -36,6 +36,7 @@ from megatron_lora.parallel.process_groups import destroy_parallel  # noqa: E402
 from megatron_lora.planning.devices import this_device  # noqa: E402
 from megatron_lora.planning.predict import cost_of, memory_of, shape_of  # noqa: E402
 from megatron_lora.planning.resolve import resolve  # noqa: E402
+from megatron_lora.planning.targets import targeted  # noqa: E402
 from scheduling.memory import tokens_in_flight  # noqa: E402
 from scripts.bench.cases import HF_PEFT, Case, check, layout_name, policies_in_words, read_options  # noqa: E402
 from scripts.bench.gauges import gauged  # noqa: E402
@@ -43,7 +44,7 @@ from scripts.bench.kernel_shares import Profiled  # noqa: E402
 from scripts.bench.model_shapes import write_config  # noqa: E402
 from scripts.bench.stamp import append_line, stamp  # noqa: E402
 from scripts.bench.trained import trained  # noqa: E402
-from scripts.bench.workloads import head, job_configs, read_workload, take, with_targets  # noqa: E402
+from scripts.bench.workloads import head, job_configs, read_workload, take  # noqa: E402
 
 PROFILED_TOKENS = 4 * 8192
 
@@ -110,13 +111,13 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
         "deterministic": case.deterministic,
         "base_weights": case.base_weights,
         "backend": case.backend,
-        "jobs": job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion),
+        "jobs": job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion, case.expert_r),
     }
     architecture = read_architecture(own / "model")
-    tree["jobs"] = with_targets(tree["jobs"], architecture)
     if steps is None:
-        steps = case.steps or steps_for(case, lengths, load(own, tree), architecture)
-    return load(own, tree | {"jobs": [job | {"max_steps": steps, "save_steps": case.save_steps} for job in tree["jobs"]]})
+        steps = case.steps or steps_for(case, lengths, targeted(load(own, tree), architecture), architecture)
+    jobs = [job | {"max_steps": steps, "save_steps": case.save_steps} for job in tree["jobs"]]
+    return targeted(load(own, tree | {"jobs": jobs}), architecture)
 
 
 def load(folder: Path, tree: dict) -> RunConfig:

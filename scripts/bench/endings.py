@@ -19,10 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_lora.huggingface.architecture import read_architecture
 from scripts.bench.model_shapes import SHAPES, write_config
 from scripts.bench.stamp import append_line, result_options, stamp
-from scripts.bench.workloads import job_configs, with_targets
+from scripts.bench.workloads import job_configs
 from scripts.one_line import OneLineParser, numbers, whole
 from tests.living_run import FAILED, HUNG, KILLED, LivingRun
 
@@ -55,7 +54,7 @@ def config_of(options: argparse.Namespace, folder: Path, num_steps: int = 100_00
     parallel = {name: getattr(options, name) for name in ("pipeline", "tensor", "data")} | {"sequence": options.tensor > 1}
     config = {"base_model": str(folder / "model"), "load_weights": False, "parallel": parallel, "microbatch_tokens": options.longest}
     jobs = job_configs(lengths, num_steps, folder, ranks=(16,))
-    return config | {"jobs": with_targets(jobs, read_architecture(folder / "model"))}
+    return config | {"jobs": jobs}
 
 
 def ended(options: argparse.Namespace, way: str) -> dict:

@@ -12,18 +12,24 @@ from itertools import accumulate
 from pathlib import Path
 
 from megatron_lora.errors import UserError
-from megatron_lora.huggingface.architecture import Architecture
 from scheduling.types import Lengths
 
 SUITE = Path(__file__).resolve().parent / "lengths.json"
 
 
 def job_configs(
-    lengths: Lengths, max_steps: int, folder: Path, ranks: Sequence[int], dropouts: Sequence[float] = (0.0,), completion: float = 0.25
+    lengths: Lengths,
+    max_steps: int,
+    folder: Path,
+    ranks: Sequence[int],
+    dropouts: Sequence[float] = (0.0,),
+    completion: float = 0.25,
+    expert_r: int = 0,
 ) -> list[dict]:
     """Write each job's lengths [job][step][sample] into a folder; return the jobs as a config has them.
 
-    `ranks` and `dropouts` are those of each job, the last of either for all further jobs.
+    `ranks` and `dropouts` are those of each job, the last of either for all further jobs; `expert_r` is of all, 0: experts are
+    frozen.
     """
     jobs = []
     for job, steps in enumerate(lengths):
@@ -32,17 +38,13 @@ def job_configs(
         file = folder / f"job-{job}.jsonl"
         write_lengths(file, [tokens for batch in steps for tokens in batch], completion)
         r = ranks[min(job, len(ranks) - 1)]
-        lora = {"r": r, "lora_alpha": 2.0 * r, "lora_dropout": dropouts[min(job, len(dropouts) - 1)]}
+        of_experts = {"experts": True, "expert_r": expert_r} if expert_r else {}
+        lora = of_experts | {"r": r, "lora_alpha": 2.0 * r, "lora_dropout": dropouts[min(job, len(dropouts) - 1)]}
         schedule = {"learning_rate": 1e-4, "lr_scheduler": "constant", "warmup_ratio": 0.0, "max_steps": max_steps}
         data = {"datasets": [{"path": str(file), "type": "lengths"}], "shuffle": False, "global_batch_size": len(steps[0])}
         longest = max(tokens for batch in steps for tokens in batch)
         jobs.append({"name": f"job-{job}", "seed": job, "sequence_len": max(2, longest), **data, **lora, **schedule})
     return jobs
-
-
-def with_targets(jobs: Sequence[dict], architecture: Architecture) -> list[dict]:
-    """Return jobs as a config has them, with adapters on all linears of the model's layers."""
-    return [job | {"target_modules": list(architecture.module_sizes)} for job in jobs]
 
 
 def write_lengths(file: Path, lengths: Sequence[int], completion: float) -> None:

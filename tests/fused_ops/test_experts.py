@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from fused_ops.experts import reference
+from fused_ops.experts.adapters import ExpertGroup
 from fused_ops.experts.layer import ExpertWeights, expert_mlp
 from fused_ops.experts.route import Choice
+from fused_ops.lora.adapters import AdapterTable
+from fused_ops.lora.dropout import FEATURE, keep_mask, quantised_p
+from fused_ops.lora.route import make_route
 
 HIDDEN, WIDTH = 32, 24
 
@@ -51,6 +55,107 @@ def problem(num_tokens=70, dtype=torch.float32):
 def in_double(weights: ExpertWeights) -> ExpertWeights:
     router, up, down = (each.double() for each in (weights.router_EH, weights.up_EFH, weights.down_EHF))
     return ExpertWeights(router_EH=router, up_EFH=up, down_EHF=down, top_k=weights.top_k, normalised=weights.normalised)
+
+
+RANKS, SCALES, A_ROWS, B_ROWS = (3, 5, 2), (0.7, 1.3, 2.0), ((0, 3), (-1, 6), (11, 13)), ((0, 0), (-1, 3), (3, 8))  # job 1: up alone
+SEGMENTS = ((0, 20, 2), (20, 21, 0), (30, 70, 1))  # rows 21 to 29 are no job's
+
+
+def adapters_of(num_experts, dropout=0.0, dtype=torch.float32, seed=3) -> tuple[ExpertGroup, ExpertGroup]:
+    """Return adapters of three jobs on gate and up, and on down."""
+    generator, table = torch.Generator().manual_seed(seed), AdapterTable(ranks=RANKS, scales=SCALES, dropouts=(dropout,) * 3)
+
+    def tensors(*shapes):
+        return [(torch.randn(num_experts, *shape, generator=generator) * 0.3).to(dtype) for shape in shapes]
+
+    def group(a, b, columns, a_rows, b_rows):
+        grads = torch.zeros(a.shape), tuple(torch.zeros(each.shape) for each in b)
+        views = {"a_ERK": a, "b_ERN": tuple(b), "grad_a_ERK": grads[0], "grad_b_ERN": grads[1]}
+        return ExpertGroup(**views, columns=columns, a_rows=a_rows, b_rows=b_rows, adapters=table)
+
+    a, *b = tensors((15, HIDDEN), (5, WIDTH), (10, WIDTH))
+    up = group(a, b, ((0, WIDTH), (WIDTH, 2 * WIDTH)), A_ROWS, B_ROWS)
+    a, *b = tensors((5, WIDTH), (5, HIDDEN))
+    return up, group(a, b, ((0, HIDDEN),), ((0,), (-1,), (3,)), ((0,), (-1,), (3,)))
+
+
+def segments_of(num_tokens=70, dropout=True):
+    keys = torch.randint(-(2**31), 2**31, (num_tokens,), generator=torch.Generator().manual_seed(5)).to(torch.int32)
+    return make_route(num_tokens, SEGMENTS, keys, "cpu", dropout)
+
+
+def plain_with_adapters(x, weights, groups, leaves, segments):
+    """The same by all experts of all tokens, with the adapters' `leaves`: ([A, B, ...] of each group)."""
+    p = torch.softmax(x @ weights.router_EH.T, -1)
+    chosen, experts = p.topk(weights.top_k)
+    if weights.normalised:
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    mixed = torch.zeros_like(x)
+    for expert in range(len(p[0])):
+        keys = segments.row_keys ^ torch.tensor(expert * FEATURE).to(torch.int32)
+
+        def product(x, weight, group, factors, expert=expert, keys=keys):
+            y = x @ weight[expert].T
+            for first, end, adapter in segments.segments:
+                r, p_drop = RANKS[adapter], quantised_p(group.adapters.dropouts[adapter])
+                for m, (start, stop) in enumerate(group.columns):
+                    a, b = group.a_rows[adapter][m], group.b_rows[adapter][m]
+                    if a < 0:
+                        continue
+                    kept = keep_mask(keys[first:end], 0, x.shape[1], m, p_drop) / (1 - p_drop)
+                    term = (x[first:end] * kept) @ factors[0][expert, a : a + r].T @ factors[1 + m][expert, b : b + r]
+                    y = y + F.pad(SCALES[adapter] * term, (start, y.shape[1] - stop, first, len(y) - end))
+            return y
+
+        gate, up = product(x, weights.up_EFH, groups[0], leaves[0]).chunk(2, -1)
+        y = product(F.silu(gate) * up, weights.down_EHF, groups[1], leaves[1])
+        mixed = mixed + y * torch.where(experts == expert, chosen, 0.0).sum(1, keepdim=True)
+    return mixed
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_adapters_on_experts_are_the_formula(dropout):
+    weights, (x, dy), segments = weights_of(5, 2), problem(), segments_of()
+    groups, leaf = adapters_of(5, dropout), x.double().requires_grad_()
+    leaves = [[each.double().requires_grad_() for each in (group.a_ERK, *group.b_ERN)] for group in groups]
+    expected = plain_with_adapters(leaf, in_double(weights), groups, leaves, segments)
+    expected.backward(dy.double())
+    for values in (True, False):
+        for group in groups:
+            for grad in (group.grad_a_ERK, *group.grad_b_ERN):
+                grad.zero_()
+        ours = x.clone().requires_grad_()
+        y = expert_mlp(ours, weights, None, None, values, groups, segments)
+        y.backward(dy)
+        if values:
+            assert (y - expected).abs().max() < 3e-6 * expected.abs().max()
+        assert ours.grad is not None and leaf.grad is not None
+        assert (ours.grad - leaf.grad).abs().max() < 3e-6 * leaf.grad.abs().max()
+        for group, wanted in zip(groups, leaves, strict=True):
+            for grad, of in zip((group.grad_a_ERK, *group.grad_b_ERN), wanted, strict=True):
+                assert of.grad is not None and (grad - of.grad).abs().max() < 3e-6 * of.grad.abs().max() > 0
+
+
+def test_evaluation_drops_nothing_and_other_jobs_change_no_bit():
+    weights, (x, dy) = weights_of(5, 2), problem()
+
+    def run(groups, segments, x=x, dy=dy):
+        leaf = x.clone().requires_grad_()
+        y = expert_mlp(leaf, weights, groups=groups, segments=segments)
+        y.backward(dy)
+        return y.detach(), leaf.grad, groups[0].grad_a_ERK[:, 3:6], groups[0].grad_b_ERN[1][:, 3:8]
+
+    without, dropped = run(adapters_of(5), segments_of()), run(adapters_of(5, 0.5), segments_of())
+    assert torch.equal(run(adapters_of(5, 0.5), segments_of(dropout=False))[0], without[0]) and not torch.equal(dropped[0], without[0])
+    mine = torch.arange(70) >= 30
+    for spoilt in (float("nan"), 1e30):
+        groups = adapters_of(5, 0.5)
+        groups[0].a_ERK[:, 11:] = groups[1].a_ERK[:, 3:] = spoilt  # of job 2
+        others, upstream = x.clone(), dy.clone()
+        others[:20] = upstream[:20] = spoilt
+        again = run(groups, segments_of(), others, upstream)
+        assert all(torch.equal(found[mine], before[mine]) for found, before in zip(again[:2], dropped[:2], strict=True))
+        assert torch.equal(again[3], dropped[3]) and not torch.equal(again[0], dropped[0])
 
 
 SHAPES = [(8, 3, True), (5, 2, False), (4, 4, True), (6, 1, False), (3, 1, True)]
@@ -113,6 +218,30 @@ def test_the_kernels_are_the_twin(num_experts, top_k, normalised, num_tokens):
     assert route.tiles is not None
     covered = torch.cat([torch.arange(first, end) for _, first, end in route.tiles[: route.tiles[-1, 0]].tolist()])
     assert torch.equal(covered, torch.arange(len(x) * top_k))
+
+
+def test_the_kernels_of_adapters_are_the_twins():
+    pytest.importorskip("triton")
+    from kernel_tools import interpreted
+
+    from fused_ops.experts import grouped, kernels, lora_kernels
+
+    weights, (x, dy), segments = weights_of(2, 1), problem(150), segments_of(150)
+    x[5] = dy[40] = float("nan")  # of jobs 2 and 1
+    x[11:, 0], weights.router_EH[:, 0] = 9.0, torch.linspace(1.0, 0.0, 2)  # one expert has more rows than a tile
+
+    def run(backend):
+        groups, leaf = adapters_of(2, 0.3), x.clone().requires_grad_()
+        y = expert_mlp(leaf, weights, None, backend, groups=groups, segments=segments)
+        y.backward(dy)
+        return [y.detach(), leaf.grad, *(grad for group in groups for grad in (group.grad_a_ERK, *group.grad_b_ERN))]
+
+    expected = run("reference")
+    with interpreted(kernels, grouped, lora_kernels):
+        found = run("triton")
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert (ours - theirs).nan_to_num().abs().max() < 2e-6 * theirs.nan_to_num().abs().max() > 0
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")

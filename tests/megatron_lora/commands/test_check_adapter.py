@@ -17,7 +17,7 @@ from stub_vllm import hostile, send, serving
 
 from megatron_lora.__main__ import main
 from megatron_lora.commands import check_adapter
-from megatron_lora.config.schema import TARGET_MODULES
+from megatron_lora.config.rules import TARGET_MODULES
 from megatron_lora.huggingface.adapter_effect import applied, load_base, log_probabilities
 from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, write_adapter
 from megatron_lora.huggingface.base_files import WEIGHTS, digests_of_base

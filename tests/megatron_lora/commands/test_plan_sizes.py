@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from megatron_lora.commands.plan import adapter_lines
+from megatron_lora.commands.plan import adapter_lines, num_parameters
 from megatron_lora.config.schema import JobConfig, load_jobs
 from megatron_lora.huggingface.architecture import read_architecture
 
@@ -24,6 +24,15 @@ def test_parameters_are_those_of_peft(tmp_path, kind):
     number, _ = model.get_nb_trainable_parameters()
     (line,) = adapter_lines([job("a", 6, modules)], architecture)
     assert line == f"a: {number:,} parameters, {4 * number / 1e6:.0f} MB, and {12 * number / 1e6:.0f} MB a checkpoint"
+
+
+def test_parameters_of_experts(tmp_path):
+    tiny.save_model(tmp_path, "qwen3_moe")
+    architecture = read_architecture(tmp_path)
+    keys = {"name": "a", "datasets": [{"path": "d.jsonl", "type": "text"}], "r": 6, "experts": True, "expert_r": 5}
+    (targeted,) = load_jobs(None, [keys | {"target_modules": ["q_proj", "gate_proj", "up_proj"]}], 0)
+    number = 3 * (6 * (32 + 64) + 2 * 8 * 5 * (32 + 24))  # layers (q + gate and up of 8 experts)
+    assert num_parameters(targeted, architecture) == number
 
 
 def test_equal_adapters_share_a_line(tmp_path):

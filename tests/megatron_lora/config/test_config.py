@@ -39,7 +39,7 @@ def test_defaults_are_those_of_the_documented_schema(load):
     assert config.parallel == ParallelConfig() and config.parallel.world_size == 1
     job = config.jobs[0]
     assert (job.r, job.lora_alpha, job.lora_dropout, job.use_rslora, job.scale) == (16, 32.0, 0.0, False, 2.0)
-    assert job.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert job.target_modules is None and (job.experts, job.expert_r, job.expert_rank) == (False, None, 0)
     assert (job.learning_rate, job.lr_scheduler, job.warmup_ratio, job.weight_decay) == (2e-4, "cosine", 0.03, 0.0)
     assert (job.adam_beta1, job.adam_beta2, job.adam_epsilon, job.max_grad_norm) == (0.9, 0.999, 1e-8, 1.0)
     assert (job.global_batch_size, job.num_epochs, job.max_steps, job.sequence_len, job.shuffle) == (8, 1, None, 2048, True)

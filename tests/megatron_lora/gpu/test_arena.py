@@ -16,7 +16,8 @@ import torch
 from fused_ops.launch.shapes import rank_class
 from fused_ops.lora import reference
 from fused_ops.lora.route import make_route
-from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
+from megatron_lora.config.rules import TARGET_MODULES
+from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec, room_of

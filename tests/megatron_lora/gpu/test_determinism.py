@@ -14,7 +14,8 @@ import runs
 import torch
 from safetensors.torch import load_file
 
-from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
+from megatron_lora.config.rules import TARGET_MODULES
+from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.data.microbatch import Packing
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import Arena

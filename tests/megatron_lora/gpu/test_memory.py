@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
+from megatron_lora.config.rules import TARGET_MODULES
+from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec

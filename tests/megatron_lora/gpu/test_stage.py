@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny import random_factor, save_model
 
-from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
+from megatron_lora.config.rules import TARGET_MODULES
+from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.data.collate import collate
 from megatron_lora.data.sample_arrays import JobSamples, Sample, Samples
 from megatron_lora.data.steps import job_steps

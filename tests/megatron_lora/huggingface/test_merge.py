@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_lora.__main__ import main
 from megatron_lora.commands import merge as command
 from megatron_lora.commands.merge import split_weight
-from megatron_lora.config.schema import TARGET_MODULES
+from megatron_lora.config.rules import TARGET_MODULES
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface import merge as merging
 from megatron_lora.huggingface.adapter_files import AdapterFile, read_adapter, write_adapter

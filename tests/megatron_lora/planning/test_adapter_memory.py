@@ -11,6 +11,7 @@ import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_lora.config.rules import TARGET_MODULES
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
@@ -59,6 +60,9 @@ class Job:
     target_modules: tuple[str, ...]
 
 
+TARGETS = f"defaults.target_modules=[{', '.join(TARGET_MODULES)}]"
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("arena")
@@ -75,7 +79,7 @@ def configure(root, tmp_path):
         data = [{"path": str(root / "rows.jsonl"), "type": "prompt_completion"}]
         jobs = [{"name": f"job-{i}", "datasets": data, "r": r[i % len(r)]} for i in range(num_jobs)]
         path = runs.write_config(tmp_path / "config.yaml", root / "model", tmp_path / "run", jobs, {}, 4096)
-        return load_config(path, ["precision=bf16", "activation_offloading=false", *overrides])
+        return load_config(path, ["precision=bf16", "activation_offloading=false", TARGETS, *overrides])
 
     return configured
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_lora.config.schema import TARGET_MODULES
+from megatron_lora.config.rules import TARGET_MODULES
 from megatron_lora.planning.adapter_rows import MAX_PASSED, Book, FreeRows, Waiting, admit, needs, spans
 
 
@@ -19,9 +19,11 @@ class Kind:
 
     r: int = 16
     target_modules: frozenset[str] = field(default=frozenset(TARGET_MODULES))
+    expert_rank: int = 0
 
 
-adapters = st.builds(Kind, r=st.integers(1, 70), target_modules=st.sets(st.sampled_from(TARGET_MODULES), min_size=1).map(frozenset))
+ranks = {"r": st.integers(1, 70), "expert_rank": st.sampled_from((0, 3, 8))}
+adapters = st.builds(Kind, **ranks, target_modules=st.sets(st.sampled_from(TARGET_MODULES), min_size=1).map(frozenset))
 actions = st.lists(
     st.tuples(st.sampled_from(["join", "leave", "compact"]), adapters, st.integers(0, 99), st.sets(st.integers(0, 9))), max_size=30
 )

@@ -21,7 +21,8 @@ from fused_ops.lora import fused
 from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
 from fused_ops.lora.hopper.grad_sb import hopper_grad_s_and_b
 from fused_ops.lora.route import make_route
-from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
+from megatron_lora.config.rules import TARGET_MODULES
+from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec

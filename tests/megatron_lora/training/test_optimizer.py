@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from megatron_lora.config.rules import TARGET_MODULES
 from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data.sample_arrays import JobSamples, Samples
 from megatron_lora.data.samples import JobData
@@ -139,7 +140,7 @@ def job_of(num_steps: int, r: int, **settings_of_job) -> Job:
     """Return a job of that many steps with the settings of BASE."""
     settings = {name: value for name, value in BASE.items() if name != "num_steps"}
     datasets = (DatasetConfig(path="a.jsonl", type="text"),)
-    config = JobConfig(name="a", seed=3, datasets=datasets, r=r, max_steps=num_steps, **settings)
+    config = JobConfig(name="a", seed=3, datasets=datasets, r=r, max_steps=num_steps, target_modules=TARGET_MODULES, **settings)
     step_samples = JobSamples(seed=3, samples=Samples.of([]), steps=job_steps(1, 1, 1, num_steps, False, 0))
     return Job(number=0, config=config, data=JobData.of(Samples.of([])), step_samples=step_samples, **settings_of_job)
 

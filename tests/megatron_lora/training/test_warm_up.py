@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import random_factor, save_model, stage_input, train_step
 
-from megatron_lora.config.schema import TARGET_MODULES, ParallelConfig
+from megatron_lora.config.rules import TARGET_MODULES
+from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.model.adapter_arena import Arena
