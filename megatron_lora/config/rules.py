@@ -24,7 +24,9 @@ BASE_WEIGHTS = {  # (storage, compute) -> its word
     **{("bf16", "bf16"): "native", ("bf16", "fp8"): "fp8"},
     **{(storage, compute): f"{storage}/{compute}" for storage in ("fp8", "nf4") for compute in ("bf16", "fp8")},
 }
-METRICS = {"eval_loss": "min", "eval_perplexity": "min", "eval_accuracy": "max"}  # of an evaluation -> which of its values is the best
+PAIR_METRICS = {"eval_rewards/accuracies": "max", "eval_rewards/margins": "max"}  # of preference objectives
+# Of an evaluation -> which of its values is the best.
+METRICS = {"eval_loss": "min", "eval_perplexity": "min", "eval_accuracy": "max", **PAIR_METRICS}
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 OTHER_WORDS = {  # what other trainers call a key of ours

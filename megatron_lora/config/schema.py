@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_lora.config.dataset_paths import DatasetConfig, dataset, validation_datasets
 from megatron_lora.config.keys import UnknownKey, build, check_keys, key, names_of, required, values
+from megatron_lora.config.objective_keys import ObjectiveConfig, check_objective, objective
 from megatron_lora.config.on_save_keys import OnSaveConfig, on_save
 from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.parallel_keys import ParallelConfig, parallel
@@ -38,7 +39,7 @@ from megatron_lora.config.rules import (
     val_set_size,
     whole_number,
 )
-from megatron_lora.config.sweep_keys import Point, SweepConfig, point, sweep, with_points
+from megatron_lora.config.sweep_keys import Point, SweepConfig, check_point, point, sweep, with_points
 from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
 
@@ -68,6 +69,7 @@ class JobConfig:
         one_of("refuse", "drop"),
         "`refuse`: a record that cannot be trained on fails the job before it starts; `drop`: such records are counted and left out",
     )
+    objective: ObjectiveConfig | str = key("sft", objective, "what the job is trained for: `sft`, cross-entropy over the targets")
     train_on_inputs: bool = key(
         False, truth(), "false: the loss counts completions and assistant turns alone; true: every token but the first of a sample"
     )
@@ -188,6 +190,11 @@ class JobConfig:
     point: Point | None = key(None, point, "what makes the job a point of a sweep; never set by hand")
 
     @property
+    def preference(self) -> ObjectiveConfig | None:
+        """The keys of a preference objective; None for sft."""
+        return None if isinstance(self.objective, str) else self.objective
+
+    @property
     def is_evaluated(self) -> bool:
         """Whether the job has validation data."""
         return bool(self.val_datasets or self.val_set_size)
@@ -299,6 +306,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             JobConfig: "defaults or a job",
             DatasetConfig: "a dataset",
             OnSaveConfig: "on_save",
+            ObjectiveConfig: "objective",
             SweepConfig: "sweep",
         }
         raise UnknownKey(*error.missed, homes) from None
@@ -347,6 +355,7 @@ def load_jobs(defaults: object, jobs: object, seed: int) -> tuple[JobConfig, ...
         config = _with_validation_keys(where, build(JobConfig, where, defaults | job), given=defaults | job)
         if config.train_on == "last" and config.train_on_inputs:
             raise UserError(f"{where}.train_on: last contradicts {where}.train_on_inputs: true; keep one of them")
+        check_objective(where, config)
         built[config.name.lower()] = config if config.seed is not None else dataclasses.replace(config, seed=seed)
     return tuple(built.values())
 
@@ -357,7 +366,7 @@ def _with_validation_keys(where: str, job: JobConfig, given: Collection[str]) ->
         size = f"{where}.val_set_size: {show(job.val_set_size)}"
         raise UserError(f"{size} takes records of {where}.datasets, and val_datasets are given; keep one of the two keys")
     if job.point is not None:
-        _check_point(where, job, job.point)
+        check_point(where, job, job.point)
     if job.point is not None and not job.is_evaluated:
         raise UserError(f"{where}: a sweep compares its points by evaluations; set jobs.{job.point.sweep.job}.val_datasets or val_set_size")
     mode = METRICS[job.metric]
@@ -378,18 +387,6 @@ def _with_validation_keys(where: str, job: JobConfig, given: Collection[str]) ->
         threshold = f"{where}.early_stopping_threshold: {job.early_stopping_threshold:g}"
         raise UserError(f"{threshold} needs {where}.early_stopping_patience; set a number of evaluations, or remove it")
     return dataclasses.replace(job, mode=mode, keep=job.keep if job.is_evaluated else "last")
-
-
-def _check_point(where: str, job: JobConfig, point: Point) -> None:
-    """Raise UserError unless a point has the name and the numbers that its sweep gave it."""
-    of, values, named = point.sweep, point.values, f"{point.sweep.job}-{point.number:03d}"
-    rules = {field.name: field.metadata["rule"] for field in dataclasses.fields(JobConfig)}
-    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-    same = values.keys() == of.over.keys() <= rules.keys() and all(
-        rules[name](where, numbers[name]) == getattr(job, name) for name in numbers
-    )
-    if job.name != named or not same:
-        raise UserError(f"{where}.point: is what a sweep wrote for {named} with {show(values)}; set name and values back, or remove point")
 
 
 def _plain(value: object) -> object:
