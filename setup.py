@@ -24,7 +24,7 @@ setup(
     ],
     extras_require={
         "cudnn": ["nvidia-cudnn-frontend>=1.32"],
-        "dev": ["pytest", "hypothesis", "ruff", "basedpyright>=1.40,<1.41", "setuptools", "peft", "accelerate", "pyarrow"],
+        "dev": ["pytest", "hypothesis", "ruff", "basedpyright>=1.40,<1.41", "setuptools", "peft", "accelerate", "pyarrow", "trl==1.16.0"],
         "gguf": ["gguf", "accelerate"],
         "hub": ["datasets", "pyarrow"],
         "parquet": ["pyarrow"],

@@ -3,7 +3,7 @@
     a job's time in a slot = time(slot) * time of its samples / time of all the slot's samples
 
 so that the slot's fixed part, its segments' and its waste are divided likewise, and the jobs' times add up to the slots'. A training slot
-takes its SlotCost twice, forward and backward, an evaluation slot once; planning.predict.window_time has the seconds of this unit.
+takes its SlotCost twice, forward and backward, one without a backward once; planning.predict.window_time has the seconds of this unit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _of_slot(slot: Microbatch, lengths: Lengths | Mapping, cost: SlotCost, valid
     held: dict[int, list[int]] = {}
     for segment in slot.segments:
         if segment.samples:  # a replica may have none
-            batch = validation[segment.job] if slot.evaluate else lengths[segment.job][segment.step]
+            batch = validation[segment.job] if slot.of_validation(segment) else lengths[segment.job][segment.step]
             held[segment.job] = [batch[sample] for sample in segment.samples]
     work = {job: math.fsum(map(cost.sample, tokens)) for job, tokens in held.items()}
     time = cost.slot([tokens for of_job in held.values() for tokens in of_job], len(held)) * (1 if slot.evaluate else 2)

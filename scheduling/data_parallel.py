@@ -128,8 +128,8 @@ class Dealt:
 
     def part(self, microbatch: Microbatch, replica: int) -> Microbatch:
         """Turn a slot of rounds into one replica's slot of samples; a job has an empty segment where the replica has no sample of it."""
-        parts = (self.jobs[segment.job].part(segment, replica, microbatch.evaluate) for segment in microbatch.segments)
-        return Microbatch(tuple(parts), microbatch.evaluate)
+        parts = (self.jobs[segment.job].part(segment, replica, microbatch.of_validation(segment)) for segment in microbatch.segments)
+        return Microbatch(tuple(parts), microbatch.evaluate, microbatch.reference)
 
 
 def deal(lengths: Lengths, num_replicas: int, cost: SlotCost | None = None) -> Dealt:

@@ -3,7 +3,8 @@
 The rules are those of validate.replay, stated so that they need only earlier slots. Of steps: every sample at most once and in its own
 step, true token counts, the budget, one segment per job and slot, and the first microbatch of a step at least num_stages + delay
 indices after the last of the step before (an index counts the slots that have a backward). Of evaluations: each that is due, no other,
-with every validation sample once, between the STEP that made its version and the next. Of both: at most max_endings end in a slot.
+with every validation sample once, between the STEP that made its version and the next. Of references: every one that is wanted once,
+before the first slot that needs it. Of steps and evaluations: at most max_endings end in a slot.
 Under pipeline.window_actions they imply a correct replay (a property test checks it).
 
 A step, or an evaluation, ends with its last sample, found by counting: its last slot *so far* proves nothing while later windows are
@@ -18,7 +19,8 @@ from dataclasses import dataclass, field
 
 from scheduling.job_lengths import JobLengths, read_lengths, read_validation
 from scheduling.numbers import Numbers
-from scheduling.types import MAX_ENDINGS, Ending, Lengths, Microbatch, PlanError, Segment, Stream
+from scheduling.references import Wanted
+from scheduling.types import MAX_ENDINGS, VALIDATION, Ending, Lengths, Microbatch, PlanError, Segment, Stream
 
 
 @dataclass(slots=True)
@@ -33,6 +35,7 @@ class _JobProgress:
     taken: set[int] = field(default_factory=set)  # samples of the open step
     evaluated: set[int] = field(default_factory=set)  # validation samples of due[0]
     ready: int = 0  # the first index at which the open step may start
+    wanted: Wanted = field(default_factory=dict)  # references that no slot has computed yet
     drained: int = 0  # the index from which on no action of what has ended is left
 
     @property
@@ -71,16 +74,18 @@ class Follower:
         first_step: int = 0,
         validation: Sequence[int] = (),
         evaluate_after: Sequence[int] = (),
+        wanted: Wanted | None = None,
     ) -> None:
         """Add a job from the next window on; the number of a departed one is refused until its last slot has drained.
 
         The samples of `validation`, in tokens, are evaluated after each number of steps in `evaluate_after`, which count from the job's
-        very first step and ascend; `first_step` itself: before its first step here.
+        very first step and ascend; `first_step` itself: before its first step here. `wanted` references have slots of their own.
         """
         self.numbers.check_free(job, self.num_indices, self.jobs)
         lengths = read_lengths(job, steps, self.capacity)
         held = read_validation(job, validation, evaluate_after, range(first_step, len(lengths) + 1), self.capacity)
         progress = _JobProgress(lengths, first_step, first_step, held, deque(evaluate_after))
+        progress.wanted = {step: set(samples) for step, samples in (wanted or {}).items()}
         if not progress.is_over:
             self.jobs[job] = progress
 
@@ -102,7 +107,9 @@ class Follower:
         for microbatch in window:
             self._check_slot(microbatch)
             listed.append(() if microbatch.evaluate else self._indexed(microbatch))
-            if microbatch.evaluate:
+            if microbatch.reference:
+                self._reference(microbatch)
+            elif microbatch.evaluate:
                 self._evaluation(microbatch)
             self.num_slots += 1
         self.numbers.forget_before(self.num_indices)
@@ -168,6 +175,7 @@ class Follower:
             raise PlanError(
                 f"slot {slot}: job {segment.job} step {segment.step} cannot begin before {wait} more slots that have a backward"
             )
+        self._check_reference(progress, segment, segment.step)
         if not self._take(segment, f"step {segment.step}", progress.lengths[segment.step], progress.taken):
             return False
         progress.step, progress.taken = progress.step + 1, set()
@@ -185,11 +193,24 @@ class Follower:
                 raise PlanError(f"{where} has taken {progress.version}")
             if not progress.due or progress.due[0] != segment.step:
                 raise PlanError(f"{where} is due after {list(progress.due)}")
+            self._check_reference(progress, segment, VALIDATION)
             if self._take(segment, f"evaluation after {segment.step} steps", progress.validation[0], progress.evaluated):
                 self.unlisted.append(Ending(segment.job, segment.step, True))
                 progress.due.popleft()
                 progress.evaluated, progress.drained = set(), max(progress.drained, self.num_indices + self.gap)
                 self._remove_if_over(segment.job)
+
+    def _reference(self, microbatch: Microbatch) -> None:
+        """Check the segments of a reference slot."""
+        for segment in microbatch.segments:
+            progress, of = self._of(segment), f"reference of step {segment.step}"
+            batch = (progress.validation if segment.step == VALIDATION else progress.lengths)[max(0, segment.step)]
+            self._take(segment, of, batch, set(range(len(batch))) - progress.wanted.get(segment.step, set()))
+            progress.wanted[segment.step].difference_update(segment.samples)
+
+    def _check_reference(self, progress: _JobProgress, segment: Segment, step: int) -> None:
+        if missing := progress.wanted.get(step, set()).intersection(segment.samples):
+            raise PlanError(f"slot {self.num_slots}: job {segment.job} needs the reference of sample {min(missing)} of step {step} before")
 
     def _take(self, segment: Segment, of: str, batch: Sequence[int], taken: set[int]) -> bool:
         """Check a segment's samples of a batch and add them to those `taken`; return whether these are all."""

@@ -1,7 +1,7 @@
 """Streams in and out of JSON: [[[job, step, sample, tokens], ...], ...], [] being a no-op slot.
 
 Which slots are evaluation slots stands beside it, as a list of their places: there `step` is the number of steps that the job has taken,
-and `sample` one of its validation set.
+and `sample` one of its validation set. Those of them that are reference slots (references.py) are listed once more.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def stream_to_json(
     """Return a stream as plain lists, one [job, step, sample, tokens] per sample; see evaluation_slots."""
     microbatches = []
     for microbatch in stream:
-        held = validation if microbatch.evaluate else None
-        batches = ((s, lengths[s.job][s.step] if held is None else held[s.job]) for s in microbatch.segments)
+        held = validation or {}
+        batches = ((s, held[s.job] if microbatch.of_validation(s) else lengths[s.job][s.step]) for s in microbatch.segments)
         microbatches.append([[s.job, s.step, sample, batch[sample]] for s, batch in batches for sample in s.samples])
     return microbatches
 
@@ -30,13 +30,16 @@ def evaluation_slots(stream: Stream) -> list[int]:
     return [slot for slot, microbatch in enumerate(stream) if microbatch.evaluate]
 
 
-def stream_from_json(microbatches: Sequence[Sequence[Sequence[int]]], evaluate: Collection[int] = ()) -> Stream:
-    """Rebuild the stream, with these evaluation slots; the samples of one job in one slot become one segment, in the order given."""
+def stream_from_json(
+    microbatches: Sequence[Sequence[Sequence[int]]], evaluate: Collection[int] = (), reference: Collection[int] = ()
+) -> Stream:
+    """Rebuild the stream, with these evaluation and reference slots; a job's samples in a slot become one segment, in the order given."""
     stream = []
     for slot, entries in enumerate(microbatches):
         segments: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for job, step, sample, tokens in entries:
             segments.setdefault((job, step), []).append((sample, tokens))
         held = ((key, tuple(sample for sample, _ in each), sum(tokens for _, tokens in each)) for key, each in segments.items())
-        stream.append(Microbatch(tuple(Segment(*key, samples, tokens) for key, samples, tokens in held), evaluate=slot in evaluate))
+        parts = tuple(Segment(*key, samples, tokens) for key, samples, tokens in held)
+        stream.append(Microbatch(parts, slot in evaluate, slot in reference))
     return tuple(stream)

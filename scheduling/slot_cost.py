@@ -68,8 +68,8 @@ def slot_times(stream: Stream, lengths: Lengths, cost: SlotCost, validation: Map
     """Return the predicted time of every slot, one way; `validation` [job] has the tokens of what evaluation slots hold."""
     times = []
     for slot in stream:
-        held = validation if slot.evaluate else None
-        batches = ((s.samples, lengths[s.job][s.step] if held is None else held[s.job]) for s in slot.segments)
+        held = validation or {}
+        batches = ((s.samples, held[s.job] if slot.of_validation(s) else lengths[s.job][s.step]) for s in slot.segments)
         times.append(cost.slot([batch[sample] for samples, batch in batches for sample in samples], len(slot.segments)))
     return times
 

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import NamedTuple
 
 MAX_ENDINGS = 32  # steps and evaluations that may end in one slot, by default: what its messages have room for
+VALIDATION = -1  # in a reference slot: the step of samples of the validation set
 Lengths = Sequence[Sequence[Sequence[int]]]  # [job][step][sample] -> tokens
 
 
@@ -38,11 +39,17 @@ class Microbatch:
     """One pipeline slot: at most one segment per job; without segments a no-op.
 
     With `evaluate`, the slot is forward-only: its samples index the job's validation set and `step` is the number of steps that its
-    weights have taken.
+    weights have taken. With `reference` too, the frozen reference of these samples is computed: `step` is the one whose global batch
+    they belong to, or VALIDATION.
     """
 
     segments: tuple[Segment, ...] = ()
     evaluate: bool = False
+    reference: bool = False
+
+    def of_validation(self, segment: Segment) -> bool:
+        """Whether a segment's samples are those of the job's validation set."""
+        return segment.step == VALIDATION if self.reference else self.evaluate
 
     @property
     def num_tokens(self) -> int:

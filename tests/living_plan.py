@@ -118,7 +118,7 @@ class World:
 
     # planning.plan_feed.Crew
 
-    def read(self, changes: WindowChanges) -> list[PlannedJob]:
+    def read(self, changes: WindowChanges, known=None) -> list[PlannedJob]:
         planned = []
         for joining in changes.joined:
             name, first = joining.config.name, joining.point.step

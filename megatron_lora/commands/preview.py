@@ -62,6 +62,7 @@ class PreviewRecord:
     spans: tuple[tuple[bool, str], ...]
     token_texts: tuple[tuple[int, str, bool], ...]  # (token, its text, is target)
     num_tokens_uncut: int
+    trains: bool
     notes: tuple[str, ...]
 
     @property
@@ -106,14 +107,19 @@ def _preview_record(job: JobConfig, tokenizer: PreTrainedTokenizerBase, where: s
     def text_of(tokens: list[int]) -> str:
         return cast(str, tokenizer.decode(tokens))  # a list of texts is what lists of lists give
 
-    kept = list(zip(*(part[: job.sequence_len].tolist() for part in (encoded.tokens, encoded.targets)), strict=True))
-    spans = [(target, text_of([token for token, _ in span])) for target, span in itertools.groupby(kept, key=lambda pair: pair[1])]
+    cut = encoded.cut(job.sequence_len)
+    kept = list(zip(cut.tokens.tolist(), cut.targets.tolist(), strict=True))
+    spans: list[tuple[bool, str]] = []
+    for name, part in (("chosen: ", kept[: cut.border]), ("\nrejected: ", kept[cut.border :])) if cut.border else (("", kept),):
+        spans += [(False, name)] if name else []
+        spans += [(target, text_of([token for token, _ in span])) for target, span in itertools.groupby(part, key=lambda pair: pair[1])]
     return PreviewRecord(
         where=where,
         record=number,
         spans=tuple(spans),
         token_texts=tuple((token, text_of([token]), target) for token, target in kept),
         num_tokens_uncut=len(encoded.tokens),
+        trains=cut.trains,
         notes=encoded.notes,
     )
 
@@ -122,7 +128,8 @@ def show_preview(record: PreviewRecord, color: bool) -> str:
     """Lay out a record: a heading, then its text with targets in green, or between « and » without colour."""
     opening, closing = (GREEN, PLAIN) if color else ("«", "»")
     cut = f", cut from {record.num_tokens_uncut}" if record.num_tokens < record.num_tokens_uncut else ""
-    dropped = "; dropped, because the cut leaves no target" if not record.num_targets else ""
+    left = "two answers that are the same" if record.num_targets else "no target"
+    dropped = "" if record.trains else f"; dropped, because the cut leaves {left}"
     noted = "".join(f"; {note}" for note in record.notes)
     heading = f"{record.where} (record {record.record}): {record.num_tokens} tokens{cut}, {record.num_targets} targets{dropped}{noted}"
     text = "".join(f"{opening}{text}{closing}" if target else text for target, text in record.spans)

@@ -10,12 +10,13 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_lora.config.objective_keys import check_objective
 from megatron_lora.config.rules import EXPERT_MODULES, METRICS, MODULES, show
+from megatron_lora.config.sweep_keys import check_point
 from megatron_lora.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_lora.config.schema import JobConfig
-    from megatron_lora.config.sweep_keys import Point
 
 
 def with_targets(job: JobConfig, own: Sequence[str], of_experts: Sequence[str], kind: str) -> JobConfig:
@@ -56,11 +57,12 @@ def _check_expert_keys(where: str, job: JobConfig) -> None:
 def consistent(where: str, job: JobConfig, given: Collection[str]) -> JobConfig:
     """Return a job with the `mode` and `keep` that it leaves open chosen; UserError where its keys contradict. `given`: those written."""
     _check_expert_keys(where, job)
+    check_objective(where, job)
     if job.val_datasets and job.val_set_size:
         size = f"{where}.val_set_size: {show(job.val_set_size)}"
         raise UserError(f"{size} takes records of {where}.datasets, and val_datasets are given; keep one of the two keys")
     if job.point is not None:
-        _check_point(where, job, job.point)
+        check_point(where, job, job.point)
     if job.point is not None and not job.is_evaluated:
         raise UserError(f"{where}: a sweep compares its points by evaluations; set jobs.{job.point.sweep.job}.val_datasets or val_set_size")
     mode = METRICS[job.metric]
@@ -81,15 +83,3 @@ def consistent(where: str, job: JobConfig, given: Collection[str]) -> JobConfig:
         threshold = f"{where}.early_stopping_threshold: {job.early_stopping_threshold:g}"
         raise UserError(f"{threshold} needs {where}.early_stopping_patience; set a number of evaluations, or remove it")
     return dataclasses.replace(job, mode=mode, keep=job.keep if job.is_evaluated else "last")
-
-
-def _check_point(where: str, job: JobConfig, point: Point) -> None:
-    """Raise UserError unless a point has the name and the numbers that its sweep gave it."""
-    of, values, named = point.sweep, point.values, f"{point.sweep.job}-{point.number:03d}"
-    rules = {field.name: field.metadata["rule"] for field in dataclasses.fields(job)}
-    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-    same = values.keys() == of.over.keys() <= rules.keys() and all(
-        rules[name](where, numbers[name]) == getattr(job, name) for name in numbers
-    )
-    if job.name != named or not same:
-        raise UserError(f"{where}.point: is what a sweep wrote for {named} with {show(values)}; set name and values back, or remove point")

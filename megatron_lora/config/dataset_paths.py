@@ -8,7 +8,8 @@ from megatron_lora.config.keys import build, key, required
 from megatron_lora.config.rules import accepts, list_of, null_or, number, one_of, path_of, show, text
 from megatron_lora.errors import UserError
 
-DATASET_TYPES = ("messages", "sharegpt", "alpaca", "alpaca_chat", "prompt_completion", "text", "lengths")
+PREFERENCE_TYPES = ("preference", "preference_chat")  # pairs of answers
+DATASET_TYPES = ("messages", "sharegpt", "alpaca", "alpaca_chat", "prompt_completion", "text", *PREFERENCE_TYPES, "lengths")
 DATASET_FILES = (
     *(ending + compressed for ending in (".jsonl", ".json", ".csv") for compressed in ("", ".gz", ".zst")),
     ".parquet",

@@ -27,7 +27,9 @@ BASE_WEIGHTS = {  # (storage, compute) -> its word
 EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", *EXPERT_MODULES)
 MODULES = (*TARGET_MODULES, "qkv_proj", "gate_up_proj")  # of all families
-METRICS = {"eval_loss": "min", "eval_perplexity": "min", "eval_accuracy": "max"}  # of an evaluation -> which of its values is the best
+PAIR_METRICS = {"eval_rewards/accuracies": "max", "eval_rewards/margins": "max"}  # of preference objectives
+# Of an evaluation -> which of its values is the best.
+METRICS = {"eval_loss": "min", "eval_perplexity": "min", "eval_accuracy": "max", **PAIR_METRICS}
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 OTHER_WORDS = {  # what other trainers call a key of ours

@@ -18,6 +18,7 @@ from typing import Any
 from megatron_lora.config.consistent_job import consistent
 from megatron_lora.config.dataset_paths import DatasetConfig, dataset, validation_datasets
 from megatron_lora.config.keys import UnknownKey, build, check_keys, key, names_of, required, values
+from megatron_lora.config.objective_keys import ObjectiveConfig, objective
 from megatron_lora.config.on_save_keys import OnSaveConfig, on_save
 from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.parallel_keys import ParallelConfig, parallel
@@ -69,6 +70,7 @@ class JobConfig:
         one_of("refuse", "drop"),
         "`refuse`: a record that cannot be trained on fails the job before it starts; `drop`: such records are counted and left out",
     )
+    objective: ObjectiveConfig | str = key("sft", objective, "what the job is trained for: `sft`, cross-entropy over the targets")
     train_on_inputs: bool = key(
         False, truth(), "false: the loss counts completions and assistant turns alone; true: every token but the first of a sample"
     )
@@ -201,6 +203,11 @@ class JobConfig:
     point: Point | None = key(None, point, "what makes the job a point of a sweep; never set by hand")
 
     @property
+    def preference(self) -> ObjectiveConfig | None:
+        """The keys of a preference objective; None for sft."""
+        return None if isinstance(self.objective, str) else self.objective
+
+    @property
     def is_evaluated(self) -> bool:
         """Whether the job has validation data."""
         return bool(self.val_datasets or self.val_set_size)
@@ -317,6 +324,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             JobConfig: "defaults or a job",
             DatasetConfig: "a dataset",
             OnSaveConfig: "on_save",
+            ObjectiveConfig: "objective",
             SweepConfig: "sweep",
         }
         raise UnknownKey(*error.missed, homes) from None

@@ -239,3 +239,15 @@ def by_sweep(jobs: Sequence[Any]) -> dict[str, list[Any]]:
     for job in sorted((job for job in jobs if job.point is not None), key=lambda job: job.point.number):
         found.setdefault(job.point.sweep.job, []).append(job)
     return found
+
+
+def check_point(where: str, job: Any, point: Point) -> None:
+    """Raise UserError unless a point, the JobConfig `job`, has the name and the numbers that its sweep gave it."""
+    of, values, named = point.sweep, point.values, f"{point.sweep.job}-{point.number:03d}"
+    rules = {field.name: field.metadata["rule"] for field in dataclasses.fields(job)}
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    same = values.keys() == of.over.keys() <= rules.keys() and all(
+        rules[name](where, numbers[name]) == getattr(job, name) for name in numbers
+    )
+    if job.name != named or not same:
+        raise UserError(f"{where}.point: is what a sweep wrote for {named} with {show(values)}; set name and values back, or remove point")

@@ -4,20 +4,21 @@ Rows are in the order of the microbatch's segments and, inside a segment, of its
 sample holds token i and predicts token i + 1, so a sample's last row has no label. Every target row
 weighs 1 / (target tokens of its job's global batch), so that the sum of weighted losses over a
 step's microbatches is the step's loss. A microbatch of an evaluation holds validation samples: its
-target rows weigh 1, and its route has no dropout.
+target rows weigh 1, and its route has no dropout. A pair is two sequences, whose rows the objective
+weighs (Pairs). In a reference slot rows have no adapter, or the one that their job began from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from fused_ops.lora.dropout import row_keys
 from fused_ops.lora.route import make_route
-from megatron_lora.data.microbatch import Packing, StageInput
+from megatron_lora.data.microbatch import Packing, Pairs, Part, StageInput
 from megatron_lora.data.sample_arrays import JobSamples, Sample, Samples
 from scheduling.types import Microbatch, Segment
 
@@ -41,29 +42,40 @@ class ResidentJob(Protocol):
     @property
     def adapter_row(self) -> int: ...
 
+    @property
+    def reference_has_adapter(self) -> bool: ...
+
 
 def collate(microbatch: Microbatch, jobs: Mapping[int, ResidentJob], *, multiple: int, device: torch.device) -> StageInput:
     """Return the tensors of a microbatch of `jobs` (by number).
 
     Its padding up to `multiple` rows is one sample without labels and without an adapter.
     """
-    tokens, labels, weights, keys, lengths, segments, numbers = [], [], [], [], [], [], []
+    tokens, labels, weights, keys, lengths, segments, parts = [], [], [], [], [], [], []
     row = 0
+
+    def to_device(array: np.ndarray) -> torch.Tensor:
+        host = torch.from_numpy(array)
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
     for segment in microbatch.segments:
         if not segment.samples:
             continue  # this replica has no sample of the job here
         job = jobs[segment.job]
-        taken = _validation_samples if microbatch.evaluate else _training_samples
-        for sample, weight, sample_keys in taken(segment, job):
+        taken = list((_validation_samples if microbatch.of_validation(segment) else _training_samples)(segment, job))
+        for each in taken:
+            sample = each.sample
             label = np.full(len(sample.tokens), NO_LABEL, dtype=np.int64)
             label[:-1] = np.where(sample.targets[1:], sample.tokens[1:], NO_LABEL)
             tokens.append(sample.tokens.astype(np.int64))
             labels.append(label)
-            weights.append(np.where(label != NO_LABEL, weight, 0.0).astype(np.float32))
-            keys.append(sample_keys)
-            lengths.append(len(sample.tokens))
-        segments.append((row, row + segment.num_tokens, job.adapter_row))
-        numbers.append(segment.job)
+            weights.append(np.where(label != NO_LABEL, each.weight, 0.0).astype(np.float32))
+            keys.append(each.keys)
+            lengths += sample.lengths
+        if not microbatch.reference or job.reference_has_adapter:
+            segments.append((row, row + segment.num_tokens, job.adapter_row))
+        pairs = _pairs(taken, *_batch_of(microbatch, segment, job), to_device) if taken[0].sample.border else None
+        parts.append(Part(job=segment.job, step=segment.step, first=row, end=row + segment.num_tokens, pairs=pairs))
         row += segment.num_tokens
     num_padding = num_rows(microbatch, multiple) - row
     if num_padding:
@@ -75,10 +87,6 @@ def collate(microbatch: Microbatch, jobs: Mapping[int, ResidentJob], *, multiple
     positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
     edges = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
-    def to_device(array: np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
     all_labels = np.concatenate(labels)
     return StageInput(
         tokens=to_device(np.concatenate(tokens)),
@@ -87,23 +95,49 @@ def collate(microbatch: Microbatch, jobs: Mapping[int, ResidentJob], *, multiple
         weights=to_device(np.concatenate(weights)),
         packing=Packing(cu_seqlens=to_device(edges), lengths=tuple(lengths), positions=to_device(positions), max_length=max(lengths)),
         route=make_route(row + num_padding, tuple(segments), to_device(np.concatenate(keys)), device, dropout=not microbatch.evaluate),
-        jobs=tuple(numbers),
+        parts=tuple(parts),
     )
 
 
-Taken = Iterator[tuple[Sample, float, np.ndarray]]  # a sample, the weight of its target rows, the dropout keys of its rows
+class _Taken(NamedTuple):
+    """A sample, its place among the job's, the weight of its target rows, and the dropout keys of its rows."""
+
+    sample: Sample
+    place: int
+    weight: float
+    keys: np.ndarray
 
 
-def _training_samples(segment: Segment, resident: ResidentJob) -> Taken:
+def _training_samples(segment: Segment, resident: ResidentJob) -> Iterator[_Taken]:
     job = resident.step_samples
     weight = 1.0 / job.num_targets(segment.step)
     for k in segment.samples:
         epoch, index = job.steps[segment.step][k]
         sample = job.samples[index]
-        yield sample, weight, np.asarray(row_keys(job.seed, sample.record, epoch, len(sample)))
+        yield _Taken(sample, index, weight, np.asarray(row_keys(job.seed, sample.record, epoch, len(sample))))
 
 
-def _validation_samples(segment: Segment, resident: ResidentJob) -> Taken:
+def _validation_samples(segment: Segment, resident: ResidentJob) -> Iterator[_Taken]:
+    first = len(resident.step_samples.samples)
     for index in segment.samples:
         sample = resident.validation_samples[index]
-        yield sample, 1.0, np.zeros(len(sample), dtype=np.int32)
+        yield _Taken(sample, first + index, 1.0, np.zeros(len(sample), dtype=np.int32))
+
+
+def _batch_of(microbatch: Microbatch, segment: Segment, job: ResidentJob) -> tuple[int, int]:
+    """Return the pairs of a segment's batch, and the targets of their chosen sequences."""
+    if microbatch.of_validation(segment):
+        return len(job.validation_samples), int(job.validation_samples.num_chosen.sum())
+    return job.step_samples.num_pairs_and_chosen(segment.step)
+
+
+def _pairs(taken: Sequence[_Taken], num_pairs: int, num_chosen: int, to_device: Callable[[np.ndarray], torch.Tensor]) -> Pairs:
+    lengths = [length for each in taken for length in each.sample.lengths]
+    return Pairs(
+        edges=to_device(np.cumsum([0, *lengths], dtype=np.int64)),
+        longest=max(lengths),
+        num_targets=to_device(np.array([each.sample.pair_targets for each in taken], dtype=np.float32)),
+        places=to_device(np.array([each.place for each in taken], dtype=np.int64)),
+        pair_weight=1.0 / num_pairs,
+        token_weight=1.0 / num_chosen,
+    )

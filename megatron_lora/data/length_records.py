@@ -2,6 +2,7 @@
 
     {"tokens": 512}                    every token but the first is a target
     {"tokens": 512, "targets": 128}    the last 128 are
+    {"chosen": 512, "rejected": 300, "targets": 128}    a pair, for preference objectives: the last 128 of each sequence are
 
 A record is a sample, in the kinds of files that all records come in. Its tokens are a pure function of its place in the file, so that
 ranks and later runs make the same ones.
@@ -16,7 +17,7 @@ from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.steps import mix
 from megatron_lora.errors import UserError
 
-FIELDS = ("tokens", "targets")
+FIELDS = ("tokens", "targets", "chosen", "rejected")
 MOST_TOKENS = 2**24  # of a record
 
 
@@ -32,13 +33,16 @@ class LengthEncoder:
         assert format == "lengths", format
         for name in record.keys() - set(FIELDS):
             raise UserError(f"{where}: {name!r} is no field of a length; write {{'tokens': N}}, or with 'targets': M too")
-        length = _count(record, "tokens", 2, MOST_TOKENS, where)
-        num_targets = _count(record, "targets", 1, length - 1, where) if "targets" in record else length - 1
+        names = ("tokens",) if "chosen" not in record and "rejected" not in record else ("chosen", "rejected")
+        lengths = [_count(record, name, 2, MOST_TOKENS, where) for name in names]
+        length = sum(lengths)
+        most = min(lengths) - 1
+        num_targets = _count(record, "targets", 1, most, where) if "targets" in record else most
         start = mix(np.array([self._num_records], dtype=np.uint64))
         self._num_records += 1
         ids = mix(start + np.arange(length, dtype=np.uint64)) % np.uint64(self._vocab_size)
-        targets = np.arange(length) >= (1 if train_on_inputs else length - num_targets)
-        return Encoded(ids.astype(np.int32), targets)
+        targets = np.concatenate([np.arange(each) >= (1 if train_on_inputs else each - num_targets) for each in lengths])
+        return Encoded(ids.astype(np.int32), targets, border=lengths[0] if len(lengths) > 1 else 0)
 
 
 def _count(record: Mapping[str, object], name: str, low: int, high: int, where: str) -> int:

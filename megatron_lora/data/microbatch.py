@@ -2,7 +2,8 @@
 
 The T rows of a microbatch are the tokens of its samples, one sample after the other. `Packing` says
 where samples begin, and the position of each row in its sample; `StageInput` adds tokens, labels,
-loss weights and the route to the adapters. Under sequence parallelism T is a multiple of the
+loss weights and the route to the adapters; `Part` is a segment, to the objective of its job. Of a
+pair each sequence is a sample here. Under sequence parallelism T is a multiple of the
 tensor-parallel size: the rows that pad it are one more sample with label -100 and weight 0.
 """
 
@@ -33,12 +34,41 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """The n pairs of a segment, as its rows lie: chosen, rejected, chosen, ...
+
+    `edges` int64 [2n + 1]: the rows of the segment where sequences begin, and their end; `longest` of these has the most rows.
+    `num_targets` fp32 [n, 2]. `places` int64 [n]: of each pair among the job's, those of validation behind those of training. A pair
+    weighs `pair_weight` = 1 / pairs of its batch, a chosen target `token_weight` = 1 / chosen targets of its batch; a batch is the
+    global one, or the validation set.
+    """
+
+    edges: Tensor
+    longest: int
+    num_targets: Tensor
+    places: Tensor
+    pair_weight: float
+    token_weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Rows first .. end - 1, the segment of a job at a step; `pairs` for preference objectives alone."""
+
+    job: int
+    step: int
+    first: int
+    end: int
+    pairs: Pairs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageInput:
     """One microbatch for one stage: `tokens`, `labels` (-100: none) int64 [T], `weights` fp32 [T], packing and route.
 
     `targets` int64 lists the rows that have a label, in order, so that the loss computes no others;
-    None where they are not listed. `jobs` are the numbers of the route's segments, whose own third
-    entry is the job's adapter row.
+    None where they are not listed. `parts` are the segments that have rows, in order; the route has those
+    with an adapter.
     """
 
     tokens: Tensor
@@ -47,4 +77,4 @@ class StageInput:
     packing: Packing
     route: Route | None
     targets: Tensor | None = None
-    jobs: tuple[int, ...] = ()
+    parts: tuple[Part, ...] = ()

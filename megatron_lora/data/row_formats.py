@@ -6,6 +6,7 @@
     alpaca_chat        the same fields                         a conversation of system, user and assistant
     messages           {messages: [{role, content}]}           the tokenizer's chat template over the whole conversation
     sharegpt           {conversations: [{from, value}]}        the same
+    preference         {prompt, chosen, rejected}              two answers: preference_records.py, which has preference_chat too
 
 Prompt and completion are tokenised as one text, with bos and eos once each (text_tokens.py). A target is a token that the loss predicts:
 every token but the first in text, the completion and its eos in the next two formats, and the assistant turns in conversations
@@ -18,15 +19,17 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_lora.config.dataset_paths import PREFERENCE_TYPES
 from megatron_lora.data.chat_fields import CHAT_TYPES, is_conversation
 from megatron_lora.data.chat_records import ChatEncoder
 from megatron_lora.data.chat_template import ChatSettings
 from megatron_lora.data.encoded import Encoded
+from megatron_lora.data.preference_records import PreferenceEncoder
 from megatron_lora.data.record_fields import check_other_fields, filled_text_of, text_of
 from megatron_lora.data.text_tokens import TextTokenizer
 from megatron_lora.errors import UserError
 
-TEMPLATE_TYPES = (*CHAT_TYPES, "alpaca_chat")  # need a chat template
+TEMPLATE_TYPES = (*CHAT_TYPES, "alpaca_chat", "preference_chat")  # need a chat template
 # The prompt templates of Stanford Alpaca (Taori et al., 2023). A record's system prompt stands in the place of the first paragraph.
 ALPACA_OPENING = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 ALPACA_OPENING_WITH_INPUT = (
@@ -46,6 +49,7 @@ class RecordEncoder:
         self._given = tokenizer, chats
         self._texts = TextTokenizer(tokenizer)
         self._chats = ChatEncoder(tokenizer, chats or ChatSettings())
+        self._pairs = PreferenceEncoder(self._texts, self._chats)
 
     def __reduce__(self):
         """Pickle what the encoder is made of: a compiled template is no data."""
@@ -53,6 +57,8 @@ class RecordEncoder:
 
     def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> Encoded:
         """Encode a complete record, of which at least one token is a target."""
+        if format in PREFERENCE_TYPES:
+            return self._pairs.encode(record, format, where)
         plain = {"text": self._text, "prompt_completion": self._prompt_completion, "alpaca": self._alpaca, "alpaca_chat": self._alpaca_chat}
         chat = is_conversation(record, format)
         encoded = self._chats.encode(record, format, train_on_inputs, where) if chat else plain[format](record, where)

@@ -13,6 +13,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -24,14 +25,29 @@ from scheduling.job_lengths import NUMBER, JobLengths
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One record as trained. targets[i] says that token i is predicted from the tokens before it; targets[0] is False."""
+    """One record as trained. targets[i] says that token i is predicted from the tokens before it; targets[0] is False.
+
+    A pair has two sequences, the second from `border` on, where targets[border] is False too; else `border` is 0.
+    """
 
     record: int
     tokens: np.ndarray  # [L] int32
     targets: np.ndarray  # [L] bool
+    border: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return (self.border, len(self.tokens) - self.border) if self.border else (len(self.tokens),)
+
+    @property
+    def pair_targets(self) -> tuple[int, int]:
+        """Targets of a pair's two sequences."""
+        first = int(np.count_nonzero(self.targets[: self.border]))
+        return first, int(np.count_nonzero(self.targets)) - first
 
 
 class Samples(Sequence[Sample]):
@@ -50,6 +66,16 @@ class Samples(Sequence[Sample]):
         """Concatenate arrays over the datasets' samples, and return the entries of those that are taken."""
         joined = np.concatenate([np.empty(0, kind), *arrays])
         return joined if self._taken is None else joined[self._taken]
+
+    @cached_property
+    def num_chosen(self) -> np.ndarray:
+        """Targets of the first sequence of each pair, int64."""
+        return np.array([sample.pair_targets[0] for sample in self], dtype=np.int64)
+
+    @property
+    def borders(self) -> np.ndarray:
+        """Where the second sequence of each pair begins, 0 for other samples, int32."""
+        return self._of_each(np.int32, [dataset.borders for _, dataset in self._parts])
 
     @property
     def records(self) -> np.ndarray:
@@ -71,6 +97,7 @@ class Samples(Sequence[Sample]):
             offsets=np.cumsum([0, *map(len, samples)], dtype=np.int64),
             records=np.array([sample.record for sample in samples], dtype=np.int64),
             num_targets=np.array([np.count_nonzero(sample.targets) for sample in samples], dtype=np.int32),
+            borders=np.array([sample.border for sample in samples], dtype=np.int32),
             num_records=len(samples),
         )
         return cls([(0, dataset)])
@@ -100,14 +127,15 @@ class Samples(Sequence[Sample]):
 
 def _sample(first_record: int, dataset: Dataset, index: int) -> Sample:
     start, end = dataset.offsets[index : index + 2]
-    return Sample(first_record + int(dataset.records[index]), dataset.tokens[start:end], dataset.targets[start:end])
+    record, border = first_record + int(dataset.records[index]), int(dataset.borders[index])
+    return Sample(record, dataset.tokens[start:end], dataset.targets[start:end], border)
 
 
 def digest_of(samples: Iterable[Sample]) -> str:
-    """Return a SHA-256 of a job's samples, in their order: record numbers, tokens and targets."""
+    """Return a SHA-256 of a job's samples, in their order: record numbers, tokens, targets, and where pairs are divided."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(f"{sample.record} {len(sample.tokens)} ".encode())
+        digest.update(f"{sample.record} {len(sample.tokens)} {f'{sample.border} ' if sample.border else ''}".encode())
         digest.update(sample.tokens.tobytes())
         digest.update(sample.targets.tobytes())
     return digest.hexdigest()
@@ -142,6 +170,11 @@ class JobSamples:
     def num_targets(self, step: int) -> int:
         """Target tokens of a step's global batch."""
         return int(self.samples.num_targets[self.steps.batch(step)].sum())
+
+    def num_pairs_and_chosen(self, step: int) -> tuple[int, int]:
+        """Return the pairs of a step's global batch, and the targets of their chosen sequences."""
+        batch = self.steps.batch(step)
+        return len(batch), int(self.samples.num_chosen[batch].sum())
 
 
 def target_share(jobs: Iterable[tuple[Samples, Steps]]) -> float:

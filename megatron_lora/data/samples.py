@@ -86,11 +86,13 @@ class JobData:
 
     def describe(self) -> str:
         """Describe the data in one line: samples, tokens, targets, cut and dropped records."""
-        text = f"{len(self.samples):,} samples, {self.samples.lengths.sum():,} tokens, {self.num_targets:,} targets"
+        has_pairs = bool(self.samples.borders.any())
+        kind, equal = ("pairs", ", or two answers that are the same") if has_pairs else ("samples", "")
+        text = f"{len(self.samples):,} {kind}, {self.samples.lengths.sum():,} tokens, {self.num_targets:,} targets"
         mixed = self.mixture.num_copies != len(self.samples)
         drawn = f", of which an epoch takes {self.mixture.num_copies:,} by their sampling_weight" if mixed else ""
         cut = f", {self.num_truncated:,} cut at sequence_len" if self.num_truncated else ""
-        dropped = f", {self.num_dropped:,} dropped: no target before the cut" if self.num_dropped else ""
+        dropped = f", {self.num_dropped:,} dropped: no target before the cut{equal}" if self.num_dropped else ""
         bad = f", {self.num_bad:,} bad records left out, as {'; '.join(self.bad[:1])}" if self.num_bad else ""
         noted = "".join(f"; {note} ({count:,} of {self.num_records:,} records)" for note, count in self.notes.items())
         validation = "" if self.validation is None else f"; for validation {self.validation.describe()}"

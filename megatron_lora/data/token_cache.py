@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 IN_MEMORY_BYTES = 1 << 26  # of tokens, before they are spooled to disk
 MOST_HEADER_BYTES = 1 << 24
-LAYOUT = {"offsets": ("I64", np.int64), "records": ("I64", np.int64), "num_targets": ("I32", np.int32), "tokens": ("I32", np.int32)}
-LAYOUT["targets"] = ("BOOL", np.bool_)
+SMALL = {"offsets": ("I64", np.int64), "records": ("I64", np.int64), "num_targets": ("I32", np.int32), "borders": ("I32", np.int32)}
+LAYOUT = SMALL | {"tokens": ("I32", np.int32), "targets": ("BOOL", np.bool_)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,7 @@ class Dataset:
     offsets: np.ndarray  # [samples + 1] int64
     records: np.ndarray  # [samples] int64
     num_targets: np.ndarray  # [samples] int32
+    borders: np.ndarray  # [samples] int32: of a pair, where its second sequence begins; else 0
     num_records: int
     num_truncated: int = 0
     num_dropped: int = 0  # without a target before the cut
@@ -64,6 +65,7 @@ class Chunk:
     targets: np.ndarray
     lengths: np.ndarray  # [samples] int64
     records: np.ndarray
+    borders: np.ndarray
     counts: Counter[str]
     notes: Counter[str]
     bad: list[str]
@@ -77,7 +79,7 @@ class DatasetBuilder:
         self._directory = directory
         spool = functools.partial(tempfile.SpooledTemporaryFile, IN_MEMORY_BYTES, dir=None if directory is None else str(directory))
         self._spools = {"tokens": spool(), "targets": spool()}
-        self._small: dict[str, list[np.ndarray]] = {"lengths": [], "records": [], "num_targets": []}
+        self._small: dict[str, list[np.ndarray]] = {"lengths": [], "records": [], "num_targets": [], "borders": []}
         self._counts: Counter[str] = Counter()
         self._largest = -1
         self.notes: Counter[str] = Counter()
@@ -94,6 +96,7 @@ class DatasetBuilder:
         self._small["lengths"].append(chunk.lengths)
         self._small["records"].append(chunk.records + self._counts["num_records"])
         self._small["num_targets"].append(num_targets)
+        self._small["borders"].append(chunk.borders)
         self._counts.update(chunk.counts)
         self._largest = max(self._largest, int(chunk.tokens.max(initial=-1)))
         self.notes.update(chunk.notes)
@@ -111,6 +114,7 @@ class DatasetBuilder:
             "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(joined["lengths"], dtype=np.int64)]),
             "records": joined["records"],
             "num_targets": joined["num_targets"].astype(np.int32),
+            "borders": joined["borders"].astype(np.int32),
         }
         entries, end = {}, 0
         sizes = {name: array.nbytes for name, array in small.items()} | {name: spool.tell() for name, spool in self._spools.items()}
@@ -152,7 +156,7 @@ def read_dataset(file: IO[bytes], check: bool = True) -> Dataset | None:
         facts = json.loads(header["__metadata__"]["facts"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
-    small = {name: arrays[name].copy() for name in ("offsets", "records", "num_targets")}
+    small = {name: arrays[name].copy() for name in SMALL}
     return Dataset(**(arrays | small), **(facts | {"bad": tuple(facts["bad"])}))
 
 

@@ -60,7 +60,7 @@ def tokenise(source: Source, settings: Settings, encoder: Encoder, drop_bad: boo
 
 def encode_block(encoder: Encoder, settings: Settings, source: str, drop_bad: bool, block: Block) -> Chunk | UserError:
     """Encode, cut and count consecutive records; returns the first bad one's error unless they are dropped."""
-    tokens, targets, records = [np.empty(0, np.int32)], [np.empty(0, bool)], []
+    tokens, targets, records, borders = [np.empty(0, np.int32)], [np.empty(0, bool)], [], []
     notes: Counter[str] = Counter()
     bad: list[str] = []
     counts = Counter(num_records=0, num_truncated=0, num_dropped=0, num_bad=0)
@@ -77,12 +77,13 @@ def encode_block(encoder: Encoder, settings: Settings, source: str, drop_bad: bo
             bad.append(str(error).removeprefix(source))
             continue
         notes.update(encoded.notes)
-        cut_targets = encoded.targets[: settings.sequence_len]
-        if cut_targets.any():
-            tokens.append(encoded.tokens[: settings.sequence_len])
-            targets.append(cut_targets)
+        kept = encoded.cut(settings.sequence_len)
+        if kept.trains:
+            tokens.append(kept.tokens)
+            targets.append(kept.targets)
             records.append(number)
-            counts["num_truncated"] += len(encoded.tokens) > settings.sequence_len
+            borders.append(kept.border)
+            counts["num_truncated"] += kept is not encoded
         else:
             counts["num_dropped"] += 1
     return Chunk(
@@ -90,6 +91,7 @@ def encode_block(encoder: Encoder, settings: Settings, source: str, drop_bad: bo
         targets=np.concatenate(targets),
         lengths=np.array([len(part) for part in tokens[1:]], dtype=np.int64),
         records=np.array(records, dtype=np.int64),
+        borders=np.array(borders, dtype=np.int32),
         counts=counts,
         notes=notes,
         bad=first_of_each_kind(bad),

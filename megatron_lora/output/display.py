@@ -214,7 +214,8 @@ class PlainLines(Display):
 
     def on_evaluation(self, report: EvalReport) -> None:
         super().on_evaluation(report)
-        parts = [f"{report.job}: after step {report.step}: eval loss {report.eval_loss:.4f}", f"perplexity {report.eval_perplexity:.4g}"]
+        parts = [f"{report.job}: after step {report.step}: eval loss {report.eval_loss:.4f}"]
+        parts += rewards(report, "eval_") or [f"perplexity {report.eval_perplexity:.4g}"]
         is_best = ", the best so far" if report.best is not None and report.best.step == report.step else ""
         print(f"{', '.join(parts)}, accuracy {report.eval_accuracy:.1%}{is_best}", file=self._stream, flush=True)
 
@@ -227,10 +228,19 @@ class PlainLines(Display):
 def line(job: Progress, total_tokens_per_second: float) -> str:
     """Write a job's progress as one line."""
     step, loss, learning_rate, grad_norm, rate, share, remaining = cells(job, total_tokens_per_second)
-    parts = [f"{job.name}: step {step}", f"loss {loss}", f"lr {learning_rate}", f"grad norm {grad_norm}"]
+    shown = [] if job.last is None else rewards(job.last)
+    parts = [f"{job.name}: step {step}", f"loss {loss}", *shown, f"lr {learning_rate}", f"grad norm {grad_norm}"]
     parts += [f"{rate} tokens/s ({share})"] if rate else []
     parts += [f"ETA {remaining}"] if remaining else []
     return ", ".join(parts)
+
+
+def rewards(report: StepReport | EvalReport, prefix: str = "") -> list[str]:
+    """Say a preference's margin, and how often the chosen answer is the better one; nothing of another objective."""
+    found = report.reported
+    if not found:
+        return []
+    return [f"reward margin {found[prefix + 'rewards/margins']:.4f}", f"chosen above rejected {found[prefix + 'rewards/accuracies']:.1%}"]
 
 
 def duration(seconds: float) -> str:

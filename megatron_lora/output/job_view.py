@@ -15,7 +15,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-LARGER_IS_BETTER = ("eval_accuracy",)
+from megatron_lora.config.rules import METRICS
 
 
 class JobView:
@@ -118,4 +118,4 @@ class JobView:
     @property
     def best_is_largest(self) -> bool:
         """Whether larger numbers of the metric are better."""
-        return (self.settings.get("mode") or ("max" if self.metric in LARGER_IS_BETTER else "min")) == "max"
+        return (self.settings.get("mode") or METRICS.get(self.metric, "min")) == "max"

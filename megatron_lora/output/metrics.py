@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,12 +40,13 @@ class StepReport:
     samples: int
     seconds: float  # from the step's first forward to its update
     skipped: bool
+    reported: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what else the job's objective reports
 
     def logged(self) -> dict[str, Any]:
         """Return what metrics.jsonl says of the step; a number that is not finite becomes None."""
         fields = dataclasses.asdict(self)
-        del fields["job"], fields["total_steps"]
-        return _finite(fields)
+        del fields["job"], fields["total_steps"], fields["reported"]
+        return _finite(fields | dict(self.reported))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,11 @@ class EvalReport:
     eval_samples: int
     seconds: float  # from the evaluation's first forward to its sums
     best: Best | None = None  # of the job's evaluations, this one included
+    reported: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what else a preference reports, which has no perplexity
+
+    def value(self, metric: str) -> float:
+        """Return the value of a metric by its name."""
+        return self.reported[metric] if metric in self.reported else getattr(self, metric)
 
     @property
     def eval_perplexity(self) -> float:
@@ -69,7 +75,8 @@ class EvalReport:
     def logged(self) -> dict[str, Any]:
         """Return what metrics.jsonl says of the evaluation; a number that is not finite becomes None."""
         names = ("step", "eval_loss", "eval_perplexity", "eval_accuracy", "eval_tokens", "eval_samples", "seconds")
-        return _finite({name: getattr(self, name) for name in names})
+        found = {name: getattr(self, name) for name in names if name != "eval_perplexity" or not self.reported}
+        return _finite(found | dict(self.reported))
 
 
 def _finite(fields: dict[str, Any]) -> dict[str, Any]:

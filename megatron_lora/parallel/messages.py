@@ -2,11 +2,12 @@
 
 There is one message per slot and direction, in one flat buffer:
 
-    header  fp32 [1 + 2 E]     the slot, then for each ending (E: the most that a slot may have) two numbers; padded to 4
+    header  fp32 [1 + 7 E]     the slot, then for each ending (E: the most that a slot may have) seven numbers; padded to 4
     body    dtype [T_local, H] activations (forward) or their gradients (backward); none for a no-op or an evaluation's gradient
 
-The two numbers of a step are its squared gradient norm and its loss; of an evaluation, how many predictions are right and the sum of
-the losses. An evaluation slot has a message forward, and none back.
+The first number of a step is its squared gradient norm, and the others are its loss and what else its objective reports; the first of an
+evaluation is how many predictions are right, and the others are the same sums over the validation set. A slot without a backward has a
+message forward, and none back.
 
 Both sides know the shapes from the plan. A link is one direction between two neighbouring stages, with
 a process group of its own: NCCL runs the operations of one group in order, so in a shared group a
@@ -25,6 +26,7 @@ from torch import Tensor
 from megatron_lora.parallel.process_groups import new_group
 
 SLOT, FIRST_VERDICT = 0, 1
+NUM_SUMS = 6  # of an ending: its loss, and up to five numbers that its objective reports (training/objectives.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class MessageLayout:
     @property
     def header_items(self) -> int:
         """Length of the header in numbers of the compute dtype; it is fp32, rounded up so that the body is aligned to 16 bytes."""
-        return -(-(FIRST_VERDICT + 2 * self.max_endings) // 4) * 16 // self.dtype.itemsize
+        return -(-(FIRST_VERDICT + (1 + NUM_SUMS) * self.max_endings) // 4) * 16 // self.dtype.itemsize
 
     def empty(self, num_rows: int, device: torch.device) -> Message:
         """Return an uninitialised message with `num_rows` rows (0: header alone)."""
@@ -75,10 +77,10 @@ class Message:
         return self.header[FIRST_VERDICT : FIRST_VERDICT + self.layout.max_endings]
 
     @property
-    def losses(self) -> Tensor:
-        """View of the second numbers, losses, [E]."""
+    def sums(self) -> Tensor:
+        """View of the other numbers, losses and what objectives report, [E, NUM_SUMS]."""
         first = FIRST_VERDICT + self.layout.max_endings
-        return self.header[first : first + self.layout.max_endings]
+        return self.header[first : first + NUM_SUMS * self.layout.max_endings].view(-1, NUM_SUMS)
 
 
 class Sender:

@@ -43,6 +43,7 @@ from scheduling.data_parallel import Dealt, DealtJob
 from scheduling.follow import Follower, Window
 from scheduling.job_lengths import JobLengths
 from scheduling.plan_json import stream_from_json
+from scheduling.references import Wanted, insert
 from scheduling.slot_cost import SlotCost
 from scheduling.types import MAX_ENDINGS, NOOP, Ending, Stream
 from scheduling.windows import WINDOW_SLOTS
@@ -79,6 +80,8 @@ class PlannedJob:
     evaluate_after: Sequence[int] = ()
     priority: float = 1.0
     until: int | None = None  # steps: a rung of its sweep, where it leaves; None: it is planned to its end
+    wanted: Wanted = field(default_factory=dict)  # rounds that need a reference slot (scheduling.references)
+    known: Any = None  # references that are known when it joins: the first rank's, which it hands to the others
 
     @property
     def rounds(self) -> JobLengths:
@@ -153,8 +156,11 @@ class Director(Protocol):
 class Crew(Protocol):
     """Prepares, on every rank and in the feed's thread, what the changes of a window need."""
 
-    def read(self, changes: Any) -> Sequence[PlannedJob]:
-        """Return the jobs that join, with their data; the first rank calls it before it plans the window."""
+    def read(self, changes: Any, known: Mapping[int, Any] | None = None) -> Sequence[PlannedJob]:
+        """Return the jobs that join, with their data; the first rank calls it before it plans the window.
+
+        The others get what the first rank found `known` of jobs, by number.
+        """
         ...
 
     def prepare(self, changes: Any) -> None:
@@ -230,6 +236,10 @@ class PlanFeed:
                     break
                 joined = self.crew.read(asked.changes)
                 window = planner.plan(asked, joined)
+                wanted = {number: progress.wanted for number, progress in self.follower.jobs.items()}
+                wanted |= {job.number: job.wanted for job in joined}
+                found = insert(window["microbatches"], window["evaluate"], wanted, self.settings.capacity)
+                window["microbatches"], window["evaluate"], window["reference"] = found
                 before = self.follower.jobs.keys() | {job.number for job in joined}
                 followed = self._follow(window, joined)
                 departed = frozenset(before - self.follower.jobs.keys())
@@ -242,12 +252,13 @@ class PlanFeed:
                 chain.update(json.dumps([window["microbatches"], window["evaluate"]]).encode())
                 window |= {"moves": sorted(moves), "sha256": chain.hexdigest()}
                 self._write(number, window | told | {"slot": slot})
-                dist.broadcast_object_list([json.dumps(window), changes], 0, group=self.group)
+                known = {job.number: job.known for job in joined}
+                dist.broadcast_object_list([json.dumps(window), changes, known], 0, group=self.group)
                 self._put(followed, window, changes)
                 number, slot = number + 1, slot + len(followed.rounds)
         if not self.stopping.is_set():
             self.follower.finish()
-        dist.broadcast_object_list(["", None], 0, group=self.group)
+        dist.broadcast_object_list(["", None, None], 0, group=self.group)
         self.ready.put(None)
 
     def _write(self, number: int, window: dict[str, Any]) -> None:
@@ -263,27 +274,27 @@ class PlanFeed:
     def _receive_all(self) -> None:
         chain = hashlib.sha256()
         while True:
-            received: list[Any] = ["", None]
+            received: list[Any] = ["", None, None]
             dist.broadcast_object_list(received, 0, group=self.group)
-            text, changes = received
+            text, changes, known = received
             if not text:
                 break
             window = json.loads(text)
             chain.update(json.dumps([window["microbatches"], window["evaluate"]]).encode())
             assert window["sha256"] == chain.hexdigest(), "this rank follows another plan than the first rank"
-            self._put(self._follow(window, self.crew.read(changes)), window, changes)
+            self._put(self._follow(window, self.crew.read(changes, known)), window, changes)
         self.ready.put(None)
 
     def _follow(self, window: dict[str, Any], joined: Sequence[PlannedJob]) -> _Followed:
         """Check a window, and find what ends in its slots."""
         for job in joined:
-            self.follower.join(job.number, job.rounds, job.first_step, job.dealt.validation_rounds, job.evaluations)
+            self.follower.join(job.number, job.rounds, job.first_step, job.dealt.validation_rounds, job.evaluations, job.wanted)
             self.dealt[job.number] = job.dealt
             if job.until is not None:
                 self.until[job.number] = job.until
         for number, evaluate in window["leave"]:
             self.follower.leave(number, evaluate)
-        rounds = stream_from_json(window["microbatches"], window["evaluate"]) + (NOOP,) * window["drain"]
+        rounds = stream_from_json(window["microbatches"], window["evaluate"], window["reference"]) + (NOOP,) * window["drain"]
         ended = self.follower.follow(rounds)
         own = tuple(Dealt(self.dealt).part(microbatch, self.replica) for microbatch in rounds)
         used = self._used(rounds) if self.director is not None else {}

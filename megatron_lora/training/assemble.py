@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -112,6 +113,7 @@ def make_executor(
     on_forward: Callable[[Microbatch], None],
     on_window: Callable[[Window], None],
     move: Callable[[int, int], None],
+    with_references: Callable[[Microbatch], AbstractContextManager[None]],
     is_stopped: Callable[[], bool],
     timeline: Timeline,
 ) -> Executor:
@@ -135,6 +137,7 @@ def make_executor(
         on_forward=on_forward,
         on_window=on_window,
         move=move,
+        with_references=with_references,
         is_stopped=is_stopped,
         timeline=timeline,
         device=device,

@@ -32,7 +32,7 @@ from megatron_lora.huggingface.architecture import Architecture, read_architectu
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
-from megatron_lora.parallel.messages import MessageLayout, connect
+from megatron_lora.parallel.messages import NUM_SUMS, MessageLayout, connect
 from megatron_lora.parallel.process_groups import from_first_rank, initialize_parallel, new_group, pipelines
 from megatron_lora.planning.calibration import Calibration, calibration_file, subject_of
 from megatron_lora.planning.devices import this_device
@@ -222,7 +222,7 @@ class _Rank:
 
     def _step_s(self) -> float:
         """Return the seconds of one job's optimizer step, sums over ranks included: the slowest rank's mean over jobs."""
-        none = torch.zeros((), device=self.stage.device)
+        none = torch.zeros(NUM_SUMS, device=self.stage.device)
 
         def step(job: Job, watch: Timeline) -> None:
             with watch.span("step"):

@@ -1,6 +1,6 @@
-"""The sums of evaluations on the last stage: of losses and of right predictions, over the targets of a job's validation set.
+"""The sums of evaluations on the last stage: what a job's objective reports, and right predictions, over its validation set.
 
-    eval_loss = loss_sum / targets            eval_accuracy = num_right / targets
+    eval_loss = loss sum / targets, or of a preference the loss itself            eval_accuracy = num_right / targets
 
 Slots of an evaluation add to its sums as they run forward. When it has ended, they are summed over replicas, each of which has
 evaluated its own samples; like a gradient norm's, that sum is read a slot later, so that the stage waits for nothing (executor.py).
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lora.parallel.messages import NUM_SUMS
+
 
 class EvaluationSums:
     """The evaluations that are under way on this rank, by job and number of steps taken."""
@@ -21,12 +23,12 @@ class EvaluationSums:
         """`group`: the ranks of this stage that hold the other replicas' parts; None for one replica."""
         self.group = group
         self.device = device
-        self.sums: dict[tuple[int, int], Tensor] = {}  # (job, steps taken) -> [2]: losses, right predictions
+        self.sums: dict[tuple[int, int], Tensor] = {}  # (job, steps taken) -> [1 + NUM_SUMS]: right predictions, then the sums
         self.works: dict[tuple[int, int], dist.Work] = {}
 
-    def add(self, job: int, step: int, loss_sum: Tensor, num_right: Tensor) -> None:
-        """Add the sums of a segment's rows, fp32 and int64 []."""
-        self._of(job, step).add_(torch.stack((loss_sum, num_right.float())))
+    def add(self, job: int, step: int, sums: Tensor, num_right: Tensor) -> None:
+        """Add the sums of a segment's rows, fp32 [NUM_SUMS], and how many are right, int64 []."""
+        self._of(job, step).add_(torch.cat((num_right.float()[None], sums)))
 
     def start_reduction(self, job: int, step: int) -> None:
         """Start to sum a complete evaluation over replicas; the same order on all of them."""
@@ -36,7 +38,7 @@ class EvaluationSums:
             self.works[job, step] = work
 
     def finish_reduction(self, job: int, step: int) -> Tensor:
-        """Wait for an evaluation's sums; return [2], losses and right predictions, and forget them."""
+        """Wait for an evaluation's sums; return [1 + NUM_SUMS], right predictions first, and forget them."""
         if (job, step) in self.works:
             self.works.pop((job, step)).wait()
         found = self._of(job, step)
@@ -45,5 +47,5 @@ class EvaluationSums:
 
     def _of(self, job: int, step: int) -> Tensor:
         if (job, step) not in self.sums:
-            self.sums[job, step] = torch.zeros(2, dtype=torch.float32, device=self.device)
+            self.sums[job, step] = torch.zeros(1 + NUM_SUMS, dtype=torch.float32, device=self.device)
         return self.sums[job, step]

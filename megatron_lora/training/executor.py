@@ -8,7 +8,7 @@ a stage (tensor or data parallelism) and d = 0 otherwise (P + d is the gap):
     B(t)     backward of slot t      its message's header holds partial sums for what ended at slot t - d
     MOVE(j)  the rows of job j move, directly after its STEP
     STEP(j)  optimizer step of job j with the verdict in the next forward message's header
-    EVAL(s)  forward of an evaluation slot, without a graph and without dropout; its message's header holds nothing
+    EVAL(s)  forward of an evaluation or reference slot, without a graph and without dropout; its message's header holds nothing
 
 Here t counts the slots that have a backward (their index, scheduling.rolling): evaluation slots lie between them.
 
@@ -31,6 +31,7 @@ earlier in the plan's order than anything that the neighbour may itself be waiti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -39,39 +40,39 @@ from torch import Tensor
 from megatron_lora.data.microbatch import StageInput
 from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
-from megatron_lora.parallel.messages import SLOT, Links, Message, MessageLayout, Receiver
+from megatron_lora.parallel.messages import NUM_SUMS, SLOT, Links, Message, MessageLayout, Receiver
 from megatron_lora.parallel.process_groups import Position
 from megatron_lora.training.evaluate import EvaluationSums
 from megatron_lora.training.jobs import Jobs
 from scheduling.follow import Window
 from scheduling.pipeline import final_backwards, window_actions
 from scheduling.rolling import RollingStream
-from scheduling.types import Action, Ending, Microbatch, Op
+from scheduling.types import VALIDATION, Action, Ending, Microbatch, Op
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
     """A step that this stage has taken. The scalars stay on the device, so that the host waits for nothing.
 
-    `loss` is the step's loss on the first stage, and meaningless on the others.
+    `sums` [NUM_SUMS] are the step's loss and what its objective reports on the first stage, and meaningless on the others.
     """
 
     job: int
     step: int
     square_norm: Tensor
-    loss: Tensor
+    sums: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationDone:
-    """An evaluation that is complete, on the first stage: sums over all targets of the job's validation set, on the device.
+    """An evaluation that is complete, on the first stage: sums [NUM_SUMS] over the job's validation set, on the device.
 
     `step` is the number of steps that the evaluated weights have taken.
     """
 
     job: int
     step: int
-    loss_sum: Tensor
+    sums: Tensor
     num_right: Tensor
 
 
@@ -121,6 +122,7 @@ class Executor:
         on_forward: Callable[[Microbatch], None],
         on_window: Callable[[Window], None],
         move: Callable[[int, int], None],
+        with_references: Callable[[Microbatch], AbstractContextManager[None]],
         is_stopped: Callable[[], bool] = lambda: False,
         timeline: Timeline,
         device: torch.device,
@@ -131,7 +133,8 @@ class Executor:
         of its activations on this rank, 0 for a no-op. `jobs[number].optimizer` takes the job's
         steps, and `evaluations` sums up what the last stage evaluates. `on_forward` is called before
         each slot's forward, `on_step` after each step, `on_evaluation` on the first stage, and `on_window`
-        where a window begins, which may change `jobs`. `move(job, step)` moves the job's rows.
+        where a window begins, which may change `jobs`. `move(job, step)` moves the job's rows. Inside
+        `with_references` adapters are what a reference slot computes with.
         `is_stopped` says whether the run ends early with the window that runs now.
         """
         self.model = model
@@ -147,6 +150,7 @@ class Executor:
         self.on_forward = on_forward
         self.on_window = on_window
         self.move = move
+        self.with_references = with_references
         self.is_stopped = is_stopped
         self.timeline = timeline
         self.device = device
@@ -155,8 +159,8 @@ class Executor:
         self.next_message: Message | None = None  # forward message of `next_slot`, once a STEP or F has asked for it
         self.verdicts: dict[int, Message] = {}  # first stage: index where steps ended -> the gradient message with their sums
         self.in_flight: dict[int, _InFlight] = {}  # by slot
-        self.losses: dict[int, Tensor] = {}  # last stage: job -> loss of its current step so far, fp32 []
-        self.no_loss = torch.zeros((), dtype=torch.float32, device=device)
+        self.sums: dict[int, Tensor] = {}  # last stage: job -> sums of its current step so far, fp32 [NUM_SUMS]
+        self.no_sums = torch.zeros(NUM_SUMS, dtype=torch.float32, device=device)
         self.misplaced = torch.zeros((), dtype=torch.float32, device=device)  # messages whose header names another slot
 
     def run(self, windows: Iterable[Window]) -> None:
@@ -265,30 +269,38 @@ class Executor:
         message, data = self._begin(slot)
         if data is None:
             return
-        with self.timeline.span("E", slot), torch.no_grad():
+        microbatch = self.stream[slot]
+        with self.timeline.span("E", slot), torch.no_grad(), self.with_references(microbatch):
             output = self.model(data, None if self.position.is_first else message.body)
             if self.position.is_last:
-                self._add_to_evaluations(self.stream[slot], output, data)
+                self._add_to_evaluations(microbatch, output, data)
             else:
                 outgoing = self._with_same_header(message, output.shape[0])
                 outgoing.body.copy_(output)
                 self._send_forward(outgoing)
 
     def _add_to_evaluations(self, microbatch: Microbatch, output: Tensor, data: StageInput) -> None:
-        """Add each segment's losses and right predictions to the sums of its job's evaluation."""
+        """Add each segment's outcome and right predictions to the sums of its job's evaluation, or keep its references."""
         losses, right = self.model.evaluate(output, data.labels, data.targets)
-        steps = {segment.job: segment.step for segment in microbatch.segments}
-        assert data.route is not None
-        for job, (first, end, _) in zip(data.jobs, data.route.segments, strict=True):
-            self.evaluations.add(job, steps[job], losses[first:end].sum(), right[first:end].sum())
+        for part in data.parts:
+            job, rows = self.jobs[part.job], losses[part.first : part.end]
+            if microbatch.reference:
+                assert job.references is not None and part.pairs is not None
+                job.references.keep(rows, part.pairs)
+                continue
+            outcome = job.outcome(rows, part, data.weights[part.first : part.end])
+            self.evaluations.add(part.job, part.step, outcome.sums, right[part.first : part.end].sum())
 
     def _loss(self, output: Tensor, data: StageInput) -> Tensor:
-        """Return the microbatch's loss, and add each segment's part to the loss of its job's current step."""
-        weighted = self.model.losses(output, data.labels, data.targets) * data.weights
-        assert data.route is not None
-        for job, (first, end, _) in zip(data.jobs, data.route.segments, strict=True):
-            self.losses[job] = self.losses.get(job, self.no_loss) + weighted[first:end].detach().sum()
-        return weighted.sum()
+        """Return what the microbatch's backward starts from, and add each segment's part to the sums of its job's current step."""
+        rows, weights = self.model.losses(output, data.labels, data.targets), data.weights
+        for part in data.parts:
+            held = weights[part.first : part.end]
+            outcome = self.jobs[part.job].outcome(rows.detach()[part.first : part.end], part, held)
+            if outcome.row_weights is not held:
+                held.copy_(outcome.row_weights)
+            self.sums[part.job] = self.sums.get(part.job, self.no_sums) + outcome.sums
+        return (rows * weights).sum()
 
     def _with_same_header(self, message: Message, num_rows: int) -> Message:
         """Return a new message with a copy of the header and an unwritten body of `num_rows` rows."""
@@ -319,9 +331,11 @@ class Executor:
             gradient = None if in_flight.hidden is None else in_flight.hidden.grad
         for job, step, evaluation in self.stream.endings(slot):
             if not evaluation:
-                self.jobs[job].optimizer.start_reduction(self.losses.pop(job, self.no_loss).clone())
+                self.jobs[job].optimizer.start_reduction(self.sums.pop(job, self.no_sums).clone())
             elif self.position.is_last:
                 self.evaluations.start_reduction(job, step)
+            if self.position.is_last and (references := self.jobs[job].references) is not None:
+                references.share(VALIDATION if evaluation else step, self.evaluations.group, self.device)
         ended_at = index - self.position.delay
         self._add_own_part(message, self.stream.ended_at(ended_at))
         if self.links.backward_out is None:
@@ -334,21 +348,22 @@ class Executor:
         self.links.backward_out.post(outgoing)
 
     def _add_own_part(self, message: Message, ended: Sequence[Ending]) -> None:
-        """Add this stage's part to the two numbers of each ending: squared norms; on the last stage losses, and all of an evaluation's."""
+        """Add this stage's part to the numbers of each ending: squared norms; on the last stage sums, and all of an evaluation's."""
         for i, (job, step, evaluation) in enumerate(ended):
             if not evaluation:
-                first, second = self.jobs[job].optimizer.finish_reduction()
+                first, others = self.jobs[job].optimizer.finish_reduction()
             elif self.position.is_last:
-                second, first = self.evaluations.finish_reduction(job, step)
+                found = self.evaluations.finish_reduction(job, step)
+                first, others = found[0], found[1:]
             else:
                 continue
             message.square_norms[i] += first
-            message.losses[i] += second
+            message.sums[i] += others
 
     def _report_evaluations(self, message: Message, ended: Sequence[Ending]) -> None:
         for i, (job, step, evaluation) in enumerate(ended):
             if evaluation:
-                self.on_evaluation(EvaluationDone(job, step, message.losses[i].clone(), message.square_norms[i].clone()))
+                self.on_evaluation(EvaluationDone(job, step, message.sums[i].clone(), message.square_norms[i].clone()))
 
     def _step(self, job: int) -> None:
         """Take a job's step; not where a stop has cut off the evaluation before it, which comes first when the run resumes."""
@@ -359,8 +374,8 @@ class Executor:
         square_norm = message.square_norms[i]
         with self.timeline.span("STEP", job):
             self.jobs[job].optimizer.step(step, square_norm)
-        losses = self.verdicts[ended_at].losses if self.position.is_first else message.losses
-        self.on_step(StepDone(job, step, square_norm.clone(), losses[i].clone()))
+        sums = self.verdicts[ended_at].sums if self.position.is_first else message.sums
+        self.on_step(StepDone(job, step, square_norm.clone(), sums[i].clone()))
 
     def _move(self, job: int) -> None:
         with self.timeline.span("MOVE", job):

@@ -13,16 +13,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.evaluation import evaluation_steps
+from megatron_lora.data.microbatch import Part
 from megatron_lora.data.sample_arrays import JobSamples, Samples
 from megatron_lora.data.samples import JobData, load_jobs_data
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.output.standing import ResumePoint
+from megatron_lora.training.objectives import Outcome, cross_entropy, preference
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
+from megatron_lora.training.references import References
 from megatron_lora.training.window_changes import Leaving
 
 
@@ -40,6 +44,8 @@ class Job:
     resume_point: ResumePoint = ResumePoint()
     adapter_row: int = -1  # in the arena; -1: not resident
     resident_optimizer: JobOptimizer | None = None  # of its adapter on this rank, while it is resident
+    references: References | None = None  # of a preference job
+    initial: Tensor | None = None  # of one whose reference is the adapter it began from: its factors, as the arena takes them
     state: str = "queued"  # one of output/job_states.py; kept by the first rank
     steps_taken: int = 0
     steps_saved: int = 0  # steps taken at its last checkpoint
@@ -76,6 +82,23 @@ class Job:
     def validation_samples(self) -> Samples:
         """What the job is evaluated on; none without validation data."""
         return self.data.validation_samples
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its samples are pairs, of a preference objective."""
+        return self.config.preference is not None
+
+    @property
+    def reference_has_adapter(self) -> bool:
+        """Whether its reference is the adapter that it began from, and not the base model."""
+        return self.config.preference is not None and self.config.preference.reference == "init_adapter"
+
+    def outcome(self, rows: Tensor, part: Part, weights: Tensor) -> Outcome:
+        """Return what the job's objective makes of a segment's rows (objectives.py); sft takes their `weights`."""
+        if part.pairs is None:
+            return cross_entropy(rows, weights)
+        assert self.config.preference is not None and self.references is not None
+        return preference(self.config.preference, rows, part.pairs, self.references.of(part.pairs))
 
     def is_evaluated_after(self, step: int) -> bool:
         """Whether an evaluation comes after `step` steps."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from fused_ops.elementwise.adamw import adamw_, make_chunks
 from fused_ops.lora.route import upload
 from megatron_lora.model.adapter_arena import Arena, Factor
+from megatron_lora.parallel.messages import NUM_SUMS
 from megatron_lora.parallel.process_groups import StageGroups
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -66,7 +67,7 @@ class JobOptimizer:
         device = arena.grad.device
         self.num_updates = torch.zeros((), dtype=torch.float64, device=device)  # Adam's t: steps that were applied
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), device=device)
+        self.reported = torch.zeros(NUM_SUMS, device=device)
         self.sums: list[tuple[list[Tensor], Tensor, dist.Work]] = []
         self.locate()
 
@@ -81,14 +82,14 @@ class JobOptimizer:
         self.replicated = [arena.view(f, arena.grad) for f in self.factors if not f.sharded]
         self.sharded = [arena.view(f, arena.grad) for f in self.factors if f.sharded]
 
-    def start_reduction(self, loss: Tensor) -> None:
-        """Start the all-reduces of the step's gradients and of its `loss`, fp32 [], both complete on this rank.
+    def start_reduction(self, sums: Tensor) -> None:
+        """Start the all-reduces of the step's gradients and of its `sums`, fp32 [NUM_SUMS], both complete on this rank.
 
         Gradients of replicated factors are summed over tensor ranks and replicas; those of sharded factors,
-        and the loss, over replicas.
+        and the sums, over replicas.
         """
-        self.loss = loss
-        for tensors, group in ((self.replicated, self.groups.both), ([*self.sharded, self.loss], self.groups.data)):
+        self.reported = sums
+        for tensors, group in ((self.replicated, self.groups.both), ([*self.sharded, self.reported], self.groups.data)):
             if group is not None and tensors:
                 flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
                 work = dist.all_reduce(flat, group=group, async_op=True)
@@ -96,7 +97,7 @@ class JobOptimizer:
                 self.sums.append((tensors, flat, work))
 
     def finish_reduction(self) -> tuple[Tensor, Tensor]:
-        """Wait for the all-reduces; return the stage's squared gradient norm and the loss, fp32 [].
+        """Wait for the all-reduces; return the stage's squared gradient norm, fp32 [], and the sums.
 
         Each parameter counts once in the norm, whether it is sharded or replicated.
         """
@@ -110,7 +111,7 @@ class JobOptimizer:
         total = _square_sum(self.sharded, device) + _square_sum(self.replicated, device) / self.arena.tensor_ranks
         if self.groups.tensor is not None:
             dist.all_reduce(total, group=self.groups.tensor)
-        return total, self.loss
+        return total, self.reported
 
     def step(self, step: int, square_norm: Tensor) -> None:
         """Take or skip one step (from 0) by the verdict `square_norm`, fp32 [], then zero the gradients."""

@@ -20,8 +20,9 @@ microbatch in flight refers to it. What a snapshot copies from a row is queued o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData
@@ -30,6 +31,7 @@ from megatron_lora.output.standing import ResumePoint
 from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.planning.plan_feed import PlannedJob
 from megatron_lora.training.jobs import Job
+from megatron_lora.training.references import Known, ReferenceCache, References
 from megatron_lora.training.saving import Saver, Start, read_start, start_job
 from megatron_lora.training.window_changes import Joining, Places, WindowChanges
 from scheduling.data_parallel import DealtJob
@@ -47,8 +49,13 @@ class Residents:
         groups: StageGroups,
         num_replicas: int,
         cost: SlotCost,
+        reference_cache: ReferenceCache,
+        keeps_references: bool = False,
     ):
-        """Begin with no job resident. `read` returns the data of jobs; `arena` is awaited before values are drawn."""
+        """Begin with no job resident. `read` returns the data of jobs; `arena` is awaited before values are drawn.
+
+        `keeps_references`: whether this rank writes what it knows of them into the cache.
+        """
         self.jobs: dict[int, Job] = {}
         self.data: dict[str, JobData] = {}  # of jobs that were read before the run began
         self._read = read
@@ -56,6 +63,8 @@ class Residents:
         self._groups = groups
         self._num_replicas = num_replicas
         self._cost = cost
+        self._reference_cache = reference_cache
+        self._keeps_references = keeps_references
         self._ready: dict[int, Job] = {}  # that join with a window still to begin
         self._starts: dict[int, Future[Start]] = {}
         self._pending: deque[tuple[Callable[..., None], tuple]] = deque()  # what windows have changed and is still to be done
@@ -63,21 +72,29 @@ class Residents:
         self._moves: dict[tuple[int, int], Places] = {}
         self.on_join: Callable[[Job], None] = lambda job: None
 
-    def read(self, changes: WindowChanges) -> Sequence[PlannedJob]:
-        """Read the data of the jobs that join; return what plans know of them."""
+    def read(self, changes: WindowChanges, known: Mapping[int, Known | None] | None = None) -> Sequence[PlannedJob]:
+        """Read the data of the jobs that join; return what plans know of them. `known`: what the first rank has found of references."""
         planned = []
         for joining in changes.joined:
             job = self._make(joining.number, joining.config, joining.point)
             self._ready[job.number], self._starts[job.number] = job, Future()
             validation = () if job.data.validation is None else job.data.validation.samples.lengths.tolist()
+            dealt = DealtJob.of(job.step_samples.lengths(), self._num_replicas, self._cost, validation)
+            found = None
+            if job.has_pairs:
+                found = self._reference_cache.known(job.config, job.data) if known is None else known[job.number]
+                assert found is not None
+                job.references = References(found, job.data, job.step_samples.steps, job.resume_point.step, bool(job.evaluation_steps))
             planned.append(
                 PlannedJob(
                     number=job.number,
-                    dealt=DealtJob.of(job.step_samples.lengths(), self._num_replicas, self._cost, validation),
+                    dealt=dealt,
                     first_step=job.resume_point.step,
                     evaluate_after=job.evaluation_steps,
                     priority=job.config.priority,
                     until=job.next_rung(joining.rungs),
+                    wanted={} if job.references is None else job.references.wanted(dealt),
+                    known=found,
                 )
             )
         return planned
@@ -130,6 +147,24 @@ class Residents:
         arena.move(job.adapter_row, self._moves.pop((number, step)))
         job.optimizer.locate()
 
+    @contextmanager
+    def with_references(self, microbatch: Microbatch) -> Iterator[None]:
+        """Let adapters of a reference slot be, for its forward alone, those that their jobs began from."""
+        held = [self.jobs[segment.job] for segment in microbatch.segments if segment.samples] if microbatch.reference else []
+        arena, own = self._arena.result(), []
+        for job in held:
+            if job.initial is not None:
+                own.append((job.adapter_row, arena.values(job.adapter_row, arena.compute)))
+                arena.put(job.adapter_row, job.initial, arena.compute)
+        yield
+        for row, values in own:
+            arena.put(row, values, arena.compute)
+
+    def keep_references(self, job: Job) -> None:
+        """Keep what is known of a job's references for later runs."""
+        if job.references is not None and self._keeps_references:
+            self._reference_cache.store(job.references)
+
     def _finish(self) -> None:
         if self._pending:
             with self._arena.result().changing():
@@ -145,6 +180,8 @@ class Residents:
         arena, job = self._arena.result(), self._ready.pop(joining.number)
         del self._starts[joining.number]
         start_job(job, arena, arena.add(job.adapter_spec(), joining.places), self._groups, start)
+        if start.initial is not None:
+            job.initial = start.initial.to(arena.compute, non_blocking=True)
         self.jobs[job.number] = job
         self._joining.remove(job.number)
         self.on_join(job)
@@ -152,5 +189,6 @@ class Residents:
 
     def _free(self, number: int) -> None:
         job = self.jobs.pop(number)
+        self.keep_references(job)
         self._arena.result().remove(job.adapter_row)
-        job.adapter_row, job.resident_optimizer = -1, None
+        job.adapter_row, job.resident_optimizer, job.initial = -1, None, None

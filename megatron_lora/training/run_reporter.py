@@ -180,12 +180,12 @@ class RunReporter:
 
     def _report_evaluation(self, job: Job, report: EvalReport) -> None:
         metric = job.config.metric
-        progress = judge(self.progress[job.name], Criterion.of(job.config), report.step, getattr(report, metric))
+        progress = judge(self.progress[job.name], Criterion.of(job.config), report.step, report.value(metric))
         self.progress[job.name] = progress
         for observer in self.observers:
             observer.on_evaluation(dataclasses.replace(report, best=progress.best))
         self._post(job, report.step)
-        self.control.sweeps.tell(job.config, report.step, getattr(report, metric), job.num_steps)
+        self.control.sweeps.tell(job.config, report.step, report.value(metric), job.num_steps)
         self._pause(job, self.watchdogs[job.name].after_evaluation(report.eval_loss))
         if progress.over and report.step < job.num_steps:
             best = "" if progress.best is None else f", the best after step {progress.best.step}"

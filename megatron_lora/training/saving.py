@@ -190,6 +190,7 @@ class Start:
 
     weights: Tensor
     moments: tuple[Tensor, ...] = ()
+    initial: Tensor | None = None  # `init_adapter`'s weights, where they are the job's reference and still to be computed with
 
 
 def read_start(job: Job, arena: Arena) -> Start:
@@ -199,11 +200,15 @@ def read_start(job: Job, arena: Arena) -> Start:
     without that they are PEFT's initial values.
     """
     point, spec = job.resume_point, job.adapter_spec()
+    initial = None
+    if job.reference_has_adapter and job.config.init_adapter is not None and job.references is not None and job.references.unknown:
+        initial = arena.shard(spec, read_adapter(job.config.init_adapter).weights)
     if point.checkpoint is not None and point.state is not None:
         weights, moments = read_checkpoint(point.checkpoint)
-        return Start(weights=arena.shard(spec, weights), moments=tuple(arena.shard(spec, moment) for moment in moments))
+        shards = tuple(arena.shard(spec, moment) for moment in moments)
+        return Start(weights=arena.shard(spec, weights), moments=shards, initial=initial)
     if job.config.init_adapter is not None:
-        return Start(weights=arena.shard(spec, read_adapter(job.config.init_adapter).weights))
+        return Start(weights=arena.shard(spec, read_adapter(job.config.init_adapter).weights), initial=initial)
     return Start(weights=arena.draw(spec, job.step_samples.seed))
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from megatron_lora.output.metrics import EvalReport, StepReport
 from megatron_lora.training.executor import EvaluationDone, StepDone
 from megatron_lora.training.jobs import Job, Jobs
-from scheduling.types import Microbatch
+from megatron_lora.training.objectives import named
+from scheduling.types import VALIDATION, Microbatch
 
 Report = StepReport | EvalReport
 
@@ -33,7 +34,7 @@ class _Pending:
     step: int
     evaluation: bool
     seconds: float
-    values: Tensor  # host, [2]: squared norm and loss; of an evaluation the sum of losses and the number of right predictions
+    values: Tensor  # host, [1 + NUM_SUMS]: squared norm and sums; of an evaluation the number of right predictions and sums
     ready: torch.cuda.Event | None
 
 
@@ -57,23 +58,23 @@ class StepReporter:
     def on_forward(self, microbatch: Microbatch) -> None:
         """Note the time at which steps and evaluations begin: with the first microbatch that has a segment of theirs."""
         now = time.perf_counter()
-        for segment in microbatch.segments:
-            self.started.setdefault((segment.job, segment.step, microbatch.evaluate), now)
+        for segment in (segment for segment in microbatch.segments if segment.step != VALIDATION):
+            self.started.setdefault((segment.job, segment.step, microbatch.of_validation(segment)), now)
         self.flush(wait=False)
 
     def on_step(self, done: StepDone) -> None:
         """Queue a step's report, and report all whose numbers have arrived."""
-        self._queue(done.job, done.step, torch.stack([done.square_norm, done.loss]), evaluation=False)
+        self._queue(done.job, done.step, torch.cat([done.square_norm[None], done.sums]), evaluation=False)
 
     def on_evaluation(self, done: EvaluationDone) -> None:
         """Queue an evaluation's report, and report all whose numbers have arrived."""
-        self._queue(done.job, done.step, torch.stack([done.loss_sum, done.num_right]), evaluation=True)
+        self._queue(done.job, done.step, torch.cat([done.num_right[None], done.sums]), evaluation=True)
 
     def _queue(self, number: int, step: int, values: Tensor, *, evaluation: bool) -> None:
         seconds = time.perf_counter() - self.started.pop((number, step, evaluation))
         ready = None
         if values.is_cuda:
-            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+            values = torch.empty(len(values), pin_memory=True).copy_(values, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
         self.pending.append(_Pending(self.jobs[number], step, evaluation, seconds, values, ready))
@@ -112,7 +113,7 @@ class StepReporter:
 
 def _step_report(done: _Pending) -> StepReport:
     job = done.job
-    square_norm, loss = done.values.tolist()
+    square_norm, *sums = done.values.tolist()
     steps = job.step_samples.steps
     lengths = job.data.samples.lengths[steps.batch(done.step)]
     return StepReport(
@@ -120,7 +121,7 @@ def _step_report(done: _Pending) -> StepReport:
         step=done.step + 1,
         total_steps=job.num_steps,
         epoch=(steps.num_visits(done.step) + len(lengths)) / steps.per_epoch_copies,
-        loss=loss,
+        loss=sums[0],
         learning_rate=job.optimizer_settings().learning_rate_at(done.step),
         grad_norm=math.sqrt(square_norm) if square_norm >= 0 else math.nan,
         tokens=int(lengths.sum()),
@@ -128,19 +129,22 @@ def _step_report(done: _Pending) -> StepReport:
         samples=len(lengths),
         seconds=done.seconds,
         skipped=not math.isfinite(square_norm),
+        reported=named(job.config.preference, sums),
     )
 
 
 def _evaluation_report(done: _Pending) -> EvalReport:
     samples = done.job.validation_samples
-    loss_sum, num_right = done.values.tolist()
+    preference = done.job.config.preference
+    num_right, *sums = done.values.tolist()
     num_targets = int(samples.num_targets.sum())
     return EvalReport(
         job=done.job.name,
         step=done.step,
-        eval_loss=loss_sum / num_targets,
+        eval_loss=sums[0] / (num_targets if preference is None else 1),
         eval_accuracy=num_right / num_targets,
         eval_tokens=num_targets,
         eval_samples=len(samples),
         seconds=done.seconds,
+        reported=named(preference, sums, "eval_"),
     )

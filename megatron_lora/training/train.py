@@ -45,7 +45,15 @@ from megatron_lora.output.events import Replay
 from megatron_lora.output.run_directory import RunDirectory, has_trained, job_states
 from megatron_lora.output.standing import first_jobs, resume_points
 from megatron_lora.output.timeline import Timeline, spans_of_a_rank, write_timeline
-from megatron_lora.parallel.process_groups import Position, from_first_rank, initialize_parallel, new_group, position_of, stage_groups
+from megatron_lora.parallel.process_groups import (
+    Position,
+    from_first_rank,
+    initialize_parallel,
+    new_group,
+    pipelines,
+    position_of,
+    stage_groups,
+)
 from megatron_lora.planning.adapter_memory import check_fits
 from megatron_lora.planning.adapter_rows import Book
 from megatron_lora.planning.calibration import calibrated, keep_calibration, predicted_cost
@@ -62,6 +70,7 @@ from megatron_lora.training.executor import StepDone
 from megatron_lora.training.first_updates import FirstUpdates
 from megatron_lora.training.job_reader import JobReader, read_and_check
 from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn, spec_of
+from megatron_lora.training.references import ReferenceCache
 from megatron_lora.training.reported import ReportBoard
 from megatron_lora.training.residents import Residents
 from megatron_lora.training.run_reporter import RunReporter
@@ -126,6 +135,8 @@ def _train(config: RunConfig, stop: StopRequest, live: Live, on_begin: OnBegin |
         stage_groups(config.parallel),
         config.parallel.data,
         slot_cost,
+        ReferenceCache(config, model_dir, cache_dir()),
+        keeps_references=position_of(config.parallel).is_last and dist.get_rank() == pipelines(config.parallel)[0][-1],
     )
     residents.data = {job.name: job.data for job in first.values()}
     control = None
@@ -201,11 +212,14 @@ def _run_windows(
             on_forward=on_forward,
             on_window=on_window,
             move=residents.move,
+            with_references=residents.with_references,
             is_stopped=lambda: stop.stopped,
             timeline=Timeline(stage.device, spans_of_a_rank(config.parallel.world_size), on_begin or (lambda name, index: None)),
         )
         executor.run(until_stopped(feed, stop, new_group(backend="gloo"), position.num_stages, position.gap))
         feed.close()
+        for job in jobs.values():
+            residents.keep_references(job)
         if reporter is not None:
             reporter.end_reports()
         stopped = stop.stopped and saver.save_unfinished()  # False if the stop came when all jobs were finished
@@ -263,7 +277,7 @@ def _lengths(config: RunConfig, architecture: Architecture, first: Jobs, points:
     lengths += longest_of(job.validation_samples for job in first.values())
     read = {job.name for job in first.values()}
     waiting = [job for job in config.jobs if not points or (job.name in points and job.name not in read)]  # without any, others may come
-    return lengths + [[[min(job.sequence_len, architecture.max_positions)]] for job in waiting]
+    return lengths + [[[min(job.sequence_len, architecture.max_positions) * (1 + (job.preference is not None))]] for job in waiting]
 
 
 def _room_of(config: ResolvedConfig, architecture: Architecture) -> dict[str, int]:

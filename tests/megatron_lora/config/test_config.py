@@ -153,7 +153,7 @@ VALIDATION = "jobs.first.val_datasets=[{path: v.jsonl, type: text, sampling_weig
         (["jobs.first.val_set_size=1.0"], "jobs.first.val_set_size: 1.0 is no part"),
         (["jobs.first.val_set_size=-0.5"], "jobs.first.val_set_size: -0.5 is no part"),
         (["jobs.first.val_set_size=true"], "jobs.first.val_set_size: true is no part"),
-        (["defaults.metric=rouge"], "defaults.metric: 'rouge' is unknown; use eval_loss or eval_perplexity or eval_accuracy"),
+        (["defaults.metric=rouge"], "defaults.metric: 'rouge' is unknown; use eval_loss or eval_perplexity or eval_accuracy or eval_re"),
         (["defaults.mode=max"], "jobs.first.mode: max contradicts jobs.first.metric: eval_loss, of which min is the best; remove it"),
         (["jobs.first.early_stopping_threshold=0.1"], "early_stopping_threshold: 0.1 needs jobs.first.early_stopping_patience"),
         (["defaults.save_total_limit=0"], "defaults.save_total_limit: 0 is not a number of checkpoints; .*at least 1"),

@@ -45,7 +45,7 @@ def test_segments_name_adapter_rows_and_their_jobs_stand_beside_them():
     jobs = {7: resident(samples, adapter_row=2), 4: resident(samples, adapter_row=0)}
     microbatch = Microbatch((Segment(7, 0, (0,), 3), Segment(4, 0, (0,), 3)))
     data = collate(microbatch, jobs, multiple=1, device=torch.device("cpu"))
-    assert data.route.segments == ((0, 3, 2), (3, 6, 0)) and data.jobs == (7, 4)
+    assert data.route.segments == ((0, 3, 2), (3, 6, 0)) and [part.job for part in data.parts] == [7, 4]
 
 
 def test_a_microbatch_of_an_evaluation_holds_validation_samples_whose_targets_weigh_one():
@@ -58,7 +58,8 @@ def test_a_microbatch_of_an_evaluation_holds_validation_samples_whose_targets_we
     job.validation_samples, other.validation_samples = Samples.of(of(*MASKS, first=1)), Samples.of(of(MASKS[2], first=7))
     segments = (Segment(3, 4, (2, 0), 5), Segment(6, 1, (0,), 2))  # `step` is the number of steps taken: beyond the job's last one, too
     data = collate(Microbatch(segments, evaluate=True), {3: job, 6: other}, multiple=4, device=torch.device("cpu"))
-    assert data.tokens.tolist() == [20, 21, 0, 1, 2, 0, 1, 0] and data.route.segments == ((0, 5, 1), (5, 7, 0)) and data.jobs == (3, 6)
+    assert data.tokens.tolist() == [20, 21, 0, 1, 2, 0, 1, 0] and data.route.segments == ((0, 5, 1), (5, 7, 0))
+    assert [part.job for part in data.parts] == [3, 6]
     assert data.labels.tolist() == [21, NO_LABEL, 1, 2, NO_LABEL, 1, NO_LABEL, NO_LABEL]
     assert data.weights.tolist() == [1, 0, 1, 1, 0, 1, 0, 0] and data.targets.tolist() == [0, 2, 3, 5]
     assert not data.route.row_keys.any()

@@ -7,6 +7,7 @@ call; what only a GPU can show (its bits, its memory, its waits) is then not loo
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +29,7 @@ from megatron_lora.parallel.messages import Links, MessageLayout
 from megatron_lora.parallel.process_groups import Position
 from megatron_lora.training.evaluate import EvaluationSums
 from megatron_lora.training.executor import Executor
+from megatron_lora.training.objectives import cross_entropy
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
 from scheduling.cost import OFFLOADED
 from scheduling.follow import Window
@@ -60,6 +62,11 @@ def job_rows(job: int) -> JobSamples:
         tokens = generator.integers(0, 61, generator.integers(3, 40)).astype(np.int32)
         samples.append(Sample(row, tokens, np.arange(len(tokens)) > 1))
     return JobSamples(seed=job, samples=Samples.of(samples), steps=job_steps(8, 2, 1, None, False, 0))
+
+
+def sft(rows, part, weights):
+    """The outcome of cross-entropy."""
+    return cross_entropy(rows, weights)
 
 
 class Scene:
@@ -96,10 +103,12 @@ class Scene:
             self.stage, Position(stage=0, num_stages=1, delay=0), Links(None, None, None, None),
             MessageLayout(max_endings=2, hidden_size=self.stage.architecture.hidden_size, dtype=self.dtype),
             load=self.load, num_rows=lambda microbatch: microbatch.num_tokens,
-            jobs={row: SimpleNamespace(optimizer=JobOptimizer(self.arena, row, SETTINGS)) for row in range(2)},
+            jobs={row: SimpleNamespace(optimizer=JobOptimizer(self.arena, row, SETTINGS), outcome=sft, references=None)
+                  for row in range(2)},
             evaluations=EvaluationSums(None, self.device), on_evaluation=lambda done: None,
             on_step=self.steps.append, on_forward=lambda microbatch: None, on_window=lambda window: None,
-            move=lambda job, step: None, timeline=Timeline(self.device), device=self.device,
+            move=lambda job, step: None, with_references=lambda microbatch: nullcontext(),
+            timeline=Timeline(self.device), device=self.device,
         )  # fmt: skip
 
 
@@ -143,7 +152,7 @@ def train(directory, recompute, dtype, device) -> list[float]:
         quiet("default")
     jobs = [done.job for done in scene.steps]
     assert len(jobs) == 8 and set(jobs_before) == set(jobs[len(jobs_before) :]) == {0, 1}
-    return [float(done.loss) for done in scene.steps]
+    return [float(done.sums[0]) for done in scene.steps]
 
 
 @needs_gpu

@@ -44,7 +44,7 @@ class Jobs:
         self.windows.append(planned)
         return len(self.windows) - 1, frozenset(), {"joined": []}
 
-    def read(self, changes):
+    def read(self, changes, known=None):
         return self.jobs if changes == 0 else ()
 
     def prepare(self, changes):

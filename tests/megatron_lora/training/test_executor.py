@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,11 +11,13 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_lora.data.microbatch import Part
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import Links, MessageLayout
 from megatron_lora.parallel.process_groups import Position
 from megatron_lora.training.evaluate import EvaluationSums
 from megatron_lora.training.executor import Executor
+from megatron_lora.training.objectives import cross_entropy
 from scheduling.follow import Window
 from scheduling.pipeline import endings
 from scheduling.types import NOOP, Microbatch, Segment
@@ -43,14 +46,19 @@ class Model:
 class Optimizer:
     """Returns the loss as the squared norm."""
 
-    def start_reduction(self, loss):
-        self.loss = loss
+    def start_reduction(self, sums):
+        self.sums = sums
 
     def finish_reduction(self):
-        return self.loss, self.loss
+        return self.sums[0], self.sums
 
     def step(self, step, square_norm):
         pass
+
+
+def sft(rows, part, weights):
+    """The outcome of cross-entropy."""
+    return cross_entropy(rows, weights)
 
 
 def make_executor(device, on_step, on_evaluation=lambda done: None):
@@ -63,17 +71,17 @@ def make_executor(device, on_step, on_evaluation=lambda done: None):
             labels=None,
             targets=torch.arange(ROWS, device=device),
             weights=torch.ones(ROWS, device=device),
-            route=SimpleNamespace(segments=((0, ROWS, 0),)),
-            jobs=(microbatch.segments[0].job,),
+            parts=tuple(Part(job=s.job, step=s.step, first=0, end=ROWS) for s in microbatch.segments),
         ),
         num_rows=lambda microbatch: microbatch.num_tokens,
-        jobs={number: SimpleNamespace(optimizer=Optimizer()) for number in range(2)},
+        jobs={number: SimpleNamespace(optimizer=Optimizer(), outcome=sft, references=None) for number in range(2)},
         evaluations=EvaluationSums(None, device),
         on_step=on_step,
         on_evaluation=on_evaluation,
         on_forward=lambda microbatch: None,
         on_window=lambda window: None,
         move=lambda job, step: None,
+        with_references=lambda microbatch: nullcontext(),
         timeline=Timeline(torch.device("cpu")),
         device=device,
     )
@@ -91,7 +99,7 @@ LAST = Window((NOOP,) * (1 + DELAY), ((),) * (1 + DELAY))
 def test_a_long_stream_is_not_piled_up():
     slots, num_windows = 8, 40
     done, held = [], []
-    executor = make_executor(torch.device("cpu"), lambda step: done.append((step.job, step.step, float(step.loss))))
+    executor = make_executor(torch.device("cpu"), lambda step: done.append((step.job, step.step, float(step.sums[0]))))
 
     def windows():
         for window in range(num_windows):
@@ -110,7 +118,7 @@ def test_evaluations_are_summed_over_their_slots_and_reported_in_order():
     executor = make_executor(
         torch.device("cpu"),
         lambda step: done.append(("step", step.job, step.step)),
-        lambda evaluation: done.append((evaluation.job, evaluation.step, float(evaluation.loss_sum), float(evaluation.num_right))),
+        lambda evaluation: done.append((evaluation.job, evaluation.step, float(evaluation.sums[0]), float(evaluation.num_right))),
     )
 
     def slots(evaluate, *keys):

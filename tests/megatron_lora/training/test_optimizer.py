@@ -18,6 +18,7 @@ from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.output.checkpoint import write_checkpoint
 from megatron_lora.output.standing import CheckpointState, resume_point_of
+from megatron_lora.parallel.messages import NUM_SUMS
 from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.training.jobs import Job
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW, JobOptimizer, OptimizerSettings
@@ -83,9 +84,9 @@ def test_updates_equal_torch_adamw_with_clipping_and_schedule(dtype):
         norm = torch.nn.utils.clip_grad_norm_(theirs, 0.7)
         oracle.param_groups[0]["lr"] = rate(step)
         oracle.step()
-        ours.start_reduction(torch.tensor(2.5))
-        square_norm, loss = ours.finish_reduction()
-        assert loss == 2.5
+        ours.start_reduction(torch.full((NUM_SUMS,), 2.5))
+        square_norm, sums = ours.finish_reduction()
+        assert sums.tolist() == [2.5] * NUM_SUMS
         assert float(square_norm) == pytest.approx(float(norm) ** 2, rel=1e-5)
         ours.step(step, square_norm)
         assert not arena.grad.any()
@@ -203,7 +204,7 @@ def test_a_job_that_moves_takes_the_same_steps(dtype):
         for step in range(5):
             for factor in optimizer.factors:
                 arena.view(factor, arena.grad).copy_(torch.randn(factor.r, factor.width, generator=gen))
-            optimizer.start_reduction(torch.tensor(0.0))
+            optimizer.start_reduction(torch.zeros(NUM_SUMS))
             optimizer.step(step, optimizer.finish_reduction()[0])
             if moves and step == 1:
                 arena.remove(0)

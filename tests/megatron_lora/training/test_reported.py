@@ -16,6 +16,7 @@ from megatron_lora.data.samples import JobData
 from megatron_lora.data.steps import Mixture, Steps
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.standing import Best
+from megatron_lora.parallel.messages import NUM_SUMS
 from megatron_lora.training.early_stopping import Progress
 from megatron_lora.training.executor import EvaluationDone, StepDone
 from megatron_lora.training.jobs import Job
@@ -55,11 +56,11 @@ class Run:
         if (step + 1) % 2 == 0:
             self.board.expect("a", step + 1)
         self.reporter.on_forward(Microbatch((Segment(0, step, (0, 1), 5),)))
-        self.reporter.on_step(StepDone(0, step, torch.tensor(1.0), torch.tensor(1.5)), queue.SimpleQueue())
+        self.reporter.on_step(StepDone(0, step, torch.tensor(1.0), torch.full((NUM_SUMS,), 1.5)), queue.SimpleQueue())
 
     def evaluation(self, step: int, loss: float) -> None:
         self.reporter.on_forward(Microbatch((Segment(0, step, (0, 1, 2, 3), 14),), evaluate=True))
-        self.reporter.on_evaluation(EvaluationDone(0, step, torch.tensor(loss * NUM_TARGETS), torch.tensor(5.0)))
+        self.reporter.on_evaluation(EvaluationDone(0, step, torch.full((NUM_SUMS,), loss * NUM_TARGETS), torch.tensor(5.0)))
 
     def lines(self) -> list:
         lines = map(json.loads, (self.path / "jobs/a/metrics.jsonl").read_text().splitlines())
@@ -127,7 +128,7 @@ def test_a_failed_job_keeps_no_snapshot_waiting(run):
     run.evaluation(2, 2.0)
     for step in range(2, 5):
         run.reporter.on_forward(Microbatch((Segment(0, step, (0, 1), 5),)))
-        run.reporter.on_step(StepDone(0, step, torch.tensor(float("nan")), torch.tensor(1.5)), queue.SimpleQueue())
+        run.reporter.on_step(StepDone(0, step, torch.tensor(float("nan")), torch.full((NUM_SUMS,), 1.5)), queue.SimpleQueue())
         if step == 3:
             run.evaluation(4, 1.0)
     assert run.job.state == "failed" and run.told == [("failed", "a")]

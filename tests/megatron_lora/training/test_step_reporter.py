@@ -15,6 +15,7 @@ from megatron_lora.data.steps import MOST_VISITS, Mixture, Steps, check_visits
 from megatron_lora.errors import UserError
 from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.output.timeline import Timeline, spans_of_a_rank
+from megatron_lora.parallel.messages import NUM_SUMS
 from megatron_lora.training.executor import StepDone
 from megatron_lora.training.jobs import Job
 from megatron_lora.training.reported import ReportBoard
@@ -43,7 +44,7 @@ def make_job(name: str, num_steps: int, number: int = 0, **settings) -> Job:
 
 def take(reporter, job: int, step: int, square_norm: float, on_step=None) -> None:
     reporter.on_forward(Microbatch((Segment(job, step, (0, 1), 5),)))
-    (on_step or reporter.on_step)(StepDone(job, step, torch.tensor(square_norm), torch.tensor(1.5)))
+    (on_step or reporter.on_step)(StepDone(job, step, torch.tensor(square_norm), torch.full((NUM_SUMS,), 1.5)))
 
 
 def reporter_of(tmp_path, jobs) -> tuple[RunDirectory, RunReporter, list[tuple]]:

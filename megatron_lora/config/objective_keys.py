@@ -1,0 +1,97 @@
+"""The keys of a job's objective, and what of a job does not go with it.
+
+    objective: sft                                    # the default: cross-entropy over the targets
+    objective: {type: dpo, beta: 0.1}                 # Direct Preference Optimization: TRL's keys, names and formulas
+    objective: {type: dpo, loss_type: [sigmoid, sft], loss_weights: [1, 0.2], reference: init_adapter}
+
+training/objectives.py has the formulas.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_lora.config.dataset_paths import PREFERENCE_TYPES, DatasetConfig
+from megatron_lora.config.keys import build, key, required
+from megatron_lora.config.rules import PAIR_METRICS, accepts, list_of, null_or, number, one_of, show
+from megatron_lora.errors import UserError
+
+LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "sft")
+LARGE_RATE = 1e-4  # of learning: SFT's size, which preference losses do not bear
+
+
+@accepts(f"one of {', '.join(f'`{each}`' for each in LOSS_TYPES)}, or a list of some")
+def loss_types(path: str, value: object) -> tuple[str, ...]:
+    """Accept one of TRL's losses, or several, whose weighted sum is the loss."""
+    found = list_of("losses", one_of(*LOSS_TYPES))(path, value if isinstance(value, list) else [value])
+    if len(set(found)) < len(found):
+        raise UserError(f"{path}: {show(value)} names a loss twice; add up its weights")
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """A preference objective."""
+
+    type: str = required(one_of("dpo"), "`dpo`: Direct Preference Optimization, over pairs of answers (datasets of type `preference`)")
+    beta: float = key(
+        0.1, number("a beta", 0, above=True), "how strongly the policy is held to its reference; of `ipo` the regularization tau"
+    )
+    loss_type: tuple[str, ...] = key(
+        ("sigmoid",), loss_types, "TRL's losses; `robust` is `sigmoid` with `label_smoothing`, `sft` the chosen answers' cross-entropy"
+    )
+    loss_weights: tuple[float, ...] | None = key(
+        None, null_or(list_of("weights", number("a weight of a loss", 0))), "what each loss of `loss_type` is multiplied by; null: 1"
+    )
+    label_smoothing: float = key(
+        0.0, number("a label smoothing", 0, 0.5, below=True), "of `robust`: how likely a pair is labelled the wrong way round"
+    )
+    reference: str = key(
+        "base",
+        one_of("base", "init_adapter"),
+        "what the policy is held to: the base model, or the adapter that the job starts from, `init_adapter`",
+    )
+
+    @property
+    def weights(self) -> tuple[tuple[str, float], ...]:
+        """Each loss with its weight."""
+        return tuple(zip(self.loss_type, self.loss_weights or (1.0,) * len(self.loss_type), strict=True))
+
+
+@accepts("`sft`, or a mapping of [a preference objective's keys](#preference-objectives)")
+def objective(path: str, value: object) -> ObjectiveConfig | str:
+    """Accept sft, or the keys of a preference objective."""
+    if value == "sft" or value == {"type": "sft"}:
+        return "sft"
+    if value == "dpo":
+        value = {"type": "dpo"}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {show(value)} is no objective; use sft, or {{type: dpo, beta: 0.1}}")
+    found = build(ObjectiveConfig, path, value)
+    if found.loss_weights is not None and len(found.loss_weights) != len(found.loss_type):
+        named = f"{path}.loss_weights: has {len(found.loss_weights)} weights, and loss_type {len(found.loss_type)} losses"
+        raise UserError(f"{named}; give one weight for each")
+    if found.label_smoothing and "robust" not in found.loss_type:
+        raise UserError(f"{path}.label_smoothing: {found.label_smoothing:g} is used by loss_type robust alone; set loss_type: robust")
+    return found
+
+
+def check_objective(where: str, job: Any) -> None:
+    """Raise UserError where a job's data or keys are not for its objective; `job`: a JobConfig."""
+    pairs = job.objective != "sft"
+    for name in ("datasets", "val_datasets"):
+        _check_types(f"{where}.{name}", getattr(job, name), pairs)
+    if (job.metric in PAIR_METRICS) != pairs and job.metric not in ("eval_loss", "eval_accuracy"):
+        usual = "eval_loss or eval_rewards/accuracies" if pairs else "eval_loss"
+        raise UserError(f"{where}.metric: {job.metric} is none of its objective's; use {usual}")
+    if pairs and job.train_on_inputs:
+        raise UserError(f"{where}.train_on_inputs: true is for objective sft; a preference is between answers: remove it")
+    if pairs and job.objective.reference == "init_adapter" and job.init_adapter is None:
+        raise UserError(f"{where}.objective.reference: init_adapter needs {where}.init_adapter; name a PEFT directory, or use base")
+
+
+def _check_types(where: str, datasets: Iterable[DatasetConfig], pairs: bool) -> None:
+    for position, dataset in enumerate(datasets):
+        if dataset.type != "lengths" and (dataset.type in PREFERENCE_TYPES) != pairs:
+            wanted = "preference or preference_chat, or set objective: sft" if pairs else "another type, or set objective: {type: dpo}"
+            raise UserError(f"{where}.{position}.type: {dataset.type} is not for the job's objective; use {wanted}")

@@ -1,0 +1,97 @@
+"""Preference jobs on complete runs: TRL's own trainer's numbers on every layout, alone as among others, resumed elsewhere mid-epoch."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import runs
+import torch
+import trl_oracle
+from safetensors.torch import load_file, save_file
+
+STEPS = 10
+SETTINGS = {"lr_scheduler": "constant", "warmup_ratio": 0.0, "shuffle": False, "max_steps": STEPS}
+JOBS = {
+    "sigmoid": {"objective": {"type": "dpo", "beta": 0.3}, "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"],
+                "learning_rate": 1e-3, "global_batch_size": 3, "max_grad_norm": 1.0},
+    "ipo-sft": {"objective": {"type": "dpo", "beta": 0.5, "loss_type": ["ipo", "sft"], "loss_weights": [0.7, 0.2],
+                              "reference": "init_adapter"},
+                "r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "o_proj", "up_proj"], "learning_rate": 5e-4,
+                "global_batch_size": 4, "max_grad_norm": 0.5, "weight_decay": 0.1},
+    "robust": {"objective": {"type": "dpo", "loss_type": ["robust", "hinge"], "label_smoothing": 0.2}, "r": 16, "lora_alpha": 16,
+               "target_modules": ["gate_proj", "o_proj"], "learning_rate": 1e-3, "global_batch_size": 2, "max_grad_norm": 0.2},
+}  # fmt: skip
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+LAYOUTS = {"pp1": ({}, 90), "pp2": ({"pp": 2}, 90), "tp2": ({"tp": 2, "sequence": True}, 160), "dp2": ({"dp": 2}, 90)}
+
+
+def warm_adapter(model, directory, **settings):
+    """Save an adapter whose B is not 0, so that it is not the base model."""
+    oracle.make_adapter(model, directory, **settings)
+    tensors, generator = load_file(directory / "adapter_model.safetensors"), torch.Generator().manual_seed(settings["seed"])
+    warm = {key: torch.randn(t.shape, generator=generator) * 0.05 if "lora_B" in key else t for key, t in tensors.items()}
+    save_file(warm, directory / "adapter_model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> dict:
+    """A model, and the jobs with their pairs and starting adapters; beside them one of sft."""
+    root = tmp_path_factory.mktemp("preference")
+    model, jobs, rows = oracle.make_model(root / "model"), {}, {}
+    for i, (name, settings) in enumerate(JOBS.items()):
+        rows[name] = trl_oracle.make_pairs(root / f"{name}.jsonl", num_rows=4 * settings["global_batch_size"] + 1, seed=i)
+        lora = {key: settings[key] for key in ("r", "lora_alpha", "target_modules")}
+        start = warm_adapter(model, root / f"init-{name}", seed=i, **lora)
+        datasets = [{"path": str(rows[name]), "type": "preference"}]
+        jobs[name] = {"name": name, "datasets": datasets, "init_adapter": str(start), **SETTINGS, **settings}
+    sft = oracle.make_rows(root / "sft.jsonl", num_rows=13, seed=7)
+    jobs["sft"] = {"name": "sft", "datasets": [{"path": str(sft), "type": "prompt_completion"}], "r": 8, "global_batch_size": 3,
+                   "learning_rate": 1e-3, **SETTINGS}  # fmt: skip
+    return {"root": root, "model": model, "jobs": jobs, "rows": rows}
+
+
+@pytest.fixture(scope="module")
+def truth(scene) -> dict:
+    """What TRL makes of each preference job."""
+    trl = pytest.importorskip("trl")
+    assert trl.__version__ == trl_oracle.VERSION, "training/objectives.py states the formulas of another version"
+    found = {}
+    for name in JOBS:
+        job = scene["jobs"][name]
+        found[name] = trl_oracle.train_dpo(scene["model"], job["init_adapter"], scene["rows"][name], job, scene["root"] / f"trl-{name}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep references of one test from another."""
+    monkeypatch.setenv("MEGATRON_LORA_CACHE", str(tmp_path / "cache"))
+
+
+def train(pool, scene, path, parallel, budget, names, **more) -> dict:
+    """Train jobs in one run; returns each one's metrics."""
+    jobs = [scene["jobs"][name] | more for name in names]
+    config = runs.write_config(path.with_suffix(".yaml"), scene["model"], path, jobs, parallel, budget)
+    assert runs.start(pool, config, parallel) == 0
+    return {name: runs.lines_of(path, name) for name in names}
+
+
+def adapter_of(path, name: str) -> dict:
+    return load_file(path / "jobs" / name / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_preference_jobs_among_others_equal_trl_training_each_alone(layout, scene, truth, pool, tmp_path):
+    parallel, budget = LAYOUTS[layout]
+    found = train(pool, scene, tmp_path / "run", parallel, budget, [*JOBS, "sft"])
+    for name, (logs, adapter) in truth.items():
+        assert len(found[name]) == len(logs) == STEPS
+        for ours, theirs in zip(found[name], logs, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), (name, ours["step"])
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), (name, ours["step"])
+            for metric in METRICS:  # rewards are differences of sums of about 50
+                assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5, abs=2e-5), (name, metric, ours["step"])
+        saved = adapter_of(tmp_path / "run", name)
+        assert oracle.distance(saved, adapter, "lora_A") < 1e-4, name
+        assert oracle.distance(saved, adapter, "lora_B") < 1e-4, name
