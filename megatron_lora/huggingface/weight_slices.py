@@ -55,7 +55,10 @@ def finite(values: Tensor, name: str) -> Tensor:
 
 
 class Checkpoint:
-    """The safetensors files of a model directory, each opened at its first use. `bytes_read` counts the bytes read of tensors."""
+    """The safetensors files of a model directory, one open at a time: what is mapped of files counts as this process's memory.
+
+    `bytes_read` counts the bytes read of tensors.
+    """
 
     def __init__(self, model_dir: str | Path, architecture: Architecture):
         self.stored = stored_tensors(model_dir, architecture)
@@ -63,7 +66,7 @@ class Checkpoint:
             "read_base_model says that the head is not tied"
         )
         self.shapes = architecture.tensor_shapes()
-        self.opened: dict[Path, safe_open] = {}
+        self.opened: tuple[Path, safe_open] | None = None
         self.bytes_read = 0
 
     def read(self, name: str, index: Index) -> Tensor:
@@ -87,9 +90,9 @@ class Checkpoint:
 
     def _slice(self, stored: StoredTensor, index: Any) -> Tensor:
         try:
-            if stored.file not in self.opened:
-                self.opened[stored.file] = safe_open(stored.file, framework="pt", device="cpu")
-            values = self.opened[stored.file].get_slice(stored.name)[index]
+            if self.opened is None or self.opened[0] != stored.file:
+                self.opened = stored.file, safe_open(stored.file, framework="pt", device="cpu")
+            values = self.opened[1].get_slice(stored.name)[index]
         except (SafetensorError, OSError) as error:
             why = one_line(error, 160)
             raise UserError(f"base_model: {stored.file}: the tensor {stored.name} cannot be read ({why}); fetch the file again") from None

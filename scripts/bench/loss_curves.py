@@ -1,7 +1,7 @@
 """Loss curves of the same jobs in bf16: the fused kernels, their reference, and transformers + peft, which runs several times.
 
     python scripts/fetch_model.py models/SmolLM2-135M-Instruct && python scripts/make_tasks.py data/quickstart
-    python -m scripts.bench.loss_curves configs/quickstart.yaml [--bases fp8 nf4/bf16] [--processes 8]
+    python -m scripts.bench.loss_curves configs/quickstart.yaml [--processes 8]
 
 All start from the same adapters (peft's, as directories that jobs begin with) and take the same samples in the same steps, without
 dropout. The runs of peft differ only in the order of samples inside a global batch, and so in which of them share a padded microbatch:
@@ -35,9 +35,9 @@ from scripts.one_line import OneLineParser, ended, output_file, whole
 Curves = dict[str, list[list[float]]]  # name of the run -> [job][step]
 
 
-def alone(config: RunConfig, num_steps: int, precision: str, folder: Path) -> RunConfig:
-    """Return a config for one process, its jobs without dropout, of `num_steps` steps, beginning with adapters in a folder."""
-    changes = {"lora_dropout": 0.0, "max_steps": num_steps}
+def alone(config: RunConfig, num_steps: int | None, precision: str, folder: Path) -> RunConfig:
+    """Return a config for one process, its jobs without dropout, of `num_steps` steps or their own, beginning with adapters in a folder."""
+    changes = {"lora_dropout": 0.0} | ({"max_steps": num_steps} if num_steps else {})
     jobs = tuple(dataclasses.replace(job, **changes, init_adapter=str(folder / job.name)) for job in config.jobs)
     return dataclasses.replace(config, parallel=ParallelConfig(), recompute="cheap", precision=precision, jobs=jobs)
 
@@ -61,12 +61,23 @@ def ours(config: RunConfig, adapters: str, folder: Path) -> list[list[float]]:
     return [[row["loss"] for row in run.steps if row["job"] == job.name] for job in config.jobs]
 
 
-def peft_losses(model_dir: Path, adapter: Path, job: Job, device: torch.device, dtype: torch.dtype, batch: int, seed: int) -> list[float]:
-    """Train one job by transformers + peft from an adapter, samples of a global batch in an order of `seed`; return each step's loss."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def peft_losses(
+    model_dir: Path, adapter: Path, job: Job, device: torch.device, dtype: torch.dtype, batch: int, seed: int, nf4: bool = False
+) -> list[float]:
+    """Train one job by transformers + peft from an adapter, samples of a global batch in an order of `seed`; return each step's loss.
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=False, dtype=dtype, attn_implementation="sdpa").to(device)
+    `nf4`: the base is quantised by bitsandbytes, as QLoRA has it.
+    """
+    from peft import PeftModel, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    given: dict = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": device}}
+    if nf4:
+        how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        given["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **how)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=False, **given)
+    if nf4:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     trainer = PeftTrainer(model, job.config, device, job.num_steps, autocast=dtype == torch.bfloat16)
     order, losses = random.Random(seed), []
@@ -140,7 +151,6 @@ def parser() -> OneLineParser:
     found.add_argument("--batch", type=whole, default=4, help="samples of peft's microbatch")
     found.add_argument("--processes", type=whole, default=1, help="in which runs of peft go side by side")
     found.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
-    found.add_argument("--bases", nargs="*", default=[], help="also over these base_weights: fp8 nf4/bf16 fp8/bf16")
     found.add_argument("--figure", type=picture, default=RESULTS / "loss_curves.png")
     result_options(found, "loss_curves.jsonl")
     return found
@@ -157,10 +167,8 @@ def run(options) -> None:
         folder = Path(name)
         config = alone(given, options.steps, options.dtype, folder)
         begin(model_dir, config.jobs, folder)
-        bases = {"fused": config, "reference": config}
-        bases |= {f"fused, {base} base": dataclasses.replace(config, base_weights=base) for base in options.bases}
-        for kind, base in bases.items():
-            curves[kind] = ours(base, kind.split(",")[0], folder / "run")
+        for kind in ("fused", "reference"):
+            curves[kind] = ours(config, kind, folder / "run")
             print(f"  {kind}: last losses {[round(losses[-1], 4) for losses in curves[kind]]}", flush=True)
         vocab_size = read_architecture(model_dir).vocab_size
         jobs = list(read_jobs(config.jobs, load_tokenizer(model_dir), None, vocab_size).values())

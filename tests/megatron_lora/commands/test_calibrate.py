@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from scheduling.cost import DEVICES
 CPU = DEVICES["cpu"]
 TRAIN = runs.train
 LAYOUTS = {"pp": {"pp": 2}, "tp": {"tp": 2, "sequence": True}, "dp": {"dp": 2}}
+STORED = {"pp": "native", "tp": "nf4/bf16", "dp": "fp8/fp8"}
+SIZES = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8}  # two tensor ranks have whole blocks of NF4
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def config(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(runs, "train", train)
     whole = oracle.make_model(tmp_path / "whole")
     (tmp_path / "model").mkdir()
-    shutil.copy(whole / "config.json", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(json.loads((whole / "config.json").read_text()) | SIZES))
     jobs = []
     for r, lengths in ((4, (9, 30, 17, 5, 22, 12)), (16, (40, 8, 25, 33))):
         (tmp_path / f"r{r}.jsonl").write_text("".join(json.dumps({"tokens": n, "targets": n // 3}) + "\n" for n in lengths))
@@ -47,9 +48,9 @@ def config(tmp_path, monkeypatch) -> Path:
     return written(tmp_path / "config.yaml", jobs, {"pp": 2})
 
 
-def written(path: Path, jobs: list[dict], parallel: dict) -> Path:
+def written(path: Path, jobs: list[dict], parallel: dict, base_weights: str = "native") -> Path:
     runs.write_config(path, path.parent / "model", path.parent / "run", jobs, parallel, 64)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"load_weights": False}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"load_weights": False, "base_weights": base_weights}))
     return path
 
 
@@ -67,9 +68,10 @@ def train(path: Path, stop_after: int | None) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_table_is_measured_in_every_layout(config, pool, tmp_path, layout):
-    written(config, json.loads(config.read_text())["jobs"], LAYOUTS[layout])
+    written(config, json.loads(config.read_text())["jobs"], LAYOUTS[layout], STORED[layout])
     pool(**LAYOUTS[layout]).run(measure, config, tmp_path / "table.json")
     table = read_calibration(tmp_path / "table.json")
+    assert table.subject["base_weights"] == STORED[layout]
     assert dict(table.costs.layers).keys() == {"none", "cheap", "full"} and table.costs.step_s > 0
     assert (table.costs.hop is not None) == (layout == "pp") and table.about["fit_error"] >= 0
     assert all(slots >= 1 and turns >= 2 for slots, turns in table.about["turns"].values())
