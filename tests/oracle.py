@@ -120,10 +120,18 @@ def train_stepwise(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dic
     rows = [encode(tokenizer, json.loads(line)) for line in rows_path.read_text().splitlines()]
     batch, num_steps = job["global_batch_size"], job["max_steps"]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=job["learning_rate"], weight_decay=job.get("weight_decay", 0.0))
+    adam = {"lr": job["learning_rate"], "weight_decay": job.get("weight_decay", 0.0)}
+    if ratio := job.get("loraplus_lr_ratio"):
+        from peft.optimizers import create_loraplus_optimizer
+
+        decay = {"loraplus_weight_decay": adam.pop("weight_decay")}
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, loraplus_lr_ratio=ratio, **adam, **decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **adam)
     kind = {"constant": "constant_with_warmup"}.get(job["lr_scheduler"], job["lr_scheduler"])
-    warmup = math.ceil(job["warmup_ratio"] * num_steps)
-    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+    warmup = job.get("warmup_steps") or math.ceil(job["warmup_ratio"] * num_steps)
+    known = {"num_warmup_steps": warmup, "num_training_steps": num_steps}
+    scheduler = get_scheduler(kind, optimizer, scheduler_specific_kwargs=job.get("lr_scheduler_kwargs"), **known)
     batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     yield 0, model, math.nan, adapter()
     for step in range(num_steps):

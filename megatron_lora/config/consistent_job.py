@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_lora.config.objective_keys import check_objective
 from megatron_lora.config.rules import EXPERT_MODULES, METRICS, MODULES, show
+from megatron_lora.config.schedule_keys import check_schedule
 from megatron_lora.config.sweep_keys import check_point
 from megatron_lora.errors import UserError
 
@@ -58,6 +59,7 @@ def consistent(where: str, job: JobConfig, given: Collection[str]) -> JobConfig:
     """Return a job with the `mode` and `keep` that it leaves open chosen; UserError where its keys contradict. `given`: those written."""
     _check_expert_keys(where, job)
     check_objective(where, job)
+    check_schedule(where, job)
     if job.val_datasets and job.val_set_size:
         size = f"{where}.val_set_size: {show(job.val_set_size)}"
         raise UserError(f"{size} takes records of {where}.datasets, and val_datasets are given; keep one of the two keys")

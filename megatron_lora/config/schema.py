@@ -41,6 +41,7 @@ from megatron_lora.config.rules import (
     val_set_size,
     whole_number,
 )
+from megatron_lora.config.schedule_keys import SCHEDULES, WARMUP_RATIO, schedule_arguments
 from megatron_lora.config.sweep_keys import Point, SweepConfig, point, sweep, with_points
 from megatron_lora.config.yaml_file import dump_yaml, read_yaml
 from megatron_lora.errors import UserError
@@ -117,13 +118,26 @@ class JobConfig:
         "A random and B zero",
     )
     learning_rate: float = key(2.0e-4, number("a learning rate", 0, 1), "learning rate after the warm-up")
-    lr_scheduler: str = key(
-        "cosine", one_of("constant", "linear", "cosine"), "what follows the warm-up: the formulas of `transformers.get_scheduler`"
+    loraplus_lr_ratio: float | None = key(
+        None,
+        null_or(number("a ratio of learning rates", 0, above=True)),
+        "LoRA+: B's learning rate is this times `learning_rate`, which is A's; null: both have the same",
+    )
+    lr_scheduler: str = key("cosine", one_of(*SCHEDULES), "what follows the warm-up: the formulas of `transformers.get_scheduler`")
+    lr_scheduler_kwargs: dict[str, Any] | None = key(
+        None,
+        null_or(schedule_arguments),
+        "the schedule's own arguments, under transformers' names: `num_cycles` of `cosine`; `min_lr` or `min_lr_rate`, `num_cycles` of "
+        "`cosine_with_min_lr`; `lr_end`, `power` of `polynomial`; `num_decay_steps`, `warmup_type`, `decay_type`, `min_lr_ratio`, "
+        "`num_cycles` of `warmup_stable_decay`",
     )
     warmup_ratio: float = key(
-        0.03,
+        WARMUP_RATIO,
         number("a share of the steps", 0, 1),
         "share of the steps, rounded up, in which the learning rate rises; the first of them has 0",
+    )
+    warmup_steps: int | None = key(
+        None, null_or(whole_number("a number of steps", 0)), "in place of `warmup_ratio`: steps in which the learning rate rises", "steps"
     )
     weight_decay: float = key(0.0, number("a weight decay", 0), "decoupled, on all weights of the adapter, as in torch's AdamW")
     adam_beta1: float = key(0.9, number("a decay rate of Adam", 0, 1, below=True), "as in torch's AdamW")

@@ -7,6 +7,7 @@ job_reader.py those that wait in the queue.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def check_data(job: JobConfig, data: JobData, budget: int | str, architecture: A
     check_lengths(job, data, budget, architecture)
     check_visits(job, data.mixture.num_copies)
     check_rungs(job, data)
+    check_decay(job, data)
+
+
+def check_decay(job: JobConfig, data: JobData) -> None:
+    """Check that the decay of a job's schedule begins behind its warm-up."""
+    decay, num_steps = (job.lr_scheduler_kwargs or {}).get("num_decay_steps", 0), len(data.steps_of(job).steps)
+    warmup = math.ceil(job.warmup_ratio * num_steps) if job.warmup_steps is None else job.warmup_steps
+    if decay and warmup + decay > num_steps:
+        given = f"jobs.{job.name}.lr_scheduler_kwargs.num_decay_steps: {decay}"
+        raise UserError(f"{given} begin before the {warmup} steps of warm-up end; the job has {num_steps} steps in all, so use fewer")
 
 
 def check_rungs(job: JobConfig, data: JobData) -> None:

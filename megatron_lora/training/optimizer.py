@@ -5,12 +5,15 @@
 A step whose norm is not finite is skipped: weights, moments and Adam's step count stay as they are,
 and the learning-rate schedule continues. After three skipped steps in a row the job has failed, and
 all its later steps are skipped too. The device decides all of this, so the host never waits for a norm.
+With LoRA+ B has a learning rate of its own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,7 @@ from fused_ops.lora.route import upload
 from megatron_lora.model.adapter_arena import Arena, Factor
 from megatron_lora.parallel.messages import NUM_SUMS
 from megatron_lora.parallel.process_groups import StageGroups
+from megatron_lora.training.schedules import learning_rate
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -39,20 +43,19 @@ class OptimizerSettings:
     adam_epsilon: float
     max_grad_norm: float | None
 
+    lr_scheduler_kwargs: Mapping[str, Any] | None = None
+    warmup_steps: int | None = None
+    loraplus_lr_ratio: float | None = None
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps in which the learning rate rises: `warmup_steps`, or ceil(`warmup_ratio` * steps)."""
+        return math.ceil(self.warmup_ratio * self.num_steps) if self.warmup_steps is None else self.warmup_steps
+
     def learning_rate_at(self, step: int) -> float:
-        """Return a step's learning rate, from 0: by the formulas of `transformers.get_scheduler`, warm-up steps = ceil(ratio * steps)."""
-        warmup = math.ceil(self.warmup_ratio * self.num_steps)
-        after = max(1, self.num_steps - warmup)
-        if step < warmup:
-            factor = step / max(1, warmup)
-        elif self.lr_scheduler == "constant":
-            factor = 1.0
-        elif self.lr_scheduler == "linear":
-            factor = max(0.0, (self.num_steps - step) / after)
-        else:
-            assert self.lr_scheduler == "cosine", self.lr_scheduler
-            factor = max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / after)))
-        return self.learning_rate * factor
+        """Return the learning rate of a step, from 0, by the schedule (schedules.py); with LoRA+ that of A."""
+        how = {"num_steps": self.num_steps, "num_warmup_steps": self.num_warmup_steps}
+        return learning_rate(self.lr_scheduler, self.learning_rate, step=step, arguments=self.lr_scheduler_kwargs or {}, **how)
 
 
 class JobOptimizer:
@@ -120,9 +123,10 @@ class JobOptimizer:
         self.skipped_in_a_row.copy_(torch.where(finite & alive, 0, self.skipped_in_a_row + 1))
         apply = finite & alive
         self.num_updates += apply
-        row = self._setting_row(self.settings.learning_rate_at(step), square_norm, apply)
+        rate, ratio = self.settings.learning_rate_at(step), self.settings.loraplus_lr_ratio
+        rows = [self._setting_row(each, square_norm, apply) for each in ([rate] if ratio is None else [rate, rate * ratio])]
         a = self.arena
-        adamw_(a.master, a.grad, a.exp_avg, a.exp_avg_sq, a.compute, self.chunks, row[None])
+        adamw_(a.master, a.grad, a.exp_avg, a.exp_avg_sq, a.compute, self.chunks, torch.stack(rows))
 
     def _setting_row(self, lr: float, square_norm: Tensor, apply: Tensor) -> Tensor:
         """Return the row of ten numbers that `adamw_` reads, fp32 [10], made on the device in float64."""

@@ -234,7 +234,8 @@ def _warn_of_no_learning(job: Job) -> None:
     settings, name = job.optimizer_settings(), job.name
     if any(settings.learning_rate_at(step) > 0 for step in range(job.num_steps)):
         return
-    key, cure = ("warmup_ratio", "use 0, or more steps") if job.config.learning_rate > 0 else ("learning_rate", "use a number above 0")
+    warmup = "warmup_ratio" if job.config.warmup_steps is None else "warmup_steps"
+    key, cure = (warmup, "use 0, or more steps") if job.config.learning_rate > 0 else ("learning_rate", "use a number above 0")
     value = getattr(job.config, key)
     print(
         f"megatron-lora: warning: jobs.{name}.{key}: {value:g} leaves a learning rate of 0 in all steps ({job.num_steps}), so the adapter "

@@ -73,8 +73,11 @@ class PeftTrainer:
         if num_steps is not None:
             from transformers import get_scheduler
 
-            kind, warmup = {"constant": "constant_with_warmup"}.get(job.lr_scheduler, job.lr_scheduler), job.warmup_ratio * num_steps
-            self.scheduler = get_scheduler(kind, self.optimizer, num_warmup_steps=math.ceil(warmup), num_training_steps=num_steps)
+            assert job.loraplus_lr_ratio is None, "one learning rate for A and B here"
+            kind = {"constant": "constant_with_warmup"}.get(job.lr_scheduler, job.lr_scheduler)
+            warmup = math.ceil(job.warmup_ratio * num_steps) if job.warmup_steps is None else job.warmup_steps
+            known = {"num_warmup_steps": warmup, "num_training_steps": num_steps, "scheduler_specific_kwargs": job.lr_scheduler_kwargs}
+            self.scheduler = get_scheduler(kind, self.optimizer, **known)
 
     def step(self, batches: Sequence[Sequence[Sample]]) -> Tensor:
         """Take one optimizer step over a global batch, [] its loss on the device."""
