@@ -42,7 +42,6 @@ class OptimizerSettings:
     adam_beta2: float
     adam_epsilon: float
     max_grad_norm: float | None
-
     lr_scheduler_kwargs: Mapping[str, Any] | None = None
     warmup_steps: int | None = None
     loraplus_lr_ratio: float | None = None
@@ -79,7 +78,8 @@ class JobOptimizer:
         assert not self.sums, "the adapter moved while its gradients were summed"
         arena, device = self.arena, self.arena.grad.device
         self.factors: list[Factor] = arena.factors[self.adapter_row]
-        ranges = [(start, factor.r * factor.width, 0) for factor in self.factors for start in factor.starts]
+        rows = {"A": 0, "B": int(self.settings.loraplus_lr_ratio is not None)}  # of settings: with LoRA+ B's is the second
+        ranges = [(start, factor.r * factor.width, rows[factor.kind]) for factor in self.factors for start in factor.starts]
         chunks = make_chunks(ranges) if device.type == "cuda" else torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
         self.chunks = upload(chunks, device)
         self.replicated = [arena.view(f, arena.grad) for f in self.factors if not f.sharded]
