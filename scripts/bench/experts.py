@@ -134,8 +134,8 @@ def main():
     options = rig.options(rig.parser(__doc__, "experts.jsonl", 20))
     for skew in (0.0, 2.0):
         row = case(skew, TOKENS, options.rounds)
-        adapted = f"adapted {row['adapted_over_frozen']} of the frozen layer"
-        told = f"{row['case']}: {adapted}; mean {row['rows_mean']:.0f}, largest {row['rows_largest']} rows; of cuBLAS {row['fraction_of_cublas']}"
+        told = f"{row['case']}: mean {row['rows_mean']:.0f}, largest {row['rows_largest']} rows; of cuBLAS {row['fraction_of_cublas']}"
+        told += f"; adapted {row['adapted_over_frozen']} of the frozen layer"
         rig.keep(options, row, f"{told}\n    {rig.pieces(row)}")
 
 
