@@ -92,6 +92,7 @@ class _ExpertMlp(torch.autograd.Function):
         x_RH = ops.gather(full_x, route)
         up = _lora(ops, x_RH, groups[0], rows)
         gate_up = ops.grouped(x_RH, weights.up_EFH, route, lora=up)
+        del x_RH  # as all rows below: a hidden state for each expert of a token
         ctx.save_for_backward(gate_up, *([x_TH] if up else []))
         ctx.choice = replace(choice, probability_TE=None if weights.normalised else choice.probability_TE)
         ctx.weights, ctx.route, ctx.ops = weights, route, ops
@@ -103,6 +104,7 @@ class _ExpertMlp(torch.autograd.Function):
         if not values:
             return x_TH.new_empty(()).expand(x_TH.shape)
         y = ops.grouped(a_RF, weights.down_EHF, route, lora=down)
+        del a_RF
         return weights.after.reduce_output(ops.combine(y, route))
 
     @staticmethod
@@ -115,7 +117,9 @@ class _ExpertMlp(torch.autograd.Function):
             down = _backward(ops, dy, down)
             ops.grad_a(ops.weighted_swiglu(gate_up, route), *down)
         da = ops.grouped(dy, weights.down_EHF, route, transposed=True, lora=down)
+        del dy
         d_gate_up, d_weight_R = ops.weighted_swiglu_backward(gate_up.detach(), da, route)
+        del da
         if up is not None:
             up = _backward(ops, d_gate_up, up)
         dx = ops.combine(ops.grouped(d_gate_up, weights.up_EFH, route, transposed=True, lora=up), route)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from megatron_lora.config.rules import EXPERT_MODULES, METRICS, MODULES, show
+from megatron_lora.config.sweep_keys import Point
 from megatron_lora.errors import UserError
 
-if TYPE_CHECKING:
-    from megatron_lora.config.schema import JobConfig
-    from megatron_lora.config.sweep_keys import Point
+JobConfig = Any  # of schema.py, which imports this file
 
 
 def with_targets(job: JobConfig, own: Sequence[str], of_experts: Sequence[str], kind: str) -> JobConfig:
