@@ -41,6 +41,10 @@ class ExpertGroup:
     adapters: AdapterTable
     first_feature: int = 0
 
+    def __post_init__(self):
+        if self.first_feature % 2:
+            raise ValueError(f"first_feature {self.first_feature} is odd: dropout hashes features in pairs")
+
     def beside(self, **views: Any) -> ExpertGroup:
         """Return the group of another layer, in which the same adapters have the same rows: one table serves both."""
         _ = self.max_rank, self.adapter_table, self.scale_table  # made here, and copied

@@ -6,7 +6,7 @@ from torch import Tensor
 from fused_ops.experts import kernels, lora_kernels
 from fused_ops.experts.adapters import A_ROW, B_ROW, ExpertGroup
 from fused_ops.experts.grouped import grouped
-from fused_ops.experts.job_rows import JobRows
+from fused_ops.experts.job_rows import BLOCK_ROWS, JobRows
 from fused_ops.experts.route import BLOCK, NEAR, TOKENS, Choice, ExpertRoute, most_tiles
 from fused_ops.launch.cache_keys import fix_cache_keys
 from fused_ops.launch.shapes import cdiv, power_of_2, rank_class
@@ -25,7 +25,6 @@ __all__ = [
 ]
 
 _COLUMNS = 2048  # of a row at a time
-_ROWS = 64  # of a group at a time
 
 fix_cache_keys()
 
@@ -136,12 +135,12 @@ def grad_a(x_RK: Tensor, ds_RW: Tensor, group: ExpertGroup, rows: JobRows) -> No
 def _down(
     x: Tensor, factor: Tensor, out: Tensor, group: ExpertGroup, rows: JobRows, field: int, module: int, modules: int, start: int, drop: bool
 ) -> None:  # fmt: skip
-    blocks = rows.blocks(_ROWS)
+    blocks = rows.blocks
     if len(x):
         lora_kernels.expert_down_kernel[(len(blocks),)](
             x, factor, out, rows.keys_R, blocks, rows.segments, group.adapter_table, group.scale_table,
             len(rows.segments), factor.shape[2], x.stride(0), start, factor.stride(0), out.shape[1], group.max_rank, group.first_feature,
-            FIELD=field, MODULE=module, MODULES=modules, R=rank_class(group.max_rank), DROPOUT=drop, BM=_ROWS, BK=64,
+            FIELD=field, MODULE=module, MODULES=modules, R=rank_class(group.max_rank), DROPOUT=drop, BM=BLOCK_ROWS, BK=64,
         )  # fmt: skip
 
 
@@ -153,5 +152,5 @@ def _grad(
         lora_kernels.expert_grad_kernel[(rows.bounds[..., 0].numel(), cdiv(num_cols, 128))](
             x, s_RW, grad, rows.keys_R, rows.bounds, rows.segments, group.adapter_table,
             len(rows.segments), num_cols, x.stride(0), start, grad.stride(0), s_RW.shape[1], group.max_rank, group.first_feature,
-            FIELD=field, MODULE=module, MODULES=modules, R=rank_class(group.max_rank), DROPOUT=drop, BM=_ROWS, BN=128,
+            FIELD=field, MODULE=module, MODULES=modules, R=rank_class(group.max_rank), DROPOUT=drop, BM=BLOCK_ROWS, BN=128,
         )  # fmt: skip

@@ -8,6 +8,7 @@ e * (T + 1) + first <= o(r) < e * (T + 1) + end. A group is an expert and a segm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from fused_ops.experts.route import ExpertRoute
 from fused_ops.lora.dropout import FEATURE
 from fused_ops.lora.route import Route
 
+BLOCK_ROWS = 64
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
 class JobRows:
     """The groups of a microbatch at one layer."""
 
@@ -26,9 +29,10 @@ class JobRows:
     segments: Tensor  # int32 [segments, 4] (Route.segment_table)
     adapters: tuple[int, ...]  # of the segments
 
-    def blocks(self, size: int) -> Tensor:
-        """Return int32 [n, 3] of blocks of at most `size` rows of one group: the group, first row, end; the last ones are empty."""
-        num_groups, num_rows = self.bounds[..., 0].numel(), len(self.keys_R)
+    @cached_property
+    def blocks(self) -> Tensor:
+        """Return int32 [n, 3] of blocks of at most BLOCK_ROWS rows of one group: the group, first row, end; the last ones are empty."""
+        size, num_groups, num_rows = BLOCK_ROWS, self.bounds[..., 0].numel(), len(self.keys_R)
         first, end = self.bounds.view(-1, 2).unbind(1)
         counts = (end - first + (size - 1)) // size
         after = counts.cumsum(0)
