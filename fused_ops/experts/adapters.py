@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.experts.job_rows import JobRows
+from fused_ops.experts.rows_by_job import RowsByJob
 from fused_ops.launch.optional_triton import constants
 from fused_ops.lora.adapters import AdapterTable
 from fused_ops.lora.route import upload
@@ -97,4 +97,4 @@ class Lora(NamedTuple):
 
     s_RW: Tensor  # S, or dS
     group: ExpertGroup
-    rows: JobRows
+    rows: RowsByJob

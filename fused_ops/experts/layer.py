@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fused_ops.experts import reference
 from fused_ops.experts.adapters import ExpertGroup, Lora
-from fused_ops.experts.job_rows import JobRows, job_rows
+from fused_ops.experts.rows_by_job import RowsByJob, rows_by_job
 from fused_ops.launch.backend import backend_name
 from fused_ops.lora.linear import Collectives
 from fused_ops.lora.route import Route
@@ -88,7 +88,7 @@ class _ExpertMlp(torch.autograd.Function):
     def forward(ctx, x_TH, weights, near_ties, ops, values, groups, segments):
         full_x = weights.before.gather_input(x_TH)
         choice, route = ops.choose(full_x @ weights.router_EH.t(), weights.top_k, weights.normalised, near_ties)
-        rows = job_rows(route, choice.expert_Tk, segments) if any(groups) else None
+        rows = rows_by_job(route, choice.expert_Tk, segments) if any(groups) else None
         x_RH = ops.gather(full_x, route)
         up = _lora(ops, x_RH, groups[0], rows)
         gate_up = ops.grouped(x_RH, weights.up_EFH, route, lora=up)
@@ -129,7 +129,7 @@ class _ExpertMlp(torch.autograd.Function):
         return weights.before.reduce_grad(dx), *[None] * 6
 
 
-def _lora(ops: ModuleType, x_RK: Tensor, group: ExpertGroup | None, rows: JobRows | None) -> Lora | None:
+def _lora(ops: ModuleType, x_RK: Tensor, group: ExpertGroup | None, rows: RowsByJob | None) -> Lora | None:
     """Return what adapters add to the product of X."""
     return None if group is None or rows is None else Lora(ops.down(x_RK, group, rows), group, rows)
 
