@@ -123,10 +123,10 @@ def test_a_job_on_experts_is_that_of_peft(parallel, resumed, scene, pool, tmp_pa
     jobs[1]["init_adapter"] = str(scene["root"] / "start")
 
     def run(parallel, stop_after=None):
-        config = runs.write_config(tmp_path / "config.yaml", scene["model"], tmp_path / "run", jobs, parallel, 64)
+        config = runs.write_config(tmp_path / "config.yaml", scene["model"], tmp_path / "run", jobs, parallel, 40)
         return runs.start(pool, config, parallel, stop_after)
 
-    assert run(parallel, stop_after=2 if resumed else None) == (75 if resumed else 0)
+    assert run(parallel, stop_after=1 if resumed else None) == (75 if resumed else 0)
     if resumed:
         steps = len(runs.losses_of(tmp_path / "run", "mine"))
         assert 0 < steps < STEPS and run(resumed) == 0
