@@ -44,6 +44,7 @@ _SHARE_COLUMNS = 512  # of dY, over which a program sums dS
 # Hopper the limit is 32, and the estimate is too high.
 _MAX_FUSED_RANK = 64
 _CHOICE_BYTES = 4 * 4  # of each expert of a token: its number, weight and place, and the weight at that place
+_KEY_BYTES = 4  # of dropout, of each of these where experts have adapters
 _CAPPED_BYTES = 64 * 4 * 5  # of a head and key: scores of a block of rows, in float32, and what is computed of them
 
 
@@ -209,6 +210,6 @@ def layer_memory(
         after=(hidden * item + 4) / local * shape.post_norms,
         copies=hidden * item / local * (shape.post_norms or shape.scaled),
         routed=hidden * item * shape.top_k,
-        choice=4 * shape.num_experts + _CHOICE_BYTES * shape.top_k,
+        choice=4 * shape.num_experts + (_CHOICE_BYTES + _KEY_BYTES * any(adapter.expert_rank for adapter in adapters)) * shape.top_k,
         capped=_CAPPED_BYTES * shape.num_heads / tensor * shape.capped_scores,
     )

@@ -52,3 +52,8 @@ class ModelShape:
             return 4 * self.hidden_size + 2 * (query + key_value)
         num_inputs = 4 if self.fused else 7
         return num_inputs * self.hidden_size + (query + 2 * key_value) + query + 3 * self.ffn_size
+
+    @property
+    def expert_lora_width(self) -> int:
+        """The same of the experts that a token has."""
+        return self.top_k * 3 * (self.hidden_size + self.ffn_size)

@@ -85,8 +85,8 @@ def experts() -> None:
     """What adapters on the experts of a Qwen3-30B-A3B launch, of few experts and rows."""
     from fused_ops.experts import fused as of_experts
     from fused_ops.experts.adapters import ExpertGroup, Lora
-    from fused_ops.experts.job_rows import JobRows
     from fused_ops.experts.route import ExpertRoute
+    from fused_ops.experts.rows_by_job import RowsByJob
 
     def zeros(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -94,7 +94,7 @@ def experts() -> None:
     num, rows, hidden, width = 4, 128, 2048, 768
     places, table = zeros(64, 2, dtype=torch.int32), zeros(num, 1, 2, dtype=torch.int32)
     route = ExpertRoute(weight_R=places, place_Tk=places, first_E=places, tiles=places)
-    by_job = JobRows(bounds=table, keys_R=table.new_zeros(rows), segments=table.new_zeros(1, 4), adapters=(0,))
+    by_job = RowsByJob(bounds=table, keys_R=table.new_zeros(rows), segments=table.new_zeros(1, 4), adapters=(0,))
     for r, p in ((4, 0.0), (4, 0.1), (16, 0.0), (16, 0.1)):
         for num_in, columns in ((hidden, ((0, width), (width, 2 * width))), (width, ((0, hidden),))):
             a, b = zeros(num, len(columns) * r, num_in), tuple(zeros(num, r, stop - start) for start, stop in columns)

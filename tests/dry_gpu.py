@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from fused_ops.elementwise import cross_entropy, rms_norm, rope, swiglu
 from fused_ops.experts import layer
+from fused_ops.experts.rows_by_job import RowsByJob
 from fused_ops.lora import linear
 from megatron_lora.model import attention
 from megatron_lora.parallel import compat
@@ -79,6 +80,14 @@ def _varlen_attention(query, key, value, packing, scale, window):
     return _Attention.apply(query, key, value, packing.cu_seqlens)
 
 
+def _rows_by_job(route, expert_Tk, segments):
+    """Return what rows_by_job keeps; where rows lie was never written."""
+    num_experts, num_segments = len(route.first_E) - 1, len(segments.segments)
+    bounds = torch.zeros(num_experts, num_segments, 2, dtype=torch.int32)
+    keys = torch.zeros(expert_Tk.numel(), dtype=torch.int32)
+    return RowsByJob(bounds=bounds, keys_R=keys, segments=segments.segment_table, adapters=tuple(a for _, _, a in segments.segments))
+
+
 def _nothing(*args, **kwargs):
     pass
 
@@ -94,6 +103,7 @@ def dry_gpu():
         for patch in (
             *triton,
             mock.patch.object(JITFunction, "run", lambda self, *args, **kwargs: None),
+            mock.patch.object(layer, "rows_by_job", _rows_by_job),
             mock.patch.object(attention, "can_varlen", lambda query: True),
             mock.patch.object(attention, "varlen_attention", _varlen_attention),
             *(mock.patch.object(compat, name, _nothing) for name in ("all_gather_single", "reduce_scatter_single")),

@@ -288,14 +288,15 @@ def _config(scene: Scene, rng: random.Random, parallel: dict, folder: Path) -> P
     from megatron_lora.huggingface.weight_files import read_base_model
     from megatron_lora.planning.adapter_memory import adapters_of, bytes_of, in_gb, rows_of
     from megatron_lora.planning.predict import rank_row_bytes_of
+    from megatron_lora.planning.targets import jobs_of
 
     path = runs.write_config(folder / "config.yaml", scene.model, folder / "run", [scene.jobs[n] for n in NAMES[:6]], parallel, 96)
     keys = json.loads(path.read_text()) | {"window_s": 1e-3, "max_wait_s": rng.choice([None, 0.3])}
     keys["parallel"]["layers_per_stage"] = [4 // parallel.get("pp", 1)] * parallel.get("pp", 1)
     path.write_text(json.dumps(keys))
-    config = load_config(path)
-    rows = rows_of(adapters_of(config.jobs), rng.randint(2, 4))
-    room = in_gb(bytes_of(rows, rank_row_bytes_of(config, read_base_model(scene.model), 4)))
+    config, architecture = load_config(path), read_base_model(scene.model)
+    rows = rows_of(adapters_of(jobs_of(config, architecture)), rng.randint(2, 4))
+    room = in_gb(bytes_of(rows, rank_row_bytes_of(config, architecture, 4)))
     path.write_text(json.dumps(keys | {"adapter_memory": room}))
     return path
 

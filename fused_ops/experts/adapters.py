@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.experts.job_rows import JobRows
+from fused_ops.experts.rows_by_job import RowsByJob
 from fused_ops.launch.optional_triton import constants
 from fused_ops.lora.adapters import AdapterTable
 from fused_ops.lora.route import upload
@@ -40,6 +40,10 @@ class ExpertGroup:
     b_rows: tuple[tuple[int, ...], ...]
     adapters: AdapterTable
     first_feature: int = 0
+
+    def __post_init__(self):
+        if self.first_feature % 2:
+            raise ValueError(f"first_feature {self.first_feature} is odd: dropout hashes features in pairs")
 
     def beside(self, **views: Any) -> ExpertGroup:
         """Return the group of another layer, in which the same adapters have the same rows: one table serves both."""
@@ -93,4 +97,4 @@ class Lora(NamedTuple):
 
     s_RW: Tensor  # S, or dS
     group: ExpertGroup
-    rows: JobRows
+    rows: RowsByJob

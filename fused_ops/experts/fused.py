@@ -6,8 +6,8 @@ from torch import Tensor
 from fused_ops.experts import kernels, lora_kernels
 from fused_ops.experts.adapters import A_ROW, B_ROW, ExpertGroup
 from fused_ops.experts.grouped import grouped
-from fused_ops.experts.job_rows import JobRows
 from fused_ops.experts.route import BLOCK, NEAR, TOKENS, Choice, ExpertRoute, most_tiles
+from fused_ops.experts.rows_by_job import BLOCK_ROWS, RowsByJob
 from fused_ops.launch.cache_keys import fix_cache_keys
 from fused_ops.launch.shapes import cdiv, power_of_2, rank_class
 
@@ -25,7 +25,6 @@ __all__ = [
 ]
 
 _COLUMNS = 2048  # of a row at a time
-_ROWS = 64  # of a group at a time
 
 fix_cache_keys()
 
@@ -112,14 +111,14 @@ def weighted_swiglu_backward(gate_up_RF: Tensor, dy: Tensor, route: ExpertRoute)
     return gate_up_RF, d_weight
 
 
-def down(x_RK: Tensor, group: ExpertGroup, rows: JobRows) -> Tensor:
+def down(x_RK: Tensor, group: ExpertGroup, rows: RowsByJob) -> Tensor:
     """Return S [R, width] in x's dtype: c / (1 - p) (M * X) A^T of each row's expert and job; zero where there is none."""
     s_RW = x_RK.new_zeros(len(x_RK), group.width)
     _down(x_RK, group.a_ERK, s_RW, group, rows, A_ROW, 0, group.num_modules, 0, any(group.adapters.thresholds))
     return s_RW
 
 
-def grad_s_and_b(dy_RN: Tensor, s_RW: Tensor, group: ExpertGroup, rows: JobRows) -> Tensor:
+def grad_s_and_b(dy_RN: Tensor, s_RW: Tensor, group: ExpertGroup, rows: RowsByJob) -> Tensor:
     """Return dS [R, width] = c / (1 - p) dY B in dY's dtype, and add dB = dY^T S into the group's gradients."""
     ds_RW = torch.zeros_like(s_RW)
     for module, (start, _) in enumerate(group.columns):
@@ -128,30 +127,32 @@ def grad_s_and_b(dy_RN: Tensor, s_RW: Tensor, group: ExpertGroup, rows: JobRows)
     return ds_RW
 
 
-def grad_a(x_RK: Tensor, ds_RW: Tensor, group: ExpertGroup, rows: JobRows) -> None:
+def grad_a(x_RK: Tensor, ds_RW: Tensor, group: ExpertGroup, rows: RowsByJob) -> None:
     """Add dA = dS^T (M * X) into the group's gradients."""
     _grad(x_RK, ds_RW, group.grad_a_ERK, group, rows, A_ROW, 0, group.num_modules, 0, any(group.adapters.thresholds))
 
 
 def _down(
-    x: Tensor, factor: Tensor, out: Tensor, group: ExpertGroup, rows: JobRows, field: int, module: int, modules: int, start: int, drop: bool
+    x: Tensor, factor: Tensor, out: Tensor, group: ExpertGroup, rows: RowsByJob,
+    field: int, module: int, modules: int, start: int, drop: bool,
 ) -> None:  # fmt: skip
-    blocks = rows.blocks(_ROWS)
+    blocks = rows.blocks
     if len(x):
         lora_kernels.expert_down_kernel[(len(blocks),)](
             x, factor, out, rows.keys_R, blocks, rows.segments, group.adapter_table, group.scale_table,
             len(rows.segments), factor.shape[2], x.stride(0), start, factor.stride(0), out.shape[1], group.max_rank, group.first_feature,
-            FIELD=field, MODULE=module, MODULES=modules, R=rank_class(group.max_rank), DROPOUT=drop, BM=_ROWS, BK=64,
+            FIELD=field, MODULE=module, MODULES=modules, R=rank_class(group.max_rank), DROPOUT=drop, BM=BLOCK_ROWS, BK=64,
         )  # fmt: skip
 
 
 def _grad(
-    x: Tensor, s_RW: Tensor, grad: Tensor, group: ExpertGroup, rows: JobRows, field: int, module: int, modules: int, start: int, drop: bool
+    x: Tensor, s_RW: Tensor, grad: Tensor, group: ExpertGroup, rows: RowsByJob,
+    field: int, module: int, modules: int, start: int, drop: bool,
 ) -> None:  # fmt: skip
     num_cols = grad.shape[2]
     if len(x):
         lora_kernels.expert_grad_kernel[(rows.bounds[..., 0].numel(), cdiv(num_cols, 128))](
             x, s_RW, grad, rows.keys_R, rows.bounds, rows.segments, group.adapter_table,
             len(rows.segments), num_cols, x.stride(0), start, grad.stride(0), s_RW.shape[1], group.max_rank, group.first_feature,
-            FIELD=field, MODULE=module, MODULES=modules, R=rank_class(group.max_rank), DROPOUT=drop, BM=_ROWS, BN=128,
+            FIELD=field, MODULE=module, MODULES=modules, R=rank_class(group.max_rank), DROPOUT=drop, BM=BLOCK_ROWS, BN=128,
         )  # fmt: skip

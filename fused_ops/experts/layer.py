@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fused_ops.experts import reference
 from fused_ops.experts.adapters import ExpertGroup, Lora
-from fused_ops.experts.job_rows import JobRows, job_rows
+from fused_ops.experts.rows_by_job import RowsByJob, rows_by_job
 from fused_ops.launch.backend import backend_name
 from fused_ops.lora.linear import Collectives
 from fused_ops.lora.route import Route
@@ -88,10 +88,11 @@ class _ExpertMlp(torch.autograd.Function):
     def forward(ctx, x_TH, weights, near_ties, ops, values, groups, segments):
         full_x = weights.before.gather_input(x_TH)
         choice, route = ops.choose(full_x @ weights.router_EH.t(), weights.top_k, weights.normalised, near_ties)
-        rows = job_rows(route, choice.expert_Tk, segments) if any(groups) else None
+        rows = rows_by_job(route, choice.expert_Tk, segments) if any(groups) else None
         x_RH = ops.gather(full_x, route)
         up = _lora(ops, x_RH, groups[0], rows)
         gate_up = ops.grouped(x_RH, weights.up_EFH, route, lora=up)
+        del x_RH  # as all rows below: a hidden state for each expert of a token
         ctx.save_for_backward(gate_up, *([x_TH] if up else []))
         ctx.choice = replace(choice, probability_TE=None if weights.normalised else choice.probability_TE)
         ctx.weights, ctx.route, ctx.ops = weights, route, ops
@@ -103,6 +104,7 @@ class _ExpertMlp(torch.autograd.Function):
         if not values:
             return x_TH.new_empty(()).expand(x_TH.shape)
         y = ops.grouped(a_RF, weights.down_EHF, route, lora=down)
+        del a_RF
         return weights.after.reduce_output(ops.combine(y, route))
 
     @staticmethod
@@ -115,7 +117,9 @@ class _ExpertMlp(torch.autograd.Function):
             down = _backward(ops, dy, down)
             ops.grad_a(ops.weighted_swiglu(gate_up, route), *down)
         da = ops.grouped(dy, weights.down_EHF, route, transposed=True, lora=down)
+        del dy
         d_gate_up, d_weight_R = ops.weighted_swiglu_backward(gate_up.detach(), da, route)
+        del da
         if up is not None:
             up = _backward(ops, d_gate_up, up)
         dx = ops.combine(ops.grouped(d_gate_up, weights.up_EFH, route, transposed=True, lora=up), route)
@@ -125,7 +129,7 @@ class _ExpertMlp(torch.autograd.Function):
         return weights.before.reduce_grad(dx), *[None] * 6
 
 
-def _lora(ops: ModuleType, x_RK: Tensor, group: ExpertGroup | None, rows: JobRows | None) -> Lora | None:
+def _lora(ops: ModuleType, x_RK: Tensor, group: ExpertGroup | None, rows: RowsByJob | None) -> Lora | None:
     """Return what adapters add to the product of X."""
     return None if group is None or rows is None else Lora(ops.down(x_RK, group, rows), group, rows)
 

@@ -1,7 +1,7 @@
-"""Triton kernels of the experts' adapters: S and dS of blocks of rows, dA and dB of groups.
+"""Triton kernels of the experts' adapters: S and dS of blocks of rows, dA and dB of stretches.
 
-A block and a group have rows of one expert and one job (job_rows.py). A group's sums begin at its first row and belong to one program,
-which adds them to the gradient: nothing is added atomically, and no row of another job takes part.
+A block and a stretch have rows of one expert and one job (rows_by_job.py). The sums of a stretch begin at its first row and belong to
+one program, which adds them to the gradient: nothing is added atomically, and no row of another job takes part.
 """
 
 from fused_ops.experts.adapters import ADAPTER_FIELDS, LEVEL, MODULE_FIELDS, RANK
@@ -19,12 +19,12 @@ def expert_down_kernel(
 ):  # fmt: skip
     """Write scale * (M * X) L^T, L the rows of A, or of B transposed, of modules from MODULE on."""
     block_ptr = blocks_ptr + 3 * tl.program_id(0)
-    group, first, end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
+    stretch, first, end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
     if first < end:
-        adapter = tl.load(segments_ptr + group % num_segments * SEGMENT_FIELDS + ADAPTER)
+        adapter = tl.load(segments_ptr + stretch % num_segments * SEGMENT_FIELDS + ADAPTER)
         adapter_ptr = adapters_ptr + adapter * ADAPTER_FIELDS
         rank = tl.load(adapter_ptr + RANK)
-        expert_ptr = factor_ptr + (group // num_segments).to(tl.int64) * expert_stride
+        expert_ptr = factor_ptr + (stretch // num_segments).to(tl.int64) * expert_stride
         o_row, o_r = first + tl.arange(0, BM), tl.arange(0, R)
         x_at = x_ptr + o_row.to(tl.int64)[:, None] * x_stride + x_start
         b_keys = tl.load(keys_ptr + o_row, o_row < end, 0).to(tl.uint32, bitcast=True)
@@ -53,13 +53,13 @@ def expert_grad_kernel(
     FIELD: tl.constexpr, MODULE: tl.constexpr, MODULES: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Add S^T (M * X) over a group's rows to a block of columns of the gradients of modules from MODULE on."""
-    group = tl.program_id(0)
-    first, end = tl.load(bounds_ptr + 2 * group), tl.load(bounds_ptr + 2 * group + 1)
+    """Add S^T (M * X) over a stretch's rows to a block of columns of the gradients of modules from MODULE on."""
+    stretch = tl.program_id(0)
+    first, end = tl.load(bounds_ptr + 2 * stretch), tl.load(bounds_ptr + 2 * stretch + 1)
     if first < end:
-        adapter_ptr = adapters_ptr + tl.load(segments_ptr + group % num_segments * SEGMENT_FIELDS + ADAPTER) * ADAPTER_FIELDS
+        adapter_ptr = adapters_ptr + tl.load(segments_ptr + stretch % num_segments * SEGMENT_FIELDS + ADAPTER) * ADAPTER_FIELDS
         rank, level = tl.load(adapter_ptr + RANK), tl.load(adapter_ptr + LEVEL).to(tl.uint32)
-        expert_ptr = grad_ptr + (group // num_segments).to(tl.int64) * expert_stride
+        expert_ptr = grad_ptr + (stretch // num_segments).to(tl.int64) * expert_stride
         o_col, o_r = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, R)
         for m in tl.static_range(MODULE, MODULE + MODULES):
             g_row = tl.load(adapter_ptr + FIELD + m * MODULE_FIELDS)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops.experts.adapters import ExpertGroup, Lora
-from fused_ops.experts.job_rows import JobRows
 from fused_ops.experts.route import NEAR, Choice, ExpertRoute
+from fused_ops.experts.rows_by_job import RowsByJob
 from fused_ops.launch.backend import gradients
 from fused_ops.lora.dropout import keep_mask
 
@@ -105,32 +105,32 @@ def _weighted(gate_up_RF: Tensor, weight_R: Tensor) -> Tensor:
     return F.silu(gate) * up * weight_R[:, None]
 
 
-def down(x_RK: Tensor, group: ExpertGroup, rows: JobRows) -> Tensor:
+def down(x_RK: Tensor, group: ExpertGroup, rows: RowsByJob) -> Tensor:
     """Return S [R, width] in x's dtype: c / (1 - p) (M * X) A^T of each row's expert and job; zero where there is none."""
     s_RW = x_RK.new_zeros(len(x_RK), group.width)
-    for of_group, expert, adapter, module, columns, a_rows, _ in _parts(group, rows):
-        xd = _dropped(x_RK[of_group].float(), group, rows.keys_R[of_group], adapter, module)
-        s_RW[of_group, columns] = (xd @ group.a_ERK[expert, a_rows].float().T * group.adapters.effective_scales[adapter]).to(x_RK.dtype)
+    for of_stretch, expert, adapter, module, columns, a_rows, _ in _parts(group, rows):
+        xd = _dropped(x_RK[of_stretch].float(), group, rows.keys_R[of_stretch], adapter, module)
+        s_RW[of_stretch, columns] = (xd @ group.a_ERK[expert, a_rows].float().T * group.adapters.effective_scales[adapter]).to(x_RK.dtype)
     return s_RW
 
 
-def grad_s_and_b(dy_RN: Tensor, s_RW: Tensor, group: ExpertGroup, rows: JobRows) -> Tensor:
+def grad_s_and_b(dy_RN: Tensor, s_RW: Tensor, group: ExpertGroup, rows: RowsByJob) -> Tensor:
     """Return dS [R, width] = c / (1 - p) dY B in dY's dtype, and add dB = dY^T S into the group's gradients."""
     ds_RW = torch.zeros_like(s_RW)
-    for of_group, expert, adapter, module, columns, _, b_rows in _parts(group, rows):
+    for of_stretch, expert, adapter, module, columns, _, b_rows in _parts(group, rows):
         start, stop = group.columns[module]
-        dy = dy_RN[of_group, start:stop].float()
+        dy = dy_RN[of_stretch, start:stop].float()
         b_rn = group.b_ERN[module][expert, b_rows].float()
-        ds_RW[of_group, columns] = (dy @ b_rn.T * group.adapters.effective_scales[adapter]).to(ds_RW.dtype)
-        group.grad_b_ERN[module][expert, b_rows] += s_RW[of_group, columns].float().T @ dy
+        ds_RW[of_stretch, columns] = (dy @ b_rn.T * group.adapters.effective_scales[adapter]).to(ds_RW.dtype)
+        group.grad_b_ERN[module][expert, b_rows] += s_RW[of_stretch, columns].float().T @ dy
     return ds_RW
 
 
-def grad_a(x_RK: Tensor, ds_RW: Tensor, group: ExpertGroup, rows: JobRows) -> None:
+def grad_a(x_RK: Tensor, ds_RW: Tensor, group: ExpertGroup, rows: RowsByJob) -> None:
     """Add dA = dS^T (M * X) into the group's gradients."""
-    for of_group, expert, adapter, module, columns, a_rows, _ in _parts(group, rows):
-        xd = _dropped(x_RK[of_group].float(), group, rows.keys_R[of_group], adapter, module)
-        group.grad_a_ERK[expert, a_rows] += ds_RW[of_group, columns].float().T @ xd
+    for of_stretch, expert, adapter, module, columns, a_rows, _ in _parts(group, rows):
+        xd = _dropped(x_RK[of_stretch].float(), group, rows.keys_R[of_stretch], adapter, module)
+        group.grad_a_ERK[expert, a_rows] += ds_RW[of_stretch, columns].float().T @ xd
 
 
 def _dropped(values_RK: Tensor, group: ExpertGroup, keys_R: Tensor, adapter: int, module: int) -> Tensor:
@@ -138,8 +138,8 @@ def _dropped(values_RK: Tensor, group: ExpertGroup, keys_R: Tensor, adapter: int
     return torch.where(keep_mask(keys_R, group.first_feature, values_RK.shape[1], module, p), values_RK, 0.0) if p else values_RK
 
 
-def _parts(group: ExpertGroup, rows: JobRows):
-    """Yield (rows, expert, adapter, module, columns of S, rows of A, rows of B) of every targeted module of every group with rows."""
+def _parts(group: ExpertGroup, rows: RowsByJob):
+    """Yield (rows, expert, adapter, module, columns of S, rows of A, rows of B) of every targeted module of every stretch with rows."""
     for expert, of_segments in enumerate(rows.bounds.tolist()):
         for adapter, (first, end) in zip(rows.adapters, of_segments, strict=True):
             r = group.adapters.ranks[adapter]

@@ -33,6 +33,7 @@ def model_card(config: Mapping[str, Any], num_parameters: int, base_digest: str,
     known = [f"revision `{revision}`"] if revision else []
     known += [f"weights of SHA-256 `{base_digest}`"] if base_digest else []
     of_base = f"\nOf the base model: {', '.join(known)}.\n" if known else ""
+    largest = max([config["r"], *config.get("rank_pattern", {}).values()])
     modules, loader = config["target_modules"], "AutoModelForCausalLM"
     if isinstance(modules, str):  # an expression for the text part of a model of text and images
         modules, loader = f"`{modules}`", "AutoModelForImageTextToText"
@@ -64,7 +65,7 @@ model = PeftModel.from_pretrained(base, "{DIRECTORY}")
 With vLLM:
 
 ```
-{serve_command(base_model, config["r"], name, DIRECTORY, revision)}
+{serve_command(base_model, largest, name, DIRECTORY, revision)}
 ```
 """ + "".join(f"\n{note}\n" for note in notes)
 

@@ -176,10 +176,11 @@ class Arena:
         for linear, region, views in zip(self.linears, self.regions, self._views, strict=True):
             modules = region.geometry.modules
             if modules in groups:
-                linear.adapters = groups[modules].beside(**views)
+                groups[modules] = groups[modules].beside(**views)
             else:
                 here = [region.place(spec, of_row) if of_row else None for spec, of_row in zip(specs, places, strict=True)]
-                linear.adapters = groups[modules] = region.group(views, here, specs)
+                groups[modules] = region.group(views, here, specs)
+            linear.adapters = groups[modules]
 
     def view(self, factor: Factor, buffer: Tensor) -> Tensor:
         """Return the factor's slice of a flat buffer as [r, width], or [experts, r, width]."""

@@ -55,10 +55,23 @@ def cost_of(config: RunConfig, architecture: Architecture, device: Device, targe
     storage, compute = storage_and_compute(config.base_weights)
     speed = LINEARS_IN_8_BITS if compute == "fp8" and device.name != "cpu" else 1.0
     model = stage_costs(shape_of(architecture), device, layers, config.parallel.tensor, config.recompute, share, to_host, speed)
+    if device.measured is None and any(job.experts for job in config.jobs):
+        model = _with_experts(model, config, shape_of(architecture))
     if storage == "bf16" or device.measured is not None or device.name == "cpu":
         return model
     moved = shape_of(architecture).layer_params / config.parallel.tensor * sum(stored_bytes(config.base_weights, 2)) / MEMORY_BYTES_PER_S
     return _unpacking(model, layers, config.recompute, 0.0 if storage == compute else moved, moved)  # 8 bits are multiplied as stored
+
+
+def _with_experts(model: CostModel, config: RunConfig, shape: ModelShape) -> CostModel:
+    """Return a model in which a rank of a job also costs what its experts' adapters do, in the mean of all jobs."""
+    ranks, of_experts = (sum(getattr(job, name) for job in config.jobs) for name in ("r", "expert_rank"))
+    times = 1 + of_experts * shape.expert_lora_width / (ranks * shape.lora_width)
+    stages = (
+        StageCost(*(dataclasses.replace(one, per_rank_token=one.per_rank_token * times) for one in (stage.forward, stage.backward)))
+        for stage in model.stages
+    )
+    return CostModel(tuple(stages))
 
 
 def _unpacking(model: CostModel, layers: list[int], recompute: str | tuple[str, ...], forward_s: float, backward_s: float) -> CostModel:

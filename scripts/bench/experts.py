@@ -12,8 +12,8 @@ import torch
 
 from fused_ops.experts import fused
 from fused_ops.experts.adapters import ExpertGroup, Lora
-from fused_ops.experts.job_rows import job_rows
 from fused_ops.experts.layer import ExpertWeights, expert_mlp
+from fused_ops.experts.rows_by_job import rows_by_job
 from fused_ops.launch.timing import spread, time_rounds
 from fused_ops.lora.adapters import AdapterTable
 from fused_ops.lora.route import make_route
@@ -113,10 +113,10 @@ def case(skew: float, tokens: int, rounds: int) -> dict:
 
 def adapted_pieces(choice, route, by_job, x_RH, gate_up, a, weights) -> dict:
     """Return every operator that adapters add, and the products with their terms, to be timed."""
-    rows, (up, down) = job_rows(route, choice.expert_Tk, by_job), adapters(0.0)
+    rows, (up, down) = rows_by_job(route, choice.expert_Tk, by_job), adapters(0.0)
     of_up, of_down = Lora(fused.down(x_RH, up, rows), up, rows), Lora(fused.down(a, down, rows), down, rows)
     return {
-        "job rows": lambda: job_rows(route, choice.expert_Tk, by_job),
+        "rows by job": lambda: rows_by_job(route, choice.expert_Tk, by_job),
         "S of up": lambda: fused.down(x_RH, up, rows),
         "S of down": lambda: fused.down(a, down, rows),
         "dS, dB of up": lambda: fused.grad_s_and_b(gate_up, *of_up),
@@ -134,8 +134,8 @@ def main():
     options = rig.options(rig.parser(__doc__, "experts.jsonl", 20))
     for skew in (0.0, 2.0):
         row = case(skew, TOKENS, options.rounds)
-        adapted = f"adapted {row['adapted_over_frozen']} of the frozen layer"
-        told = f"{row['case']}: {adapted}; mean {row['rows_mean']:.0f}, largest {row['rows_largest']} rows; of cuBLAS {row['fraction_of_cublas']}"
+        told = f"{row['case']}: mean {row['rows_mean']:.0f}, largest {row['rows_largest']} rows; of cuBLAS {row['fraction_of_cublas']}"
+        told += f"; adapted {row['adapted_over_frozen']} of the frozen layer"
         rig.keep(options, row, f"{told}\n    {rig.pieces(row)}")
 
 

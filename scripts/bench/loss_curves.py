@@ -26,6 +26,7 @@ from megatron_lora.data.tokenizer import load_tokenizer
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.huggingface.hub import resolve_base_model
 from megatron_lora.parallel.process_groups import destroy_parallel
+from megatron_lora.planning.targets import targeted
 from megatron_lora.training.jobs import Job, read_jobs
 from scripts.bench.hf_peft import PeftTrainer, fresh_adapter
 from scripts.bench.stamp import RESULTS, ROOT, append_line, result_options, stamp
@@ -161,6 +162,7 @@ def run(options) -> None:
     overrides = [f"microbatch_tokens={options.budget}", *([f"base_model={options.model}"] if options.model else [])]
     given = load_config(options.config, overrides)
     model_dir = resolve_base_model(given.base_model)
+    given = targeted(given, read_architecture(model_dir))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names, curves = [job.name for job in given.jobs], {}
     with tempfile.TemporaryDirectory() as name:

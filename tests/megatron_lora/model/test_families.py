@@ -17,13 +17,18 @@ from tiny import (
     stage_input,
 )
 
+from megatron_lora.config.rules import TARGET_MODULES
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.adapter_effect import faults_of_files, linear_sizes, load_base
-from megatron_lora.huggingface.adapter_files import AdapterFile, raw_config, read_adapter, write_adapter
+from megatron_lora.huggingface.adapter_files import AdapterFile, of_expert, raw_config, read_adapter, write_adapter
 from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.huggingface.export import export
 from megatron_lora.huggingface.families import FAMILIES, OTHERS
+from megatron_lora.huggingface.merge import merge
 from megatron_lora.huggingface.weight_files import read_base_model
+from megatron_lora.model.adapter_arena import Arena
+from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.stage import build_stage
 
 LENGTHS, R = (5, 22, 1, 16), 4
@@ -111,3 +116,45 @@ def test_each_family_is_tested():
     import transformers
 
     assert {getattr(transformers, f"{name}Config").model_type for name, _ in KINDS.values()} == tested == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe-unnormalised", "mixtral"])
+def test_an_adapter_of_experts_is_that_of_peft_and_merges(kind, tmp_path, one_process):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    save_model(tmp_path / "base", kind)
+    architecture = read_base_model(tmp_path / "base")
+    spec = AdapterSpec(r=R, scale=0.5, dropout=0.0, target_modules=frozenset(TARGET_MODULES), expert_rank=3, expert_scale=R / 2 / 3)
+    weights = {
+        path: (random_factor(path, "A", 0, r := 3 if of_expert(path) else R, k), random_factor(path, "B", 0, r, n).T)
+        for path, (k, n) in architecture.linear_sizes().items()
+    }
+    modules = tuple(architecture.adapter_modules)
+    adapter = AdapterFile(r=R, expert_r=3, lora_alpha=R / 2, use_rslora=False, target_modules=modules, weights=weights)
+    stage = build_stage(architecture, tmp_path / "base", ParallelConfig(), dtype=torch.float32, device=torch.device("cpu"))
+    arena = Arena(stage.adapted, [spec], tensor_rank=0, tensor_ranks=1, dtype=torch.float32, device=torch.device("cpu"))
+    arena.load(0, weights)
+    microbatch, found = stage_input(LENGTHS, architecture.vocab_size, ((0, sum(LENGTHS), 0),)), []
+    for recompute in RECOMPUTE:
+        stage.set_recompute(recompute)
+        hidden = stage(microbatch)
+        (stage.losses(hidden, microbatch.labels) * microbatch.weights).sum().backward()
+        found.append(arena.grad.clone())
+        arena.grad.zero_()
+    assert found[0].any() and all(torch.equal(found[0], other) for other in found[1:])
+    ours = full_logits(hidden, stage.head)
+    for form in ("peft", "portable"):
+        write_adapter(tmp_path / form, export(adapter, form, "fp32"), str(tmp_path / "base"))
+        read = read_adapter(tmp_path / form)
+        assert (read.r, read.expert_r) == ((R, 3) if form == "peft" else (R, R)) and read.weights.keys() == weights.keys()
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        theirs = PeftModel.from_pretrained(base, tmp_path / form)
+        logits = torch.cat([theirs(tokens[None]).logits[0] for tokens in microbatch.tokens.split(LENGTHS)])
+        assert largest_error(ours, logits) < 1e-5
+    merge(tmp_path / "base", architecture, [(adapter, 1.0)], tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    logits = torch.cat([merged(tokens[None]).logits[0] for tokens in microbatch.tokens.split(LENGTHS)])
+    assert largest_error(ours, logits) < 1e-5
+    with pytest.raises(UserError, match="adapts experts, which check-adapter does not compare; load it with peft, or merge it"):
+        faults_of_files(tmp_path / "peft", raw_config(tmp_path / "peft"), linear_sizes(base))

@@ -58,6 +58,7 @@ class Job:
 
     r: int
     target_modules: tuple[str, ...]
+    expert_rank: int = 0
 
 
 TARGETS = f"defaults.target_modules=[{', '.join(TARGET_MODULES)}]"

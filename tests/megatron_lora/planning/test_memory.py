@@ -91,9 +91,10 @@ def measure(directory, parallel, recompute, dtype, adapters, offload=False) -> S
         stage = build_stage(
             architecture, None, parallel, dtype=dtype, device=device, load_weights=False, recompute=recompute, activation_offloading=offload
         )
-        specs = [AdapterSpec(r=each.rank, scale=1.0, dropout=0.0, target_modules=frozenset(each.modules)) for each in adapters]
+        alike = {"scale": 1.0, "dropout": 0.0, "expert_scale": 1.0}
+        specs = [AdapterSpec(r=a.rank, target_modules=frozenset(a.modules), expert_rank=a.expert_rank, **alike) for a in adapters]
         ranks = {"tensor_rank": stage.tensor_group.rank(), "tensor_ranks": parallel.tensor}
-        arena = Arena(stage.linears, specs, **ranks, dtype=dtype, device=device)
+        arena = Arena(stage.adapted, specs, **ranks, dtype=dtype, device=device)
         index = [stage.is_first, not stage.is_first].index(True) if parallel.pipeline > 1 else 0
         model = stage_memory(
             shape_of(architecture), [LAYERS // parallel.pipeline] * parallel.pipeline, index, adapters, tensor=parallel.tensor,
@@ -147,6 +148,14 @@ def test_one_rank(kind, recompute, dtype, directory, one_process):
     found = measure(directory / kind, ParallelConfig(), recompute, dtype, [Adapter(each.rank, modules) for each in BOTH])
     assert found.weights == 1 and found.adapters == found.modelled_adapters
     assert found.kept == pytest.approx(1, rel=0.002) and found.peak == pytest.approx(1, rel=0.015)
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
+def test_experts(recompute, directory, one_process):
+    adapters = Adapter(16, TARGET_MODULES, 5), Adapter(8, ("q_proj", "down_proj"), 7)
+    found = measure(directory / "qwen3_moe", ParallelConfig(), recompute, torch.bfloat16, adapters)
+    assert found.weights == 1 and found.adapters == pytest.approx(found.modelled_adapters, rel=1e-3)  # regions begin at multiples of 64
+    assert found.kept == pytest.approx(1, rel=0.01) and found.peak == pytest.approx(1, rel=0.02)
 
 
 @pytest.mark.parametrize("recompute", ["full", ("full", "full", "full", "none")])

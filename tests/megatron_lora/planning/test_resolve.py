@@ -23,6 +23,7 @@ from megatron_lora.parallel.partition import recompute_of_layers
 from megatron_lora.planning import devices
 from megatron_lora.planning.predict import cost_of, memory_of, planner_cost, predicted_peaks, window_time
 from megatron_lora.planning.resolve import choose_layers, describe, memory_line, resolve
+from megatron_lora.planning.targets import targeted
 from megatron_lora.training import train
 from megatron_lora.training.stop_request import StopRequest
 from megatron_lora.training.train import resolve_together
@@ -335,7 +336,7 @@ def test_a_run_records_what_it_settled(parallel, root, pool, tmp_path):
     assert written.recompute == "none"
     left_open = {"microbatch_tokens": "auto", "recompute": "auto", "activation_offloading": "auto", "adapter_memory": "auto"}
     opened = dataclasses.replace(written, **left_open, parallel=load_config(path).parallel)
-    assert opened == load_config(path)
+    assert opened == targeted(load_config(path), read_architecture(root / "model"))
     window = json.loads((tmp_path / "run" / "plan" / "window-0000.json").read_text())
     assert max(sum(entry[3] for entry in slot) for slot in window["microbatches"]) <= written.microbatch_tokens
 
