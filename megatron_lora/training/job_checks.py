@@ -47,9 +47,7 @@ def check_pairs(job: JobConfig, data: JobData) -> None:
         if len(wrong := np.flatnonzero((samples.borders > 0) != (job.preference is not None))):
             record = f"jobs.{job.name}.datasets: record {samples[int(wrong[0])].record}"
             if job.preference is None:
-                raise UserError(
-                    f"{record} is a pair, and the job's objective is sft; write {{'tokens': N}}, or set objective: dpo"
-                )
+                raise UserError(f"{record} is a pair, and the job's objective is sft; write {{'tokens': N}}, or set objective: dpo")
             raise UserError(f"{record} is one sequence, and the job's objective takes pairs; write {{'chosen': N, 'rejected': M}}")
 
 

@@ -110,7 +110,7 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
         "deterministic": case.deterministic,
         "base_weights": case.base_weights,
         "backend": case.backend,
-        "jobs": job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion),
+        "jobs": job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion, case.dpo),
     }
     architecture = read_architecture(own / "model")
     tree["jobs"] = with_targets(tree["jobs"], architecture)
