@@ -1,12 +1,13 @@
-"""Builds the quickstart's four datasets from the Python standard library's own source.
+"""Builds the quickstart's datasets, and pairs of answers, from the Python standard library's own source.
 
 Every machine with Python has some hundred documented modules and some thousand documented functions. They are read as text
-(nothing is imported), sorted by a hash of their content, and turned into four tasks of different lengths:
+(nothing is imported), sorted by a hash of their content, and turned into tasks of different lengths:
 
     names       one line of documentation -> the function's name       prompt_completion    ~20 tokens a sample
     signatures  a description -> the `def` line                        alpaca               ~80
     docstrings  a function's source -> its documentation's first line  messages            ~160
     summaries   a module's outline -> the module's first line          messages            ~330
+    terse       a function's source -> its documentation's first line, rather than with words around it    preference    ~2 x 120
 
 One further row of each task goes to held_out.json, {task: row}: no job trains on it, and show_answers.py uses it as a question.
 
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from one_line import OneLineParser, folder
 
-NUM_ROWS = {"names": 320, "signatures": 128, "docstrings": 64, "summaries": 32}
+NUM_ROWS = {"names": 320, "signatures": 128, "docstrings": 64, "summaries": 32, "terse": 96}
 MAX_OUTLINE = 1400
 SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "site-packages", "ensurepip", "encodings", "pydoc_data"}
 
@@ -114,6 +115,14 @@ def chat(system: str, question: str, answer: str) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+def pair(function: Function) -> dict:
+    """Return a row of type `preference`: a bare docstring, and one as assistants tend to wrap it."""
+    question = chat("Write the function's docstring in one line.", f"{function.signature}\n{function.body}", "")["messages"][:2]
+    wordy = f"Here is a docstring for the function `{function.name}`:\n\n```python\n{function.signature}\n    {function.summary}\n```"
+    answers = {"chosen": f'"""{function.summary}"""', "rejected": wordy}
+    return {"prompt": question, **{name: [{"role": "assistant", "content": text}] for name, text in answers.items()}}
+
+
 def rows_of(functions: list[Function], modules: list[Module]) -> dict[str, list[dict]]:
     """Return every row each task could have; no function is used by two tasks."""
     rows: dict[str, list[dict]] = {task: [] for task in NUM_ROWS}
@@ -125,6 +134,8 @@ def rows_of(functions: list[Function], modules: list[Module]) -> dict[str, list[
         elif 30 <= len(function.signature) <= 90 and len(rows["signatures"]) <= NUM_ROWS["signatures"]:
             instruction = f"Write the signature of the Python function `{function.name}`."
             rows["signatures"].append({"instruction": instruction, "input": function.summary, "output": function.signature})
+        elif size < 300 and len(rows["names"]) > NUM_ROWS["names"] and len(rows["terse"]) <= NUM_ROWS["terse"]:
+            rows["terse"].append(pair(function))
         elif len(function.name) >= 4:
             rows["names"].append({"prompt": f"# {function.summary}\ndef", "completion": f" {function.name}"})
     for module in modules:
@@ -135,7 +146,7 @@ def rows_of(functions: list[Function], modules: list[Module]) -> dict[str, list[
 
 
 def main() -> None:
-    """Write the four JSONL files and held_out.json into the directory named on the command line."""
+    """Write the JSONL files and held_out.json into the directory named on the command line."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=folder)
     parser.add_argument("--library", type=Path, default=Path(sysconfig.get_path("stdlib")), help="another folder of Python source")

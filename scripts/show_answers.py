@@ -31,8 +31,8 @@ WIDTH = 110
 def question_and_reference(encoder: RecordEncoder, job: JobConfig, row: dict) -> tuple[list[int], list[int]]:
     """Tokenise a row as in training and cut it before its first target."""
     encoded = encoder.encode(row, job.datasets[0].type, False, job.name)
-    start = int(encoded.targets.argmax())
-    return encoded.tokens[:start].tolist(), encoded.tokens[start:].tolist()
+    start, end = int(encoded.targets.argmax()), encoded.border or len(encoded.tokens)  # of a pair the chosen answer
+    return encoded.tokens[:start].tolist(), encoded.tokens[start:end].tolist()
 
 
 def answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, question: list[int]) -> str:
@@ -51,8 +51,9 @@ def answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, question:
 
 def question_text(row: dict) -> str:
     """Return a row's question, without template and answer."""
-    if "messages" in row:
-        return next(turn["content"] for turn in row["messages"] if turn["role"] == "user")
+    turns = row.get("messages") or row.get("prompt")
+    if isinstance(turns, list):
+        return next(turn["content"] for turn in turns if turn["role"] == "user")
     return "\n".join(text for key, text in row.items() if key not in ("completion", "output"))
 
 

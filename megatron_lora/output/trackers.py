@@ -19,9 +19,9 @@ def scalars(report: StepReport | EvalReport) -> dict[str, float]:
     """Return tag -> number for the curves of a step or an evaluation, without numbers that are not finite."""
     logged = report.logged()
     if isinstance(report, EvalReport):
-        names = ("loss", "perplexity", "accuracy")
-        return {f"eval/{name}": logged[f"eval_{name}"] for name in names if logged[f"eval_{name}"] is not None}
-    names = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "target_tokens", "seconds")
+        names = ("eval_loss", "eval_perplexity", "eval_accuracy", *report.reported)
+        return {f"eval/{name.removeprefix('eval_')}": logged[name] for name in names if logged.get(name) is not None}
+    names = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "target_tokens", "seconds", *report.reported)
     values = {f"train/{name}": logged[name] for name in names if logged[name] is not None}
     return {**values, "train/skipped": float(report.skipped)}
 

@@ -11,6 +11,8 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData
@@ -25,6 +27,7 @@ from megatron_lora.output.standing import ResumePoint
 
 def check_data(job: JobConfig, data: JobData, budget: int | str, architecture: Architecture) -> None:
     """Check a job's data where they have been read: the lengths of samples, how often each is taken, the rungs of its sweep."""
+    check_pairs(job, data)
     check_lengths(job, data, budget, architecture)
     check_visits(job, data.mixture.num_copies)
     check_rungs(job, data)
@@ -38,6 +41,16 @@ def check_decay(job: JobConfig, data: JobData) -> None:
     if decay and warmup + decay > num_steps:
         given = f"jobs.{job.name}.lr_scheduler_kwargs.num_decay_steps: {decay}"
         raise UserError(f"{given} begin before the {warmup} steps of warm-up end; the job has {num_steps} steps in all, so use fewer")
+
+
+def check_pairs(job: JobConfig, data: JobData) -> None:
+    """Check that samples are pairs where the objective is a preference, and are not elsewhere: datasets of lengths may be either."""
+    for samples in (data.samples, data.validation_samples):
+        if len(wrong := np.flatnonzero((samples.borders > 0) != (job.preference is not None))):
+            record = f"jobs.{job.name}.datasets: record {samples[int(wrong[0])].record}"
+            if job.preference is None:
+                raise UserError(f"{record} is a pair, and the job's objective is sft; write {{'tokens': N}}, or set objective: dpo")
+            raise UserError(f"{record} is one sequence, and the job's objective takes pairs; write {{'chosen': N, 'rejected': M}}")
 
 
 def check_rungs(job: JobConfig, data: JobData) -> None:
@@ -104,12 +117,15 @@ def check_lengths(job: JobConfig, data: JobData, microbatch_tokens: int | str, a
         if not len(samples):
             continue
         longest = samples[int(samples.lengths.argmax())]
-        tokens = len(longest.tokens)
+        tokens, sequences = len(longest.tokens), len(longest.lengths)
         if isinstance(microbatch_tokens, int) and tokens > microbatch_tokens:
             raise UserError(
                 f"microbatch_tokens: {microbatch_tokens} is less than the {tokens} tokens of record {longest.record}{kind} of {where}; "
-                f"set microbatch_tokens: {tokens} or more, or {where}.sequence_len: {microbatch_tokens}"
+                f"set microbatch_tokens: {tokens} or more, or {where}.sequence_len: {microbatch_tokens // sequences}"
             )
+        if sequences > 1:
+            longest = max(samples, key=lambda sample: max(sample.lengths))
+            tokens = max(longest.lengths)
         if tokens > architecture.max_positions:
             raise UserError(
                 f"{where}.sequence_len: {job.sequence_len} lets record {longest.record}{kind} have {tokens} tokens, and the model has "

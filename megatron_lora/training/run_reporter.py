@@ -15,6 +15,7 @@ import queue
 import sys
 from collections.abc import Sequence
 
+from megatron_lora.config.objective_keys import LARGE_RATE
 from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.output.best import remove_checkpoints
 from megatron_lora.output.final_files import digests_of_metrics
@@ -83,6 +84,7 @@ class RunReporter:
         resumes = f", resumes after step {job.resume_point.step}" if job.resume_point.step else ""
         print(f"{job.name}: {job.data.describe()}; {job.num_steps} steps{resumes}", flush=True)
         _warn_of_no_learning(job)
+        _warn_of_fast_learning(job)
         self.progress[job.name] = Progress.of(job.resume_point.state)
         self.alarms.pop(job.name, None)
         self.watchdogs[job.name] = Watchdog(job.config, self._first_evaluation(job))
@@ -240,6 +242,18 @@ def _warn_of_no_learning(job: Job) -> None:
     print(
         f"megatron-lora: warning: jobs.{name}.{key}: {value:g} leaves a learning rate of 0 in all steps ({job.num_steps}), so the adapter "
         f"will not move; {cure}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _warn_of_fast_learning(job: Job) -> None:
+    """Warn of a learning rate of SFT's size for a preference, whose loss would fall by driving both answers away from the reference."""
+    if job.config.preference is None or job.config.learning_rate < LARGE_RATE:
+        return
+    print(
+        f"megatron-lora: warning: jobs.{job.name}.learning_rate: {job.config.learning_rate:g} is of the size for sft; preference jobs take "
+        "about a tenth of it (5e-6 to 5e-5)",
         file=sys.stderr,
         flush=True,
     )

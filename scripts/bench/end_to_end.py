@@ -111,7 +111,7 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
         "deterministic": case.deterministic,
         "base_weights": case.base_weights,
         "backend": case.backend,
-        "jobs": job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion, case.expert_r),
+        "jobs": job_configs(lengths, 1, own, case.ranks, case.dropouts, case.completion, case.expert_r, case.dpo),
     }
     architecture = read_architecture(own / "model")
     if steps is None:

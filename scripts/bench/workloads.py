@@ -25,31 +25,39 @@ def job_configs(
     dropouts: Sequence[float] = (0.0,),
     completion: float = 0.25,
     expert_r: int = 0,
+    num_dpo: int = 0,
 ) -> list[dict]:
     """Write each job's lengths [job][step][sample] into a folder; return the jobs as a config has them.
 
     `ranks` and `dropouts` are those of each job, the last of either for all further jobs; `expert_r` is of all, 0: experts are
-    frozen.
+    frozen. The first `num_dpo` jobs train by DPO: each of their samples is a pair of as many tokens.
     """
     jobs = []
     for job, steps in enumerate(lengths):
         if len({len(batch) for batch in steps}) > 1:
             raise UserError("--workload: a job's global batches are of several sizes, and a config has one")
         file = folder / f"job-{job}.jsonl"
-        write_lengths(file, [tokens for batch in steps for tokens in batch], completion)
+        write_lengths(file, [tokens for batch in steps for tokens in batch], completion, pairs=job < num_dpo)
         r = ranks[min(job, len(ranks) - 1)]
         of_experts = {"experts": True, "expert_r": expert_r} if expert_r else {}
         lora = of_experts | {"r": r, "lora_alpha": 2.0 * r, "lora_dropout": dropouts[min(job, len(dropouts) - 1)]}
         schedule = {"learning_rate": 1e-4, "lr_scheduler": "constant", "warmup_ratio": 0.0, "max_steps": max_steps}
         data = {"datasets": [{"path": str(file), "type": "lengths"}], "shuffle": False, "global_batch_size": len(steps[0])}
         longest = max(tokens for batch in steps for tokens in batch)
-        jobs.append({"name": f"job-{job}", "seed": job, "sequence_len": max(2, longest), **data, **lora, **schedule})
+        objective = {"objective": "dpo"} if job < num_dpo else {}
+        jobs.append({"name": f"job-{job}", "seed": job, "sequence_len": max(2, longest), **data, **lora, **schedule, **objective})
     return jobs
 
 
-def write_lengths(file: Path, lengths: Sequence[int], completion: float) -> None:
-    """Write rows of type lengths, of each sample the last `completion` as targets."""
-    rows = ({"tokens": max(2, n), "targets": min(max(2, n) - 1, max(1, math.ceil(n * completion)))} for n in lengths)
+def write_lengths(file: Path, lengths: Sequence[int], completion: float, pairs: bool = False) -> None:
+    """Write rows of type lengths, of each sequence the last `completion` as targets; `pairs`: of two halves."""
+
+    def row(n: int) -> dict[str, int]:
+        short = max(2, n // 2 if pairs else n)
+        targets = {"targets": min(short - 1, max(1, math.ceil(short * completion)))}
+        return {"chosen": max(2, n - n // 2), "rejected": short, **targets} if pairs else {"tokens": short, **targets}
+
+    rows = map(row, lengths)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

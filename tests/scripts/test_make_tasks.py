@@ -10,7 +10,7 @@ from records import read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "scripts" / "make_tasks.py"
-TASKS = ("names", "signatures", "docstrings", "summaries")
+TASKS = ("names", "signatures", "docstrings", "summaries", "terse")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import oracle
 import pytest
 import runs
@@ -95,3 +97,70 @@ def test_preference_jobs_among_others_equal_trl_training_each_alone(layout, scen
         saved = adapter_of(tmp_path / "run", name)
         assert oracle.distance(saved, adapter, "lora_A") < 1e-4, name
         assert oracle.distance(saved, adapter, "lora_B") < 1e-4, name
+
+
+def test_a_job_among_others_trains_as_it_would_alone_and_reads_what_a_run_kept(scene, pool, tmp_path):
+    """With dropout, evaluations and shuffled pairs; the second run alone finds its references in the cache, and has no slot for them."""
+    names, more = [*JOBS, "sft"], {"shuffle": True, "val_set_size": 3, "lora_dropout": 0.1, "adam_epsilon": 1e-6, "metric": "eval_loss"}
+    among = train(pool, scene, tmp_path / "among", {"pp": 2}, 90, names, **more)
+    for run in range(2):
+        for name in ("sigmoid", "ipo-sft"):
+            path = tmp_path / f"{name}-{run}"
+            alone = train(pool, scene, path, {}, 160, [name], **more)[name]
+            assert [line.keys() for line in alone] == [line.keys() for line in among[name]]
+            for ours, theirs in zip(alone, among[name], strict=True):
+                for key in ours.keys() & {"loss", "eval_loss", "logps/chosen", "eval_rewards/margins", "eval_rewards/accuracies"}:
+                    assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=2e-5), (name, key)
+            assert "eval_rewards/margins" in alone[-1] and "eval_perplexity" not in alone[-1]
+            for kind in ("lora_A", "lora_B"):
+                assert oracle.distance(adapter_of(path, name), adapter_of(tmp_path / "among", name), kind) < 1e-4
+            assert not references_in(path), "what the first run kept was not read"
+    assert references_in(tmp_path / "among")
+
+
+def references_in(path) -> int:
+    """Count the reference slots of a run's plan."""
+    return sum(len(json.loads(file.read_text())["reference"]) for file in (path / "plan").glob("window-*.json"))
+
+
+def test_a_run_stopped_mid_epoch_resumes_in_another_layout(scene, pool, tmp_path, monkeypatch):
+    """The steps before and after the stop are those of a run that was not stopped, also where the cache of references is lost."""
+    names = ["sigmoid", "ipo-sft"]
+    jobs = [scene["jobs"][name] for name in names]
+
+    def start(path, parallel, stop_after=None):
+        config = runs.write_config(tmp_path / "config.yaml", scene["model"], path, jobs, parallel, 90)
+        return runs.start(pool, config, parallel, stop_after)
+
+    assert start(tmp_path / "whole", {}) == 0
+    assert start(tmp_path / "stopped", {"dp": 2}, stop_after=1) == 75
+    taken = {name: len(runs.lines_of(tmp_path / "stopped", name)) for name in names}
+    assert all(0 < steps < STEPS and steps % 5 for steps in taken.values()), taken  # an epoch is of five steps
+    monkeypatch.setenv("MEGATRON_LORA_CACHE", str(tmp_path / "another cache"))
+    assert start(tmp_path / "stopped", {"pp": 2}) == 0
+    for name in names:
+        whole, stopped = (runs.losses_of(tmp_path / path, name) for path in ("whole", "stopped"))
+        assert stopped == pytest.approx(whole, rel=1e-5)
+        for kind in ("lora_A", "lora_B"):
+            assert oracle.distance(adapter_of(tmp_path / "stopped", name), adapter_of(tmp_path / "whole", name), kind) < 1e-4
+
+
+def test_references_are_those_of_peft_with_the_adapter_off(scene, pool, tmp_path):
+    """At step 1, where the policy is the adapter that it began from: what the rewards leave out of logps is the reference."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (found,) = train(pool, scene, tmp_path / "run", {}, 90, ["sigmoid"]).values()
+    job = scene["jobs"]["sigmoid"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(scene["model"]), job["init_adapter"])
+    tokenizer = AutoTokenizer.from_pretrained(scene["model"])
+    rows = [json.loads(line) for line in scene["rows"]["sigmoid"].read_text().splitlines()][: job["global_batch_size"]]
+    for answer in ("chosen", "rejected"):
+        total = 0.0
+        for row in rows:
+            tokens, labels = oracle.encode(tokenizer, {"prompt": row["prompt"], "completion": row[answer]})
+            with model.disable_adapter(), torch.no_grad():
+                logits = model(input_ids=tokens[None]).logits[0, :-1]
+            total -= float(torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum"))
+        reference = found[0][f"logps/{answer}"] - found[0][f"rewards/{answer}"] / job["objective"]["beta"]
+        assert reference == pytest.approx(total / len(rows), rel=1e-6)

@@ -1,0 +1,91 @@
+"""Preference objectives against their formulas in float64, and what backward starts from against autograd over all rows."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_lora.config.objective_keys import LOSS_TYPES, ObjectiveConfig
+from megatron_lora.data.microbatch import Pairs
+from megatron_lora.data.sample_arrays import Sample, Samples
+from megatron_lora.data.samples import JobData
+from megatron_lora.data.steps import job_steps
+from megatron_lora.training.objectives import PAIR_SUMS, preference
+from megatron_lora.training.references import Known, References
+from scheduling.data_parallel import DealtJob
+from scheduling.job_lengths import read_lengths
+from scheduling.types import VALIDATION
+
+LENGTHS = (5, 3, 7, 7, 2, 9)  # of three pairs' sequences
+TARGETS = (3, 2, 6, 1, 1, 8)  # their last rows but one: a sequence's last row predicts nothing
+
+
+def scene():
+    generator, rows = torch.Generator().manual_seed(0), []
+    for length, targets in zip(LENGTHS, TARGETS, strict=True):
+        held = torch.rand(length, generator=generator) * 3
+        held[: length - 1 - targets], held[-1] = 0.0, 0.0
+        rows.append(held)
+    pairs = Pairs(
+        edges=torch.tensor(np.cumsum([0, *LENGTHS])), longest=max(LENGTHS), num_targets=torch.tensor(TARGETS).view(-1, 2).float(),
+        places=torch.arange(3), pair_weight=1 / 8, token_weight=1 / 40,
+    )  # fmt: skip
+    return torch.cat(rows), pairs, torch.randn(3, 2, generator=generator) - 8
+
+
+def expected(kind, beta, smoothing, logps, reference):
+    (c, r), (c0, r0) = logps.T, reference.T
+    d, targets = (c - c0) - (r - r0), torch.tensor(TARGETS).view(-1, 2).T
+    return {
+        "sigmoid": lambda: (1 + (-beta * d).exp()).log(),
+        "hinge": lambda: (1 - beta * d).clamp(min=0),
+        "ipo": lambda: ((c - c0) / targets[0] - (r - r0) / targets[1] - 0.5 / beta) ** 2,
+        "robust": lambda: (-(1 - smoothing) * F.logsigmoid(beta * d) + smoothing * F.logsigmoid(-beta * d)) / (1 - 2 * smoothing),
+    }[kind]().sum() / 8
+
+
+@pytest.mark.parametrize("kind", LOSS_TYPES)
+def test_losses_and_row_weights_are_those_of_the_formula(kind):
+    rows, pairs, reference = scene()
+    config = ObjectiveConfig(type="dpo", beta=0.4, loss_type=(kind,), loss_weights=(0.5,), label_smoothing=0.1)
+    outcome = preference(config, rows, pairs, reference)
+    leaf = rows.double().requires_grad_()
+    logps = torch.stack([-part.sum() for part in leaf.split(LENGTHS)]).view(-1, 2)
+    loss = -logps[:, 0].sum() / 40 if kind == "sft" else expected(kind, 0.4, 0.1, logps, reference.double())
+    (0.5 * loss).backward()
+    assert float(outcome.sums[0]) == pytest.approx(float(0.5 * loss), rel=1e-6)
+    torch.testing.assert_close(outcome.row_weights.double(), leaf.grad, rtol=1e-5, atol=1e-9)
+    rewards = 0.4 * (logps.detach() - reference.double())
+    told = dict(zip(PAIR_SUMS, outcome.sums[1:].tolist(), strict=True))
+    assert told["rewards/chosen"] == pytest.approx(float(rewards[:, 0].sum() / 8), rel=1e-6)
+    assert told["rewards/accuracies"] == float((rewards[:, 0] > rewards[:, 1]).sum() / 8)
+    assert told["logps/rejected"] == pytest.approx(float(logps[:, 1].sum() / 8), rel=1e-6)
+
+
+def test_references_are_wanted_once_of_each_pair_and_of_rounds_that_hold_one():
+    samples = Samples.of(Sample(i, np.arange(6, dtype=np.int32), np.arange(6) % 3 > 0, border=3) for i in range(5))
+    data = JobData.of(samples)
+    steps = job_steps(5, 2, 2, None, False, 0)  # 0 1 | 2 3 | 4 | 0 1 | 2 3 | 4
+    values = np.full((5, 2), np.nan, np.float32)
+    values[[0, 3]] = -1.0
+    dealt = DealtJob.of(read_lengths(0, [[6] * len(steps[step]) for step in range(6)]), 2)
+    fresh = References(Known("key", None), data, steps, 0, False)
+    assert {step: set(held.values()) for step, held in fresh.unknown.items()} == {0: {0, 1}, 1: {2, 3}, 2: {4}}
+    known = References(Known("key", values), data, steps, 2, False)
+    assert {step: set(held.values()) for step, held in known.unknown.items()} == {2: {4}, 3: {1}, 4: {2}}
+    assert known.wanted(dealt) == {2: {0}, 3: {0}, 4: {0}}
+    held = JobData(samples=samples, mixture=data.mixture, num_records=5, validation=data)
+    assert References(Known("key", None), held, steps, 0, True).unknown[VALIDATION] == {k: 5 + k for k in range(5)}
+
+
+def test_a_segment_of_a_reference_is_kept_where_its_pairs_lie():
+    rows, pairs, _ = scene()
+    data = JobData.of(Samples.of(Sample(i, np.arange(6, dtype=np.int32), np.arange(6) % 3 > 0, border=3) for i in range(3)))
+    references = References(Known("key", None), data, job_steps(3, 3, 1, None, False, 0), 0, False)
+    assert references.changed() is None
+    references.keep(rows, pairs)
+    kept = references.changed()
+    assert kept is not None and not np.isnan(kept).any() and references.changed() is None
+    assert kept[2, 1] == pytest.approx(-float(rows[-LENGTHS[-1] :].sum())) and math.isfinite(references.of(pairs).sum())
