@@ -5,7 +5,7 @@
 
 All start from the same adapters and take the same samples in the same steps, without dropout, by the same optimizer and schedule. Two runs
 are not ours: transformers + peft over the weights as they are, and over weights that bitsandbytes quantises (NF4, blocks of 64, double
-quantisation). So what the arithmetic changes is told from what the storage changes. On a CPU everything is multiplied in float32, since
+quantisation). So what the arithmetic changes and what the storage changes are seen apart. On a CPU products are in float32, since
 16 bits are slow there, and bitsandbytes runs its torch code, whose numbers are those of its CUDA code (its compiled CPU code rounds some
 absmax otherwise). Appends a line for each run to scripts/bench/results/storage_curves.jsonl, and draws them.
 """
