@@ -32,7 +32,7 @@ TOP_LEVEL = {
 ROOT_MODULES = {"errors", "files", "environment"}  # of megatron_lora; every room may import them
 ROOMS = {  # room of megatron_lora -> what else it may import: rooms, other packages, or single modules
     "config": set(),
-    "huggingface": set(),
+    "huggingface": {"fused_ops"},
     "parallel": {"config", "huggingface", "fused_ops"},
     "data": {"config", "scheduling.types", "scheduling.job_lengths", "fused_ops"},
     "output": {"config", "huggingface"},

@@ -78,13 +78,12 @@ def _doubly(absmax: Tensor) -> Tensor:
     largest = groups.abs().amax(1, keepdim=True)
     scaled = (groups * (1.0 / largest.clamp(min=1e-38))).clamp_(-1, 1)
     codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True)
-    return from_dynamic(codes.flatten()[: len(flat)], largest.flatten(), mean).view_as(absmax)
+    return from_dynamic(table, codes.flatten()[: len(flat)], largest.flatten(), mean).view_as(absmax)
 
 
-def from_dynamic(codes: Tensor, largest: Tensor, mean: Tensor | float) -> Tensor:
-    """Return the absmax, flat, of their 8-bit codes, the largest of each group of 256, and their mean."""
-    scales = largest.repeat_interleave(GROUP)[: len(codes)]
-    return dynamic_codes(codes.device)[codes.long()] * scales + mean
+def from_dynamic(table: Tensor, codes: Tensor, largest: Tensor, mean: Tensor | float, first: int = 0) -> Tensor:
+    """Return the absmax, flat, of their 8-bit codes from number `first` on, the largest of each group of 256, and the mean of all."""
+    return table[codes.long()] * largest.repeat_interleave(GROUP)[first : first + len(codes)] + mean
 
 
 @lru_cache

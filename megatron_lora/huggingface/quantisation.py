@@ -45,7 +45,7 @@ def fault_of(dtype: str, beside: Mapping[str, Any], entry_shape: list[int], shap
     if dtype == "F8_E4M3" and entry_shape == [rows, cols]:
         scales = [rows, 1], [rows], [1], []
         forms = [{"_scale": (FLOATS, scales)}, {"_scale_inv": (FLOATS, ([math.ceil(rows / 128), math.ceil(cols / 128)],))}]
-    if dtype == "U8" and math.prod(entry_shape) * 2 == rows * cols and not cols % NF4_BLOCK:
+    if dtype == "U8" and entry_shape == [rows * cols // 2, 1] and not cols % NF4_BLOCK:
         blocks = rows * cols // NF4_BLOCK
         nested = {".nested_absmax": (FLOATS, ([math.ceil(blocks / GROUP)],)), ".nested_quant_map": (FLOATS, ([256],))}
         plain = {".quant_map": (FLOATS, ([16],)), STATE: (("U8",), ([math.prod(beside[STATE].entry["shape"])],) if STATE in beside else ())}

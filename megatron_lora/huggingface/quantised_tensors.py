@@ -2,10 +2,10 @@
 
     compressed-tensors, FP8      X.weight F8_E4M3 [N, K]    X.weight_scale [N, 1], or one number        weight * scale
     fp8, in blocks               X.weight F8_E4M3 [N, K]    X.weight_scale_inv [N / 128, K / 128]       weight * the block's
-    bitsandbytes, NF4            X.weight U8 [N K / 2, 1]   X.weight.absmax and what it was rounded by  quant_map[code] * absmax
+    bitsandbytes, NF4            X.weight U8 [N K / 2, 1]   X.weight.absmax and what it was rounded by  CODES[code] * absmax
 
-`packed` returns the numbers of the first and the last as they are stored, for base_weights of the same storage. quantisation.py says
-which other forms are refused.
+`packed` returns the first and the last as matrices in 8 and 4 bits, for base_weights of the same storage. A rank reads what it needs of the
+large tensors: its slice, of NF4 its rows. quantisation.py says which other forms are refused.
 """
 
 import json
@@ -14,47 +14,48 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fused_ops.lora.fp8 import Fp8Matrix
+from fused_ops.lora.nf4 import Nf4Matrix, from_dynamic, table_of
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.quantisation import GROUP, NF4_BLOCK, STATE
 
-Read = Callable[[str], Tensor]  # the name of what lies beside a weight, or "" -> the complete tensor
+Read = Callable[..., Tensor]  # (the name of what lies beside a weight, or "" for itself; an index, default: all of it) -> the tensor
+Index = tuple[slice, ...]
 
 
-def dequantised(read: Read, shape: tuple[int, ...], index: tuple[slice, ...]) -> Tensor:
+def dequantised(read: Read, is_nf4: bool, shape: tuple[int, ...], index: Index) -> Tensor:
     """Return a slice of the weight [N, K] in float32."""
-    values = read("")
-    if values.dtype == torch.uint8:
-        codes, absmax = _nf4(read, shape)
-        pairs = torch.stack((codes >> 4, codes & 15), -1)
-        blocks = read(".quant_map").float()[pairs.int()].reshape(-1, NF4_BLOCK) * absmax.reshape(-1, 1)
-        return blocks.reshape(shape)[index]
-    rows, cols = shape
-    scales = read("_scale") if _by_rows(read) else read("_scale_inv").repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
-    return (values.float() * (scales.float().reshape(-1, 1) if _by_rows(read) else scales.float()))[index]
+    if is_nf4:
+        return _nf4(read, shape, index[0]).float()[:, index[1]]
+    (rows, cols), scales = shape, _row_scales(read)
+    if scales is None:
+        scales = read("_scale_inv").float().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
+    return read("", index).float() * scales.expand(rows, cols)[index]
 
 
-def packed(read: Read, shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[Tensor, Tensor] | None:
-    """Return a slice as stored: (8-bit values, a scale for each row) or (codes [n, k / 2] uint8, absmax [n, k / 64]); else None."""
+def packed(read: Read, is_nf4: bool, shape: tuple[int, ...], index: Index) -> Fp8Matrix | Nf4Matrix | None:
+    """Return a slice as it is stored (its scales need not be powers of two); None where neither kind of matrix is stored so."""
     rows, columns = index
-    values = read("")
-    if values.dtype == torch.uint8:
-        codes, absmax = _nf4(read, shape)
-        first, end, _ = columns.indices(shape[1])
-        return codes[rows, first // 2 : end // 2], absmax[rows, first // NF4_BLOCK : end // NF4_BLOCK]
-    return (values[index], read("_scale").float().reshape(-1, 1).expand(shape[0], 1)[rows, 0]) if _by_rows(read) else None
+    if is_nf4:
+        return _nf4(read, shape, rows).part(slice(None), columns)
+    scales = _row_scales(read)
+    return None if scales is None else Fp8Matrix(values=read("", index), scales=scales.expand(shape[0], 1)[rows, 0])
 
 
-def _by_rows(read: Read) -> bool:
+def _row_scales(read: Read) -> Tensor | None:
+    """Return the scales [N, 1] or [1, 1] of compressed-tensors, in float32."""
     try:
-        return read("_scale") is not None
+        return read("_scale").float().reshape(-1, 1)
     except KeyError:
-        return False
+        return None
 
 
-def _nf4(read: Read, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return the codes [N, K / 2] and the absmax [N, K / 64], in float32, of a bitsandbytes tensor."""
+def _nf4(read: Read, shape: tuple[int, ...], index: slice) -> Nf4Matrix:
+    """Return rows of a bitsandbytes tensor."""
     rows, cols = shape
-    absmax, written = read(".absmax"), bytes(read(STATE).tolist())
+    first, end, _ = index.indices(rows)
+    blocks = slice(first * cols // NF4_BLOCK, end * cols // NF4_BLOCK)
+    absmax, written = read(".absmax", blocks), bytes(read(STATE).tolist())
     try:
         state = json.loads(written)
     except ValueError:
@@ -66,7 +67,9 @@ def _nf4(read: Read, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     if not isinstance(offset, int | float):
         said = f"the state {one_line(written.decode(errors='replace'), 200)}"
         raise UserError(f"base_model: a tensor of bitsandbytes has {said}, and {json.dumps(wanted)} is read; fetch the model again")
+    if not torch.equal(read(".quant_map").float(), table_of(absmax.device)):
+        raise UserError("base_model: a tensor of bitsandbytes has a quant_map that is not NF4's; fetch the model again")
     if nested:
-        groups = read(".nested_absmax").float().repeat_interleave(GROUP)[: len(absmax)]
-        absmax = read(".nested_quant_map").float()[absmax.int()] * groups + offset
-    return read("").reshape(rows, cols // 2), absmax.float().reshape(rows, cols // NF4_BLOCK)
+        absmax = from_dynamic(read(".nested_quant_map").float(), absmax, read(".nested_absmax").float(), offset, blocks.start)
+    codes = read("", slice(first * cols // 2, end * cols // 2))
+    return Nf4Matrix(codes=codes.reshape(end - first, cols // 2), absmax=absmax.float().reshape(end - first, cols // NF4_BLOCK))

@@ -42,6 +42,11 @@ class StoredTensor:
     entry: Mapping
     beside: dict[str, "StoredTensor"] = dataclasses.field(default_factory=dict)  # what a quantised weight needs: _scale, .absmax, ...
 
+    @property
+    def is_nf4(self) -> bool:
+        """Whether it is a quantised weight in 4 bits."""
+        return bool(self.beside) and self.entry["dtype"] == "U8"
+
 
 def read_base_model(model_dir: str | Path, load_weights: bool = True) -> Architecture:
     """Read config.json and, for `load_weights`, check the files; UserError for what is damaged, missing or not in the architecture.

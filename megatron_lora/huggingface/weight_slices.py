@@ -10,7 +10,7 @@ would all be NaN.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fused_ops.lora.fp8 import Fp8Matrix
+from fused_ops.lora.nf4 import Nf4Matrix
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.architecture import HEAD, Architecture
-from megatron_lora.huggingface.quantised_tensors import dequantised, packed
+from megatron_lora.huggingface.quantised_tensors import Index, Read, dequantised, packed
 from megatron_lora.huggingface.weight_files import StoredTensor, stored_tensors
-
-Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +72,12 @@ class Checkpoint:
     def read(self, name: str, index: Index) -> Tensor:
         """Return one slice of one tensor, by its full name; of a quantised one its numbers. Raises UserError naming file and tensor."""
         stored = self._stored(name)
-        return self._slice(stored, index) if not stored.beside else dequantised(self._parts(stored), self.shapes[name], index)
+        return dequantised(*self._quantised(stored, name), index) if stored.beside else self._slice(stored, index)
 
-    def packed(self, name: str, index: Index) -> tuple[Tensor, Tensor] | None:
+    def packed(self, name: str, index: Index) -> Fp8Matrix | Nf4Matrix | None:
         """Return a slice of a quantised tensor as it is stored (quantised_tensors.packed); None where that cannot be."""
         stored = self._stored(name)
-        return packed(self._parts(stored), self.shapes[name], index) if stored.beside else None
+        return packed(*self._quantised(stored, name), index) if stored.beside else None
 
     def _stored(self, name: str) -> StoredTensor:
         stored = self.stored.get(name)
@@ -85,8 +85,9 @@ class Checkpoint:
             raise UserError(f"base_model: the tensor {name} is in none of the safetensors files; fetch the model again")
         return stored
 
-    def _parts(self, stored: StoredTensor) -> Callable[[str], Tensor]:
-        return lambda what: self._slice(stored.beside[what] if what else stored, ...)
+    def _quantised(self, stored: StoredTensor, name: str) -> tuple[Read, bool, tuple[int, ...]]:
+        """Return what quantised_tensors.py needs: how to read a tensor and what lies beside it, whether it is NF4, and its shape."""
+        return lambda what, index=...: self._slice(stored.beside[what] if what else stored, index), stored.is_nf4, self.shapes[name]
 
     def _slice(self, stored: StoredTensor, index: Any) -> Tensor:
         try:

@@ -44,12 +44,10 @@ def _fp8(linear: MultiLoraLinear, source: Source, device: torch.device) -> Fp8Ma
     rows, cols = linear.weight.shape
     values, scales = torch.empty(rows, cols, dtype=DTYPE, device=device), torch.empty(rows, device=device)
     for start, number, name, index in weight_pieces(linear):
-        if (found := source.packed(name, index)) is not None and found[0].dtype == DTYPE:
-            piece = Fp8Matrix(values=found[0].to(device), scales=finite(found[1].to(device), name))
-            finite(piece.values.to(torch.bfloat16), name)
-        else:
+        if not isinstance(piece := source.packed(name, index), Fp8Matrix):
             piece = quantise_rows(_read(source, name, index, device))
-        values[start : start + number], scales[start : start + number] = piece.values, piece.scales
+        values[start : start + number], scales[start : start + number] = piece.values, finite(piece.scales, name)
+        finite(values[start : start + number].to(torch.bfloat16), name)
     return Fp8Matrix(values=values, scales=scales)
 
 
@@ -58,11 +56,9 @@ def _nf4(linear: MultiLoraLinear, source: Source, device: torch.device) -> Nf4Ma
     codes = torch.empty(rows, cols // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(rows, cols // BLOCK, device=device)
     for start, number, name, index in weight_pieces(linear):
-        if (found := source.packed(name, index)) is not None and found[0].dtype == torch.uint8:
-            part = Nf4Matrix(codes=found[0].to(device), absmax=finite(found[1].to(device), name))
-        else:
+        if not isinstance(part := source.packed(name, index), Nf4Matrix):
             part = quantise_nf4(_read(source, name, (slice(None), slice(None)), device)).part(*index)
-        codes[start : start + number], absmax[start : start + number] = part.codes, part.absmax
+        codes[start : start + number], absmax[start : start + number] = part.codes, finite(part.absmax, name)
     return Nf4Matrix(codes=codes, absmax=absmax)
 
 

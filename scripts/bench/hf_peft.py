@@ -51,7 +51,7 @@ def fresh_adapter(base_model, job: JobConfig, checkpointing: bool):
     """Return the model with a new adapter of the job's settings on it, in the model's dtype; its `unload` takes it off."""
     from peft import LoraConfig, get_peft_model
 
-    given = {name: getattr(job, name) for name in ("r", "lora_alpha", "lora_dropout")}
+    given = {name: getattr(job, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
     lora = LoraConfig(**given, target_modules=list(job.target_modules), task_type="CAUSAL_LM")
     model = get_peft_model(base_model, lora, autocast_adapter_dtype=False)
     if checkpointing:

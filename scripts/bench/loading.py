@@ -67,9 +67,10 @@ def tensors_of(name: str, shape: tuple[int, ...], kind: str) -> dict[str, tuple[
     }
 
 
-def write_checkpoint(path: Path, shape: str, num_layers: int, kind: str) -> None:
-    """Write a checkpoint, a shard for each layer and one for what is in none."""
-    config = values_of(shape, num_layers) | ({"quantization_config": QUANTISATION[kind]} if kind in QUANTISATION else {})
+def write_checkpoint(path: Path, shape: str, num_layers: int, kind: str, vocab: int | None = None) -> None:
+    """Write a checkpoint, a shard for each layer and one for what is in none; `vocab` in place of the shape's."""
+    config = values_of(shape, num_layers) | ({"vocab_size": vocab} if vocab else {})
+    config |= {"quantization_config": QUANTISATION[kind]} if kind in QUANTISATION else {}
     (path / "config.json").write_text(json.dumps(config))
     shards: dict[str, dict] = defaultdict(dict)
     for name, size in read_architecture(path).tensor_shapes().items():
@@ -130,7 +131,7 @@ def measure(options: argparse.Namespace, kind: str, base_weights: str) -> dict:
     found: dict[str, list] = defaultdict(list)
     for num_layers in options.layers:
         with tempfile.TemporaryDirectory() as name:
-            write_checkpoint(Path(name), options.shape, num_layers, kind)
+            write_checkpoint(Path(name), options.shape, num_layers, kind, options.vocab)
             found["read_gb"].append(sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) / GB)
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 for key, value in pool.apply(load, (Path(name), base_weights)).items():
@@ -138,7 +139,7 @@ def measure(options: argparse.Namespace, kind: str, base_weights: str) -> dict:
     (few, many), total = options.layers, SHAPES[options.shape]["num_hidden_layers"]
     a_layer = {key: (values[1] - values[0]) / (many - few) for key, values in found.items()}
     scaled = {key: found[key][1] + (total - many) * a_layer[key] for key in ("load_s", "weights_gb", "read_gb")}
-    return {"layers": options.layers, **found, "all_layers": total, "scaled": scaled}
+    return {"layers": options.layers, "vocab": options.vocab, **found, "all_layers": total, "scaled": scaled}
 
 
 def parser() -> OneLineParser:
@@ -146,6 +147,7 @@ def parser() -> OneLineParser:
     found = OneLineParser(prog="loading.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     found.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-70b")
     found.add_argument("--layers", type=whole, nargs=2, default=[1, 3], help="that are loaded; default: %(default)s")
+    found.add_argument("--vocab", type=whole, help="tokens, in place of the shape's; head and embedding are in 16 bits in any storage")
     found.add_argument("--only", choices=list(BASE_WEIGHTS.values()), help="of the storages")
     result_options(found, "loading.jsonl")
     return found

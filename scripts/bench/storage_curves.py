@@ -5,7 +5,7 @@
 
 All start from the same adapters and take the same samples in the same steps, without dropout, by the same optimizer and schedule. Two runs
 are not ours: transformers + peft over the weights as they are, and over weights that bitsandbytes quantises (NF4, blocks of 64, double
-quantisation). So what the arithmetic changes is told from what the storage changes. On a CPU everything is multiplied in float32, since
+quantisation). So what the arithmetic changes and what the storage changes are seen apart. On a CPU products are in float32, since
 16 bits are slow there, and bitsandbytes runs its torch code, whose numbers are those of its CUDA code (its compiled CPU code rounds some
 absmax otherwise). Appends a line for each run to scripts/bench/results/storage_curves.jsonl, and draws them.
 """
@@ -13,6 +13,7 @@ absmax otherwise). Appends a line for each run to scripts/bench/results/storage_
 import argparse
 import ctypes
 import dataclasses
+import json
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ from megatron_lora.parallel.process_groups import destroy_parallel
 from megatron_lora.training.jobs import read_jobs
 from scripts.bench.loss_curves import Curves, alone, begin, ours, peft_losses, picture
 from scripts.bench.stamp import ROOT, append_line, result_options, stamp
-from scripts.one_line import OneLineParser, ended, whole
+from scripts.one_line import OneLineParser, ended, output_file, whole
 
 PEFT, QLORA = "peft", "bitsandbytes + peft"
 LAST = 5  # steps over which a curve's end is averaged
@@ -91,17 +92,25 @@ def run(options: argparse.Namespace) -> None:
     model_dir = resolve_base_model(given.base_model)
     precision, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", torch.float32)
     names, curves = [job.name for job in given.jobs], {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    kept = json.loads(options.kept.read_text()) if options.kept and options.kept.exists() else {}
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
         config = alone(given, options.steps, precision, folder)
         begin(model_dir, config.jobs, folder)
-        for base in ("native", *options.bases):
-            curves[base] = ours(dataclasses.replace(config, base_weights=base), "fused", folder / "run")
-            print(f"  {base}: last losses {[round(losses[-1], 4) for losses in curves[base]]}", flush=True)
-        jobs = read_jobs(config.jobs, load_tokenizer(model_dir), None, read_architecture(model_dir).vocab_size).values()
-        for kind in (PEFT, QLORA):
-            each = [(model_dir, folder / job.config.name, job, device, dtype, options.batch, 0, kind == QLORA) for job in jobs]
-            curves[kind] = [peft_losses(*arguments) for arguments in each]
+        jobs = list(read_jobs(config.jobs, load_tokenizer(model_dir), None, read_architecture(model_dir).vocab_size).values())
+        for kind in ("native", *options.bases, PEFT, QLORA):
+            done = kept.setdefault(kind, {})
+            if kind not in (PEFT, QLORA):
+                if done.keys() != set(names):
+                    base = dataclasses.replace(config, base_weights=kind)
+                    done |= dict(zip(names, ours(base, "fused", folder / "run"), strict=True))
+            else:
+                for name, job in zip(names, jobs, strict=True):
+                    if name not in done:
+                        done[name] = peft_losses(model_dir, folder / name, job, device, dtype, options.batch, 0, kind == QLORA)
+            curves[kind] = [done[name] for name in names]
+            if options.kept:
+                options.kept.write_text(json.dumps(kept))
             print(f"  {kind}: last losses {[round(losses[-1], 4) for losses in curves[kind]]}", flush=True)
     about = stamp(options.hardware, options.commit) | {"computed_in": precision, "jobs": names}
     about |= {"settings": {"config": str(options.config), "steps": options.steps, "budget": options.budget, "batch": options.batch}}
@@ -122,6 +131,7 @@ def parser() -> OneLineParser:
     usual = ["fp8/bf16", "nf4/bf16"]
     found.add_argument("--bases", nargs="*", default=usual, choices=list(BASE_WEIGHTS.values()), help="base_weights; default: %(default)s")
     found.add_argument("--figure", type=picture, default=ROOT / "docs/storage.png")
+    found.add_argument("--kept", type=output_file, help="curves that this file holds are not trained again; it is written after each run")
     result_options(found, "storage_curves.jsonl")
     return found
 

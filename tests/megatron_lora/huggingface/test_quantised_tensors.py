@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from tiny import save_model, stage_input
 
 from fused_ops.lora.fp8 import quantise_rows
-from fused_ops.lora.nf4 import CODES, dynamic_codes, from_dynamic
+from fused_ops.lora.nf4 import CODES, dynamic_codes
 from megatron_lora.config.schema import ParallelConfig
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.weight_files import read_base_model
+from megatron_lora.huggingface.weight_slices import Checkpoint
 from megatron_lora.model.stage import build_stage
 
 CPU = torch.device("cpu")
@@ -54,8 +55,8 @@ def nf4(name, w):
         f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }  # fmt: skip
     pairs = torch.cat((codes >> 4, codes & 15), 1).flatten()
-    blocks = torch.tensor(CODES)[pairs.long()].reshape(-1, 64) * from_dynamic(absmax, largest, 0.25)[:, None]
-    return tensors, blocks.reshape(w.shape)
+    scales = dynamic_codes(CPU)[absmax.int()] * largest[torch.arange(number) // 256] + 0.25
+    return tensors, (torch.tensor(CODES)[pairs.int()].reshape(-1, 64) * scales[:, None]).reshape(w.shape)
 
 
 FORMS = {
@@ -118,6 +119,23 @@ def test_codes_and_values_are_kept(plain, tmp_path, one_process):
         assert torch.equal(mine.view(torch.uint8).flatten(), stored.view(torch.uint8).flatten())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rank_reads_its_slice(form, plain, tmp_path):
+    """Of NF4 its rows: columns lie in all of the file."""
+    ours, numbers = quantised(tmp_path, plain, form)
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole, (rows, cols) = load_file(numbers / "model.safetensors")[name], (128, 192)
+    for index in ((slice(40, 100), slice(None)), (slice(None), slice(64, 128)), (slice(3, 5), slice(128, 192))):
+        source = Checkpoint(ours, read_base_model(ours))
+        torch.testing.assert_close(source.read(name, index), whole[index])
+        largest = whole[index].numel() if form != "nf4" else len(whole[index]) * cols // 2
+        assert largest <= source.bytes_read < largest + 0.1 * rows * cols
+        if FORMS[form][2]:
+            torch.testing.assert_close(source.packed(name, index).float(), whole[index])
+        else:
+            assert source.packed(name, index) is None
+
+
 REFUSED = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "quantization_config is 'gptq'"),
     **{f"groups {groups}": ({"quant_method": "compressed-tensors", "config_groups": groups}, f"compressed-tensors {said}")
@@ -152,6 +170,7 @@ SPOILT = [
     ("nf4", ".absmax", SEVEN.to(torch.uint8), "beside .absmax U8 [7]"),
     ("nf4", ".absmax", torch.ones(256), "beside .absmax F32 [256]"),
     ("nf4", ".quant_map", SEVEN, "beside .quant_map F32 [7]"),
+    ("nf4", "", torch.zeros(128, 64, dtype=torch.uint8), "U8 [128, 64] beside"),
     ("nf4", ".nested_absmax", None, "beside .absmax, .nested_quant_map"),
     ("nf4", ".nested_quant_map", SEVEN, "beside .nested_quant_map F32 [7]"),
 ]
@@ -182,4 +201,11 @@ def test_a_state_of_bitsandbytes_that_cannot_be_read_is_named(state, plain, tmp_
     ours = spoilt(tmp_path, plain, "nf4", ".quant_state.bitsandbytes__nf4", torch.tensor(list(state), dtype=torch.uint8))
     for base_weights in ("native", "nf4/bf16"):
         with pytest.raises(UserError, match="a tensor of bitsandbytes has the state .* is read; fetch the model again"):
+            hidden_of(ours, base_weights)
+
+
+def test_other_codes_than_those_of_nf4_are_refused(plain, tmp_path, one_process):
+    ours = spoilt(tmp_path, plain, "nf4", ".quant_map", torch.tensor(CODES).bfloat16())
+    for base_weights in ("native", "nf4/bf16"):
+        with pytest.raises(UserError, match="a quant_map that is not NF4's; fetch the model again"):
             hidden_of(ours, base_weights)

@@ -157,14 +157,15 @@ def test_losses_and_gradients_are_those_of_the_dequantised_weights(storage, wide
     assert distance(exact["logits"], native["logits"]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["fp8/bf16", "nf4/bf16"])
+@pytest.mark.parametrize("kind", ["fp8/bf16", "fp8/fp8", "nf4/bf16", "nf4/fp8"])
 def test_tensor_ranks_hold_slices_of_the_whole(kind, wide, pool, one_process):
+    """Multiplied in 8 bits they round their slices of the activations and of the transpose by scales of their own."""
     parallel = ParallelConfig(tensor=2)
     answers = pool(tp=2).run(step_of, wide, kind, parallel)
-    same(answers[0], step_of(wide, kind, ParallelConfig()), 1e-5)
+    same(answers[0], step_of(wide, kind, ParallelConfig()), 1e-5 if kind.endswith("bf16") else 1e-2)
 
 
-@pytest.mark.parametrize("kind", ["fp8/bf16", "fp8/fp8", "nf4/bf16", "nf4/fp8"])
+@pytest.mark.parametrize("kind", ["fp8", "fp8/bf16", "fp8/fp8", "nf4/bf16", "nf4/fp8"])
 def test_a_job_alone_gets_the_gradients_that_it_gets_among_others(kind, wide, one_process):
     both = ((0, 5, 1), (5, 44, 0))  # whole samples
     alone, among = (step_of(wide, kind, ParallelConfig(), segments=segments) for segments in (both[1:], both))
@@ -210,19 +211,23 @@ def test_the_memory_model_knows_the_storage(kind, precision, wide, tmp_path, one
     assert predicted.weights == sum(weight.num_bytes for weight in frozen) - small + others + frozen[0].scratch.num_bytes
 
 
-def test_a_whole_run_learns_as_the_one_in_full_precision(pool, tmp_path):
+def test_a_whole_run_learns_and_saves_as_the_one_in_full_precision(pool, tmp_path):
     rows = oracle.make_rows(tmp_path / "rows.jsonl", num_rows=12, seed=10)
     model = oracle.make_model(tmp_path / "model")
     job = {
         "name": "mine", "datasets": [{"path": str(rows), "type": "prompt_completion"}], "seed": 5,
         "r": 8, "learning_rate": 5e-3, "warmup_ratio": 0.0, "global_batch_size": 3, "max_steps": 12,
     }  # fmt: skip
-    losses = {}
+    losses, saved = {}, {}
     for kind in ("fp8", "native"):
         config = runs.write_config(tmp_path / f"{kind}.yaml", model, tmp_path / kind, [job], {}, 256)
         values = json.loads(config.read_text())
         config.write_text(json.dumps(values | {"base_weights": kind}))
         assert runs.start(pool, config, {}) == 0
         losses[kind] = runs.losses_of(tmp_path / kind, "mine")
+        adapter = tmp_path / kind / "jobs" / "mine"
+        tensors = load_file(adapter / "adapter_model.safetensors").items()
+        saved[kind] = [(name, t.shape, t.dtype) for name, t in tensors], (adapter / "adapter_config.json").read_text()
+    assert saved["fp8"] == saved["native"] and len(saved["fp8"][0]) > 20
     assert losses["fp8"] != losses["native"] and losses["fp8"] == pytest.approx(losses["native"], rel=0.03)
     assert losses["fp8"][-1] < losses["fp8"][0]
