@@ -44,6 +44,13 @@ def with_targets(job: JobConfig, own: Sequence[str], of_experts: Sequence[str], 
     return dataclasses.replace(job, target_modules=tuple(module for module in MODULES if module in targets))
 
 
+def same_targets(one: JobConfig, other: JobConfig) -> bool:
+    """Return whether two jobs of one base model target the same: `with_targets` may have completed one of them."""
+    (mine, its), experts = ({*(job.target_modules or ())} for job in (one, other)), {*EXPERT_MODULES} if one.experts else set()
+    mine, its = (targets if targets & experts else targets | experts for targets in (mine, its))
+    return None in (one.target_modules, other.target_modules) or mine == its
+
+
 def _check_expert_keys(where: str, job: JobConfig) -> None:
     if job.expert_r is not None and not job.experts:
         raise UserError(f"{where}.expert_r: {job.expert_r} is the rank of experts' adapters; set experts: true, or remove it")

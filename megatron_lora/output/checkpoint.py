@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from megatron_lora.config.consistent_job import same_targets
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.errors import UserError, one_line
@@ -81,6 +82,8 @@ def check_resume_point(job: JobConfig, point: ResumePoint) -> None:
         return
     now = deciding_keys(job)
     for key, value in state.job.items():
+        if key == "target_modules" and same_targets(job, dataclasses.replace(job, target_modules=tuple(value))):
+            continue  # of a job whose base model is not known yet
         if now.get(key, value) != value:
             raise Damaged(checkpoint, f"{checkpoint}: was written for {key} {show(value)}, and {key} of this job is {show(now[key])}")
 

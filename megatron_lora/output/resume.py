@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_lora.config.consistent_job import same_targets
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.config.sweep_keys import Point, SweepConfig
@@ -44,8 +45,8 @@ def changed_key(before: RunConfig, now: RunConfig) -> str | None:
         if old_job.name not in jobs:
             return f"jobs: {old_job.name!r}, which the run has, is not among them"
         for name, (old, new) in _differences(old_job, jobs[old_job.name], JOB_KEYS_THAT_MAY_CHANGE).items():
-            if name == "target_modules" and None in (old, new):
-                continue  # one of the two was given once the base model was known, which is the same
+            if name == "target_modules" and same_targets(old_job, jobs[old_job.name]):
+                continue
             if isinstance(old, Point) and isinstance(new, Point) and old.sweep != new.sweep:
                 return _changed_sweep(old.sweep, new.sweep)
             return f"jobs.{old_job.name}.{name}: {show(new)} differs from {show(old)}"
@@ -60,11 +61,11 @@ def _changed_sweep(before: SweepConfig, now: SweepConfig) -> str:
 
 
 def as_begun(before: RunConfig, now: RunConfig) -> RunConfig:
-    """Return a config with what a run began with where it says `auto`: its precision, and under `deterministic` what decides its plan.
+    """Return a config with what a run began with where it is open: precision and targets, and under `deterministic` what decides its plan.
 
     Those are microbatch_tokens, adapter_memory and, in the same pipeline, layers_per_stage, which depend on the memory that is free.
     """
-    now = with_precision_of(before, now)
+    now = with_targets_of(before, with_precision_of(before, now))
     if not now.deterministic:
         return now
     if now.microbatch_tokens == "auto":
@@ -75,6 +76,13 @@ def as_begun(before: RunConfig, now: RunConfig) -> RunConfig:
         layers = before.parallel.layers_per_stage
         now = dataclasses.replace(now, parallel=dataclasses.replace(now.parallel, layers_per_stage=layers))
     return now
+
+
+def with_targets_of(before: RunConfig, now: RunConfig) -> RunConfig:
+    """Return a config whose jobs target the modules that they began with in a run; `changed_key` has found them the same."""
+    began = {job.name: job.target_modules for job in before.jobs}
+    jobs = tuple(dataclasses.replace(job, target_modules=began.get(job.name) or job.target_modules) for job in now.jobs)
+    return dataclasses.replace(now, jobs=jobs)
 
 
 def with_precision_of(before: RunConfig, now: RunConfig) -> RunConfig:

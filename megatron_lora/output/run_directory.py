@@ -40,7 +40,7 @@ from megatron_lora.output.job_states import OVER, after, exit_status
 from megatron_lora.output.leaderboard import BEST, LEADERBOARD
 from megatron_lora.output.lock_file import LOCK, check_held, in_use, is_in_use, lock_directory, share, sign
 from megatron_lora.output.requests import FOLDER, RequestFolder
-from megatron_lora.output.resume import as_begun, check_resume, rewind
+from megatron_lora.output.resume import as_begun, check_resume, rewind, with_targets_of
 from megatron_lora.output.standing import Best, Choose, ResumePoint, newest, resume_point_of, resume_points
 from megatron_lora.output.take_requests import take_requests
 
@@ -302,9 +302,11 @@ def as_left(path: Path, config: RunConfig, states: Mapping[str, str]) -> Run:
 
 
 def with_changes(config: RunConfig) -> RunConfig:
-    """Return a config with the jobs that were added to the run that it resumes, and the values that were set there."""
+    """Return a config with the jobs that were added to the run that it resumes, and the values and targets that were set there."""
     path = Path(config.output_dir)
-    return as_left(path, config, {}).config if (path / STATUS).exists() and has_begun(path) else config
+    if not (path / STATUS).exists() or not has_begun(path):
+        return config
+    return with_targets_of(load_config(path / "config.yaml"), as_left(path, config, {}).config)
 
 
 def base_files_of(path: Path) -> dict[str, str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fused_ops.experts import reference
-from fused_ops.experts.adapters import ExpertGroup
+from fused_ops.experts.adapters import ExpertGroup, Lora
 from fused_ops.experts.layer import ExpertWeights, expert_mlp
 from fused_ops.experts.route import Choice
+from fused_ops.experts.rows_by_job import RowsByJob
 from fused_ops.lora.adapters import AdapterTable
 from fused_ops.lora.dropout import FEATURE, keep_mask, quantised_p
 from fused_ops.lora.route import make_route
@@ -262,4 +264,16 @@ def test_grouped_products_neither_spill_nor_wait():
     for kernel in compiled:
         found = assemble(kernel.asm["ptx"])
         assert not found.spilled_bytes and not found.serialised, (found.registers, found.spilled_bytes, found.serialised)
+        assert "wgmma.mma_async" in found.ptx and "cp.async.bulk.tensor" in found.ptx
+    bounds = places[:8].reshape(4, 2, 2)
+    rows = RowsByJob(bounds=bounds, keys_R=bounds.new_zeros(128), segments=bounds.new_zeros(2, 4), adapters=(0, 1))
+    views = {"a_ERK": weight.new_zeros(4, 15, 2048), "b_ERN": (weight.new_zeros(4, 5, 768), weight.new_zeros(4, 10, 768))}
+    group = replace(adapters_of(4, 0.1)[0], **views, columns=((0, 768), (768, 1536)))
+    with compiling() as compiled:
+        for transposed in (False, True):
+            lora = Lora(weight.new_zeros(128, group.width), group, rows)
+            fused.grouped(weight.new_zeros(128, 1536 if transposed else 2048), weight, route, transposed, lora)
+    for kernel in compiled:  # after the loop, of a tile of 32 blocks, some registers are spilled once
+        found = assemble(kernel.asm["ptx"])
+        assert found.spilled_bytes <= 512 and not found.serialised, (found.registers, found.spilled_bytes, found.serialised)
         assert "wgmma.mma_async" in found.ptx and "cp.async.bulk.tensor" in found.ptx

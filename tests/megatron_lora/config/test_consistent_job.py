@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_lora.config.consistent_job import with_targets
+from megatron_lora.config.consistent_job import same_targets, with_targets
 from megatron_lora.config.rules import EXPERT_MODULES, TARGET_MODULES
 from megatron_lora.config.schema import load_jobs
 from megatron_lora.errors import UserError
@@ -44,3 +44,19 @@ def test_what_contradicts_is_refused(keys, modules, message):
     with pytest.raises(UserError) as caught:
         targets(keys, *modules)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({}, {"target_modules": ["q_proj"]}, True),
+        ({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "o_proj"]}, False),
+        ({"experts": True, "target_modules": ["q_proj"]}, {"experts": True, "target_modules": ["q_proj", *EXPERT_MODULES]}, True),
+        ({"experts": True, "target_modules": ["q_proj"]}, {"experts": True, "target_modules": ["q_proj", "down_proj"]}, False),
+        ({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", *EXPERT_MODULES]}, False),
+    ],
+)
+def test_a_resumed_job_may_leave_open_what_its_run_completed(one, other, same):
+    job = {"name": "one", "datasets": [{"path": "d.jsonl", "type": "text"}]}
+    first, second = (load_jobs(None, [job | keys], 0)[0] for keys in (one, other))
+    assert same_targets(first, second) == same_targets(second, first) == same
