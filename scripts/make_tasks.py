@@ -24,7 +24,7 @@ from pathlib import Path
 
 from one_line import OneLineParser, folder
 
-NUM_ROWS = {"names": 320, "signatures": 128, "docstrings": 64, "summaries": 32, "terse": 96}
+NUM_ROWS = {"names": 320, "signatures": 128, "docstrings": 64, "summaries": 32, "terse": 72}
 MAX_OUTLINE = 1400
 SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "site-packages", "ensurepip", "encodings", "pydoc_data"}
 
