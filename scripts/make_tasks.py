@@ -24,7 +24,7 @@ from pathlib import Path
 
 from one_line import OneLineParser, folder
 
-NUM_ROWS = {"names": 320, "signatures": 128, "docstrings": 64, "summaries": 32, "terse": 96}
+NUM_ROWS = {"names": 320, "signatures": 128, "docstrings": 64, "summaries": 32, "terse": 72}
 MAX_OUTLINE = 1400
 SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "site-packages", "ensurepip", "encodings", "pydoc_data"}
 
@@ -124,7 +124,7 @@ def pair(function: Function) -> dict:
 
 
 def rows_of(functions: list[Function], modules: list[Module]) -> dict[str, list[dict]]:
-    """Return every row each task could have; no function is used by two tasks."""
+    """Return every row each task could have; no function is used by two tasks, but for those at the end of a small library."""
     rows: dict[str, list[dict]] = {task: [] for task in NUM_ROWS}
     for function in functions:
         size = len(function.signature) + len(function.body)
@@ -134,10 +134,10 @@ def rows_of(functions: list[Function], modules: list[Module]) -> dict[str, list[
         elif 30 <= len(function.signature) <= 90 and len(rows["signatures"]) <= NUM_ROWS["signatures"]:
             instruction = f"Write the signature of the Python function `{function.name}`."
             rows["signatures"].append({"instruction": instruction, "input": function.summary, "output": function.signature})
-        elif size < 300 and len(rows["names"]) > NUM_ROWS["names"] and len(rows["terse"]) <= NUM_ROWS["terse"]:
-            rows["terse"].append(pair(function))
         elif len(function.name) >= 4:
             rows["names"].append({"prompt": f"# {function.summary}\ndef", "completion": f" {function.name}"})
+    short = [function for function in reversed(functions) if len(function.signature) + len(function.body) < 300]
+    rows["terse"] = [pair(function) for function in short[: NUM_ROWS["terse"] + 1]]
     for module in modules:
         outline = "\n".join(module.outline)
         if len(outline) >= MAX_OUTLINE // 2:

@@ -167,6 +167,8 @@ def _card(job: JobView, width: int, height: int) -> str:
     found, small = job.evaluated(), width < 300
     values = [f"loss {job.loss:.4f}"] if job.loss is not None else []
     values += [f"eval {found[-1][1]:.4f}"] if found else []
+    margin = job.last.get("rewards/margins")
+    values += [f"margin {margin:.4f}"] if isinstance(margin, float) else []
     said = " · ".join(values)
     state = f" {_pill(job.state)}" if not small else f' · <span class="{job.state}">{escape(job.state)}</span>' * (job.state != "done")
     head = f'<h3>{escape(job.name)}</h3><p class="muted small">{said}{state}</p>'

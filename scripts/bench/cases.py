@@ -89,7 +89,7 @@ def parser() -> OneLineParser:
     case.add_argument("--adapters", default="fused", choices=ADAPTERS)
     case.add_argument("--workload", default="het-s4")
     case.add_argument("--jobs", type=whole, default=4)
-    case.add_argument("--dpo", type=whole, default=0, help="so many of the jobs train by DPO, on pairs of as many tokens")
+    case.add_argument("--dpo", type=whole, default=0, help="number of jobs, the first ones, that train by DPO, on pairs of as many tokens")
     case.add_argument("--ranks", type=numbers(whole), default=(16,))
     case.add_argument("--dropouts", type=numbers(share), default=(0.0,))
     case.add_argument("--expert-r", type=int, default=0, help="rank of adapters on all experts; 0: these are frozen")

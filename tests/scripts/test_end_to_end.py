@@ -110,6 +110,8 @@ def test_workloads_go_around_and_heads_take_something_of_every_job(tmp_path):
     assert workloads.head([first, second, third], 1000) == [[first[0]], [second[0]], [third[0]]]
     workloads.write_lengths(tmp_path / "rows.jsonl", [40, 2], 0.25)
     assert lines(tmp_path / "rows.jsonl") == [{"tokens": 40, "targets": 10}, {"tokens": 2, "targets": 1}]
+    workloads.write_lengths(tmp_path / "rows.jsonl", [41], 0.25, pairs=True)
+    assert lines(tmp_path / "rows.jsonl") == [{"chosen": 21, "rejected": 20, "targets": 5}]
 
 
 def test_a_run_is_as_long_as_was_asked_for_by_the_cost_model(tmp_path):

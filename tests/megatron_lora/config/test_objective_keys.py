@@ -1,0 +1,49 @@
+"""What may be said of an objective, and each contradiction refused in one line that names its key."""
+
+import pytest
+
+from megatron_lora.config.schema import config_of, dump_config, load_config
+from megatron_lora.errors import UserError
+
+DPO = {"type": "dpo"}
+
+
+def tree(objective, dataset="preference", **settings) -> dict:
+    job = {"name": "a", "datasets": [{"path": "a.jsonl", "type": dataset}], "objective": objective, **settings}
+    return {"base_model": "m", "output_dir": "o", "jobs": [job]}
+
+
+def test_a_config_reads_back_as_it_was(tmp_path):
+    several = {"type": "dpo", "loss_type": ["ipo", "sft"], "loss_weights": [1, 0.5], "reference": "init_adapter"}
+    for made in (tree("dpo"), tree(several, init_adapter="x"), tree("sft", "text"), tree(DPO, "lengths", metric="eval_rewards/margins")):
+        config = config_of(made)
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        assert load_config(tmp_path / "config.yaml") == config
+    assert config_of(tree({"type": "dpo", "loss_type": "hinge"})).jobs[0].preference.weights == (("hinge", 1.0),)  # type: ignore[union-attr]
+    assert config_of(tree("sft", "text")).jobs[0].preference is None
+    assert config_of(tree(DPO, metric="eval_rewards/margins", val_set_size=3)).jobs[0].mode == "max"
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (tree("kto"), "objective: 'kto' is no objective; use sft, or {type: dpo"),
+        (tree({"type": "orpo"}), "objective.type: 'orpo' is unknown"),
+        (tree({"type": "dpo", "gamma": 1}), "objective.gamma: unknown key"),
+        (tree({"type": "dpo", "loss_type": "apo_zero"}), "objective.loss_type.0: 'apo_zero' is unknown"),
+        (tree({"type": "dpo", "loss_type": ["ipo", "ipo"]}), "names a loss twice"),
+        (tree({"type": "dpo", "loss_weights": [1, 2]}), "objective.loss_weights: has 2 weights, and loss_type 1 losses"),
+        (tree({"type": "dpo", "label_smoothing": 0.1}), "objective.label_smoothing: 0.1 is used by loss_type robust alone"),
+        (tree({"type": "dpo", "reference": "init_adapter"}), "objective.reference: init_adapter needs jobs.a.init_adapter"),
+        (tree("sft"), "jobs.a.datasets.0.type: preference is not for the job's objective"),
+        (tree(DPO, "messages"), "jobs.a.datasets.0.type: messages is not for the job's objective; use preference or preference_chat"),
+        (tree(DPO, val_datasets=[{"path": "b.jsonl", "type": "text"}]), "jobs.a.val_datasets.0.type: text is not for"),
+        (tree(DPO, metric="eval_perplexity"), "jobs.a.metric: eval_perplexity is none of its objective's"),
+        (tree("sft", "text", metric="eval_rewards/margins"), "jobs.a.metric: eval_rewards/margins is none of its objective's"),
+        (tree(DPO, train_on_inputs=True), "jobs.a.train_on_inputs: true is for objective sft"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(made, words):
+    with pytest.raises(UserError) as refused:
+        config_of(made)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
