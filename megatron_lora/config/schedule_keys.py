@@ -6,16 +6,11 @@
 The formulas stand in training/schedules.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 from megatron_lora.config.rules import Rule, accepts, number, one_of, show, suggest, whole_number
 from megatron_lora.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_lora.config.schema import JobConfig
 
 WARMUP_RATIO = 0.03
 _CYCLES = number("a number of cosine waves", 0, above=True)
@@ -48,8 +43,8 @@ def schedule_arguments(path: str, value: object) -> dict[str, object]:
     return dict(value)
 
 
-def check_schedule(where: str, job: JobConfig) -> None:
-    """Raise UserError where a job's schedule does not take its arguments, or needs others."""
+def check_schedule(where: str, job: Any) -> None:
+    """Raise UserError where the schedule of `job`, a JobConfig, does not take its arguments, or needs others."""
     if job.warmup_steps is not None and job.warmup_ratio != WARMUP_RATIO:
         raise UserError(f"{where}.warmup_steps: {job.warmup_steps} is in place of {where}.warmup_ratio, which is given; keep one of them")
     rules, given = SCHEDULES[job.lr_scheduler], job.lr_scheduler_kwargs or {}

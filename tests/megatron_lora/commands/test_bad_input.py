@@ -268,22 +268,6 @@ CASES = {
     "module twice": (override("jobs.one.target_modules=[q_proj, q_proj]"), ["jobs.one.target_modules: 'q_proj'", "remove one"]),
     "modules of other models": (override("jobs.one.target_modules=[qkv_proj]"), ["qkv_proj is no linear of a llama; set", "[q_proj,"]),
     "modules as one word": (override("jobs.one.target_modules=q_proj"), ["jobs.one.target_modules: 'q_proj' is not a list"]),
-    "arguments of another schedule": (
-        override("defaults.lr_scheduler_kwargs={min_lr: 1e-5}"),
-        ["jobs.one.lr_scheduler_kwargs.min_lr: lr_scheduler cosine takes num_cycles"],
-    ),
-    "a schedule without its arguments": (
-        override("defaults.lr_scheduler=warmup_stable_decay"),
-        ["jobs.one.lr_scheduler_kwargs", "needs num_decay_steps"],
-    ),
-    "a schedule that rises": (
-        override("defaults={lr_scheduler: polynomial, lr_scheduler_kwargs: {lr_end: 0.5}}"),
-        ["jobs.one.learning_rate: 0.0002 is not above the 0.5 that its schedule ends at"],
-    ),
-    "two warm-ups": (
-        override("defaults={warmup_steps: 3, warmup_ratio: 0.1}"),
-        ["jobs.one.warmup_steps: 3 is in place of jobs.one.warmup_ratio", "keep one"],
-    ),
     "unknown scheduler": (override("defaults.lr_scheduler=cosin"), ["defaults.lr_scheduler: 'cosin'", "did you mean cosine?"]),
     "fp16": (override("precision=fp16"), ["precision: 'fp16'", "auto or bf16 or fp32"]),
     "unknown policy": (override("recompute=chaep"), ["recompute: 'chaep'", "did you mean cheap?", "none or cheap or full"]),
