@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from megatron_lora.config import schema  # noqa: E402
+from megatron_lora.config.objective_keys import OBJECTIVES  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "config.md"
 MARKED = re.compile(r"(?P<open><!-- keys: (?P<kind>\w+) -->\n)(?P<body>.*?)(?P<close><!-- end of keys -->)", re.DOTALL)
@@ -49,7 +50,8 @@ def table(kind: type) -> str:
 
 def fill(text: str) -> str:
     """Return the document with every table made anew."""
-    return MARKED.sub(lambda found: found["open"] + table(getattr(schema, found["kind"])) + found["close"], text)
+    kinds = vars(schema) | {kind.__name__: kind for kind in OBJECTIVES.values()}
+    return MARKED.sub(lambda found: found["open"] + table(kinds[found["kind"]]) + found["close"], text)
 
 
 def main() -> int:

@@ -3,13 +3,15 @@
     objective: sft                                    # the default: cross-entropy over the targets
     objective: {type: dpo, beta: 0.1}                 # Direct Preference Optimization: TRL's keys, names and formulas
     objective: {type: dpo, loss_type: [sigmoid, sft], loss_weights: [1, 0.2], reference: init_adapter}
+    objective: {type: cpo, cpo_alpha: 0.5}            # no reference: the answers' own log-probabilities, and the chosen one's
+    objective: {type: simpo, beta: 2, simpo_gamma: 1}
 
 training/objectives.py has the formulas.
 """
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_lora.config.dataset_paths import PREFERENCE_TYPES, DatasetConfig
 from megatron_lora.config.keys import build, key, required
@@ -30,8 +32,8 @@ def loss_types(path: str, value: object) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectiveConfig:
-    """A preference objective."""
+class DpoConfig:
+    """Direct Preference Optimization."""
 
     type: str = required(one_of("dpo"), "`dpo`: Direct Preference Optimization, over pairs of answers (datasets of type `preference`)")
     beta: float = key(
@@ -58,22 +60,58 @@ class ObjectiveConfig:
         return tuple(zip(self.loss_type, self.loss_weights or (1.0,) * len(self.loss_type), strict=True))
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CpoConfig:
+    """Contrastive Preference Optimization."""
+
+    reference: ClassVar[None] = None
+    type: str = required(one_of("cpo"), "`cpo`: Contrastive Preference Optimization, without a reference")
+    beta: float = key(0.1, number("a beta", 0, above=True), "what log-probabilities are multiplied by; of `ipo` the regularization tau")
+    loss_type: str = key("sigmoid", one_of("sigmoid", "hinge", "ipo"), "TRL's losses; `ipo` takes means over targets")
+    label_smoothing: float = key(
+        0.0, number("a label smoothing", 0, 0.5, below=True), "of `sigmoid`: how likely a pair is labelled the wrong way round"
+    )
+    cpo_alpha: float = key(1.0, number("a weight", 0), "weight of the chosen answers' cross-entropy, over the targets of the batch")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SimpoConfig:
+    """Simple Preference Optimization."""
+
+    reference: ClassVar[None] = None
+
+    type: str = required(one_of("simpo"), "`simpo`: Simple Preference Optimization, over means of log-probabilities, without a reference")
+    beta: float = key(0.1, number("a beta", 0, above=True), "what means of log-probabilities are multiplied by; its paper uses 2 to 2.5")
+    simpo_gamma: float = key(0.5, number("a margin", 0), "margin by which the chosen answer's reward is to be the larger one")
+    label_smoothing: float = key(0.0, number("a label smoothing", 0, 0.5, below=True), "how likely a pair is labelled the wrong way round")
+
+
+PairObjective = DpoConfig | CpoConfig | SimpoConfig
+OBJECTIVES: dict[str, type] = {"dpo": DpoConfig, "cpo": CpoConfig, "simpo": SimpoConfig}
+
+
 @accepts("`sft`, or a mapping of [a preference objective's keys](#preference-objectives)")
-def objective(path: str, value: object) -> ObjectiveConfig | str:
+def objective(path: str, value: object) -> PairObjective | str:
     """Accept sft, or the keys of a preference objective."""
     if value == "sft" or value == {"type": "sft"}:
         return "sft"
-    if value == "dpo":
-        value = {"type": "dpo"}
+    if isinstance(value, str) and value in OBJECTIVES:
+        value = {"type": value}
     if not isinstance(value, dict):
         raise UserError(f"{path}: {show(value)} is no objective; use sft, or {{type: dpo, beta: 0.1}}")
-    found = build(ObjectiveConfig, path, value)
-    if found.loss_weights is not None and len(found.loss_weights) != len(found.loss_type):
+    kind = one_of(*OBJECTIVES)(f"{path}.type", value["type"]) if "type" in value else "dpo"
+    found: PairObjective = build(OBJECTIVES[kind], path, value)
+    if isinstance(found, DpoConfig) and found.loss_weights is not None and len(found.loss_weights) != len(found.loss_type):
         named = f"{path}.loss_weights: has {len(found.loss_weights)} weights, and loss_type {len(found.loss_type)} losses"
         raise UserError(f"{named}; give one weight for each")
-    if found.label_smoothing and "robust" not in found.loss_type:
-        raise UserError(f"{path}.label_smoothing: {found.label_smoothing:g} is used by loss_type robust alone; set loss_type: robust")
+    taken = {"dpo": "robust", "cpo": "sigmoid"}.get(kind)  # the loss that has a label smoothing
+    if found.label_smoothing and taken is not None and taken not in _losses(found):
+        raise UserError(f"{path}.label_smoothing: {found.label_smoothing:g} is used by loss_type {taken} alone; set loss_type: {taken}")
     return found
+
+
+def _losses(found: PairObjective) -> tuple[str, ...]:
+    return () if isinstance(found, SimpoConfig) else (found.loss_type,) if isinstance(found.loss_type, str) else found.loss_type
 
 
 def check_objective(where: str, job: Any) -> None:

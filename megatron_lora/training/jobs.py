@@ -44,7 +44,7 @@ class Job:
     resume_point: ResumePoint = ResumePoint()
     adapter_row: int = -1  # in the arena; -1: not resident
     resident_optimizer: JobOptimizer | None = None  # of its adapter on this rank, while it is resident
-    references: References | None = None  # of a preference job
+    references: References | None = None  # of an objective that has some
     initial: Tensor | None = None  # of one whose reference is the adapter it began from: its factors, as the arena takes them
     state: str = "queued"  # one of output/job_states.py; kept by the first rank
     steps_taken: int = 0
@@ -84,9 +84,9 @@ class Job:
         return self.data.validation_samples
 
     @property
-    def has_pairs(self) -> bool:
-        """Whether its samples are pairs, of a preference objective."""
-        return self.config.preference is not None
+    def has_reference(self) -> bool:
+        """Whether its objective holds it to a reference."""
+        return self.config.preference is not None and self.config.preference.reference is not None
 
     @property
     def reference_has_adapter(self) -> bool:
@@ -97,8 +97,8 @@ class Job:
         """Return what the job's objective makes of a segment's rows (objectives.py); sft takes their `weights`."""
         if part.pairs is None:
             return cross_entropy(rows, weights)
-        assert self.config.preference is not None and self.references is not None
-        return preference(self.config.preference, rows, part.pairs, self.references.of(part.pairs))
+        assert self.config.preference is not None
+        return preference(self.config.preference, rows, part.pairs, None if self.references is None else self.references.of(part.pairs))
 
     def is_evaluated_after(self, step: int) -> bool:
         """Whether an evaluation comes after `step` steps."""

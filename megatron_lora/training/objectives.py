@@ -18,6 +18,11 @@ a pair's loss, as TRL 1.16.0 (trainer/dpo_trainer.py) has it, is the weighted su
     robust    (-(1 - e) log s(beta d) + e log s(-beta d)) / (1 - 2 e)    e: label_smoothing
     sft       -c                                                        over the chosen targets of the batch
 
+Without a reference, by TRL's cpo_trainer.py, with q = beta (c - r) in cpo, beta (c / |c| - r / |r|) - gamma in simpo, e: label_smoothing
+
+    cpo       -(1 - e) log s(q) - e log s(-q), or as hinge and ipo above with c0 = r0 = 0; and cpo_alpha times sft's
+    simpo     the same of its q, and nothing else
+
 averaged over the pairs of the batch, the last over its chosen targets; a batch is the global one, or the validation set. Reported, over
 pairs: rewards/chosen = beta (c - c0), rewards/rejected = beta (r - r0), their difference rewards/margins, rewards/accuracies the
 share of pairs with rewards/chosen above rewards/rejected, logps/chosen = c and logps/rejected = r.
@@ -32,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lora.config.objective_keys import ObjectiveConfig
+from megatron_lora.config.objective_keys import CpoConfig, DpoConfig, PairObjective, SimpoConfig
 from megatron_lora.data.microbatch import Pairs
 from megatron_lora.parallel.messages import NUM_SUMS
 
@@ -60,37 +65,38 @@ def log_probabilities(rows: Tensor, pairs: Pairs) -> Tensor:
     return -held.sum(dim=1).view(-1, 2)
 
 
-def preference(config: ObjectiveConfig, rows: Tensor, pairs: Pairs, reference: Tensor) -> Outcome:
-    """Return a preference's outcome; `reference` fp32 [n, 2] are the log-probabilities under the reference."""
+def preference(config: PairObjective, rows: Tensor, pairs: Pairs, reference: Tensor | None) -> Outcome:
+    """Return a preference's outcome; `reference` fp32 [n, 2] are the log-probabilities under the reference, if the objective has one."""
     logps = log_probabilities(rows, pairs)
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
-        loss = pair_loss(config, leaf, pairs, reference)
+        loss = _dpo(config, leaf, pairs, reference) if isinstance(config, DpoConfig) else _without_reference(config, leaf, pairs)
         (slope,) = torch.autograd.grad(loss, leaf)
     lengths = pairs.edges.diff()
     row_weights = torch.repeat_interleave(-slope.reshape(-1), lengths, output_size=len(rows))
-    rewards = config.beta * (logps - reference)
+    seen = _means(logps, pairs) if _takes_means(config) else logps
+    rewards = config.beta * (seen if reference is None else seen - reference)
     right = (rewards[:, :1] > rewards[:, 1:]).float()
-    reported = torch.cat([rewards, right, logps], dim=1).sum(dim=0) * pairs.pair_weight
+    reported = torch.cat([rewards, right, seen], dim=1).sum(dim=0) * pairs.pair_weight
     return Outcome(row_weights, torch.cat([loss.detach()[None], reported]))
 
 
-def pair_loss(config: ObjectiveConfig, logps: Tensor, pairs: Pairs, reference: Tensor) -> Tensor:
+def _dpo(config: DpoConfig, logps: Tensor, pairs: Pairs, reference: Tensor | None) -> Tensor:
     """Return the pairs' part of the batch's loss, []."""
+    assert reference is not None
     ratios = logps - reference
     scaled = config.beta * (ratios[:, 0] - ratios[:, 1])
     total = logps.new_zeros(())
     for name, weight in config.weights:
         if name == "sft":
-            total = total - weight * pairs.token_weight * logps[:, 0].sum()
+            total = total + weight * _chosen(logps, pairs)
             continue
         if name == "sigmoid":
             losses = -F.logsigmoid(scaled)
         elif name == "hinge":
             losses = F.relu(1 - scaled)
         elif name == "ipo":
-            means = ratios / pairs.num_targets.clamp(min=1.0)
-            losses = (means[:, 0] - means[:, 1] - 1 / (2 * config.beta)).square()
+            losses = _ipo(_means(ratios, pairs), config.beta)
         else:
             assert name == "robust", name
             smoothing = config.label_smoothing
@@ -99,7 +105,42 @@ def pair_loss(config: ObjectiveConfig, logps: Tensor, pairs: Pairs, reference: T
     return total
 
 
-def named(config: ObjectiveConfig | None, sums: list[float], prefix: str = "") -> Mapping[str, float]:
+def _without_reference(config: CpoConfig | SimpoConfig, logps: Tensor, pairs: Pairs) -> Tensor:
+    """Return the pairs' part of the batch's loss, [], of the objectives that have no reference."""
+    seen = _means(logps, pairs) if _takes_means(config) else logps
+    scaled = config.beta * (seen[:, 0] - seen[:, 1])
+    if isinstance(config, SimpoConfig):
+        scaled = scaled - config.simpo_gamma
+    if isinstance(config, CpoConfig) and config.loss_type == "ipo":
+        losses = _ipo(seen, config.beta)
+    elif isinstance(config, CpoConfig) and config.loss_type == "hinge":
+        losses = F.relu(1 - scaled)
+    else:
+        smoothing = config.label_smoothing
+        losses = -(1 - smoothing) * F.logsigmoid(scaled) - smoothing * F.logsigmoid(-scaled)
+    total = pairs.pair_weight * losses.sum()
+    return total + config.cpo_alpha * _chosen(logps, pairs) if isinstance(config, CpoConfig) else total
+
+
+def _takes_means(config: PairObjective) -> bool:
+    """Whether rewards and reported log-probabilities are means over targets, as TRL reports them."""
+    return isinstance(config, SimpoConfig) or (isinstance(config, CpoConfig) and config.loss_type == "ipo")
+
+
+def _means(values: Tensor, pairs: Pairs) -> Tensor:
+    return values / pairs.num_targets.clamp(min=1.0)
+
+
+def _chosen(logps: Tensor, pairs: Pairs) -> Tensor:
+    """Return the chosen answers' cross-entropy, over the chosen targets of the batch."""
+    return -pairs.token_weight * logps[:, 0].sum()
+
+
+def _ipo(means: Tensor, beta: float) -> Tensor:
+    return (means[:, 0] - means[:, 1] - 1 / (2 * beta)).square()
+
+
+def named(config: PairObjective | None, sums: list[float], prefix: str = "") -> Mapping[str, float]:
     """Return what a job's objective reports besides the loss, by name, from the `sums` of an ending."""
     if config is None:
         return {}

@@ -81,7 +81,7 @@ class Residents:
             validation = () if job.data.validation is None else job.data.validation.samples.lengths.tolist()
             dealt = DealtJob.of(job.step_samples.lengths(), self._num_replicas, self._cost, validation)
             found = None
-            if job.has_pairs:
+            if job.has_reference:
                 found = self._reference_cache.known(job.config, job.data) if known is None else known[job.number]
                 assert found is not None
                 job.references = References(found, job.data, job.step_samples.steps, job.resume_point.step, bool(job.evaluation_steps))

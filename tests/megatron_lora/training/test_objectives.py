@@ -1,13 +1,14 @@
 """Preference objectives against their formulas in float64, and what backward starts from against autograd over all rows."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_lora.config.objective_keys import LOSS_TYPES, ObjectiveConfig
+from megatron_lora.config.objective_keys import LOSS_TYPES, CpoConfig, DpoConfig, SimpoConfig
 from megatron_lora.data.microbatch import Pairs
 from megatron_lora.data.sample_arrays import Sample, Samples
 from megatron_lora.data.samples import JobData
@@ -49,7 +50,7 @@ def expected(kind, beta, smoothing, logps, reference):
 @pytest.mark.parametrize("kind", LOSS_TYPES)
 def test_losses_and_row_weights_are_those_of_the_formula(kind):
     rows, pairs, reference = scene()
-    config = ObjectiveConfig(type="dpo", beta=0.4, loss_type=(kind,), loss_weights=(0.5,), label_smoothing=0.1)
+    config = DpoConfig(type="dpo", beta=0.4, loss_type=(kind,), loss_weights=(0.5,), label_smoothing=0.1)
     outcome = preference(config, rows, pairs, reference)
     leaf = rows.double().requires_grad_()
     logps = torch.stack([-part.sum() for part in leaf.split(LENGTHS)]).view(-1, 2)
@@ -62,6 +63,35 @@ def test_losses_and_row_weights_are_those_of_the_formula(kind):
     assert told["rewards/chosen"] == pytest.approx(float(rewards[:, 0].sum() / 8), rel=1e-6)
     assert told["rewards/accuracies"] == float((rewards[:, 0] > rewards[:, 1]).sum() / 8)
     assert told["logps/rejected"] == pytest.approx(float(logps[:, 1].sum() / 8), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CpoConfig(type="cpo", beta=0.3, cpo_alpha=0.7, label_smoothing=0.1),
+        CpoConfig(type="cpo", beta=0.3, cpo_alpha=0.0, loss_type="hinge"),
+        CpoConfig(type="cpo", beta=0.3, loss_type="ipo"),
+        SimpoConfig(type="simpo", beta=2.0, simpo_gamma=0.4, label_smoothing=0.05),
+    ],
+)
+def test_without_a_reference_losses_rewards_and_row_weights_are_those_of_trl(config):
+    """TRL's own function over log-probabilities, sums or means as its trainer takes them; its mean over a batch is our pair weight."""
+    trainer = pytest.importorskip("trl.experimental.cpo").CPOTrainer
+    rows, pairs, _ = scene()
+    outcome = preference(config, rows, pairs, None)
+    leaf = rows.double().requires_grad_()
+    sums = torch.stack([-part.sum() for part in leaf.split(LENGTHS)]).view(-1, 2)
+    loss_type = getattr(config, "loss_type", "simpo")
+    logps = sums / pairs.num_targets if loss_type in ("ipo", "simpo") else sums
+    told = SimpleNamespace(alpha=0.0, beta=config.beta, loss_type=loss_type, label_smoothing=config.label_smoothing)
+    told.simpo_gamma, told.accelerator = getattr(config, "simpo_gamma", 0.0), SimpleNamespace(device="cpu")
+    losses, *rewards = trainer.cpo_loss(told, logps[:, 0], logps[:, 1])
+    loss = losses.sum() / 8 - getattr(config, "cpo_alpha", 0.0) * sums[:, 0].sum() / 40
+    loss.backward()
+    assert float(outcome.sums[0]) == pytest.approx(float(loss), rel=1e-6)
+    torch.testing.assert_close(outcome.row_weights.double(), leaf.grad, rtol=1e-5, atol=1e-9)
+    wanted = [*rewards, (rewards[0] > rewards[1]).double(), *logps.detach().T]
+    torch.testing.assert_close(outcome.sums[1:].double(), torch.stack(wanted).sum(dim=1) / 8, rtol=1e-5, atol=1e-9)
 
 
 def test_references_are_wanted_once_of_each_pair_and_of_rounds_that_hold_one():

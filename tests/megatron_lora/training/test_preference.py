@@ -23,6 +23,12 @@ JOBS = {
     "robust": {"objective": {"type": "dpo", "loss_type": ["robust", "hinge"], "label_smoothing": 0.2}, "r": 16, "lora_alpha": 16,
                "target_modules": ["gate_proj", "o_proj"], "learning_rate": 1e-3, "global_batch_size": 2, "max_grad_norm": 0.2},
 }  # fmt: skip
+WITHOUT_REFERENCE = {
+    "cpo": {"objective": {"type": "cpo", "beta": 0.2, "cpo_alpha": 0.5}, "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj"],
+            "learning_rate": 1e-3, "global_batch_size": 3, "max_grad_norm": 1.0},
+    "simpo": {"objective": {"type": "simpo", "beta": 2.0}, "r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "down_proj"],
+              "learning_rate": 1e-3, "global_batch_size": 2, "max_grad_norm": 1.0},
+}  # fmt: skip
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 LAYOUTS = {"pp1": ({}, 90), "pp2": ({"pp": 2}, 90), "tp2": ({"tp": 2, "sequence": True}, 160), "dp2": ({"dp": 2}, 90)}
 
@@ -41,7 +47,7 @@ def scene(tmp_path_factory) -> dict:
     """A model, and the jobs with their pairs and starting adapters; beside them one of sft."""
     root = tmp_path_factory.mktemp("preference")
     model, jobs, rows = oracle.make_model(root / "model"), {}, {}
-    for i, (name, settings) in enumerate(JOBS.items()):
+    for i, (name, settings) in enumerate((JOBS | WITHOUT_REFERENCE).items()):
         rows[name] = trl_oracle.make_pairs(root / f"{name}.jsonl", num_rows=4 * settings["global_batch_size"] + 1, seed=i)
         lora = {key: settings[key] for key in ("r", "lora_alpha", "target_modules")}
         start = warm_adapter(model, root / f"init-{name}", seed=i, **lora)
@@ -100,21 +106,23 @@ def test_preference_jobs_among_others_equal_trl_training_each_alone(layout, scen
 
 
 def test_a_job_among_others_trains_as_it_would_alone_and_reads_what_a_run_kept(scene, pool, tmp_path):
-    """With dropout, evaluations and shuffled pairs; the second run alone finds its references in the cache, and has no slot for them."""
-    names, more = [*JOBS, "sft"], {"shuffle": True, "val_set_size": 3, "lora_dropout": 0.1, "adam_epsilon": 1e-6, "metric": "eval_loss"}
+    """With dropout, evaluations and shuffled pairs; a run alone finds its references in the cache, and has no slot for them."""
+    names, more = (
+        [*JOBS, *WITHOUT_REFERENCE, "sft"],
+        {"shuffle": True, "val_set_size": 3, "lora_dropout": 0.1, "adam_epsilon": 1e-6, "metric": "eval_loss"},
+    )
     among = train(pool, scene, tmp_path / "among", {"pp": 2}, 90, names, **more)
-    for run in range(2):
-        for name in ("sigmoid", "ipo-sft"):
-            path = tmp_path / f"{name}-{run}"
-            alone = train(pool, scene, path, {}, 160, [name], **more)[name]
-            assert [line.keys() for line in alone] == [line.keys() for line in among[name]]
-            for ours, theirs in zip(alone, among[name], strict=True):
-                for key in ours.keys() & {"loss", "eval_loss", "logps/chosen", "eval_rewards/margins", "eval_rewards/accuracies"}:
-                    assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=2e-5), (name, key)
-            assert "eval_rewards/margins" in alone[-1] and "eval_perplexity" not in alone[-1]
-            for kind in ("lora_A", "lora_B"):
-                assert oracle.distance(adapter_of(path, name), adapter_of(tmp_path / "among", name), kind) < 1e-4
-            assert not references_in(path), "what the first run kept was not read"
+    for name in ("sigmoid", "ipo-sft", *WITHOUT_REFERENCE):
+        path = tmp_path / name
+        alone = train(pool, scene, path, {}, 160, [name], **more)[name]
+        assert [line.keys() for line in alone] == [line.keys() for line in among[name]]
+        for ours, theirs in zip(alone, among[name], strict=True):
+            for key in ours.keys() & {"loss", "eval_loss", "logps/chosen", "eval_rewards/margins", "eval_rewards/accuracies"}:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=2e-5), (name, key)
+        assert "eval_rewards/margins" in alone[-1] and "eval_perplexity" not in alone[-1]
+        for kind in ("lora_A", "lora_B"):
+            assert oracle.distance(adapter_of(path, name), adapter_of(tmp_path / "among", name), kind) < 1e-4
+        assert not references_in(path), "what the first run kept was not read"
     assert references_in(tmp_path / "among")
 
 
