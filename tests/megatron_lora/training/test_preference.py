@@ -107,10 +107,8 @@ def test_preference_jobs_among_others_equal_trl_training_each_alone(layout, scen
 
 def test_a_job_among_others_trains_as_it_would_alone_and_reads_what_a_run_kept(scene, pool, tmp_path):
     """With dropout, evaluations and shuffled pairs; a run alone finds its references in the cache, and has no slot for them."""
-    names, more = (
-        [*JOBS, *WITHOUT_REFERENCE, "sft"],
-        {"shuffle": True, "val_set_size": 3, "lora_dropout": 0.1, "adam_epsilon": 1e-6, "metric": "eval_loss"},
-    )
+    names = [*JOBS, *WITHOUT_REFERENCE, "sft"]
+    more = {"shuffle": True, "val_set_size": 3, "lora_dropout": 0.1, "adam_epsilon": 1e-6, "metric": "eval_loss"}
     among = train(pool, scene, tmp_path / "among", {"pp": 2}, 90, names, **more)
     for name in ("sigmoid", "ipo-sft", *WITHOUT_REFERENCE):
         path = tmp_path / name
