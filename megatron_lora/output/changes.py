@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_lora.config.rules import show, suggest
@@ -40,6 +40,10 @@ class Run:
     config: RunConfig
     states: dict[str, str]
     reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def with_jobs(self, change: Callable[[JobConfig], JobConfig]) -> Run:
+        """Return the run with `change` made to each of its jobs."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, jobs=tuple(map(change, self.config.jobs))))
 
 
 def states_to_start_from(states: Mapping[str, str]) -> dict[str, str]:

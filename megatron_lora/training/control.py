@@ -63,6 +63,7 @@ class Control:
         begun: Collection[str],
         gap: int,
         check_fits: Callable[[JobConfig], None] = lambda job: None,
+        complete: Callable[[JobConfig], JobConfig] = lambda job: job,
         num_devices: int = 1,
         deterministic: bool = False,
         keep_alive: bool = False,
@@ -72,7 +73,7 @@ class Control:
         """Begin with the jobs of `run` that are not over: in the queue unless they are paused, those named in `read` ready to join.
 
         Jobs that have `begun` come first in the queue. `check_fits(job)` raises UserError for one that
-        could never have rows.
+        could never have rows; `complete(job)` says of one that was added what it leaves to the base model.
         """
         self.output_dir = output_dir
         self.run = run
@@ -80,6 +81,7 @@ class Control:
         self.reader = reader
         self.gap = gap
         self.check_fits = check_fits
+        self.complete = complete
         self.deterministic = deterministic
         self.keep_alive = keep_alive
         self.max_wait_s = max_wait_s
@@ -300,6 +302,7 @@ class Control:
 
     def _add(self, names: Sequence[str]) -> None:
         """Queue jobs that were added."""
+        self.run = self.run.with_jobs(lambda job: self.complete(job) if job.name in names else job)
         added = [job for job in self.run.config.jobs if job.name in names]
         for config in added:
             self.entries[config.name] = Entry(number=self.num_jobs, config=config)

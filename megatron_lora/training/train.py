@@ -61,7 +61,7 @@ from megatron_lora.planning.devices import this_device
 from megatron_lora.planning.plan_feed import PlanFeed, PlanSettings
 from megatron_lora.planning.predict import planner_cost, rank_row_bytes_of, room_of, window_time
 from megatron_lora.planning.resolve import describe, memory_line, resolve
-from megatron_lora.planning.targets import targeted
+from megatron_lora.planning.targets import completed, targeted, with_modules
 from megatron_lora.training.agree_to_stop import until_stopped
 from megatron_lora.training.assemble import DTYPES, make_arena, make_executor, make_stage
 from megatron_lora.training.control import Control
@@ -251,18 +251,19 @@ def _make_control(
         budget=config.microbatch_tokens,
         cache_dir=cache_dir(),
     )
-    reader = JobReader(check)
+    reader, complete = JobReader(check), partial(completed, architecture=architecture)
     if any(state == "queued" and name not in read for name, state in run.states.items()):
         reader.start()  # while the model is built
     return Control(
         Path(config.output_dir),
-        run,
+        run.with_jobs(complete),  # requests that waited for this start are among them
         Book(room),
         reader,
         read=read,
         begun=begun,
         gap=position_of(config.parallel).gap,
-        check_fits=lambda job: check_fits(job.name, job, room, row_bytes, float(config.adapter_memory)),
+        check_fits=lambda job: check_fits(job.name, with_modules(job, architecture), room, row_bytes, float(config.adapter_memory)),
+        complete=complete,
         num_devices=config.parallel.world_size,
         deterministic=config.deterministic,
         keep_alive=live.keep_alive,

@@ -22,7 +22,7 @@ from megatron_lora.output.run_view import RunView
 from megatron_lora.training.optuna_points import ask
 
 STEPS = 9
-JOB = {"name": "tune", "datasets": [{"path": "nowhere.jsonl", "type": "text"}], "val_set_size": 2}
+JOB = {"name": "tune", "datasets": [{"path": "nowhere.jsonl", "type": "text"}], "val_set_size": 2, "target_modules": ["q_proj"]}
 
 
 def points(strategy: str, num: int = 9, **keys) -> list[JobConfig]:
