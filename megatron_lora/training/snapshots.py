@@ -116,9 +116,10 @@ class _Writers:
                 job = self._ready.popleft()
                 snapshot = self._of_job[job][0]
             try:
-                self._write(snapshot)
+                if self.failure is None:  # else what should lie beside it may be missing
+                    self._write(snapshot)
             except BaseException as failure:  # carried to the main thread, which raises it
-                self.failure = failure
+                self.failure = self.failure or failure
             del snapshot  # its memory is free before anybody waits no more
             with self._changed:
                 self._of_job[job].popleft()
