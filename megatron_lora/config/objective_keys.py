@@ -71,6 +71,8 @@ def objective(path: str, value: object) -> ObjectiveConfig | str:
     if found.loss_weights is not None and len(found.loss_weights) != len(found.loss_type):
         named = f"{path}.loss_weights: has {len(found.loss_weights)} weights, and loss_type {len(found.loss_type)} losses"
         raise UserError(f"{named}; give one weight for each")
+    if found.loss_weights is not None and not any(found.loss_weights):
+        raise UserError(f"{path}.loss_weights: all are 0, so that nothing is trained; give one above 0")
     if found.label_smoothing and "robust" not in found.loss_type:
         raise UserError(f"{path}.label_smoothing: {found.label_smoothing:g} is used by loss_type robust alone; set loss_type: robust")
     return found

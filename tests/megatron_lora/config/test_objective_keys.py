@@ -33,6 +33,7 @@ def test_a_config_reads_back_as_it_was(tmp_path):
         (tree({"type": "dpo", "loss_type": "apo_zero"}), "objective.loss_type.0: 'apo_zero' is unknown"),
         (tree({"type": "dpo", "loss_type": ["ipo", "ipo"]}), "names a loss twice"),
         (tree({"type": "dpo", "loss_weights": [1, 2]}), "objective.loss_weights: has 2 weights, and loss_type 1 losses"),
+        (tree({"type": "dpo", "loss_weights": [0]}), "objective.loss_weights: all are 0"),
         (tree({"type": "dpo", "label_smoothing": 0.1}), "objective.label_smoothing: 0.1 is used by loss_type robust alone"),
         (tree({"type": "dpo", "reference": "init_adapter"}), "objective.reference: init_adapter needs jobs.a.init_adapter"),
         (tree("sft"), "jobs.a.datasets.0.type: preference is not for the job's objective"),
