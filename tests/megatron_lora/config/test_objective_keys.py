@@ -4,6 +4,7 @@ import pytest
 
 from megatron_lora.config.schema import config_of, dump_config, load_config
 from megatron_lora.errors import UserError
+from megatron_lora.output.resume import changed_key
 
 DPO = {"type": "dpo"}
 
@@ -22,6 +23,12 @@ def test_a_config_reads_back_as_it_was(tmp_path):
     assert config_of(tree({"type": "dpo", "loss_type": "hinge"})).jobs[0].preference.weights == (("hinge", 1.0),)  # type: ignore[union-attr]
     assert config_of(tree("sft", "text")).jobs[0].preference is None
     assert config_of(tree(DPO, metric="eval_rewards/margins", val_set_size=3)).jobs[0].mode == "max"
+
+
+def test_a_run_is_resumed_with_its_objective_alone():
+    before, other = (config_of(tree({"type": "dpo", "label_smoothing": e, "loss_type": "robust"})) for e in (0.1, 0.2))
+    assert changed_key(before, before) is None
+    assert changed_key(before, other) == "jobs.a.objective.label_smoothing: 0.2 differs from 0.1"
 
 
 @pytest.mark.parametrize(
