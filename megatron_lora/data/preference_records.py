@@ -121,9 +121,10 @@ def _turns(record: Record, chosen: str, rejected: str, where: str) -> tuple[list
         prompt = answers[0][:at]
         if text and all(text not in (turn.get("content"), turn.get("value")) for turn in prompt if isinstance(turn, dict)):
             used = ()  # the answers begin with another prompt
-    if all(answer[: len(prompt)] == prompt for answer in answers):
+    hold_prompt = {answer[: len(prompt)] == prompt for answer in answers}
+    if hold_prompt == {True}:
         answers = [answer[len(prompt) :] for answer in answers]
-    if not prompt or not all(answers):
+    if not prompt or not all(answers) or len(hold_prompt) > 1:
         raise UserError(f"{where}: {chosen!r} and {rejected!r} do not begin with one prompt and then differ; add a 'prompt'")
     return prompt, answers, used
 

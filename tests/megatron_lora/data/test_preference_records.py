@@ -97,6 +97,7 @@ def test_a_prompt_that_turns_do_not_begin_with_is_named(fields, name):
         ({"prompt": "Q", "chosen": "a", "rejected": "b", "system": "S"}, "'system' is not used by this type"),
         ({"prompt": "Q", "chosen": "a", "rejected": "b", "weight": 0.5}, "'weight' is not used"),
         ({"chosen": [says("a")], "rejected": [says("b")]}, "add a 'prompt'"),
+        ({"prompt": [USER], "chosen": [USER, says("a")], "rejected": [says("b")]}, "do not begin with one prompt"),
         ({"prompt": [USER], "chosen": [says("a")], "rejected": [says("")]}, "'rejected' has no assistant turn with content"),
     ],
 )
