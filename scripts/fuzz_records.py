@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lora.config.dataset_paths import DATASET_TYPES
+from megatron_lora.config.dataset_paths import DATASET_TYPES, PREFERENCE_TYPES
+from megatron_lora.config.objective_keys import objective
 from megatron_lora.config.schema import DatasetConfig, JobConfig, dump_config, load_config
 from megatron_lora.data.samples import load_jobs_data
 from megatron_lora.errors import UserError
@@ -38,6 +39,8 @@ RECORDS = {
     "prompt_completion": {"prompt": "Q: ", "completion": "yes"},
     "text": {"text": "one text"},
     "lengths": {"tokens": 12, "targets": 3},
+    "preference": {"prompt": "Q: ", "chosen": "yes", "rejected": "no"},
+    "preference_chat": {"prompt": "hi", "chosen": "yes", "rejected": "no"},
 }
 TEMPLATES = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}",
@@ -103,9 +106,11 @@ def fuzz_records(draw: random.Random, folder: Path) -> dict:
         content = damaged(draw, content)
     path = folder / f"a.{kind}"
     path.write_bytes(content)
+    pairs = format in PREFERENCE_TYPES
     job = JobConfig(
         name="j",
         seed=0,
+        objective=objective("objective", "dpo" if pairs else "sft"),
         datasets=(DatasetConfig(path=str(path), type=format, sampling_weight=draw.choice((1.0, 0.3, 2.5))),),
         bad_rows=draw.choice(("refuse", "drop")),
         sequence_len=draw.choice((2, 8, 2048)),
@@ -114,7 +119,8 @@ def fuzz_records(draw: random.Random, folder: Path) -> dict:
     tokenizer = tokenizers()[draw.randrange(len(tokenizers()))]
     (data,) = load_jobs_data([job], tokenizer, draw.choice((None, folder / "cache")), vocab_size=len(tokenizer))
     samples = list(data.samples)
-    assert samples and all(2 <= len(sample) <= job.sequence_len and sample.targets.any() and not sample.targets[0] for sample in samples)
+    most = job.sequence_len * (1 + pairs)
+    assert samples and all(2 <= len(sample) <= most and sample.targets.any() and not sample.targets[0] for sample in samples)
     assert len({sample.record for sample in samples}) == len(samples) == data.num_records - data.num_dropped - data.num_bad
     assert list(data.steps_of(job).lengths()[0]) and np.array_equal(data.samples.lengths, [len(sample) for sample in samples])
     assert "\n" not in data.describe() and data.describe().encode()
@@ -124,7 +130,8 @@ def fuzz_records(draw: random.Random, folder: Path) -> dict:
 def fuzz_config(draw: random.Random, folder: Path) -> dict:
     """Write a config, spoil it, and load it; what loads must load again from its own dump."""
     dataset = {"path": draw.choice(("a.jsonl", "data/*.csv", "team/tales")), "type": draw.choice(DATASET_TYPES)}
-    tree = {"base_model": "m", "output_dir": "o", "jobs": [{"name": "a", "datasets": [dataset]}, {"name": "b", "datasets": [dataset]}]}
+    job = {"datasets": [dataset], **({"objective": "dpo"} if dataset["type"] in PREFERENCE_TYPES else {})}
+    tree = {"base_model": "m", "output_dir": "o", "jobs": [{"name": "a", **job}, {"name": "b", **job}]}
     for _ in range(draw.choice((0, 1, 1, 2, 3))):
         spoil(draw, tree)
     content = json.dumps(tree).encode()

@@ -33,7 +33,7 @@ def default_of(field: dataclasses.Field) -> str:
     if dataclasses.is_dataclass(value):
         return ""
     if isinstance(value, tuple):
-        return "all" if value else "`[]`"
+        return f"`[{', '.join(map(str, value))}]`"
     words = {None: "null", True: "true", False: "false"}
     return f"`{words[value] if value is None or isinstance(value, bool) else format(value, 'g') if isinstance(value, float) else value}`"
 

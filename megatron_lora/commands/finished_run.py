@@ -39,7 +39,7 @@ class FinishedRun:
     path: Path
     config: RunConfig
     slots: list[list[list[int]]]  # as plan/ has them: [slot][sample] -> job, step, sample, tokens
-    evaluated: frozenset[int]  # evaluation slots
+    evaluated: frozenset[int]  # slots that run forward alone: of evaluations and references
     names: Mapping[int, str]  # of the jobs, by the numbers that slots have
     spans: Mapping[int, list[dict]]  # rank -> events of the Chrome trace format, microseconds
     cost: dict

@@ -62,7 +62,7 @@ def report(run: FinishedRun) -> list[str]:
     lines = [
         f"{run.path}: {len(run.names)} jobs, {len(run.steps)} steps, {run.tokens:,} tokens in {run.makespan_s:.2f} s: "
         f"{run.tokens / run.makespan_s:,.0f} tokens/s",
-        f"{len(run.slots)} slots, {f'{len(run.evaluated)} of them evaluations, ' if run.evaluated else ''}{noops} of them no-ops, "
+        f"{len(run.slots)} slots, {f'{len(run.evaluated)} of them forward alone, ' if run.evaluated else ''}{noops} of them no-ops, "
         f"the others {run.tokens / (len(busy) * budget * parallel.data):.0%} full; "
         f"padding {1 - run.tokens / rows:.1%} of the rows; efficiency {_efficiency(run):.1%}, the share of all stages' time in forwards "
         "and backwards",

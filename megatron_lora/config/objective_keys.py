@@ -104,6 +104,8 @@ def objective(path: str, value: object) -> PairObjective | str:
     if isinstance(found, DpoConfig) and found.loss_weights is not None and len(found.loss_weights) != len(found.loss_type):
         named = f"{path}.loss_weights: has {len(found.loss_weights)} weights, and loss_type {len(found.loss_type)} losses"
         raise UserError(f"{named}; give one weight for each")
+    if isinstance(found, DpoConfig) and found.loss_weights is not None and not any(found.loss_weights):
+        raise UserError(f"{path}.loss_weights: all are 0, so that nothing is trained; give one above 0")
     taken = {"dpo": "robust", "cpo": "sigmoid"}.get(kind)  # the loss that has a label smoothing
     if found.label_smoothing and taken is not None and taken not in _losses(found):
         raise UserError(f"{path}.label_smoothing: {found.label_smoothing:g} is used by loss_type {taken} alone; set loss_type: {taken}")

@@ -17,7 +17,6 @@ from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.steps import mix
 from megatron_lora.errors import UserError
 
-FIELDS = ("tokens", "targets", "chosen", "rejected")
 MOST_TOKENS = 2**24  # of a record
 
 
@@ -31,9 +30,10 @@ class LengthEncoder:
     def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> Encoded:
         """Make the next record, of which at least one token is a target."""
         assert format == "lengths", format
-        for name in record.keys() - set(FIELDS):
-            raise UserError(f"{where}: {name!r} is no field of a length; write {{'tokens': N}}, or with 'targets': M too")
         names = ("tokens",) if "chosen" not in record and "rejected" not in record else ("chosen", "rejected")
+        for name in sorted(record.keys() - {*names, "targets"}):
+            what = "a length; write {'tokens': N}" if len(names) == 1 else "a pair; write {'chosen': N, 'rejected': M}"
+            raise UserError(f"{where}: {name!r} is no field of {what}, or with 'targets' too")
         lengths = [_count(record, name, 2, MOST_TOKENS, where) for name in names]
         length = sum(lengths)
         most = min(lengths) - 1

@@ -63,6 +63,7 @@ class PreferenceEncoder:
     def _conversations(self, record: Record, chosen: str, rejected: str, where: str) -> tuple[Encoded, Encoded]:
         prompt, answers, used = _turns(record, chosen, rejected, where)
         rest = {name: value for name, value in record.items() if name not in (*used, chosen, rejected)}
+        notes = check_other_fields({name: rest.pop(name) for name in ("prompt", "completion") if name in rest}, (), where)
         found = []
         for name, answer in zip((chosen, rejected), answers, strict=True):
             turns = {"prompt": prompt, "completion": answer}
@@ -70,7 +71,7 @@ class PreferenceEncoder:
             if not encoded.targets.any():
                 raise UserError(f"{where}: {name!r} has no assistant turn with content; remove the record or complete it")
             found.append(encoded)
-        return Encoded(found[0].tokens, found[0].targets, tuple(dict.fromkeys(found[0].notes + found[1].notes))), found[1]
+        return Encoded(found[0].tokens, found[0].targets, tuple(dict.fromkeys(notes + found[0].notes + found[1].notes))), found[1]
 
 
 def _pair(chosen: Encoded, rejected: Encoded, where: str) -> Encoded:
@@ -107,7 +108,7 @@ def _prompt_text(record: Record, where: str) -> tuple[str, tuple[str, ...]]:
 
 def _turns(record: Record, chosen: str, rejected: str, where: str) -> tuple[list[Any], list[list[Any]], tuple[str, ...]]:
     """Return the turns of the prompt and of both answers, and the fields that the prompt stands in."""
-    answers = [_as_turns(record[name]) for name in (chosen, rejected)]
+    answers, text = [_as_turns(record[name]) for name in (chosen, rejected)], ""
     listed = next((name for name in ("prompt", *TURNS) if isinstance(record.get(name), list) and record[name]), None)
     if listed == "prompt" or (listed and all(len(answer) == 1 for answer in answers)):
         prompt, used = _as_turns(record[listed]), (listed,)
@@ -118,9 +119,12 @@ def _turns(record: Record, chosen: str, rejected: str, where: str) -> tuple[list
         longest = min(map(len, answers))
         at = next((i for i in range(longest) if answers[0][i] != answers[1][i]), longest)
         prompt = answers[0][:at]
-    if all(answer[: len(prompt)] == prompt for answer in answers):
+        if text and all(text not in (turn.get("content"), turn.get("value")) for turn in prompt if isinstance(turn, dict)):
+            used = ()  # the answers begin with another prompt
+    hold_prompt = {answer[: len(prompt)] == prompt for answer in answers}
+    if hold_prompt == {True}:
         answers = [answer[len(prompt) :] for answer in answers]
-    if not prompt or not all(answers):
+    if not prompt or not all(answers) or len(hold_prompt) > 1:
         raise UserError(f"{where}: {chosen!r} and {rejected!r} do not begin with one prompt and then differ; add a 'prompt'")
     return prompt, answers, used
 

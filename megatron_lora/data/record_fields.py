@@ -46,7 +46,8 @@ def complete(text: str, what: str, where: str) -> str:
 def missing(record: Mapping[str, object], key: str, where: str) -> UserError:
     """Return the error for a field that a record does not have."""
     if key in record:
-        return UserError(f"{where}: {key!r} is null; remove the record or complete it")
+        said = "null" if record[key] is None else "empty"
+        return UserError(f"{where}: {key!r} is {said}; remove the record or complete it")
     fields = ", ".join(map(repr, record)) or "nothing"
     return UserError(f"{where}: has no {key!r} (it has {fields}); add it, or change the dataset's type")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lora.config.consistent_job import same_targets
+from megatron_lora.config.objective_keys import PairObjective
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.config.sweep_keys import Point, SweepConfig
@@ -49,6 +50,9 @@ def changed_key(before: RunConfig, now: RunConfig) -> str | None:
                 continue
             if isinstance(old, Point) and isinstance(new, Point) and old.sweep != new.sweep:
                 return _changed_sweep(old.sweep, new.sweep)
+            if isinstance(old, PairObjective) and type(old) is type(new):
+                key, (old, new) = next(iter(_differences(old, new, ()).items()))
+                name = f"{name}.{key}"
             return f"jobs.{old_job.name}.{name}: {show(new)} differs from {show(old)}"
     return None
 
@@ -90,7 +94,7 @@ def with_precision_of(before: RunConfig, now: RunConfig) -> RunConfig:
     return dataclasses.replace(now, precision=before.precision) if now.precision == "auto" else now
 
 
-def _differences(before: RunConfig | JobConfig, now: RunConfig | JobConfig, may_change: Sequence[str]) -> dict[str, tuple[object, object]]:
+def _differences(before: Any, now: Any, may_change: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """Return the keys in which two configs differ, with both values, except those that may change."""
     names = [field.name for field in dataclasses.fields(before) if field.name not in may_change]
     pairs = {name: (getattr(before, name), getattr(now, name)) for name in names}

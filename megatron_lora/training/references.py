@@ -132,18 +132,25 @@ class ReferenceCache:
     def known(self, job: JobConfig, data: JobData) -> Known:
         """Return a job's key, and what is kept under it."""
         key = self._key(job, data)
-        shape = (len(data.samples) + len(data.validation_samples), 2)
-        with suppress(OSError, SafetensorError, KeyError), safe_open(self._file(key), framework="numpy") as file:
+        return Known(key, self._kept(key, len(data.samples) + len(data.validation_samples)))
+
+    def _kept(self, key: str, num_pairs: int) -> np.ndarray | None:
+        with suppress(OSError, SafetensorError, KeyError, TypeError), safe_open(self._file(key), framework="numpy") as file:
             values = file.get_tensor("values")
-            if file.metadata()["sha256"] == _digest(values) and values.shape == shape and values.dtype == np.float32:
-                return Known(key, values)
-        return Known(key, None)
+            if file.metadata()["sha256"] == _digest(values) and values.shape == (num_pairs, 2) and values.dtype == np.float32:
+                return values
+        return None
 
     def store(self, references: References) -> None:
-        """Keep a job's references if there are new ones; a disk that is full costs a later run their computation, no more."""
+        """Keep a job's references if there are new ones, with what others of its key have kept.
+
+        A disk that is full costs a later run their computation, no more.
+        """
         values = references.changed()
         if values is None:
             return
+        if (kept := self._kept(references.key, len(values))) is not None:
+            values = np.where(np.isnan(values), kept, values)
         with suppress(OSError):
             self._directory.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file(references.key), save({"values": values}, {"sha256": _digest(values)}))

@@ -1,8 +1,8 @@
-"""What has been reported of each job, for the thread that writes snapshots: it waits here until a snapshot's step is reported.
+"""What has been reported of each job, for the threads that write snapshots: they wait here until a snapshot's step is reported.
 
 A snapshot is taken when its step is, on every rank. What it is for, a checkpoint, the best weights or the last ones, is known once the
 job's reports have come as far, with the record of the evaluation at that step where there is one. Reports come from the training thread,
-which never waits for the writer while the run lasts; when no more will come, it says so.
+which never waits for the writers while the run lasts; when no more will come, it says so.
 
     reported = board.wait_for("summarise", 40)      # None: nothing is to be written
 """

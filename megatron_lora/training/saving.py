@@ -99,7 +99,7 @@ def _is_finished(job: Job) -> bool:
 
 
 class Writer:
-    """Writes snapshots, on the first rank, in a thread of its own (snapshots.py)."""
+    """Writes snapshots, on the first rank, in threads of their own (snapshots.py)."""
 
     def __init__(self, config: RunConfig, board: ReportBoard, model_dir: Path, rests_on: Mapping[str, str]):
         """Write into the directory of the run that `config` describes; `board` says what was reported of each job.

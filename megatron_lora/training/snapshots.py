@@ -73,10 +73,14 @@ class _Joinable:
 
 
 class _Writers:
-    """Threads that call `write` with what they are given, of each job one after another, in its order."""
+    """Threads that call `write` with what they are given, of each job one after another, in its order.
+
+    Twice as many as there are threads may wait: with a slow disk what comes later stays where it is, on the hosts of all ranks.
+    """
 
     def __init__(self, write: Callable[[_Joinable], None], num_threads: int):
         self._write = write
+        self._most = 3 * num_threads
         self._changed = threading.Condition()
         self._of_job: dict[str, deque[_Joinable]] = {}  # what is to be written; its first is being written, or is in `_ready`
         self._ready: deque[str] = deque()
@@ -86,8 +90,9 @@ class _Writers:
             threading.Thread(target=self._work, name=f"snapshot-writer-{number}", daemon=True).start()
 
     def put(self, job: str, snapshot: _Joinable) -> None:
-        """Have a snapshot written after those of the same job."""
+        """Have a snapshot written after those of the same job; waits for room."""
         with self._changed:
+            self._changed.wait_for(lambda: sum(map(len, self._of_job.values())) < self._most)
             others = self._of_job.setdefault(job, deque())
             others.append(snapshot)
             if len(others) == 1:
@@ -116,9 +121,10 @@ class _Writers:
                 job = self._ready.popleft()
                 snapshot = self._of_job[job][0]
             try:
-                self._write(snapshot)
+                if self.failure is None:  # else what should lie beside it may be missing
+                    self._write(snapshot)
             except BaseException as failure:  # carried to the main thread, which raises it
-                self.failure = failure
+                self.failure = self.failure or failure
             del snapshot  # its memory is free before anybody waits no more
             with self._changed:
                 self._of_job[job].popleft()

@@ -38,6 +38,7 @@ def test_every_key_has_a_row_with_its_default_and_a_meaning(generator):
             assert re.fullmatch(r"\| `\w+` \| [^|]+ \| [\w ]* \| [^|]* \| [^|]+ \|", row), row
     assert "| a whole number from 1 to 256 |  | `16` | rank of A and B |" in generator.table(generator.schema.JobConfig)
     assert "| a list of {path, type}, or null |  | `[]` | validation data: what" in generator.table(generator.schema.JobConfig)
+    assert "or a list of some |  | `[sigmoid]` | TRL's losses" in generator.table(generator.OBJECTIVES["dpo"])
 
 
 def test_a_changed_schema_changes_the_table(generator):

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_lora.config.schema import config_of, dump_config, load_config
 from megatron_lora.errors import UserError
+from megatron_lora.output.resume import changed_key
 
 DPO = {"type": "dpo"}
 
@@ -24,6 +25,12 @@ def test_a_config_reads_back_as_it_was(tmp_path):
     assert config_of(tree(DPO, metric="eval_rewards/margins", val_set_size=3)).jobs[0].mode == "max"
 
 
+def test_a_run_is_resumed_with_its_objective_alone():
+    before, other = (config_of(tree({"type": "dpo", "label_smoothing": e, "loss_type": "robust"})) for e in (0.1, 0.2))
+    assert changed_key(before, before) is None
+    assert changed_key(before, other) == "jobs.a.objective.label_smoothing: 0.2 differs from 0.1"
+
+
 @pytest.mark.parametrize(
     ("made", "words"),
     [
@@ -33,6 +40,7 @@ def test_a_config_reads_back_as_it_was(tmp_path):
         (tree({"type": "dpo", "loss_type": "apo_zero"}), "objective.loss_type.0: 'apo_zero' is unknown"),
         (tree({"type": "dpo", "loss_type": ["ipo", "ipo"]}), "names a loss twice"),
         (tree({"type": "dpo", "loss_weights": [1, 2]}), "objective.loss_weights: has 2 weights, and loss_type 1 losses"),
+        (tree({"type": "dpo", "loss_weights": [0]}), "objective.loss_weights: all are 0"),
         (tree({"type": "dpo", "label_smoothing": 0.1}), "objective.label_smoothing: 0.1 is used by loss_type robust alone"),
         (tree({"type": "dpo", "reference": "init_adapter"}), "objective.reference: init_adapter needs jobs.a.init_adapter"),
         (tree("sft"), "jobs.a.datasets.0.type: preference is not for the job's objective"),

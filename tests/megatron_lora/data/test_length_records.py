@@ -55,6 +55,7 @@ def test_cuts_and_train_on_inputs_are_those_of_all_rows(tmp_path):
         ({"tokens": 8, "targets": 8}, "'targets' is 8; write a whole number from 1 to 7"),
         ({"tokens": True}, "'tokens' is true"),
         ({"tokens": 8, "text": "a"}, "'text' is no field of a length"),
+        ({"tokens": 8, "chosen": 9, "rejected": 6}, "'tokens' is no field of a pair"),
     ],
 )
 def test_what_is_no_length_is_one_line_with_its_place(tmp_path, row, says):

@@ -73,14 +73,31 @@ def test_texts():
 
 
 @pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"prompt": "another"}, "prompt"),
+        ({"question": "another"}, "question"),
+        ({"prompt": USER["content"]}, None),
+        ({"prompt": [USER], "completion": "another"}, "completion"),
+        ({"prompt": "another", "messages": [USER], "chosen": [says("yes")], "rejected": [says("no")]}, "prompt"),
+    ],
+)
+def test_a_prompt_that_turns_do_not_begin_with_is_named(fields, name):
+    record = {"chosen": [USER, says("yes")], "rejected": [USER, says("no")], **fields}
+    assert both(record)[1].notes == ((f"field {name!r} is not used",) if name else ())
+
+
+@pytest.mark.parametrize(
     ("record", "words"),
     [
         ({"prompt": "Q", "chosen": "a", "rejected": "a"}, "are the same; remove the record"),
         ({"prompt": "Q", "chosen": "a"}, "has no 'rejected'"),
+        ({"prompt": "Q", "chosen": "a", "rejected": ""}, "'rejected' is empty"),
         ({"prompt": "Q", "chosen": "a", "rejected": [says("b")]}, "are a text and a list of turns"),
         ({"prompt": "Q", "chosen": "a", "rejected": "b", "system": "S"}, "'system' is not used by this type"),
         ({"prompt": "Q", "chosen": "a", "rejected": "b", "weight": 0.5}, "'weight' is not used"),
         ({"chosen": [says("a")], "rejected": [says("b")]}, "add a 'prompt'"),
+        ({"prompt": [USER], "chosen": [USER, says("a")], "rejected": [says("b")]}, "do not begin with one prompt"),
         ({"prompt": [USER], "chosen": [says("a")], "rejected": [says("")]}, "'rejected' has no assistant turn with content"),
     ],
 )

@@ -2,11 +2,13 @@
 
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import save
 
 from megatron_lora.config.objective_keys import LOSS_TYPES, CpoConfig, DpoConfig, SimpoConfig
 from megatron_lora.data.microbatch import Pairs
@@ -14,7 +16,7 @@ from megatron_lora.data.sample_arrays import Sample, Samples
 from megatron_lora.data.samples import JobData
 from megatron_lora.data.steps import job_steps
 from megatron_lora.training.objectives import PAIR_SUMS, preference
-from megatron_lora.training.references import Known, References
+from megatron_lora.training.references import Known, ReferenceCache, References
 from scheduling.data_parallel import DealtJob
 from scheduling.job_lengths import read_lengths
 from scheduling.types import VALIDATION
@@ -119,3 +121,15 @@ def test_a_segment_of_a_reference_is_kept_where_its_pairs_lie():
     kept = references.changed()
     assert kept is not None and not np.isnan(kept).any() and references.changed() is None
     assert kept[2, 1] == pytest.approx(-float(rows[-LENGTHS[-1] :].sum())) and math.isfinite(references.of(pairs).sum())
+
+
+def test_a_job_that_knows_less_takes_nothing_from_the_references_that_are_kept(tmp_path):
+    cache = ReferenceCache(mock.Mock(), tmp_path, tmp_path)
+    for place, value in ((0, -1.0), (2, -2.0)):
+        values = np.full((3, 2), np.nan, np.float32)
+        values[place] = value
+        cache.store(mock.Mock(key="key", changed=lambda values=values: values))
+    np.testing.assert_array_equal(cache._kept("key", 3)[:, 0], [-1.0, np.nan, -2.0])
+    assert cache._kept("key", 4) is None and cache._kept("another", 3) is None
+    cache._file("key").write_bytes(save({"values": values}))  # without its digest
+    assert cache._kept("key", 3) is None

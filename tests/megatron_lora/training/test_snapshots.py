@@ -32,12 +32,22 @@ def test_jobs_are_written_side_by_side_and_each_in_its_order():
     assert written[3:] == [("a", 0), ("a", 1), ("a", 2)]
 
 
-def test_a_failure_of_a_writer_is_raised():
+def test_the_first_failure_of_a_writer_is_raised_and_nothing_more_is_written():
+    all_there, asked = threading.Event(), []
+
     def write(snapshot):
+        asked.append(snapshot)
+        assert all_there.wait(20)
         raise OSError(snapshot)
 
-    writers = _Writers(write, 2)
-    writers.put("a", "no space is left")
+    before = set(threading.enumerate())
+    writers = _Writers(write, 1)
+    for snapshot in ("no space is left", "what the first should have written is not there"):
+        writers.put("a", snapshot)
+    all_there.set()
     with pytest.raises(OSError, match="no space is left"):
         writers.wait()
-    assert isinstance(writers.failure, OSError)
+    writers.close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+    assert asked == ["no space is left"] and str(writers.failure) == "no space is left"
