@@ -6,7 +6,7 @@ import pytest
 
 from scripts.fuzz_records import run_case
 
-NUM = 30
+NUM = 60
 
 
 @pytest.mark.parametrize("kind", ["records", "config"])

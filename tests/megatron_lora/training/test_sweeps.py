@@ -11,6 +11,7 @@ import pytest
 from living_plan import World, job_config
 
 from megatron_lora.commands import sweep, watch
+from megatron_lora.config.rules import TARGET_MODULES
 from megatron_lora.config.schema import JobConfig, load_jobs
 from megatron_lora.config.sweep_keys import SweepConfig, with_points
 from megatron_lora.errors import UserError
@@ -22,7 +23,7 @@ from megatron_lora.output.run_view import RunView
 from megatron_lora.training.optuna_points import ask
 
 STEPS = 9
-JOB = {"name": "tune", "datasets": [{"path": "nowhere.jsonl", "type": "text"}], "val_set_size": 2, "target_modules": ["q_proj"]}
+JOB = {"name": "tune", "datasets": [{"path": "nowhere.jsonl", "type": "text"}], "val_set_size": 2, "target_modules": list(TARGET_MODULES)}
 
 
 def points(strategy: str, num: int = 9, **keys) -> list[JobConfig]:
