@@ -11,6 +11,8 @@ import torch
 import trl_oracle
 from safetensors.torch import load_file, save_file
 
+from megatron_lora.output.run_files import read_windows
+
 STEPS = 10
 SETTINGS = {"lr_scheduler": "constant", "warmup_ratio": 0.0, "shuffle": False, "max_steps": STEPS}
 JOBS = {
@@ -126,7 +128,7 @@ def test_a_job_among_others_trains_as_it_would_alone_and_reads_what_a_run_kept(s
 
 def references_in(path) -> int:
     """Count the reference slots of a run's plan."""
-    return sum(len(json.loads(file.read_text())["reference"]) for file in (path / "plan").glob("window-*.json"))
+    return sum(len(json.loads(text)["reference"]) for _, text in read_windows(path))
 
 
 def test_a_run_stopped_mid_epoch_resumes_in_another_layout(scene, pool, tmp_path, monkeypatch):
