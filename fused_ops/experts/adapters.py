@@ -7,7 +7,7 @@ m * max_rank and the following; with c' = c / (1 - p) it carries the scales as i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_ops.experts.rows_by_job import RowsByJob
 from fused_ops.launch.optional_triton import constants
-from fused_ops.lora.adapters import AdapterTable
+from fused_ops.lora.adapters import AdapterGroup
 from fused_ops.lora.route import upload
 
 # Columns of `ExpertGroup.adapter_table`; A_ROW and B_ROW are module 0's, MODULE_FIELDS before the next one's. A row is -1 without a target.
@@ -25,25 +25,13 @@ MODULE_FIELDS, ADAPTER_FIELDS = constants(2, 8)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ExpertGroup:
-    """Views of the arena, contiguous, and geometry; `adapters` has the ranks and scales of experts. As lora.adapters.LoraGroup otherwise.
-
-    columns[m] = (start, stop): module m writes Y[:, start:stop]. a_rows, b_rows: [adapter][module] -> first row of an expert's.
-    """
+class ExpertGroup(AdapterGroup):
+    """Views of the arena, contiguous; `adapters` has the ranks and scales of experts, and rows are those of each expert."""
 
     a_ERK: Tensor
     b_ERN: tuple[Tensor, ...]
     grad_a_ERK: Tensor
     grad_b_ERN: tuple[Tensor, ...]
-    columns: tuple[tuple[int, int], ...]
-    a_rows: tuple[tuple[int, ...], ...]
-    b_rows: tuple[tuple[int, ...], ...]
-    adapters: AdapterTable
-    first_feature: int = 0
-
-    def __post_init__(self):
-        if self.first_feature % 2:
-            raise ValueError(f"first_feature {self.first_feature} is odd: dropout hashes features in pairs")
 
     def beside(self, **views: Any) -> ExpertGroup:
         """Return the group of another layer, in which the same adapters have the same rows: one table serves both."""
@@ -51,11 +39,6 @@ class ExpertGroup:
         other = object.__new__(ExpertGroup)
         other.__dict__.update(self.__dict__, **views)
         return other
-
-    @property
-    def num_modules(self) -> int:
-        """Modules that the linear merges."""
-        return len(self.columns)
 
     @cached_property
     def max_rank(self) -> int:
@@ -67,13 +50,6 @@ class ExpertGroup:
     def width(self) -> int:
         """Columns of S."""
         return self.num_modules * self.max_rank
-
-    @cached_property
-    def without_dropout(self) -> ExpertGroup:
-        """The same adapters without dropout, as evaluation uses them."""
-        if not any(self.adapters.thresholds):
-            return self
-        return replace(self, adapters=replace(self.adapters, dropouts=(0.0,) * len(self.adapters)))
 
     @cached_property
     def adapter_table(self) -> Tensor:

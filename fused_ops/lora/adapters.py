@@ -10,7 +10,7 @@ Y += S B^T, dB = dY^T S, dA = dS^T (M * X) and dX += M * (dS A) need no further 
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -62,18 +62,13 @@ class AdapterTable:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LoraGroup:
-    """The adapters of one linear: arena views (see the header) plus geometry. Raises ValueError where they do not fit together.
+class AdapterGroup:
+    """What the adapters of a linear, and those of one of all experts, have in common.
 
-    a_RK [R, K] and b_RN[m] [R_m, N_m] in the compute dtype, contiguous; grad_* of the same shapes in float32: backward adds into them.
     columns[m] = (start, stop): module m writes Y[:, start:stop]. a_rows, b_rows: [adapter][module] -> first row, -1 = not targeted.
     first_feature is the global index of the input's local column 0 (row-parallel shards), for dropout.
     """
 
-    a_RK: Tensor
-    b_RN: tuple[Tensor, ...]
-    grad_a_RK: Tensor
-    grad_b_RN: tuple[Tensor, ...]
     columns: tuple[tuple[int, int], ...]
     a_rows: tuple[tuple[int, ...], ...]
     b_rows: tuple[tuple[int, ...], ...]
@@ -81,6 +76,39 @@ class LoraGroup:
     first_feature: int = 0
 
     def __post_init__(self):
+        if self.first_feature % 2:
+            raise ValueError(f"first_feature {self.first_feature} is odd: dropout hashes features in pairs")
+
+    @property
+    def num_modules(self) -> int:
+        """Return how many modules the merged linear holds."""
+        return len(self.columns)
+
+    @cached_property
+    def has_dropout(self) -> bool:
+        """Return whether any adapter has dropout."""
+        return any(self.adapters.thresholds)
+
+    @cached_property
+    def without_dropout(self) -> Self:
+        """Return the same adapters without dropout, as evaluation uses them."""
+        return replace(self, adapters=replace(self.adapters, dropouts=(0.0,) * len(self.adapters))) if self.has_dropout else self
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoraGroup(AdapterGroup):
+    """The adapters of one linear: arena views (see the header) plus geometry. Raises ValueError where they do not fit together.
+
+    a_RK [R, K] and b_RN[m] [R_m, N_m] in the compute dtype, contiguous; grad_* of the same shapes in float32: backward adds into them.
+    """
+
+    a_RK: Tensor
+    b_RN: tuple[Tensor, ...]
+    grad_a_RK: Tensor
+    grad_b_RN: tuple[Tensor, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
         _check_tensors(self)
         _check_rows(self)
 
@@ -97,11 +125,6 @@ class LoraGroup:
             raise ValueError(f"A {list(other.a_RK.shape)} has other rows than A {list(self.a_RK.shape)}")
         return other
 
-    @property
-    def num_modules(self) -> int:
-        """Return how many modules the merged linear holds (1 to 3)."""
-        return len(self.columns)
-
     @cached_property
     def widths(self) -> tuple[int, ...]:
         """Return the columns of S that each adapter uses: its padded rank times its targeted modules."""
@@ -116,16 +139,6 @@ class LoraGroup:
     def max_padded_rank(self) -> int:
         """Return the largest padded rank among adapters that target a module of this linear."""
         return max((padded_rank(r) for r, width in zip(self.adapters.ranks, self.widths, strict=True) if width), default=0)
-
-    @cached_property
-    def has_dropout(self) -> bool:
-        """Return whether any adapter has dropout."""
-        return any(self.adapters.thresholds)
-
-    @cached_property
-    def without_dropout(self) -> "LoraGroup":
-        """Return the same adapters without dropout, as evaluation uses them."""
-        return replace(self, adapters=replace(self.adapters, dropouts=(0.0,) * len(self.adapters))) if self.has_dropout else self
 
     def s_column(self, adapter: int, module: int) -> int:
         """Return the first column of S of an adapter's module, -1 when the adapter does not target it."""
@@ -153,8 +166,6 @@ class LoraGroup:
 
 def _check_tensors(group: LoraGroup) -> None:
     num_modules = len(group.columns)
-    if group.first_feature % 2:
-        raise ValueError(f"first_feature {group.first_feature} is odd: dropout hashes features in pairs")
     if not 1 <= num_modules <= MAX_MODULES or not num_modules == len(group.b_RN) == len(group.grad_b_RN):
         raise ValueError(f"{num_modules} column ranges, {len(group.b_RN)} B and {len(group.grad_b_RN)} gradients: need 1 to 3 of each")
     pairs = [("A", group.a_RK, group.grad_a_RK)]

@@ -6,13 +6,13 @@
 The formulas stand in training/schedules.py.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from megatron_lora.config.rules import Rule, accepts, number, one_of, show, suggest, whole_number
 from megatron_lora.errors import UserError
 
 WARMUP_RATIO = 0.03
+LR_END = 1e-7  # of a polynomial, where none is given: transformers'
 _CYCLES = number("a number of cosine waves", 0, above=True)
 _SHAPE = one_of("linear", "cosine", "1-sqrt")
 SCHEDULES: dict[str, dict[str, Rule]] = {  # name -> argument -> what it may be
@@ -58,10 +58,6 @@ def check_schedule(where: str, job: Any) -> None:
         raise UserError(f"{at}: lr_scheduler cosine_with_min_lr takes min_lr or min_lr_rate; give one of them")
     if job.lr_scheduler == "warmup_stable_decay" and "num_decay_steps" not in given:
         raise UserError(f"{at}: lr_scheduler warmup_stable_decay needs num_decay_steps; give a number of steps")
-    lowest = given.get("min_lr", _lr_end(given) if job.lr_scheduler == "polynomial" else 0.0)
-    if 0 < job.learning_rate <= float(str(lowest)):
-        raise UserError(f"{where}.learning_rate: {job.learning_rate:g} is not above the {float(str(lowest)):g} that its schedule ends at")
-
-
-def _lr_end(given: Mapping[str, object]) -> object:
-    return given.get("lr_end", 1e-7)
+    lowest = given.get("min_lr", given.get("lr_end", LR_END) if job.lr_scheduler == "polynomial" else 0.0)
+    if 0 < job.learning_rate <= lowest:
+        raise UserError(f"{where}.learning_rate: {job.learning_rate:g} is not above the {lowest:g} that its schedule ends at")

@@ -7,7 +7,6 @@ job_reader.py those that wait in the queue.
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.output.checkpoint import check_resume_point
 from megatron_lora.output.final_files import check_job_files
 from megatron_lora.output.standing import ResumePoint
+from megatron_lora.training.schedules import num_warmup_steps
 
 
 def check_data(job: JobConfig, data: JobData, budget: int | str, architecture: Architecture) -> None:
@@ -37,7 +37,7 @@ def check_data(job: JobConfig, data: JobData, budget: int | str, architecture: A
 def check_decay(job: JobConfig, data: JobData) -> None:
     """Check that the decay of a job's schedule begins behind its warm-up."""
     decay, num_steps = (job.lr_scheduler_kwargs or {}).get("num_decay_steps", 0), len(data.steps_of(job).steps)
-    warmup = math.ceil(job.warmup_ratio * num_steps) if job.warmup_steps is None else job.warmup_steps
+    warmup = num_warmup_steps(job.warmup_ratio, job.warmup_steps, num_steps)
     if decay and warmup + decay > num_steps:
         given = f"jobs.{job.name}.lr_scheduler_kwargs.num_decay_steps: {decay}"
         raise UserError(f"{given} begin before the {warmup} steps of warm-up end; the job has {num_steps} steps in all, so use fewer")

@@ -10,7 +10,6 @@ With LoRA+ B has a learning rate of its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from fused_ops.lora.route import upload
 from megatron_lora.model.adapter_arena import Arena, Factor
 from megatron_lora.parallel.messages import NUM_SUMS
 from megatron_lora.parallel.process_groups import StageGroups
-from megatron_lora.training.schedules import learning_rate
+from megatron_lora.training.schedules import learning_rate, num_warmup_steps
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -46,14 +45,10 @@ class OptimizerSettings:
     warmup_steps: int | None = None
     loraplus_lr_ratio: float | None = None
 
-    @property
-    def num_warmup_steps(self) -> int:
-        """Steps in which the learning rate rises: `warmup_steps`, or ceil(`warmup_ratio` * steps)."""
-        return math.ceil(self.warmup_ratio * self.num_steps) if self.warmup_steps is None else self.warmup_steps
-
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, from 0, by the schedule (schedules.py); with LoRA+ that of A."""
-        how = {"num_steps": self.num_steps, "num_warmup_steps": self.num_warmup_steps}
+        warmup = num_warmup_steps(self.warmup_ratio, self.warmup_steps, self.num_steps)
+        how = {"num_steps": self.num_steps, "num_warmup_steps": warmup}
         return learning_rate(self.lr_scheduler, self.learning_rate, step=step, arguments=self.lr_scheduler_kwargs or {}, **how)
 
 

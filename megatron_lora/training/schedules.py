@@ -17,6 +17,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_lora.config.schedule_keys import LR_END
+
+
+def num_warmup_steps(warmup_ratio: float, warmup_steps: int | None, num_steps: int) -> int:
+    """Return in how many of a job's steps the learning rate rises: `warmup_steps`, or ceil(`warmup_ratio` * steps)."""
+    return math.ceil(warmup_ratio * num_steps) if warmup_steps is None else warmup_steps
+
 
 def learning_rate(name: str, highest: float, *, step: int, num_steps: int, num_warmup_steps: int, arguments: Mapping[str, Any]) -> float:
     """Return the learning rate of a step; `highest` is that after the warm-up, `arguments` are the schedule's own."""
@@ -35,7 +42,7 @@ def _factor(name: str, highest: float, step: int, num_steps: int, warmup: int, a
     if name == "linear":
         return max(0.0, (num_steps - step) / after)
     if name == "polynomial":
-        low = arguments.get("lr_end", 1e-7) / highest if highest else 0.0
+        low = arguments.get("lr_end", LR_END) / highest if highest else 0.0
         return low if step > num_steps else low + (1.0 - low) * (1.0 - progress) ** arguments.get("power", 1.0)
     low = 0.0
     if name == "cosine_with_min_lr":

@@ -6,7 +6,6 @@ tokens count; the rate of all jobs is that of training each for the same number 
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,6 +17,7 @@ from megatron_lora.config.schema import JobConfig, RunConfig
 from megatron_lora.data.collate import NO_LABEL
 from megatron_lora.data.sample_arrays import Sample
 from megatron_lora.training.jobs import Job, read_jobs
+from megatron_lora.training.schedules import num_warmup_steps
 from scripts.bench.cases import Case
 from scripts.bench.model_shapes import values_of
 
@@ -75,7 +75,7 @@ class PeftTrainer:
 
             assert job.loraplus_lr_ratio is None, "one learning rate for A and B here"
             kind = {"constant": "constant_with_warmup"}.get(job.lr_scheduler, job.lr_scheduler)
-            warmup = math.ceil(job.warmup_ratio * num_steps) if job.warmup_steps is None else job.warmup_steps
+            warmup = num_warmup_steps(job.warmup_ratio, job.warmup_steps, num_steps)
             known = {"num_warmup_steps": warmup, "num_training_steps": num_steps, "scheduler_specific_kwargs": job.lr_scheduler_kwargs}
             self.scheduler = get_scheduler(kind, self.optimizer, **known)
 
