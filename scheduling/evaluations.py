@@ -84,7 +84,8 @@ class Evaluations:
         opened = self._open(training)
         end = training.end if not training.is_last else max([training.end, *(one.first for one in opened)])
         room = Room(self.max_endings - self.max_endings // 2, self.listed, opened)
-        end += len(opened) // room.limit if training.is_last else 0  # more places where more evaluations are than a slot can list
+        # More places where more evaluations are than a slot can list, with those of earlier windows.
+        end += (len(opened) + sum(self.listed.values())) // room.limit if training.is_last else 0
         for one in opened:
             one.last = end if one.deadline is None else min(one.deadline, end)
         placed, waiting = place(training, opened, end, num_slots, room, self.num_stages, self.capacity, self.cost)

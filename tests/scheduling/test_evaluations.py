@@ -212,3 +212,15 @@ def test_what_is_gone_is_not_held():
 def test_one_ending_a_slot_leaves_no_room_for_evaluations():
     with pytest.raises(PlanError, match="max_endings is at least 2 then"):
         WindowPlanner(2, CAPACITY, max_endings=1).join(0, [[5]], [5], [1])
+
+
+def test_evaluations_that_are_due_when_training_has_ended_find_places_beside_those_of_earlier_windows():
+    """Nine jobs of one step end at once, where two evaluations may be listed in a slot: each window goes on, the last one too."""
+    planner = WindowPlanner(2, 32, num_slots=8, delay=1, max_endings=4)
+    for job in range(9):
+        planner.join(job, [[3, 4]], [2, 2], [1])
+    evaluated = []
+    for _ in range(20):
+        if planner.resident:
+            evaluated += [segment.job for slot in planner.plan() if slot.evaluate for segment in slot.segments]
+    assert not planner.resident and sorted(evaluated) == list(range(9))
