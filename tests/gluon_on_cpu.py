@@ -351,19 +351,12 @@ def _assembly(asm, constraints, args, dtype, pure, pack):
         return Value(args[0])
     multiply = int(args[-1])
     shape = np.broadcast_shapes(*(np.shape(each) for each in args))
-    if "prmt" in asm:
-        v, x, level, halves = (np.broadcast_to(each, shape) for each in args[:4])
-        low, high = _fields(x, multiply)
-        field = np.where(halves == 0x5410, low, high)
-    else:
-        values, x, level = args[:-3], np.broadcast_to(args[-3], shape), np.broadcast_to(args[-2], shape)
-        assert (x[..., ::2] == x[..., 1::2]).all(), "the two features of a register do not share their hash"
-        low, high = _fields(x, multiply)
-        field = np.where(np.arange(shape[-1]) % 2 == 0, low, high)
-        v = np.broadcast_to(values[-1], shape)
-    keep = field >= (level & 0xFFFF)
+    acc, product, x, level = (np.broadcast_to(each, shape) for each in args[:4])
+    assert "setp" in asm and (x[..., ::2] == x[..., 1::2]).all(), "the two features of a register do not share their hash"
+    low, high = _fields(x, multiply)
+    keep = np.where(np.arange(shape[-1]) % 2 == 0, low, high) >= (level & 0xFFFF)
     with np.errstate(invalid="ignore"):
-        return Value(np.where(keep, args[0] + v, args[0]) if "setp" in asm else np.where(keep, v, np.float32(0)))
+        return Value(np.where(keep, acc + product, acc))
 
 
 def _language() -> types.SimpleNamespace:
@@ -393,7 +386,7 @@ def _language() -> types.SimpleNamespace:
         "float8e4nv": np.float32,
     }
     names |= {name: getattr(np, name) for name in ("float32", "int32", "uint32", "int64")}
-    names |= dict.fromkeys(("BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout", "SliceLayout"), Layout)
+    names |= dict.fromkeys(("BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SliceLayout"), Layout)
     return types.SimpleNamespace(**names)
 
 
@@ -418,7 +411,6 @@ def gluon_on_cpu() -> Iterator[None]:
         f"{root}.gluon": types.SimpleNamespace(jit=_jit, language=language, __path__=[]),
         f"{root}.gluon.language": language,
         f"{root}.gluon.language.nvidia.hopper": hopper,
-        f"{root}.gluon.language.nvidia.ampere": types.SimpleNamespace(mma_v2=_product),
         f"{root}.gluon.nvidia.hopper": types.SimpleNamespace(TensorDescriptor=Descriptor),
     }
     import triton.experimental as experimental

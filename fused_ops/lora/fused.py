@@ -11,14 +11,13 @@ from fused_ops.lora.adapters import LoraGroup
 from fused_ops.lora.fp8 import Fp8Matrix, parts, quantise_rows
 from fused_ops.lora.frozen import FrozenWeight, factors_of, operand
 from fused_ops.lora.route import Route
-from fused_ops.lora.triton import down as lora_down
 from fused_ops.lora.triton import grad as lora_grad
+from fused_ops.lora.triton.down import down
 from fused_ops.lora.triton.gemm import gemm
+from fused_ops.lora.triton.grad import grad_a
 
 if TYPE_CHECKING or compiles_gluon():  # else `suits_hopper` is never true, and a Triton that is not known may fail to import them
-    from fused_ops.lora.hopper.down import hopper_down
     from fused_ops.lora.hopper.gemm import hopper_gemm
-    from fused_ops.lora.hopper.grad_a import hopper_grad_a
     from fused_ops.lora.hopper.grad_sb import MAX_HOPPER_RANK, hopper_grad_s_and_b
 
 __all__ = ["down", "grad_a", "grad_s_and_b", "grad_x", "up"]
@@ -26,26 +25,11 @@ __all__ = ["down", "grad_a", "grad_s_and_b", "grad_x", "up"]
 fix_cache_keys()
 
 
-def down(x_TK: Tensor, group: LoraGroup, route: Route) -> Tensor:
-    """Return S [T, width] = c' (M * X) A^T; rows and columns that belong to no adapter are not written."""
-    if group.has_dropout and suits_hopper(x_TK, group.a_RK):
-        return hopper_down(x_TK, group, route)
-    return lora_down.down(x_TK, group, route)
-
-
 def grad_s_and_b(dy_TN: Tensor, s_TR: Tensor, group: LoraGroup, route: Route) -> Tensor:
     """Return dS [T, width] = c' dY B (unwritten where there is no adapter), and add dB = dY^T S into the group's gradients."""
     if suits_hopper(dy_TN, s_TR) and group.max_padded_rank <= MAX_HOPPER_RANK:
         return hopper_grad_s_and_b(dy_TN, s_TR, group, route)
     return lora_grad.grad_s_and_b(dy_TN, s_TR, group, route)
-
-
-def grad_a(x_TK: Tensor, ds_TR: Tensor, group: LoraGroup, route: Route, after_dx: bool = False) -> None:
-    """Add dA = dS^T (M * X) into the group's gradients; beside the last tiles of dX with `after_dx` (triton/grad.py)."""
-    if group.has_dropout and suits_hopper(x_TK, ds_TR):
-        hopper_grad_a(x_TK, ds_TR, group, route, after_dx)
-    else:
-        lora_grad.grad_a(x_TK, ds_TR, group, route, after_dx)
 
 
 def up(

@@ -20,7 +20,7 @@ BY_KERNEL = (  # kind -> parts of kernels' names
     ("experts", ("expert_",)),
     ("FP8 quantisation", ("_quantise_kernel",)),
     ("unpacking", ("_unpack_kernel",)),
-    ("LoRA", ("_down_kernel", "_rows_kernel", "_grad_sb_kernel", "_add_shares_kernel", "_add_items_kernel", "_finish_kernel")),
+    ("LoRA", ("_down_kernel", "_rows_kernel", "_grad_sb_kernel", "_finish_kernel")),
     ("loss", ("_softmax_sums_kernel", "_softmax_residual_kernel", "_scatter_scaled_kernel")),
     ("optimizer", ("_adamw_kernel",)),
     ("RoPE", ("_rope_kernel",)),

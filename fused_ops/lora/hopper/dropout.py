@@ -1,12 +1,8 @@
-"""The hash of fused_ops.lora.dropout where the kernel knows which two values share a register: both are handled at once.
+"""The hash of fused_ops.lora.dropout where the kernel knows that an even feature and the next one share a register.
 
-    drop_features     bfloat16, an even feature and the next one: x hashes both, and one 16-bit half of h belongs to each
-    drop_rows         bfloat16, one feature of two rows: a half of either row's h, chosen by the feature's parity
-    add_kept          float32, an even feature and the next one, in two registers
-
-The halves of a hash, cut to 14 bits, are compared with the level as two float16 (see dropout.py for why that is exact); the result is a
-bit mask, which turns dropped values into zero, NaN too. Triton packs neighbouring registers of a layout. Whether those hold the two values
-meant here depends on the kernel's layouts; the tests on a GPU check it.
+x hashes both features; one 16-bit half of h belongs to each. The halves, cut to 14 bits, are compared with the level as two float16 (see
+dropout.py for why that is exact); the results are predicates: what is dropped is not added, NaN neither. Triton packs neighbouring
+registers of a layout. Whether those hold the two values meant here depends on the kernel's layouts; the tests on a GPU check it.
 """
 
 from triton.experimental import gluon
@@ -37,45 +33,6 @@ def mix(b_keys, b_pairs):
 def level_of(threshold):
     """Return the level that both halves of a hash must reach to be kept, from a threshold of 1024 (int32)."""
     return (threshold.to(gl.uint32) << 4) * 0x10001
-
-
-@gluon.jit
-def half_of(features):
-    """Return which halves of two hashes belong to a feature, as prmt selects bytes: the low ones if it is even, else the high ones."""
-    return gl.where((features & 1) == 1, 0x7632, 0x5410)
-
-
-@gluon.jit
-def drop_features(b_v, b_x, level, MODULE: gl.constexpr):
-    """Return b_v (bfloat16) with what module MODULE drops set to zero; b_x and level uint32."""
-    asm: gl.constexpr = """{
-        .reg .b32 h, r;
-        shf.l.wrap.b32 r, $2, $2, 16;
-        mad.lo.u32 h, $2, $6, r;
-        and.b32 h, h, 0x3fff3fff;
-        set.ge.u32.f16x2 h, h, $4;
-        and.b32 $0, $1, h;
-    }"""
-    multiply = gl.full([], _MODULES[MODULE], gl.uint32)
-    return gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r,r,r", [b_v, b_x, level, multiply], gl.bfloat16, True, 2)
-
-
-@gluon.jit
-def drop_rows(b_v, b_x, level, halves, MODULE: gl.constexpr):
-    """Return b_v (bfloat16) with what module MODULE drops set to zero; b_x and level uint32, halves from `half_of`."""
-    asm: gl.constexpr = """{
-        .reg .b32 g, h, r;
-        shf.l.wrap.b32 r, $2, $2, 16;
-        mad.lo.u32 g, $2, $8, r;
-        shf.l.wrap.b32 r, $3, $3, 16;
-        mad.lo.u32 h, $3, $8, r;
-        prmt.b32 h, g, h, $6;
-        and.b32 h, h, 0x3fff3fff;
-        set.ge.u32.f16x2 h, h, $4;
-        and.b32 $0, $1, h;
-    }"""
-    multiply = gl.full([], _MODULES[MODULE], gl.uint32)
-    return gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r,r,r,r,r", [b_v, b_x, level, halves, multiply], gl.bfloat16, True, 2)
 
 
 @gluon.jit

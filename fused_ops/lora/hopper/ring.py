@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 
 @gluon.jit
@@ -14,14 +14,3 @@ def ring_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
         mbarrier.init(full_bars.index(stage), count=1)
         mbarrier.init(empty_bars.index(stage), count=READERS)
     return full_bars, empty_bars
-
-
-@gluon.jit
-def release_loaded(empty_bar):
-    """Let TMA overwrite a stage that one warp group has loaded into registers.
-
-    An arrival orders those loads before other threads' stores, not before TMA's: without the fence the last load sometimes met the
-    next block. Tensor cores that read shared memory themselves are waited for, and need no fence.
-    """
-    fence_async_shared()
-    mbarrier.arrive(empty_bar, count=1)

@@ -1,6 +1,6 @@
 """The kernels' side of fused_ops.lora.dropout: the same hash, the same bits, on blocks of rows and columns, in any layout.
 
-hopper/dropout.py does the same for kernels that know which two values share a register, several times faster.
+hopper/dropout.py does the same for a kernel that knows which two values share a register.
 """
 
 import triton
