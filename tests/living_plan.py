@@ -120,16 +120,19 @@ class World:
 
     def read(self, changes: WindowChanges, known=None) -> list[PlannedJob]:
         planned = []
-        for joining in changes.joined:
-            name, first = joining.config.name, joining.point.step
+        configs = {job.name: job for job in self.control.run.config.jobs}
+        coming = [(each.number, each.config, each.point.step, each.rungs) for each in changes.joined]
+        coming += [(each.number, configs[self.residents[each.number].name], each.step, each.rungs) for each in changes.continued]
+        for number, config, first, passed in coming:
+            name = config.name
             steps = read_lengths(0, self.lengths[name])
             held = self.validation.get(name, ())
             dealt = DealtJob.of(steps, 1, SlotCost(), held)
-            rungs = joining.config.point.sweep.rung_steps(len(steps)) if joining.config.point else ()
+            rungs = config.point.sweep.rung_steps(len(steps)) if config.point else ()
             due = [step for step in range(first + 1, len(steps) + 1) if step % 2 == 0 or step == len(steps) or step in rungs]
             after = due if held else []
-            until = rungs[joining.rungs] if joining.rungs < len(rungs) else None
-            planned.append(PlannedJob(number=joining.number, dealt=dealt, first_step=first, evaluate_after=after, until=until))
+            until = rungs[passed] if passed < len(rungs) else None
+            planned.append(PlannedJob(number=number, dealt=dealt, first_step=first, evaluate_after=after, until=until))
         return planned
 
     def prepare(self, changes: WindowChanges) -> None:
@@ -193,6 +196,8 @@ class World:
             self.evaluated.append((resident.name, ending.step))
             config = next(job for job in self.control.run.config.jobs if job.name == resident.name)
             self.control.sweeps.tell(config, ending.step, self.value_of(resident.name, ending.step), resident.num_steps)
+            if config.point and ending.step in config.point.sweep.rung_steps(resident.num_steps):
+                self.control.tell("exported", resident.name)
             return
         assert resident.taken == ending.step
         resident.taken += 1

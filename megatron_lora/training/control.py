@@ -9,8 +9,8 @@ It is the director of the plan feed (planning/plan_feed.py), whose thread asks i
 What it decides is written to events.jsonl before it takes effect, so a run can be explained, and
 repeated: with a Replay the events come from an earlier run, and nothing else decides.
 
-A job joins where its adapter fits and while another resident still pays: up to MOST_USEFUL of them, or
-four times as many as keep all stages busy where that is more.
+A job joins where its adapter fits and while another resident still pays (admission.py): up to MOST_USEFUL
+of them, or four times as many as keep all stages busy where that is more.
 """
 
 from __future__ import annotations
@@ -34,17 +34,16 @@ from megatron_lora.output.queue_file import write_queue
 from megatron_lora.output.requests import RequestFolder
 from megatron_lora.output.standing import resume_point_of
 from megatron_lora.output.take_requests import take_requests
-from megatron_lora.planning.adapter_rows import Book, Waiting, admit
+from megatron_lora.planning.adapter_rows import Book
 from megatron_lora.planning.plan_feed import Asked, Planned
+from megatron_lora.training import admission
 from megatron_lora.training.accounts import Accounts
 from megatron_lora.training.job_reader import JobReader
-from megatron_lora.training.run_job import Entry, RunFiles, furthest_past_its_share, misfits
+from megatron_lora.training.run_job import Entry, RunFiles, misfits
 from megatron_lora.training.sweeps import Sweeps
-from megatron_lora.training.window_changes import Joining, Leaving, Places, WindowChanges
+from megatron_lora.training.window_changes import Continuing, Joining, Leaving, Places, WindowChanges
 from scheduling.types import Ending
 
-MOST_USEFUL = 64  # residents, where fewer keep all stages busy
-READ_AHEAD = 16  # jobs that are read and wait for rows
 IDLE_S = 0.2  # between windows where nothing trains
 STATE_AFTER = {"resumed": "queued", "parked": "queued"} | {state: state for state in ("paused", *OVER)}  # of a job, by event
 
@@ -103,12 +102,14 @@ class Control:
         self.index = 0  # of that slot, among those that have a backward
         self.recent: list[tuple[int, Ending]] = []  # endings of steps whose STEP is still to come, with their index
         self.changes = WindowChanges()
+        self.continued: list[Continuing] = []  # with the next window
+        self.left: dict[int, Leaving] = {}  # with the next window, from the rungs where they rest
         self.news: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()  # (what, job, reason)
         self.later: deque[tuple[int, Callable[[RunFiles], None]]] = deque()  # what the training thread writes, by window
         self.shown: object = None
 
     def tell(self, what: str, name: str, reason: str = "") -> None:
-        """Take note, in any thread, of a job that is "failed", "stopped" or "done", is to be "paused", or whose checkpoint is "saved"."""
+        """Take note, in any thread, of a job that is "failed", "stopped" or "done", is to be "paused", or who is "saved" or "exported"."""
         self.news.put((what, name, reason))
 
     def finish(self) -> None:
@@ -131,6 +132,7 @@ class Control:
         """Return what changes with the next window; None where the run ends."""
         self.window, self.slot = window, slot
         self.accounts.write()
+        self.continued, self.left = [], {}
         freed = self._free()
         self.sweeps.hear(slot)
         events = self._happened() if self.replay is None else self._repeated(self.replay)
@@ -144,12 +146,12 @@ class Control:
         configs = self._set({event.job for event in events if event.event == "set"})
         self._read_ahead()
         self._show()
-        if not any(entry.resident for entry in self.entries.values()):
+        if not any(entry.resident and not entry.rests for entry in self.entries.values()):
             if not (freed or joined or self._goes_on()):
                 return None
             if not freed and self.replay is None:
-                time.sleep(IDLE_S)
-        self.changes = WindowChanges(freed=freed, joined=joined, configs=configs)
+                time.sleep(IDLE_S if not any(entry.rests for entry in self.entries.values()) else IDLE_S / 10)
+        self.changes = WindowChanges(freed=freed, joined=joined, continued=self.continued, left=self.left, configs=configs)
         planned = {entry.number for entry in self.entries.values() if entry.resident and not entry.departed}
         priorities = {number: config.priority for number, config in configs.items() if number in planned}
         return Asked(changes=self.changes, leave=leave, priorities=priorities)
@@ -170,10 +172,13 @@ class Control:
         for number, used in planned.used.items():
             residents[number].used += used.time
         self.accounts.plan(self.window, {residents[number].name: used for number, used in planned.used.items()})
-        left = {}
+        left = dict(self.changes.left)
         for number, step in planned.left.items():
             entry = residents[number]
             entry.at_rung = number in planned.at_rung
+            if entry.at_rung and entry.leaving is None and admission.may_rest(entry, self.entries.values()):
+                entry.left_after = step
+                continue
             assert entry.leaving is not None or entry.at_rung, f"job {number} has left unasked"
             entry.leaving = entry.leaving or "queued"
             left[number] = Leaving(step=step, state=entry.leaving)
@@ -181,14 +186,14 @@ class Control:
         for number in planned.departed:
             entry = residents[number]
             entry.departed = True
-            if number not in left and entry.leaving not in OVER:
+            if number not in left and not entry.rests and entry.leaving not in OVER:
                 entry.leaving = "done"  # what was asked came too late
         moves = self._moves({ending.job: ending.step for index, ending in self.recent if first <= index + self.gap < self.index})
         self.recent = [(index, ending) for index, ending in self.recent if index + self.gap >= self.index]
         told = {
             "jobs": {number: entry.name for number, entry in residents.items()},
             "joined": [joining.config.name for joining in self.changes.joined],
-            "left": [residents[number].name for number in sorted(planned.departed)],
+            "left": [residents[number].name for number in sorted(planned.departed | left.keys()) if not residents[number].rests],
         }
         return replace(self.changes.as_used_by(planned.stream), left=left, moves=moves), frozenset(moves), told
 
@@ -199,13 +204,16 @@ class Control:
         for entry in list(self.entries.values()):
             if not (entry.resident and entry.departed) or (entry.last_index is not None and self.index <= entry.last_index + self.gap):
                 continue
+            entry.drained = True
+            if entry.rests:
+                continue
             self.book.give_back(entry.name)
             freed.append(entry.number)
             if entry.leaving in OVER:
                 del self.entries[entry.name]
             else:
                 assert entry.leaving is not None
-                entry.state, entry.leaving, entry.resident, entry.departed = entry.leaving, None, False, False
+                entry.state, entry.leaving, entry.resident, entry.departed, entry.drained = entry.leaving, None, False, False, False
                 entry.last_index, entry.used, entry.since, entry.since_s = None, 0.0, utc_now(), time.monotonic()
         return freed
 
@@ -213,7 +221,7 @@ class Control:
         """Whether more may happen where no job is resident; what is repeated ends with the last event."""
         if self.replay is not None:
             return self.window < self.replay.last_window
-        return self.keep_alive or any(entry.waits or entry.held for entry in self.entries.values())
+        return self.keep_alive or any(entry.waits or entry.held or entry.rests for entry in self.entries.values())
 
     # What happens -------------------------------------------------------------------------------------------------------------
 
@@ -228,9 +236,11 @@ class Control:
         judged = self._write(self.sweeps.decide({name: e for name, e in self.entries.items() if name not in changed}))
         self._promote(judged)
         self.run = then(self.run, judged)
-        parked = self._parked(changed)
-        joined = [Change(event="started", job=name) for name in self._joining(changed)]
-        return [*events, *requested, *judged, *self._write([*parked, *joined])]
+        entries = list(self.entries.values())
+        joined = admission.join(entries, self.sweeps.rungs, changed, self.book, self.gap)
+        parked = admission.make_room(entries, joined, self.max_wait_s, changed)
+        started = [Change(event="started", job=name) for name in joined]
+        return [*events, *requested, *judged, *self._write([*parked, *started])]
 
     def _write(self, changes: Sequence[Change], id: str | None = None) -> list[Event]:
         return self.log.append(changes, window=self.window, slot=self.slot, id=id) if changes else []
@@ -252,9 +262,14 @@ class Control:
         return events
 
     def _promote(self, events: Sequence[Event]) -> None:
-        """Let the points that were promoted join again."""
+        """Let the points that were promoted join again, or continue where they rest."""
         for name in self.sweeps.note(events):
-            self.entries[name].at_rung = False
+            entry = self.entries[name]
+            if entry.rests:
+                rungs = self.sweeps.rungs[name]
+                self.continued.append(Continuing(number=entry.number, step=entry.left_after, rungs=rungs))
+                entry.departed = entry.drained = entry.exported = False
+            entry.at_rung = False
 
     def _take_news(self) -> list[tuple[str, str, str]]:
         """Return who is over, with the reasons, and note whose checkpoint is written; of a run that is repeated, who is done."""
@@ -264,8 +279,10 @@ class Control:
                 entry = self.entries.get(name)
                 if self.replay is None and entry is not None and entry.resident and entry.leaving is None:
                     told.append((what, name, reason))
-            elif what == "done" or (what != "saved" and self.replay is None):
+            elif what == "done" or (what not in ("saved", "exported") and self.replay is None):
                 told.append((what, name, reason))
+            elif what == "exported" and name in self.entries:
+                self.entries[name].exported = True
             elif what == "saved" and name in self.entries:
                 entry = self.entries[name]
                 entry.saved = True
@@ -281,22 +298,6 @@ class Control:
         for name in answers:
             self.entries[name].is_read = True
         return [("failed", name, fault) for name, fault in answers.items() if fault is not None]
-
-    def _parked(self, changed: Collection[str]) -> list[Change]:
-        """Return who makes room for a job that has waited for `max_wait_s`: the resident that has used most for its priority."""
-        found = furthest_past_its_share(self.entries.values(), self.max_wait_s, changed)
-        why = found and f"{found[1].name} has waited for more than {self.max_wait_s:g} s"
-        return [Change(event="parked", job=found[0].name, details={"reason": why})] if found else []
-
-    def _joining(self, changed: Collection[str]) -> list[str]:
-        """Return the names of jobs that wait and may join now; their rows are taken."""
-        num_residents = sum(entry.resident for entry in self.entries.values())
-        ready = [entry for entry in self._queue() if entry.name not in changed]
-        waiting = [Waiting(entry.name, entry.config, entry.passed) for entry in ready]
-        joined = admit(self.book, waiting[: max(0, max(MOST_USEFUL, 4 * self.gap) - num_residents)])
-        for each in waiting:
-            self.entries[str(each.job)].passed = each.passed
-        return [str(name) for name, _ in joined]
 
     # What follows from it -----------------------------------------------------------------------------------------------------
 
@@ -337,6 +338,9 @@ class Control:
         if not entry.resident:
             entry.state, entry.since, entry.since_s = state, utc_now(), time.monotonic()
         elif entry.leaving is None and event.event != "resumed":
+            if entry.rests:
+                self.left[entry.number] = leaving = Leaving(step=entry.left_after, state=state)
+                entry.saved = not leaving.saves
             entry.leaving = state
             noticed = self.deterministic and event.id is None and state in OVER  # when that is depends on time: it trains to its end
             if not entry.departed and state != "done" and not noticed:
@@ -346,7 +350,7 @@ class Control:
         elif event.id is not None and entry.leaving in ("done", "stopped"):
             print(f"megatron-lora: {entry.name}: all of its steps were planned when it was {event.event}, so it ends", flush=True)
             return
-        if (state in OVER and event.id is not None) or (not entry.resident and state != "done"):
+        if (state in OVER and (event.id is not None or "rung" in event.details)) or (not entry.resident and state != "done"):
             self.later.append((self.window, lambda files: files.set_state(entry.name, state, reason)))  # else the training thread does it
         if state in OVER and not entry.resident:
             del self.entries[entry.name]
@@ -362,7 +366,8 @@ class Control:
     def _moves(self, stepping: dict[int, int]) -> dict[tuple[int, int], Places]:
         """Return (job, step) -> places of moves after the last `stepping` steps, job -> step, so that the first job that waits fits."""
         later = None if self.replay is None else self.replay.starts_after(self.window)  # for whom there was room
-        coming = self._queue() if later is None else [self.entries[name] for name in later if name in self.entries]
+        named = [self.entries[name] for name in later or () if name in self.entries]
+        coming = admission.in_order(self.entries.values(), self.sweeps.rungs) if later is None else named
         blocked = [entry for entry in coming if not entry.resident][:1]
         names = {entry.name: entry.number for entry in self.entries.values() if entry.number in stepping and entry.leaving is None}
         if not blocked or not names or self.book.left:
@@ -374,16 +379,9 @@ class Control:
 
     # The queue ----------------------------------------------------------------------------------------------------------------
 
-    def _queue(self) -> list[Entry]:
-        """Return the jobs that could join if there were rows, in their order."""
-        ready = (entry for entry in self.entries.values() if entry.can_join)
-        return sorted(ready, key=lambda e: (-self.sweeps.rungs.get(e.name, 0), e.since))  # who was promoted comes first
-
     def _read_ahead(self) -> None:
-        """Have the next jobs of the queue read, a few more than are ready."""
-        num_ready = sum(entry.waits and entry.is_read for entry in self.entries.values())
-        unread = [entry for entry in self.entries.values() if entry.waits and not entry.is_read]
-        for entry in sorted(unread, key=lambda e: e.since)[: max(0, READ_AHEAD - num_ready)]:
+        """Have the next jobs of the queue read."""
+        for entry in admission.to_read(self.entries.values()):
             if entry.name not in self.reader.asked:
                 self.reader.ask(entry.config)
 

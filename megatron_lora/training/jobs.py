@@ -53,6 +53,7 @@ class Job:
     evaluation_steps: tuple[int, ...] = ()  # after which numbers of steps it is still to be evaluated, ascending
     leaving: Leaving | None = None  # after which step it leaves, where that is decided
     skipped_in_a_row: int = 0  # as reported; the optimizer counts its own on the device
+    exported_after: int = -1  # steps that the adapter in its PEFT directory has taken, as the first rank has written it here
     files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of its PEFT directory's files, as the first rank has written them here
     advice: str = ""  # for those who serve its adapter, as in the card there
 
@@ -110,9 +111,13 @@ class Job:
         return self.is_evaluated_after(step) and self.evaluated_after < step
 
     def next_rung(self, num_passed: int) -> int | None:
-        """Return after which step a point of a sweep is at its next rung, where it leaves; None where it has none before its end."""
-        rungs = self.config.point.sweep.rung_steps(self.num_steps) if self.config.point else ()
-        return rungs[num_passed] if num_passed < len(rungs) else None
+        """Return after which step a point of a sweep is at its next rung; None where it has none before its end."""
+        return self.rungs[num_passed] if num_passed < len(self.rungs) else None
+
+    @property
+    def rungs(self) -> Sequence[int]:
+        """After how many steps a point of a sweep is at each of its rungs."""
+        return self.config.point.sweep.rung_steps(self.num_steps) if self.config.point else ()
 
     def adapter_spec(self) -> AdapterSpec:
         """Return the settings that the arena needs."""

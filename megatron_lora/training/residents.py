@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData
@@ -73,31 +74,40 @@ class Residents:
         self.on_join: Callable[[Job], None] = lambda job: None
 
     def read(self, changes: WindowChanges, known: Mapping[int, Known | None] | None = None) -> Sequence[PlannedJob]:
-        """Read the data of the jobs that join; return what plans know of them. `known`: what the first rank has found of references."""
+        """Read the data of the jobs that join; return what plans know of them, and of those that continue.
+
+        `known`: what the first rank has found of references.
+        """
         planned = []
+        for continuing in changes.continued:
+            job, step = self.jobs[continuing.number], continuing.step
+            after = [each for each in job.evaluation_steps if each > step]
+            planned.append(self._planned(job, self._deal(job), step, after, continuing.rungs))
         for joining in changes.joined:
             job = self._make(joining.number, joining.config, joining.point)
             self._ready[job.number], self._starts[job.number] = job, Future()
-            validation = () if job.data.validation is None else job.data.validation.samples.lengths.tolist()
-            dealt = DealtJob.of(job.step_samples.lengths(), self._num_replicas, self._cost, validation)
-            found = None
+            dealt, found = self._deal(job), None
             if job.has_reference:
                 found = self._reference_cache.known(job.config, job.data) if known is None else known[job.number]
                 assert found is not None
                 job.references = References(found, job.data, job.step_samples.steps, job.resume_point.step, bool(job.evaluation_steps))
-            planned.append(
-                PlannedJob(
-                    number=job.number,
-                    dealt=dealt,
-                    first_step=job.resume_point.step,
-                    evaluate_after=job.evaluation_steps,
-                    priority=job.config.priority,
-                    until=job.next_rung(joining.rungs),
-                    wanted={} if job.references is None else job.references.wanted(dealt),
-                    known=found,
-                )
-            )
+            each = self._planned(job, dealt, job.resume_point.step, job.evaluation_steps, joining.rungs)
+            planned.append(replace(each, wanted={} if job.references is None else job.references.wanted(dealt), known=found))
         return planned
+
+    def _deal(self, job: Job) -> DealtJob:
+        validation = () if job.data.validation is None else job.data.validation.samples.lengths.tolist()
+        return DealtJob.of(job.step_samples.lengths(), self._num_replicas, self._cost, validation)
+
+    def _planned(self, job: Job, dealt: DealtJob, first_step: int, evaluate_after: Sequence[int], rungs: int) -> PlannedJob:
+        return PlannedJob(
+            number=job.number,
+            dealt=dealt,
+            first_step=first_step,
+            evaluate_after=evaluate_after,
+            priority=job.config.priority,
+            until=job.next_rung(rungs),
+        )
 
     def _make(self, number: int, config: JobConfig, point: ResumePoint) -> Job:
         data = self.data.pop(config.name, None) or self._read([config])[0]

@@ -1,9 +1,13 @@
-"""A job of a run as the first rank's control knows it: in the queue, resident, on its way out, or paused (control.py)."""
+"""A job of a run as the first rank's control knows it: in the queue, resident, on its way out, or paused (control.py).
+
+A point of a sweep that has come to a rung either leaves, with a checkpoint, or rests there: it keeps its rows, and all of it is planned
+up to there. Once it is promoted it is planned further, without a checkpoint written or read.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,7 +30,9 @@ class Entry:
     passed: int = 0  # later jobs that have joined because this one did not fit
     resident: bool = False
     leaving: str | None = None  # the state in which it leaves; None while it stays
-    departed: bool = False  # everything of it is planned
+    departed: bool = False  # everything of it is planned, of one that rests up to its rung
+    drained: bool = False  # ... and nothing of it is in flight
+    exported: bool = False  # its adapter at the rung where it rests is written
     last_index: int | None = None  # of its slots so far
     saved: bool = True  # False from its leaving on until the checkpoint that it resumes from is written
     left_after: int = 0  # steps taken when it left last
@@ -37,6 +43,11 @@ class Entry:
     def name(self) -> str:
         """The job's name."""
         return self.config.name
+
+    @property
+    def rests(self) -> bool:
+        """Whether the job keeps its rows at a rung."""
+        return self.resident and self.departed and self.at_rung and self.leaving is None
 
     @property
     def waits_for(self) -> str:
@@ -80,17 +91,3 @@ def misfits(entries: Iterable[Entry], check_fits: Callable[[JobConfig], None]) -
             except UserError as error:
                 found.append(("failed", entry.name, str(error)))
     return found
-
-
-def furthest_past_its_share(entries: Iterable[Entry], limit_s: float | None, changed: Collection[str]) -> tuple[Entry, Entry] | None:
-    """Return who makes room for a job that has waited for `limit_s`, and that job: the resident that has used most for its priority."""
-    entries, now = list(entries), time.monotonic()
-    if limit_s is None or any(entry.leaving == "queued" for entry in entries):
-        return None
-    late = [entry for entry in entries if entry.can_join and now - entry.since_s > limit_s]
-    residents = [entry for entry in entries if entry.resident and entry.leaving is None and entry.name not in changed]
-    rested = [entry for entry in residents if late and now - entry.since_s > limit_s]
-    if not rested:
-        return None
-    furthest = max(rested, key=lambda entry: (entry.used / entry.config.priority, -entry.number))
-    return furthest, min(late, key=lambda entry: entry.since)

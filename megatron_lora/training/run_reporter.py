@@ -57,6 +57,7 @@ class RunReporter:
         self.watchdogs: dict[str, Watchdog] = {}
         self.alarms: dict[str, str] = {}  # job that its watchdog has paused -> why
         self.num_begun = 0  # windows
+        self.stopped_early: dict[str, str] = {}  # points whose last adapter is still to be written -> why they are stopped
         self.files_of_left: dict[str, dict[str, str]] = {}  # of jobs that have left and are not over: SHA-256 of PEFT files
         self.over: set[str] = set()  # names of jobs that ended in this start
         self.advice: dict[str, str] = {}  # of jobs that are done, for those who serve them
@@ -129,9 +130,12 @@ class RunReporter:
 
     def set_state(self, name: str, state: str, reason: str) -> None:
         """Record a job's state; in the training thread."""
-        for job in self.jobs.values():
-            if job.name == name:
-                job.state = after(job.state, state)
+        job = next((job for job in self.jobs.values() if job.name == name), None)
+        if job is not None and state == "stopped" and job.steps_taken in job.rungs and job.exported_after < job.steps_taken:
+            self.stopped_early[name] = reason  # in a run that is repeated
+            return
+        if job is not None:
+            job.state = after(job.state, state)
         if state in OVER:
             self.over.add(name)
             self.board.end_job(name)
@@ -159,6 +163,11 @@ class RunReporter:
             if job.name in self.over:
                 continue  # cancelled meanwhile, perhaps after it had left
             self.files_of_left[job.name] = dict(job.files)
+            if state == "exported":
+                self.control.tell(state, job.name)
+                if job.name in self.stopped_early:
+                    self.set_state(job.name, "stopped", self.stopped_early.pop(job.name))
+                continue
             reasons = {"stopped": self.reasons, "paused": self.alarms}.get(state, {})
             self._set_job(job, state, reasons.get(job.name, ""))
             self.control.tell(*((state, job.name, "") if state in OVER else ("saved", job.name, state)))

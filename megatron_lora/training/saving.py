@@ -114,7 +114,7 @@ class Writer:
         self.logged: dict[str, LoggedDigest] = {}
 
     def write(self, snapshot: Snapshot) -> str | None:
-        """Write what a snapshot is for, once its step is reported; return the state of a job that ends or leaves with it."""
+        """Write what a snapshot is for, once its step is reported; return the state of a job that ends or leaves with it, or "exported"."""
         job = snapshot.job
         reported = self.board.wait_for(job.name, snapshot.step)
         if reported is None:  # the job was stopped before, or has failed
@@ -131,14 +131,18 @@ class Writer:
             adapter = read_adapter(directory / best_name(best.step))
         elif snapshot.moments and not is_over:
             write_checkpoint(directory, adapter, base_model, snapshot.moments, self._state(snapshot, reported))
-        if snapshot.moments or is_over:
+        at_rung = snapshot.step in job.rungs  # where it may rest, and be stopped
+        if snapshot.moments or is_over or at_rung:
             self._export(job, directory, adapter, snapshot.step, best)
             job.files = {name: digest_of_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+            job.exported_after = snapshot.step
         remove_outdated(directory, best, job.config.save_total_limit, is_over=is_over)
         if is_over:
             return "done" if is_last else "stopped"
         leaves = snapshot.moments and job.leaving is not None and job.leaving.step == snapshot.step
-        return job.leaving.state if leaves and job.leaving is not None else None
+        if leaves and job.leaving is not None:
+            return job.leaving.state
+        return "exported" if at_rung else None
 
     def _export(self, job: Job, directory: Path, adapter: AdapterFile, step: int, best: Best | None) -> None:
         """Write a job's PEFT directory as its config wants it, with a card that says how its evaluations went and how to serve it."""

@@ -1,9 +1,9 @@
 """The sweeps of a run as the first rank knows them: who is at which rung, with what result, and what was decided.
 
-A point leaves the run at its rung as if it were parked: with a checkpoint, and in the queue. It joins again once it is
-`promoted`; otherwise it is `stopped` there, and another job has its place. Decisions (rungs.py) are made in front of a window
-from the points that have arrived: whose evaluation is reported and whose checkpoint is written. They are events, written before they
-act. A run that is resumed reads them, so none is made twice.
+A point rests at its rung while no job waits for its rows; else it leaves as if it were parked: with a checkpoint, and in the queue.
+It continues, or joins again, once it is `promoted`; otherwise it is `stopped` there. Decisions (rungs.py) are made in front of a window
+from the points that have arrived: whose evaluation is reported, and whose checkpoint is written if it has left. None is stopped before its
+adapter is written. Decisions are events, written before they act. A run that is resumed reads them, so none is made twice.
 
     sweeps = Sweeps(output_dir, log.events, run.config.jobs)
     sweeps.tell(job, step, value, num_steps)             # any thread: an evaluation
@@ -97,9 +97,10 @@ class Sweeps:
             self.arrived[job.name] = Result(rung, slot, job.point.number, value)
 
     def _judge(self, sweep: SweepConfig, points: Sequence[JobConfig], entries: Mapping[str, Entry]) -> list[Change]:
-        """Return who continues and who is stopped, among the points that have arrived with their checkpoints."""
+        """Return who continues and who is stopped, among the points that have arrived."""
         alive = {job.name: entries[job.name] for job in points if job.name in entries}
-        held = {name: self.arrived[name] for name, entry in alive.items() if entry.held and entry.saved and name in self.arrived}
+        there = [name for name, entry in alive.items() if (entry.held and entry.saved) or (entry.rests and entry.drained)]
+        held = {name: self.arrived[name] for name in there if name in self.arrived}
         results = [*held.values()]
         results += [Result(rung, 0, job.point.number, value) for job in points if job.point for rung, value in self.decided_of(job).items()]
         decided = {(rung, job.point.number) for job in points if job.point for rung in self.decided_of(job)}
@@ -111,7 +112,10 @@ class Sweeps:
         names = {job.point.number: job for job in points if job.point}
         for decision in decide(sweep, points[0].mode, results, decided, coming):
             result, job = decision.result, names[decision.result.point]
-            step = alive[job.name].left_after
+            entry = alive[job.name]
+            if entry.rests and not (decision.continues or entry.exported):
+                continue
+            step = entry.left_after
             value = result.value if math.isfinite(result.value) else None
             details = {"rung": result.rung, "step": step, "value": value, "place": decision.place, "of": decision.num}
             if not decision.continues:

@@ -4,6 +4,7 @@ On every rank, in this order, between the last action of one window and the firs
 
     freed     rows of jobs whose last STEP and evaluation are done are given back
     joined    jobs take the rows that the first rank has chosen for them
+    continued points of a sweep that rest at a rung, with their rows, are planned further
     left      jobs learn after which step they leave, and whether a checkpoint is written then
     set       keys of jobs that decide no update get other values
 
@@ -34,6 +35,15 @@ class Joining:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Continuing:
+    """A point that rests at its rung after `step` steps continues; it has passed `rungs` of them."""
+
+    number: int
+    step: int
+    rungs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leaving:
     """A job leaves after `step` steps; its state then, "paused" or "queued" with a checkpoint, or one that needs none."""
 
@@ -52,6 +62,7 @@ class WindowChanges:
 
     freed: Sequence[int] = ()
     joined: Sequence[Joining] = ()
+    continued: Sequence[Continuing] = ()
     left: Mapping[int, Leaving] = field(default_factory=dict)
     configs: Mapping[int, JobConfig] = field(default_factory=dict)  # of jobs of which keys were set
     moves: Mapping[tuple[int, int], Places] = field(default_factory=dict)  # (job, step) -> where it moves

@@ -15,10 +15,11 @@ from megatron_lora.config.rules import TARGET_MODULES
 from megatron_lora.config.schema import JobConfig, load_jobs
 from megatron_lora.config.sweep_keys import SweepConfig, with_points
 from megatron_lora.errors import UserError
-from megatron_lora.output.changes import Run, apply
+from megatron_lora.output.changes import Run, apply, job_mapping
 from megatron_lora.output.events import read_events
 from megatron_lora.output.leaderboard import read_leaderboard
 from megatron_lora.output.report_page import report_page
+from megatron_lora.output.requests import new_request, write_request
 from megatron_lora.output.run_view import RunView
 from megatron_lora.training.optuna_points import ask
 
@@ -66,6 +67,40 @@ def test_points_stop_at_their_rung_and_the_others_train_to_their_end(one_process
     if strategy == "successive_halving":
         assert {name for name, events in made.items() if ("promoted", 0) in events} == {"tune-003", "tune-004", "tune-005"}
         assert [name for name, events in made.items() if ("promoted", 1) in events] == ["tune-004"]
+
+
+@pytest.mark.parametrize("strategy", ["successive_halving", "asha"])
+def test_where_no_job_waits_for_rows_points_keep_theirs_and_write_no_checkpoints(one_process, tmp_path, strategy):
+    run = world(tmp_path, points(strategy), num_stages=2, delay=1)
+    run.run()
+    assert sorted(event.job for event in read_events(tmp_path) if event.event == "started") == sorted(run.states)
+    assert not list(tmp_path.glob("jobs/*/checkpoint-*"))
+    for name, steps in run.trained.items():
+        assert all(sorted(samples) == [0, 1] for samples in steps.values()), name
+    assert run.states["tune-004"] == "done"
+    assert {name for name, state in run.states.items() if state == "stopped"} == {
+        name for name, made in decisions(tmp_path).items() if made[-1][0] == "stopped"
+    }
+
+
+def test_points_at_a_rung_make_room_for_a_job_that_waits_and_come_back(one_process, tmp_path):
+    """Halving waits for a point with many steps to its rung; a job that is added needs rows of the others, which are there."""
+    jobs = points("successive_halving", num=6)
+    run = world(tmp_path, jobs, room=jobs)
+    run.lengths |= {"tune-000": [[3, 4]] * 270, "late": [[3, 4]] * 4}
+    added: list[int] = []
+
+    def between(window: int) -> None:
+        if not added and sum(entry.rests for entry in run.control.entries.values()) == 5:
+            added.append(window)
+            write_request(tmp_path, new_request("add", jobs=[job_mapping(job_config("late", r=16))]))
+
+    run.run(between)
+    assert added and run.states["late"] == "done" and run.states["tune-004"] == "done"
+    parked = [event for event in read_events(tmp_path) if event.event == "parked"]
+    assert len(parked) == 5 and all(event.details["reason"] == "late waits for rows" for event in parked)
+    for name in ("tune-004", "late"):
+        run.check(name)
 
 
 def test_the_leaderboard_has_the_best_first_and_a_link_to_it(one_process, tmp_path):
