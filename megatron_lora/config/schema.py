@@ -10,11 +10,11 @@ itself. Whether it fits the files, the model and the machine is checks.py's ques
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_lora.config.adapter_keys import AdapterKeys
 from megatron_lora.config.consistent_job import consistent
 from megatron_lora.config.dataset_paths import DatasetConfig, dataset, validation_datasets
 from megatron_lora.config.keys import UnknownKey, build, check_keys, key, names_of, required, values
@@ -24,7 +24,6 @@ from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.parallel_keys import ParallelConfig, parallel
 from megatron_lora.config.rules import (
     METRICS,
-    MODULES,
     auto_or,
     base_weights,
     job_name,
@@ -36,7 +35,6 @@ from megatron_lora.config.rules import (
     path_of,
     recompute,
     show,
-    subset_of,
     truth,
     val_set_size,
     whole_number,
@@ -50,8 +48,8 @@ SEED = whole_number("a seed", 0, 2**32 - 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class JobConfig:
-    """One adapter: its data, its LoRA settings, its optimizer and schedule."""
+class JobConfig(AdapterKeys):
+    """One adapter: its data, its optimizer and schedule, and the keys of what it adds to the model (adapter_keys.py)."""
 
     name: str = required(job_name, "names the job and its directory; unique, upper and lower case being the same")
     seed: int = key(None, null_or(SEED), "decides data order, the first values of A, and dropout; null: the run's seed")  # int once loaded
@@ -88,35 +86,6 @@ class JobConfig:
         2048, whole_number("a sequence length in tokens", 2), "longer samples are cut at the right, and counted", "tokens"
     )
     shuffle: bool = key(True, truth(), "true: each epoch visits the samples in an order of its own; false: in file order")
-    r: int = key(16, whole_number("a LoRA rank", 1, 256), "rank of A and B")
-    lora_alpha: float = key(32.0, number("a LoRA alpha", 0, above=True), "the adapter's output is multiplied by `lora_alpha / r`")
-    lora_dropout: float = key(
-        0.0, number("a dropout probability", 0, 1, below=True), "share of the adapter's input features that are dropped"
-    )
-    use_rslora: bool = key(False, truth(), "true: the adapter's output is multiplied by `lora_alpha / sqrt(r)`")
-    target_modules: tuple[str, ...] = key(  # given once the base model is known (consistent_job.with_targets)
-        None,
-        null_or(subset_of("module names", MODULES)),
-        "linears of each layer that get an adapter; a Phi-3 has `qkv_proj`, `o_proj`, `gate_up_proj` and `down_proj`. null: all of "
-        "the base model's, those of its experts where `experts` is true",
-    )
-    experts: bool = key(
-        False,
-        truth(),
-        "of a mixture of experts, true: `gate_proj`, `up_proj` and `down_proj` of each expert get an adapter too, or those of them that "
-        "`target_modules` names; the PEFT directory says `lora_dropout: 0`, which is all that PEFT takes there",
-    )
-    expert_r: int | None = key(
-        None,
-        null_or(whole_number("a LoRA rank", 1, 256)),
-        "rank of A and B of each expert, with the scale `lora_alpha / expert_r`; null: `r`",
-    )
-    init_adapter: str | None = key(
-        None,
-        null_or(path_of("a PEFT directory")),
-        "adapter that the job starts from, of the same `r`, `lora_alpha`, `use_rslora` and `target_modules`; null: PEFT's start, "
-        "A random and B zero",
-    )
     learning_rate: float = key(2.0e-4, number("a learning rate", 0, 1), "learning rate after the warm-up")
     loraplus_lr_ratio: float | None = key(
         None,
@@ -225,16 +194,6 @@ class JobConfig:
     def is_evaluated(self) -> bool:
         """Whether the job has validation data."""
         return bool(self.val_datasets or self.val_set_size)
-
-    @property
-    def expert_rank(self) -> int:
-        """The rank of experts' adapters; 0 where they are frozen."""
-        return (self.expert_r or self.r) * self.experts
-
-    @property
-    def scale(self) -> float:
-        """What the adapter's output is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
