@@ -105,8 +105,11 @@ def train_alone(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict) 
     return [loss for loss, _ in found[1:]], found[-1][1]
 
 
-def train_stepwise(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict):
-    """Train one job; yields, before the first step and after each, the steps taken, the model, the loss and the adapter's tensors."""
+def train_stepwise(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict, model=None):
+    """Train one job; yields, before the first step and after each, the steps taken, the model, the loss and the adapter's tensors.
+
+    `model`: peft's, in place of that of the adapter's directory.
+    """
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -115,8 +118,9 @@ def train_stepwise(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dic
         return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, adapter_dir, is_trainable=True)
+    if model is None:
+        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, adapter_dir, is_trainable=True)
     rows = [encode(tokenizer, json.loads(line)) for line in rows_path.read_text().splitlines()]
     batch, num_steps = job["global_batch_size"], job["max_steps"]
     parameters = [p for p in model.parameters() if p.requires_grad]

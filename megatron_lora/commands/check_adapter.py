@@ -94,7 +94,7 @@ def main(directory: str, base: str | None, url: str | None, name: str | None, sa
     model = load_base(base_dir)
     of_files = faults_of_files(adapter_dir, config, linear_sizes(model))
     faults = of_files + faults_of_origin(origin, adapter_dir, config, base_dir)
-    adapter = None if of_files else read_adapter(adapter_dir, one_rank=False)
+    adapter = None if of_files else read_adapter(adapter_dir)
     without = log_probabilities(model, samples)
     with applied(model, adapter) if adapter else contextlib.nullcontext():
         subject = Subject(model, samples, adapter, without, log_probabilities(model, samples))
@@ -151,8 +151,10 @@ def faults_of_origin(origin: Origin | None, directory: Path, config: dict, base_
     before = base_files_of(origin.run) if origin else {WEIGHTS: card} if card else {}
     if origin is not None:
         job = origin.job
-        trained = {"r": job.r, "lora_alpha": job.lora_alpha, "use_rslora": job.use_rslora}
-        trained |= {"lora_alpha": job.r, "use_rslora": False} if job.export == "portable" and directory.resolve().name == job.name else {}
+        trained = {"r": job.lora_rank, "lora_alpha": job.largest_alpha * job.times_alpha, "use_rslora": job.use_rslora}
+        trained |= (
+            {"lora_alpha": job.lora_rank, "use_rslora": False} if job.export == "portable" and directory.resolve().name == job.name else {}
+        )
     for key, value in trained.items():
         if config.get(key, False) != value:
             said = f"the run wrote {value}" if origin else f"its card says {value}"

@@ -156,7 +156,7 @@ class FinishedRun:
     def predicted(self) -> Timeline:
         """Return the run as it was predicted when it began."""
         multiple = self.config.parallel.row_multiple
-        ranks = {job.name: job.r for job in self.config.jobs}
+        ranks = {job.name: job.lora_rank for job in self.config.jobs}
         samples = ([(tokens, ranks[self.names[job]]) for job, _, _, tokens in slot] for slot in self.slots)
         times = CostModel.from_json(self.cost["stages"]).pass_times([[pass_features(slot, multiple)] for slot in samples])
         return simulate(self.stream, *times, self.cost["hop_s"], self.cost["step_s"], self.config.parallel.norm_delay)

@@ -52,7 +52,7 @@ def split_weight(word: str) -> tuple[str, float]:
 
 def _read(name: str) -> AdapterFile:
     check_job_files(Path(name))  # if it is that of a run's job
-    return read_adapter(name, one_rank=False)
+    return read_adapter(name)
 
 
 def check_base(adapters: dict[str, AdapterFile], model_dir: Path) -> None:

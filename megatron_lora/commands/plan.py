@@ -86,7 +86,9 @@ def adapter_lines(jobs: Sequence[JobConfig], architecture: Architecture) -> list
 
 def num_parameters(job: JobConfig, architecture: Architecture) -> int:
     """Return the weights of a job's adapter."""
-    outside = job.r * sum(sum(size) for module, size in architecture.module_sizes.items() if module in job.target_modules)
+    if job.linears is not None:
+        return job.halves * sum(each.r * len(each.layers) * sum(architecture.module_sizes[each.module]) for each in job.linears.of)
+    outside = job.lora_rank * sum(sum(size) for module, size in architecture.module_sizes.items() if module in job.target_modules)
     hidden, width = architecture.hidden_size, architecture.ffn_size
     experts = architecture.num_experts * job.expert_rank * (hidden + width)
     return architecture.num_layers * (outside + experts * sum(module in architecture.expert_modules for module in job.target_modules))
@@ -118,7 +120,7 @@ def runs_of(policy: str, workload: Workload) -> Runs:
     jobs, parallel, rounds = workload.config.jobs, workload.config.parallel, workload.dealt.rounds
     stages, capacity = parallel.pipeline, workload.config.microbatch_tokens
     if policy != "ours":
-        return POLICIES[policy](rounds, stages, capacity, workload.cost.slot_cost(sum(job.r for job in jobs) / len(jobs)))
+        return POLICIES[policy](rounds, stages, capacity, workload.cost.slot_cost(sum(job.lora_rank for job in jobs) / len(jobs)))
     planner = WindowPlanner(stages, capacity, delay=parallel.norm_delay, cost=workload.weights)
     return (sum(planner.plan_all(rounds), ()),)
 

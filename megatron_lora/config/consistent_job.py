@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from megatron_lora.config.adapter_keys import check_adapter_keys
 from megatron_lora.config.objective_keys import check_objective
 from megatron_lora.config.rules import EXPERT_MODULES, METRICS, MODULES, show
 from megatron_lora.config.schedule_keys import check_schedule
@@ -45,7 +46,10 @@ def with_targets(job: JobConfig, own: Sequence[str], of_experts: Sequence[str], 
 
 
 def same_targets(one: JobConfig, other: JobConfig) -> bool:
-    """Return whether two jobs of one base model target the same: `with_targets` may have completed one of them."""
+    """Return whether two jobs of one base model target the same: planning may have completed one of them."""
+    if one.linears or other.linears:  # names, which patterns came to, are compared as they were written
+        mine, its = (job.linears.target_modules if job.linears else job.target_modules for job in (one, other))
+        return mine == its
     (mine, its), experts = ({*(job.target_modules or ())} for job in (one, other)), {*EXPERT_MODULES} if one.experts else set()
     mine, its = (targets if targets & experts else targets | experts for targets in (mine, its))
     return None in (one.target_modules, other.target_modules) or mine == its
@@ -64,6 +68,7 @@ def _check_expert_keys(where: str, job: JobConfig) -> None:
 def consistent(where: str, job: JobConfig, given: Collection[str]) -> JobConfig:
     """Return a job with the `mode` and `keep` that it leaves open chosen; UserError where its keys contradict. `given`: those written."""
     _check_expert_keys(where, job)
+    check_adapter_keys(where, job)
     check_objective(where, job)
     check_schedule(where, job)
     if job.val_datasets and job.val_set_size:

@@ -25,7 +25,12 @@ def required(rule: Rule, meaning: str, unit: str = "") -> Any:
     return dataclasses.field(metadata={"rule": rule, "meaning": meaning, "unit": unit})
 
 
-NOT_YET = ("expert",)
+NOT_YET = {  # keys of others -> why they are refused
+    "expert": "each tensor rank has a part of all experts",
+    "layers_pattern": "these base models have one list of layers, which layers_to_transform counts",
+    "modules_to_save": "embedding and head stay frozen",
+    "trainable_token_indices": "embedding and head stay frozen",
+}
 
 
 class UnknownKey(UserError):
@@ -39,7 +44,7 @@ class UnknownKey(UserError):
         if home and (meant == name or not hint):
             hint = f" here; {'it' if meant == name else meant} is a key of {home}"
         if name in NOT_YET:
-            hint = "; it does not work yet: each tensor rank has a part of all experts; remove it"
+            hint = f"; it does not work yet: {NOT_YET[name]}; remove it"
         listed = "" if hint else f"; the keys are {', '.join(sorted(known))}"
         super().__init__(f"{path}.{key_name(name)}".lstrip(".") + f": unknown key{hint}{listed}")
 

@@ -313,6 +313,9 @@ def config_of(tree: dict) -> RunConfig:
     run = RunConfig(**config, jobs=load_jobs(defaults, with_points(swept, jobs) if swept else jobs, seed))
     if run.activation_offloading is True and not run.may_run_again:
         raise UserError("activation_offloading: true moves inputs of `full` layers, and recompute names none; use recompute: full, or auto")
+    if cut := [job for job in run.jobs if job.has_frozen_half and not run.load_weights]:
+        how = f"jobs.{cut[0].name}.init_lora_weights: {cut[0].init_lora_weights}"
+        raise UserError(f"{how} is cut out of the base weights, and load_weights is false; set it to true")
     if run.deterministic and run.backend == "te":
         raise UserError("deterministic: true takes torch's attention, and backend is 'te'; use auto or torch")
     return run

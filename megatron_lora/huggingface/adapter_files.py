@@ -67,8 +67,8 @@ class AdapterFile:
     lora_dropout: float = 0.0
     revision: str | None = None  # of the base model, where it is one of the hub
     base_digest: str = ""  # of the base model's weights (base_files.py), where that is known
-    targets: Targets | None = None  # of a file that was read, as is what follows
-    base_model: str = ""  # that it was made for, as it says itself
+    targets: Targets | None = None  # how linears are chosen; of a file that was read, or where module names do not say it
+    base_model: str = ""  # that it was made for, as it says itself, where it was read
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)  # path -> alpha, where they differ
 
     def scale(self, path: str) -> float:
@@ -88,7 +88,7 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, 
     tensors = {}
     for path, (a_RK, b_NR) in adapter.weights.items():
         r = adapter.expert_r if of_expert(path) else adapter.r
-        assert a_RK.shape[0] == b_NR.shape[1] == r, f"{path}: A {tuple(a_RK.shape)}, B {tuple(b_NR.shape)}, r {r}"
+        assert a_RK.shape[0] == b_NR.shape[1] <= r, f"{path}: A {tuple(a_RK.shape)}, B {tuple(b_NR.shape)}, r {r}"
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a_RK.detach().clone(memory_format=torch.contiguous_format).cpu()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b_NR.detach().clone(memory_format=torch.contiguous_format).cpu()
     config, num_parameters = _config(adapter, base_model), sum(tensor.numel() for tensor in tensors.values())
@@ -105,10 +105,10 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_adapter(directory: str | Path, *, one_rank: bool = True) -> AdapterFile:
+def read_adapter(directory: str | Path) -> AdapterFile:
     """Read a PEFT directory of plain LoRA, on the CPU in the file's dtypes; UserError when it is missing, damaged or anything else.
 
-    Without `one_rank` linears may have ranks and alphas of their own, as experts may with it; `r` is then the largest.
+    Linears may have ranks and alphas of their own; `r` and `lora_alpha` are then the largest.
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -119,10 +119,6 @@ def read_adapter(directory: str | Path, *, one_rank: bool = True) -> AdapterFile
     ranks = {path: int(first_match(targets.rank_pattern, path, config["r"])) for path in weights}
     alphas = {path: first_match(targets.alpha_pattern, path, config["lora_alpha"]) for path in weights}
     of_experts, others = ([path for path in weights if of_expert(path) == kind] for kind in (True, False))
-    if one_rank:
-        for paths in (of_experts, others):
-            _check_same(file, "rank_pattern", {path: ranks[path] for path in paths})
-        _check_same(file, "alpha_pattern", alphas)
     _check_ranks(directory / WEIGHTS_FILE, weights, ranks)
     return AdapterFile(
         r=max(ranks[path] for path in others or of_experts),
@@ -138,6 +134,13 @@ def read_adapter(directory: str | Path, *, one_rank: bool = True) -> AdapterFile
         base_model=str(config.get("base_model_name_or_path") or ""),
         alphas=alphas,
     )
+
+
+def layer_of(path: str) -> int:
+    """Return the layer that a linear's path names."""
+    found = LAYER.search(path)
+    assert found is not None, path
+    return int(found[1])
 
 
 def of_expert(path: str) -> bool:
@@ -186,28 +189,51 @@ def check_adapter(where: str, adapter: AdapterFile, shapes: Mapping[str, tuple[i
 
 def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
     """Return adapter_config.json, in fields that PEFT has had since 0.8; an integral alpha is an int, which some readers require."""
-    alpha, targets = adapter.lora_alpha, list(adapter.target_modules)
+    chosen: dict[str, object] = {"target_modules": list(adapter.target_modules)}
+    targets = adapter.targets if adapter.targets is not None and adapter.targets.choose_by_more_than_names else None
     if all(path.startswith(OF_TEXT) for path in adapter.weights):  # beside a vision tower whose linears have the same names
-        targets = re.escape(OF_TEXT) + rf"layers\.\d+\.\w+\.(?:{'|'.join(targets)})"
-    of_others = dict.fromkeys((path.rpartition(".")[2] for path in adapter.weights if not of_expert(path)), adapter.r)
-    has_pattern = bool(of_others) and adapter.expert_r not in (0, adapter.r)
+        of_text = re.escape(OF_TEXT) + rf"layers\.\d+\.\w+\.(?:{'|'.join(adapter.target_modules)})"
+        chosen["target_modules"] = of_text if targets is None or targets.target_modules == of_text else list(adapter.weights)
+    elif targets is not None:
+        chosen = targets.choice()
+    r = adapter.expert_r or adapter.r  # peft takes it for the rank of experts, which it joins to one tensor
+    patterns = {
+        "rank_pattern": _pattern({path: a_RK.shape[0] for path, (a_RK, _) in adapter.weights.items() if not of_expert(path)}, r),
+        "alpha_pattern": _pattern({path: _integral(alpha) for path, alpha in adapter.alphas.items()}, _integral(adapter.lora_alpha)),
+    }
     return {
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_alpha": _integral(adapter.lora_alpha),
         "lora_dropout": adapter.lora_dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": adapter.expert_r or adapter.r,  # peft takes it for the rank of experts, which it joins to one tensor
-        **({"rank_pattern": of_others} if has_pattern else {}),
+        "r": r,
+        **{key: pattern for key, pattern in patterns.items() if pattern},
         "revision": adapter.revision,
-        "target_modules": targets,
+        **chosen,
         "task_type": "CAUSAL_LM",
         "use_rslora": adapter.use_rslora,
     }
+
+
+def _integral(alpha: float) -> float:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """Return PEFT's pattern of what differs from a default: by module names where all of a name are alike, else by paths."""
+    found: dict[str, float] = {}
+    by_name: dict[str, dict[str, float]] = {}
+    for path, value in values.items():
+        by_name.setdefault(path.rpartition(".")[2], {})[path] = value
+    for name, of_name in by_name.items():
+        alike = len(set(of_name.values())) == 1
+        found |= {name if alike else re.escape(path): value for path, value in of_name.items() if value != default}
+    return found
 
 
 def raw_config(directory: Path) -> dict[str, Any]:
@@ -308,12 +334,6 @@ def _check_ranks(file: Path, weights: Mapping[str, tuple[torch.Tensor, torch.Ten
                 raise UserError(f"{file}: {key} has shape {list(shape)} where r = {r} needs {expected}; save the adapter again")
             if not factor.is_floating_point():
                 raise UserError(f"{file}: {key} is {factor.dtype}; save the adapter in a floating-point type")
-
-
-def _check_same(file: Path, key: str, values: Mapping[str, float]) -> None:
-    """Raise UserError, naming the pattern that makes them differ, unless all linears have the same."""
-    if len(found := sorted(set(values.values()))) > 1:
-        raise UserError(f"{file}: {key}: gives linears {found}, and all of a job's have one; use an adapter without {key}")
 
 
 def _check_targets(file: Path, weights: Collection[str], targets: Targets) -> None:

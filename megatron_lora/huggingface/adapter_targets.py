@@ -11,8 +11,8 @@ is harmless, and one that says otherwise is refused.
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_lora.errors import UserError, one_line
@@ -29,8 +29,19 @@ class Targets:
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def choose_by_more_than_names(self) -> bool:
+        """Whether a list of module names does not say which linears they are."""
+        named = not isinstance(self.target_modules, str) and not any("." in name for name in self.target_modules)
+        return not named or bool(self.exclude_modules or self.layers_to_transform)
+
+    def choice(self) -> dict[str, object]:
+        """Return the fields of an adapter_config.json that choose linears."""
+        fields = {name: getattr(self, name) for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")}
+        return {name: value if isinstance(value, str) else list(value) for name, value in fields.items() if value}
 
     def covers(self, path: str) -> bool:
         """Return whether PEFT adapts the linear at `path` of the Hugging Face model."""
@@ -115,6 +126,12 @@ def _ends_with(path: str, names: tuple[str, ...]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
+def pattern_key(patterns: Collection[str], path: str) -> str | None:
+    """Return the first pattern that fits a path, of `rank_pattern` or `alpha_pattern`; None where none does."""
+    return next((pattern for pattern in patterns if re.match(END_OF_PATH.replace("{}", pattern), path)), None)
+
+
 def first_match(patterns: Mapping[str, float], path: str, default):
-    """Return the number of the first pattern that fits a path, of `rank_pattern` or `alpha_pattern`, else the default."""
-    return next((number for pattern, number in patterns.items() if re.match(END_OF_PATH.replace("{}", pattern), path)), default)
+    """Return the number of the first pattern that fits a path, else the default."""
+    key = pattern_key(patterns, path)
+    return default if key is None else patterns[key]

@@ -6,11 +6,13 @@ Some readers ignore rank_pattern, alpha_pattern or use_rslora without a word; a 
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch.nn.functional import pad
 
 from megatron_lora.huggingface.adapter_files import AdapterFile
+from megatron_lora.huggingface.adapter_targets import Targets
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,6 +34,14 @@ def portable(adapter: AdapterFile) -> AdapterFile:
         path: (pad(a_RK.float(), (0, 0, 0, r - a_RK.shape[0])), pad(adapter.scale(path) * b_NR.float(), (0, r - b_NR.shape[1])))
         for path, (a_RK, b_NR) in adapter.weights.items()
     }
-    return dataclasses.replace(
-        adapter, r=r, expert_r=r if adapter.expert_r else 0, lora_alpha=float(r), use_rslora=False, weights=weights, alphas={}
-    )
+    chosen = adapter.targets  # by paths where not by names: every reader takes those
+    targets = Targets(target_modules=tuple(weights)) if chosen is not None and chosen.choose_by_more_than_names else None
+    alike = {"r": r, "expert_r": r if adapter.expert_r else 0, "lora_alpha": float(r), "use_rslora": False, "alphas": {}}
+    return dataclasses.replace(adapter, **alike, weights=weights, targets=targets)
+
+
+def with_alphas(adapter: AdapterFile, alphas: Mapping[str, float]) -> AdapterFile:
+    """Return an adapter that computes the same with other alphas, path -> alpha."""
+    other = dataclasses.replace(adapter, lora_alpha=max(alphas.values()), alphas=alphas)
+    weights = {path: (a_RK, b_NR * (adapter.scale(path) / other.scale(path))) for path, (a_RK, b_NR) in adapter.weights.items()}
+    return dataclasses.replace(other, weights=weights)

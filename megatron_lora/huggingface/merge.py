@@ -7,7 +7,7 @@ rows at a time are read, added to and written. So names, order, header and index
 memory needed is that of the adapters and of a block, however many files there are. All other files that a
 server reads are copied. The directory is made under another name and renamed once it is complete.
 
-    merge(model_dir, architecture, [(read_adapter("jobs/a", one_rank=False), 1.0)], Path("merged"))
+    merge(model_dir, architecture, [(read_adapter("jobs/a"), 1.0)], Path("merged"))
 """
 
 import math

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_lora.files import read_regular
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be in vLLM 0.32
+OF_TEXT = "model.language_model."
 DIRECTORY = "path/of/this/directory"
 BASE_DIGEST = re.compile(r"SHA-256 `([0-9a-f]{64})`")
 SETTINGS = re.compile(r"parameters, rank (\d+), lora_alpha ([\d.e+-]+\d)(, rank-stabilised scale)?")
@@ -35,10 +36,9 @@ def model_card(config: Mapping[str, Any], num_parameters: int, base_digest: str,
     of_base = f"\nOf the base model: {', '.join(known)}.\n" if known else ""
     largest = max([config["r"], *config.get("rank_pattern", {}).values()])
     modules, loader = config["target_modules"], "AutoModelForCausalLM"
-    if isinstance(modules, str):  # an expression for the text part of a model of text and images
-        modules, loader = f"`{modules}`", "AutoModelForImageTextToText"
-    else:
-        modules = ", ".join(modules)
+    if OF_TEXT in re.sub(r"\\", "", str(modules)):  # the text part of a model of text and images
+        loader = "AutoModelForImageTextToText"
+    modules = f"`{modules}`" if isinstance(modules, str) else ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
     return f"""---
 base_model: {base}
 library_name: peft

@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
@@ -158,9 +159,12 @@ class Arena:
         check_apart(self.room, [*others, (spec, places)])
         self.specs[row], self.places[row] = spec, dict(places)
         factors = [factor for region in self.regions for factor in region.factors(spec, region.place(spec, places))]
+        every, alike = factors, replace(spec, linears=())
+        if spec.linears:  # linears that are not adapted take rows, too
+            every = [factor for region in self.regions for factor in region.factors(alike, region.place(alike, places))]
         lengths = [f.r * f.width for f in factors for _ in f.starts]
         parts = (
-            [(start, f.rows * f.width) for f in factors for start in f.starts],
+            [(start, f.rows * f.width) for f in every for start in f.starts],
             [(start, f.r * f.width) for f in factors for start in f.starts],
             list(zip(accumulate(lengths, initial=0), lengths, strict=False)),
         )
@@ -189,8 +193,10 @@ class Arena:
             sizes, strides = (factor.experts, *sizes), (factor.stride, *strides)
         return buffer.as_strided(sizes, strides, buffer.storage_offset() + factor.start)
 
-    def draw(self, spec: AdapterSpec, seed: int) -> Tensor:
-        """Return an adapter's initial values on this rank, factor after factor, fp32 in host memory: PEFT's, A kaiming-uniform, B zero.
+    def draw(self, spec: AdapterSpec, seed: int, gaussian: bool = False) -> Tensor:
+        """Return an adapter's initial values on this rank, factor after factor, fp32 in host memory: PEFT's, B zero.
+
+        A is kaiming-uniform, or normal with standard deviation 1 / r.
 
         Each A is drawn with a generator of its own, seeded by `seed` and the module's path, and for
         all K columns. The values therefore depend neither on the parallel layout nor on other jobs.
@@ -202,7 +208,7 @@ class Arena:
             factor, path, part = item
             if factor.kind == "A":
                 num_columns = factor.width * (self.tensor_ranks if factor.sharded else 1)
-                full = _kaiming_uniform(factor.r, num_columns, seed, path)
+                full = _first_a(factor.r, num_columns, seed, path, gaussian)
                 part.copy_(factor.of(full))
             else:
                 part.zero_()
@@ -289,9 +295,13 @@ def _copy(targets: list[Tensor], sources: list[Tensor] | tuple[Tensor, ...]) -> 
         torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]  likewise
 
 
-def _kaiming_uniform(r: int, num_features: int, seed: int, path: str) -> Tensor:
-    """Draw A [r, K] from U(-1/sqrt(K), 1/sqrt(K)): kaiming-uniform with a = sqrt(5) (He et al. 2015, as PEFT uses it)."""
+def generator_of(seed: int, path: str) -> torch.Generator:
+    """Return the generator that a linear's first values are drawn from."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    bound = 1.0 / math.sqrt(num_features)
-    return torch.empty(r, num_features).uniform_(-bound, bound, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _first_a(r: int, num_features: int, seed: int, path: str, gaussian: bool) -> Tensor:
+    """Draw A [r, K] as PEFT does: from U(-1/sqrt(K), 1/sqrt(K)), kaiming-uniform with a = sqrt(5) (He et al. 2015), or N(0, 1/r^2)."""
+    generator, values, bound = generator_of(seed, path), torch.empty(r, num_features), 1.0 / math.sqrt(num_features)
+    return values.normal_(0.0, 1.0 / r, generator=generator) if gaussian else values.uniform_(-bound, bound, generator=generator)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fused_ops.experts.adapters import ExpertGroup
 from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
+from megatron_lora.huggingface.adapter_files import layer_of
 from megatron_lora.huggingface.architecture import EXPERT_MODULES, MERGED_LINEARS
 from megatron_lora.model.linears import EXPERT, LinearGeometry
 
@@ -36,9 +37,22 @@ Room = Mapping[str, int]  # module -> rank rows; none of a module that is not th
 Places = Mapping[str, Sequence[int]]  # targeted module -> its first row of A, and of its B^T
 
 
+class LinearSpec(NamedTuple):
+    """Linears of one module that an adapter has with a rank or a scale of their own."""
+
+    module: str
+    layers: frozenset[int]
+    r: int
+    ratio: float  # of the linears' scale to the adapter's
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
-    """What the arena needs to know of one job's adapter: its rank and targets, and the scale and dropout that kernels apply."""
+    """What the arena needs to know of one job's adapter: its rank and targets, and the scale and dropout that kernels apply.
+
+    Kernels see one rank and one scale. A linear of a smaller rank leaves rows of A and B^T zero, whose gradients are zero then, as do
+    linears that are not adapted; one of another scale has its B multiplied by its ratio, which the optimizer takes into account.
+    """
 
     r: int
     scale: float
@@ -46,6 +60,20 @@ class AdapterSpec:
     target_modules: frozenset[str]
     expert_rank: int = 0  # of gate, up and down of each expert, which the base model has in place of an MLP; 0: those are of an MLP
     expert_scale: float = 0.0
+    linears: tuple[LinearSpec, ...] = ()  # all that it adapts; without any, each targeted module in each layer, alike
+    has_frozen_half: bool = False  # the second half of all rows of A and B^T stays as it is
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank, by the word of the book of rank rows."""
+        return self.r
+
+    def linear(self, module: str, path: str) -> tuple[int, float]:
+        """Return the rank of the linear at a path, 0 where it is not adapted, and the ratio of its scale."""
+        if not self.linears:
+            return self.rank_of(module), 1.0
+        layer = layer_of(path)
+        return next(((each.r, each.ratio) for each in self.linears if each.module == module and layer in each.layers), (0, 1.0))
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's A and B."""
@@ -71,6 +99,8 @@ class Factor:
     width: int  # columns on this rank
     sharded: bool  # over tensor ranks along `width`; otherwise replicated on them
     pieces: tuple[tuple[int, int], ...]  # global (first, number) of this rank's columns, in its order
+    trained: int  # of its r rows; those behind stay as they are
+    ratio: float = 1.0  # of its scale to that which kernels apply; what a B^T here is multiplied by
     experts: int = 0
     stride: int = 0  # elements from one expert's to the next one's
 
@@ -169,10 +199,13 @@ def shards(
     for index, (module, path, n) in enumerate(zip(geometry.modules, geometry.paths, geometry.out_features, strict=True)):
         if module in spec.target_modules:
             inputs, outputs = ((0 if column else geometry.first_feature, k),), geometry.pieces(index, tensor_rank)
-            shared = {"path": path, "r": spec.rank_of(module), "rows": spec.rows_of(module), "experts": geometry.experts}
-            for kind, width, sharded, pieces in (("A", k, not column, inputs), ("B", n, column, outputs)):
-                first, stride = next(start)
-                found.append(Factor(kind=kind, start=first, stride=stride, width=width, sharded=sharded, pieces=pieces, **shared))
+            r, ratio = spec.linear(module, path)
+            shared = {"path": path, "r": r, "rows": spec.rows_of(module), "experts": geometry.experts}
+            shared["trained"] = r // 2 if spec.has_frozen_half else r
+            kinds = (("A", k, not column, inputs, 1.0), ("B", n, column, outputs, ratio))
+            for (kind, width, sharded, pieces, times), (first, stride) in zip(kinds, (next(start), next(start)), strict=True):
+                own = {"start": first, "stride": stride, "width": width, "sharded": sharded, "pieces": pieces, "ratio": times}
+                found += [Factor(kind=kind, **own, **shared)] if r else []
     return found
 
 

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from megatron_lora.config.adapter_keys import chosen_modules, linears
 from megatron_lora.config.consistent_job import same_targets
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig
@@ -37,6 +38,7 @@ from megatron_lora.output.standing import STATE_FILE, CheckpointState, Damaged, 
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+TARGETS = {"target_modules": chosen_modules, "linears": linears}  # keys that planning completes
 Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # path -> one tensor for A [r, K], one for B [N, r]
 
 
@@ -80,9 +82,9 @@ def check_resume_point(job: JobConfig, point: ResumePoint) -> None:
         unknown = f"{checkpoint}: was written by an earlier version, without digests: whether it is whole cannot be checked"
         print(f"megatron-lora: warning: {unknown}", file=sys.stderr)
         return
-    now = deciding_keys(job)
+    now, written = deciding_keys(job), {name: state.job.get(name) for name in TARGETS}
     for key, value in state.job.items():
-        if key == "target_modules" and same_targets(job, dataclasses.replace(job, target_modules=tuple(value))):
+        if key in TARGETS and same_targets(job, dataclasses.replace(job, **{name: TARGETS[name](name, written[name]) for name in written})):
             continue  # of a job whose base model is not known yet
         if now.get(key, value) != value:
             raise Damaged(checkpoint, f"{checkpoint}: was written for {key} {show(value)}, and {key} of this job is {show(now[key])}")

@@ -46,7 +46,7 @@ def changed_key(before: RunConfig, now: RunConfig) -> str | None:
         if old_job.name not in jobs:
             return f"jobs: {old_job.name!r}, which the run has, is not among them"
         for name, (old, new) in _differences(old_job, jobs[old_job.name], JOB_KEYS_THAT_MAY_CHANGE).items():
-            if name == "target_modules" and same_targets(old_job, jobs[old_job.name]):
+            if name in ("target_modules", "linears") and same_targets(old_job, jobs[old_job.name]):
                 continue
             if isinstance(old, Point) and isinstance(new, Point) and old.sweep != new.sweep:
                 return _changed_sweep(old.sweep, new.sweep)
@@ -84,8 +84,8 @@ def as_begun(before: RunConfig, now: RunConfig) -> RunConfig:
 
 def with_targets_of(before: RunConfig, now: RunConfig) -> RunConfig:
     """Return a config whose jobs target the modules that they began with in a run; `changed_key` has found them the same."""
-    began = {job.name: job.target_modules for job in before.jobs}
-    jobs = tuple(dataclasses.replace(job, target_modules=began.get(job.name) or job.target_modules) for job in now.jobs)
+    began = {job.name: {"target_modules": job.target_modules, "linears": job.linears} for job in before.jobs if job.target_modules}
+    jobs = tuple(dataclasses.replace(job, **began.get(job.name, {})) for job in now.jobs)
     return dataclasses.replace(now, jobs=jobs)
 
 

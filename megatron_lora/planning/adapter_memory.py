@@ -33,7 +33,7 @@ def adapters_of(jobs: Collection[Adapted]) -> tuple[Adapter, ...]:
     """Return the adapters of jobs, as the memory model sees them, the largest rank first."""
     return tuple(
         sorted(
-            (Adapter(job.r, tuple(m for m in ALL_MODULES if m in job.target_modules), job.expert_rank) for job in jobs),
+            (Adapter(job.lora_rank, tuple(m for m in ALL_MODULES if m in job.target_modules), job.expert_rank) for job in jobs),
             key=lambda each: (-each.rank, -each.expert_rank),
         )
     )
@@ -82,7 +82,7 @@ def check_fits(name: str, adapter: Adapted, room: Mapping[str, int], row_bytes: 
     short = [module for module, rows in own.items() if rows > room.get(module, 0)]
     if short:
         needed = in_gb(bytes_of(own, row_bytes))
-        there = f"{room.get(short[0], 0)} rank rows for {short[0]}, and r: {adapter.r} takes {own[short[0]]}"
+        there = f"{room.get(short[0], 0)} rank rows for {short[0]}, and r: {adapter.lora_rank} takes {own[short[0]]}"
         remedy = f"use at least {needed:.4g}" if needed > adapter_memory else "use more, or start a run that has the job from the beginning"
         raise UserError(
             f"job {name}: adapter_memory: {adapter_memory:.4g} GB have {there}; its adapter needs {needed:.4g} GB: {remedy}, or a smaller r"
@@ -94,8 +94,9 @@ def as_if_kept_alive(config: RunConfig, modules: Collection[str]) -> RunConfig:
 
     At least as many as twice fill the gap. They target all of the model's `modules`, and its experts where a job does.
     """
-    expert_r, largest = max(job.expert_rank for job in config.jobs), max(config.jobs, key=lambda job: job.r)
+    expert_r, largest = max(job.expert_rank for job in config.jobs), max(config.jobs, key=lambda job: job.lora_rank)
     targets = (*modules, *(EXPERT_MODULES if expert_r else ()))
-    largest = dataclasses.replace(largest, target_modules=targets, experts=expert_r > 0, expert_r=expert_r or None)
+    alike = {"r": largest.lora_rank, "init_lora_weights": True, "linears": None}
+    largest = dataclasses.replace(largest, **alike, target_modules=targets, experts=expert_r > 0, expert_r=expert_r or None)
     gap = config.parallel.pipeline + config.parallel.norm_delay
     return dataclasses.replace(config, jobs=(largest,) * (2 * max(len(config.jobs), 2 * gap)))

@@ -37,7 +37,7 @@ class Adapted(Protocol):
     """What the book needs to know of a job's adapter."""
 
     @property
-    def r(self) -> int: ...
+    def lora_rank(self) -> int: ...
 
     @property
     def target_modules(self) -> Collection[str]: ...
@@ -228,7 +228,7 @@ def needs(adapter: Adapted) -> dict[str, int]:
 
 
 def _rows_of(adapter: Adapted, module: str) -> int:
-    return Adapter(adapter.r, expert_rank=adapter.expert_rank).rows_of(module)
+    return Adapter(adapter.lora_rank, expert_rank=adapter.expert_rank).rows_of(module)
 
 
 def places_at(adapter: Adapted, firsts: Mapping[str, int]) -> Places:

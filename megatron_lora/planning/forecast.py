@@ -33,7 +33,9 @@ class Workload:
     def parts(self, slot: Microbatch) -> list[tuple[int, int, int]]:
         """Return (rows, sum of squared lengths, sum of rows x rank) of a slot on each replica."""
         parts = (self.dealt.part(slot, replica) for replica in range(self.config.parallel.data))
-        samples = ([(tokens, self.config.jobs[s.job].r) for s in part.segments for tokens in self._tokens(s, s.samples)] for part in parts)
+        samples = (
+            [(tokens, self.config.jobs[s.job].lora_rank) for s in part.segments for tokens in self._tokens(s, s.samples)] for part in parts
+        )
         return [pass_features(of_replica, self.config.parallel.row_multiple) for of_replica in samples]
 
     def tokens_of(self, slot: Microbatch) -> int:

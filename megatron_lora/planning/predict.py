@@ -65,7 +65,7 @@ def cost_of(config: RunConfig, architecture: Architecture, device: Device, targe
 
 def _with_experts(model: CostModel, config: RunConfig, shape: ModelShape) -> CostModel:
     """Return a model in which a rank of a job also costs what its experts' adapters do, in the mean of all jobs."""
-    ranks, of_experts = (sum(getattr(job, name) for job in config.jobs) for name in ("r", "expert_rank"))
+    ranks, of_experts = (sum(getattr(job, name) for job in config.jobs) for name in ("lora_rank", "expert_rank"))
     times = 1 + of_experts * shape.expert_lora_width / (ranks * shape.lora_width)
     stages = (
         StageCost(*(dataclasses.replace(one, per_rank_token=one.per_rank_token * times) for one in (stage.forward, stage.backward)))
@@ -120,7 +120,7 @@ def window_time(config: RunConfig, architecture: Architecture, device: Device, t
 
 def mean_rank_of(config: RunConfig) -> float:
     """Return the mean LoRA rank of the jobs."""
-    return sum(job.r for job in config.jobs) / len(config.jobs)
+    return sum(job.lora_rank for job in config.jobs) / len(config.jobs)
 
 
 def head_share_of(config: RunConfig, architecture: Architecture, device: Device, target_share: float) -> float:

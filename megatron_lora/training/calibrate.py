@@ -200,7 +200,7 @@ class _Rank:
         dist.barrier(group=self.host_group)
         body, head = [], []
         for part, load, times in zip(parts, loads, in_turns(self.stage.device, works, choose), strict=False):
-            samples = ((self.lengths[s.job][s.step][k], self.jobs[s.job].config.r) for s in part.segments for k in s.samples)
+            samples = ((self.lengths[s.job][s.step][k], self.jobs[s.job].config.lora_rank) for s in part.segments for k in s.samples)
             rows, squares, ranked = pass_features(samples, parallel.row_multiple)
             head_rows = self._head_rows(load().targets, part.num_tokens) if "loss" in times else 0
             for backward, layers, top in ((False, "forward", "loss"), (True, "backward", "loss's backward")):
@@ -277,7 +277,7 @@ def _fit_error(layer: StageCost, body: Sequence[Measurement]) -> float:
 def _summary(table: Calibration, config: ResolvedConfig) -> list[str]:
     """Return the lines that say what was measured, for a full microbatch of four equal samples."""
     tokens = config.microbatch_tokens
-    usual = tokens, tokens**2 / 4, tokens * statistics.fmean(job.r for job in config.jobs)
+    usual = tokens, tokens**2 / 4, tokens * statistics.fmean(job.lora_rank for job in config.jobs)
 
     def both_passes(cost: StageCost, *features: float) -> str:
         return f"{cost.forward.seconds(*features) * 1e3:.3f} + {cost.backward.seconds(*features) * 1e3:.3f} ms"

@@ -17,7 +17,7 @@ from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData
 from megatron_lora.data.steps import check_visits, count_steps
 from megatron_lora.errors import UserError
-from megatron_lora.huggingface.adapter_files import check_adapter, check_modules, read_adapter
+from megatron_lora.huggingface.adapter_files import check_adapter, check_modules, layer_of, of_expert, read_adapter
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.output.checkpoint import check_resume_point
 from megatron_lora.output.final_files import check_job_files
@@ -81,7 +81,8 @@ def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: s
     named = f"{where}.init_adapter: {job.init_adapter!r}"
     own = architecture.adapter_modules  # the file's names -> the config's
     check_modules(named, adapter, own)
-    for key, wanted in (("r", job.r), ("expert_r", job.expert_rank), ("lora_alpha", job.lora_alpha), ("use_rslora", job.use_rslora)):
+    plain = () if job.linears else (("r", job.r), ("expert_r", job.expert_rank), ("lora_alpha", job.lora_alpha))
+    for key, wanted in (*plain, ("use_rslora", job.use_rslora)):
         found = getattr(adapter, key)
         if wanted != found and (key != "r" or set(job.target_modules) - {*architecture.expert_modules}):
             raise UserError(f"{where}.{key}: {wanted} differs from {found} in init_adapter {job.init_adapter!r}; set {key}: {found}")
@@ -89,12 +90,23 @@ def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: s
         found = ", ".join(own[module] for module in own if module in adapter.target_modules)
         raise UserError(f"{where}.target_modules: differ from those in init_adapter {job.init_adapter!r}; set [{found}]")
     linears = architecture.linear_sizes()
-    shapes = {path: (n, k) for path, (k, n) in linears.items() if own[path.rpartition(".")[2]] in job.target_modules}
+    shapes = {path: (n, k) for path, (k, n) in linears.items() if _is_adapted(job, own[path.rpartition(".")[2]], path)}
     others = [*(path for path in linears if path not in shapes), architecture.embedding.removesuffix(".weight"), "lm_head"]
     check_adapter(named, adapter, shapes, others)
+    for path, (a_RK, _) in adapter.weights.items():
+        module, layer = own[path.rpartition(".")[2]], layer_of(path)
+        wanted = job.expert_rank if of_expert(path) else job.rank_at(module, layer), job.alpha_at(module, layer)
+        for key, value, found in zip(("rank", "alpha"), wanted, (len(a_RK), adapter.alphas[path]), strict=True):
+            if value != found:
+                said = f"{where}.{key}_pattern: gives {path} {value:g}, and init_adapter {job.init_adapter!r} has {found:g}"
+                raise UserError(f"{said}; give it that, or use an adapter of the job's")
     if adapter.base_model and Path(adapter.base_model).name != Path(base_model).name:
         made_for = f"was made for the base model {show(adapter.base_model)}, and this run has {base_model!r}, of the same shapes"
         print(f"megatron-lora: {named} {made_for}", file=sys.stderr)
+
+
+def _is_adapted(job: JobConfig, module: str, path: str) -> bool:
+    return module in job.target_modules and (job.linears is None or job.rank_at(module, layer_of(path)) > 0)
 
 
 def check_checkpoint(job: JobConfig, job_data: JobData, point: ResumePoint) -> None:

@@ -22,7 +22,7 @@ from megatron_lora.data.sample_arrays import JobSamples, Samples
 from megatron_lora.data.samples import JobData, load_jobs_data
 from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import tokenizer_for
-from megatron_lora.model.arena_region import AdapterSpec
+from megatron_lora.model.arena_region import AdapterSpec, LinearSpec
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.training.objectives import Outcome, cross_entropy, preference
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
@@ -135,12 +135,17 @@ Jobs = Mapping[int, Job]  # by number
 def spec_of(job: JobConfig) -> AdapterSpec:
     """Return what the arena needs to know of a job's adapter."""
     return AdapterSpec(
-        r=job.r,
+        r=job.lora_rank,
         scale=job.scale,
         dropout=job.lora_dropout,
         target_modules=frozenset(job.target_modules),
         expert_rank=job.expert_rank,
         expert_scale=job.lora_alpha / max(1, job.expert_rank),
+        linears=tuple(
+            LinearSpec(each.module, frozenset(each.layers), each.r * job.halves, job.scale_of(each.r, each.lora_alpha) / job.scale)
+            for each in (job.linears.of if job.linears else ())
+        ),
+        has_frozen_half=job.has_frozen_half,
     )
 
 

@@ -5,14 +5,14 @@
 A step whose norm is not finite is skipped: weights, moments and Adam's step count stay as they are,
 and the learning-rate schedule continues. After three skipped steps in a row the job has failed, and
 all its later steps are skipped too. The device decides all of this, so the host never waits for a norm.
-With LoRA+ B has a learning rate of its own.
+With LoRA+ B has a learning rate of its own. Rows that an adapter holds frozen count nowhere; their gradients are zeroed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,20 @@ class OptimizerSettings:
         return learning_rate(self.lr_scheduler, self.learning_rate, step=step, arguments=self.lr_scheduler_kwargs or {}, **how)
 
 
+class _Times(NamedTuple):
+    """What a part of an adapter has in place of the job's own: its learning rate is `lr` times that, its values `ratio` times B."""
+
+    lr: float = 1.0
+    ratio: float = 1.0
+
+
+class _Gradients(NamedTuple):
+    """Gradients of the trained rows of some factors, and what each is multiplied by in the norm; None: nothing."""
+
+    views: list[Tensor]
+    times: Tensor | None = None
+
+
 class JobOptimizer:
     """AdamW over one job's factors (its A and B matrices, or their shards) on this rank."""
 
@@ -73,12 +87,25 @@ class JobOptimizer:
         assert not self.sums, "the adapter moved while its gradients were summed"
         arena, device = self.arena, self.arena.grad.device
         self.factors: list[Factor] = arena.factors[self.adapter_row]
-        rows = {"A": 0, "B": int(self.settings.loraplus_lr_ratio is not None)}  # of settings: with LoRA+ B's is the second
-        ranges = [(start, factor.r * factor.width, rows[factor.kind]) for factor in self.factors for start in factor.starts]
+        self.setting_rows: list[_Times | None] = [_Times()]
+        ranges = [part for factor in self.factors for part in self._parts(factor)]
         chunks = make_chunks(ranges) if device.type == "cuda" else torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
         self.chunks = upload(chunks, device)
-        self.replicated = [arena.view(f, arena.grad) for f in self.factors if not f.sharded]
-        self.sharded = [arena.view(f, arena.grad) for f in self.factors if f.sharded]
+        self.replicated, self.sharded = (self._gradients([f for f in self.factors if f.sharded == which]) for which in (False, True))
+
+    def _parts(self, factor: Factor) -> list[tuple[int, int, int]]:
+        """Return (first element, number of elements, row of settings) of a factor's rows: those that are trained, and those behind."""
+        times = _Times(lr=self.settings.loraplus_lr_ratio or 1.0, ratio=factor.ratio) if factor.kind == "B" else _Times()
+        parts = [(0, factor.trained, times)] + [(factor.trained, factor.r - factor.trained, None)] * (factor.trained < factor.r)
+        self.setting_rows += [each for _, _, each in parts if each not in self.setting_rows]
+        places = [(first * factor.width, rows * factor.width, self.setting_rows.index(each)) for first, rows, each in parts]
+        return [(start + first, length, row) for start in factor.starts for first, length, row in places]
+
+    def _gradients(self, factors: Sequence[Factor]) -> _Gradients:
+        views = [self.arena.view(f, self.arena.grad)[..., : f.trained, :] for f in factors]
+        if all(f.ratio == 1.0 for f in factors):
+            return _Gradients(views)
+        return _Gradients(views, upload(torch.tensor([f.ratio for f in factors]), self.arena.grad.device))
 
     def start_reduction(self, sums: Tensor) -> None:
         """Start the all-reduces of the step's gradients and of its `sums`, fp32 [NUM_SUMS], both complete on this rank.
@@ -87,7 +114,7 @@ class JobOptimizer:
         and the sums, over replicas.
         """
         self.reported = sums
-        for tensors, group in ((self.replicated, self.groups.both), ([*self.sharded, self.reported], self.groups.data)):
+        for tensors, group in ((self.replicated.views, self.groups.both), ([*self.sharded.views, self.reported], self.groups.data)):
             if group is not None and tensors:
                 flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
                 work = dist.all_reduce(flat, group=group, async_op=True)
@@ -118,14 +145,17 @@ class JobOptimizer:
         self.skipped_in_a_row.copy_(torch.where(finite & alive, 0, self.skipped_in_a_row + 1))
         apply = finite & alive
         self.num_updates += apply
-        rate, ratio = self.settings.learning_rate_at(step), self.settings.loraplus_lr_ratio
-        rows = [self._setting_row(each, square_norm, apply) for each in ([rate] if ratio is None else [rate, rate * ratio])]
+        rate, never = self.settings.learning_rate_at(step), torch.zeros_like(apply)
+        rows = [self._setting_row(rate, each or _Times(), square_norm, apply if each else never) for each in self.setting_rows]
         a = self.arena
         adamw_(a.master, a.grad, a.exp_avg, a.exp_avg_sq, a.compute, self.chunks, torch.stack(rows))
 
-    def _setting_row(self, lr: float, square_norm: Tensor, apply: Tensor) -> Tensor:
-        """Return the row of ten numbers that `adamw_` reads, fp32 [10], made on the device in float64."""
-        s = self.settings
+    def _setting_row(self, rate: float, times: _Times, square_norm: Tensor, apply: Tensor) -> Tensor:
+        """Return the row of ten numbers that `adamw_` reads, fp32 [10], made on the device in float64.
+
+        Where the arena holds k B in place of B, the gradient of B is k times that of what is there, and its step is taken k times.
+        """
+        s, lr = self.settings, rate * times.lr
         clip = torch.ones_like(self.num_updates)
         if s.max_grad_norm is not None:
             clip = torch.clamp(s.max_grad_norm / (square_norm.double().sqrt() + 1e-6), max=1.0)
@@ -133,7 +163,18 @@ class JobOptimizer:
         correction2 = 1.0 - s.adam_beta2**self.num_updates
         fixed = (s.adam_beta1, s.adam_beta2, s.adam_epsilon, 1.0 - lr * s.weight_decay, 1.0 - s.adam_beta1, 1.0 - s.adam_beta2)
         beta1, beta2, epsilon, keep, rest1, rest2 = upload(torch.tensor(fixed, dtype=torch.float64), clip.device)
-        row = (lr / correction1, beta1, beta2, epsilon, keep, clip, correction2.sqrt(), apply.double(), rest1, rest2)
+        row = (
+            times.ratio * lr / correction1,
+            beta1,
+            beta2,
+            epsilon,
+            keep,
+            times.ratio * clip,
+            correction2.sqrt(),
+            apply.double(),
+            rest1,
+            rest2,
+        )
         return torch.stack(row).float()
 
     def restore(self, num_updates: int, skipped_in_a_row: int) -> None:
@@ -155,8 +196,8 @@ class JobOptimizer:
         return [f.path for f in self.factors if f.kind == "B"], self.arena.b_moved(self.adapter_row, self.arena.exp_avg)
 
 
-def _square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
-    if not tensors:
+def _square_sum(gradients: _Gradients, device: torch.device) -> Tensor:
+    if not gradients.views:
         return torch.zeros((), dtype=torch.float32, device=device)
-    norms = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]  torch has no public name for it
-    return torch.stack(norms).square().sum()
+    norms = torch.stack(torch._foreach_norm(gradients.views))  # pyright: ignore[reportPrivateImportUsage]  torch has no public name for it
+    return (norms if gradients.times is None else norms * gradients.times).square().sum()

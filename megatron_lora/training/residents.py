@@ -31,6 +31,7 @@ from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.output.standing import ResumePoint
 from megatron_lora.parallel.process_groups import StageGroups
 from megatron_lora.planning.plan_feed import PlannedJob
+from megatron_lora.training.first_factors import FirstFactors
 from megatron_lora.training.jobs import Job
 from megatron_lora.training.references import Known, ReferenceCache, References
 from megatron_lora.training.saving import Saver, Start, read_start, start_job
@@ -51,6 +52,7 @@ class Residents:
         num_replicas: int,
         cost: SlotCost,
         reference_cache: ReferenceCache,
+        first_factors: FirstFactors,
         keeps_references: bool = False,
     ):
         """Begin with no job resident. `read` returns the data of jobs; `arena` is awaited before values are drawn.
@@ -65,6 +67,7 @@ class Residents:
         self._num_replicas = num_replicas
         self._cost = cost
         self._reference_cache = reference_cache
+        self._first_factors = first_factors
         self._keeps_references = keeps_references
         self._ready: dict[int, Job] = {}  # that join with a window still to begin
         self._starts: dict[int, Future[Start]] = {}
@@ -86,6 +89,8 @@ class Residents:
         for joining in changes.joined:
             job = self._make(joining.number, joining.config, joining.point)
             self._ready[job.number], self._starts[job.number] = job, Future()
+            if known is None and job.config.has_frozen_half and job.resume_point.checkpoint is None:
+                self._first_factors.write(job.config)
             dealt, found = self._deal(job), None
             if job.has_reference:
                 found = self._reference_cache.known(job.config, job.data) if known is None else known[job.number]
@@ -118,7 +123,7 @@ class Residents:
         starts = [self._starts[joining.number] for joining in changes.joined]
         try:
             for joining, start in zip(changes.joined, starts, strict=True):
-                start.set_result(read_start(self._ready[joining.number], self._arena.result()))
+                start.set_result(read_start(self._ready[joining.number], self._arena.result(), self._first_factors))
         except BaseException as failure:
             for start in starts:
                 if not start.done():

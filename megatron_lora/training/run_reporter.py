@@ -86,6 +86,7 @@ class RunReporter:
         print(f"{job.name}: {job.data.describe()}; {job.num_steps} steps{resumes}", flush=True)
         _warn_of_no_learning(job)
         _warn_of_fast_learning(job)
+        _warn_of_scales(job)
         self.progress[job.name] = Progress.of(job.resume_point.state)
         self.alarms.pop(job.name, None)
         self.watchdogs[job.name] = Watchdog(job.config, self._first_evaluation(job))
@@ -254,6 +255,18 @@ def _warn_of_no_learning(job: Job) -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+def _warn_of_scales(job: Job) -> None:
+    """Warn of ranks of their own without alphas of their own: such linears have another scale, and some servers take none."""
+    if job.config.rank_pattern and not job.config.alpha_pattern:
+        scale = "lora_alpha / sqrt(r)" if job.config.use_rslora else "lora_alpha / r"
+        print(
+            f"megatron-lora: warning: jobs.{job.name}.rank_pattern: its linears have another scale, {scale}, without an alpha_pattern; for "
+            "servers that read no patterns use export: portable",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _warn_of_fast_learning(job: Job) -> None:

@@ -16,10 +16,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_lora.config.schema import JobConfig, RunConfig
+from megatron_lora.config.schema import RunConfig
 from megatron_lora.data.serving import serving_advice
 from megatron_lora.files import digest_of_file, sync
-from megatron_lora.huggingface import base_files
 from megatron_lora.huggingface.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, read_adapter, write_adapter
 from megatron_lora.huggingface.export import EXPORT_DTYPES, export
 from megatron_lora.model.adapter_arena import Arena
@@ -29,11 +28,13 @@ from megatron_lora.output.metrics import LoggedDigest, describe_evaluations, met
 from megatron_lora.output.resume import deciding_keys
 from megatron_lora.output.standing import Best, CheckpointState, best_name
 from megatron_lora.parallel.process_groups import StageGroups
+from megatron_lora.training.adapter_forms import adapter_of, as_in_arena, as_trained
 from megatron_lora.training.executor import StepDone
+from megatron_lora.training.first_factors import FirstFactors, remove_first_factors
 from megatron_lora.training.jobs import Job, Jobs
 from megatron_lora.training.optimizer import JobOptimizer
 from megatron_lora.training.reported import ReportBoard, Reported
-from megatron_lora.training.snapshots import Snapshot, SnapshotCollector, Weights
+from megatron_lora.training.snapshots import Snapshot, SnapshotCollector
 
 
 class Saver:
@@ -138,6 +139,7 @@ class Writer:
             job.exported_after = snapshot.step
         remove_outdated(directory, best, job.config.save_total_limit, is_over=is_over)
         if is_over:
+            remove_first_factors(directory)
             return "done" if is_last else "stopped"
         leaves = snapshot.moments and job.leaving is not None and job.leaving.step == snapshot.step
         if leaves and job.leaving is not None:
@@ -146,7 +148,7 @@ class Writer:
 
     def _export(self, job: Job, directory: Path, adapter: AdapterFile, step: int, best: Best | None) -> None:
         """Write a job's PEFT directory as its config wants it, with a card that says how its evaluations went and how to serve it."""
-        exported, dtype = export(adapter, job.config.export, job.config.export_dtype), job.config.export_dtype
+        exported = export(as_trained(job.config, adapter), job.config.export, dtype := job.config.export_dtype)
         if any(a_RK.dtype != EXPORT_DTYPES[dtype] for a_RK, _ in exported.weights.values()):
             print(f"megatron-lora: warning: {job.name}: is written in fp32, since {dtype} has no number for one of its", file=sys.stderr)
         metrics = metrics_file(self.config.output_dir, job.name)
@@ -173,21 +175,6 @@ class Writer:
         )
 
 
-def adapter_of(job: JobConfig, weights: Weights, rests_on: Mapping[str, str]) -> AdapterFile:
-    """Return a job's adapter in PEFT's format, for the base model whose files have the digests `rests_on`."""
-    return AdapterFile(
-        r=job.r,
-        expert_r=job.expert_rank,
-        lora_alpha=job.lora_alpha,
-        use_rslora=job.use_rslora,
-        lora_dropout=0.0 if job.experts else job.lora_dropout,  # PEFT refuses another for experts
-        target_modules=tuple(dict.fromkeys(path.rpartition(".")[2] for path in weights)),
-        weights=weights,
-        revision=rests_on.get(base_files.COMMIT),
-        base_digest=rests_on.get(base_files.WEIGHTS, ""),
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """A job's weights where it starts or resumes, and Adam's two moments if it resumes: this rank's shards, in host memory."""
@@ -197,23 +184,26 @@ class Start:
     initial: Tensor | None = None  # `init_adapter`'s weights, where they are the job's reference and still to be computed with
 
 
-def read_start(job: Job, arena: Arena) -> Start:
+def read_start(job: Job, arena: Arena, first_factors: FirstFactors | None = None) -> Start:
     """Read or draw what `start_job` copies to the device; any thread may call it.
 
     Values come from the job's checkpoint, with Adam's moments; without one from `init_adapter`;
-    without that they are PEFT's initial values.
+    without that they are PEFT's initial values, of `first_factors` where those are cut out of the base weights (to measure
+    without a base model, others serve).
     """
     point, spec = job.resume_point, job.adapter_spec()
     initial = None
     if job.reference_has_adapter and job.config.init_adapter is not None and job.references is not None and job.references.unknown:
-        initial = arena.shard(spec, read_adapter(job.config.init_adapter).weights)
+        initial = arena.shard(spec, as_in_arena(job.config, read_adapter(job.config.init_adapter)))
     if point.checkpoint is not None and point.state is not None:
         weights, moments = read_checkpoint(point.checkpoint)
         shards = tuple(arena.shard(spec, moment) for moment in moments)
         return Start(weights=arena.shard(spec, weights), moments=shards, initial=initial)
     if job.config.init_adapter is not None:
-        return Start(weights=arena.shard(spec, read_adapter(job.config.init_adapter).weights), initial=initial)
-    return Start(weights=arena.draw(spec, job.step_samples.seed))
+        return Start(weights=arena.shard(spec, as_in_arena(job.config, read_adapter(job.config.init_adapter))), initial=initial)
+    if job.config.has_frozen_half and first_factors is not None:
+        return Start(weights=arena.shard(spec, first_factors.read(job.name)))
+    return Start(weights=arena.draw(spec, job.step_samples.seed, gaussian=job.config.init_lora_weights == "gaussian"))
 
 
 def start_job(job: Job, arena: Arena, adapter_row: int, groups: StageGroups, start: Start) -> None:

@@ -25,11 +25,11 @@ from torch import Tensor
 from megatron_lora.model.adapter_arena import Arena, Factor
 from megatron_lora.model.arena_region import AdapterSpec, shards
 from megatron_lora.model.linears import LinearGeometry
+from megatron_lora.training.adapter_forms import Weights
 from megatron_lora.training.jobs import Job
 
 MOST_WRITERS = 4  # threads of the first rank that write; each holds a joined copy of one job's state
 MOST_PINNED_AHEAD = 4  # checkpoints at the same step whose host memory is there from the start
-Weights = dict[str, tuple[Tensor, Tensor]]  # path -> (A [r, K], B [N, r]), fp32, all shards joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,7 @@ from megatron_lora.training.assemble import DTYPES, make_arena, make_executor, m
 from megatron_lora.training.control import Control
 from megatron_lora.training.determinism import determinism
 from megatron_lora.training.executor import StepDone
+from megatron_lora.training.first_factors import FirstFactors
 from megatron_lora.training.first_updates import FirstUpdates
 from megatron_lora.training.job_reader import JobReader, read_and_check
 from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn, spec_of
@@ -136,6 +137,7 @@ def _train(config: RunConfig, stop: StopRequest, live: Live, on_begin: OnBegin |
         config.parallel.data,
         slot_cost,
         ReferenceCache(config, model_dir, cache_dir()),
+        FirstFactors(config, architecture, model_dir),
         keeps_references=position_of(config.parallel).is_last and dist.get_rank() == pipelines(config.parallel)[0][-1],
     )
     residents.data = {job.name: job.data for job in first.values()}

@@ -130,7 +130,7 @@ def steps_for(case: Case, lengths, config: RunConfig, architecture: Architecture
     """Return how many steps of every job fill the time, by the table's figures and a pipeline that never waits."""
     device = this_device(int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.world_size)))
     resolved = resolve(config, architecture, lengths, device, case.completion)
-    mean_rank = statistics.fmean(job.r for job in config.jobs)
+    mean_rank = statistics.fmean(job.lora_rank for job in config.jobs)
     token_s = cost_of(resolved, architecture, device, case.completion).token_seconds(mean_rank) / config.parallel.data
     per_step = statistics.fmean(sum(sum(steps[k % len(steps)]) for steps in lengths) for k in range(len(lengths[0])))
     return max(1, math.ceil(case.seconds / (per_step * token_s)))

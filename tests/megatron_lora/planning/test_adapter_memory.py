@@ -56,7 +56,7 @@ def test_room_is_as_large_as_bytes_allow_and_holds_the_largest_at_once(kinds, nu
 class Job:
     """A job, as the book sees it."""
 
-    r: int
+    lora_rank: int
     target_modules: tuple[str, ...]
     expert_rank: int = 0
 

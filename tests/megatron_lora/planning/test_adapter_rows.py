@@ -17,12 +17,12 @@ from megatron_lora.planning.adapter_rows import MAX_PASSED, Book, FreeRows, Wait
 class Kind:
     """An adapter, as the book sees it."""
 
-    r: int = 16
+    lora_rank: int = 16
     target_modules: frozenset[str] = field(default=frozenset(TARGET_MODULES))
     expert_rank: int = 0
 
 
-ranks = {"r": st.integers(1, 70), "expert_rank": st.sampled_from((0, 3, 8))}
+ranks = {"lora_rank": st.integers(1, 70), "expert_rank": st.sampled_from((0, 3, 8))}
 adapters = st.builds(Kind, **ranks, target_modules=st.sets(st.sampled_from(TARGET_MODULES), min_size=1).map(frozenset))
 actions = st.lists(
     st.tuples(st.sampled_from(["join", "leave", "compact"]), adapters, st.integers(0, 99), st.sets(st.integers(0, 9))), max_size=30
