@@ -39,9 +39,9 @@ def default_of(field: dataclasses.Field) -> str:
 
 
 def table(kind: type) -> str:
-    """Return the Markdown table of a dataclass's keys, its own first; a field without a rule is a section of its own and left out."""
+    """Return the Markdown table of a dataclass's keys; a field without a rule is a section of its own and left out."""
     rows = [HEADINGS, ["---"] * len(HEADINGS)]
-    for field in sorted(dataclasses.fields(kind), key=lambda field: field.name not in kind.__annotations__):
+    for field in dataclasses.fields(kind):
         if "rule" in field.metadata:
             rule, meaning, unit = (field.metadata[name] for name in ("rule", "meaning", "unit"))
             rows.append([f"`{field.name}`", rule.accepts, unit, default_of(field), meaning])

@@ -9,11 +9,12 @@ import math
 import re
 from typing import Any
 
-from megatron_lora.config.keys import build, key
+from megatron_lora.config.keys import build, key, required
 from megatron_lora.config.rules import (
     MODULES,
     Rule,
     accepts,
+    job_name,
     list_of,
     null_or,
     number,
@@ -126,8 +127,9 @@ def linears(path: str, value: object) -> Linears | None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterKeys:
-    """What a job adds to the frozen model."""
+    """A job by its name, and what it adds to the frozen model."""
 
+    name: str = required(job_name, "names the job and its directory; unique, upper and lower case being the same")
     r: int = key(16, RANK, "rank of A and B")
     lora_alpha: float = key(32.0, ALPHA, "the adapter's output is multiplied by `lora_alpha / r`")
     lora_dropout: float = key(

@@ -51,7 +51,6 @@ SEED = whole_number("a seed", 0, 2**32 - 1)
 class JobConfig(AdapterKeys):
     """One adapter: its data, its optimizer and schedule, and the keys of what it adds to the model (adapter_keys.py)."""
 
-    name: str = required(job_name, "names the job and its directory; unique, upper and lower case being the same")
     seed: int = key(None, null_or(SEED), "decides data order, the first values of A, and dropout; null: the run's seed")  # int once loaded
     datasets: tuple[DatasetConfig, ...] = required(list_of("{path, type}", dataset), "the job's data, in this order")
     val_datasets: tuple[DatasetConfig, ...] = key(
