@@ -124,7 +124,7 @@ def train_stepwise(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dic
     rows = [encode(tokenizer, json.loads(line)) for line in rows_path.read_text().splitlines()]
     batch, num_steps = job["global_batch_size"], job["max_steps"]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    adam = {"lr": job["learning_rate"], "weight_decay": job.get("weight_decay", 0.0)}
+    adam = {"lr": job["learning_rate"], "weight_decay": job.get("weight_decay", 0.0), "eps": job.get("adam_epsilon", 1e-8)}
     if ratio := job.get("loraplus_lr_ratio"):
         from peft.optimizers import create_loraplus_optimizer
 

@@ -152,9 +152,10 @@ def faults_of_origin(origin: Origin | None, directory: Path, config: dict, base_
     if origin is not None:
         job = origin.job
         trained = {"r": job.lora_rank, "lora_alpha": job.largest_alpha * job.times_alpha, "use_rslora": job.use_rslora}
-        trained |= (
-            {"lora_alpha": job.lora_rank, "use_rslora": False} if job.export == "portable" and directory.resolve().name == job.name else {}
-        )
+        is_final = directory.resolve().name == job.name
+        trained |= {"lora_alpha": job.lora_rank, "use_rslora": False} if job.export == "portable" and is_final else {}
+        if job.linears and not is_final:
+            del trained["lora_alpha"]  # a checkpoint has the arena's scales
     for key, value in trained.items():
         if config.get(key, False) != value:
             said = f"the run wrote {value}" if origin else f"its card says {value}"

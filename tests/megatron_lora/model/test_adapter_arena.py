@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from fused_ops.lora.adapters import padded_rank
 from megatron_lora.model.adapter_arena import Arena
-from megatron_lora.model.arena_region import AdapterSpec, Stripes, room_of, shards, side_by_side
+from megatron_lora.model.arena_region import AdapterSpec, LinearSpec, Stripes, room_of, shards, side_by_side
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.planning.adapter_rows import Book
 from megatron_lora.training.snapshots import join_shards
@@ -68,13 +69,20 @@ def build(adapters=(), room=None, rank=0, ranks=1, dtype=torch.float32) -> Arena
     return Arena(linears, adapters, room=room, dtype=dtype, **place)
 
 
-specs = st.builds(
+def of_some_linears(spec: AdapterSpec, layers: tuple[int, ...], less: int) -> AdapterSpec:
+    """Return an adapter of some layers alone, with a smaller rank there than its rows."""
+    of = (LinearSpec(module, frozenset(layers), max(1, spec.r - less), 0.5) for module in sorted(spec.target_modules))
+    return replace(spec, linears=tuple(of))
+
+
+alike = st.builds(
     AdapterSpec,
     r=st.integers(1, 70),
     scale=st.floats(0.1, 4.0),
     dropout=st.sampled_from([0.0, 0.1]),
     target_modules=st.sets(st.sampled_from([*QKV, *PROJ]), min_size=1).map(frozenset),
 )
+specs = alike | st.builds(of_some_linears, alike, st.sampled_from([(0,), (1,), (0, 1)]), st.integers(0, 20))
 
 
 def fill(arena: Arena, row: int, number: int) -> dict[str, torch.Tensor]:
@@ -195,6 +203,21 @@ def test_rows_that_are_taken_are_refused():
         with pytest.raises(AssertionError, match="of o_proj: adapters at"):
             arena.add(spec, {"o_proj": rows})
     assert arena.add(spec, {"o_proj": (0, 32)}) == 1
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_the_first_a_is_pefts_and_b_is_zero(gaussian):
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, target_modules=["0"], init_lora_weights="gaussian" if gaussian else True)
+    theirs = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 16)), config)
+    spread = theirs.base_model.model[0].lora_A["default"].weight.std()
+    spec = AdapterSpec(r=8, scale=1.0, dropout=0.0, target_modules=frozenset([*QKV, *PROJ]))
+    arena = build([spec])
+    arena.put(0, arena.draw(spec, 3, gaussian), arena.master)
+    values = {kind: torch.cat([arena.view(f, arena.master).flatten() for f in arena.factors[0] if f.kind == kind]) for kind in "AB"}
+    assert not values["B"].any() and abs(values["A"].std() / spread - 1) < 0.15 and values["A"].unique().numel() > 1000
 
 
 def test_moments_do_not_pass_on():

@@ -20,6 +20,7 @@ JOBS = {  # keys that peft has under the same names
         "rank_pattern": {"k_proj": 6, r"layers\.2\.self_attn\.q_proj": 17, "up_proj": 2},
         "alpha_pattern": {"up_proj": 5.0},
         "loraplus_lr_ratio": 3.0,
+        "adam_epsilon": 1e-3,  # so that the size of a gradient counts
     },
     "first-stage": {"r": 3, "lora_alpha": 6.0, "target_modules": r".*layers\.[01]\..*(o|gate)_proj", "use_rslora": True,
                     "alpha_pattern": {"o_proj": 4.0}},

@@ -16,7 +16,7 @@ from scheduling.slot_cost import SlotCost
 @pytest.mark.parametrize("change", ["left", "configs"])
 def test_a_job_that_a_later_window_changes_has_joined_by_then(change):
     """Windows may have fewer slots than jobs that join; each slot's forward carries out one join."""
-    residents = Residents(lambda configs: [], Future(), mock.Mock(), 1, SlotCost(), mock.Mock())
+    residents = Residents(lambda configs: [], Future(), mock.Mock(), 1, SlotCost(), mock.Mock(), mock.Mock())
     residents._arena.set_result(mock.MagicMock())
     saver, config = mock.Mock(), job_config("a", priority=3.0)
 
