@@ -99,6 +99,7 @@ def test_jobs_of_all_kinds_are_those_of_peft(parallel, resumed, scene, pool, tmp
         assert max(abs(a - b) / b for a, b in zip(ours, losses, strict=True)) < 1e-5, name
         saved = load_file(tmp_path / "run/jobs" / name / "adapter_model.safetensors")
         saved = converted(saved, adapter) if is_cut(job) else saved
+        assert not (tmp_path / "run/jobs" / name / "start").exists()
         if name == "portable":
             assert {min(tensor.shape) for tensor in saved.values()} == {5} and saved.keys() == adapter.keys()
         else:

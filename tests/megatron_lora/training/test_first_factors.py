@@ -1,9 +1,16 @@
 """What adapters of pissa and olora start from: the best approximation, with a sign of its own; and files that are not what was written."""
 
+import json
+
+import oracle
 import pytest
 import torch
 
-from megatron_lora.training.first_factors import cut
+from megatron_lora.config.schema import load_config
+from megatron_lora.errors import UserError
+from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.planning.targets import targeted
+from megatron_lora.training.first_factors import FirstFactors, cut
 
 SHAPES = [(48, 32), (20, 64)]
 
@@ -27,3 +34,26 @@ def test_a_start_is_what_peft_cuts_out(how, shape):
     torch.testing.assert_close(flipped[0], a, atol=1e-4, rtol=1e-3)
     if how != "olora":
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), atol=1e-5, rtol=1e-4)
+
+
+def test_they_are_cut_once_and_damage_is_named(tmp_path):
+    model = oracle.make_model(tmp_path / "model")
+    job = {"name": "one", "datasets": [{"path": "d.jsonl", "type": "text"}], "r": 3, "target_modules": ["v_proj"]}
+    job |= {"init_lora_weights": "olora", "layers_to_transform": [1, 3], "rank_pattern": {"layers.3.*": 2}}
+    config = {"base_model": str(model), "output_dir": str(tmp_path / "run"), "jobs": [job]}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    config = targeted(load_config(tmp_path / "config.yaml"), read_architecture(model))
+    factors = FirstFactors(config, read_architecture(model), model)
+    factors.write(config.jobs[0])
+    found, file = factors.read("one"), tmp_path / "run/jobs/one/start/adapter_model.safetensors"
+    assert {path: len(a) for path, (a, _) in found.items()} == {f"model.layers.{n}.self_attn.v_proj": 2 * r for n, r in ((1, 3), (3, 2))}
+    assert all((b @ a).abs().max() < 1e-6 < a.abs().max() for a, b in found.values()), "the two halves do not cancel"
+    written = file.stat().st_mtime_ns
+    factors.write(config.jobs[0])
+    assert file.stat().st_mtime_ns == written
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"start/adapter_model.safetensors: is damaged \(its SHA-256 differs"):
+        factors.read("one")
+    (file.parent / "state.json").unlink()
+    with pytest.raises(UserError, match=r"start: cannot be read"):
+        factors.read("one")
