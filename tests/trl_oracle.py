@@ -1,6 +1,6 @@
-"""TRL's own DPOTrainer as the oracle of preference jobs: one job alone, one device batch a step, in file order, in float32.
+"""TRL's own trainers as the oracle of preference jobs: one job alone, one device batch a step, in file order, in float32.
 
-`train_dpo` returns each step's log (loss, rewards/..., logps/...) and the adapter's tensors; gradients of steps can be compared as the
+`train_trl` returns each step's log (loss, rewards/..., logps/...) and the adapter's tensors; gradients of steps can be compared as the
 difference of adapters under plain steps. `VERSION` is the one whose formulas training/objectives.py states.
 """
 
@@ -28,15 +28,17 @@ def make_pairs(path: Path, num_rows: int, seed: int, longest: int = 14) -> Path:
     return path
 
 
-def train_dpo(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict, work_dir: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def train_trl(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict, work_dir: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Train one job with TRL; returns the log of each step and the final adapter's tensors."""
     from datasets import Dataset
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
 
-    class InOrder(DPOTrainer):
+    kind = job["objective"]["type"]
+    config_of, trainer_of = _trainer(kind)
+
+    class InOrder(trainer_of):
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -44,7 +46,7 @@ def train_dpo(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict, wo
         return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
     objective = {key: value for key, value in job["objective"].items() if key not in ("type", "reference")}
-    config = DPOConfig(
+    config = config_of(
         output_dir=str(work_dir),
         per_device_train_batch_size=job["global_batch_size"],
         gradient_accumulation_steps=1,
@@ -53,7 +55,7 @@ def train_dpo(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict, wo
         lr_scheduler_type="constant",
         weight_decay=job.get("weight_decay", 0.0),
         max_grad_norm=job["max_grad_norm"],
-        max_length=None,
+        max_length=512,
         logging_steps=1,
         logging_nan_inf_filter=False,
         gradient_checkpointing=False,
@@ -66,10 +68,23 @@ def train_dpo(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict, wo
     )
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.pad_token = tokenizer.eos_token
+    if kind == "orpo":
+        tokenizer.bos_token = None  # its trainer would put it in front of each text, where this tokenizer has none
     rows = [json.loads(line) for line in rows_path.read_text().splitlines()]
     policy = PeftModel.from_pretrained(base(), adapter_dir, is_trainable=True)
-    reference = base() if job["objective"].get("reference", "base") == "base" else None
-    trainer = InOrder(policy, reference, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    reference = {} if kind == "orpo" else {"ref_model": base() if job["objective"].get("reference", "base") == "base" else None}
+    trainer = InOrder(policy, **reference, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return logs, {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(policy).items()}
+
+
+def _trainer(kind: str) -> tuple[type, type]:
+    """Return TRL's config and trainer of an objective."""
+    if kind == "orpo":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+        return ORPOConfig, ORPOTrainer
+    from trl import DPOConfig, DPOTrainer
+
+    return DPOConfig, DPOTrainer

@@ -5,6 +5,7 @@
     objective: {type: dpo, loss_type: [sigmoid, sft], loss_weights: [1, 0.2], reference: init_adapter}
     objective: {type: cpo, cpo_alpha: 0.5}            # no reference: the answers' own log-probabilities, and the chosen one's
     objective: {type: simpo, beta: 2, simpo_gamma: 1}
+    objective: {type: orpo, beta: 0.1}                # no reference: the odds of the answers, and all tokens of the chosen sequence
 
 training/objectives.py has the formulas.
 """
@@ -86,8 +87,18 @@ class SimpoConfig:
     label_smoothing: float = key(0.0, number("a label smoothing", 0, 0.5, below=True), "how likely a pair is labelled the wrong way round")
 
 
-PairObjective = DpoConfig | CpoConfig | SimpoConfig
-OBJECTIVES: dict[str, type] = {"dpo": DpoConfig, "cpo": CpoConfig, "simpo": SimpoConfig}
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OrpoConfig:
+    """Odds Ratio Preference Optimization."""
+
+    reference: ClassVar[None] = None
+
+    type: str = required(one_of("orpo"), "`orpo`: Odds Ratio Preference Optimization, with cross-entropy, without a reference")
+    beta: float = key(0.1, number("a beta", 0, above=True), "weight of the odds ratio beside the cross-entropy; its paper's lambda")
+
+
+PairObjective = DpoConfig | CpoConfig | SimpoConfig | OrpoConfig
+OBJECTIVES: dict[str, type] = {"dpo": DpoConfig, "cpo": CpoConfig, "simpo": SimpoConfig, "orpo": OrpoConfig}
 
 
 @accepts("`sft`, or a mapping of [a preference objective's keys](#preference-objectives)")
@@ -107,13 +118,13 @@ def objective(path: str, value: object) -> PairObjective | str:
     if isinstance(found, DpoConfig) and found.loss_weights is not None and not any(found.loss_weights):
         raise UserError(f"{path}.loss_weights: all are 0, so that nothing is trained; give one above 0")
     taken = {"dpo": "robust", "cpo": "sigmoid"}.get(kind)  # the loss that has a label smoothing
-    if found.label_smoothing and taken is not None and taken not in _losses(found):
+    if isinstance(found, DpoConfig | CpoConfig) and found.label_smoothing and taken not in _losses(found):
         raise UserError(f"{path}.label_smoothing: {found.label_smoothing:g} is used by loss_type {taken} alone; set loss_type: {taken}")
     return found
 
 
-def _losses(found: PairObjective) -> tuple[str, ...]:
-    return () if isinstance(found, SimpoConfig) else (found.loss_type,) if isinstance(found.loss_type, str) else found.loss_type
+def _losses(found: DpoConfig | CpoConfig) -> tuple[str, ...]:
+    return (found.loss_type,) if isinstance(found.loss_type, str) else found.loss_type
 
 
 def check_objective(where: str, job: Any) -> None:

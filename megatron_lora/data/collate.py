@@ -5,7 +5,8 @@ sample holds token i and predicts token i + 1, so a sample's last row has no lab
 weighs 1 / (target tokens of its job's global batch), so that the sum of weighted losses over a
 step's microbatches is the step's loss. A microbatch of an evaluation holds validation samples: its
 target rows weigh 1, and its route has no dropout. A pair is two sequences, whose rows the objective
-weighs (Pairs). In a reference slot rows have no adapter, or the one that their job began from.
+weighs (Pairs); where that counts prompts too, they have labels and weigh nothing here. In a reference
+slot rows have no adapter, or the one that their job began from.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class ResidentJob(Protocol):
     @property
     def reference_has_adapter(self) -> bool: ...
 
+    @property
+    def trains_prompts(self) -> bool: ...
+
 
 def collate(microbatch: Microbatch, jobs: Mapping[int, ResidentJob], *, multiple: int, device: torch.device) -> StageInput:
     """Return the tensors of a microbatch of `jobs` (by number).
@@ -65,11 +69,12 @@ def collate(microbatch: Microbatch, jobs: Mapping[int, ResidentJob], *, multiple
         taken = list((_validation_samples if microbatch.of_validation(segment) else _training_samples)(segment, job))
         for each in taken:
             sample = each.sample
-            label = np.full(len(sample.tokens), NO_LABEL, dtype=np.int64)
-            label[:-1] = np.where(sample.targets[1:], sample.tokens[1:], NO_LABEL)
+            targets = np.append(sample.targets[1:], False)
+            weights.append(np.where(targets, each.weight, 0.0).astype(np.float32))
+            if sample.border and job.trains_prompts:
+                targets[: sample.border - 1] = True
             tokens.append(sample.tokens.astype(np.int64))
-            labels.append(label)
-            weights.append(np.where(label != NO_LABEL, each.weight, 0.0).astype(np.float32))
+            labels.append(np.where(targets, np.append(sample.tokens[1:], 0), NO_LABEL).astype(np.int64))
             keys.append(each.keys)
             lengths += sample.lengths
         if not microbatch.reference or job.reference_has_adapter:
@@ -125,10 +130,13 @@ def _validation_samples(segment: Segment, resident: ResidentJob) -> Iterator[_Ta
 
 
 def _batch_of(microbatch: Microbatch, segment: Segment, job: ResidentJob) -> tuple[int, int]:
-    """Return the pairs of a segment's batch, and the targets of their chosen sequences."""
+    """Return the pairs of a segment's batch, and how many tokens of their chosen sequences the objective counts."""
     if microbatch.of_validation(segment):
-        return len(job.validation_samples), int(job.validation_samples.num_chosen.sum())
-    return job.step_samples.num_pairs_and_chosen(segment.step)
+        samples, batch = job.validation_samples, np.arange(len(job.validation_samples))
+    else:
+        samples, batch = job.step_samples.samples, job.step_samples.steps.batch(segment.step)
+    counted = samples.borders[batch] - 1 if job.trains_prompts else samples.num_chosen[batch]
+    return len(batch), int(counted.sum())
 
 
 def _pairs(taken: Sequence[_Taken], num_pairs: int, num_chosen: int, to_device: Callable[[np.ndarray], torch.Tensor]) -> Pairs:

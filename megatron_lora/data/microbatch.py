@@ -39,8 +39,8 @@ class Pairs:
 
     `edges` int64 [2n + 1]: the rows of the segment where sequences begin, and their end; `longest` of these has the most rows.
     `num_targets` fp32 [n, 2]. `places` int64 [n]: of each pair among the job's, those of validation behind those of training. A pair
-    weighs `pair_weight` = 1 / pairs of its batch, a chosen target `token_weight` = 1 / chosen targets of its batch; a batch is the
-    global one, or the validation set.
+    weighs `pair_weight` = 1 / pairs of its batch, a chosen target `token_weight` = 1 / chosen targets of its batch, or with orpo all
+    tokens of a chosen sequence but the first likewise; a batch is the global one, or the validation set.
     """
 
     edges: Tensor

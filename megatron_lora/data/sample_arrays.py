@@ -69,10 +69,10 @@ class Samples(Sequence[Sample]):
 
     @cached_property
     def num_chosen(self) -> np.ndarray:
-        """Targets of the first sequence of each pair, int64."""
-        return np.array([sample.pair_targets[0] for sample in self], dtype=np.int64)
+        """Targets of the first sequence of each pair, int32."""
+        return self._of_each(np.int32, [dataset.num_chosen for _, dataset in self._parts])
 
-    @property
+    @cached_property
     def borders(self) -> np.ndarray:
         """Where the second sequence of each pair begins, 0 for other samples, int32."""
         return self._of_each(np.int32, [dataset.borders for _, dataset in self._parts])
@@ -98,6 +98,7 @@ class Samples(Sequence[Sample]):
             records=np.array([sample.record for sample in samples], dtype=np.int64),
             num_targets=np.array([np.count_nonzero(sample.targets) for sample in samples], dtype=np.int32),
             borders=np.array([sample.border for sample in samples], dtype=np.int32),
+            num_chosen=np.array([sample.pair_targets[0] if sample.border else 0 for sample in samples], dtype=np.int32),
             num_records=len(samples),
         )
         return cls([(0, dataset)])
@@ -170,11 +171,6 @@ class JobSamples:
     def num_targets(self, step: int) -> int:
         """Target tokens of a step's global batch."""
         return int(self.samples.num_targets[self.steps.batch(step)].sum())
-
-    def num_pairs_and_chosen(self, step: int) -> tuple[int, int]:
-        """Return the pairs of a step's global batch, and the targets of their chosen sequences."""
-        batch = self.steps.batch(step)
-        return len(batch), int(self.samples.num_chosen[batch].sum())
 
 
 def target_share(jobs: Iterable[tuple[Samples, Steps]]) -> float:

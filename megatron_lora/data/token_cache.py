@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 IN_MEMORY_BYTES = 1 << 26  # of tokens, before they are spooled to disk
 MOST_HEADER_BYTES = 1 << 24
-SMALL = {"offsets": ("I64", np.int64), "records": ("I64", np.int64), "num_targets": ("I32", np.int32), "borders": ("I32", np.int32)}
+COUNTS = ("num_targets", "borders", "num_chosen")
+SMALL = dict.fromkeys(("offsets", "records"), ("I64", np.int64)) | dict.fromkeys(COUNTS, ("I32", np.int32))
 LAYOUT = SMALL | {"tokens": ("I32", np.int32), "targets": ("BOOL", np.bool_)}
 
 
@@ -45,6 +46,7 @@ class Dataset:
     records: np.ndarray  # [samples] int64
     num_targets: np.ndarray  # [samples] int32
     borders: np.ndarray  # [samples] int32: of a pair, where its second sequence begins; else 0
+    num_chosen: np.ndarray  # [samples] int32: of a pair, targets of its first sequence; else 0
     num_records: int
     num_truncated: int = 0
     num_dropped: int = 0  # without a target before the cut
@@ -79,7 +81,7 @@ class DatasetBuilder:
         self._directory = directory
         spool = functools.partial(tempfile.SpooledTemporaryFile, IN_MEMORY_BYTES, dir=None if directory is None else str(directory))
         self._spools = {"tokens": spool(), "targets": spool()}
-        self._small: dict[str, list[np.ndarray]] = {"lengths": [], "records": [], "num_targets": [], "borders": []}
+        self._small: dict[str, list[np.ndarray]] = {name: [] for name in ("lengths", "records", *COUNTS)}
         self._counts: Counter[str] = Counter()
         self._largest = -1
         self.notes: Counter[str] = Counter()
@@ -92,11 +94,13 @@ class DatasetBuilder:
         self._spools["tokens"].write(chunk.tokens.astype(np.int32, copy=False).tobytes())
         self._spools["targets"].write(chunk.targets.tobytes())
         starts = np.cumsum(chunk.lengths) - chunk.lengths
-        num_targets = np.add.reduceat(chunk.targets, starts, dtype=np.int32) if len(starts) else np.empty(0, np.int32)
+        edges = np.stack([starts, starts + chunk.borders], axis=1).ravel()  # of samples that are no pairs the same twice: no target there
+        parts = np.add.reduceat(chunk.targets, edges, dtype=np.int32).reshape(-1, 2) if len(starts) else np.empty((0, 2), np.int32)
         self._small["lengths"].append(chunk.lengths)
         self._small["records"].append(chunk.records + self._counts["num_records"])
-        self._small["num_targets"].append(num_targets)
+        self._small["num_targets"].append(parts.sum(axis=1))
         self._small["borders"].append(chunk.borders)
+        self._small["num_chosen"].append(parts[:, 0])
         self._counts.update(chunk.counts)
         self._largest = max(self._largest, int(chunk.tokens.max(initial=-1)))
         self.notes.update(chunk.notes)
@@ -113,8 +117,7 @@ class DatasetBuilder:
         small = {
             "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(joined["lengths"], dtype=np.int64)]),
             "records": joined["records"],
-            "num_targets": joined["num_targets"].astype(np.int32),
-            "borders": joined["borders"].astype(np.int32),
+            **{name: joined[name].astype(np.int32) for name in COUNTS},
         }
         entries, end = {}, 0
         sizes = {name: array.nbytes for name, array in small.items()} | {name: spool.tell() for name, spool in self._spools.items()}

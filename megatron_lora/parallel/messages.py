@@ -2,7 +2,7 @@
 
 There is one message per slot and direction, in one flat buffer:
 
-    header  fp32 [1 + 7 E]     the slot, then for each ending (E: the most that a slot may have) seven numbers; padded to 4
+    header  fp32 [1 + 10 E]    the slot, then for each ending (E: the most that a slot may have) ten numbers; padded to 4
     body    dtype [T_local, H] activations (forward) or their gradients (backward); none for a no-op or an evaluation's gradient
 
 The first number of a step is its squared gradient norm, and the others are its loss and what else its objective reports; the first of an
@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_lora.parallel.process_groups import new_group
 
 SLOT, FIRST_VERDICT = 0, 1
-NUM_SUMS = 6  # of an ending: its loss, and up to five numbers that its objective reports (training/objectives.py)
+NUM_SUMS = 9  # of an ending: its loss, and up to eight numbers that its objective reports (training/objectives.py)
 
 
 @dataclass(frozen=True, slots=True)

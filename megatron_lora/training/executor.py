@@ -288,8 +288,9 @@ class Executor:
                 assert job.references is not None and part.pairs is not None
                 job.references.keep(rows, part.pairs)
                 continue
-            outcome = job.outcome(rows, part, data.weights[part.first : part.end])
-            self.evaluations.add(part.job, part.step, outcome.sums, right[part.first : part.end].sum())
+            weights = data.weights[part.first : part.end]
+            outcome = job.outcome(rows, part, weights)
+            self.evaluations.add(part.job, part.step, outcome.sums, (right[part.first : part.end] & (weights > 0)).sum())
 
     def _loss(self, output: Tensor, data: StageInput) -> Tensor:
         """Return what the microbatch's backward starts from, and add each segment's part to the sums of its job's current step."""

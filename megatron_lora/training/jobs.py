@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lora.config.objective_keys import OrpoConfig
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.evaluation import evaluation_steps
 from megatron_lora.data.microbatch import Part
@@ -94,12 +95,18 @@ class Job:
         """Whether its reference is the adapter that it began from, and not the base model."""
         return self.config.preference is not None and self.config.preference.reference == "init_adapter"
 
+    @property
+    def trains_prompts(self) -> bool:
+        """Whether the cross-entropy counts the prompts of chosen answers too."""
+        return isinstance(self.config.preference, OrpoConfig)
+
     def outcome(self, rows: Tensor, part: Part, weights: Tensor) -> Outcome:
-        """Return what the job's objective makes of a segment's rows (objectives.py); sft takes their `weights`."""
+        """Return what the job's objective makes of a segment's rows (objectives.py) with their `weights`."""
         if part.pairs is None:
             return cross_entropy(rows, weights)
         assert self.config.preference is not None
-        return preference(self.config.preference, rows, part.pairs, None if self.references is None else self.references.of(part.pairs))
+        reference = None if self.references is None else self.references.of(part.pairs)
+        return preference(self.config.preference, rows, part.pairs, reference, weights)
 
     def is_evaluated_after(self, step: int) -> bool:
         """Whether an evaluation comes after `step` steps."""

@@ -23,13 +23,20 @@ Without a reference, by TRL's cpo_trainer.py, with q = beta (c - r) in cpo, beta
     cpo       -(1 - e) log s(q) - e log s(-q), or as hinge and ipo above with c0 = r0 = 0; and cpo_alpha times sft's
     simpo     the same of its q, and nothing else
 
+and by its orpo_trainer.py, with the means c / |c| and r / |r| in place of c and r,
+
+    orpo      -log(P) - beta log s(o)       o = (c - r) - (log(1 - exp c) - log(1 - exp r)), the odds ratio's logarithm
+              P: of every token of the chosen sequences but the first, prompts included, over their number
+
 averaged over the pairs of the batch, the last over its chosen targets; a batch is the global one, or the validation set. Reported, over
 pairs: rewards/chosen = beta (c - c0), rewards/rejected = beta (r - r0), their difference rewards/margins, rewards/accuracies the
-share of pairs with rewards/chosen above rewards/rejected, logps/chosen = c and logps/rejected = r.
+share of pairs with rewards/chosen above rewards/rejected, logps/chosen = c and logps/rejected = r; of orpo nll_loss, its first
+term, log_odds_ratio = log s(o), and log_odds_chosen = o.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -37,12 +44,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lora.config.objective_keys import CpoConfig, DpoConfig, PairObjective, SimpoConfig
+from megatron_lora.config.objective_keys import CpoConfig, DpoConfig, OrpoConfig, PairObjective, SimpoConfig
 from megatron_lora.data.microbatch import Pairs
 from megatron_lora.parallel.messages import NUM_SUMS
 
 PAIR_SUMS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")  # behind the loss
-assert len(PAIR_SUMS) < NUM_SUMS
+ODDS_SUMS = ("nll_loss", "log_odds_ratio", "log_odds_chosen")  # behind these, of orpo
+assert len(PAIR_SUMS) + len(ODDS_SUMS) < NUM_SUMS
 
 
 class Outcome(NamedTuple):
@@ -65,20 +73,36 @@ def log_probabilities(rows: Tensor, pairs: Pairs) -> Tensor:
     return -held.sum(dim=1).view(-1, 2)
 
 
-def preference(config: PairObjective, rows: Tensor, pairs: Pairs, reference: Tensor | None) -> Outcome:
-    """Return a preference's outcome; `reference` fp32 [n, 2] are the log-probabilities under the reference, if the objective has one."""
-    logps = log_probabilities(rows, pairs)
+def preference(config: PairObjective, rows: Tensor, pairs: Pairs, reference: Tensor | None, weights: Tensor) -> Outcome:
+    """Return a preference's outcome; `reference` fp32 [n, 2] are the log-probabilities under the reference, if the objective has one.
+
+    Rows of the answers have `weights` above 0; those of prompts are counted by orpo's cross-entropy alone.
+    """
+    is_answer = weights > 0
+    logps = log_probabilities(rows * is_answer, pairs)
+    more: list[Tensor] = []
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
-        loss = _dpo(config, leaf, pairs, reference) if isinstance(config, DpoConfig) else _without_reference(config, leaf, pairs)
+        if isinstance(config, DpoConfig):
+            loss = _dpo(config, leaf, pairs, reference)
+        elif isinstance(config, OrpoConfig):
+            loss, more = _odds(config, leaf, pairs)
+        else:
+            loss = _without_reference(config, leaf, pairs)
         (slope,) = torch.autograd.grad(loss, leaf)
     lengths = pairs.edges.diff()
     row_weights = torch.repeat_interleave(-slope.reshape(-1), lengths, output_size=len(rows))
+    if isinstance(config, OrpoConfig):
+        nll = _chosen(log_probabilities(rows, pairs), pairs)
+        loss, more = loss + nll, [nll, *more]
+        is_chosen = torch.repeat_interleave(torch.arange(slope.numel(), device=rows.device) % 2 == 0, lengths, output_size=len(rows))
+        row_weights = row_weights * is_answer + pairs.token_weight * is_chosen
     seen = _means(logps, pairs) if _takes_means(config) else logps
     rewards = config.beta * (seen if reference is None else seen - reference)
     right = (rewards[:, :1] > rewards[:, 1:]).float()
     reported = torch.cat([rewards, right, seen], dim=1).sum(dim=0) * pairs.pair_weight
-    return Outcome(row_weights, torch.cat([loss.detach()[None], reported]))
+    found = torch.stack([loss, *reported, *more]).detach()
+    return Outcome(row_weights, F.pad(found, (0, NUM_SUMS - len(found))))
 
 
 def _dpo(config: DpoConfig, logps: Tensor, pairs: Pairs, reference: Tensor | None) -> Tensor:
@@ -122,9 +146,18 @@ def _without_reference(config: CpoConfig | SimpoConfig, logps: Tensor, pairs: Pa
     return total + config.cpo_alpha * _chosen(logps, pairs) if isinstance(config, CpoConfig) else total
 
 
+def _odds(config: OrpoConfig, logps: Tensor, pairs: Pairs) -> tuple[Tensor, list[Tensor]]:
+    """Return the odds ratio's part of the batch's loss, [], and what is reported of it."""
+    means = _means(logps, pairs)
+    no = torch.where(means < -math.log(2), torch.log1p(-means.exp()), torch.log(-torch.expm1(means)))  # log(1 - exp) of each
+    odds = (means[:, 0] - means[:, 1]) - (no[:, 0] - no[:, 1])
+    ratio = pairs.pair_weight * F.logsigmoid(odds).sum()
+    return -config.beta * ratio, [ratio, pairs.pair_weight * odds.sum()]
+
+
 def _takes_means(config: PairObjective) -> bool:
     """Whether rewards and reported log-probabilities are means over targets, as TRL reports them."""
-    return isinstance(config, SimpoConfig) or (isinstance(config, CpoConfig) and config.loss_type == "ipo")
+    return isinstance(config, SimpoConfig | OrpoConfig) or (isinstance(config, CpoConfig) and config.loss_type == "ipo")
 
 
 def _means(values: Tensor, pairs: Pairs) -> Tensor:
@@ -144,6 +177,7 @@ def named(config: PairObjective | None, sums: list[float], prefix: str = "") -> 
     """Return what a job's objective reports besides the loss, by name, from the `sums` of an ending."""
     if config is None:
         return {}
-    found: dict[str, float] = dict(zip(PAIR_SUMS, sums[1:], strict=True))
+    names = PAIR_SUMS + ODDS_SUMS * isinstance(config, OrpoConfig)
+    found: dict[str, float] = dict(zip(names, sums[1:], strict=False))
     found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
     return {prefix + name: value for name, value in found.items()}

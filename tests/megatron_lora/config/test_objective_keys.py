@@ -35,7 +35,8 @@ def test_a_run_is_resumed_with_its_objective_alone():
     ("made", "words"),
     [
         (tree("kto"), "objective: 'kto' is no objective; use sft, or {type: dpo"),
-        (tree({"type": "orpo"}), "objective.type: 'orpo' is unknown"),
+        (tree({"type": "grpo"}), "objective.type: 'grpo' is unknown"),
+        (tree({"type": "orpo", "reference": "base"}), "objective.reference: unknown key"),
         (tree({"type": "dpo", "gamma": 1}), "objective.gamma: unknown key"),
         (tree({"type": "dpo", "loss_type": "apo_zero"}), "objective.loss_type.0: 'apo_zero' is unknown"),
         (tree({"type": "dpo", "loss_type": ["ipo", "ipo"]}), "names a loss twice"),

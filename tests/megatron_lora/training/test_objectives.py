@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import save
 
-from megatron_lora.config.objective_keys import LOSS_TYPES, CpoConfig, DpoConfig, SimpoConfig
+from megatron_lora.config.objective_keys import LOSS_TYPES, CpoConfig, DpoConfig, OrpoConfig, SimpoConfig
 from megatron_lora.data.microbatch import Pairs
 from megatron_lora.data.sample_arrays import Sample, Samples
 from megatron_lora.data.samples import JobData
@@ -53,7 +53,7 @@ def expected(kind, beta, smoothing, logps, reference):
 def test_losses_and_row_weights_are_those_of_the_formula(kind):
     rows, pairs, reference = scene()
     config = DpoConfig(type="dpo", beta=0.4, loss_type=(kind,), loss_weights=(0.5,), label_smoothing=0.1)
-    outcome = preference(config, rows, pairs, reference)
+    outcome = preference(config, rows, pairs, reference, rows)
     leaf = rows.double().requires_grad_()
     logps = torch.stack([-part.sum() for part in leaf.split(LENGTHS)]).view(-1, 2)
     loss = -logps[:, 0].sum() / 40 if kind == "sft" else expected(kind, 0.4, 0.1, logps, reference.double())
@@ -61,7 +61,7 @@ def test_losses_and_row_weights_are_those_of_the_formula(kind):
     assert float(outcome.sums[0]) == pytest.approx(float(0.5 * loss), rel=1e-6)
     torch.testing.assert_close(outcome.row_weights.double(), leaf.grad, rtol=1e-5, atol=1e-9)
     rewards = 0.4 * (logps.detach() - reference.double())
-    told = dict(zip(PAIR_SUMS, outcome.sums[1:].tolist(), strict=True))
+    told = dict(zip(PAIR_SUMS, outcome.sums[1:].tolist(), strict=False))
     assert told["rewards/chosen"] == pytest.approx(float(rewards[:, 0].sum() / 8), rel=1e-6)
     assert told["rewards/accuracies"] == float((rewards[:, 0] > rewards[:, 1]).sum() / 8)
     assert told["logps/rejected"] == pytest.approx(float(logps[:, 1].sum() / 8), rel=1e-6)
@@ -80,7 +80,7 @@ def test_without_a_reference_losses_rewards_and_row_weights_are_those_of_trl(con
     """TRL's own function over log-probabilities, sums or means as its trainer takes them; its mean over a batch is our pair weight."""
     trainer = pytest.importorskip("trl.experimental.cpo").CPOTrainer
     rows, pairs, _ = scene()
-    outcome = preference(config, rows, pairs, None)
+    outcome = preference(config, rows, pairs, None, rows)
     leaf = rows.double().requires_grad_()
     sums = torch.stack([-part.sum() for part in leaf.split(LENGTHS)]).view(-1, 2)
     loss_type = getattr(config, "loss_type", "simpo")
@@ -93,7 +93,27 @@ def test_without_a_reference_losses_rewards_and_row_weights_are_those_of_trl(con
     assert float(outcome.sums[0]) == pytest.approx(float(loss), rel=1e-6)
     torch.testing.assert_close(outcome.row_weights.double(), leaf.grad, rtol=1e-5, atol=1e-9)
     wanted = [*rewards, (rewards[0] > rewards[1]).double(), *logps.detach().T]
-    torch.testing.assert_close(outcome.sums[1:].double(), torch.stack(wanted).sum(dim=1) / 8, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(outcome.sums[1:6].double(), torch.stack(wanted).sum(dim=1) / 8, rtol=1e-5, atol=1e-9)
+
+
+def test_odds_ratios_count_the_answers_alone_and_their_cross_entropy_the_prompt_too():
+    """TRL's own function of the odds; the first term is over all rows of chosen sequences, of which prompts have weight 0."""
+    trainer = pytest.importorskip("trl.experimental.orpo").ORPOTrainer
+    answers, pairs, _ = scene()
+    rows = torch.where(answers > 0, answers, torch.rand(len(answers), generator=torch.Generator().manual_seed(1)))
+    rows[pairs.edges[1:] - 1] = 0.0  # the last row predicts nothing
+    outcome = preference(OrpoConfig(type="orpo", beta=0.7), rows, pairs, None, answers)
+    leaf = rows.double().requires_grad_()
+    logps = torch.stack([-part.sum() for part in (leaf * (answers > 0)).split(LENGTHS)]).view(-1, 2) / pairs.num_targets
+    told = SimpleNamespace(beta=0.7, accelerator=SimpleNamespace(device="cpu"))
+    losses, *rewards, ratio, odds = trainer.odds_ratio_loss(told, logps[:, 0], logps[:, 1])
+    nll = torch.cat(leaf.split(LENGTHS)[::2]).sum() / 40
+    loss = nll - losses.sum() / 8
+    loss.backward()
+    assert float(outcome.sums[0]) == pytest.approx(float(loss.detach()), rel=1e-6)
+    torch.testing.assert_close(outcome.row_weights.double() * (rows > 0), leaf.grad * (rows > 0), rtol=1e-5, atol=1e-9)
+    reported = torch.stack([*(reward.sum() / 8 for reward in rewards), nll, ratio * 3 / 8, odds * 3 / 8]).detach()
+    torch.testing.assert_close(outcome.sums[[1, 2, 6, 7, 8]], reported.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_references_are_wanted_once_of_each_pair_and_of_rounds_that_hold_one():

@@ -24,6 +24,8 @@ JOBS = {
                 "global_batch_size": 4, "max_grad_norm": 0.5, "weight_decay": 0.1},
     "robust": {"objective": {"type": "dpo", "loss_type": ["robust", "hinge"], "label_smoothing": 0.2}, "r": 16, "lora_alpha": 16,
                "target_modules": ["gate_proj", "o_proj"], "learning_rate": 1e-3, "global_batch_size": 2, "max_grad_norm": 0.2},
+    "orpo": {"objective": {"type": "orpo", "beta": 0.4}, "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj", "down_proj"],
+             "learning_rate": 1e-3, "global_batch_size": 3, "max_grad_norm": 1.0},
 }  # fmt: skip
 WITHOUT_REFERENCE = {
     "cpo": {"objective": {"type": "cpo", "beta": 0.2, "cpo_alpha": 0.5}, "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj"],
@@ -32,6 +34,7 @@ WITHOUT_REFERENCE = {
               "learning_rate": 1e-3, "global_batch_size": 2, "max_grad_norm": 1.0},
 }  # fmt: skip
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+MORE_METRICS = {"orpo": ("nll_loss", "log_odds_ratio", "log_odds_chosen")}
 LAYOUTS = {"pp1": ({}, 90), "pp2": ({"pp": 2}, 90), "tp2": ({"tp": 2, "sequence": True}, 160), "dp2": ({"dp": 2}, 90)}
 
 
@@ -69,7 +72,7 @@ def truth(scene) -> dict:
     found = {}
     for name in JOBS:
         job = scene["jobs"][name]
-        found[name] = trl_oracle.train_dpo(scene["model"], job["init_adapter"], scene["rows"][name], job, scene["root"] / f"trl-{name}")
+        found[name] = trl_oracle.train_trl(scene["model"], job["init_adapter"], scene["rows"][name], job, scene["root"] / f"trl-{name}")
     return found
 
 
@@ -100,7 +103,7 @@ def test_preference_jobs_among_others_equal_trl_training_each_alone(layout, scen
         for ours, theirs in zip(found[name], logs, strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), (name, ours["step"])
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), (name, ours["step"])
-            for metric in METRICS:  # rewards are differences of sums of about 50
+            for metric in (*METRICS, *MORE_METRICS.get(name, ())):  # rewards are differences of sums of about 50
                 assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5, abs=2e-5), (name, metric, ours["step"])
         saved = adapter_of(tmp_path / "run", name)
         assert oracle.distance(saved, adapter, "lora_A") < 1e-4, name
