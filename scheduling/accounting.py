@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from scheduling.data_parallel import DealtJob
+from scheduling.mismatched import lengths_of
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Lengths, Microbatch, Stream
 
@@ -34,24 +36,34 @@ def usage(
     lengths: Lengths | Mapping[int, Sequence[Sequence[int]]],
     cost: SlotCost,
     validation: Mapping[int, Sequence[int]] | None = None,
+    mismatched: Mapping[int, DealtJob] | None = None,
 ) -> dict[int, Usage]:
     """Return what each job of a stream used, by its number.
 
     `lengths` [job][step][sample] and `validation` [job][sample] are in tokens: those that were planned, or those of one replica with its
-    part of the stream.
+    part of the stream. `mismatched` samples are in rounds.
     """
     used: dict[int, Usage] = {}
     for slot in stream:
-        for job, part in _of_slot(slot, lengths, cost, validation or {}).items():
+        for job, part in _of_slot(slot, lengths, cost, validation or {}, mismatched or {}).items():
             used[job] = used.get(job, Usage()) + part
     return used
 
 
-def _of_slot(slot: Microbatch, lengths: Lengths | Mapping, cost: SlotCost, validation: Mapping[int, Sequence[int]]) -> dict[int, Usage]:
+def _of_slot(
+    slot: Microbatch,
+    lengths: Lengths | Mapping,
+    cost: SlotCost,
+    validation: Mapping[int, Sequence[int]],
+    mismatched: Mapping[int, DealtJob],
+) -> dict[int, Usage]:
     held: dict[int, list[int]] = {}
     for segment in slot.segments:
         if segment.samples:  # a replica may have none
-            batch = validation[segment.job] if slot.of_validation(segment) else lengths[segment.job][segment.step]
+            if slot.mismatched:
+                batch = lengths_of(mismatched[segment.job], segment.step)
+            else:
+                batch = validation[segment.job] if slot.of_validation(segment) else lengths[segment.job][segment.step]
             held[segment.job] = [batch[sample] for sample in segment.samples]
     work = {job: math.fsum(map(cost.sample, tokens)) for job, tokens in held.items()}
     time = cost.slot([tokens for of_job in held.values() for tokens in of_job], len(held)) * (1 if slot.evaluate else 2)

@@ -9,7 +9,7 @@ step ends in the same slot everywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -82,6 +82,7 @@ class DealtJob:
     rounds: JobLengths  # [step][round] -> tokens of the round's longest sample: what is planned
     samples: np.ndarray  # int32 [replica, place of a round in rounds.key] -> sample, or -1
     validation: DealtJob | None = None  # its validation set, as one step
+    mismatched: DealtJob | None = None  # the mismatched samples of its batches, where its objective has them (mismatched.py)
 
     @classmethod
     def of(cls, lengths: JobLengths, num_replicas: int, cost: SlotCost | None = None, validation: Sequence[int] = ()) -> DealtJob:
@@ -128,8 +129,9 @@ class Dealt:
 
     def part(self, microbatch: Microbatch, replica: int) -> Microbatch:
         """Turn a slot of rounds into one replica's slot of samples; a job has an empty segment where the replica has no sample of it."""
-        parts = (self.jobs[segment.job].part(segment, replica, microbatch.of_validation(segment)) for segment in microbatch.segments)
-        return Microbatch(tuple(parts), microbatch.evaluate, microbatch.reference)
+        jobs = {number: job.mismatched or job for number, job in self.jobs.items()} if microbatch.mismatched else self.jobs
+        parts = (jobs[segment.job].part(segment, replica, microbatch.of_validation(segment)) for segment in microbatch.segments)
+        return replace(microbatch, segments=tuple(parts))
 
 
 def deal(lengths: Lengths, num_replicas: int, cost: SlotCost | None = None) -> Dealt:

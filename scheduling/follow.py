@@ -4,7 +4,8 @@ The rules are those of validate.replay, stated so that they need only earlier sl
 step, true token counts, the budget, one segment per job and slot, and the first microbatch of a step at least num_stages + delay
 indices after the last of the step before (an index counts the slots that have a backward). Of evaluations: each that is due, no other,
 with every validation sample once, between the STEP that made its version and the next. Of references: every one that is wanted once,
-before the first slot that needs it. Of steps and evaluations: at most max_endings end in a slot.
+before the first slot that needs it. Of mismatched samples: those of a batch once each, under the policy at its version and under the
+reference, before its first slot. Of steps and evaluations: at most max_endings end in a slot.
 Under pipeline.window_actions they imply a correct replay (a property test checks it).
 
 A step, or an evaluation, ends with its last sample, found by counting: its last slot *so far* proves nothing while later windows are
@@ -17,7 +18,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from scheduling.data_parallel import DealtJob
 from scheduling.job_lengths import JobLengths, read_lengths, read_validation
+from scheduling.mismatched import lengths_of
 from scheduling.numbers import Numbers
 from scheduling.references import Wanted
 from scheduling.types import MAX_ENDINGS, VALIDATION, Ending, Lengths, Microbatch, PlanError, Segment, Stream
@@ -36,6 +39,10 @@ class _JobProgress:
     evaluated: set[int] = field(default_factory=set)  # validation samples of due[0]
     ready: int = 0  # the first index at which the open step may start
     wanted: Wanted = field(default_factory=dict)  # references that no slot has computed yet
+    mismatched: DealtJob | None = None  # where slots of these are due before each batch
+    compared: dict[bool, tuple[int, set[int]]] = field(
+        default_factory=dict
+    )  # by whether under the reference: the last batch, and its samples
     drained: int = 0  # the index from which on no action of what has ended is left
 
     @property
@@ -75,16 +82,19 @@ class Follower:
         validation: Sequence[int] = (),
         evaluate_after: Sequence[int] = (),
         wanted: Wanted | None = None,
+        mismatched: DealtJob | None = None,
     ) -> None:
         """Add a job from the next window on; the number of a departed one is refused until its last slot has drained.
 
         The samples of `validation`, in tokens, are evaluated after each number of steps in `evaluate_after`, which count from the job's
-        very first step and ascend; `first_step` itself: before its first step here. `wanted` references have slots of their own.
+        very first step and ascend; `first_step` itself: before its first step here. `wanted` references have slots of their own,
+        and so have `mismatched` samples in front of each batch.
         """
         self.numbers.check_free(job, self.num_indices, self.jobs)
         lengths = read_lengths(job, steps, self.capacity)
         held = read_validation(job, validation, evaluate_after, range(first_step, len(lengths) + 1), self.capacity)
         progress = _JobProgress(lengths, first_step, first_step, held, deque(evaluate_after))
+        progress.mismatched = mismatched
         progress.wanted = {step: set(samples) for step, samples in (wanted or {}).items()}
         if not progress.is_over:
             self.jobs[job] = progress
@@ -107,7 +117,9 @@ class Follower:
         for microbatch in window:
             self._check_slot(microbatch)
             listed.append(() if microbatch.evaluate else self._indexed(microbatch))
-            if microbatch.reference:
+            if microbatch.mismatched:
+                self._mismatched(microbatch)
+            elif microbatch.reference:
                 self._reference(microbatch)
             elif microbatch.evaluate:
                 self._evaluation(microbatch)
@@ -176,6 +188,8 @@ class Follower:
                 f"slot {slot}: job {segment.job} step {segment.step} cannot begin before {wait} more slots that have a backward"
             )
         self._check_reference(progress, segment, segment.step)
+        if not progress.taken:
+            self._check_compared(progress, segment.job, segment.step)
         if not self._take(segment, f"step {segment.step}", progress.lengths[segment.step], progress.taken):
             return False
         progress.step, progress.taken = progress.step + 1, set()
@@ -194,6 +208,8 @@ class Follower:
             if not progress.due or progress.due[0] != segment.step:
                 raise PlanError(f"{where} is due after {list(progress.due)}")
             self._check_reference(progress, segment, VALIDATION)
+            if not progress.evaluated:
+                self._check_compared(progress, segment.job, VALIDATION - segment.step)
             if self._take(segment, f"evaluation after {segment.step} steps", progress.validation[0], progress.evaluated):
                 self.unlisted.append(Ending(segment.job, segment.step, True))
                 progress.due.popleft()
@@ -207,6 +223,29 @@ class Follower:
             batch = (progress.validation if segment.step == VALIDATION else progress.lengths)[max(0, segment.step)]
             self._take(segment, of, batch, set(range(len(batch))) - progress.wanted.get(segment.step, set()))
             progress.wanted[segment.step].difference_update(segment.samples)
+
+    def _mismatched(self, microbatch: Microbatch) -> None:
+        """Check the segments of a mismatched slot: at the batch's version, each sample once under the policy and under the reference."""
+        for segment in microbatch.segments:
+            progress, step = self._of(segment), segment.step if segment.step >= 0 else VALIDATION - segment.step
+            if progress.mismatched is None or step != progress.version:
+                raise PlanError(f"slot {self.num_slots}: job {segment.job} has no mismatched samples of step {step} at {progress.version}")
+            batch, taken = progress.compared.get(microbatch.reference, (segment.step, set()))
+            taken = taken if batch == segment.step else set()
+            self._take(segment, f"mismatched batch {segment.step}", lengths_of(progress.mismatched, segment.step), taken)
+            progress.compared[microbatch.reference] = segment.step, taken
+
+    def _check_compared(self, progress: _JobProgress, job: int, batch: int) -> None:
+        """Check that the mismatched samples of a batch that begins are complete."""
+        if progress.mismatched is not None:
+            wanted = batch, set(range(len(lengths_of(progress.mismatched, batch))))
+            if any(progress.compared.get(reference) != wanted for reference in (False, True)):
+                raise PlanError(f"slot {self.num_slots}: job {job} begins batch {batch} before its mismatched samples are complete")
+
+    def opened(self) -> set[tuple[int, int]]:
+        """Return (job, step) of the steps that have begun, and (job, VALIDATION - steps taken) of the evaluations."""
+        steps = {(job, progress.step) for job, progress in self.jobs.items() if progress.taken}
+        return steps | {(job, VALIDATION - progress.due[0]) for job, progress in self.jobs.items() if progress.evaluated}
 
     def _check_reference(self, progress: _JobProgress, segment: Segment, step: int) -> None:
         if missing := progress.wanted.get(step, set()).intersection(segment.samples):

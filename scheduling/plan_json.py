@@ -1,7 +1,8 @@
 """Streams in and out of JSON: [[[job, step, sample, tokens], ...], ...], [] being a no-op slot.
 
 Which slots are evaluation slots stands beside it, as a list of their places: there `step` is the number of steps that the job has taken,
-and `sample` one of its validation set. Those of them that are reference slots (references.py) are listed once more.
+and `sample` one of its validation set. Those of them that are reference slots (references.py) or mismatched slots (mismatched.py) are
+listed once more.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ def evaluation_slots(stream: Stream) -> list[int]:
 
 
 def stream_from_json(
-    microbatches: Sequence[Sequence[Sequence[int]]], evaluate: Collection[int] = (), reference: Collection[int] = ()
+    microbatches: Sequence[Sequence[Sequence[int]]],
+    evaluate: Collection[int] = (),
+    reference: Collection[int] = (),
+    mismatched: Collection[int] = (),
 ) -> Stream:
-    """Rebuild the stream, with these evaluation and reference slots; a job's samples in a slot become one segment, in the order given."""
+    """Rebuild the stream, with these forward-only slots; a job's samples in a slot become one segment, in the order given."""
     stream = []
     for slot, entries in enumerate(microbatches):
         segments: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -41,5 +45,5 @@ def stream_from_json(
             segments.setdefault((job, step), []).append((sample, tokens))
         held = ((key, tuple(sample for sample, _ in each), sum(tokens for _, tokens in each)) for key, each in segments.items())
         parts = tuple(Segment(*key, samples, tokens) for key, samples, tokens in held)
-        stream.append(Microbatch(parts, slot in evaluate, slot in reference))
+        stream.append(Microbatch(parts, slot in evaluate, slot in reference, slot in mismatched))
     return tuple(stream)

@@ -7,7 +7,9 @@ stands directly before the first slot that needs one of them. Whose reference is
 earlier step has had, and the validation set.
 
     wanted = {0: {3: {0, 1, 2}, VALIDATION: {0}}}            # [job][step] -> samples
-    slots, evaluate, reference = insert(slots, evaluate, wanted, capacity)
+    slots, moved, reference = insert(slots, evaluate, wanted, capacity)
+
+`mismatched.py` puts slots in front of others in the same way.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ Slot = Sequence[Sequence[int]]  # [job, step, sample, tokens] of each sample
 
 
 @dataclass(slots=True)
-class _Open:
-    """A reference slot that is being filled; it stands before slot `before`."""
+class OpenSlot:
+    """A forward-only slot that is being filled; it stands before slot `before`."""
 
     before: int
     entries: list[list[int]] = field(default_factory=list)
@@ -31,36 +33,46 @@ class _Open:
     num_tokens: int = 0
 
     def fits(self, job: int, step: int, tokens: int, capacity: int) -> bool:
+        """Whether a sample has room."""
         return self.num_tokens + tokens <= capacity and self.steps.get(job, step) == step
 
     def add(self, job: int, step: int, sample: int, tokens: int) -> None:
+        """Add a sample."""
         self.entries.append([job, step, sample, tokens])
         self.steps[job] = step
         self.num_tokens += tokens
 
 
 def insert(
-    slots: Sequence[Slot], evaluate: Collection[int], wanted: Mapping[int, Wanted], capacity: int
+    slots: Sequence[Slot], evaluate: Collection[int], wanted: Mapping[int, Wanted], capacity: int, skipped: Collection[int] = ()
 ) -> tuple[list[Slot], list[int], list[int]]:
-    """Return a window's slots with the reference slots that they need, the places of all forward-only slots, and of the reference slots."""
-    filled: list[_Open] = []
+    """Return a window's slots with the reference slots that they need, the places that they have then, and those of the reference slots.
+
+    `evaluate` are the places of evaluation slots, `skipped` of those that need no reference.
+    """
+    filled: list[OpenSlot] = []
     planned: set[tuple[int, int, int]] = set()
-    for place, slot in enumerate(slots):
+    for place, slot in ((place, slot) for place, slot in enumerate(slots) if place not in skipped):
         for job, of_step, sample, tokens in slot:
             step = VALIDATION if place in evaluate else of_step
             if (job, step, sample) in planned or sample not in wanted.get(job, {}).get(step, ()):
                 continue
             if not filled or not filled[-1].fits(job, step, tokens, capacity):
-                filled.append(_Open(place))
+                filled.append(OpenSlot(place))
             filled[-1].add(job, step, sample, tokens)
             planned.add((job, step, sample))
+    return put_in_front(slots, filled)
+
+
+def put_in_front(slots: Sequence[Slot], filled: Sequence[OpenSlot]) -> tuple[list[Slot], list[int], list[int]]:
+    """Return slots with others in front of some of them, in the order given; the places of the slots then, and those of the others."""
     merged: list[Slot] = []
-    forward_only: list[int] = []
-    reference: list[int] = []
+    moved: list[int] = []
+    places: list[int] = []
     for place, slot in enumerate(slots):
         for held in (each for each in filled if each.before == place):
-            reference.append(len(merged))
+            places.append(len(merged))
             merged.append(held.entries)
-        forward_only += [len(merged)] if place in evaluate else []
+        moved.append(len(merged))
         merged.append(slot)
-    return merged, sorted(forward_only + reference), reference
+    return merged, moved, places

@@ -2,7 +2,7 @@
 
     python -m scheduling.serve
     in    {"num_stages", "capacity", "delay", "num_slots", "max_endings", "window_time", "cost": {SlotCost's fields}}     once
-          {"join": {job: {"steps": [step][sample], "validation": [sample], "evaluate_after": [steps taken], "priority"}},
+          {"join": {job: {"steps": [step][sample], "validation": [sample], "evaluate_after": [steps taken], "priority", "mismatched"}},
            "leave": {job: evaluate}, "priorities": {job: priority}}
                                            one per window: first those that join it are added, then those that leave are cut after the
                                            step that they have begun, with the evaluations that are due by then if `evaluate`

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import NamedTuple
 
 MAX_ENDINGS = 32  # steps and evaluations that may end in one slot, by default: what its messages have room for
-VALIDATION = -1  # in a reference slot: the step of samples of the validation set
+VALIDATION = -1  # in a reference slot: the step of samples of the validation set; in a mismatched slot VALIDATION - steps taken
 Lengths = Sequence[Sequence[Sequence[int]]]  # [job][step][sample] -> tokens
 
 
@@ -40,16 +40,18 @@ class Microbatch:
 
     With `evaluate`, the slot is forward-only: its samples index the job's validation set and `step` is the number of steps that its
     weights have taken. With `reference` too, the frozen reference of these samples is computed: `step` is the one whose global batch
-    they belong to, or VALIDATION.
+    they belong to, or VALIDATION. With `mismatched`, each sample is a prompt of a batch with the completion of another of it, under the
+    policy, or with `reference` under the reference: `step` is the batch's, or VALIDATION - the steps that evaluated weights have taken.
     """
 
     segments: tuple[Segment, ...] = ()
     evaluate: bool = False
     reference: bool = False
+    mismatched: bool = False
 
     def of_validation(self, segment: Segment) -> bool:
         """Whether a segment's samples are those of the job's validation set."""
-        return segment.step == VALIDATION if self.reference else self.evaluate
+        return segment.step < 0 if self.reference or self.mismatched else self.evaluate
 
     @property
     def num_tokens(self) -> int:

@@ -61,10 +61,11 @@ class WindowPlanner:
         self.gap = num_stages + delay
         self.effort = effort
         self.cost = cost or SlotCost()
-        self.lookahead = max(lookahead, num_slots, self.gap + 1)  # beyond the longest gap some step can always be planned
+        self.lookahead = max(lookahead, num_slots, self.gap + 2)  # beyond the longest gap some step can always be planned
         self.max_endings = max_endings
         self.window_time = math.inf if window_time is None else window_time
         self.jobs: dict[int, OpenJob] = {}  # with steps to plan
+        self.mismatched: set[int] = set()  # numbers of those whose steps begin an index later (mismatched.py)
         self.evaluations = Evaluations(num_stages, self.gap, capacity, max_endings, self.cost)
         self.numbers = Numbers()
         self.first_slot = 0  # of the next window, by index
@@ -88,17 +89,21 @@ class WindowPlanner:
         validation: Sequence[int] = (),
         evaluate_after: Sequence[int] = (),
         priority: float = 1.0,
+        mismatched: bool = False,
     ) -> None:
         """Add a job with samples of these lengths, [step][sample], from the next window on; one without steps is over at once.
 
         Its `validation` samples are evaluated after each of these numbers of steps, ascending; 0: before its first step. Its
-        `priority` is its share of device time among the jobs that could use a slot (shares.py). Raises PlanError where no plan exists,
-        or where the number is another job's until that one's last slot has drained.
+        `priority` is its share of device time among the jobs that could use a slot (shares.py). With `mismatched`, slots of its own
+        are to stand in front of each step. Raises PlanError where no plan exists, or where the number is another job's until that
+        one's last slot has drained.
         """
         self.numbers.check_free(number, self.first_slot, self.resident)
         lengths = read_lengths(number, steps, self.capacity)
         self.evaluations.join(number, len(lengths), validation, evaluate_after)
         self.tail = ()  # it does not hold the new job's samples
+        if len(lengths) and mismatched:
+            self.mismatched.add(number)
         if len(lengths):
             self.jobs[number] = OpenJob.of(number, lengths, self.cost, priority, late=self.first_slot > 0)
 
@@ -135,7 +140,7 @@ class WindowPlanner:
     def plan(self) -> Stream:
         """Plan the next window and move every job's progress past it; jobs of which nothing remains to be planned are removed."""
         max_endings = self.evaluations.step_endings(self.first_slot)
-        empty = Backlog(self.num_stages, self.gap, self.capacity, max_endings, self.cost, self.recent)
+        empty = Backlog(self.num_stages, self.gap + bool(self.mismatched), self.capacity, max_endings, self.cost, self.recent)
         backlog = list_backlog(self.jobs.values(), empty, self.first_slot, self.lookahead)
         complete = not any(backlog.later_steps)
         known = _known(backlog, self.tail, list(self.jobs)) if complete else None
@@ -190,7 +195,9 @@ class WindowPlanner:
                 number, step, _ = backlog.keys[placed[0]]
                 job = self.jobs[number]
                 if len(placed) == len(backlog.groups[group]):
-                    progress = Progress(step + 1, (), self.first_slot + max(slot_of[item] for item in placed) + self.gap)
+                    progress = Progress(
+                        step + 1, (), self.first_slot + max(slot_of[item] for item in placed) + self.gap + (number in self.mismatched)
+                    )
                 else:
                     taken = {*job.progress.taken, *(backlog.keys[item][2] for item in placed)}
                     progress = Progress(step, tuple(sorted(taken)))
@@ -204,6 +211,9 @@ class WindowPlanner:
 
     def _remove(self, number: int) -> None:
         ready = self.jobs.pop(number).progress.ready
+        if number in self.mismatched:
+            self.mismatched.remove(number)
+            ready = max(0, ready - 1)
         self.numbers.release(number, ready + 1 if ready else 0)
 
 

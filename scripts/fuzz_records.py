@@ -41,7 +41,9 @@ RECORDS = {
     "lengths": {"tokens": 12, "targets": 3},
     "preference": {"prompt": "Q: ", "chosen": "yes", "rejected": "no"},
     "preference_chat": {"prompt": "hi", "chosen": "yes", "rejected": "no"},
+    "kto": {"prompt": "Q: ", "completion": "yes", "label": True},
 }
+OBJECTIVE_OF = dict.fromkeys(PREFERENCE_TYPES, "dpo") | {"kto": "kto"}
 TEMPLATES = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}",
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -110,7 +112,7 @@ def fuzz_records(draw: random.Random, folder: Path) -> dict:
     job = JobConfig(
         name="j",
         seed=0,
-        objective=objective("objective", "dpo" if pairs else "sft"),
+        objective=objective("objective", OBJECTIVE_OF.get(format, "sft")),
         datasets=(DatasetConfig(path=str(path), type=format, sampling_weight=draw.choice((1.0, 0.3, 2.5))),),
         bad_rows=draw.choice(("refuse", "drop")),
         sequence_len=draw.choice((2, 8, 2048)),
@@ -130,7 +132,7 @@ def fuzz_records(draw: random.Random, folder: Path) -> dict:
 def fuzz_config(draw: random.Random, folder: Path) -> dict:
     """Write a config, spoil it, and load it; what loads must load again from its own dump."""
     dataset = {"path": draw.choice(("a.jsonl", "data/*.csv", "team/tales")), "type": draw.choice(DATASET_TYPES)}
-    job = {"datasets": [dataset], **({"objective": "dpo"} if dataset["type"] in PREFERENCE_TYPES else {})}
+    job = {"datasets": [dataset], "objective": OBJECTIVE_OF.get(str(dataset["type"]), "sft")}
     tree = {"base_model": "m", "output_dir": "o", "jobs": [{"name": "a", **job}, {"name": "b", **job}]}
     for _ in range(draw.choice((0, 1, 1, 2, 3))):
         spoil(draw, tree)

@@ -28,6 +28,15 @@ def make_pairs(path: Path, num_rows: int, seed: int, longest: int = 14) -> Path:
     return path
 
 
+def make_answers(path: Path, num_rows: int, seed: int) -> Path:
+    """Write labelled rows of random words: in the first three the labels are both, the others' as they come."""
+    pairs = [json.loads(line) for line in make_pairs(path, num_rows, seed).read_text().splitlines()]
+    labels = [True, False, True, *(torch.rand(num_rows - 3, generator=torch.Generator().manual_seed(seed)) < 0.5).tolist()]
+    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"], "label": label} for pair, label in zip(pairs, labels, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def train_trl(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict, work_dir: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Train one job with TRL; returns the log of each step and the final adapter's tensors."""
     from datasets import Dataset
@@ -64,6 +73,7 @@ def train_trl(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dict, wo
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
+        **({"train_sampling_strategy": "sequential"} if kind == "kto" else {}),
         **objective,
     )
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -85,6 +95,10 @@ def _trainer(kind: str) -> tuple[type, type]:
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
         return ORPOConfig, ORPOTrainer
+    if kind == "kto":
+        from trl import KTOConfig, KTOTrainer
+
+        return KTOConfig, KTOTrainer
     from trl import DPOConfig, DPOTrainer
 
     return DPOConfig, DPOTrainer

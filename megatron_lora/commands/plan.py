@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lora.commands.checks import read_inputs, say_failed
+from megatron_lora.config.objective_keys import KtoConfig
 from megatron_lora.config.rules import one_of
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.config.sweep_keys import by_sweep
@@ -53,7 +54,8 @@ def main(config_path: str, overrides: list[str], *, policy: str, plot: str | Non
     samples = [job_data.steps_of(job) for job, job_data in zip(given.jobs, inputs.data, strict=True)]
     lengths = [of_job.lengths() for of_job in samples]
     share = target_share((of_job.samples, of_job.steps) for of_job in samples)
-    held = [*lengths, *longest_of(job_data.validation_samples for job_data in inputs.data)]  # what a microbatch must hold
+    others = longest_of((job, data.samples, data.validation_samples) for job, data in zip(given.jobs, inputs.data, strict=True))
+    held = [*lengths, *others]  # what a microbatch must hold
     config = resolve(given, inputs.architecture, held, device, share)
     cost = cost_of(config, inputs.architecture, device, share)
     weights = planner_cost(config, inputs.architecture, device, share)
@@ -148,9 +150,11 @@ def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, to
 
 
 def validation_lines(config: RunConfig, data: Sequence[JobData]) -> list[str]:
-    """Return a line for each job with validation data, and an empty one behind them."""
+    """Return a line for each job with validation data, or with mismatched slots of its own, and an empty one behind them."""
     lines = []
     for job, job_data in zip(config.jobs, data, strict=True):
+        if isinstance(job.preference, KtoConfig):
+            lines.append(f"{job.name}: each step runs as many tokens forward twice more, to compare, which the seconds do not count")
         if times := len(evaluation_steps(job, job_data.steps_of(job).steps)):
             samples = job_data.validation_samples
             size = f"{len(samples):,} samples for validation, {samples.lengths.sum():,} tokens"

@@ -110,7 +110,8 @@ def _preview_record(job: JobConfig, tokenizer: PreTrainedTokenizerBase, where: s
     cut = encoded.cut(job.sequence_len)
     kept = list(zip(cut.tokens.tolist(), cut.targets.tolist(), strict=True))
     spans: list[tuple[bool, str]] = []
-    for name, part in (("chosen: ", kept[: cut.border]), ("\nrejected: ", kept[cut.border :])) if cut.border else (("", kept),):
+    label = ("desirable: " if cut.weight > 0 else "undesirable: ") if cut.num_prompt else ""
+    for name, part in (("chosen: ", kept[: cut.border]), ("\nrejected: ", kept[cut.border :])) if cut.border else ((label, kept),):
         spans += [(False, name)] if name else []
         spans += [(target, text_of([token for token, _ in span])) for target, span in itertools.groupby(part, key=lambda pair: pair[1])]
     return PreviewRecord(

@@ -9,7 +9,11 @@ from megatron_lora.config.rules import accepts, list_of, null_or, number, one_of
 from megatron_lora.errors import UserError
 
 PREFERENCE_TYPES = ("preference", "preference_chat")  # pairs of answers
-DATASET_TYPES = ("messages", "sharegpt", "alpaca", "alpaca_chat", "prompt_completion", "text", *PREFERENCE_TYPES, "lengths")
+LABELLED_TYPES = ("kto",)  # answers that are desirable or not
+DATASET_TYPES = (
+    *("messages", "sharegpt", "alpaca", "alpaca_chat", "prompt_completion", "text"),
+    *(*PREFERENCE_TYPES, *LABELLED_TYPES, "lengths"),
+)
 DATASET_FILES = (
     *(ending + compressed for ending in (".jsonl", ".json", ".csv") for compressed in ("", ".gz", ".zst")),
     ".parquet",

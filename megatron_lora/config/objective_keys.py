@@ -6,6 +6,7 @@
     objective: {type: cpo, cpo_alpha: 0.5}            # no reference: the answers' own log-probabilities, and the chosen one's
     objective: {type: simpo, beta: 2, simpo_gamma: 1}
     objective: {type: orpo, beta: 0.1}                # no reference: the odds of the answers, and all tokens of the chosen sequence
+    objective: {type: kto, desirable_weight: 1.3}     # single answers, each desirable or not
 
 training/objectives.py has the formulas.
 """
@@ -14,7 +15,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from megatron_lora.config.dataset_paths import PREFERENCE_TYPES, DatasetConfig
+from megatron_lora.config.dataset_paths import LABELLED_TYPES, PREFERENCE_TYPES, DatasetConfig
 from megatron_lora.config.keys import build, key, required
 from megatron_lora.config.rules import PAIR_METRICS, accepts, list_of, null_or, number, one_of, show
 from megatron_lora.errors import UserError
@@ -97,12 +98,28 @@ class OrpoConfig:
     beta: float = key(0.1, number("a beta", 0, above=True), "weight of the odds ratio beside the cross-entropy; its paper's lambda")
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KtoConfig:
+    """Kahneman-Tversky Optimization."""
+
+    type: str = required(one_of("kto"), "`kto`: Kahneman-Tversky Optimization, over single answers with a label (datasets of type `kto`)")
+    beta: float = key(0.1, number("a beta", 0, above=True), "how strongly the policy is held to its reference")
+    desirable_weight: float = key(1.0, number("a weight", 0, above=True), "what losses of answers with label true are multiplied by")
+    undesirable_weight: float = key(1.0, number("a weight", 0, above=True), "what losses of answers with label false are multiplied by")
+    reference: str = key(
+        "base",
+        one_of("base", "init_adapter"),
+        "what the policy is held to: the base model, or the adapter that the job starts from, `init_adapter`",
+    )
+
+
 PairObjective = DpoConfig | CpoConfig | SimpoConfig | OrpoConfig
-OBJECTIVES: dict[str, type] = {"dpo": DpoConfig, "cpo": CpoConfig, "simpo": SimpoConfig, "orpo": OrpoConfig}
+Preference = PairObjective | KtoConfig
+OBJECTIVES: dict[str, type] = {"dpo": DpoConfig, "cpo": CpoConfig, "simpo": SimpoConfig, "orpo": OrpoConfig, "kto": KtoConfig}
 
 
 @accepts("`sft`, or a mapping of [a preference objective's keys](#preference-objectives)")
-def objective(path: str, value: object) -> PairObjective | str:
+def objective(path: str, value: object) -> Preference | str:
     """Accept sft, or the keys of a preference objective."""
     if value == "sft" or value == {"type": "sft"}:
         return "sft"
@@ -111,7 +128,7 @@ def objective(path: str, value: object) -> PairObjective | str:
     if not isinstance(value, dict):
         raise UserError(f"{path}: {show(value)} is no objective; use sft, or {{type: dpo, beta: 0.1}}")
     kind = one_of(*OBJECTIVES)(f"{path}.type", value["type"]) if "type" in value else "dpo"
-    found: PairObjective = build(OBJECTIVES[kind], path, value)
+    found: Preference = build(OBJECTIVES[kind], path, value)
     if isinstance(found, DpoConfig) and found.loss_weights is not None and len(found.loss_weights) != len(found.loss_type):
         named = f"{path}.loss_weights: has {len(found.loss_weights)} weights, and loss_type {len(found.loss_type)} losses"
         raise UserError(f"{named}; give one weight for each")
@@ -129,20 +146,28 @@ def _losses(found: DpoConfig | CpoConfig) -> tuple[str, ...]:
 
 def check_objective(where: str, job: Any) -> None:
     """Raise UserError where a job's data or keys are not for its objective; `job`: a JobConfig."""
-    pairs = job.objective != "sft"
+    preferred, labelled = job.objective != "sft", isinstance(job.objective, KtoConfig)
     for name in ("datasets", "val_datasets"):
-        _check_types(f"{where}.{name}", getattr(job, name), pairs)
-    if (job.metric in PAIR_METRICS) != pairs and job.metric not in ("eval_loss", "eval_accuracy"):
-        usual = "eval_loss or eval_rewards/accuracies" if pairs else "eval_loss"
-        raise UserError(f"{where}.metric: {job.metric} is none of its objective's; use {usual}")
-    if pairs and job.train_on_inputs:
+        _check_types(f"{where}.{name}", getattr(job, name), job.objective)
+    own = [name for name in PAIR_METRICS if preferred and not (labelled and name == "eval_rewards/accuracies")]
+    if job.metric not in ("eval_loss", "eval_accuracy", *(own if preferred else ["eval_perplexity"])):
+        raise UserError(f"{where}.metric: {job.metric} is none of its objective's; use {' or '.join(['eval_loss', *own[:1]])}")
+    if preferred and job.train_on_inputs:
         raise UserError(f"{where}.train_on_inputs: true is for objective sft; a preference is between answers: remove it")
-    if pairs and job.objective.reference == "init_adapter" and job.init_adapter is None:
+    if labelled and job.global_batch_size < 2:
+        raise UserError(f"{where}.global_batch_size: 1 leaves kto no other completion to compare with; use 2 or more")
+    if preferred and job.objective.reference == "init_adapter" and job.init_adapter is None:
         raise UserError(f"{where}.objective.reference: init_adapter needs {where}.init_adapter; name a PEFT directory, or use base")
 
 
-def _check_types(where: str, datasets: Iterable[DatasetConfig], pairs: bool) -> None:
+def _check_types(where: str, datasets: Iterable[DatasetConfig], of: Preference | str) -> None:
     for position, dataset in enumerate(datasets):
-        if dataset.type != "lengths" and (dataset.type in PREFERENCE_TYPES) != pairs:
-            wanted = "preference or preference_chat, or set objective: sft" if pairs else "another type, or set objective: {type: dpo}"
+        if isinstance(of, KtoConfig):
+            fits, wanted = dataset.type in LABELLED_TYPES, "kto, or set another objective"
+        elif of != "sft":
+            fits, wanted = dataset.type in (*PREFERENCE_TYPES, "lengths"), "preference or preference_chat, or set objective: sft"
+        else:
+            fits = dataset.type not in (*PREFERENCE_TYPES, *LABELLED_TYPES)
+            wanted = f"another type, or set objective: {{type: {'kto' if dataset.type in LABELLED_TYPES else 'dpo'}}}"
+        if not fits:
             raise UserError(f"{where}.{position}.type: {dataset.type} is not for the job's objective; use {wanted}")

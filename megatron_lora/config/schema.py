@@ -18,7 +18,7 @@ from megatron_lora.config.adapter_keys import AdapterKeys
 from megatron_lora.config.consistent_job import consistent
 from megatron_lora.config.dataset_paths import DatasetConfig, dataset, validation_datasets
 from megatron_lora.config.keys import UnknownKey, build, check_keys, key, names_of, required, values
-from megatron_lora.config.objective_keys import OBJECTIVES, PairObjective, objective
+from megatron_lora.config.objective_keys import OBJECTIVES, Preference, objective
 from megatron_lora.config.on_save_keys import OnSaveConfig, on_save
 from megatron_lora.config.overrides import apply_override
 from megatron_lora.config.parallel_keys import ParallelConfig, parallel
@@ -68,7 +68,7 @@ class JobConfig(AdapterKeys):
         one_of("refuse", "drop"),
         "`refuse`: a record that cannot be trained on fails the job before it starts; `drop`: such records are counted and left out",
     )
-    objective: PairObjective | str = key("sft", objective, "what the job is trained for: `sft`, cross-entropy over the targets")
+    objective: Preference | str = key("sft", objective, "what the job is trained for: `sft`, cross-entropy over the targets")
     train_on_inputs: bool = key(
         False, truth(), "false: the loss counts completions and assistant turns alone; true: every token but the first of a sample"
     )
@@ -185,7 +185,7 @@ class JobConfig(AdapterKeys):
     point: Point | None = key(None, point, "what makes the job a point of a sweep; never set by hand")
 
     @property
-    def preference(self) -> PairObjective | None:
+    def preference(self) -> Preference | None:
         """The keys of a preference objective; None for sft."""
         return None if isinstance(self.objective, str) else self.objective
 

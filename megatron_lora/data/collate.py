@@ -21,7 +21,7 @@ from fused_ops.lora.dropout import row_keys
 from fused_ops.lora.route import make_route
 from megatron_lora.data.microbatch import Packing, Pairs, Part, StageInput
 from megatron_lora.data.sample_arrays import JobSamples, Sample, Samples
-from scheduling.types import Microbatch, Segment
+from scheduling.types import VALIDATION, Microbatch, Segment
 
 NO_LABEL = -100
 
@@ -66,7 +66,9 @@ def collate(microbatch: Microbatch, jobs: Mapping[int, ResidentJob], *, multiple
         if not segment.samples:
             continue  # this replica has no sample of the job here
         job = jobs[segment.job]
-        taken = list((_validation_samples if microbatch.of_validation(segment) else _training_samples)(segment, job))
+        validation = microbatch.of_validation(segment)
+        samples = _mismatched_samples if microbatch.mismatched else _validation_samples if validation else _training_samples
+        taken = list(samples(segment, job))
         for each in taken:
             sample = each.sample
             targets = np.append(sample.targets[1:], False)
@@ -79,8 +81,10 @@ def collate(microbatch: Microbatch, jobs: Mapping[int, ResidentJob], *, multiple
             lengths += sample.lengths
         if not microbatch.reference or job.reference_has_adapter:
             segments.append((row, row + segment.num_tokens, job.adapter_row))
-        pairs = _pairs(taken, *_batch_of(microbatch, segment, job), to_device) if taken[0].sample.border else None
-        parts.append(Part(job=segment.job, step=segment.step, first=row, end=row + segment.num_tokens, pairs=pairs))
+        first = taken[0].sample
+        pairs = _pairs(taken, job, None if validation else segment.step, to_device) if first.border or first.num_prompt else None
+        batch = VALIDATION - segment.step if validation and segment.step >= 0 else segment.step
+        parts.append(Part(job=segment.job, step=segment.step, first=row, end=row + segment.num_tokens, batch=batch, pairs=pairs))
         row += segment.num_tokens
     num_padding = num_rows(microbatch, multiple) - row
     if num_padding:
@@ -129,23 +133,31 @@ def _validation_samples(segment: Segment, resident: ResidentJob) -> Iterator[_Ta
         yield _Taken(sample, first + index, 1.0, np.zeros(len(sample), dtype=np.int32))
 
 
-def _batch_of(microbatch: Microbatch, segment: Segment, job: ResidentJob) -> tuple[int, int]:
-    """Return the pairs of a segment's batch, and how many tokens of their chosen sequences the objective counts."""
-    if microbatch.of_validation(segment):
-        samples, batch = job.validation_samples, np.arange(len(job.validation_samples))
-    else:
-        samples, batch = job.step_samples.samples, job.step_samples.steps.batch(segment.step)
+def _mismatched_samples(segment: Segment, resident: ResidentJob) -> Iterator[_Taken]:
+    job, of_step = resident.step_samples, segment.step >= 0
+    samples, batch = (job.samples, job.steps.batch(segment.step)) if of_step else _all_of(resident.validation_samples)
+    for k in segment.samples:
+        sample = samples.mismatched(batch, k, job.longest)
+        yield _Taken(sample, k, 1.0, np.zeros(len(sample), dtype=np.int32))
+
+
+def _all_of(samples: Samples) -> tuple[Samples, np.ndarray]:
+    return samples, np.arange(len(samples))
+
+
+def _pairs(taken: Sequence[_Taken], job: ResidentJob, step: int | None, to_device: Callable[[np.ndarray], torch.Tensor]) -> Pairs:
+    """Return the pairs, or labelled answers, of a segment; without a step its batch is the validation set."""
+    own = job.step_samples
+    samples, batch = _all_of(job.validation_samples) if step is None else (own.samples, own.steps.batch(step))
     counted = samples.borders[batch] - 1 if job.trains_prompts else samples.num_chosen[batch]
-    return len(batch), int(counted.sum())
-
-
-def _pairs(taken: Sequence[_Taken], num_pairs: int, num_chosen: int, to_device: Callable[[np.ndarray], torch.Tensor]) -> Pairs:
     lengths = [length for each in taken for length in each.sample.lengths]
     return Pairs(
         edges=to_device(np.cumsum([0, *lengths], dtype=np.int64)),
         longest=max(lengths),
         num_targets=to_device(np.array([each.sample.pair_targets for each in taken], dtype=np.float32)),
         places=to_device(np.array([each.place for each in taken], dtype=np.int64)),
-        pair_weight=1.0 / num_pairs,
-        token_weight=1.0 / num_chosen,
+        pair_weight=1.0 / len(batch),
+        token_weight=1.0 / max(1, int(counted.sum())),
+        is_desirable=to_device(np.array([each.sample.weight > 0 for each in taken])),
+        num_desirable=int((samples.weights[batch] > 0).sum()),
     )

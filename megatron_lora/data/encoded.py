@@ -16,7 +16,8 @@ import numpy as np
 class Encoded:
     """A complete record as tokens [L] int32 and targets [L] bool, before it is cut.
 
-    Of a pair `border` is where the second sequence begins, 0 otherwise, and `num_prompt` how many tokens both begin with as their prompt.
+    Of a pair `border` is where the second sequence begins, 0 otherwise, and `num_prompt` how many tokens both begin with as their prompt;
+    of a labelled answer those before it. `weight`, of the loss, is below 0 where the label is false.
     """
 
     tokens: np.ndarray
@@ -24,6 +25,7 @@ class Encoded:
     notes: tuple[str, ...] = ()
     border: int = 0
     num_prompt: int = 0
+    weight: float = 1.0
 
     @property
     def longest(self) -> int:

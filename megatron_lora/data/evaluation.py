@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from megatron_lora.config.objective_keys import KtoConfig
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.sample_arrays import Samples
 from megatron_lora.data.steps import Steps, mix
@@ -42,6 +43,14 @@ def evaluation_steps(job: JobConfig, steps: Steps, taken: int = 0, due: bool = T
     return tuple(count for count in sorted(counts) if count > taken or (due and count == taken))
 
 
-def longest_of(validation: Iterable[Samples]) -> list[tuple[tuple[int]]]:
-    """Return the tokens of the longest sample of each set that has any, as a job of one step: what a microbatch must hold, too."""
-    return [((int(samples.lengths.max()),),) for samples in validation if len(samples)]
+def longest_of(jobs: Iterable[tuple[JobConfig, Samples, Samples]]) -> list[tuple[tuple[int]]]:
+    """Return what a microbatch must hold besides jobs' samples, as jobs of one step: the longest of validation, and mismatched ones.
+
+    `jobs`: the config of each, its samples, and those of validation.
+    """
+    found = []
+    for job, samples, validation in jobs:
+        found += [int(validation.lengths.max())] if len(validation) else []
+        if isinstance(job.preference, KtoConfig):
+            found += [held.longest_mismatched(job.sequence_len) for held in (samples, validation) if len(held)]
+    return [((tokens,),) for tokens in found]

@@ -35,12 +35,14 @@ class Packing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """The n pairs of a segment, as its rows lie: chosen, rejected, chosen, ...
+    """The n pairs of a segment, as its rows lie: chosen, rejected, chosen, ...; or n labelled answers, of one sequence each.
 
-    `edges` int64 [2n + 1]: the rows of the segment where sequences begin, and their end; `longest` of these has the most rows.
-    `num_targets` fp32 [n, 2]. `places` int64 [n]: of each pair among the job's, those of validation behind those of training. A pair
+    With s sequences to each, `edges` int64 [s n + 1]: the rows of the segment where sequences begin, and their end; `longest` of these
+    has the most rows.
+    `num_targets` fp32 [n, s]. `places` int64 [n]: of each pair among the job's, those of validation behind those of training. A pair
     weighs `pair_weight` = 1 / pairs of its batch, a chosen target `token_weight` = 1 / chosen targets of its batch, or with orpo all
-    tokens of a chosen sequence but the first likewise; a batch is the global one, or the validation set.
+    tokens of a chosen sequence but the first likewise; a batch is the global one, or the validation set. `is_desirable` bool [n]: the
+    labels, true for all pairs, of which there are `num_desirable` in the batch.
     """
 
     edges: Tensor
@@ -49,16 +51,27 @@ class Pairs:
     places: Tensor
     pair_weight: float
     token_weight: float
+    is_desirable: Tensor
+    num_desirable: int
+
+    @property
+    def num_undesirable(self) -> int:
+        """Labels of the batch that are false."""
+        return round(1 / self.pair_weight) - self.num_desirable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Rows first .. end - 1, the segment of a job at a step; `pairs` for preference objectives alone."""
+    """Rows first .. end - 1, the segment of a job at a step; `pairs` for preference objectives alone.
+
+    `batch` is the step, or of a validation set VALIDATION - the steps that its weights have taken.
+    """
 
     job: int
     step: int
     first: int
     end: int
+    batch: int
     pairs: Pairs | None = None
 
 

@@ -7,25 +7,27 @@
     messages           {messages: [{role, content}]}           the tokenizer's chat template over the whole conversation
     sharegpt           {conversations: [{from, value}]}        the same
     preference         {prompt, chosen, rejected}              two answers: preference_records.py, which has preference_chat too
+    kto                {prompt, completion, label}             prompt_completion, or both as lists of turns; whether it is desirable
 
 Prompt and completion are tokenised as one text, with bos and eos once each (text_tokens.py). A target is a token that the loss predicts:
 every token but the first in text, the completion and its eos in the next two formats, and the assistant turns in conversations
 (chat_turns.py). With `train_on_inputs` every token but the first is a target in all formats. Nothing is cut here.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_lora.config.dataset_paths import PREFERENCE_TYPES
+from megatron_lora.config.dataset_paths import LABELLED_TYPES, PREFERENCE_TYPES
 from megatron_lora.data.chat_fields import CHAT_TYPES, is_conversation
 from megatron_lora.data.chat_records import ChatEncoder
 from megatron_lora.data.chat_template import ChatSettings
 from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.preference_records import PreferenceEncoder
-from megatron_lora.data.record_fields import check_other_fields, filled_text_of, text_of
+from megatron_lora.data.record_fields import check_other_fields, filled_text_of, missing, text_of
 from megatron_lora.data.text_tokens import TextTokenizer
 from megatron_lora.errors import UserError
 
@@ -59,6 +61,11 @@ class RecordEncoder:
         """Encode a complete record, of which at least one token is a target."""
         if format in PREFERENCE_TYPES:
             return self._pairs.encode(record, format, where)
+        if format in LABELLED_TYPES:
+            label = _label_of(record, where)
+            rest = {name: value for name, value in record.items() if name != "label"}
+            encoded = self.encode(rest, "prompt_completion", False, where)
+            return replace(encoded, num_prompt=int(encoded.targets.argmax()), weight=1.0 if label else -1.0)
         plain = {"text": self._text, "prompt_completion": self._prompt_completion, "alpaca": self._alpaca, "alpaca_chat": self._alpaca_chat}
         chat = is_conversation(record, format)
         encoded = self._chats.encode(record, format, train_on_inputs, where) if chat else plain[format](record, where)
@@ -102,6 +109,17 @@ class RecordEncoder:
         if encoded is None:
             raise UserError(f"{subject} gives no tokens but special ones; remove the record or complete it")
         return replace(encoded, notes=notes + encoded.notes)
+
+
+def _label_of(record: Mapping[str, object], where: str) -> bool:
+    """Get whether a labelled answer is desirable; CSV files have it as text."""
+    label = record.get("label")
+    found = {"true": True, "1": True, "false": False, "0": False}.get(str(label).lower())
+    if label is None:
+        raise missing(record, "label", where)
+    if found is None:
+        raise UserError(f"{where}: 'label' is {json.dumps(label, default=str)[:40]}; write true for a desirable completion, or false")
+    return found
 
 
 def _alpaca_fields(record: Mapping[str, object], where: str) -> tuple[str, str, str, str, tuple[str, ...]]:

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 
 IN_MEMORY_BYTES = 1 << 26  # of tokens, before they are spooled to disk
 MOST_HEADER_BYTES = 1 << 24
-COUNTS = ("num_targets", "borders", "num_chosen")
-SMALL = dict.fromkeys(("offsets", "records"), ("I64", np.int64)) | dict.fromkeys(COUNTS, ("I32", np.int32))
+COUNTS = ("num_targets", "borders", "num_chosen", "num_prompt")
+SMALL: dict[str, tuple[str, type]] = {
+    **dict.fromkeys(("offsets", "records"), ("I64", np.int64)),
+    **dict.fromkeys(COUNTS, ("I32", np.int32)),
+    "weights": ("F32", np.float32),
+}
 LAYOUT = SMALL | {"tokens": ("I32", np.int32), "targets": ("BOOL", np.bool_)}
 
 
@@ -47,6 +51,8 @@ class Dataset:
     num_targets: np.ndarray  # [samples] int32
     borders: np.ndarray  # [samples] int32: of a pair, where its second sequence begins; else 0
     num_chosen: np.ndarray  # [samples] int32: of a pair, targets of its first sequence; else 0
+    num_prompt: np.ndarray  # [samples] int32: of a pair or a labelled answer, tokens of its prompt; else 0
+    weights: np.ndarray  # [samples] fp32: of their losses; below 0 where a label is false
     num_records: int
     num_truncated: int = 0
     num_dropped: int = 0  # without a target before the cut
@@ -68,6 +74,8 @@ class Chunk:
     lengths: np.ndarray  # [samples] int64
     records: np.ndarray
     borders: np.ndarray
+    num_prompt: np.ndarray
+    weights: np.ndarray
     counts: Counter[str]
     notes: Counter[str]
     bad: list[str]
@@ -81,7 +89,7 @@ class DatasetBuilder:
         self._directory = directory
         spool = functools.partial(tempfile.SpooledTemporaryFile, IN_MEMORY_BYTES, dir=None if directory is None else str(directory))
         self._spools = {"tokens": spool(), "targets": spool()}
-        self._small: dict[str, list[np.ndarray]] = {name: [] for name in ("lengths", "records", *COUNTS)}
+        self._small: dict[str, list[np.ndarray]] = {name: [] for name in ("lengths", "records", *COUNTS, "weights")}
         self._counts: Counter[str] = Counter()
         self._largest = -1
         self.notes: Counter[str] = Counter()
@@ -101,6 +109,8 @@ class DatasetBuilder:
         self._small["num_targets"].append(parts.sum(axis=1))
         self._small["borders"].append(chunk.borders)
         self._small["num_chosen"].append(parts[:, 0])
+        self._small["num_prompt"].append(chunk.num_prompt)
+        self._small["weights"].append(chunk.weights)
         self._counts.update(chunk.counts)
         self._largest = max(self._largest, int(chunk.tokens.max(initial=-1)))
         self.notes.update(chunk.notes)
@@ -113,11 +123,12 @@ class DatasetBuilder:
 
     def write(self, file: IO[bytes]) -> None:
         """Write the dataset as a safetensors file."""
-        joined = {name: np.concatenate([np.empty(0, np.int64), *arrays]) for name, arrays in self._small.items()}
+        joined = {name: np.concatenate(arrays or [np.empty(0, np.int64)]) for name, arrays in self._small.items()}
         small = {
             "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(joined["lengths"], dtype=np.int64)]),
             "records": joined["records"],
             **{name: joined[name].astype(np.int32) for name in COUNTS},
+            "weights": joined["weights"].astype(np.float32),
         }
         entries, end = {}, 0
         sizes = {name: array.nbytes for name, array in small.items()} | {name: spool.tell() for name, spool in self._spools.items()}

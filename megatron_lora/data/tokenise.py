@@ -60,7 +60,7 @@ def tokenise(source: Source, settings: Settings, encoder: Encoder, drop_bad: boo
 
 def encode_block(encoder: Encoder, settings: Settings, source: str, drop_bad: bool, block: Block) -> Chunk | UserError:
     """Encode, cut and count consecutive records; returns the first bad one's error unless they are dropped."""
-    tokens, targets, records, borders = [np.empty(0, np.int32)], [np.empty(0, bool)], [], []
+    tokens, targets, records, kept_ones = [np.empty(0, np.int32)], [np.empty(0, bool)], [], []
     notes: Counter[str] = Counter()
     bad: list[str] = []
     counts = Counter(num_records=0, num_truncated=0, num_dropped=0, num_bad=0)
@@ -82,7 +82,7 @@ def encode_block(encoder: Encoder, settings: Settings, source: str, drop_bad: bo
             tokens.append(kept.tokens)
             targets.append(kept.targets)
             records.append(number)
-            borders.append(kept.border)
+            kept_ones.append((kept.border, kept.num_prompt, kept.weight))
             counts["num_truncated"] += kept is not encoded
         else:
             counts["num_dropped"] += 1
@@ -91,7 +91,9 @@ def encode_block(encoder: Encoder, settings: Settings, source: str, drop_bad: bo
         targets=np.concatenate(targets),
         lengths=np.array([len(part) for part in tokens[1:]], dtype=np.int64),
         records=np.array(records, dtype=np.int64),
-        borders=np.array(borders, dtype=np.int32),
+        borders=np.array([border for border, _, _ in kept_ones], dtype=np.int32),
+        num_prompt=np.array([num_prompt for _, num_prompt, _ in kept_ones], dtype=np.int32),
+        weights=np.array([weight for _, _, weight in kept_ones], dtype=np.float32),
         counts=counts,
         notes=notes,
         bad=first_of_each_kind(bad),

@@ -236,11 +236,10 @@ def line(job: Progress, total_tokens_per_second: float) -> str:
 
 
 def rewards(report: StepReport | EvalReport, prefix: str = "") -> list[str]:
-    """Say a preference's margin, and how often the chosen answer is the better one; nothing of another objective."""
-    found = report.reported
-    if not found:
-        return []
-    return [f"reward margin {found[prefix + 'rewards/margins']:.4f}", f"chosen above rejected {found[prefix + 'rewards/accuracies']:.1%}"]
+    """Say a preference's margin, and of pairs how often the chosen answer is the better one; nothing of another objective."""
+    found, right = report.reported, prefix + "rewards/accuracies"
+    shown = [f"reward margin {found[prefix + 'rewards/margins']:.4f}"] if found else []
+    return shown + ([f"chosen above rejected {found[right]:.1%}"] if right in found else [])
 
 
 def duration(seconds: float) -> str:

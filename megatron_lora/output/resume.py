@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lora.config.consistent_job import same_targets
-from megatron_lora.config.objective_keys import PairObjective
+from megatron_lora.config.objective_keys import Preference
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.config.sweep_keys import Point, SweepConfig
@@ -50,9 +50,11 @@ def changed_key(before: RunConfig, now: RunConfig) -> str | None:
                 continue
             if isinstance(old, Point) and isinstance(new, Point) and old.sweep != new.sweep:
                 return _changed_sweep(old.sweep, new.sweep)
-            if isinstance(old, PairObjective) and type(old) is type(new):
+            if isinstance(old, Preference) and type(old) is type(new):
                 key, (old, new) = next(iter(_differences(old, new, ()).items()))
                 name = f"{name}.{key}"
+            elif name == "objective":
+                old, new = (getattr(each, "type", each) for each in (old, new))
             return f"jobs.{old_job.name}.{name}: {show(new)} differs from {show(old)}"
     return None
 

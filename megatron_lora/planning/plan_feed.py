@@ -42,8 +42,9 @@ from scheduling.accounting import usage
 from scheduling.data_parallel import Dealt, DealtJob
 from scheduling.follow import Follower, Window
 from scheduling.job_lengths import JobLengths
+from scheduling.mismatched import with_needed
 from scheduling.plan_json import stream_from_json
-from scheduling.references import Wanted, insert
+from scheduling.references import Wanted
 from scheduling.slot_cost import SlotCost
 from scheduling.types import MAX_ENDINGS, NOOP, Ending, Stream
 from scheduling.windows import WINDOW_SLOTS
@@ -100,6 +101,7 @@ class PlannedJob:
             "validation": list(self.dealt.validation_rounds),
             "evaluate_after": [step - self.first_step for step in self.evaluations],
             "priority": self.priority,
+            "mismatched": self.dealt.mismatched is not None,
         }
 
 
@@ -238,8 +240,9 @@ class PlanFeed:
                 window = planner.plan(asked, joined)
                 wanted = {number: progress.wanted for number, progress in self.follower.jobs.items()}
                 wanted |= {job.number: job.wanted for job in joined}
-                found = insert(window["microbatches"], window["evaluate"], wanted, self.settings.capacity)
-                window["microbatches"], window["evaluate"], window["reference"] = found
+                compared = {number: dealt.mismatched for number, dealt in self.dealt.items()}
+                compared |= {job.number: job.dealt.mismatched for job in joined}
+                window |= with_needed(window, wanted, compared, self.follower.opened(), self.settings.capacity)
                 before = self.follower.jobs.keys() | {job.number for job in joined}
                 followed = self._follow(window, joined)
                 departed = frozenset(before - self.follower.jobs.keys())
@@ -249,7 +252,7 @@ class PlanFeed:
                 changes, moves, told = self.director.planned(
                     Planned(stream=followed.rounds, ended=followed.ended, left=left, departed=departed, at_rung=at_rung, used=followed.used)
                 )
-                chain.update(json.dumps([window["microbatches"], window["evaluate"]]).encode())
+                chain.update(_planned(window))
                 window |= {"moves": sorted(moves), "sha256": chain.hexdigest()}
                 self._write(number, window | told | {"slot": slot})
                 known = {job.number: job.known for job in joined}
@@ -280,7 +283,7 @@ class PlanFeed:
             if not text:
                 break
             window = json.loads(text)
-            chain.update(json.dumps([window["microbatches"], window["evaluate"]]).encode())
+            chain.update(_planned(window))
             assert window["sha256"] == chain.hexdigest(), "this rank follows another plan than the first rank"
             self._put(self._follow(window, self.crew.read(changes, known)), window, changes)
         self.ready.put(None)
@@ -288,13 +291,15 @@ class PlanFeed:
     def _follow(self, window: dict[str, Any], joined: Sequence[PlannedJob]) -> _Followed:
         """Check a window, and find what ends in its slots."""
         for job in joined:
-            self.follower.join(job.number, job.rounds, job.first_step, job.dealt.validation_rounds, job.evaluations, job.wanted)
+            held = job.dealt.validation_rounds, job.evaluations, job.wanted, job.dealt.mismatched
+            self.follower.join(job.number, job.rounds, job.first_step, *held)
             self.dealt[job.number] = job.dealt
             if job.until is not None:
                 self.until[job.number] = job.until
         for number, evaluate in window["leave"]:
             self.follower.leave(number, evaluate)
-        rounds = stream_from_json(window["microbatches"], window["evaluate"], window["reference"]) + (NOOP,) * window["drain"]
+        kinds = (window[kind] for kind in ("evaluate", "reference", "mismatched"))
+        rounds = stream_from_json(window["microbatches"], *kinds) + (NOOP,) * window["drain"]
         ended = self.follower.follow(rounds)
         own = tuple(Dealt(self.dealt).part(microbatch, self.replica) for microbatch in rounds)
         used = self._used(rounds) if self.director is not None else {}
@@ -309,12 +314,18 @@ class PlanFeed:
         tokens: Counter[int] = Counter()
         for slot in (Dealt(self.dealt).part(microbatch, replica) for replica in range(replicas) for microbatch in rounds):
             tokens.update({segment.job: segment.num_tokens for segment in slot.segments})
-        found = usage(rounds, lengths, self.settings.cost, validation)
+        mismatched = {number: dealt.mismatched for number, dealt in self.dealt.items() if dealt.mismatched is not None}
+        found = usage(rounds, lengths, self.settings.cost, validation, mismatched)
         return {n: Used(tokens[n], each.slots, each.time, replicas * each.tokens - tokens[n]) for n, each in found.items()}
 
     def _put(self, followed: _Followed, window: dict[str, Any], changes: Any) -> None:
         self.ready.put(Window(followed.own, followed.ended, frozenset(map(tuple, window["moves"])), changes))
         self.crew.prepare(changes)  # what of it is not there yet is waited for where it is needed
+
+
+def _planned(window: dict[str, Any]) -> bytes:
+    """Return what a window's SHA-256 is of."""
+    return json.dumps([window[name] for name in ("microbatches", "evaluate", "reference", "mismatched")]).encode()
 
 
 class _Followed(NamedTuple):

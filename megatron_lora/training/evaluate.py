@@ -9,11 +9,15 @@ All in fp32, on the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lora.data.microbatch import Part
 from megatron_lora.parallel.messages import NUM_SUMS
+from scheduling.types import Microbatch
 
 
 class EvaluationSums:
@@ -29,6 +33,15 @@ class EvaluationSums:
     def add(self, job: int, step: int, sums: Tensor, num_right: Tensor) -> None:
         """Add the sums of a segment's rows, fp32 [NUM_SUMS], and how many are right, int64 []."""
         self._of(job, step).add_(torch.cat((num_right.float()[None], sums)))
+
+    def sums_over_replicas(self, microbatch: Microbatch, losses: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Return the summed losses of each segment of a slot, which some replicas may have no samples of: fp64 [segments]."""
+        own = {part.job: losses[part.first : part.end].double().sum() for part in parts}
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.stack([own.get(segment.job, none) for segment in microbatch.segments])
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+        return sums
 
     def start_reduction(self, job: int, step: int) -> None:
         """Start to sum a complete evaluation over replicas; the same order on all of them."""

@@ -8,7 +8,7 @@ a stage (tensor or data parallelism) and d = 0 otherwise (P + d is the gap):
     B(t)     backward of slot t      its message's header holds partial sums for what ended at slot t - d
     MOVE(j)  the rows of job j move, directly after its STEP
     STEP(j)  optimizer step of job j with the verdict in the next forward message's header
-    EVAL(s)  forward of an evaluation or reference slot, without a graph and without dropout; its message's header holds nothing
+    EVAL(s)  forward of an evaluation, reference or mismatched slot, without a graph and without dropout; its message's header holds nothing
 
 Here t counts the slots that have a backward (their index, scheduling.rolling): evaluation slots lie between them.
 
@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lora.data.microbatch import StageInput
+from megatron_lora.data.microbatch import Part, StageInput
 from megatron_lora.model.stage import Stage
 from megatron_lora.output.timeline import Timeline
 from megatron_lora.parallel.messages import NUM_SUMS, SLOT, Links, Message, MessageLayout, Receiver
@@ -267,9 +267,11 @@ class Executor:
 
     def _evaluate(self, slot: int) -> None:
         message, data = self._begin(slot)
-        if data is None:
-            return
         microbatch = self.stream[slot]
+        if data is None:
+            if microbatch.mismatched and self.position.is_last:
+                self._compare(microbatch, self.no_sums, ())
+            return
         with self.timeline.span("E", slot), torch.no_grad(), self.with_references(microbatch):
             output = self.model(data, None if self.position.is_first else message.body)
             if self.position.is_last:
@@ -282,6 +284,8 @@ class Executor:
     def _add_to_evaluations(self, microbatch: Microbatch, output: Tensor, data: StageInput) -> None:
         """Add each segment's outcome and right predictions to the sums of its job's evaluation, or keep its references."""
         losses, right = self.model.evaluate(output, data.labels, data.targets)
+        if microbatch.mismatched:
+            return self._compare(microbatch, losses, data.parts)
         for part in data.parts:
             job, rows = self.jobs[part.job], losses[part.first : part.end]
             if microbatch.reference:
@@ -291,6 +295,13 @@ class Executor:
             weights = data.weights[part.first : part.end]
             outcome = job.outcome(rows, part, weights)
             self.evaluations.add(part.job, part.step, outcome.sums, (right[part.first : part.end] & (weights > 0)).sum())
+
+    def _compare(self, microbatch: Microbatch, losses: Tensor, parts: Sequence[Part]) -> None:
+        """Add mismatched samples' log-probabilities to their batches' divergences, those under the reference negatively, over replicas."""
+        sums = self.evaluations.sums_over_replicas(microbatch, losses, parts)
+        for segment, found in zip(microbatch.segments, sums if microbatch.reference else -sums, strict=True):
+            held = self.jobs[segment.job].divergences
+            held[segment.step] = held[segment.step] + found if segment.step in held else found
 
     def _loss(self, output: Tensor, data: StageInput) -> Tensor:
         """Return what the microbatch's backward starts from, and add each segment's part to the sums of its job's current step."""
@@ -337,6 +348,7 @@ class Executor:
                 self.evaluations.start_reduction(job, step)
             if self.position.is_last and (references := self.jobs[job].references) is not None:
                 references.share(VALIDATION if evaluation else step, self.evaluations.group, self.device)
+                self.jobs[job].divergences.pop(VALIDATION - step if evaluation else step, None)
         ended_at = index - self.position.delay
         self._add_own_part(message, self.stream.ended_at(ended_at))
         if self.links.backward_out is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lora.config.objective_keys import KtoConfig
 from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData
@@ -44,7 +45,9 @@ def check_decay(job: JobConfig, data: JobData) -> None:
 
 
 def check_pairs(job: JobConfig, data: JobData) -> None:
-    """Check that samples are pairs where the objective is a preference, and are not elsewhere: datasets of lengths may be either."""
+    """Check that samples are pairs where the objective takes pairs, and are not elsewhere: datasets of lengths may be either."""
+    if isinstance(job.preference, KtoConfig):
+        return
     for samples in (data.samples, data.validation_samples):
         if len(wrong := np.flatnonzero((samples.borders > 0) != (job.preference is not None))):
             record = f"jobs.{job.name}.datasets: record {samples[int(wrong[0])].record}"
@@ -135,9 +138,17 @@ def check_lengths(job: JobConfig, data: JobData, microbatch_tokens: int | str, a
                 f"microbatch_tokens: {microbatch_tokens} is less than the {tokens} tokens of record {longest.record}{kind} of {where}; "
                 f"set microbatch_tokens: {tokens} or more, or {where}.sequence_len: {microbatch_tokens // sequences}"
             )
+        mismatched = samples.longest_mismatched(job.sequence_len) if isinstance(job.preference, KtoConfig) else 0
+        if isinstance(microbatch_tokens, int) and mismatched > microbatch_tokens:
+            raise UserError(
+                f"microbatch_tokens: {microbatch_tokens} is less than the {mismatched} tokens of the longest prompt{kind} of {where} and "
+                f"the longest completion, which kto may join; set microbatch_tokens: {mismatched} or more, or {where}.sequence_len: "
+                f"{microbatch_tokens}"
+            )
         if sequences > 1:
             longest = max(samples, key=lambda sample: max(sample.lengths))
             tokens = max(longest.lengths)
+        tokens = max(tokens, mismatched)
         if tokens > architecture.max_positions:
             raise UserError(
                 f"{where}.sequence_len: {job.sequence_len} lets record {longest.record}{kind} have {tokens} tokens, and the model has "

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lora.config.objective_keys import OrpoConfig
+from megatron_lora.config.objective_keys import KtoConfig, OrpoConfig
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.evaluation import evaluation_steps
 from megatron_lora.data.microbatch import Part
@@ -25,7 +25,7 @@ from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.model.arena_region import AdapterSpec, LinearSpec
 from megatron_lora.output.standing import ResumePoint
-from megatron_lora.training.objectives import Outcome, cross_entropy, preference
+from megatron_lora.training.objectives import Outcome, cross_entropy, labelled, preference
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
 from megatron_lora.training.references import References
 from megatron_lora.training.window_changes import Leaving
@@ -46,6 +46,7 @@ class Job:
     adapter_row: int = -1  # in the arena; -1: not resident
     resident_optimizer: JobOptimizer | None = None  # of its adapter on this rank, while it is resident
     references: References | None = None  # of an objective that has some
+    divergences: dict[int, Tensor] = field(default_factory=dict)  # on the last stage, of batches under way: sums over mismatched samples
     initial: Tensor | None = None  # of one whose reference is the adapter it began from: its factors, as the arena takes them
     state: str = "queued"  # one of output/job_states.py; kept by the first rank
     steps_taken: int = 0
@@ -96,6 +97,11 @@ class Job:
         return self.config.preference is not None and self.config.preference.reference == "init_adapter"
 
     @property
+    def has_mismatched(self) -> bool:
+        """Whether its objective compares the policy with the reference on mismatched samples, in front of each batch."""
+        return isinstance(self.config.preference, KtoConfig)
+
+    @property
     def trains_prompts(self) -> bool:
         """Whether the cross-entropy counts the prompts of chosen answers too."""
         return isinstance(self.config.preference, OrpoConfig)
@@ -104,9 +110,13 @@ class Job:
         """Return what the job's objective makes of a segment's rows (objectives.py) with their `weights`."""
         if part.pairs is None:
             return cross_entropy(rows, weights)
-        assert self.config.preference is not None
+        config = self.config.preference
+        assert config is not None
         reference = None if self.references is None else self.references.of(part.pairs)
-        return preference(self.config.preference, rows, part.pairs, reference, weights)
+        if isinstance(config, KtoConfig):
+            assert reference is not None
+            return labelled(config, rows, part.pairs, reference, self.divergences[part.batch] * part.pairs.pair_weight)
+        return preference(config, rows, part.pairs, reference, weights)
 
     def is_evaluated_after(self, step: int) -> bool:
         """Whether an evaluation comes after `step` steps."""

@@ -28,10 +28,16 @@ and by its orpo_trainer.py, with the means c / |c| and r / |r| in place of c and
     orpo      -log(P) - beta log s(o)       o = (c - r) - (log(1 - exp c) - log(1 - exp r)), the odds ratio's logarithm
               P: of every token of the chosen sequences but the first, prompts included, over their number
 
+Of single answers with a label, by its kto_trainer.py, with d = c - c0,
+
+    kto       desirable_weight (1 - s(beta (d - k))) where the label is true, undesirable_weight (1 - s(beta (k - d))) where it is false
+    k         max(0, mean of d over the batch, each prompt with the completion of the answer before it, the first with the last
+              one's), without a gradient
+
 averaged over the pairs of the batch, the last over its chosen targets; a batch is the global one, or the validation set. Reported, over
 pairs: rewards/chosen = beta (c - c0), rewards/rejected = beta (r - r0), their difference rewards/margins, rewards/accuracies the
 share of pairs with rewards/chosen above rewards/rejected, logps/chosen = c and logps/rejected = r; of orpo nll_loss, its first
-term, log_odds_ratio = log s(o), and log_odds_chosen = o.
+term, log_odds_ratio = log s(o), and log_odds_chosen = o; of kto k as kl, and the others over the answers with their label.
 """
 
 from __future__ import annotations
@@ -44,12 +50,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lora.config.objective_keys import CpoConfig, DpoConfig, OrpoConfig, PairObjective, SimpoConfig
+from megatron_lora.config.objective_keys import CpoConfig, DpoConfig, KtoConfig, OrpoConfig, PairObjective, Preference, SimpoConfig
 from megatron_lora.data.microbatch import Pairs
 from megatron_lora.parallel.messages import NUM_SUMS
 
 PAIR_SUMS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")  # behind the loss
 ODDS_SUMS = ("nll_loss", "log_odds_ratio", "log_odds_chosen")  # behind these, of orpo
+LABELLED_SUMS = ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")  # behind the loss, of kto
 assert len(PAIR_SUMS) + len(ODDS_SUMS) < NUM_SUMS
 
 
@@ -66,11 +73,14 @@ def cross_entropy(rows: Tensor, weights: Tensor) -> Outcome:
 
 
 def log_probabilities(rows: Tensor, pairs: Pairs) -> Tensor:
-    """Return the log-probability of each sequence's targets, fp32 [n, 2]: rows of a sequence are added in the same order anywhere."""
+    """Return the log-probability of each sequence's targets, fp32 [n, 2], or [n, 1] of labelled answers.
+
+    Rows of a sequence are added in the same order anywhere.
+    """
     first, end = pairs.edges[:-1, None], pairs.edges[1:, None]
     at = first + torch.arange(pairs.longest, device=rows.device)
     held = rows[at.clamp_(max=len(rows) - 1)].masked_fill_(at >= end, 0.0)
-    return -held.sum(dim=1).view(-1, 2)
+    return -held.sum(dim=1).view(pairs.num_targets.shape)
 
 
 def preference(config: PairObjective, rows: Tensor, pairs: Pairs, reference: Tensor | None, weights: Tensor) -> Outcome:
@@ -103,6 +113,22 @@ def preference(config: PairObjective, rows: Tensor, pairs: Pairs, reference: Ten
     reported = torch.cat([rewards, right, seen], dim=1).sum(dim=0) * pairs.pair_weight
     found = torch.stack([loss, *reported, *more]).detach()
     return Outcome(row_weights, F.pad(found, (0, NUM_SUMS - len(found))))
+
+
+def labelled(config: KtoConfig, rows: Tensor, answers: Pairs, reference: Tensor, divergence: Tensor) -> Outcome:
+    """Return the outcome of answers with a label; `divergence` []: the batch's mismatched mean of d."""
+    logps, kl = log_probabilities(rows, answers), divergence.to(rows.dtype).clamp(min=0)
+    sign = answers.is_desirable.float() * 2 - 1
+    ratios = (logps - reference)[:, 0]
+    weights = torch.where(answers.is_desirable, config.desirable_weight, config.undesirable_weight) * answers.pair_weight
+    right = torch.sigmoid(config.beta * sign * (ratios - kl))
+    slope = -weights * config.beta * sign * right * (1 - right)
+    row_weights = torch.repeat_interleave(-slope, answers.edges.diff(), output_size=len(rows))
+    found = [(weights * (1 - right)).sum(), kl * len(ratios) * answers.pair_weight]
+    for values in (config.beta * ratios, logps[:, 0]):
+        for held, count in ((answers.is_desirable, answers.num_desirable), (~answers.is_desirable, answers.num_undesirable)):
+            found.append((values * held).sum() / count if count else torch.full_like(kl, math.nan))
+    return Outcome(row_weights, F.pad(torch.stack(found), (0, NUM_SUMS - len(found))))
 
 
 def _dpo(config: DpoConfig, logps: Tensor, pairs: Pairs, reference: Tensor | None) -> Tensor:
@@ -173,11 +199,11 @@ def _ipo(means: Tensor, beta: float) -> Tensor:
     return (means[:, 0] - means[:, 1] - 1 / (2 * beta)).square()
 
 
-def named(config: PairObjective | None, sums: list[float], prefix: str = "") -> Mapping[str, float]:
+def named(config: Preference | None, sums: list[float], prefix: str = "") -> Mapping[str, float]:
     """Return what a job's objective reports besides the loss, by name, from the `sums` of an ending."""
     if config is None:
         return {}
-    names = PAIR_SUMS + ODDS_SUMS * isinstance(config, OrpoConfig)
+    names = LABELLED_SUMS if isinstance(config, KtoConfig) else PAIR_SUMS + ODDS_SUMS * isinstance(config, OrpoConfig)
     found: dict[str, float] = dict(zip(names, sums[1:], strict=False))
     found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
     return {prefix + name: value for name, value in found.items()}

@@ -1,9 +1,9 @@
 """The reference of a preference job: log-probabilities of its pairs under the base model, or under the adapter that it began from.
 
-They are computed once per sample, in reference slots (scheduling/references.py), and kept on the last stage as fp32 [pairs, 2], those
-of the validation set behind those of training, nan while unknown. A replica computes those of the samples that it trains; where a step
-or an evaluation ends, the replicas exchange them, so that each knows all before the next step. When a job leaves or is over, what is
-known is kept beside the tokens, under a key of all that decides it:
+They are computed once per sample, in reference slots (scheduling/references.py), and kept on the last stage as fp32 [pairs, 2] or
+[answers, 1], those of the validation set behind those of training, nan while unknown. A replica computes those of the samples that it
+trains; where a step or an evaluation ends, the replicas exchange them, so that each knows all before the next step. When a job leaves or
+is over, what is known is kept beside the tokens, under a key of all that decides it:
 
     base digest, precision, storage      or, of random weights, the model's config and the seed
     adapter digest and scale             "base" without an adapter
@@ -51,6 +51,11 @@ class Known(NamedTuple):
     values: np.ndarray | None
 
 
+def shape_of(data: JobData) -> tuple[int, int]:
+    """Return the shape of a job's references: its samples, those of validation behind them, by the sequences of each."""
+    return len(data.samples) + len(data.validation_samples), 1 + bool(data.samples.borders.any())
+
+
 class References:
     """A job's references on one rank; the values are on the last stage alone."""
 
@@ -58,7 +63,7 @@ class References:
         """Begin with what is known; steps from `first_step` on are to be taken."""
         num_samples = len(data.samples)
         self.key = known.key
-        unknown = np.full((num_samples + len(data.validation_samples), 2), np.nan, np.float32)
+        unknown = np.full(shape_of(data), np.nan, np.float32)
         self._known = unknown if known.values is None else known.values
         self._device_values: Tensor | None = None
         self._has_changed = False
@@ -86,7 +91,7 @@ class References:
         return found
 
     def of(self, pairs: Pairs) -> Tensor:
-        """Return the references of pairs, fp32 [n, 2]."""
+        """Return the references of pairs, fp32 [n, 2], or of labelled answers, [n, 1]."""
         return self._values(pairs.places.device)[pairs.places]
 
     def keep(self, rows: Tensor, pairs: Pairs) -> None:
@@ -105,7 +110,7 @@ class References:
         is_known = ~own.isnan().any(dim=1, keepdim=True)
         total = torch.cat([own.masked_fill(~is_known, 0.0), is_known.float()], dim=1)
         dist.all_reduce(total, group=group)
-        values[at] = total[:, :2] / total[:, 2:]
+        values[at] = total[:, :-1] / total[:, -1:]
         self._has_changed = True
 
     def changed(self) -> np.ndarray | None:
@@ -132,12 +137,12 @@ class ReferenceCache:
     def known(self, job: JobConfig, data: JobData) -> Known:
         """Return a job's key, and what is kept under it."""
         key = self._key(job, data)
-        return Known(key, self._kept(key, len(data.samples) + len(data.validation_samples)))
+        return Known(key, self._kept(key, shape_of(data)))
 
-    def _kept(self, key: str, num_pairs: int) -> np.ndarray | None:
+    def _kept(self, key: str, shape: tuple[int, int]) -> np.ndarray | None:
         with suppress(OSError, SafetensorError, KeyError, TypeError), safe_open(self._file(key), framework="numpy") as file:
             values = file.get_tensor("values")
-            if file.metadata()["sha256"] == _digest(values) and values.shape == (num_pairs, 2) and values.dtype == np.float32:
+            if file.metadata()["sha256"] == _digest(values) and values.shape == shape and values.dtype == np.float32:
                 return values
         return None
 
@@ -149,7 +154,7 @@ class ReferenceCache:
         values = references.changed()
         if values is None:
             return
-        if (kept := self._kept(references.key, len(values))) is not None:
+        if (kept := self._kept(references.key, values.shape)) is not None:
             values = np.where(np.isnan(values), kept, values)
         with suppress(OSError):
             self._directory.mkdir(parents=True, exist_ok=True)

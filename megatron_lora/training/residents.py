@@ -25,6 +25,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
+
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.data.samples import JobData
 from megatron_lora.model.adapter_arena import Arena
@@ -84,8 +86,9 @@ class Residents:
         planned = []
         for continuing in changes.continued:
             job, step = self.jobs[continuing.number], continuing.step
-            after = [each for each in job.evaluation_steps if each > step]
-            planned.append(self._planned(job, self._deal(job), step, after, continuing.rungs))
+            after, dealt = [each for each in job.evaluation_steps if each > step], self._deal(job)
+            later = {} if job.references is None else {k: held for k, held in job.references.wanted(dealt).items() if k >= step}
+            planned.append(replace(self._planned(job, dealt, step, after, continuing.rungs), wanted=later))
         for joining in changes.joined:
             job = self._make(joining.number, joining.config, joining.point)
             self._ready[job.number], self._starts[job.number] = job, Future()
@@ -101,8 +104,12 @@ class Residents:
         return planned
 
     def _deal(self, job: Job) -> DealtJob:
-        validation = () if job.data.validation is None else job.data.validation.samples.lengths.tolist()
-        return DealtJob.of(job.step_samples.lengths(), self._num_replicas, self._cost, validation)
+        held, shared = job.validation_samples, (self._num_replicas, self._cost)
+        dealt = DealtJob.of(job.step_samples.lengths(), *shared, held.lengths.tolist())
+        if not job.has_mismatched:
+            return dealt
+        of_validation = held.mismatched_lengths(np.arange(len(held)), np.array([len(held)]), job.config.sequence_len) if len(held) else ()
+        return replace(dealt, mismatched=DealtJob.of(job.step_samples.mismatched_lengths(), *shared, list(map(int, of_validation))))
 
     def _planned(self, job: Job, dealt: DealtJob, first_step: int, evaluate_after: Sequence[int], rungs: int) -> PlannedJob:
         return PlannedJob(

@@ -193,7 +193,8 @@ def read_start(job: Job, arena: Arena, first_factors: FirstFactors | None = None
     """
     point, spec = job.resume_point, job.adapter_spec()
     initial = None
-    if job.reference_has_adapter and job.config.init_adapter is not None and job.references is not None and job.references.unknown:
+    computes = job.references is not None and (job.references.unknown or job.has_mismatched)
+    if job.reference_has_adapter and job.config.init_adapter is not None and computes:
         initial = arena.shard(spec, as_in_arena(job.config, read_adapter(job.config.init_adapter)))
     if point.checkpoint is not None and point.state is not None:
         weights, moments = read_checkpoint(point.checkpoint)

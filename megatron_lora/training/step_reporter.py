@@ -23,7 +23,7 @@ from megatron_lora.output.metrics import EvalReport, StepReport
 from megatron_lora.training.executor import EvaluationDone, StepDone
 from megatron_lora.training.jobs import Job, Jobs
 from megatron_lora.training.objectives import named
-from scheduling.types import VALIDATION, Microbatch
+from scheduling.types import Microbatch
 
 Report = StepReport | EvalReport
 
@@ -58,7 +58,7 @@ class StepReporter:
     def on_forward(self, microbatch: Microbatch) -> None:
         """Note the time at which steps and evaluations begin: with the first microbatch that has a segment of theirs."""
         now = time.perf_counter()
-        for segment in (segment for segment in microbatch.segments if segment.step != VALIDATION):
+        for segment in (segment for segment in microbatch.segments if segment.step >= 0):
             self.started.setdefault((segment.job, segment.step, microbatch.of_validation(segment)), now)
         self.flush(wait=False)
 

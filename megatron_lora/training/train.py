@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from fused_ops.experts.route import NEAR
 from megatron_lora.config.live import Live
+from megatron_lora.config.objective_keys import PairObjective
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import RunConfig, load_config
 from megatron_lora.data.evaluation import longest_of
@@ -277,10 +278,12 @@ def _make_control(
 def _lengths(config: RunConfig, architecture: Architecture, first: Jobs, points: Collection[str]) -> Lengths:
     """Return the lengths that a microbatch must hold: of the jobs that have been read, and of those of `points` that have not, at most."""
     lengths: list[Sequence[Sequence[int]]] = [job.step_samples.lengths() for job in first.values()]
-    lengths += longest_of(job.validation_samples for job in first.values())
+    lengths += longest_of((job.config, job.data.samples, job.validation_samples) for job in first.values())
     read = {job.name for job in first.values()}
     waiting = [job for job in config.jobs if not points or (job.name in points and job.name not in read)]  # without any, others may come
-    return lengths + [[[min(job.sequence_len, architecture.max_positions) * (1 + (job.preference is not None))]] for job in waiting]
+    return lengths + [
+        [[min(job.sequence_len, architecture.max_positions) * (1 + isinstance(job.preference, PairObjective))]] for job in waiting
+    ]
 
 
 def _room_of(config: ResolvedConfig, architecture: Architecture) -> dict[str, int]:

@@ -23,22 +23,22 @@ def test_each_reference_once_and_before_its_use(lengths, draw):
         if draw.random() < 0.7
     }
     slots = stream_to_json(with_drain(plan_stream(lengths, 2, CAPACITY, effort=0), 2), lengths)
-    merged, forward_only, reference = insert(slots, [], wanted, CAPACITY)
-    assert forward_only == reference and [slot for place, slot in enumerate(merged) if place not in reference] == slots
+    merged, moved, reference = insert(slots, [], wanted, CAPACITY)
+    assert [merged[place] for place in moved] == slots and sorted(moved + reference) == list(range(len(merged)))
     found = [tuple(entry[:3]) for place in reference for entry in merged[place]]
     assert sorted(found) == sorted((job, step, k) for job, steps in wanted.items() for step, held in steps.items() for k in held)
     follower = Follower([], 2, CAPACITY)
     for job, steps in enumerate(lengths):
         follower.join(job, steps, wanted=wanted.get(job))
-    follower.follow(stream_from_json(merged, forward_only, reference))
+    follower.follow(stream_from_json(merged, reference, reference))
     follower.finish()
 
 
 def test_slots_are_filled_over_the_slots_that_need_them_and_validation_has_its_own():
     slots = [[[0, 0, 0, 10]], [[0, 0, 1, 10], [1, 0, 0, 20]], [[0, 1, 0, 5]], [[0, 0, 0, 8]]]
     wanted = {0: {0: {0, 1}, VALIDATION: {0}}, 1: {0: {0}}}
-    merged, forward_only, reference = insert(slots, [3], wanted, CAPACITY)
-    assert reference == [0, 4] and forward_only == [0, 4, 5]
+    merged, moved, reference = insert(slots, [3], wanted, CAPACITY)
+    assert reference == [0, 4] and moved == [1, 2, 3, 5]
     assert merged[0] == [[0, 0, 0, 10], [0, 0, 1, 10], [1, 0, 0, 20]] and merged[4] == [[0, VALIDATION, 0, 8]]
 
 

@@ -16,7 +16,13 @@ def tree(objective, dataset="preference", **settings) -> dict:
 
 def test_a_config_reads_back_as_it_was(tmp_path):
     several = {"type": "dpo", "loss_type": ["ipo", "sft"], "loss_weights": [1, 0.5], "reference": "init_adapter"}
-    for made in (tree("dpo"), tree(several, init_adapter="x"), tree("sft", "text"), tree(DPO, "lengths", metric="eval_rewards/margins")):
+    for made in (
+        tree("dpo"),
+        tree(several, init_adapter="x"),
+        tree("sft", "text"),
+        tree(DPO, "lengths", metric="eval_rewards/margins"),
+        tree({"type": "kto", "beta": 0.3}, "kto", metric="eval_rewards/margins"),
+    ):
         config = config_of(made)
         (tmp_path / "config.yaml").write_text(dump_config(config))
         assert load_config(tmp_path / "config.yaml") == config
@@ -28,13 +34,26 @@ def test_a_config_reads_back_as_it_was(tmp_path):
 def test_a_run_is_resumed_with_its_objective_alone():
     before, other = (config_of(tree({"type": "dpo", "label_smoothing": e, "loss_type": "robust"})) for e in (0.1, 0.2))
     assert changed_key(before, before) is None
+    assert changed_key(before, config_of(tree("simpo"))) == "jobs.a.objective: 'simpo' differs from 'dpo'"
+    assert changed_key(config_of(tree("sft", "text")), config_of(tree("kto", "kto"))) == "jobs.a.objective: 'kto' differs from 'sft'"
     assert changed_key(before, other) == "jobs.a.objective.label_smoothing: 0.2 differs from 0.1"
 
 
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (tree("kto"), "objective: 'kto' is no objective; use sft, or {type: dpo"),
+        (tree("grpo"), "objective: 'grpo' is no objective; use sft, or {type: dpo"),
+        (tree("kto"), "jobs.a.datasets.0.type: preference is not for the job's objective; use kto"),
+        (tree("kto", "lengths"), "jobs.a.datasets.0.type: lengths is not for the job's objective; use kto"),
+        (tree(DPO, "kto"), "jobs.a.datasets.0.type: kto is not for the job's objective; use preference"),
+        (tree("sft", "kto"), "use another type, or set objective: {type: kto}"),
+        (tree("kto", "kto", global_batch_size=1), "jobs.a.global_batch_size: 1 leaves kto no other completion"),
+        (
+            tree("kto", "kto", metric="eval_rewards/accuracies"),
+            "metric: eval_rewards/accuracies is none of its objective's; use eval_loss or eval_rewards/margins",
+        ),
+        (tree({"type": "kto", "desirable_weight": 0}, "kto"), "objective.desirable_weight: 0"),
+        (tree({"type": "kto", "reference": "init_adapter"}, "kto"), "objective.reference: init_adapter needs jobs.a.init_adapter"),
         (tree({"type": "grpo"}), "objective.type: 'grpo' is unknown"),
         (tree({"type": "orpo", "reference": "base"}), "objective.reference: unknown key"),
         (tree({"type": "dpo", "gamma": 1}), "objective.gamma: unknown key"),

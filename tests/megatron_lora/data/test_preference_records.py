@@ -1,16 +1,22 @@
 """Pairs of every form of record against masks written by hand; both answers keep the same prompt when they are cut."""
 
+import json
+from unittest import mock
+
 import numpy as np
 import pytest
 from byte_tokenizer import make_tokenizer
 
 from megatron_lora.commands.preview import preview_records, show_preview
+from megatron_lora.config.objective_keys import objective
 from megatron_lora.config.schema import DatasetConfig, JobConfig
 from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.row_formats import RecordEncoder
+from megatron_lora.data.sample_arrays import JobSamples, Sample, Samples
 from megatron_lora.data.samples import load_jobs_data
+from megatron_lora.data.steps import job_steps
 from megatron_lora.errors import UserError
-from megatron_lora.training.job_checks import check_pairs
+from megatron_lora.training.job_checks import check_lengths, check_pairs
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
@@ -154,3 +160,39 @@ def test_lengths_are_pairs_where_the_objective_takes_pairs(tmp_path):
     check_pairs(pairs, data)
     with pytest.raises(UserError, match="is a pair, and the job's objective is sft"):
         check_pairs(job(file, type="lengths", objective="sft"), data)
+
+
+def test_labelled_answers_have_a_label_and_are_joined_with_each_other(tmp_path):
+    plain = make_tokenizer(None, eos="</s>")
+    rows = [{"prompt": "Q: ", "completion": "yes", "label": True}, {"prompt": "Why? ", "completion": "no", "label": "false"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = JobConfig(name="j", objective=objective("o", "kto"), datasets=(DatasetConfig(path=str(tmp_path / "a.jsonl"), type="kto"),))
+    (data,) = load_jobs_data([job], plain, tmp_path / "cache")
+    samples = data.samples
+    assert [masked(plain, sample.tokens, sample.targets) for sample in samples] == ["Q: «yes</s>»", "Why? «no</s>»"]
+    assert samples.weights.tolist() == [1.0, -1.0] and samples.num_prompt.tolist() == [3, 5]
+    batch = np.array([0, 1])
+    for k, expected in enumerate(("Q: «no</s>»", "Why? «yes</s>»")):
+        found = samples.mismatched(batch, k, 100)
+        assert masked(plain, found.tokens, found.targets) == expected
+        assert samples.mismatched_lengths(batch, np.array([2]), 100)[k] == len(found)
+        assert len(samples.mismatched(batch, k, 4)) == 4 == samples.mismatched_lengths(batch, np.array([2]), 4)[k]
+    assert samples.longest_mismatched(100) == len("Why? ") + len("yes") + 1
+    assert [record.spans[0][1] for record in preview_records(job, plain)] == ["desirable: ", "undesirable: "]
+    with pytest.raises(UserError, match="microbatch_tokens: 8 is less than the 9 tokens of the longest prompt"):
+        check_lengths(job, data, 8, mock.Mock(max_positions=100))
+    conversation = {"prompt": [USER], "completion": [says("yes")], "label": 0}
+    chat = RecordEncoder(make_tokenizer(CHATML, added=("<|im_start|>",), eos="<|im_end|>")).encode(conversation, "kto", False, "f:1")
+    assert chat.weight == -1 and chat.num_prompt == int(chat.targets.argmax())
+    for label, words in ((None, "has no 'label'"), ("good", "'label' is \"good\"; write true")):
+        bad = {"prompt": "Q", "completion": "a", **({} if label is None else {"label": label})}
+        with pytest.raises(UserError, match=words):
+            RecordEncoder(plain).encode(bad, "kto", False, "f:1")
+
+
+def test_the_steps_of_a_job_join_the_answers_of_one_batch_alone():
+    samples = Samples.of(Sample(i, np.arange(3 + 2 * i, dtype=np.int32), np.arange(3 + 2 * i) > i, num_prompt=i + 1) for i in range(5))
+    job = JobSamples(seed=0, samples=samples, steps=job_steps(5, 2, 2, None, True, 0), longest=9)
+    for step, lengths in enumerate(job.mismatched_lengths()):
+        batch = job.steps.batch(step)
+        assert lengths == [len(samples.mismatched(batch, k, 9)) for k in range(len(batch))]

@@ -71,7 +71,7 @@ def make_executor(device, on_step, on_evaluation=lambda done: None):
             labels=None,
             targets=torch.arange(ROWS, device=device),
             weights=torch.ones(ROWS, device=device),
-            parts=tuple(Part(job=s.job, step=s.step, first=0, end=ROWS) for s in microbatch.segments),
+            parts=tuple(Part(job=s.job, step=s.step, first=0, end=ROWS, batch=s.step) for s in microbatch.segments),
         ),
         num_rows=lambda microbatch: microbatch.num_tokens,
         jobs={number: SimpleNamespace(optimizer=Optimizer(), outcome=sft, references=None) for number in range(2)},

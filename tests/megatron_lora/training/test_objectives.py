@@ -149,7 +149,7 @@ def test_a_job_that_knows_less_takes_nothing_from_the_references_that_are_kept(t
         values = np.full((3, 2), np.nan, np.float32)
         values[place] = value
         cache.store(mock.Mock(key="key", changed=lambda values=values: values))
-    np.testing.assert_array_equal(cache._kept("key", 3)[:, 0], [-1.0, np.nan, -2.0])
-    assert cache._kept("key", 4) is None and cache._kept("another", 3) is None
+    np.testing.assert_array_equal(cache._kept("key", (3, 2))[:, 0], [-1.0, np.nan, -2.0])
+    assert cache._kept("key", (4, 2)) is None and cache._kept("another", (3, 2)) is None
     cache._file("key").write_bytes(save({"values": values}))  # without its digest
-    assert cache._kept("key", 3) is None
+    assert cache._kept("key", (3, 2)) is None
