@@ -121,7 +121,8 @@ def train_stepwise(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dic
     if model is None:
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, adapter_dir, is_trainable=True)
-    rows = [encode(tokenizer, json.loads(line)) for line in rows_path.read_text().splitlines()]
+    records = [json.loads(line) for line in rows_path.read_text().splitlines()]
+    rows = [(*encode(tokenizer, record), record.get("weight", 1.0)) for record in records]
     batch, num_steps = job["global_batch_size"], job["max_steps"]
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = {"lr": job["learning_rate"], "weight_decay": job.get("weight_decay", 0.0), "eps": job.get("adam_epsilon", 1e-8)}
@@ -140,11 +141,11 @@ def train_stepwise(model_dir: Path, adapter_dir: Path, rows_path: Path, job: dic
     yield 0, model, math.nan, adapter()
     for step in range(num_steps):
         global_batch = batches[step % len(batches)]
-        num_targets = sum(int((labels[1:] != -100).sum()) for _, labels in global_batch)
+        num_targets = sum(int((labels[1:] != -100).sum()) for _, labels, _ in global_batch)
         total = 0.0
-        for tokens, labels in global_batch:
+        for tokens, labels, weight in global_batch:
             logits = model(input_ids=tokens[None]).logits[0]
-            loss = F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum") / num_targets
+            loss = F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum") * weight / num_targets
             loss.backward()
             total += float(loss)
         torch.nn.utils.clip_grad_norm_(parameters, job["max_grad_norm"])

@@ -121,7 +121,7 @@ def _preview_record(job: JobConfig, tokenizer: PreTrainedTokenizerBase, where: s
         token_texts=tuple((token, text_of([token]), target) for token, target in kept),
         num_tokens_uncut=len(encoded.tokens),
         trains=cut.trains,
-        notes=encoded.notes,
+        notes=(*encoded.notes, *[f"weight {abs(encoded.weight):g}"][: abs(encoded.weight) != 1]),
     )
 
 

@@ -2,9 +2,9 @@
 
 Rows are in the order of the microbatch's segments and, inside a segment, of its samples. Row i of a
 sample holds token i and predicts token i + 1, so a sample's last row has no label. Every target row
-weighs 1 / (target tokens of its job's global batch), so that the sum of weighted losses over a
+weighs 1 / (target tokens of its job's global batch) times its record's weight, so that the sum of weighted losses over a
 step's microbatches is the step's loss. A microbatch of an evaluation holds validation samples: its
-target rows weigh 1, and its route has no dropout. A pair is two sequences, whose rows the objective
+target rows weigh what their records do, and its route has no dropout. A pair is two sequences, whose rows the objective
 weighs (Pairs); where that counts prompts too, they have labels and weigh nothing here. In a reference
 slot rows have no adapter, or the one that their job began from.
 """
@@ -123,14 +123,14 @@ def _training_samples(segment: Segment, resident: ResidentJob) -> Iterator[_Take
     for k in segment.samples:
         epoch, index = job.steps[segment.step][k]
         sample = job.samples[index]
-        yield _Taken(sample, index, weight, np.asarray(row_keys(job.seed, sample.record, epoch, len(sample))))
+        yield _Taken(sample, index, weight * abs(sample.weight), np.asarray(row_keys(job.seed, sample.record, epoch, len(sample))))
 
 
 def _validation_samples(segment: Segment, resident: ResidentJob) -> Iterator[_Taken]:
     first = len(resident.step_samples.samples)
     for index in segment.samples:
         sample = resident.validation_samples[index]
-        yield _Taken(sample, first + index, 1.0, np.zeros(len(sample), dtype=np.int32))
+        yield _Taken(sample, first + index, abs(sample.weight), np.zeros(len(sample), dtype=np.int32))
 
 
 def _mismatched_samples(segment: Segment, resident: ResidentJob) -> Iterator[_Taken]:
@@ -158,6 +158,7 @@ def _pairs(taken: Sequence[_Taken], job: ResidentJob, step: int | None, to_devic
         places=to_device(np.array([each.place for each in taken], dtype=np.int64)),
         pair_weight=1.0 / len(batch),
         token_weight=1.0 / max(1, int(counted.sum())),
+        weights=to_device(np.array([abs(each.sample.weight) for each in taken], dtype=np.float32)),
         is_desirable=to_device(np.array([each.sample.weight > 0 for each in taken])),
         num_desirable=int((samples.weights[batch] > 0).sum()),
     )

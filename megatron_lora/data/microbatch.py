@@ -37,12 +37,12 @@ class Packing:
 class Pairs:
     """The n pairs of a segment, as its rows lie: chosen, rejected, chosen, ...; or n labelled answers, of one sequence each.
 
-    With s sequences to each, `edges` int64 [s n + 1]: the rows of the segment where sequences begin, and their end; `longest` of these
-    has the most rows.
-    `num_targets` fp32 [n, s]. `places` int64 [n]: of each pair among the job's, those of validation behind those of training. A pair
-    weighs `pair_weight` = 1 / pairs of its batch, a chosen target `token_weight` = 1 / chosen targets of its batch, or with orpo all
-    tokens of a chosen sequence but the first likewise; a batch is the global one, or the validation set. `is_desirable` bool [n]: the
-    labels, true for all pairs, of which there are `num_desirable` in the batch.
+    With s sequences to each, `edges` int64 [s n + 1]: the rows of the segment where sequences begin, and their end; `longest` of these has
+    the most rows. `num_targets` fp32 [n, s]. `places` int64 [n]: of each pair among the job's, those of validation behind those of
+    training. A pair weighs `pair_weight` = 1 / pairs of its batch, a chosen target `token_weight` = 1 / chosen targets of its batch, or
+    with orpo all tokens of a chosen sequence but the first likewise; a batch is the global one, or the validation set. `weights` fp32
+    [n]: those of the records, of which each loss is a multiple. `is_desirable` bool [n]: the labels, true for all pairs, of which there
+    are `num_desirable` in the batch.
     """
 
     edges: Tensor
@@ -51,6 +51,7 @@ class Pairs:
     places: Tensor
     pair_weight: float
     token_weight: float
+    weights: Tensor
     is_desirable: Tensor
     num_desirable: int
 

@@ -1,12 +1,14 @@
 """The fields of a record: those that a format uses are asked for by name, and no other is ignored in silence.
 
 UserError says where the record stands that lacks a field, has something else in it, or has a field of REFUSED or the name of a mark
-(`loss_mask`, `sample_weight`). A field that is neither used nor one of HARMLESS becomes a note (encoded.py). A field that says nothing
-(null, "", [], {}) is as good as absent. Conversations have fields of their own besides (chat_fields.py).
+(`loss_mask`, `sample_weight`); `weight` multiplies the record's loss. A field that is neither used nor one of HARMLESS becomes a note
+(encoded.py). A field that says nothing (null, "", [], {}) is as good as absent. Conversations have fields of their own besides
+(chat_fields.py).
 """
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 
 from megatron_lora.errors import UserError, one_line
 
@@ -19,6 +21,7 @@ HARMLESS = frozenset(
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # What would change the prompt if it were used; other trainers use some of it.
 REFUSED = frozenset(("system", "system_prompt", "history", "tools", "functions", "documents", "input_ids", "labels", *MEDIA))
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # of a record
 # Words in the names of fields that would change the loss.
 MARK_WORDS = frozenset(("train", "training", "trainable", "loss", "mask", "masked", "masks", "weight", "weights"))
 SAYS_NOTHING = (None, "", [], {})
@@ -74,6 +77,18 @@ def check_other_fields(record: Mapping[str, object], used: Collection[str], wher
         else:
             notes.append(unused(name))
     return tuple(notes)
+
+
+def weight_of(record: Mapping[str, object], where: str) -> float:
+    """Get what a record's loss is multiplied by, 1 unless it says otherwise; CSV files have it as text."""
+    given = record.get("weight")
+    if given in SAYS_NOTHING:
+        return 1.0
+    with suppress(ValueError, OverflowError):
+        if isinstance(given, int | float | str) and LEAST_WEIGHT <= (found := float(given)) <= MOST_WEIGHT:
+            return found
+    said = f"'weight' is {json.dumps(given, default=str)[:40]}"
+    raise UserError(f"{where}: {said}; write a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, or remove the record")
 
 
 def is_mark(name: str) -> bool:

@@ -11,7 +11,8 @@
 
 Prompt and completion are tokenised as one text, with bos and eos once each (text_tokens.py). A target is a token that the loss predicts:
 every token but the first in text, the completion and its eos in the next two formats, and the assistant turns in conversations
-(chat_turns.py). With `train_on_inputs` every token but the first is a target in all formats. Nothing is cut here.
+(chat_turns.py). A record of any format may have a `weight`. With `train_on_inputs` every token but the first is a target in all formats.
+Nothing is cut here.
 """
 
 import json
@@ -27,7 +28,7 @@ from megatron_lora.data.chat_records import ChatEncoder
 from megatron_lora.data.chat_template import ChatSettings
 from megatron_lora.data.encoded import Encoded
 from megatron_lora.data.preference_records import PreferenceEncoder
-from megatron_lora.data.record_fields import check_other_fields, filled_text_of, missing, text_of
+from megatron_lora.data.record_fields import check_other_fields, filled_text_of, missing, text_of, weight_of
 from megatron_lora.data.text_tokens import TextTokenizer
 from megatron_lora.errors import UserError
 
@@ -59,6 +60,9 @@ class RecordEncoder:
 
     def encode(self, record: Mapping[str, object], format: str, train_on_inputs: bool, where: str) -> Encoded:
         """Encode a complete record, of which at least one token is a target."""
+        if (weight := weight_of(record, where)) != 1:
+            encoded = self.encode({**record, "weight": None}, format, train_on_inputs, where)
+            return replace(encoded, weight=weight * encoded.weight)
         if format in PREFERENCE_TYPES:
             return self._pairs.encode(record, format, where)
         if format in LABELLED_TYPES:

@@ -34,10 +34,10 @@ Of single answers with a label, by its kto_trainer.py, with d = c - c0,
     k         max(0, mean of d over the batch, each prompt with the completion of the answer before it, the first with the last
               one's), without a gradient
 
-averaged over the pairs of the batch, the last over its chosen targets; a batch is the global one, or the validation set. Reported, over
-pairs: rewards/chosen = beta (c - c0), rewards/rejected = beta (r - r0), their difference rewards/margins, rewards/accuracies the
-share of pairs with rewards/chosen above rewards/rejected, logps/chosen = c and logps/rejected = r; of orpo nll_loss, its first
-term, log_odds_ratio = log s(o), and log_odds_chosen = o; of kto k as kl, and the others over the answers with their label.
+each times its record's weight, averaged over the pairs of the batch, sft's over its chosen targets; a batch is the global one, or the
+validation set. Reported, over pairs: rewards/chosen = beta (c - c0), rewards/rejected = beta (r - r0), their difference rewards/margins,
+rewards/accuracies the share of pairs with rewards/chosen above rewards/rejected, logps/chosen = c and logps/rejected = r; of orpo nll_loss,
+its first term, log_odds_ratio = log s(o), and log_odds_chosen = o; of kto k as kl, and the others over the answers with their label.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def preference(config: PairObjective, rows: Tensor, pairs: Pairs, reference: Ten
     if isinstance(config, OrpoConfig):
         nll = _chosen(log_probabilities(rows, pairs), pairs)
         loss, more = loss + nll, [nll, *more]
-        is_chosen = torch.repeat_interleave(torch.arange(slope.numel(), device=rows.device) % 2 == 0, lengths, output_size=len(rows))
-        row_weights = row_weights * is_answer + pairs.token_weight * is_chosen
+        of_chosen = F.pad(pairs.weights[:, None] * pairs.token_weight, (0, 1)).reshape(-1)
+        row_weights = row_weights * is_answer + torch.repeat_interleave(of_chosen, lengths, output_size=len(rows))
     seen = _means(logps, pairs) if _takes_means(config) else logps
     rewards = config.beta * (seen if reference is None else seen - reference)
     right = (rewards[:, :1] > rewards[:, 1:]).float()
@@ -120,7 +120,7 @@ def labelled(config: KtoConfig, rows: Tensor, answers: Pairs, reference: Tensor,
     logps, kl = log_probabilities(rows, answers), divergence.to(rows.dtype).clamp(min=0)
     sign = answers.is_desirable.float() * 2 - 1
     ratios = (logps - reference)[:, 0]
-    weights = torch.where(answers.is_desirable, config.desirable_weight, config.undesirable_weight) * answers.pair_weight
+    weights = torch.where(answers.is_desirable, config.desirable_weight, config.undesirable_weight) * answers.weights * answers.pair_weight
     right = torch.sigmoid(config.beta * sign * (ratios - kl))
     slope = -weights * config.beta * sign * right * (1 - right)
     row_weights = torch.repeat_interleave(-slope, answers.edges.diff(), output_size=len(rows))
@@ -151,7 +151,7 @@ def _dpo(config: DpoConfig, logps: Tensor, pairs: Pairs, reference: Tensor | Non
             assert name == "robust", name
             smoothing = config.label_smoothing
             losses = (smoothing * F.logsigmoid(-scaled) - (1 - smoothing) * F.logsigmoid(scaled)) / (1 - 2 * smoothing)
-        total = total + weight * pairs.pair_weight * losses.sum()
+        total = total + weight * _over_pairs(losses, pairs)
     return total
 
 
@@ -168,7 +168,7 @@ def _without_reference(config: CpoConfig | SimpoConfig, logps: Tensor, pairs: Pa
     else:
         smoothing = config.label_smoothing
         losses = -(1 - smoothing) * F.logsigmoid(scaled) - smoothing * F.logsigmoid(-scaled)
-    total = pairs.pair_weight * losses.sum()
+    total = _over_pairs(losses, pairs)
     return total + config.cpo_alpha * _chosen(logps, pairs) if isinstance(config, CpoConfig) else total
 
 
@@ -177,8 +177,8 @@ def _odds(config: OrpoConfig, logps: Tensor, pairs: Pairs) -> tuple[Tensor, list
     means = _means(logps, pairs)
     no = torch.where(means < -math.log(2), torch.log1p(-means.exp()), torch.log(-torch.expm1(means)))  # log(1 - exp) of each
     odds = (means[:, 0] - means[:, 1]) - (no[:, 0] - no[:, 1])
-    ratio = pairs.pair_weight * F.logsigmoid(odds).sum()
-    return -config.beta * ratio, [ratio, pairs.pair_weight * odds.sum()]
+    ratios = F.logsigmoid(odds)
+    return -config.beta * _over_pairs(ratios, pairs), [pairs.pair_weight * ratios.sum(), pairs.pair_weight * odds.sum()]
 
 
 def _takes_means(config: PairObjective) -> bool:
@@ -192,7 +192,12 @@ def _means(values: Tensor, pairs: Pairs) -> Tensor:
 
 def _chosen(logps: Tensor, pairs: Pairs) -> Tensor:
     """Return the chosen answers' cross-entropy, over the chosen targets of the batch."""
-    return -pairs.token_weight * logps[:, 0].sum()
+    return -pairs.token_weight * (pairs.weights * logps[:, 0]).sum()
+
+
+def _over_pairs(losses: Tensor, pairs: Pairs) -> Tensor:
+    """Return the pairs' part of the mean of losses [n] over the batch, each times its record's weight."""
+    return pairs.pair_weight * (pairs.weights * losses).sum()
 
 
 def _ipo(means: Tensor, beta: float) -> Tensor:

@@ -111,7 +111,7 @@ def test_a_record_may_hold_the_marks_of_its_turns():
     for fields, named in (
         ({"loss_mask": [1]}, "'loss_mask' is not a list with one mark for each of the 4 turns"),
         ({"loss_mask": [0, 0.5, 0, 1]}, "'loss_mask' of a turn is 0.5"),
-        ({"weight": 0.5}, "'weight' is not used; remove it, or in a conversation give turns a 'weight'"),
+        ({"weight": 0}, "'weight' is 0; write a number from 1e-06 to 1e"),
         ({"train": False}, "'train' is not used"),
         ({"mask_ranges": [[0, 1]]}, "'mask_ranges' is not used"),
         ({"masked": True}, "'masked' is not used"),

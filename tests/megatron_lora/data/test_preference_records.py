@@ -101,7 +101,7 @@ def test_a_prompt_that_turns_do_not_begin_with_is_named(fields, name):
         ({"prompt": "Q", "chosen": "a", "rejected": ""}, "'rejected' is empty"),
         ({"prompt": "Q", "chosen": "a", "rejected": [says("b")]}, "are a text and a list of turns"),
         ({"prompt": "Q", "chosen": "a", "rejected": "b", "system": "S"}, "'system' is not used by this type"),
-        ({"prompt": "Q", "chosen": "a", "rejected": "b", "weight": 0.5}, "'weight' is not used"),
+        ({"prompt": "Q", "chosen": "a", "rejected": "b", "weight": 0}, "'weight' is 0; write a number"),
         ({"chosen": [says("a")], "rejected": [says("b")]}, "add a 'prompt'"),
         ({"prompt": [USER], "chosen": [USER, says("a")], "rejected": [says("b")]}, "do not begin with one prompt"),
         ({"prompt": [USER], "chosen": [says("a")], "rejected": [says("")]}, "'rejected' has no assistant turn with content"),
@@ -164,13 +164,13 @@ def test_lengths_are_pairs_where_the_objective_takes_pairs(tmp_path):
 
 def test_labelled_answers_have_a_label_and_are_joined_with_each_other(tmp_path):
     plain = make_tokenizer(None, eos="</s>")
-    rows = [{"prompt": "Q: ", "completion": "yes", "label": True}, {"prompt": "Why? ", "completion": "no", "label": "false"}]
+    rows = [{"prompt": "Q: ", "completion": "yes", "label": True}, {"prompt": "Why? ", "completion": "no", "label": "false", "weight": 3}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = JobConfig(name="j", objective=objective("o", "kto"), datasets=(DatasetConfig(path=str(tmp_path / "a.jsonl"), type="kto"),))
     (data,) = load_jobs_data([job], plain, tmp_path / "cache")
     samples = data.samples
     assert [masked(plain, sample.tokens, sample.targets) for sample in samples] == ["Q: «yes</s>»", "Why? «no</s>»"]
-    assert samples.weights.tolist() == [1.0, -1.0] and samples.num_prompt.tolist() == [3, 5]
+    assert samples.weights.tolist() == [1.0, -3.0] and samples.num_prompt.tolist() == [3, 5]
     batch = np.array([0, 1])
     for k, expected in enumerate(("Q: «no</s>»", "Why? «yes</s>»")):
         found = samples.mismatched(batch, k, 100)

@@ -51,7 +51,11 @@ def test_marks_that_ask_for_what_is_done_anyway_pass_and_others_are_refused(form
     for name, value in (("weight", 1), ("weight", 1.0), ("train", True), ("loss", True)):
         encode({name: value, **RECORDS[format]}, format)
     others = [("sample_weight", 2), ("loss_scale", 0.1), ("Loss_Mask", [0]), ("prompt_mask", [1]), ("masked", True), ("trainable", False)]
-    for name, value in (("weight", 0), ("weight", 0.5), ("train", False), ("loss", False), *others):
+    assert encode({"weight": 0.5, **RECORDS[format]}, format).weight == encode({"weight": "0.5", **RECORDS[format]}, format).weight == 0.5
+    for value in (0, -1, "much", [2], 1e400, float("nan"), 1e-20):
+        with pytest.raises(UserError, match="'weight' is .*; write a number from 1e-06 to 1e"):
+            encode({"weight": value, **RECORDS[format]}, format)
+    for name, value in (("train", False), ("loss", False), *others):
         with pytest.raises(UserError, match=f"'{name}' is not used"):
             encode({name: value, **RECORDS[format]}, format)
 

@@ -1,6 +1,7 @@
 """Preference objectives against their formulas in float64, and what backward starts from against autograd over all rows."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import save
 
-from megatron_lora.config.objective_keys import LOSS_TYPES, CpoConfig, DpoConfig, OrpoConfig, SimpoConfig
+from megatron_lora.config.objective_keys import LOSS_TYPES, CpoConfig, DpoConfig, KtoConfig, OrpoConfig, SimpoConfig
 from megatron_lora.data.microbatch import Pairs
 from megatron_lora.data.sample_arrays import Sample, Samples
 from megatron_lora.data.samples import JobData
 from megatron_lora.data.steps import job_steps
-from megatron_lora.training.objectives import PAIR_SUMS, preference
+from megatron_lora.training.objectives import PAIR_SUMS, labelled, preference
 from megatron_lora.training.references import Known, ReferenceCache, References
 from scheduling.data_parallel import DealtJob
 from scheduling.job_lengths import read_lengths
 from scheduling.types import VALIDATION
 
 LENGTHS = (5, 3, 7, 7, 2, 9)  # of three pairs' sequences
+WEIGHTS = torch.tensor([1.0, 2.5, 0.4])  # of the records
 TARGETS = (3, 2, 6, 1, 1, 8)  # their last rows but one: a sequence's last row predicts nothing
 
 
@@ -33,7 +35,8 @@ def scene():
         rows.append(held)
     pairs = Pairs(
         edges=torch.tensor(np.cumsum([0, *LENGTHS])), longest=max(LENGTHS), num_targets=torch.tensor(TARGETS).view(-1, 2).float(),
-        places=torch.arange(3), pair_weight=1 / 8, token_weight=1 / 40,
+        places=torch.arange(3), pair_weight=1 / 8, token_weight=1 / 40, weights=WEIGHTS,
+        is_desirable=torch.ones(3).bool(), num_desirable=3,
     )  # fmt: skip
     return torch.cat(rows), pairs, torch.randn(3, 2, generator=generator) - 8
 
@@ -41,12 +44,16 @@ def scene():
 def expected(kind, beta, smoothing, logps, reference):
     (c, r), (c0, r0) = logps.T, reference.T
     d, targets = (c - c0) - (r - r0), torch.tensor(TARGETS).view(-1, 2).T
-    return {
-        "sigmoid": lambda: (1 + (-beta * d).exp()).log(),
-        "hinge": lambda: (1 - beta * d).clamp(min=0),
-        "ipo": lambda: ((c - c0) / targets[0] - (r - r0) / targets[1] - 0.5 / beta) ** 2,
-        "robust": lambda: (-(1 - smoothing) * F.logsigmoid(beta * d) + smoothing * F.logsigmoid(-beta * d)) / (1 - 2 * smoothing),
-    }[kind]().sum() / 8
+    return (
+        {
+            "sigmoid": lambda: (1 + (-beta * d).exp()).log(),
+            "hinge": lambda: (1 - beta * d).clamp(min=0),
+            "ipo": lambda: ((c - c0) / targets[0] - (r - r0) / targets[1] - 0.5 / beta) ** 2,
+            "robust": lambda: (-(1 - smoothing) * F.logsigmoid(beta * d) + smoothing * F.logsigmoid(-beta * d)) / (1 - 2 * smoothing),
+        }[kind]()
+        @ WEIGHTS.double()
+        / 8
+    )
 
 
 @pytest.mark.parametrize("kind", LOSS_TYPES)
@@ -56,7 +63,7 @@ def test_losses_and_row_weights_are_those_of_the_formula(kind):
     outcome = preference(config, rows, pairs, reference, rows)
     leaf = rows.double().requires_grad_()
     logps = torch.stack([-part.sum() for part in leaf.split(LENGTHS)]).view(-1, 2)
-    loss = -logps[:, 0].sum() / 40 if kind == "sft" else expected(kind, 0.4, 0.1, logps, reference.double())
+    loss = -logps[:, 0] @ WEIGHTS.double() / 40 if kind == "sft" else expected(kind, 0.4, 0.1, logps, reference.double())
     (0.5 * loss).backward()
     assert float(outcome.sums[0]) == pytest.approx(float(0.5 * loss), rel=1e-6)
     torch.testing.assert_close(outcome.row_weights.double(), leaf.grad, rtol=1e-5, atol=1e-9)
@@ -88,7 +95,7 @@ def test_without_a_reference_losses_rewards_and_row_weights_are_those_of_trl(con
     told = SimpleNamespace(alpha=0.0, beta=config.beta, loss_type=loss_type, label_smoothing=config.label_smoothing)
     told.simpo_gamma, told.accelerator = getattr(config, "simpo_gamma", 0.0), SimpleNamespace(device="cpu")
     losses, *rewards = trainer.cpo_loss(told, logps[:, 0], logps[:, 1])
-    loss = losses.sum() / 8 - getattr(config, "cpo_alpha", 0.0) * sums[:, 0].sum() / 40
+    loss = losses @ WEIGHTS.double() / 8 - getattr(config, "cpo_alpha", 0.0) * sums[:, 0] @ WEIGHTS.double() / 40
     loss.backward()
     assert float(outcome.sums[0]) == pytest.approx(float(loss), rel=1e-6)
     torch.testing.assert_close(outcome.row_weights.double(), leaf.grad, rtol=1e-5, atol=1e-9)
@@ -107,13 +114,35 @@ def test_odds_ratios_count_the_answers_alone_and_their_cross_entropy_the_prompt_
     logps = torch.stack([-part.sum() for part in (leaf * (answers > 0)).split(LENGTHS)]).view(-1, 2) / pairs.num_targets
     told = SimpleNamespace(beta=0.7, accelerator=SimpleNamespace(device="cpu"))
     losses, *rewards, ratio, odds = trainer.odds_ratio_loss(told, logps[:, 0], logps[:, 1])
-    nll = torch.cat(leaf.split(LENGTHS)[::2]).sum() / 40
-    loss = nll - losses.sum() / 8
+    nll = torch.stack([part.sum() for part in leaf.split(LENGTHS)[::2]]) @ WEIGHTS.double() / 40
+    loss = nll - losses.double() @ WEIGHTS.double() / 8
     loss.backward()
     assert float(outcome.sums[0]) == pytest.approx(float(loss.detach()), rel=1e-6)
     torch.testing.assert_close(outcome.row_weights.double() * (rows > 0), leaf.grad * (rows > 0), rtol=1e-5, atol=1e-9)
     reported = torch.stack([*(reward.sum() / 8 for reward in rewards), nll, ratio * 3 / 8, odds * 3 / 8]).detach()
     torch.testing.assert_close(outcome.sums[[1, 2, 6, 7, 8]], reported.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_labelled_answers_weigh_by_their_label_and_record():
+    """The formula of TRL's kto_trainer.py in float64, of three answers."""
+    rows, pairs, _ = scene()
+    label, reference, kl = torch.tensor([True, False, True, True, False, True]), torch.linspace(-9, -2, 6)[:, None], torch.tensor(0.4)
+    answers = replace(
+        pairs, num_targets=torch.tensor(TARGETS).view(-1, 1).float(), weights=torch.linspace(0.5, 2, 6), is_desirable=label,
+        pair_weight=1 / 8, num_desirable=5,
+    )  # fmt: skip
+    config = KtoConfig(type="kto", beta=0.3, desirable_weight=1.3, undesirable_weight=0.6)
+    outcome = labelled(config, rows, answers, reference, kl)
+    leaf = rows.double().requires_grad_()
+    ratio = torch.stack([-part.sum() for part in leaf.split(LENGTHS)]) - reference[:, 0].double()
+    losses = torch.where(label, 1.3 * (1 - torch.sigmoid(0.3 * (ratio - kl))), 0.6 * (1 - torch.sigmoid(0.3 * (kl - ratio))))
+    loss = (losses * answers.weights).sum() / 8
+    loss.backward()
+    assert float(outcome.sums[0]) == pytest.approx(float(loss.detach()), rel=1e-6)
+    torch.testing.assert_close(outcome.row_weights.double(), leaf.grad, rtol=1e-5, atol=1e-9)
+    told = [0.4 * 6 / 8, *(0.3 * float(ratio.detach()[held].sum()) / count for held, count in ((label, 5), (~label, 3)))]
+    assert outcome.sums[1:4].tolist() == pytest.approx(told, rel=1e-5)
+    assert float(labelled(config, rows, answers, reference, -kl).sums[1]) == 0
 
 
 def test_references_are_wanted_once_of_each_pair_and_of_rounds_that_hold_one():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import oracle
 import pytest
 import runs
@@ -64,6 +67,12 @@ LAYOUTS = {
 }
 
 
+def weigh(path: Path) -> None:
+    """Give rows weights, and one of them none."""
+    rows = [json.loads(line) | ({"weight": 0.25 + 0.5 * k} if k else {}) for k, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory) -> dict:
     """A model, each job's rows and starting adapter, and what the oracle makes of them."""
@@ -72,6 +81,8 @@ def scene(tmp_path_factory) -> dict:
     jobs, truth = [], {}
     for i, settings in enumerate(JOBS):
         rows = oracle.make_rows(root / f"{settings['name']}.jsonl", num_rows=4 * settings["global_batch_size"] + 1, seed=i)
+        if not i:
+            weigh(rows)
         lora = {key: settings[key] for key in ("r", "lora_alpha", "target_modules")}
         start = oracle.make_adapter(model, root / f"init-{settings['name']}", seed=i, **lora)
         truth[settings["name"]] = oracle.train_alone(model, start, rows, settings | {"max_steps": STEPS})
