@@ -22,11 +22,13 @@ from megatron_lora.commands import launch
 from megatron_lora.commands.stop_signals import StopSignals
 from megatron_lora.config.rules import base_weights, storage_and_compute, suggest
 from megatron_lora.config.schema import RunConfig, dump_config, load_config
+from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.adapter_files import read_adapter
 from megatron_lora.output.metrics import METRICS_FILE, read_metrics
 from megatron_lora.output.observers import WANDB_PROJECT
 from megatron_lora.output.run_directory import job_states
+from megatron_lora.training.references import REFERENCE_FILES
 
 LOSSES, FACTORS = 1e-5, 1e-4  # bounds in fp32
 DONE, DIFFERS = 0, 1
@@ -47,7 +49,7 @@ def main(config_path: str, overrides: list[str], name: str, num_steps: int, sign
     os.environ.pop(WANDB_PROJECT, None)  # neither run is worth keeping
     with tempfile.TemporaryDirectory(prefix="megatron-lora-verify-") as folder:
         jobs = {"alone": config.jobs[:1], f"among {len(names) - 1} others": config.jobs}
-        found = []
+        found, known = [], {*cache_dir().glob(REFERENCE_FILES)}
         for how, chosen in jobs.items():
             print(f"megatron-lora: {name} {how}, {num_steps} steps in {config.precision}", flush=True)
             run = Path(folder) / how.partition(" ")[0]
@@ -60,6 +62,8 @@ def main(config_path: str, overrides: list[str], name: str, num_steps: int, sign
             if not run.is_dir() or job_states(run)[name] != "done":
                 return status or DIFFERS
             found.append(run / "jobs" / name)
+            for references in {*cache_dir().glob(REFERENCE_FILES)} - known:
+                references.unlink()  # the other run is to compute its own
         losses, a, b = loss_difference(*found), *factor_differences(*found)
     print(f"{name}: alone and among {len(config.jobs) - 1} others, {num_steps} steps in {config.precision}")
     print(f"  losses differ by at most {losses:.1e} of their value (bound {LOSSES:.0e})")

@@ -88,7 +88,7 @@ class JobConfig(AdapterKeys):
     learning_rate: float = key(2.0e-4, number("a learning rate", 0, 1), "learning rate after the warm-up")
     loraplus_lr_ratio: float | None = key(
         None,
-        null_or(number("a ratio of learning rates", 0, above=True)),
+        null_or(number("a ratio of learning rates", 0, 1000, above=True)),
         "LoRA+: B's learning rate is this times `learning_rate`, which is A's; null: both have the same",
     )
     lr_scheduler: str = key("cosine", one_of(*SCHEDULES), "what follows the warm-up: the formulas of `transformers.get_scheduler`")

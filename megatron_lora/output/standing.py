@@ -58,6 +58,7 @@ class CheckpointState:
     # Of an earlier version that did not say them: nothing, and they cannot be checked.
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of each other file of the checkpoint
     job: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the keys that decide the job's updates, and its name
+    reference: str = ""  # SHA-256 of the weights of the adapter that it is held to, where it is held to one
     metrics: str = ""  # SHA-256 of the lines of metrics.jsonl up to `step`
 
 

@@ -23,6 +23,7 @@ from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.output.checkpoint import check_resume_point
 from megatron_lora.output.final_files import check_job_files
 from megatron_lora.output.standing import ResumePoint
+from megatron_lora.training.references import digest_of_reference
 from megatron_lora.training.schedules import num_warmup_steps
 
 
@@ -117,6 +118,11 @@ def check_checkpoint(job: JobConfig, job_data: JobData, point: ResumePoint) -> N
     if point.checkpoint is None or point.state is None:
         return
     check_resume_point(job, point)
+    if point.state.reference not in ("", digest_of_reference(job)):
+        raise UserError(
+            f"jobs.{job.name}.init_adapter: {job.init_adapter!r}, to which the job is held, has other weights than when "
+            f"{point.checkpoint} was written; restore them, or choose another output_dir"
+        )
     num_steps = count_steps(job_data.mixture.num_copies, job.global_batch_size, job.num_epochs, job.max_steps)
     if (point.state.samples, point.state.num_steps) != (job_data.digest(), num_steps):
         raise UserError(

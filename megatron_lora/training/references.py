@@ -45,15 +45,24 @@ from scheduling.types import VALIDATION
 
 
 class Known(NamedTuple):
-    """What the first rank knows of a job's references when it joins: the key they are kept under, and those found there."""
+    """What the first rank knows of a job's references when it joins: their key, those kept under it, and the adapter's digest."""
 
     key: str
     values: np.ndarray | None
+    adapter: str = ""
 
 
 def shape_of(data: JobData) -> tuple[int, int]:
     """Return the shape of a job's references: its samples, those of validation behind them, by the sequences of each."""
     return len(data.samples) + len(data.validation_samples), 1 + bool(data.samples.borders.any())
+
+
+def digest_of_reference(job: JobConfig) -> str:
+    """Return the SHA-256 of the weights of the adapter that a job is held to; nothing where that is the base model, or it has none."""
+    if job.preference is None or job.preference.reference != "init_adapter":
+        return ""
+    assert job.init_adapter is not None
+    return digest_of_file(Path(job.init_adapter) / WEIGHTS_FILE)
 
 
 class References:
@@ -62,7 +71,7 @@ class References:
     def __init__(self, known: Known, data: JobData, steps: Steps, first_step: int, is_evaluated: bool):
         """Begin with what is known; steps from `first_step` on are to be taken."""
         num_samples = len(data.samples)
-        self.key = known.key
+        self.key, self.adapter = known.key, known.adapter
         unknown = np.full(shape_of(data), np.nan, np.float32)
         self._known = unknown if known.values is None else known.values
         self._device_values: Tensor | None = None
@@ -126,6 +135,9 @@ class References:
         return self._device_values
 
 
+REFERENCE_FILES = "reference-*.safetensors"
+
+
 class ReferenceCache:
     """Where references are kept between runs: a file for each key, beside the tokens."""
 
@@ -136,8 +148,9 @@ class ReferenceCache:
 
     def known(self, job: JobConfig, data: JobData) -> Known:
         """Return a job's key, and what is kept under it."""
-        key = self._key(job, data)
-        return Known(key, self._kept(key, shape_of(data)))
+        adapter = digest_of_reference(job)
+        key = self._key(job, data, adapter)
+        return Known(key, self._kept(key, shape_of(data)), adapter)
 
     def _kept(self, key: str, shape: tuple[int, int]) -> np.ndarray | None:
         with suppress(OSError, SafetensorError, KeyError, TypeError), safe_open(self._file(key), framework="numpy") as file:
@@ -166,12 +179,8 @@ class ReferenceCache:
         weights = found.get(WEIGHTS) or ["random", config.seed]
         return [weights, found.get("config.json"), config.precision, config.base_weights]
 
-    def _key(self, job: JobConfig, data: JobData) -> str:
-        adapter: object = "base"
-        if job.preference is not None and job.preference.reference == "init_adapter":
-            assert job.init_adapter is not None
-            adapter = [digest_of_file(Path(job.init_adapter) / WEIGHTS_FILE), job.scale]
-        parts = [*self._base, adapter, digest_of(data.samples), digest_of(data.validation_samples)]
+    def _key(self, job: JobConfig, data: JobData, adapter: str) -> str:
+        parts = [*self._base, [adapter, job.scale] if adapter else "base", digest_of(data.samples), digest_of(data.validation_samples)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _file(self, key: str) -> Path:

@@ -168,6 +168,7 @@ class Writer:
             skipped_in_a_row=snapshot.skipped_in_a_row,
             samples=self.samples[job.name],
             job=deciding_keys(job.config),
+            reference="" if job.references is None else job.references.adapter,
             metrics=self.logged[job.name].until(snapshot.step, reported.evaluation_due),
             best=progress.best,
             evaluations_without_improvement=progress.num_without,

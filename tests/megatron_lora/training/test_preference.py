@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import oracle
 import pytest
@@ -11,6 +12,9 @@ import torch
 import trl_oracle
 from safetensors.torch import load_file, save_file
 
+from megatron_lora.commands.checks import check_run
+from megatron_lora.config.schema import load_config
+from megatron_lora.errors import UserError
 from megatron_lora.output.run_files import read_windows
 
 STEPS = 10
@@ -155,6 +159,12 @@ def test_a_run_stopped_mid_epoch_resumes_in_another_layout(scene, pool, tmp_path
     assert start(tmp_path / "stopped", {"dp": 2}, stop_after=1) == 75
     taken = {name: len(runs.lines_of(tmp_path / "stopped", name)) for name in names}
     assert all(0 < steps < STEPS and steps % 5 for steps in taken.values()), taken  # an epoch is of five steps
+    file = Path(scene["jobs"]["ipo-sft"]["init_adapter"]) / "adapter_model.safetensors"
+    held = file.read_bytes()
+    save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="jobs.ipo-sft.init_adapter: .*, to which the job is held, has other weights than when"):
+        check_run(load_config(tmp_path / "config.yaml"))
+    file.write_bytes(held)
     monkeypatch.setenv("MEGATRON_LORA_CACHE", str(tmp_path / "another cache"))
     assert start(tmp_path / "stopped", {"pp": 2}) == 0
     for name in names:
