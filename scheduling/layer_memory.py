@@ -132,13 +132,13 @@ class LayerMemory:
             return (self.kept("cheap") - self.hidden + copies) * tokens + self.backward("cheap", tokens)
         cheap, widths = policy == "cheap", self.widths
         swiglu_kept = 0.0 if cheap or not widths["down"] or self.routed else self.ffn
-        dy = self.hidden + self.copies + (self.gathered if self.sequence else 0.0) + self.routed
+        dy = self.hidden + self.copies + (self.routed or self.gathered * self.sequence)  # experts' rows are copies of gathered ones
         down = dy + widths["down"] + max(self._shares("down", tokens), self.ffn) + self._partial("down", self.ffn, tokens)
         swiglu = self.hidden + self.ffn - swiglu_kept
         if cheap and widths["down"]:
             swiglu += widths["down"] + self._partial("down", self.ffn, tokens)
         freed = 2 * self.ffn + swiglu_kept
-        dx = self.gathered + (self.hidden if self.sequence else 0.0) + self.routed
+        dx = self.gathered + (self.gathered if self.routed else self.hidden) * self.sequence + self.routed  # X is gathered again for rows
         up = self.hidden + 2 * self.ffn + widths["up"] + max(self._shares("up", tokens), dx) - freed
         freed += self.hidden * (1 + (not cheap and widths["up"] > 0))
         expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK, dV of all query heads by cuDNN; torch's take half
@@ -175,15 +175,18 @@ def layer_memory(
     sequence: bool = False,
     deterministic: bool = False,
     residents: int | None = None,
+    expert: int = 1,
 ) -> LayerMemory:
     """Derive a layer's sizes from the model's shape; `item` is the bytes of a number of the compute dtype.
+
+    A rank has room for all rows of all experts, even where the tensor ranks divide the experts (`expert` ranks).
 
     At most `residents` jobs (None: one for each of `adapters`) are in a microbatch.
     Flash attention in a fixed order (`deterministic`) has a copy of dQ for each program that works on a head at once.
     """
     local = tensor if sequence else 1
     query, key_value = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
-    hidden, ffn = shape.hidden_size, shape.ffn_size // tensor * max(1, shape.top_k)
+    hidden, ffn = shape.hidden_size, shape.ffn_size // (tensor // expert) * max(1, shape.top_k)
     outputs = {"qkv": (query, key_value, key_value), "o": (hidden,), "up": (ffn, ffn), "down": (hidden,)}
     return LayerMemory(
         hidden=hidden * item / local,

@@ -131,23 +131,26 @@ def stage_memory(
     room: Mapping[str, int] | None = None,
     residents: int | None = None,
     scratch_bytes: float = 0.0,
+    expert: int = 1,
 ) -> StageMemory:
     """Model one stage with its `adapters`.
 
     At most `residents` of them (None: all) lie at once in the `room` that there is for them, module -> rank rows (None: what they take).
     `item` is the bytes of a number of the compute dtype, `weight_bytes` those of a frozen linear's weight (`item` unless it is quantised),
     `scratch_bytes` those that it has where it is unpacked for a product, in memory for the largest linear.
+    `expert` of the tensor ranks divide the experts: all, or 1 where each has a part of every one.
     A tied matrix counts on the first and on the last stage. With `offload`, inputs of `full` layers wait in host memory.
     """
     first, last, num_layers = stage == 0, stage == len(layers) - 1, layers[stage]
-    layer = layer_memory(shape, adapters, item, tensor, sequence, deterministic, residents)
+    layer = layer_memory(shape, adapters, item, tensor, sequence, deterministic, residents, expert)
     head_rows = -(-shape.vocab_size // tensor)
-    linears = shape.layer_weights * (item if weight_bytes is None else weight_bytes) / tensor
+    router = shape.hidden_size * shape.num_experts  # which every tensor rank has
+    linears = ((shape.layer_weights - router) / tensor + router) * (item if weight_bytes is None else weight_bytes)
     widest = max(2 * shape.ffn_size, shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads))
     scratch = scratch_bytes * shape.hidden_size * widest / tensor
     norm_item = 4 if shape.zero_centred else item
     norms = (2 * (1 + shape.post_norms) * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) * norm_item
-    row_bytes = {module: num_bytes * num_layers for module, num_bytes in rank_row_bytes(shape, item, tensor).items()}
+    row_bytes = {module: num_bytes * num_layers for module, num_bytes in rank_row_bytes(shape, item, tensor, expert).items()}
     sizes = [sum(row_bytes[module] * adapter.rows_of(module) for module in adapter.modules) for adapter in adapters]
     summed = 4 * max(sizes, default=0) / _state_bytes(item) if tensor * replicas > 1 else 0  # one job's gradients while ranks sum them
     arena = sum(sizes) if room is None else sum(row_bytes[module] * rows for module, rows in room.items())
@@ -166,15 +169,19 @@ def stage_memory(
     return memory.with_policies(stage_policies(layers, recompute)[stage], offload)
 
 
-def rank_row_bytes(shape: ModelShape, item: int, tensor: int = 1) -> dict[str, int]:
-    """Return module -> bytes of one rank row of its A and B^T in one layer on one tensor rank, with gradients and Adam's state."""
+def rank_row_bytes(shape: ModelShape, item: int, tensor: int = 1, expert: int = 1) -> dict[str, int]:
+    """Return module -> bytes of one rank row of its A and B^T in one layer on one tensor rank, with gradients and Adam's state.
+
+    Of experts it is a row of each that the rank has; `expert` ranks divide them.
+    """
     query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     outputs = {"q_proj": query, "k_proj": key_value, "v_proj": key_value, "gate_proj": shape.ffn_size, "up_proj": shape.ffn_size}
     outputs |= {"qkv_proj": query + 2 * key_value, "gate_up_proj": 2 * shape.ffn_size}
     inputs = {"o_proj": query, "down_proj": shape.ffn_size}
     modules = FUSED_MODULES if shape.fused else MODULES
-    columns = {module: shape.hidden_size + (outputs | inputs)[module] // tensor for module in modules}
-    experts = {module: shape.num_experts for module in EXPERT_MODULES if shape.num_experts}
+    experts = {module: shape.num_experts // expert for module in EXPERT_MODULES if shape.num_experts}  # of the rank
+    shares = {module: tensor // expert if module in experts else tensor for module in modules}
+    columns = {module: shape.hidden_size + (outputs | inputs)[module] // shares[module] for module in modules}
     return {module: count * experts.get(module, 1) * _state_bytes(item) for module, count in columns.items()}
 
 

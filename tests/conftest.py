@@ -53,8 +53,8 @@ def pool(ranks):
     """Return a function layout -> object with `.run(fn, *args)`; the ranks rest between modules."""
     from megatron_lora.config.schema import ParallelConfig
 
-    def choose(pp: int = 1, tp: int = 1, dp: int = 1, sequence: bool = False):
-        layout = ParallelConfig(pipeline=pp, tensor=tp, data=dp, sequence=sequence)
+    def choose(pp: int = 1, tp: int = 1, dp: int = 1, ep: int = 1, sequence: bool = False):
+        layout = ParallelConfig(pipeline=pp, tensor=tp, data=dp, expert=ep, sequence=sequence)
         return SimpleNamespace(run=partial(ranks.run, layout), parallel=layout)
 
     yield choose

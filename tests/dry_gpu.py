@@ -80,7 +80,7 @@ def _varlen_attention(query, key, value, packing, scale, window):
     return _Attention.apply(query, key, value, packing.cu_seqlens)
 
 
-def _rows_by_job(route, expert_Tk, segments):
+def _rows_by_job(route, expert_Tk, segments, first_expert):
     """Return what rows_by_job keeps; where rows lie was never written."""
     num_experts, num_segments = len(route.first_E) - 1, len(segments.segments)
     bounds = torch.zeros(num_experts, num_segments, 2, dtype=torch.int32)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def write_config(path: Path, model: Path, output_dir: Path, jobs: list[dict], parallel: dict, microbatch_tokens: int) -> Path:
     """Write a config file; JSON is YAML."""
-    keys = {"pp": "pipeline", "tp": "tensor", "dp": "data", "sequence": "sequence"}
+    keys = {"pp": "pipeline", "tp": "tensor", "dp": "data", "ep": "expert", "sequence": "sequence"}
     config = {
         "base_model": str(model),
         "output_dir": str(output_dir),

@@ -33,8 +33,13 @@ def _block(num_cols: int) -> int:
     return min(_COLUMNS, power_of_2(num_cols))
 
 
-def choose(logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | None = None) -> tuple[Choice, ExpertRoute]:
-    """Return the experts of each token, and its rows; add to `near_ties` the tokens whose last expert might be another."""
+def choose(
+    logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | None = None, own: range | None = None
+) -> tuple[Choice, ExpertRoute]:
+    """Return the experts of each token, and its rows at the rank's `own` experts (None: all).
+
+    Adds to `near_ties` the tokens whose last expert might be another.
+    """
     (num_tokens, num_experts), device = logits_TE.shape, logits_TE.device
     width, num_blocks = power_of_2(num_experts), cdiv(num_tokens, TOKENS)
     probability, weight = (logits_TE.new_empty(num_tokens, columns, dtype=torch.float32) for columns in (num_experts, top_k))
@@ -45,21 +50,23 @@ def choose(logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | 
             TOP_K=top_k, NORMALISED=normalised, BT=TOKENS, BE=width, BK=power_of_2(top_k),
         )  # fmt: skip
     choice = Choice(probability_TE=probability, expert_Tk=expert, weight_Tk=weight)
-    return choice, _route_of(choice, counts, num_experts)
+    return choice, _route_of(choice, counts, num_experts, range(num_experts) if own is None else own)
 
 
-def _route_of(choice: Choice, counts: Tensor, num_experts: int) -> ExpertRoute:
-    """Order rows by expert, then by token; `counts` are those of each block of tokens, and are overwritten."""
+def _route_of(choice: Choice, counts: Tensor, num_experts: int, own: range) -> ExpertRoute:
+    """Order rows of own experts by expert, then by token; `counts` are those of each block of tokens, and are overwritten."""
     (num_tokens, top_k), (num_blocks, width) = choice.expert_Tk.shape, counts.shape
-    most = most_tiles(num_tokens * top_k, num_experts)
-    first, tiles = counts.new_empty(num_experts + 1), counts.new_empty(most + 1, 3)
+    most = most_tiles(num_tokens * top_k, len(own))
+    first, tiles = counts.new_empty(len(own) + 1), counts.new_empty(most + 1, 3)
     place, weight = torch.empty_like(choice.expert_Tk), choice.weight_Tk.new_empty(num_tokens * top_k)
-    kernels.expert_first_rows_kernel[(1,)](counts, first, tiles, num_blocks, num_experts, most, BLOCK=BLOCK, BB=64, BE=width, num_warps=8)
+    kernels.expert_first_rows_kernel[(1,)](
+        counts, first, tiles, num_blocks, own.start, len(own), most, BLOCK=BLOCK, BB=64, BE=width, num_warps=8
+    )
     if num_tokens:
         kernels.expert_place_kernel[(num_blocks,)](
-            choice.expert_Tk, choice.weight_Tk, counts, place, weight, num_tokens, TOP_K=top_k, BT=TOKENS, BE=width
+            choice.expert_Tk, choice.weight_Tk, counts, place, weight, num_tokens, own.start, len(own), TOP_K=top_k, BT=TOKENS, BE=width
         )
-    return ExpertRoute(weight_R=weight, place_Tk=place, first_E=first, tiles=tiles)
+    return ExpertRoute(weight_R=weight, place_Tk=place, first_E=first, end=first[-1:] if len(own) < num_experts else None, tiles=tiles)
 
 
 def grad_choice(choice: Choice, d_weight_R: Tensor, route: ExpertRoute, num_experts: int, dtype: torch.dtype) -> Tensor:
@@ -98,7 +105,7 @@ def weighted_swiglu(gate_up_RF: Tensor, route: ExpertRoute) -> Tensor:
     num_rows, num_cols = len(gate_up_RF), gate_up_RF.shape[1] // 2
     y = gate_up_RF.new_empty(num_rows, num_cols)
     if num_rows:
-        kernels.expert_swiglu_kernel[(num_rows,)](gate_up_RF, route.weight_R, y, num_cols, BLOCK=_block(num_cols))
+        kernels.expert_swiglu_kernel[(num_rows,)](gate_up_RF, route.weight_R, y, route.end, num_cols, BLOCK=_block(num_cols))
     return y
 
 
@@ -107,7 +114,9 @@ def weighted_swiglu_backward(gate_up_RF: Tensor, dy: Tensor, route: ExpertRoute)
     num_rows, num_cols = dy.shape
     d_weight = torch.empty_like(route.weight_R)
     if num_rows:
-        kernels.expert_swiglu_backward_kernel[(num_rows,)](dy, gate_up_RF, route.weight_R, d_weight, num_cols, BLOCK=_block(num_cols))
+        kernels.expert_swiglu_backward_kernel[(num_rows,)](
+            dy, gate_up_RF, route.weight_R, d_weight, route.end, num_cols, BLOCK=_block(num_cols)
+        )
     return gate_up_RF, d_weight
 
 

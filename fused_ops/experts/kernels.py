@@ -60,7 +60,8 @@ def expert_grad_choice_kernel(
     for k in tl.static_range(TOP_K):
         o_k = o_token.to(tl.int64) * TOP_K + k
         b_is = o_expert[None, :] == tl.load(expert_ptr + o_k, m_token, 0)[:, None]
-        b_d_weight = tl.load(d_weight_ptr + tl.load(place_ptr + o_k, m_token, 0), m_token, 0.0)
+        b_row = tl.load(place_ptr + o_k, m_token, -1)
+        b_d_weight = tl.load(d_weight_ptr + b_row, b_row >= 0, 0.0)
         b_dp = tl.where(b_is, b_d_weight[:, None], b_dp)
         b_p = tl.where(b_is, tl.load(weight_ptr + o_k, m_token, 0.0)[:, None], b_p)
     if not NORMALISED:
@@ -78,25 +79,28 @@ def expert_gather_kernel(x_ptr, place_ptr, out_ptr, num_cols, TOP_K: tl.constexp
         b_x = tl.load(x_ptr + i_token * num_cols + o_col, m_col, 0.0)
         for k in tl.static_range(TOP_K):
             i_row = tl.load(place_ptr + i_token * TOP_K + k).to(tl.int64)
-            tl.store(out_ptr + i_row * num_cols + o_col, b_x, m_col)
+            tl.store(out_ptr + i_row * num_cols + o_col, b_x, m_col & (i_row >= 0))
 
 
 @triton.jit
 def expert_first_rows_kernel(
-    counts_ptr, first_ptr, tiles_ptr, num_blocks, num_experts, most, BLOCK: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr,
+    counts_ptr, first_ptr, tiles_ptr, num_blocks, first_expert, num_experts, most,
+    BLOCK: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Write where each expert's rows begin, where those of each block of tokens do (over its counts), and the table of tiles.
+    """Write where each own expert's rows begin, where those of each block of tokens do (over its counts), and the table of tiles.
 
     A tile has an expert, its first row and its end; behind the last possible one stands how many there are. There is one program.
     """
-    o_block, o_expert = tl.arange(0, BB), tl.arange(0, BE)
+    o_block, o_expert, o_own = tl.arange(0, BB), tl.arange(0, BE), tl.arange(0, BE) - first_expert
+    m_own = (o_own >= 0) & (o_own < num_experts)
     b_total = tl.zeros([BE], tl.int32)
     for start in range(0, num_blocks, BB):
         at, mask = counts_ptr + (start + o_block)[:, None] * BE + o_expert[None, :], (start + o_block < num_blocks)[:, None]
         b_total += tl.sum(tl.load(at, mask, 0), 0)
+    b_total = tl.where(m_own, b_total, 0)
     b_end = tl.cumsum(b_total, 0)
     b_first = b_end - b_total
-    tl.store(first_ptr + o_expert, b_first, o_expert <= num_experts)
+    tl.store(first_ptr + o_own, b_first, m_own)
     tl.store(first_ptr + num_experts, tl.sum(b_total, 0))
     b_before = b_first
     for start in range(0, num_blocks, BB):
@@ -112,7 +116,7 @@ def expert_first_rows_kernel(
         b_row = tl.sum(tl.where(b_is, (b_first - (b_after - b_num) * BLOCK)[None, :] + o_tile[:, None] * BLOCK, 0), 1)
         b_last = tl.minimum(tl.sum(tl.where(b_is, b_end[None, :], 0), 1), b_row + BLOCK)
         m_tile = o_tile < most
-        tl.store(tiles_ptr + 3 * o_tile, tl.sum(tl.where(b_is, o_expert[None, :], 0), 1), m_tile)
+        tl.store(tiles_ptr + 3 * o_tile, tl.sum(tl.where(b_is, o_own[None, :], 0), 1), m_tile)
         tl.store(tiles_ptr + 3 * o_tile + 1, b_row, m_tile)
         tl.store(tiles_ptr + 3 * o_tile + 2, b_last, m_tile)
     tl.store(tiles_ptr + 3 * most, tl.sum(b_num, 0))
@@ -120,9 +124,10 @@ def expert_first_rows_kernel(
 
 @triton.jit
 def expert_place_kernel(
-    expert_ptr, weight_ptr, before_ptr, place_ptr, row_weight_ptr, num_tokens, TOP_K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+    expert_ptr, weight_ptr, before_ptr, place_ptr, row_weight_ptr, num_tokens, first_expert, num_experts,
+    TOP_K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Write the rows of a block of tokens: behind those of earlier blocks, in the order of tokens."""
+    """Write the rows of a block of tokens: behind those of earlier blocks, in the order of tokens; -1 at an expert of another rank."""
     o_token, o_expert = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BE)
     m_token = o_token < num_tokens
     b_all = tl.zeros([BT, BE], tl.int32)
@@ -131,17 +136,20 @@ def expert_place_kernel(
         b_all += b_is.to(tl.int32)
     b_row = tl.load(before_ptr + tl.program_id(0) * BE + o_expert)[None, :] + tl.cumsum(b_all, 0) - b_all
     for k in tl.static_range(TOP_K):
-        b_is = o_expert[None, :] == tl.load(expert_ptr + o_token * TOP_K + k, m_token, -1)[:, None]
-        b_place = tl.sum(tl.where(b_is, b_row, 0), 1)
-        tl.store(place_ptr + o_token * TOP_K + k, b_place, m_token)
-        tl.store(row_weight_ptr + b_place, tl.load(weight_ptr + o_token * TOP_K + k, m_token, 0.0), m_token)
+        b_expert = tl.load(expert_ptr + o_token * TOP_K + k, m_token, -1)
+        b_place = tl.sum(tl.where(o_expert[None, :] == b_expert[:, None], b_row, 0), 1)
+        m_own = m_token & (b_expert >= first_expert) & (b_expert < first_expert + num_experts)
+        tl.store(place_ptr + o_token * TOP_K + k, tl.where(m_own, b_place, -1), m_token)
+        tl.store(row_weight_ptr + b_place, tl.load(weight_ptr + o_token * TOP_K + k, m_own, 0.0), m_own)
 
 
 @triton.jit
-def expert_swiglu_kernel(x_ptr, weight_ptr, y_ptr, num_cols, BLOCK: tl.constexpr):
+def expert_swiglu_kernel(x_ptr, weight_ptr, y_ptr, end_ptr, num_cols, BLOCK: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
-    weight = tl.load(weight_ptr + i_row)
-    for start in range(0, num_cols, BLOCK):
+    weight, stop = tl.load(weight_ptr + i_row), num_cols
+    if end_ptr is not None:
+        stop = tl.where(i_row < tl.load(end_ptr), num_cols, 0)
+    for start in range(0, stop, BLOCK):
         o_col = start + tl.arange(0, BLOCK)
         m_col = o_col < num_cols
         b_gate = tl.load(x_ptr + i_row * 2 * num_cols + o_col, m_col, 0.0).to(tl.float32)
@@ -150,11 +158,13 @@ def expert_swiglu_kernel(x_ptr, weight_ptr, y_ptr, num_cols, BLOCK: tl.constexpr
 
 
 @triton.jit
-def expert_swiglu_backward_kernel(dy_ptr, x_ptr, weight_ptr, d_weight_ptr, num_cols, BLOCK: tl.constexpr):
+def expert_swiglu_backward_kernel(dy_ptr, x_ptr, weight_ptr, d_weight_ptr, end_ptr, num_cols, BLOCK: tl.constexpr):
     """Write d[gate | up] over [gate | up]."""
     i_row = tl.program_id(0).to(tl.int64)
-    weight, d_weight = tl.load(weight_ptr + i_row), 0.0
-    for start in range(0, num_cols, BLOCK):
+    weight, d_weight, stop = tl.load(weight_ptr + i_row), 0.0, num_cols
+    if end_ptr is not None:
+        stop = tl.where(i_row < tl.load(end_ptr), num_cols, 0)
+    for start in range(0, stop, BLOCK):
         o_col = start + tl.arange(0, BLOCK)
         m_col = o_col < num_cols
         gate_at, up_at = x_ptr + i_row * 2 * num_cols + o_col, x_ptr + (i_row * 2 + 1) * num_cols + o_col
@@ -177,5 +187,5 @@ def expert_combine_kernel(y_ptr, place_ptr, out_ptr, num_cols, num_blocks, TOP_K
     b_sum = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOP_K):
         i_row = tl.load(place_ptr + i_token * TOP_K + k).to(tl.int64)
-        b_sum += tl.load(y_ptr + i_row * num_cols + o_col, m_col, 0.0).to(tl.float32)
+        b_sum += tl.load(y_ptr + i_row * num_cols + o_col, m_col & (i_row >= 0), 0.0).to(tl.float32)
     tl.store(out_ptr + i_token * num_cols + o_col, b_sum.to(out_ptr.dtype.element_ty), m_col)

@@ -15,7 +15,10 @@ Adapters of experts add S B^T to either product of a row (adapters.py), and to a
 linear in. dA needs the rows of X, which are gathered again, and a, which is computed again.
 
 Kept for backward: [gate | up] of every row, whose memory backward overwrites, the choice, and where normalisation does not make them
-superfluous the probabilities; with adapters S, and X [T, H]. Tensor ranks have a part of every expert's features, and the whole router.
+superfluous the probabilities; with adapters S, and X [T, H].
+
+Every tensor rank has the whole router, and a part of every expert's features, or some experts (`first_expert` and the following), whose
+rows alone it computes. All that follows the choice is linear in what the ranks have, so their Y are summed, and their dX.
 """
 
 from __future__ import annotations
@@ -38,13 +41,14 @@ _IDENTITY = Collectives()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:
-    """The frozen weights of a layer's E experts on this rank, and how a token's are chosen."""
+    """The frozen weights of a layer's experts on this rank, and how a token's are chosen."""
 
-    router_EH: Tensor
+    router_EH: Tensor  # of all experts
     up_EFH: Tensor  # gate over up: F is twice an expert's width
     down_EHF: Tensor
     top_k: int
     normalised: bool
+    first_expert: int = 0  # of those on this rank
     before: Collectives = _IDENTITY  # around the products with `up`, as of a column-parallel linear
     after: Collectives = _IDENTITY  # and with `down`, as of a row-parallel one
 
@@ -87,8 +91,9 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, weights, near_ties, ops, values, groups, segments):
         full_x = weights.before.gather_input(x_TH)
-        choice, route = ops.choose(full_x @ weights.router_EH.t(), weights.top_k, weights.normalised, near_ties)
-        rows = rows_by_job(route, choice.expert_Tk, segments) if any(groups) else None
+        first, logits = weights.first_expert, full_x @ weights.router_EH.t()
+        choice, route = ops.choose(logits, weights.top_k, weights.normalised, near_ties, range(first, first + len(weights.up_EFH)))
+        rows = rows_by_job(route, choice.expert_Tk, segments, first) if any(groups) else None
         x_RH = ops.gather(full_x, route)
         up = _lora(ops, x_RH, groups[0], rows)
         gate_up = ops.grouped(x_RH, weights.up_EFH, route, lora=up)

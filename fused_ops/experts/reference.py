@@ -19,8 +19,13 @@ from fused_ops.lora.dropout import keep_mask
 TILE = 16
 
 
-def choose(logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | None = None) -> tuple[Choice, ExpertRoute]:
-    """Return the experts of each token, and its rows; add to `near_ties` the tokens whose last expert might be another."""
+def choose(
+    logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | None = None, own: range | None = None
+) -> tuple[Choice, ExpertRoute]:
+    """Return the experts of each token, and its rows at the rank's `own` experts (None: all).
+
+    Adds to `near_ties` the tokens whose last expert might be another.
+    """
     probability = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     values, order = torch.sort(probability, dim=-1, descending=True, stable=True)  # NaN is the largest, and all are equal
     weight = values[:, :top_k]
@@ -28,24 +33,26 @@ def choose(logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | 
         near_ties += (values[:, top_k - 1] - values[:, top_k] < NEAR).sum()
     weight = weight / weight.sum(-1, keepdim=True) if normalised else weight.contiguous()
     choice = Choice(probability_TE=probability, expert_Tk=order[:, :top_k].contiguous(), weight_Tk=weight)
-    return choice, route_of(choice, logits_TE.shape[1])
+    return choice, route_of(choice, range(logits_TE.shape[1]) if own is None else own)
 
 
-def route_of(choice: Choice, num_experts: int) -> ExpertRoute:
-    """Order rows by expert, then by token."""
-    experts, order = torch.sort(choice.expert_Tk.flatten(), stable=True)
+def route_of(choice: Choice, own: range) -> ExpertRoute:
+    """Order rows of a rank's experts by expert, then by token."""
+    expert = choice.expert_Tk.flatten() - own.start
+    expert = torch.where((expert >= 0) & (expert < len(own)), expert, len(own))  # those of other ranks lie behind
+    experts, order = torch.sort(expert, stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     return ExpertRoute(
         weight_R=choice.weight_Tk.flatten()[order],
-        place_Tk=place.view_as(choice.expert_Tk),
-        first_E=torch.searchsorted(experts, torch.arange(num_experts + 1, device=order.device)),
+        place_Tk=torch.where(expert < len(own), place, -1).view_as(choice.expert_Tk),
+        first_E=torch.searchsorted(experts, torch.arange(len(own) + 1, device=order.device)),
     )
 
 
 def grad_choice(choice: Choice, d_weight_R: Tensor, route: ExpertRoute, num_experts: int, dtype: torch.dtype) -> Tensor:
     """Return the gradient of the logits, [T, E]; normalised weights are a softmax over the chosen experts alone."""
-    d_weight_Tk = d_weight_R[route.place_Tk]
+    d_weight_Tk = torch.where(route.place_Tk < 0, 0.0, d_weight_R[route.place_Tk])
     zeros, experts = d_weight_Tk.new_zeros(len(d_weight_Tk), num_experts), choice.expert_Tk.long()
     probability = zeros.scatter(1, experts, choice.weight_Tk) if choice.probability_TE is None else choice.probability_TE
     d_probability = zeros.scatter(1, experts, d_weight_Tk)
@@ -54,9 +61,9 @@ def grad_choice(choice: Choice, d_weight_R: Tensor, route: ExpertRoute, num_expe
 
 def gather(x_TH: Tensor, route: ExpertRoute) -> Tensor:
     """Return each row's token, [R, H]."""
-    rows = x_TH.new_empty(route.place_Tk.numel(), x_TH.shape[1])
+    rows = x_TH.new_empty(route.place_Tk.numel() + 1, x_TH.shape[1])  # the last one is for rows of other ranks
     rows[route.place_Tk] = x_TH[:, None]
-    return rows
+    return rows[:-1]
 
 
 def grouped(x_RI: Tensor, weight_EOI: Tensor, route: ExpertRoute, transposed: bool = False, lora: Lora | None = None) -> Tensor:
@@ -83,9 +90,9 @@ def grouped(x_RI: Tensor, weight_EOI: Tensor, route: ExpertRoute, transposed: bo
 
 def combine(y_RH: Tensor, route: ExpertRoute) -> Tensor:
     """Return the sum of each token's rows, in float32 and in the order of its experts, [T, H]."""
-    total = y_RH[route.place_Tk[:, 0]].float()
-    for rank in range(1, route.place_Tk.shape[1]):
-        total += y_RH[route.place_Tk[:, rank]]
+    total = y_RH.new_zeros(len(route.place_Tk), y_RH.shape[1], dtype=torch.float32)
+    for place in route.place_Tk.unbind(1):
+        total += torch.where((place < 0)[:, None], 0.0, y_RH[place])
     return total.to(y_RH.dtype)
 
 

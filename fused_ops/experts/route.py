@@ -24,11 +24,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertRoute:
-    """Rows 0 <= r < R = T k, by expert and then by token."""
+    """Rows of the experts of this rank, by expert and then by token. It may have all R = T k, for which there is room."""
 
     weight_R: Tensor  # float32
-    place_Tk: Tensor  # the row of each of a token's experts
-    first_E: Tensor  # [E + 1] the first row of each expert, and R
+    place_Tk: Tensor  # the row of each of a token's experts; -1: another rank has it
+    first_E: Tensor  # [own experts + 1] the first row of each, and how many rows there are
+    end: Tensor | None = None  # of kernels, [1]: how many rows there are, where other ranks have some; None: R
     tiles: Tensor | None = None  # of kernels, int32 [most_tiles + 1, 3]: expert, first row and end of each tile; last, how many there are
 
 

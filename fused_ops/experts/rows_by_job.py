@@ -42,17 +42,19 @@ class RowsByJob:
         return torch.stack([stretch, row, (row + size).minimum(end[stretch])], 1).to(torch.int32)
 
 
-def rows_by_job(route: ExpertRoute, expert_Tk: Tensor, segments: Route) -> RowsByJob:
-    """Find the rows of each expert and segment."""
+def rows_by_job(route: ExpertRoute, expert_Tk: Tensor, segments: Route, first_expert: int = 0) -> RowsByJob:
+    """Find the rows of each of this rank's experts, of which `first_expert` is the first, and each segment."""
     (num_tokens, top_k), device = expert_Tk.shape, expert_Tk.device
     num_experts, place = len(route.first_E) - 1, route.place_Tk.flatten().long()
-    token, expert = (torch.empty(num_tokens * top_k, dtype=torch.int64, device=device) for _ in range(2))
+    place = torch.where(place < 0, len(place), place)  # rows of other ranks go behind all
+    token, expert = (torch.full((len(place) + 1,), last, dtype=torch.int64, device=device) for last in (0, num_experts))
     token.scatter_(0, place, torch.arange(num_tokens, device=device).repeat_interleave(top_k))
-    expert.scatter_(0, place, expert_Tk.flatten().long())
+    expert.scatter_(0, place, expert_Tk.flatten().long() - first_expert)
+    token, expert = token[:-1], expert[:-1]
     wanted = torch.arange(num_experts, device=device)[:, None, None] * (num_tokens + 1) + segments.segment_table[None, :, :2]
     return RowsByJob(
         bounds=torch.searchsorted(expert * (num_tokens + 1) + token, wanted).to(torch.int32),
-        keys_R=segments.row_keys[token] ^ (expert.to(torch.int32) * FEATURE),
+        keys_R=segments.row_keys[token] ^ ((expert + first_expert).to(torch.int32) * FEATURE),
         segments=segments.segment_table,
         adapters=tuple(adapter for _, _, adapter in segments.segments),
     )

@@ -26,7 +26,6 @@ def required(rule: Rule, meaning: str, unit: str = "") -> Any:
 
 
 NOT_YET = {  # keys of others -> why they are refused
-    "expert": "each tensor rank has a part of all experts",
     "layers_pattern": "these base models have one list of layers, which layers_to_transform counts",
     "modules_to_save": "embedding and head stay frozen",
     "trainable_token_indices": "embedding and head stay frozen",

@@ -23,6 +23,13 @@ class ParallelConfig:
         "ranks that share each layer; it must divide the model's query heads, key/value heads and feed-forward features",
         "ranks",
     )
+    expert: int = key(
+        1,
+        whole_number("a number of ranks", 1),
+        "ranks that a layer's experts are divided among, complete: 1, or as many as `tensor`, whose ranks they are. With 1 each "
+        "tensor rank has a part of every expert",
+        "ranks",
+    )
     data: int = key(1, whole_number("a number of replicas", 1), "replicas of the whole pipeline, which share each batch", "replicas")
     sequence: bool = key(False, truth(), "true: the tensor ranks also share the activations between layers; needs `tensor` above 1")
     layers_per_stage: tuple[int, ...] | None = key(
@@ -72,6 +79,11 @@ def parallel(path: str, value: object) -> ParallelConfig:
     config = build(ParallelConfig, path, {} if value is None else value)
     if config.sequence and config.tensor == 1:
         raise UserError(f"{path}.sequence: true needs {path}.tensor above 1, which is 1; set one of the two")
+    if config.expert not in (1, config.tensor):
+        raise UserError(
+            f"{path}.expert: {config.expert} is neither 1 nor {path}.tensor, which is {config.tensor}: experts are divided among ranks "
+            "that share a microbatch, never among replicas; set both to the same number, or remove expert"
+        )
     layers = config.layers_per_stage
     if layers is not None and len(layers) != config.pipeline:
         raise UserError(

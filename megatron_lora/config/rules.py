@@ -42,6 +42,7 @@ OTHER_WORDS = {  # what other trainers call a key of ours
     "epochs": "num_epochs",
     "evals_per_epoch": "eval_steps",
     "gradient_accumulation_steps": "global_batch_size",
+    "expert_model_parallel_size": "parallel.expert",
     "lora_r": "r",
     "lora_target_modules": "target_modules",
     "lr": "learning_rate",

@@ -190,7 +190,7 @@ class Arena:
         """Return the factor's slice of a flat buffer as [r, width], or [experts, r, width]."""
         sizes, strides = (factor.r, factor.width), (factor.width, 1)
         if factor.experts:
-            sizes, strides = (factor.experts, *sizes), (factor.stride, *strides)
+            sizes, strides = (factor.count, *sizes), (factor.stride, *strides)
         return buffer.as_strided(sizes, strides, buffer.storage_offset() + factor.start)
 
     def draw(self, spec: AdapterSpec, seed: int, gaussian: bool = False) -> Tensor:
@@ -207,7 +207,7 @@ class Arena:
         def fill(item: tuple[Factor, str, Tensor]) -> None:
             factor, path, part = item
             if factor.kind == "A":
-                num_columns = factor.width * (self.tensor_ranks if factor.sharded else 1)
+                num_columns = factor.width * (factor.tensor_ranks if factor.sharded else 1)
                 full = _first_a(factor.r, num_columns, seed, path, gaussian)
                 part.copy_(factor.of(full))
             else:
@@ -247,12 +247,13 @@ class Arena:
     def b_moved(self, adapter_row: int, buffer: Tensor) -> Tensor:
         """Return for each B^T of an adapter, in the order of its factors, whether a flat buffer has a value there that is not 0: bool.
 
-        Of experts it is one that says so of any, since a job's tokens need not reach all.
+        Of experts it is one that says so of any, since a job's tokens need not reach all; True where other ranks have some of them.
         """
         views, found = iter(self._stripes[adapter_row].factors.views(buffer)), []
         for factor in self.factors[adapter_row]:
             parts = [part.any(1) for part in islice(views, len(factor.starts))]
-            found += [torch.stack(parts).any(0)] if factor.kind == "B" and parts else []
+            elsewhere = len(factor.experts) > 0 and factor.tensor_ranks < self.tensor_ranks
+            found += [torch.stack(parts).any(0) | elsewhere] if factor.kind == "B" and parts else []
         return torch.stack(found, 1).flatten() if found else buffer.new_zeros(0, dtype=torch.bool)
 
     def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:

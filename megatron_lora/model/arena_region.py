@@ -97,27 +97,33 @@ class Factor:
     r: int
     rows: int  # that it takes, the surplus ones of a padded rank included
     width: int  # columns on this rank
-    sharded: bool  # over tensor ranks along `width`; otherwise replicated on them
+    sharded: bool  # this tensor rank alone has it, or these columns of it; otherwise it is replicated on all
     pieces: tuple[tuple[int, int], ...]  # global (first, number) of this rank's columns, in its order
     trained: int  # of its r rows; those behind stay as they are
     ratio: float = 1.0  # of its scale to that which kernels apply; what a B^T here is multiplied by
-    experts: int = 0
+    tensor_ranks: int = 1  # that share its columns
+    experts: range = range(0)  # on this rank
     stride: int = 0  # elements from one expert's to the next one's
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The paths of the module, one, or of every expert's."""
-        return tuple(self.path.replace(EXPERT, str(expert)) for expert in range(self.experts)) or (self.path,)
+        return tuple(self.path.replace(EXPERT, str(expert)) for expert in self.experts) or (self.path,)
 
     @property
     def starts(self) -> tuple[int, ...]:
         """Where each of these begins."""
-        return tuple(self.start + expert * self.stride for expert in range(self.experts or 1))
+        return tuple(self.start + index * self.stride for index in range(self.count))
+
+    @property
+    def count(self) -> int:
+        """How many there are: one, or one for each expert."""
+        return len(self.experts) or 1
 
     @property
     def length(self) -> int:
         """Elements, of all experts."""
-        return self.r * self.width * (self.experts or 1)
+        return self.r * self.width * self.count
 
     def parts(self, values: Tensor) -> list[tuple[str, Tensor]]:
         """Return (path, [r, width]) of `values`, which has the factor's elements one expert after another."""
@@ -200,9 +206,10 @@ def shards(
         if module in spec.target_modules:
             inputs, outputs = ((0 if column else geometry.first_feature, k),), geometry.pieces(index, tensor_rank)
             r, ratio = spec.linear(module, path)
-            shared = {"path": path, "r": r, "rows": spec.rows_of(module), "experts": geometry.experts}
-            shared["trained"] = r // 2 if spec.has_frozen_half else r
-            kinds = (("A", k, not column, inputs, 1.0), ("B", n, column, outputs, ratio))
+            shared = {"path": path, "r": r, "rows": spec.rows_of(module), "trained": r // 2 if spec.has_frozen_half else r}
+            shared |= {"experts": geometry.experts, "tensor_ranks": geometry.tensor_ranks}
+            alone = geometry.tensor_ranks == 1
+            kinds = (("A", k, alone or not column, inputs, 1.0), ("B", n, alone or column, outputs, ratio))
             for (kind, width, sharded, pieces, times), (first, stride) in zip(kinds, (next(start), next(start)), strict=True):
                 own = {"start": first, "stride": stride, "width": width, "sharded": sharded, "pieces": pieces, "ratio": times}
                 found += [Factor(kind=kind, **own, **shared)] if r else []
@@ -217,7 +224,7 @@ class Region:
         self.geometry = geometry
         self.tensor_rank = tensor_rank
         rows = [room.get(module, 0) for module in geometry.modules]
-        self.experts = (geometry.experts,) if geometry.experts else ()
+        self.experts = (len(geometry.experts),) if geometry.experts else ()
         self.a_shape = (*self.experts, sum(rows), geometry.in_features)
         self.b_shapes = tuple((*self.experts, *shape) for shape in zip(rows, geometry.out_features, strict=True))
         self.a_start = start

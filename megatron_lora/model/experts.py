@@ -1,8 +1,8 @@
 """A layer's experts and their router, frozen, in place of Megatron's MLP (fused_ops/experts/layer.py), and where their adapters are.
 
-Every tensor rank has a part of each expert's features, gate over up as in linear_fc1, and the whole router. All tensor ranks choose
-alike, since they have the same numbers. `near_ties` counts the tokens, layer by layer, whose last expert other arithmetic might choose
-differently: top-k is not continuous.
+Every tensor rank has the whole router, and a part of each expert's features, gate over up as in linear_fc1, or with `parallel.expert`
+some experts, complete. All tensor ranks choose alike, since they have the same numbers. `near_ties` counts the tokens, layer by layer,
+whose last expert other arithmetic might choose differently: top-k is not continuous.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_lora.parallel.process_groups import tensor_group
 
 @dataclass(slots=True)
 class ExpertLinear:
-    """Gate and up, or down, of all experts of a layer, as the arena sees it."""
+    """Gate and up, or down, of the experts of a layer that this rank has, as the arena sees it."""
 
     geometry: LinearGeometry
     adapters: ExpertGroup | None = None  # of all resident jobs; None: the base model alone
@@ -38,21 +38,24 @@ class Experts(torch.nn.Module):
         architecture: Architecture = config.architecture
         self.architecture, self.group = architecture, tensor_group()
         device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
-        number, hidden, width = architecture.num_experts, architecture.hidden_size, architecture.ffn_size // self.group.size()
+        number, hidden, self.sharing = architecture.num_experts, architecture.hidden_size, self.group.size() // config.expert_ranks
+        own, width = number // config.expert_ranks, architecture.ffn_size // self.sharing
+        first = self.group.rank() * own * (config.expert_ranks > 1)
+        self.own = range(first, first + own)
 
         def frozen(*shape: int) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device), requires_grad=False)
 
-        self.router, self.up, self.down = frozen(number, hidden), frozen(number, 2 * width, hidden), frozen(number, hidden, width)
+        self.router, self.up, self.down = frozen(number, hidden), frozen(own, 2 * width, hidden), frozen(own, hidden, width)
         self.near_ties = torch.zeros(1, dtype=torch.int64, device=device)
         linears = MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
         self.before, self.after = (linear.collectives_over(self.group, config.sequence_parallel) for linear in linears)
 
     def set_layer(self, layer: int) -> None:
         """Set the layer (its index in the complete model) that the experts belong to."""
-        ranks, rank, modules = self.group.size(), self.group.rank(), self.architecture.expert_modules
+        modules = self.architecture.expert_modules
         paths, (hidden, width) = self.architecture.expert_paths(layer, EXPERT), self.down.shape[1:]
-        shared = {"tensor_ranks": ranks, "experts": self.architecture.num_experts}
+        shared = {"tensor_ranks": self.sharing, "experts": self.own}
         up = LinearGeometry(
             modules=modules[:2],
             paths=paths[:2],
@@ -68,7 +71,7 @@ class Experts(torch.nn.Module):
             in_features=width,
             out_features=(hidden,),
             parallel="row",
-            first_feature=rank * width,
+            first_feature=self.group.rank() % self.sharing * width,
             **shared,
         )
         self.linears = ExpertLinear(up), ExpertLinear(down)
@@ -81,6 +84,7 @@ class Experts(torch.nn.Module):
             down_EHF=self.down,
             top_k=self.architecture.top_k,
             normalised=self.architecture.normalised,
+            first_expert=self.own.start,
             before=self.before,
             after=self.after,
         )
@@ -91,10 +95,11 @@ class Experts(torch.nn.Module):
     def parts(self, layer: int) -> Iterator[Part]:
         """Yield the parts of the weights, with the name and slice of the checkpoint tensor that each is loaded from."""
         everything, width = slice(None), self.down.shape[2]
-        own = slice(self.group.rank() * width, (self.group.rank() + 1) * width)
+        first = self.group.rank() % self.sharing * width
+        part = slice(first, first + width)
         yield Part(target=self.router, name=self.architecture.router(layer), index=(everything, everything))
-        for expert in range(self.architecture.num_experts):
+        for expert, up_FH, down_HF in zip(self.own, self.up, self.down, strict=True):
             gate, up, down = (f"{path}.weight" for path in self.architecture.expert_paths(layer, str(expert)))
-            yield Part(target=self.up[expert, :width], name=gate, index=(own, everything))
-            yield Part(target=self.up[expert, width:], name=up, index=(own, everything))
-            yield Part(target=self.down[expert], name=down, index=(everything, own))
+            yield Part(target=up_FH[:width], name=gate, index=(part, everything))
+            yield Part(target=up_FH[width:], name=up, index=(part, everything))
+            yield Part(target=down_HF, name=down, index=(everything, part))

@@ -64,14 +64,14 @@ class LinearGeometry:
     parallel: str  # "column" or "row"
     first_feature: int  # global index of the local input feature 0
     parts: tuple[tuple[int, ...], ...] = ()  # local output features of what each module computes side by side; (): one thing each
-    tensor_ranks: int = 1
-    experts: int = 0  # that have such a linear; 0: the layer has
+    tensor_ranks: int = 1  # that share its features
+    experts: range = range(0)  # numbers of those on this rank that have such a linear; empty: the layer has
 
     def pieces(self, module: int, tensor_rank: int) -> tuple[tuple[int, int], ...]:
         """Return the (first, number) of the global output features of a module, by its index, that a tensor rank has, in its order."""
         widths = self.parts[module] if self.parts else (self.out_features[module],)
         firsts = accumulate((width * self.tensor_ranks for width in widths), initial=0)
-        here = tensor_rank if self.parallel == "column" else 0
+        here = tensor_rank % self.tensor_ranks if self.parallel == "column" else 0
         return tuple((first + here * width, width) for first, width in zip(firsts, widths, strict=False))
 
     @property

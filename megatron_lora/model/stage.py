@@ -65,6 +65,7 @@ class StageConfig(TransformerConfig):
 
     architecture: Architecture | None = None
     base_weights: str = "native"
+    expert_ranks: int = 1  # that each have some of a layer's experts
 
 
 class Stage(torch.nn.Module):
@@ -294,6 +295,7 @@ def _stage_config(
     return StageConfig(
         architecture=architecture,
         base_weights=base_weights,
+        expert_ranks=parallel.expert,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_size,

@@ -34,9 +34,13 @@ def recompute_of_layers(recompute: str | tuple[str, ...], num_layers: int) -> tu
 def check_layout(architecture: Architecture, parallel: ParallelConfig, base_weights: str = "native") -> None:
     """Raise UserError, naming the key, if the model cannot be divided over the ranks, or its weights not into blocks of NF4."""
     heads = {"query heads": architecture.num_heads, "key/value heads": architecture.num_kv_heads}
-    for what, size in (heads | {"feed-forward features": architecture.ffn_size}).items():
+    features = {"feed-forward features": architecture.ffn_size} if parallel.expert == 1 else {}
+    for what, size in (heads | features).items():
         if size % parallel.tensor:
             raise UserError(f"parallel.tensor: {parallel.tensor} does not divide the model's {size} {what}; use a divisor of {size}")
+    if parallel.expert > 1 and (not architecture.num_experts or architecture.num_experts % parallel.expert):
+        has = f"{architecture.num_experts} experts, which it does not divide" if architecture.num_experts else "no experts"
+        raise UserError(f"parallel.expert: {parallel.expert}, and the model's layers have {has}; set it to 1")
     if parallel.pipeline > architecture.num_layers:
         raise UserError(
             f"parallel.pipeline: {parallel.pipeline} stages are more than the model's {architecture.num_layers} layers; use fewer stages"

@@ -65,6 +65,7 @@ def subject_of(config: RunConfig, architecture: Architecture, device: Device) ->
     given = {field.name: (getattr(found, field.name), field.default) for field in dataclasses.fields(found) if field.name != "num_layers"}
     shape = {name: value for name, (value, default) in given.items() if value != default or name == "qk_norm"}
     kind = {"tensor": config.parallel.tensor, "sequence": config.parallel.sequence, "bytes_per_number": item_bytes(config, device)}
+    kind |= {"expert": config.parallel.expert} if config.parallel.expert > 1 else {}
     return {"device": device.name, **shape, **kind, "base_weights": config.base_weights, "backend": config.backend}
 
 
@@ -136,9 +137,10 @@ def keep_calibration(
 
 def differing(table: Calibration, config: RunConfig, architecture: Architecture, device: Device) -> str:
     """Return in what a table's subject differs from what a config needs on a device; empty where it serves."""
-    for name, value in subject_of(config, architecture, device).items():
-        if table.subject.get(name) != value:
-            return f"is of {name} {table.subject.get(name)!r}, and this config needs {value!r}"
+    needed = subject_of(config, architecture, device)
+    for name in {**needed, **table.subject}:
+        if table.subject.get(name) != needed.get(name):
+            return f"is of {name} {table.subject.get(name)!r}, and this config needs {needed.get(name)!r}"
     return ""
 
 

@@ -152,7 +152,7 @@ def rank_row_bytes_of(config: RunConfig, architecture: Architecture, item: int) 
     Those of experts are there where a job adapts them. layers_per_stage must be resolved.
     """
     layers = max(len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel))
-    of_layer = rank_row_bytes(shape_of(architecture), item, config.parallel.tensor)
+    of_layer = rank_row_bytes(shape_of(architecture), item, config.parallel.tensor, config.parallel.expert)
     frozen = () if any(job.experts for job in config.jobs) else architecture.expert_modules
     return {module: num_bytes * layers for module, num_bytes in of_layer.items() if module not in frozen}
 
@@ -209,6 +209,7 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
             room=room,
             residents=min(len(adapters), residents),
             tensor=parallel.tensor,
+            expert=parallel.expert,
             recompute=config.recompute,
             item=item,
             weight_bytes=weight_bytes,

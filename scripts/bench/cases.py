@@ -73,7 +73,7 @@ def parser() -> OneLineParser:
     launch = found.add_argument_group("launch")
     launch.add_argument("--shape", default="llama-3.1-8b", choices=list(SHAPES))
     launch.add_argument("--num-layers", type=whole, help="cut the model short")
-    for name in ("pipeline", "tensor", "data"):
+    for name in ("pipeline", "tensor", "expert", "data"):
         launch.add_argument(f"--{name}", type=whole, default=1)
     launch.add_argument("--sequence", action="store_true", help="sequence parallelism")
     launch.add_argument("--layers", type=numbers(whole), help="of each stage, 38,26; default: by the cost model")
@@ -153,7 +153,7 @@ def policies_in_words(recompute: str | tuple[str, ...]) -> str:
 
 def layout_name(options: argparse.Namespace) -> str:
     """Say the parallel layout in short: PP2 TP2+SP."""
-    sizes = [("PP", options.pipeline), ("TP", options.tensor), ("DP", options.data)]
+    sizes = [("PP", options.pipeline), ("TP", options.tensor), ("EP", options.expert), ("DP", options.data)]
     words = [f"{name}{size}{'+SP' if name == 'TP' and options.sequence else ''}" for name, size in sizes if size > 1]
     return " ".join(words) or "1 GPU"
 

@@ -99,7 +99,7 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
     (own / "model").mkdir(parents=True, exist_ok=True)
     (folder / "name").write_text(case.name, encoding="utf-8")
     write_config(options.shape, own / "model", options.num_layers)
-    parallel = {name: getattr(options, name) for name in ("pipeline", "tensor", "data", "sequence")}
+    parallel = {name: getattr(options, name) for name in ("pipeline", "tensor", "expert", "data", "sequence")}
     tree = {
         "base_model": str(own / "model"),
         "output_dir": str(folder / "run"),

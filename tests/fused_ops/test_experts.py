@@ -222,28 +222,65 @@ def test_the_kernels_are_the_twin(num_experts, top_k, normalised, num_tokens):
     assert torch.equal(covered, torch.arange(len(x) * top_k))
 
 
-def test_the_kernels_of_adapters_are_the_twins():
+def of_some_experts(x, dy, segments, weights, first, end, backend="reference"):
+    """Return Y, dX and the adapters' gradients of a rank that has some of the experts."""
+    own, leaf = slice(first, end), x.clone().requires_grad_()
+    up, down = (
+        replace(
+            group,
+            a_ERK=group.a_ERK[own],
+            b_ERN=tuple(b[own] for b in group.b_ERN),
+            grad_a_ERK=torch.zeros_like(group.grad_a_ERK[own]),
+            grad_b_ERN=tuple(torch.zeros_like(b[own]) for b in group.grad_b_ERN),
+        )
+        for group in adapters_of(len(weights.up_EFH), 0.3)
+    )
+    of_rank = replace(weights, up_EFH=weights.up_EFH[own], down_EHF=weights.down_EHF[own], first_expert=first)
+    y = expert_mlp(leaf, of_rank, None, backend, groups=(up, down), segments=segments)
+    y.backward(dy)
+    return [y.detach(), leaf.grad, *(grad for group in (up, down) for grad in (group.grad_a_ERK, *group.grad_b_ERN))]
+
+
+@pytest.fixture
+def spoilt_memory(monkeypatch):
+    """Have new tensors hold what must not be read before something else is written there."""
+
+    def new_empty(like, *shape, **kind):
+        value = float("nan") if kind.get("dtype", like.dtype).is_floating_point else 2**31 - 1
+        return like.new_full(shape if isinstance(shape[0], int) else shape[0], value, **kind)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+def assert_they_add_up(parts, whole):
+    """Y and dX of ranks are summed; gradients belong to experts."""
+    for index, expected in enumerate(whole):
+        of_ranks = [part[index] for part in parts]
+        found = sum(of_ranks) if index < 2 else torch.cat(of_ranks)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert (found - expected).nan_to_num().abs().max() < 2e-6 * expected.nan_to_num().abs().max() > 0
+
+
+def test_ranks_with_some_of_the_experts_add_up_to_all(spoilt_memory):
+    weights, (x, dy), segments = weights_of(5, 2), problem(), segments_of()
+    x[5] = dy[40] = float("nan")  # of jobs 2 and 1
+    parts = [of_some_experts(x, dy, segments, weights, *own) for own in ((0, 2), (2, 5))]
+    assert_they_add_up(parts, of_some_experts(x, dy, segments, weights, 0, 5))
+
+
+def test_the_kernels_of_adapters_are_the_twins(spoilt_memory):
     pytest.importorskip("triton")
     from kernel_tools import interpreted
 
     from fused_ops.experts import grouped, kernels, lora_kernels
 
-    weights, (x, dy), segments = weights_of(2, 1), problem(150), segments_of(150)
+    weights, (x, dy), segments = weights_of(3, 1, False), problem(150), segments_of(150)
     x[5] = dy[40] = float("nan")  # of jobs 2 and 1
-    x[11:, 0], weights.router_EH[:, 0] = 9.0, torch.linspace(1.0, 0.0, 2)  # one expert has more rows than a tile
-
-    def run(backend):
-        groups, leaf = adapters_of(2, 0.3), x.clone().requires_grad_()
-        y = expert_mlp(leaf, weights, None, backend, groups=groups, segments=segments)
-        y.backward(dy)
-        return [y.detach(), leaf.grad, *(grad for group in groups for grad in (group.grad_a_ERK, *group.grad_b_ERN))]
-
-    expected = run("reference")
+    x[11:, 0], weights.router_EH[:, 0] = 9.0, torch.linspace(0.0, 1.0, 3)  # one expert has more rows than a tile
+    whole = of_some_experts(x, dy, segments, weights, 0, 3)
     with interpreted(kernels, grouped, lora_kernels):
-        found = run("triton")
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours.isnan(), theirs.isnan())
-        assert (ours - theirs).nan_to_num().abs().max() < 2e-6 * theirs.nan_to_num().abs().max() > 0
+        parts = [of_some_experts(x, dy, segments, weights, *own, "triton") for own in ((0, 1), (1, 3))]
+    assert_they_add_up(parts, whole)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")

@@ -247,7 +247,10 @@ CASES = {
     "another trainer's word": (override("defaults.lora_r=8"), ["defaults.lora_r: unknown key", "did you mean r?"]),
     "job key at the top": (override("r=8"), ["r: unknown key here", "a key of defaults or a job"]),
     "another trainer's word at the top": (override("batch_size=8"), ["batch_size: unknown key here", "global_batch_size is a key of"]),
-    "what does not work yet": (override("parallel.expert=2"), ["parallel.expert: unknown key", "does not work yet"]),
+    "experts over replicas": (
+        override("parallel={data: 2, expert: 2}"),
+        ["parallel.expert: 2 is neither 1 nor parallel.tensor, which is 1", "never among replicas", "set both to the same number"],
+    ),
     "unknown key of parallel": (override("parallel.pipelines=2"), ["parallel.pipelines: unknown key", "did you mean pipeline?"]),
     "missing base_model": (override("base_model=null"), ["base_model: null", "write one as text"]),
     "no jobs": (override("jobs=[]"), ["jobs: []", "at least one"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,7 @@ def test_layers_of_stages():
 @pytest.mark.parametrize("layout, message", [
     ({"tensor": 3}, "parallel.tensor: 3 does not divide the model's 4 query heads"),
     ({"tensor": 4}, "parallel.tensor: 4 does not divide the model's 2 key/value heads; use a divisor of 2"),
+    ({"tensor": 2, "expert": 2}, "parallel.expert: 2, and the model's layers have no experts; set it to 1"),
     ({"pipeline": 5}, "parallel.pipeline: 5 stages are more than the model's 4 layers"),
     ({"pipeline": 2, "layers_per_stage": (1, 2)}, "parallel.layers_per_stage: [1, 2] does not cut 4 layers into 2 stages"),
     ({"pipeline": 2, "layers_per_stage": (4,)}, "parallel.layers_per_stage: [4]"),
@@ -137,6 +139,13 @@ def test_layout_that_does_not_fit(layout, message, tmp_path):
     with pytest.raises(UserError) as caught:
         check_layout(read(tmp_path, num_key_value_heads=2), ParallelConfig(**layout))
     assert message in str(caught.value)
+
+
+def test_ranks_that_do_not_divide_the_experts(tmp_path):
+    mixture = read(tmp_path, model_type="mixtral", num_key_value_heads=2, num_local_experts=4, intermediate_size=33)
+    check_layout(mixture, ParallelConfig(tensor=2, expert=2))  # the experts are divided, not their 33 features
+    with pytest.raises(UserError, match="parallel.expert: 2, and the model's layers have 3 experts, which it does not divide"):
+        check_layout(replace(mixture, num_experts=3), ParallelConfig(tensor=2, expert=2))
 
 
 @pytest.mark.parametrize("base_weights, changes, message", [

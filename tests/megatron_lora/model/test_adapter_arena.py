@@ -58,6 +58,7 @@ class Linear:
             out_features=tuple(SIZES[module] // (ranks if column else 1) for module in modules),
             parallel="column" if column else "row",
             first_feature=0 if column else rank * (32 // ranks),
+            tensor_ranks=ranks,
         )
         self.adapters = None
 

@@ -80,6 +80,8 @@ def test_logits_and_losses_equal_transformers(kind, models, one_process):
     ("qwen3_moe", {"pp": 2}),
     ("qwen3_moe", {"tp": 2}),
     ("mixtral", {"pp": 2, "tp": 2, "sequence": True}),
+    ("qwen3_moe", {"tp": 2, "ep": 2, "sequence": True}),
+    ("mixtral", {"pp": 2, "tp": 2, "ep": 2}),
     ("ministral", {"pp": 2, "tp": 2}),
     ("phi3", {"pp": 2, "tp": 2, "sequence": True}),
     ("gemma2", {"pp": 2, "tp": 2}),
@@ -92,6 +94,7 @@ def test_layouts_equal_one_rank(kind, layout, models, one_process, pool):
     parallel = ParallelConfig(
         pipeline=stages,
         tensor=layout.get("tp", 1),
+        expert=layout.get("ep", 1),
         sequence=layout.get("sequence", False),
         layers_per_stage=(1, 2) if stages == 2 else None,
     )

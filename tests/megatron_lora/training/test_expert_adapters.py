@@ -110,8 +110,15 @@ def scene(tmp_path_factory) -> dict:
     return {"root": root, "model": model, "rows": rows, "losses": losses, "adapter": named, "tokens": samples[0][0], "logits": logits}
 
 
-@pytest.mark.parametrize(("parallel", "resumed"), [({"pp": 2}, {"tp": 2}), ({"tp": 2, "sequence": True}, None)])
-def test_a_job_on_experts_is_that_of_peft(parallel, resumed, scene, pool, tmp_path):
+SHARDS = {"tp": 2, "sequence": True}  # of every expert
+
+
+@pytest.mark.parametrize("first, resumed", [
+    ({"pp": 2}, {"tp": 2, "ep": 2, "dp": 2}),
+    (SHARDS | {"ep": 2}, {"pp": 2}),
+    ({"pp": 2, "tp": 2, "ep": 2}, SHARDS),
+])  # fmt: skip
+def test_a_job_on_experts_is_that_of_peft(first, resumed, scene, pool, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -122,14 +129,10 @@ def test_a_job_on_experts_is_that_of_peft(parallel, resumed, scene, pool, tmp_pa
     jobs = [job("other", scene["rows"][1], r=4, experts=True, lora_dropout=0.2), job("mine", scene["rows"][0], **MINE)]
     jobs[1]["init_adapter"] = str(scene["root"] / "start")
 
-    def run(parallel, stop_after=None):
+    for parallel, stop_after in ((first, 1), (resumed, None)):
         config = runs.write_config(tmp_path / "config.yaml", scene["model"], tmp_path / "run", jobs, parallel, 40)
-        return runs.start(pool, config, parallel, stop_after)
-
-    assert run(parallel, stop_after=1 if resumed else None) == (75 if resumed else 0)
-    if resumed:
-        steps = len(runs.losses_of(tmp_path / "run", "mine"))
-        assert 0 < steps < STEPS and run(resumed) == 0
+        assert runs.start(pool, config, parallel, stop_after) == (0 if stop_after is None else 75)
+        assert 0 < len(runs.losses_of(tmp_path / "run", "mine")) <= STEPS - (stop_after is not None)
     found = runs.losses_of(tmp_path / "run", "mine")
     assert max(abs(a - b) for a, b in zip(found, scene["losses"], strict=True)) < 1e-5
     ours = load_file(tmp_path / "run/jobs/mine/adapter_model.safetensors")

@@ -41,7 +41,7 @@ BASE = {
 class Linear:
     """What the arena needs of a patched linear."""
 
-    def __init__(self, modules=("q_proj", "k_proj", "v_proj"), out_features=(24, 8, 8), parallel="column", first_feature=0, in_features=32):
+    def __init__(self, modules=("q_proj", "k_proj", "v_proj"), out_features=(24, 8, 8), parallel="column", in_features=32, **shared):
         paths = tuple(f"model.layers.0.self_attn.{name}" for name in modules)
         self.geometry = LinearGeometry(
             modules=modules,
@@ -49,7 +49,7 @@ class Linear:
             in_features=in_features,
             out_features=out_features,
             parallel=parallel,
-            first_feature=first_feature,
+            **{"first_feature": 0, **shared},
         )
         self.adapters = None
 
@@ -247,7 +247,7 @@ def test_initial_values_depend_on_seed_and_path_alone():
 @pytest.mark.parametrize("parallel", ["column", "row"])
 def test_shards_of_tensor_ranks_join_to_the_whole(parallel):
     modules, size = (("q_proj",), 8)
-    full = make_arena([spec(3, "q_proj")], [Linear(modules, (2 * size,), parallel, 0, 2 * size)])
+    full = make_arena([spec(3, "q_proj")], [Linear(modules, (2 * size,), parallel, 2 * size)])
     path = "model.layers.0.self_attn.q_proj"
     weights = {path: (torch.randn(3, 2 * size), torch.randn(2 * size, 3))}
     full.load(0, weights)
@@ -259,7 +259,7 @@ def test_shards_of_tensor_ranks_join_to_the_whole(parallel):
             if parallel == "column"
             else {"in_features": size, "out_features": (2 * size,)}
         )
-        linear = Linear(modules, parallel=parallel, first_feature=0 if parallel == "column" else rank * size, **shape)
+        linear = Linear(modules, parallel=parallel, first_feature=0 if parallel == "column" else rank * size, tensor_ranks=2, **shape)
         arena = make_arena([spec(3, "q_proj")], [linear], tensor_rank=rank, tensor_ranks=2)
         arena.load(0, weights)
         factors.append(arena.factors[0])
