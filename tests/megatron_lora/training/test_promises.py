@@ -43,13 +43,16 @@ def scene(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize(
     ("model", "parallel", "microbatch_tokens"),
-    [("model", {}, 48), ("model", {"pp": 2}, 130), ("model", {"tp": 2, "sequence": True}, 64), ("moe", {"tp": 2, "sequence": True}, 64)],
+    [
+        *(("model", {}, 48), ("model", {"pp": 2}, 130), ("model", {"tp": 2, "sequence": True}, 64)),
+        *(("moe", layout, 64) for layout in ({"tp": 2, "sequence": True}, {"tp": 2, "ep": 2})),
+    ],
 )
 def test_a_job_with_dropout_trains_as_it_would_alone(model, parallel, microbatch_tokens, scene, pool, tmp_path):
     rows, job = scene["rows"], job_on(model)
     # Adam's first update is almost the sign of the gradient: with its default epsilon an element whose gradient is below rounding
     # noise goes either way, in any implementation, and one such element in these few steps is more than the bound.
-    mine = job("mine", rows[0], lora_dropout=0.1, warmup_ratio=0.0, adam_epsilon=1e-6)
+    mine = job("mine", rows[0], lora_dropout=0.1, warmup_ratio=0.0, adam_epsilon=1e-6, experts="ep" in parallel)
     others = [
         job("wide", rows[1], r=20, lora_dropout=0.3, seed=6),
         job("narrow", rows[2], r=2, target_modules=["v_proj"], global_batch_size=5, seed=5),
@@ -72,7 +75,7 @@ def test_dropout_changes_the_run(scene, pool, tmp_path):
     assert runs.losses_of(tmp_path / "run", "with")[1:] != pytest.approx(runs.losses_of(tmp_path / "run", "without")[1:], rel=1e-5)
 
 
-@pytest.mark.parametrize(("model", "parallel"), [("model", {}), ("model", {"pp": 2}), ("moe", {"pp": 2})])
+@pytest.mark.parametrize(("model", "parallel"), [("model", {}), ("model", {"pp": 2}), ("moe", {"pp": 2}), ("moe", {"tp": 2, "ep": 2})])
 def test_neighbours_with_other_rows_and_nan_change_no_bit(model, parallel, scene, pool, tmp_path):
     job = job_on(model)
     mine = [job("first", scene["rows"][0], lora_dropout=0.1), job("last", scene["rows"][1], r=4)]
