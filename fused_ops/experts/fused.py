@@ -10,6 +10,7 @@ from fused_ops.experts.route import BLOCK, NEAR, TOKENS, Choice, ExpertRoute, mo
 from fused_ops.experts.rows_by_job import BLOCK_ROWS, RowsByJob
 from fused_ops.launch.cache_keys import fix_cache_keys
 from fused_ops.launch.shapes import cdiv, power_of_2, rank_class
+from fused_ops.lora.route import Route
 
 __all__ = [
     "choose",
@@ -34,19 +35,20 @@ def _block(num_cols: int) -> int:
 
 
 def choose(
-    logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | None = None, own: range | None = None
+    logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Route | None = None, own: range | None = None
 ) -> tuple[Choice, ExpertRoute]:
     """Return the experts of each token, and its rows at the rank's `own` experts (None: all).
 
-    Adds to `near_ties` the tokens whose last expert might be another.
+    Adds to the `near_ties` of a route the tokens whose last expert might be another.
     """
     (num_tokens, num_experts), device = logits_TE.shape, logits_TE.device
     width, num_blocks = power_of_2(num_experts), cdiv(num_tokens, TOKENS)
     probability, weight = (logits_TE.new_empty(num_tokens, columns, dtype=torch.float32) for columns in (num_experts, top_k))
     expert, counts = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((num_tokens, top_k), (num_blocks, width)))
+    counted = (near_ties.near_ties, near_ties.segment_of_row) if near_ties is not None and top_k < num_experts else (None, None)
     if num_tokens:
         kernels.expert_choose_kernel[(num_blocks,)](
-            logits_TE, probability, expert, weight, counts, near_ties if top_k < num_experts else None, num_tokens, num_experts, NEAR,
+            logits_TE, probability, expert, weight, counts, *counted, num_tokens, num_experts, NEAR,
             TOP_K=top_k, NORMALISED=normalised, BT=TOKENS, BE=width, BK=power_of_2(top_k),
         )  # fmt: skip
     choice = Choice(probability_TE=probability, expert_Tk=expert, weight_Tk=weight)

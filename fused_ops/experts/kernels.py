@@ -8,7 +8,7 @@ from fused_ops.launch.optional_triton import tl, triton
 
 @triton.jit
 def expert_choose_kernel(
-    logits_ptr, probability_ptr, expert_ptr, weight_ptr, counts_ptr, near_ties_ptr, num_tokens, num_experts, near,
+    logits_ptr, probability_ptr, expert_ptr, weight_ptr, counts_ptr, near_ties_ptr, segment_ptr, num_tokens, num_experts, near,
     TOP_K: tl.constexpr, NORMALISED: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Choose the experts of some tokens, and count how many of these each expert has."""
@@ -45,7 +45,8 @@ def expert_choose_kernel(
     tl.store(counts_ptr + tl.program_id(0) * BE + o_expert, tl.sum(b_all, 0))
     if near_ties_ptr is not None:
         b_near = m_token & (b_best - tl.max(b_score, 1) < near)
-        tl.atomic_add(near_ties_ptr, tl.sum(b_near.to(tl.int64), 0))  # of integers: the order does not matter
+        b_segment = tl.load(segment_ptr + o_token, b_near, 0)
+        tl.atomic_add(near_ties_ptr + b_segment, b_near.to(tl.int64), b_near)  # of integers: the order does not matter
 
 
 @triton.jit

@@ -59,17 +59,18 @@ Groups = tuple[ExpertGroup | None, ExpertGroup | None]  # on gate and up, and on
 def expert_mlp(
     x_TH: Tensor,
     weights: ExpertWeights,
-    near_ties: Tensor | None = None,
     backend: str | None = None,
     values: bool = True,
     groups: Groups = (None, None),
     segments: Route | None = None,
 ) -> Tensor:
-    """Return Y [T, H] of X [T, H]; adds to `near_ties`, an integer of one element, the tokens whose last expert might be another.
+    """Return Y [T, H] of X [T, H]; adds to the near ties of `segments` the tokens whose last expert might be another.
 
     `groups` are the adapters of those jobs that have tokens, as `segments` says. Their gradients are added to the groups' own.
     Without `values` this is for backward alone, which does not depend on Y: it has no values, and its product is not computed.
+    Nothing is counted then.
     """
+    near_ties = segments if values else None
     if segments is None or not segments.segments:
         groups = (None, None)
     up, down = (group if group is not None and group.width else None for group in groups)

@@ -15,22 +15,24 @@ from fused_ops.experts.route import NEAR, Choice, ExpertRoute
 from fused_ops.experts.rows_by_job import RowsByJob
 from fused_ops.launch.backend import gradients
 from fused_ops.lora.dropout import keep_mask
+from fused_ops.lora.route import Route
 
 TILE = 16
 
 
 def choose(
-    logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Tensor | None = None, own: range | None = None
+    logits_TE: Tensor, top_k: int, normalised: bool, near_ties: Route | None = None, own: range | None = None
 ) -> tuple[Choice, ExpertRoute]:
     """Return the experts of each token, and its rows at the rank's `own` experts (None: all).
 
-    Adds to `near_ties` the tokens whose last expert might be another.
+    Adds to the `near_ties` of a route the tokens whose last expert might be another.
     """
     probability = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     values, order = torch.sort(probability, dim=-1, descending=True, stable=True)  # NaN is the largest, and all are equal
     weight = values[:, :top_k]
     if near_ties is not None and top_k < values.shape[1]:
-        near_ties += (values[:, top_k - 1] - values[:, top_k] < NEAR).sum()
+        near = values[:, top_k - 1] - values[:, top_k] < NEAR
+        near_ties.near_ties.index_add_(0, near_ties.segment_of_row, near.long())
     weight = weight / weight.sum(-1, keepdim=True) if normalised else weight.contiguous()
     choice = Choice(probability_TE=probability, expert_Tk=order[:, :top_k].contiguous(), weight_Tk=weight)
     return choice, route_of(choice, range(logits_TE.shape[1]) if own is None else own)

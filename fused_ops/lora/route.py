@@ -50,6 +50,24 @@ class Route:
         """Return int32 [num_segments, 4]: first row, end row, adapter, 0."""
         return self._upload([(first, end, adapter, 0) for first, end, adapter in self.segments], 4)
 
+    @cached_property
+    def segment_of_row(self) -> Tensor:
+        """Return int32 [T]: the index of each row's segment; how many segments there are, where it has none."""
+        found = np.full(self.num_rows, len(self.segments), np.int32)
+        for index, (first, end, _) in enumerate(self.segments):
+            found[first:end] = index
+        return upload(torch.from_numpy(found), self.device)
+
+    @cached_property
+    def near_ties(self) -> Tensor:
+        """Return int64 [num_segments + 1], zeros at first, in which layers count near ties of the choice of experts, by segment_of_row."""
+        return torch.zeros(len(self.segments) + 1, dtype=torch.int64, device=self.device)
+
+    @property
+    def has_near_ties(self) -> bool:
+        """Return whether any layer has counted them."""
+        return "near_ties" in vars(self)
+
     def tiles(self, block: int) -> Tensor:
         """Return int32 [ceil(T / block), 4]: which segments meet each tile of `block` rows, and the adapter that has all of them."""
         return self._cached(("tiles", block), lambda: self._upload(_tiles(self.num_rows, self.segments, block), 4))

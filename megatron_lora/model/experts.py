@@ -1,8 +1,7 @@
 """A layer's experts and their router, frozen, in place of Megatron's MLP (fused_ops/experts/layer.py), and where their adapters are.
 
 Every tensor rank has the whole router, and a part of each expert's features, gate over up as in linear_fc1, or with `parallel.expert`
-some experts, complete. All tensor ranks choose alike, since they have the same numbers. `near_ties` counts the tokens, layer by layer,
-whose last expert other arithmetic might choose differently: top-k is not continuous.
+some experts, complete. All tensor ranks choose alike, since they have the same numbers.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ class Experts(torch.nn.Module):
             return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device), requires_grad=False)
 
         self.router, self.up, self.down = frozen(number, hidden), frozen(own, 2 * width, hidden), frozen(own, hidden, width)
-        self.near_ties = torch.zeros(1, dtype=torch.int64, device=device)
         linears = MultiLoraColumnParallelLinear, MultiLoraRowParallelLinear
         self.before, self.after = (linear.collectives_over(self.group, config.sequence_parallel) for linear in linears)
 
@@ -89,8 +87,7 @@ class Experts(torch.nn.Module):
             after=self.after,
         )
         up, down = self.linears
-        near_ties, groups = self.near_ties if values else None, (up.adapters, down.adapters)
-        return expert_mlp(x.squeeze(1), weights, near_ties, values=values, groups=groups, segments=route).unsqueeze(1)
+        return expert_mlp(x.squeeze(1), weights, values=values, groups=(up.adapters, down.adapters), segments=route).unsqueeze(1)
 
     def parts(self, layer: int) -> Iterator[Part]:
         """Yield the parts of the weights, with the name and slice of the checkpoint tensor that each is loaded from."""

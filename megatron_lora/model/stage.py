@@ -185,11 +185,6 @@ class Stage(torch.nn.Module):
         """Return each row's cross-entropy, fp32 [T], and whether its label has the highest logit, bool [T] (label -100: 0, False)."""
         return loss.evaluate(hidden, labels, self.head, targets)
 
-    @property
-    def near_ties(self) -> tuple[Tensor, ...]:
-        """Each layer's count of tokens whose last expert might be another (experts.py); none of a model without experts."""
-        return tuple(block.experts.near_ties for block in self.blocks if block.experts is not None)
-
     def parts(self) -> Iterator[Part]:
         """Yield each part of this rank's parameters, with the name and slice of the checkpoint tensor that it is loaded from."""
         return parts_of(self.model, self.architecture, self.layers, self.linears, self.tensor_group.rank())

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import ParallelConfig, RunConfig
 from megatron_lora.data.collate import collate, num_rows
+from megatron_lora.data.microbatch import StageInput
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.model import cudnn_attention, transformer_engine
 from megatron_lora.model.adapter_arena import Arena
@@ -25,6 +26,7 @@ from megatron_lora.parallel.process_groups import pipelines, position_of, stage_
 from megatron_lora.training.evaluate import EvaluationSums
 from megatron_lora.training.executor import EvaluationDone, Executor, StepDone
 from megatron_lora.training.jobs import Jobs
+from megatron_lora.training.near_ties import NearTies
 from megatron_lora.training.saving import read_start, start_job
 from scheduling.follow import Window
 from scheduling.types import Microbatch
@@ -116,19 +118,26 @@ def make_executor(
     with_references: Callable[[Microbatch], AbstractContextManager[None]],
     is_stopped: Callable[[], bool],
     timeline: Timeline,
+    near_ties: NearTies,
 ) -> Executor:
     """Connect this rank's stage to those beside it, and make its executor.
 
     Collective. At most `max_endings` steps and evaluations end in a slot.
     """
     multiple, device = parallel.row_multiple, stage.device
+
+    def load(microbatch: Microbatch) -> StageInput:
+        data = collate(microbatch, jobs, multiple=multiple, device=device)
+        near_ties.note(data, jobs)
+        return data
+
     layout = MessageLayout(max_endings=max_endings, hidden_size=stage.architecture.hidden_size, dtype=stage.dtype)
     return Executor(
         stage,
         position_of(parallel),
         connect(pipelines(parallel), layout, device),
         layout,
-        load=lambda microbatch: collate(microbatch, jobs, multiple=multiple, device=device),
+        load=load,
         num_rows=lambda microbatch: num_rows(microbatch, multiple) // multiple,
         jobs=jobs,
         evaluations=EvaluationSums(stage_groups(parallel).data, device),

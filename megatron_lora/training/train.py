@@ -23,10 +23,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from fused_ops.experts.route import NEAR
 from megatron_lora.config.live import Live
 from megatron_lora.config.objective_keys import PairObjective
 from megatron_lora.config.resolved import ResolvedConfig
@@ -72,6 +70,7 @@ from megatron_lora.training.first_factors import FirstFactors
 from megatron_lora.training.first_updates import FirstUpdates
 from megatron_lora.training.job_reader import JobReader, read_and_check
 from megatron_lora.training.jobs import Job, Jobs, read_jobs_in_turn, spec_of
+from megatron_lora.training.near_ties import NearTies
 from megatron_lora.training.references import ReferenceCache
 from megatron_lora.training.reported import ReportBoard
 from megatron_lora.training.residents import Residents
@@ -152,12 +151,11 @@ def _train(config: RunConfig, stop: StopRequest, live: Live, on_begin: OnBegin |
     if device.type == "cuda":
         specs = [spec_of(job) for job in config.jobs]
         warm_up(stage, arena.result(), config.microbatch_tokens, config.parallel.row_multiple, specs)
-    for counted in stage.near_ties:
-        counted.zero_()  # of warming up
-    timeline = _run_windows(config, stage, arena.result(), residents, control, feed, stop, on_begin, model_dir)
+    near_ties = NearTies()
+    timeline = _run_windows(config, stage, arena.result(), residents, control, feed, stop, on_begin, model_dir, near_ties)
     _save_timeline(config, timeline, position_of(config.parallel), host_group)
     if architecture.num_experts:
-        _say_near_ties(stage, config.parallel.tensor, host_group)
+        near_ties.say(config.parallel.tensor, host_group)
 
 
 def _run_windows(
@@ -170,6 +168,7 @@ def _run_windows(
     stop: StopRequest,
     on_begin: OnBegin | None,
     model_dir: Path,
+    near_ties: NearTies,
 ) -> Timeline:
     """Execute the plan's windows to their end, or until the run is stopped; save and report what jobs leave behind."""
     jobs, board, position = residents.jobs, ReportBoard(), position_of(config.parallel)
@@ -218,6 +217,7 @@ def _run_windows(
             with_references=residents.with_references,
             is_stopped=lambda: stop.stopped,
             timeline=Timeline(stage.device, spans_of_a_rank(config.parallel.world_size), on_begin or (lambda name, index: None)),
+            near_ties=near_ties,
         )
         executor.run(until_stopped(feed, stop, new_group(backend="gloo"), position.num_stages, position.gap))
         feed.close()
@@ -314,15 +314,6 @@ def _save_timeline(config: RunConfig, timeline: Timeline, position: Position, ho
     dist.gather_object(timeline.events(rank, position.stage), events, group=host_group)
     if events is not None:
         write_timeline(Path(config.output_dir) / "timeline.json", events)
-
-
-def _say_near_ties(stage: Stage, tensor_ranks: int, host_group: dist.ProcessGroup) -> None:
-    """Print how many choices of experts other arithmetic might make differently; each tensor rank has counted all of its stage."""
-    total = sum((counted.cpu() for counted in stage.near_ties), torch.zeros(1, dtype=torch.int64))
-    dist.all_reduce(total, group=host_group)
-    if dist.get_rank() == 0:
-        line = f"experts: {int(total) // tensor_ranks:,} times, over all tokens and layers, a token's last expert and the next one were"
-        print(f"{line} within {NEAR:g} in probability: other arithmetic may choose the other", flush=True)
 
 
 def resolve_together(

@@ -42,11 +42,11 @@ def plain(x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
 
 
 def steps(x, weights, dy, backend=None, values=True):
-    """Return Y and dX, and the near ties."""
-    leaf, near = x.clone().requires_grad_(), torch.zeros(1, dtype=torch.int64)
-    y = expert_mlp(leaf, weights, near, backend, values)
+    """Return Y and dX, and the near ties of rows 3 to 21 and of all others."""
+    leaf, route = x.clone().requires_grad_(), make_route(len(x), ((3, 22, 4),), torch.zeros(len(x), dtype=torch.int32), "cpu")
+    y = expert_mlp(leaf, weights, backend, values, segments=route)
     y.backward(dy)
-    return y.detach(), leaf.grad, int(near)
+    return y.detach(), leaf.grad, route.near_ties.tolist()
 
 
 def problem(num_tokens=70, dtype=torch.float32):
@@ -127,7 +127,7 @@ def test_adapters_on_experts_are_the_formula(dropout):
             for grad in (group.grad_a_ERK, *group.grad_b_ERN):
                 grad.zero_()
         ours = x.clone().requires_grad_()
-        y = expert_mlp(ours, weights, None, None, values, groups, segments)
+        y = expert_mlp(ours, weights, None, values, groups, segments)
         y.backward(dy)
         if values:
             assert (y - expected).abs().max() < 3e-6 * expected.abs().max()
@@ -171,7 +171,7 @@ def test_the_twin_is_the_formula(num_experts, top_k, normalised):
     expected.backward(dy.double())
     assert leaf.grad is not None
     y, dx, near = steps(x, weights, dy)
-    assert (y - expected).abs().max() < 2e-6 * expected.abs().max() and near == 0
+    assert (y - expected).abs().max() < 2e-6 * expected.abs().max() and near == [0, 0]
     assert (dx - leaf.grad).abs().max() < 2e-6 * leaf.grad.abs().max()
     assert torch.equal(steps(x, weights, dy, values=False)[1], dx)
 
@@ -191,9 +191,9 @@ def test_neighbours_change_no_bit_of_a_token():
 
 def test_a_token_of_nan_has_the_first_experts_and_near_ties_are_counted():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0], [float("nan")] * 4, [3.0, 1.0, 1.0 + 1e-6, 0.0], [1.0, 1.0, 0.0, 0.0]])
-    near = torch.zeros(1, dtype=torch.int64)
-    choice, _ = reference.choose(logits, 2, True, near)
-    assert choice.expert_Tk.tolist() == [[1, 2], [0, 1], [0, 2], [0, 1]] and near.tolist() == [1]
+    route = make_route(4, ((0, 2, 1), (2, 3, 0)), torch.zeros(4, dtype=torch.int32), "cpu")
+    choice, _ = reference.choose(logits, 2, True, route)
+    assert choice.expert_Tk.tolist() == [[1, 2], [0, 1], [0, 2], [0, 1]] and route.near_ties.tolist() == [0, 1, 0]
     assert isinstance(choice, Choice) and choice.weight_Tk[0].sum() == 1
 
 
@@ -207,6 +207,7 @@ def test_the_kernels_are_the_twin(num_experts, top_k, normalised, num_tokens):
     weights, (x, dy) = weights_of(num_experts, top_k, normalised), problem(num_tokens)
     x[10] = float("nan")
     x[11:, 0], weights.router_EH[:, 0] = 9.0, torch.linspace(1.0, 0.0, num_experts)  # one expert has more rows than a tile
+    x[20:24] = 0.0  # all experts are alike to them
     expected = steps(x, weights, dy)
     with interpreted(kernels, grouped):
         found = steps(x, weights, dy, "triton")
@@ -214,7 +215,7 @@ def test_the_kernels_are_the_twin(num_experts, top_k, normalised, num_tokens):
     healthy = torch.arange(len(x)) != 10
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         assert ours[10].isnan().all() and (ours - theirs)[healthy].abs().max() < 2e-6 * theirs[healthy].abs().max()
-    assert found[2] == expected[2]
+    assert found[2] == expected[2] == ([2, 2] if top_k < num_experts else [0, 0])
     twin = reference.choose(x @ weights.router_EH.T, top_k, normalised)[1]
     assert torch.equal(route.place_Tk.long(), twin.place_Tk) and torch.equal(route.first_E.long(), twin.first_E)
     assert route.tiles is not None
@@ -236,7 +237,7 @@ def of_some_experts(x, dy, segments, weights, first, end, backend="reference"):
         for group in adapters_of(len(weights.up_EFH), 0.3)
     )
     of_rank = replace(weights, up_EFH=weights.up_EFH[own], down_EHF=weights.down_EHF[own], first_expert=first)
-    y = expert_mlp(leaf, of_rank, None, backend, groups=(up, down), segments=segments)
+    y = expert_mlp(leaf, of_rank, backend, groups=(up, down), segments=segments)
     y.backward(dy)
     return [y.detach(), leaf.grad, *(grad for group in (up, down) for grad in (group.grad_a_ERK, *group.grad_b_ERN))]
 

@@ -54,7 +54,7 @@ def weights(seed=0):
 
 def steps(x, frozen, dy, backend=None, values=True):
     leaf = x.clone().requires_grad_()
-    y = expert_mlp(leaf, frozen, None, backend, values)
+    y = expert_mlp(leaf, frozen, backend, values)
     y.backward(dy)
     return y.detach(), leaf.grad
 
@@ -114,7 +114,7 @@ def adapted_steps(x, dy, groups, frozen, backend=None):
     _ = route.segment_table  # uploaded before anything may wait
     for group in groups:
         _ = group.adapter_table, group.scale_table
-    y = expert_mlp(leaf, frozen, None, backend, True, groups, route)
+    y = expert_mlp(leaf, frozen, backend, True, groups, route)
     y.backward(dy)
     return y.detach(), leaf.grad, *(grad for group in groups for grad in (group.grad_a_ERK, *group.grad_b_ERN))
 
