@@ -27,6 +27,7 @@ from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.training.control import Control
 from megatron_lora.training.early_stopping import Criterion, Progress, judge
 from megatron_lora.training.executor import EvaluationDone, StepDone
+from megatron_lora.training.first_factors import remove_first_factors
 from megatron_lora.training.jobs import Job, Jobs
 from megatron_lora.training.optimizer import MAX_SKIPPED_IN_A_ROW
 from megatron_lora.training.reported import ReportBoard, Reported
@@ -145,6 +146,7 @@ class RunReporter:
         self.directory.set_job(name, state, reason, step=self.steps_reported.get(name), best=best, files=files)
         if state == "stopped" and self.control.sweeps.is_stopped(name):
             remove_checkpoints(self.directory.path / "jobs" / name)
+            remove_first_factors(self.directory.path / "jobs" / name)
         for observer in self.observers:
             observer.on_status(name, state, reason)
 

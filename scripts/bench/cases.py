@@ -49,6 +49,7 @@ class Case:
     calibrate: bool
     profile: bool
     dpo: int = 0
+    dora: int = 0
 
 
 def budget(text: str) -> int | str:
@@ -90,6 +91,7 @@ def parser() -> OneLineParser:
     case.add_argument("--workload", default="het-s4")
     case.add_argument("--jobs", type=whole, default=4)
     case.add_argument("--dpo", type=whole, default=0, help="number of jobs, the first ones, that train by DPO, on pairs of as many tokens")
+    case.add_argument("--dora", type=whole, default=0, help="number of jobs, the last ones, whose adapters are DoRA")
     case.add_argument("--ranks", type=numbers(whole), default=(16,))
     case.add_argument("--dropouts", type=numbers(share), default=(0.0,))
     case.add_argument("--expert-r", type=int, default=0, help="rank of adapters on all experts; 0: these are frozen")
@@ -136,6 +138,7 @@ def _case(chosen: argparse.Namespace) -> Case:
     words += [word for word, usual in ((chosen.base_weights, "native"), (chosen.backend, "auto")) if word != usual]
     words += [word for word, on in (("offloaded", chosen.activation_offloading), ("deterministic", chosen.deterministic)) if on]
     words += [f"{chosen.dpo} by DPO"] if chosen.dpo else []
+    words += [f"{chosen.dora} with DoRA"] if chosen.dora else []
     words += [f"{chosen.num_layers} layers"] if chosen.num_layers else []
     words += [f"checkpoints every {chosen.save_steps}"] if chosen.save_steps else []
     how = [chosen.policy] if chosen.policy == HF_PEFT else [chosen.policy, chosen.adapters]
@@ -167,6 +170,8 @@ def check(options: argparse.Namespace, case: Case, workload: Lengths) -> None:
         raise UserError("--adapters: unfused runs with --tensor 1")
     if case.dpo and (case.policy != "ours" or case.dpo > case.jobs):
         raise UserError(f"--dpo: {case.dpo} needs --policy ours, which plans references, and as many --jobs")
+    if case.dora > (case.jobs if case.policy == "ours" else 0):
+        raise UserError(f"--dora: {case.dora} needs --policy ours, and as many --jobs")
     if case.policy == HF_PEFT and options.pipeline * options.tensor * options.data > 1:
         raise UserError(f"--policy: {HF_PEFT} runs on one device")
     if case.profile and not torch.cuda.is_available():

@@ -116,7 +116,8 @@ def config_of(options: Namespace, case: Case, lengths, steps: int | None = None,
     architecture = read_architecture(own / "model")
     if steps is None:
         steps = case.steps or steps_for(case, lengths, targeted(load(own, tree), architecture), architecture)
-    jobs = [job | {"max_steps": steps, "save_steps": case.save_steps} for job in tree["jobs"]]
+    shared = {"max_steps": steps, "save_steps": case.save_steps}
+    jobs = [job | shared | ({"adapter": "dora"} if len(tree["jobs"]) - at <= case.dora else {}) for at, job in enumerate(tree["jobs"])]
     return targeted(load(own, tree | {"jobs": jobs}), architecture)
 
 
