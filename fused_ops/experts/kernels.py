@@ -80,7 +80,7 @@ def expert_gather_kernel(x_ptr, place_ptr, out_ptr, num_cols, TOP_K: tl.constexp
         b_x = tl.load(x_ptr + i_token * num_cols + o_col, m_col, 0.0)
         for k in tl.static_range(TOP_K):
             i_row = tl.load(place_ptr + i_token * TOP_K + k).to(tl.int64)
-            tl.store(out_ptr + i_row * num_cols + o_col, b_x, m_col & (i_row >= 0))
+            tl.store(out_ptr + i_row * num_cols + o_col, b_x, o_col < tl.where(i_row >= 0, num_cols, 0))
 
 
 @triton.jit
@@ -184,9 +184,8 @@ def expert_swiglu_backward_kernel(dy_ptr, x_ptr, weight_ptr, d_weight_ptr, end_p
 def expert_combine_kernel(y_ptr, place_ptr, out_ptr, num_cols, num_blocks, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     i_token = (tl.program_id(0) // num_blocks).to(tl.int64)
     o_col = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
-    m_col = o_col < num_cols
     b_sum = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOP_K):
         i_row = tl.load(place_ptr + i_token * TOP_K + k).to(tl.int64)
-        b_sum += tl.load(y_ptr + i_row * num_cols + o_col, m_col & (i_row >= 0), 0.0).to(tl.float32)
-    tl.store(out_ptr + i_token * num_cols + o_col, b_sum.to(out_ptr.dtype.element_ty), m_col)
+        b_sum += tl.load(y_ptr + i_row * num_cols + o_col, o_col < tl.where(i_row >= 0, num_cols, 0), 0.0).to(tl.float32)
+    tl.store(out_ptr + i_token * num_cols + o_col, b_sum.to(out_ptr.dtype.element_ty), o_col < num_cols)
