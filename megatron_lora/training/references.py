@@ -14,6 +14,7 @@ Another job, or a later start, with the same key needs no reference slots. The f
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -180,7 +181,10 @@ class ReferenceCache:
         return [weights, found.get("config.json"), config.precision, config.base_weights]
 
     def _key(self, job: JobConfig, data: JobData, adapter: str) -> str:
-        parts = [*self._base, [adapter, job.scale] if adapter else "base", digest_of(data.samples), digest_of(data.validation_samples)]
+        reference: object = "base"
+        if adapter:
+            reference = [adapter, job.scale, *([dataclasses.asdict(job.linears)] if job.linears else [])]
+        parts = [*self._base, reference, digest_of(data.samples), digest_of(data.validation_samples)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _file(self, key: str) -> Path:

@@ -288,7 +288,7 @@ def test_a_plan_in_figures_by_hand():
     def workload(num_stages: int, replicas: int = 1) -> Workload:
         return Workload(
             config=SimpleNamespace(
-                parallel=ParallelConfig(pipeline=num_stages, data=replicas), jobs=[SimpleNamespace(r=8)] * 2, microbatch_tokens=200
+                parallel=ParallelConfig(pipeline=num_stages, data=replicas), jobs=[SimpleNamespace(lora_rank=8)] * 2, microbatch_tokens=200
             ),
             dealt=deal(lengths, replicas),
             cost=CostModel((StageCost(second, second),) * num_stages),
