@@ -12,7 +12,8 @@ rotation and SwiGLU) allocates them:
 SwiGLU's backward writes its gradient over gate | up, and the output that it computes again over that output's gradient. A `full` layer
 runs again as a `cheap` one, up to the input of its last linear, whose product backward does not need.
 
-A linear that no adapter targets keeps nothing. Experts keep gate | up of each expert of a token, and with adapters x. S and the norms'
+For backward DoRA keeps the output of each linear that it targets, of its rows: counted as if all were. A linear that no adapter
+targets keeps nothing. Experts keep gate | up of each expert of a token, and with adapters x. S and the norms'
 statistics are kept as long as the microbatch. With head norms the GEMM's q | k | v is kept too. Norms after attention and the MLP keep
 their inputs, 2 H more. Sequence parallelism shards the rows of what tensor parallelism does not shard, and gathers them for a GEMM.
 """
@@ -20,7 +21,7 @@ their inputs, 2 H more. Sequence parallelism shards the rows of what tensor para
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scheduling.cost import OFFLOADED
 from scheduling.model_shape import ModelShape
@@ -35,6 +36,7 @@ MERGED = {
     "down": ("down_proj",),
 }
 EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")  # of each expert, where a model has experts
+MAGNITUDES = "magnitudes"  # of a DoRA adapter, among its modules: one row in all linears
 RANK_ALIGN = 16  # an adapter has its rank in rows, rounded up to this
 _ITEM_ROWS = 2048  # of one job, over which a program sums dA
 _FEWEST_ROWS = 256  # of one job, over which a program sums dB at least
@@ -43,6 +45,7 @@ _SHARE_COLUMNS = 512  # of dY, over which a program sums dS
 # Up to this rank dS and dB come from one read of dY, by shares of column blocks, in rank classes of 16, 32 and 64. On other GPUs than
 # Hopper the limit is 32, and the estimate is too high.
 _MAX_FUSED_RANK = 64
+_SCALED_ROWS = 1024  # of an output that DoRA scales; as many are float32 at a time in backward
 _CHOICE_BYTES = 4 * 4  # of each expert of a token: its number, weight and place, and the weight at that place
 _KEY_BYTES = 4  # of dropout, of each of these where experts have adapters
 _CAPPED_BYTES = 64 * 4 * 5  # of a head and key: scores of a block of rows, in float32, and what is computed of them
@@ -50,7 +53,10 @@ _CAPPED_BYTES = 64 * 4 * 5  # of a head and key: scores of a block of rows, in f
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One job's rank and the modules that it targets; with an `expert_rank` those of EXPERT_MODULES are each expert's."""
+    """One job's rank and the modules that it targets, MAGNITUDES among them where it is a DoRA adapter.
+
+    With an `expert_rank` those of EXPERT_MODULES are each expert's.
+    """
 
     rank: int
     modules: tuple[str, ...] = MODULES
@@ -63,6 +69,8 @@ class Adapter:
 
     def rows_of(self, module: str) -> int:
         """Rows of each of a module's factors."""
+        if module == MAGNITUDES:
+            return 1
         return self.expert_rank if self.expert_rank and module in EXPERT_MODULES else self.rows
 
 
@@ -90,6 +98,7 @@ class LayerMemory:
     copies: float = 0.0  # another hidden state, where results are normed or multiplied before they are added
     routed: float = 0.0  # a hidden state for each expert of a token, while they compute
     choice: float = 0.0  # probabilities and places of the experts, kept
+    scaled: dict[str, float] = field(default_factory=dict)  # outputs that DoRA scales, by merged linear; none without
     capped: float = 0.0  # scores of the rows that plain torch computes at once, where attention caps them
 
     def kept(self, policy: str) -> float:
@@ -98,7 +107,8 @@ class LayerMemory:
             return self.hidden * (policy == "full")
         qkv = self.query + 2 * self.key_value
         bare = 2 * self.hidden + 2 * self.statistics + qkv * (1 + self.head_norms) + self.query + self.sums + 2 * self.ffn
-        bare += sum(self.widths.values()) + 2 * self.after + self.choice + self.hidden * (self.routed > 0 and self.widths["up"] > 0)
+        bare += sum((*self.widths.values(), *self.scaled.values())) + 2 * self.after + self.choice
+        bare += self.hidden * (self.routed > 0 and self.widths["up"] > 0)
         return bare if policy == "cheap" else bare + self.inputs
 
     @property
@@ -129,7 +139,8 @@ class LayerMemory:
             return 2 * self.hidden * tokens + self.backward("full", tokens)
         if policy == "full":
             copies = 0.0 if self.after else self.copies
-            return (self.kept("cheap") - self.hidden + copies) * tokens + self.backward("cheap", tokens)
+            down = self.hidden * ("down" in self.scaled)  # its product, which backward needs then
+            return (self.kept("cheap") - self.hidden + copies + down) * tokens + self.backward("cheap", tokens)
         cheap, widths = policy == "cheap", self.widths
         swiglu_kept = 0.0 if cheap or not widths["down"] or self.routed else self.ffn
         dy = self.hidden + self.copies + (self.routed or self.gathered * self.sequence)  # experts' rows are copies of gathered ones
@@ -144,7 +155,20 @@ class LayerMemory:
         expanded = 2 * self.query * 4 / self.item if self.grouped else 0.0  # dK, dV of all query heads by cuDNN; torch's take half
         sums = self.query * 4 / self.item * self.sums_of_dq
         attention = self.hidden + self.query + (self.query + 2 * self.key_value) + sums + expanded + self.capped + self.copies - freed
-        return max(down, swiglu, up, attention, 0.0) * tokens
+        if not self.scaled:
+            return max(down, swiglu, up, attention, 0.0) * tokens
+        of_down, of_up, of_o, of_qkv = (self.scaled.get(name, 0.0) for name in ("down", "up", "o", "qkv"))
+        scaling = (
+            dy + of_down + self._widened("down", tokens),
+            self.hidden + of_up + self._widened("up", tokens) - swiglu_kept - of_down,
+            self.hidden + of_qkv + self._widened("qkv", tokens) - freed - of_down - of_up - of_o,
+        )
+        linears = down, swiglu - of_down, up - of_down - of_up, attention - of_down - of_up - of_o
+        return max(*linears, *scaling, 0.0) * tokens
+
+    def _widened(self, linear: str, tokens: int) -> float:
+        """Bytes per token of the rows of an output that DoRA has in float32 while it sums its gradient; none where they are anyway."""
+        return self.scaled.get(linear, 0.0) * 4 / self.item * min(1.0, _SCALED_ROWS / tokens) * (self.item < 4)
 
     def _of_experts(self, linear: str) -> bool:
         """Whether a linear is of experts, whose sums belong to one program each."""
@@ -213,6 +237,11 @@ def layer_memory(
         after=(hidden * item + 4) / local * shape.post_norms,
         copies=hidden * item / local * (shape.post_norms or shape.scaled),
         routed=hidden * item * shape.top_k,
+        scaled={
+            name: sum(outputs[name]) * item / (local if name in ("o", "down") else 1)
+            for name, modules in MERGED.items()
+            if any(MAGNITUDES in each.modules and set(modules) & set(each.modules) for each in adapters)
+        },
         choice=4 * shape.num_experts + (_CHOICE_BYTES + _KEY_BYTES * any(adapter.expert_rank for adapter in adapters)) * shape.top_k,
         capped=_CAPPED_BYTES * shape.num_heads / tensor * shape.capped_scores,
     )

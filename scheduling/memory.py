@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from scheduling.cost import OFFLOADED, Device, offloaded, stage_policies
-from scheduling.layer_memory import EXPERT_MODULES, FUSED_MODULES, MODULES, Adapter, LayerMemory, layer_memory
+from scheduling.layer_memory import EXPERT_MODULES, FUSED_MODULES, MAGNITUDES, MODULES, Adapter, LayerMemory, layer_memory
 from scheduling.model_shape import ModelShape
 from scheduling.slot_cost import SlotCost, estimate_of, work_time
 from scheduling.types import Lengths, Stream
@@ -29,6 +29,7 @@ LOSS_CHUNK_BYTES = 300 * 10**6  # of the logits that are alive at a time
 _LOSS_ROWS = 256  # chunks are multiples of it, so that they fill the tiles of a GEMM
 _MULTIPLE = 256  # budgets are multiples of it
 _WORTH = 0.002  # efficiency that a larger budget must gain
+_NORM_BYTES = 8  # of a magnitude, besides its state: its output's factor, and the inverse of the norm
 _STATE_BYTES = 16  # of an adapter weight: master, gradient and Adam's two moments
 _CUBLAS_BYTES = 2 * 32 * 2**20  # workspaces of the forward's and the backward's thread
 _INPUT_BYTES = 32  # of a token: tokens, labels, positions, weight and dropout key
@@ -172,7 +173,7 @@ def stage_memory(
 def rank_row_bytes(shape: ModelShape, item: int, tensor: int = 1, expert: int = 1) -> dict[str, int]:
     """Return module -> bytes of one rank row of its A and B^T in one layer on one tensor rank, with gradients and Adam's state.
 
-    Of experts it is a row of each that the rank has; `expert` ranks divide them.
+    Of experts it is a row of each that the rank has; `expert` ranks divide them. Under MAGNITUDES those of one adapter's magnitudes.
     """
     query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     outputs = {"q_proj": query, "k_proj": key_value, "v_proj": key_value, "gate_proj": shape.ffn_size, "up_proj": shape.ffn_size}
@@ -182,7 +183,10 @@ def rank_row_bytes(shape: ModelShape, item: int, tensor: int = 1, expert: int = 
     experts = {module: shape.num_experts // expert for module in EXPERT_MODULES if shape.num_experts}  # of the rank
     shares = {module: tensor // expert if module in experts else tensor for module in modules}
     columns = {module: shape.hidden_size + (outputs | inputs)[module] // shares[module] for module in modules}
-    return {module: count * experts.get(module, 1) * _state_bytes(item) for module, count in columns.items()}
+    found = {module: count * experts.get(module, 1) * _state_bytes(item) for module, count in columns.items()}
+    of_linears = sum(outputs[module] for module in modules if module in outputs and module not in experts) // tensor
+    of_linears += shape.hidden_size * sum(module in inputs and module not in experts for module in modules)  # not sharded
+    return found | {MAGNITUDES: of_linears * (_state_bytes(item) + _NORM_BYTES)}
 
 
 def _state_bytes(item: int) -> int:

@@ -81,13 +81,15 @@ def swap_words(source: Path, target: Path) -> Path:
     return target
 
 
-def make_adapter(model_dir: Path, directory: Path, *, r: int, lora_alpha: float, target_modules: list[str], seed: int) -> Path:
+def make_adapter(
+    model_dir: Path, directory: Path, *, r: int, lora_alpha: float, target_modules: list[str], seed: int, use_dora: bool = False
+) -> Path:
     """Save a fresh adapter as peft initialises it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    lora = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules, use_dora=use_dora, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), lora).save_pretrained(directory)
     return directory
 
@@ -172,7 +174,7 @@ def evaluate(model, model_dir: Path, rows_path: Path) -> tuple[float, float]:
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], kind: str) -> float:
-    """Return the relative Frobenius distance of all A ("lora_A") or all B ("lora_B"), concatenated."""
+    """Return the relative Frobenius distance of all A ("lora_A"), B ("lora_B") or magnitudes ("magnitude"), concatenated."""
     keys = sorted(key for key in theirs if kind in key)
     assert keys and keys == sorted(key for key in ours if kind in key)
     mine, other = (torch.cat([tensors[key].double().flatten() for key in keys]) for tensors in (ours, theirs))

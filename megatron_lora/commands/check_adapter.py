@@ -179,7 +179,7 @@ def faults_of_effect(subject: Subject) -> list[Fault]:
         return []
     pairs, effect = subject.adapter.weights.values(), rms(subject.expected - subject.without)
     print(f"effect   {effect:.2g} nats, of {len(pairs)} linears with r {subject.adapter.r}")
-    for number, factor in enumerate("AB"):
+    for number, factor in enumerate("" if subject.adapter.magnitudes else "AB"):
         if not any(pair[number].any() for pair in pairs):
             return [("no effect", f"every {factor} is zero: it leaves the base model as it is")]
     if not effect >= 3 * NOISE:

@@ -64,11 +64,13 @@ def main(config_path: str, overrides: list[str], name: str, num_steps: int, sign
             found.append(run / "jobs" / name)
             for references in {*cache_dir().glob(REFERENCE_FILES)} - known:
                 references.unlink()  # the other run is to compute its own
-        losses, a, b = loss_difference(*found), *factor_differences(*found)
+        losses, (a, b, *magnitudes) = loss_difference(*found), factor_differences(*found)
     print(f"{name}: alone and among {len(config.jobs) - 1} others, {num_steps} steps in {config.precision}")
     print(f"  losses differ by at most {losses:.1e} of their value (bound {LOSSES:.0e})")
     print(f"  A differs by {a:.1e} of its norm, B by {b:.1e} (bound {FACTORS:.0e})")
-    same = losses <= LOSSES and max(a, b) <= FACTORS
+    for m in magnitudes:
+        print(f"  magnitudes differ by {m:.1e} of their norm (bound {FACTORS:.0e})")
+    same = losses <= LOSSES and max(a, b, *magnitudes) <= FACTORS
     print("  the job trains among the others as it does alone" if same else "  beyond the bounds, which hold in fp32", flush=True)
     return DONE if same else DIFFERS
 
@@ -99,15 +101,15 @@ def loss_difference(alone: Path, together: Path) -> float:
     return max(abs(one - other) / abs(one or 1.0) for one, other in zip(*logged, strict=True))
 
 
-def factor_differences(alone: Path, together: Path) -> tuple[float, float]:
-    """Return the relative distances of all A and of all B of the adapters in two jobs' directories."""
-    mine, other = (read_adapter(job).weights for job in (alone, together))
+def factor_differences(alone: Path, together: Path) -> tuple[float, ...]:
+    """Return the relative distances of all A, of all B and with DoRA of all magnitudes of the adapters in two jobs' directories."""
+    mine, other = (read_adapter(job).factors for job in (alone, together))
     assert mine.keys() == other.keys()
 
     def norm(differences: Iterable[Tensor]) -> float:
         return math.sqrt(sum(float(difference.double().square().sum()) for difference in differences))
 
-    apart = [norm(mine[path][factor] - other[path][factor] for path in mine) for factor in (0, 1)]
-    size = [norm(pair[factor] for pair in mine.values()) for factor in (0, 1)]
-    a, b = (distance / (whole or 1.0) for distance, whole in zip(apart, size, strict=True))
-    return a, b
+    kinds = range(len(next(iter(mine.values()))))
+    apart = [norm(mine[path][factor] - other[path][factor] for path in mine) for factor in kinds]
+    size = [norm(factors[factor] for factors in mine.values()) for factor in kinds]
+    return tuple(distance / (whole or 1.0) for distance, whole in zip(apart, size, strict=True))

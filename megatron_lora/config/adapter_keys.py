@@ -130,6 +130,12 @@ class AdapterKeys:
     """A job by its name, and what it adds to the frozen model."""
 
     name: str = required(job_name, "names the job and its directory; unique, upper and lower case being the same")
+    adapter: str = key(
+        "lora",
+        one_of("lora", "dora"),
+        "`dora`: each output of an adapted linear gets a trained magnitude in place of the norm of its weights, B A included; the "
+        "magnitudes start as these norms. It takes `lora_dropout: 0`, and no experts. [What it costs](performance.md#what-dora-costs)",
+    )
     r: int = key(16, RANK, "rank of A and B")
     lora_alpha: float = key(32.0, ALPHA, "the adapter's output is multiplied by `lora_alpha / r`")
     lora_dropout: float = key(
@@ -175,7 +181,7 @@ class AdapterKeys:
         None,
         null_or(path_of("a PEFT directory")),
         "adapter that the job starts from, of the same `r`, `lora_alpha`, `use_rslora` and `target_modules`; null: as "
-        "`init_lora_weights` says",
+        "`init_lora_weights` says. `adapter: dora` may start from a LoRA adapter, too",
     )
     linears: Linears | None = key(None, linears, "what patterns come to on the base model; never set by hand")
 

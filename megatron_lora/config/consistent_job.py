@@ -65,10 +65,28 @@ def _check_expert_keys(where: str, job: JobConfig) -> None:
         )
 
 
+def _check_dora(where: str, job: JobConfig) -> None:
+    """Raise UserError where `adapter: dora` does not go with the job's other keys."""
+    if job.adapter != "dora":
+        return
+    reference, init = None if job.preference is None else job.preference.reference, "init_adapter"
+    wrong = {
+        "lora_dropout": (job.lora_dropout > 0, "0"),
+        "experts": (job.experts, "false"),
+        "export": (job.export == "portable", "peft, since no LoRA adapter computes the same"),
+        "objective.reference": (reference == init, "base"),
+        "init_lora_weights": (job.has_frozen_half, "true, or gaussian"),
+    }
+    for name, (is_wrong, remedy) in wrong.items():
+        if is_wrong:
+            raise UserError(f"{where}.{name}: does not go with {where}.adapter: dora; set {name}: {remedy}")
+
+
 def consistent(where: str, job: JobConfig, given: Collection[str]) -> JobConfig:
     """Return a job with the `mode` and `keep` that it leaves open chosen; UserError where its keys contradict. `given`: those written."""
     _check_expert_keys(where, job)
     check_adapter_keys(where, job)
+    _check_dora(where, job)
     check_objective(where, job)
     check_schedule(where, job)
     if job.val_datasets and job.val_set_size:

@@ -1,6 +1,7 @@
 """What an adapter does to a base model: log-probabilities of samples without it, with it as adapter_files.py reads it, and with it in peft.
 
-    y = W x + scale * B (A x)        in float32 on the CPU, a plain product for each adapted linear of transformers' model
+    y = W x + scale * B (A x)        in float32 on the CPU, a plain product for each adapted linear of transformers' model; times
+                                     m / ||W + scale * B A|| of DoRA, without the bias
 
 `faults_of_files` compares the names and shapes in an adapter's file with the base model before anything is computed. Of log-probabilities
 the root mean square over all tokens counts, in nats: of their changes through the adapter, and of differences of two that should be equal.
@@ -17,7 +18,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -73,10 +74,18 @@ def applied(base: torch.nn.Module, adapter: AdapterFile, times: float = 1.0, wit
     def add(a_RK: torch.Tensor, b_NR: torch.Tensor, scale: float):
         return lambda module, inputs, output: output + (inputs[0] @ a_RK.float().T @ b_NR.float().T) * scale
 
+    def resize(linear: torch.nn.Linear, a_RK: torch.Tensor, b_NR: torch.Tensor, scale: float, m_N: torch.Tensor):
+        norms = (linear.weight + scale * b_NR.float() @ a_RK.float()).norm(dim=1)
+        factors, bias = m_N.float() / norms, 0.0 if linear.bias is None else linear.bias
+        return lambda module, inputs, output: bias + factors * (output - bias)
+
     try:
         for path, (a_RK, b_NR) in adapter.weights.items():
             if path.rpartition(".")[2] not in without:
-                hooks.append(linears[path].register_forward_hook(add(a_RK, b_NR, adapter.scale(path) * times)))
+                linear, given = cast(torch.nn.Linear, linears[path]), (a_RK, b_NR, adapter.scale(path) * times)
+                hooks.append(linear.register_forward_hook(add(*given)))
+                if path in adapter.magnitudes:  # a hook gets what the one before it returned
+                    hooks.append(linear.register_forward_hook(resize(linear, *given, adapter.magnitudes[path])))
         yield
     finally:
         for hook in hooks:

@@ -3,12 +3,13 @@
 An adapter adds (lora_alpha / r) * B A to a frozen linear, with A [r, K] and B [N, r], or lora_alpha
 / sqrt(r) with rsLoRA. In memory a pair is keyed by the linear's path in the Hugging Face model,
 `model.layers.0.self_attn.q_proj`; in the file it is `base_model.model.<path>.lora_A.weight` and
-`.lora_B.weight`. Each file is written to a temporary directory, synced and renamed, so that a
-reader never sees a part of one. The config that is written has the fields that servers ask for and
-those that differ from PEFT's defaults: an older PEFT refuses fields that it does not know. The
-reader accepts plain LoRA, of one rank and alpha unless its caller takes several, however the file's
-config says so (adapter_targets.py), and refuses every other feature by its name, because a model
-without that feature would silently be wrong.
+`.lora_B.weight`, with DoRA's magnitudes [N] beside them as `.lora_magnitude_vector`. Each file is
+written to a temporary directory, synced and renamed, so that a reader never sees a part of one. The
+config that is written has the fields that servers ask for and those that differ from PEFT's
+defaults: an older PEFT refuses fields that it does not know. The reader accepts LoRA and DoRA, of
+one rank and alpha unless its caller takes several, however the file's config says so
+(adapter_targets.py), and refuses every other feature by its name, because a model without that
+feature would silently be wrong.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 PREFIX = "base_model.model."
+TENSORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")  # of a linear, behind its path
 OF_TEXT = "model.language_model."  # of paths in a model of text and images
 LAYER = re.compile(r"layers\.(\d+)\.")
 LARGEST_RANK, LARGEST_ALPHA = 2**20, 1e30
@@ -63,6 +65,7 @@ class AdapterFile:
     use_rslora: bool
     target_modules: tuple[str, ...]
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    magnitudes: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # path -> m [N] of a DoRA adapter; empty of LoRA
     expert_r: int = 0  # rank of the linears of experts, where it adapts any
     lora_dropout: float = 0.0
     revision: str | None = None  # of the base model, where it is one of the hub
@@ -70,6 +73,12 @@ class AdapterFile:
     targets: Targets | None = None  # how linears are chosen; of a file that was read, or where module names do not say it
     base_model: str = ""  # that it was made for, as it says itself, where it was read
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)  # path -> alpha, where they differ
+
+    @property
+    def factors(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Each linear's A and B, and with DoRA its magnitudes."""
+        own = self.magnitudes
+        return {path: (*pair, own[path]) if path in own else pair for path, pair in self.weights.items()}
 
     def scale(self, path: str) -> float:
         """Return what B A of a linear is multiplied by."""
@@ -86,11 +95,11 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for path, (a_RK, b_NR) in adapter.weights.items():
+    for path, (a_RK, b_NR, *magnitudes) in adapter.factors.items():
         r = adapter.expert_r if of_expert(path) else adapter.r
         assert a_RK.shape[0] == b_NR.shape[1] <= r, f"{path}: A {tuple(a_RK.shape)}, B {tuple(b_NR.shape)}, r {r}"
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = a_RK.detach().clone(memory_format=torch.contiguous_format).cpu()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = b_NR.detach().clone(memory_format=torch.contiguous_format).cpu()
+        for key, tensor in zip(TENSORS, (a_RK, b_NR, *magnitudes), strict=False):
+            tensors[f"{PREFIX}{path}.{key}"] = tensor.detach().clone(memory_format=torch.contiguous_format).cpu()
     config, num_parameters = _config(adapter, base_model), sum(tensor.numel() for tensor in tensors.values())
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))
     try:
@@ -106,7 +115,7 @@ def write_adapter(directory: str | Path, adapter: AdapterFile, base_model: str, 
 
 
 def read_adapter(directory: str | Path) -> AdapterFile:
-    """Read a PEFT directory of plain LoRA, on the CPU in the file's dtypes; UserError when it is missing, damaged or anything else.
+    """Read a PEFT directory of LoRA or DoRA, on the CPU in the file's dtypes; UserError when it is missing, damaged or anything else.
 
     Linears may have ranks and alphas of their own; `r` and `lora_alpha` are then the largest.
     """
@@ -114,12 +123,16 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     config = _read_config(directory)
     file = directory / CONFIG_FILE
     targets = read_targets(file, config)
-    weights, revision = _pair(directory / WEIGHTS_FILE, _read_tensors(directory)), config.get("revision")
+    tensors, revision = _read_tensors(directory), config.get("revision")
+    magnitudes = _take_magnitudes(directory / WEIGHTS_FILE, tensors) if config["use_dora"] else {}
+    weights = _pair(directory / WEIGHTS_FILE, tensors)
     _check_targets(directory / WEIGHTS_FILE, weights, targets)
     ranks = {path: int(first_match(targets.rank_pattern, path, config["r"])) for path in weights}
     alphas = {path: first_match(targets.alpha_pattern, path, config["lora_alpha"]) for path in weights}
     of_experts, others = ([path for path in weights if of_expert(path) == kind] for kind in (True, False))
     _check_ranks(directory / WEIGHTS_FILE, weights, ranks)
+    if config["use_dora"]:
+        _check_magnitudes(directory / WEIGHTS_FILE, weights, magnitudes)
     return AdapterFile(
         r=max(ranks[path] for path in others or of_experts),
         expert_r=max((ranks[path] for path in of_experts), default=0),
@@ -127,6 +140,7 @@ def read_adapter(directory: str | Path) -> AdapterFile:
         use_rslora=bool(config.get("use_rslora", False)),
         target_modules=tuple(sorted({path.rpartition(".")[2] for path in weights})),
         weights=weights,
+        magnitudes=magnitudes,
         lora_dropout=config.get("lora_dropout", 0.0),
         revision=revision if isinstance(revision, str) else None,
         base_digest=base_digest_of(directory / CARD_FILE),
@@ -176,7 +190,7 @@ def check_adapter(where: str, adapter: AdapterFile, shapes: Mapping[str, tuple[i
                 f"{where}: {path} maps {a_RK.shape[1]} to {b_NR.shape[0]} features and the base model's maps {columns} to {rows}; "
                 "use an adapter that was trained on this base model"
             )
-        for name, factor in (("A", a_RK), ("B", b_NR)):
+        for name, factor in zip(("A", "B", "magnitudes"), adapter.factors[path], strict=False):
             if not torch.isfinite(factor.float()).all():
                 raise UserError(f"{where}: {name} of {path} holds NaN or infinite numbers; use an adapter of a run that did not diverge")
     extra = sorted(adapter.weights.keys() - shapes.keys())
@@ -216,6 +230,7 @@ def _config(adapter: AdapterFile, base_model: str) -> dict[str, object]:
         "revision": adapter.revision,
         **chosen,
         "task_type": "CAUSAL_LM",
+        **({"use_dora": True} if adapter.magnitudes else {}),
         "use_rslora": adapter.use_rslora,
     }
 
@@ -265,9 +280,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise _wrong(file, "lora_alpha", alpha, "is not a LoRA alpha; use a number above 0")
     if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout < 1:
         raise _wrong(file, "lora_dropout", dropout, "is not a probability; use a number from 0, below 1")
-    if not isinstance(config.get("use_rslora", False), bool):
-        raise _wrong(file, "use_rslora", config["use_rslora"], "is not true or false; save the adapter again")
-    return {**config, "r": r, "lora_alpha": alpha}
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(key, False), bool):
+            raise _wrong(file, key, config[key], "is not true or false; save the adapter again")
+    return {**config, "r": r, "lora_alpha": alpha, "use_dora": config.get("use_dora", False)}
 
 
 def _not_lora(file: Path, kind: object) -> UserError:
@@ -281,6 +297,7 @@ def _wrong(file: Path, key: str, value: object, what: str) -> UserError:
 def _check_plain_lora(file: Path, config: Mapping[str, object]) -> None:
     """Raise UserError for each field, known or unknown, that would change what the adapter computes."""
     known = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"}
+    known.add("use_dora")
     if config.get("task_type") not in ("CAUSAL_LM", None):
         raise _wrong(file, "task_type", config["task_type"], "is not supported; use a CAUSAL_LM adapter")
     init = config.get("init_lora_weights", True)
@@ -322,6 +339,27 @@ def _pair(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[to
             if name not in pair:
                 raise UserError(f"{file}: {PREFIX}{path}.lora_{name}.weight is missing; save the adapter again")
     return {path: (pair["A"], pair["B"]) for path, pair in pairs.items()}
+
+
+def _take_magnitudes(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take the magnitudes out of a file's tensors; return path -> m."""
+    keys = [key for key in tensors if key.startswith(PREFIX) and key.endswith(f".{TENSORS[2]}")]
+    return {key.removeprefix(PREFIX).removesuffix(f".{TENSORS[2]}"): tensors.pop(key) for key in keys}
+
+
+def _check_magnitudes(file: Path, weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]], found: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError unless every linear has magnitudes [out], in floating point, and nothing else has."""
+    for path in dict.fromkeys((*weights, *found)):
+        key = f"{PREFIX}{path}.{TENSORS[2]}"
+        if path not in found:
+            raise UserError(f"{file}: {one_line(key, 160)} is missing, and use_dora is true; save the adapter again")
+        if path not in weights:
+            raise UserError(f"{file}: holds {one_line(key, 160)} without A and B; save the adapter again")
+        out, m = len(weights[path][1]), found[path]
+        if tuple(m.shape) != (out,) or not m.is_floating_point():
+            raise UserError(
+                f"{file}: {one_line(key, 160)} is {m.dtype} {list(m.shape)} where floats [{out}] belong; save the adapter again"
+            )
 
 
 def _check_ranks(file: Path, weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]], ranks: Mapping[str, int]) -> None:

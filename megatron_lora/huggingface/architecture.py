@@ -30,6 +30,9 @@ from megatron_lora.huggingface.rope_config import Rope, read_ropes, rope_readers
 # Megatron's linear -> all modules that a family may merge in it.
 EXPERT_MODULES = (*SEPARATE["fc1"], *SEPARATE["fc2"])
 MERGED_LINEARS = {linear: tuple(dict.fromkeys((*SEPARATE[linear], *FUSED[linear]))) for linear in SEPARATE}
+# What has rank rows of its own (model/arena_region.py): linears, and one row for the magnitudes of a DoRA adapter in all of them.
+MAGNITUDES = "magnitudes"
+SPACES = MERGED_LINEARS | {MAGNITUDES: (MAGNITUDES,)}
 HEAD = "lm_head.weight"
 LARGEST_COUNT = 2**31 - 1  # the largest value of any count in config.json
 LARGEST_NUMBER = 1e30  # of any other number in it

@@ -23,12 +23,15 @@ def export(adapter: AdapterFile, form: str, dtype: str) -> AdapterFile:
         adapter = portable(adapter)
     kind = EXPORT_DTYPES[dtype]
     weights = {path: (a_RK.to(kind), b_NR.to(kind)) for path, (a_RK, b_NR) in adapter.weights.items()}
-    fits = all(bool(torch.isfinite(factor).all()) for pair in weights.values() for factor in pair)
-    return dataclasses.replace(adapter, weights=weights) if fits else adapter
+    magnitudes = {path: m.to(kind) for path, m in adapter.magnitudes.items()}
+    converted = dataclasses.replace(adapter, weights=weights, magnitudes=magnitudes)
+    fits = all(bool(torch.isfinite(factor).all()) for factors in converted.factors.values() for factor in factors)
+    return converted if fits else adapter
 
 
 def portable(adapter: AdapterFile) -> AdapterFile:
-    """Return an adapter that computes the same with one rank, whose scale is 1."""
+    """Return an adapter that computes the same with one rank, whose scale is 1. A DoRA adapter has no such form."""
+    assert not adapter.magnitudes
     r = max(a_RK.shape[0] for a_RK, _ in adapter.weights.values())
     weights = {
         path: (pad(a_RK.float(), (0, 0, 0, r - a_RK.shape[0])), pad(adapter.scale(path) * b_NR.float(), (0, r - b_NR.shape[1])))

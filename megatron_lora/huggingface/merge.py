@@ -1,6 +1,7 @@
 """Merges adapters into their base model: a model directory of the same files, in which each adapted W is another.
 
     W' = round(float32(W) + sum_i weight_i * scale_i * B_i A_i)        rounded once, to the type that W is stored in
+    W' = round(m (W + scale B A) / ||W + scale B A||)                  of a DoRA adapter, which is merged alone; by rows
 
 A file of weights is copied from its first byte to its last; where an adapted tensor lies, BLOCK_ROWS of its
 rows at a time are read, added to and written. So names, order, header and index stay as they are, and the
@@ -34,6 +35,10 @@ Weighted = Sequence[tuple[AdapterFile, float]]
 
 def merge(model_dir: Path, architecture: Architecture, adapters: Weighted, out: Path) -> None:
     """Write the merged model to `out`, which must not exist; UserError where adapters do not fit, or it cannot be written."""
+    if any(adapter.magnitudes for adapter, _ in adapters) and [weight for _, weight in adapters] != [1.0]:
+        raise UserError(
+            "a DoRA adapter scales what it adds to, so it is merged alone and with weight 1; name it without others or a weight"
+        )
     stored = stored_tensors(model_dir, architecture)
     adapted = _adapted(architecture, stored, adapters)
     files = weight_files(model_dir)
@@ -75,7 +80,7 @@ def _adapted(architecture: Architecture, stored: dict[str, StoredTensor], adapte
             shape, own = list(stored[name].entry["shape"]), [b_NR.shape[0], a_RK.shape[1]]
             if shape != own:
                 raise UserError(f"the adapter's {path} is {own} and the base model's {shape}; name its own base model with --base")
-            if not all(bool(torch.isfinite(factor).all()) for factor in (a_RK, b_NR)):
+            if not all(bool(torch.isfinite(factor).all()) for factor in adapter.factors[path]):
                 raise UserError(f"the adapter's {path} holds NaN or infinite numbers; use an adapter of a run that did not diverge")
             if stored[name].entry["dtype"] not in TYPES:
                 raise UserError(f"{name} is stored as {stored[name].entry['dtype']}; use a base model in bf16, fp16 or fp32")
@@ -116,13 +121,17 @@ def _copy(reader: IO[bytes], writer: IO[bytes], num_bytes: int) -> None:
 def _merge_tensor(reader: IO[bytes], writer: IO[bytes], path: str, where: StoredTensor, terms: Iterable[tuple[AdapterFile, float]]) -> None:
     """Read a weight [N, K], add `weight * scale * B A` of each term in float32, write it in its type."""
     (rows, columns), kind = where.entry["shape"], TYPES[where.entry["dtype"]]
+    terms = list(terms)
     factors = [(a.weights[path][0].float(), a.weights[path][1].float(), weight * a.scale(path)) for a, weight in terms]
+    magnitudes = [adapter.magnitudes[path].float() for adapter, _ in terms if adapter.magnitudes]
     for first in range(0, rows, BLOCK_ROWS):
         count = min(BLOCK_ROWS, rows - first)
         buffer = bytearray(reader.read(count * columns * kind.itemsize))
         block = torch.frombuffer(buffer, dtype=kind).view(count, columns).float()
         for a_RK, b_NR, scale in factors:
             block.addmm_(b_NR[first : first + count], a_RK, alpha=scale)
+        for m in magnitudes:
+            block *= (m[first : first + count] / block.norm(dim=1))[:, None]
         merged = block.to(kind)
         if not math.isfinite(float(merged.abs().max())):
             raise UserError(f"{where.name} would hold numbers beyond {where.entry['dtype']} or NaN; use smaller weights, or a base in fp32")

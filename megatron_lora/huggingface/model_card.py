@@ -39,6 +39,9 @@ def model_card(config: Mapping[str, Any], num_parameters: int, base_digest: str,
     if OF_TEXT in re.sub(r"\\", "", str(modules)):  # the text part of a model of text and images
         loader = "AutoModelForImageTextToText"
     modules = f"`{modules}`" if isinstance(modules, str) else ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+    served = f"With vLLM:\n\n```\n{serve_command(base_model, largest, name, DIRECTORY, revision)}\n```\n"
+    if config.get("use_dora"):
+        served = "vLLM loads no DoRA adapter: `megatron-lora merge` makes a model of it that every server loads.\n"
     return f"""---
 base_model: {base}
 library_name: peft
@@ -49,7 +52,7 @@ tags:
 - transformers
 ---
 
-# LoRA adapter for {base_model}
+# {"DoRA" if config.get("use_dora") else "LoRA"} adapter for {base_model}
 
 Trained with megatron-lora. {num_parameters:,} parameters, rank {config["r"]}, lora_alpha {config["lora_alpha"]:g}\
 {", rank-stabilised scale" if config["use_rslora"] else ""}, on {modules}.
@@ -62,12 +65,7 @@ base = {loader}.from_pretrained({base}{pinned})
 model = PeftModel.from_pretrained(base, "{DIRECTORY}")
 ```
 
-With vLLM:
-
-```
-{serve_command(base_model, largest, name, DIRECTORY, revision)}
-```
-""" + "".join(f"\n{note}\n" for note in notes)
+{served}""" + "".join(f"\n{note}\n" for note in notes)
 
 
 def base_digest_of(card: Path) -> str:

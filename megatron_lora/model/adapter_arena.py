@@ -32,10 +32,13 @@ from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lora.huggingface.architecture import MAGNITUDES
 from megatron_lora.model.arena_region import (
     FREE_ROW,
+    KINDS,
     AdapterSpec,
     Factor,
     Places,
@@ -49,6 +52,7 @@ from megatron_lora.model.arena_region import (
 )
 from megatron_lora.model.experts import ExpertLinear
 from megatron_lora.model.linears import MultiLoraLinear
+from megatron_lora.model.magnitudes import MagnitudeRows
 
 DRAWING_THREADS = 4  # that draw an adapter's values, each A with a generator of its own
 SMALL = 2**20  # elements: fewer are drawn by the caller alone
@@ -84,6 +88,11 @@ class Arena:
         self.exp_avg_sq = torch.zeros(size, dtype=torch.float32, device=device)
         self.compute = self.master if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device)
         self._views = [region.views(self.compute, self.grad) for region in self.regions]
+        self.magnitudes = [
+            MagnitudeRows(linear, region, self.master, self.grad)
+            for linear, region in zip(linears, self.regions, strict=True)
+            if isinstance(linear, MultiLoraLinear) and region.magnitudes_shape[0]
+        ]
         self.specs: list[AdapterSpec] = []  # [adapter row]; FREE_ROW where it is free
         self.places: list[Places] = []  # [adapter row]; empty where it is free
         self.factors: list[list[Factor]] = []  # [adapter row]; empty where it is free
@@ -120,6 +129,9 @@ class Arena:
             values = [part.clone() for part in left]
             _zero(left)
             _copy(self._stripes[row].rows.views(buffer), values)
+        if self.specs[row].has_magnitudes:
+            for magnitudes in self.magnitudes:
+                magnitudes.move(lay[MAGNITUDES][0], places[MAGNITUDES][0])
         self._refresh()
 
     @contextmanager
@@ -185,6 +197,32 @@ class Arena:
                 here = [region.place(spec, of_row) if of_row else None for spec, of_row in zip(specs, places, strict=True)]
                 groups[modules] = region.group(views, here, specs)
             linear.adapters = groups[modules]
+        for magnitudes in self.magnitudes:
+            magnitudes.set_rows(places)
+
+    def set_norms(self, row: int, group: dist.ProcessGroup | None, restart: bool = False) -> None:
+        """Measure the magnitudes of a DoRA adapter by its weights as they are now: once it has them, and after each step.
+
+        With `restart` the magnitudes become the norms. Collective over `group`, the tensor ranks, where there are several.
+        """
+        spec, found = self.specs[row], []
+        if not spec.has_magnitudes:
+            return
+        own = self.places[row][MAGNITUDES][0]
+        at = {(factor.path, factor.kind): self.view(factor, self.master) for factor in self.factors[row]}
+        for magnitudes in self.magnitudes:
+            terms = [(i, at[path, "A"], at[path, "B"]) for i, path in enumerate(magnitudes.geometry.paths) if (path, "m") in at]
+            if terms:
+                found.append((magnitudes, terms, magnitudes.square_norms(terms, spec.scale)))
+            else:
+                magnitudes.reset(own)
+        partial = [squares for magnitudes, _, squares in found if magnitudes.is_partial]
+        if partial:
+            summed = torch.cat(partial)
+            dist.all_reduce(summed, group=group)
+            _copy(partial, summed.split([len(squares) for squares in partial]))
+        for magnitudes, terms, squares in found:
+            magnitudes.set(own, [module for module, *_ in terms], squares, restart)
 
     def view(self, factor: Factor, buffer: Tensor) -> Tensor:
         """Return the factor's slice of a flat buffer as [r, width], or [experts, r, width]."""
@@ -197,6 +235,8 @@ class Arena:
         """Return an adapter's initial values on this rank, factor after factor, fp32 in host memory: PEFT's, B zero.
 
         A is kaiming-uniform, or normal with standard deviation 1 / r.
+
+        Magnitudes are left to `set_norms`.
 
         Each A is drawn with a generator of its own, seeded by `seed` and the module's path, and for
         all K columns. The values therefore depend neither on the parallel layout nor on other jobs.
@@ -221,12 +261,18 @@ class Arena:
                 list(threads.map(fill, parts))
         return flat
 
-    def shard(self, spec: AdapterSpec, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """Return this rank's shards of full tensors, path -> (A [r, K], B [N, r]), as `draw` returns values. Any thread may call it."""
+    def shard(self, spec: AdapterSpec, tensors: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+        """Return this rank's shards of full tensors, as `draw` returns values. Any thread may call it.
+
+        `tensors`: path -> (A [r, K], B [N, r]), and the magnitudes [N] of a DoRA adapter, which may be missing.
+        """
         flat, parts = self._host_memory(spec)
         for factor, path, part in parts:
-            a_rk, b_nr = tensors[path]
-            part.copy_(factor.of(a_rk if factor.kind == "A" else b_nr.t()))
+            given = tensors[path][KINDS.index(factor.kind) :]
+            if given:
+                part.copy_(factor.of(given[0] if factor.kind == "A" else given[0].reshape(len(given[0]), -1).t()))
+            else:
+                part.zero_()
         return flat
 
     def put(self, adapter_row: int, values: Tensor, buffer: Tensor) -> None:
@@ -256,8 +302,8 @@ class Arena:
             found += [torch.stack(parts).any(0) | elsewhere] if factor.kind == "B" and parts else []
         return torch.stack(found, 1).flatten() if found else buffer.new_zeros(0, dtype=torch.bool)
 
-    def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Set an adapter's weights from PEFT's tensors, path -> (A [r, K], B [N, r])."""
+    def load(self, adapter_row: int, weights: Mapping[str, tuple[Tensor, ...]]) -> None:
+        """Set an adapter's weights from PEFT's tensors, as `shard` takes them."""
         self.put(adapter_row, self.shard(self.specs[adapter_row], weights), self.master)
 
     def publish(self, adapter_row: int) -> None:

@@ -1,7 +1,8 @@
 """One linear's region of the arena's flat buffers: how many rank rows it has, and which of them an adapter takes.
 
-A region is A [R, K], then per module m its B^T [R_m, N_m]; R is the sum of all R_m. Experts' is A of each
-expert, then B^T of each. R_m is the same in all linears that merge the same modules, on all stages: the
+A region is A [R, K], then per module m its B^T [R_m, N_m]; R is the sum of all R_m; then the magnitudes [M, N]
+of DoRA adapters, one row for each. Experts' is A of each expert, then B^T of each. R_m is the same in all
+linears that merge the same modules, on all stages: the
 arena's `room`. An adapter takes, for each module that it targets, as many rows of A and of that B^T as
 its padded rank, or of experts its rank there; its rows of A are contiguous. Which rows is its `Places`,
 plain data that serve every linear: the first rank chooses them (planning/adapter_rows.py), and all
@@ -27,12 +28,13 @@ from torch import Tensor
 from fused_ops.experts.adapters import ExpertGroup
 from fused_ops.lora.adapters import AdapterTable, LoraGroup, padded_rank
 from megatron_lora.huggingface.adapter_files import layer_of
-from megatron_lora.huggingface.architecture import EXPERT_MODULES, MERGED_LINEARS
+from megatron_lora.huggingface.architecture import EXPERT_MODULES, MAGNITUDES, SPACES
 from megatron_lora.model.linears import EXPERT, LinearGeometry
 
 NOWHERE = repeat((0, 0))  # it has no state
 ALIGN = 64  # elements; every region starts on a multiple of it: 128 bytes in 16 bits
 
+KINDS = ("A", "B", "m")  # of factors, in the order of a module's tensors
 Room = Mapping[str, int]  # module -> rank rows; none of a module that is not there
 Places = Mapping[str, Sequence[int]]  # targeted module -> its first row of A, and of its B^T
 
@@ -57,7 +59,7 @@ class AdapterSpec:
     r: int
     scale: float
     dropout: float
-    target_modules: frozenset[str]
+    target_modules: frozenset[str]  # with MAGNITUDES, where it is a DoRA adapter
     expert_rank: int = 0  # of gate, up and down of each expert, which the base model has in place of an MLP; 0: those are of an MLP
     expert_scale: float = 0.0
     linears: tuple[LinearSpec, ...] = ()  # all that it adapts; without any, each targeted module in each layer, alike
@@ -81,7 +83,19 @@ class AdapterSpec:
 
     def rows_of(self, module: str) -> int:
         """Return the rank rows that a module's A, or B, takes."""
+        if module == MAGNITUDES:
+            return 1
         return self.rank_of(module) if self.expert_rank and module in EXPERT_MODULES else padded_rank(self.r)
+
+    @property
+    def adapter(self) -> str:
+        """Its kind, "lora" or "dora"."""
+        return "dora" if self.has_magnitudes else "lora"
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it is a DoRA adapter."""
+        return MAGNITUDES in self.target_modules
 
 
 FREE_ROW = AdapterSpec(r=1, scale=0.0, dropout=0.0, target_modules=frozenset())  # what the tables hold where an adapter row is free
@@ -89,10 +103,13 @@ FREE_ROW = AdapterSpec(r=1, scale=0.0, dropout=0.0, target_modules=frozenset()) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """One job's A [r, K] or B^T [r, N] of one module on this rank, from `start` on in every flat buffer; of experts, one for each."""
+    """One job's A [r, K], B^T [r, N] or magnitudes m [1, N] of one module on this rank, from `start` on in every flat buffer.
+
+    Of experts, one for each.
+    """
 
     path: str  # the module's Hugging Face path, "model.layers.0.self_attn.q_proj"; of experts with EXPERT
-    kind: str  # "A" or "B"
+    kind: str  # one of KINDS
     start: int
     r: int
     rows: int  # that it takes, the surplus ones of a padded rank included
@@ -140,6 +157,7 @@ class Place:
 
     a_rows: tuple[int, ...]
     b_rows: tuple[int, ...]
+    magnitude_row: int = -1
 
 
 def room_of(specs: Sequence[AdapterSpec]) -> dict[str, int]:
@@ -154,7 +172,7 @@ def side_by_side(specs: Sequence[AdapterSpec]) -> list[Places]:
     ends: dict[str, int] = {}  # of a merged linear's A, and of a module's B^T
     for spec in specs:
         places = {}
-        for kind, modules in MERGED_LINEARS.items():
+        for kind, modules in SPACES.items():
             for module in modules:
                 if module in spec.target_modules:
                     places[module] = (ends.get(kind, 0), ends.get(module, 0))
@@ -165,7 +183,7 @@ def side_by_side(specs: Sequence[AdapterSpec]) -> list[Places]:
 
 def check_apart(room: Room, held: Sequence[tuple[AdapterSpec, Places]]) -> None:
     """Assert that adapters, each with its places, lie inside the room and overlap nowhere."""
-    for modules in MERGED_LINEARS.values():
+    for modules in SPACES.values():
         spaces = [(0, modules), *((1, (module,)) for module in modules)]  # A, whose rows the modules share; each B^T
         for which, shared in spaces:
             spans = sorted((lies[m][which], lies[m][which] + spec.rows_of(m)) for spec, lies in held for m in shared if m in lies)
@@ -200,20 +218,31 @@ class Stripes(NamedTuple):
 def shards(
     geometry: LinearGeometry, tensor_rank: int, spec: AdapterSpec, starts: Iterable[tuple[int, int]] = repeat((0, 0))
 ) -> list[Factor]:  # noqa: B008  it has no state
-    """Return the factors of an adapter in a linear of a tensor rank, A and B^T of each targeted module; `starts`: (start, stride)."""
+    """Return the factors of an adapter in a linear of a tensor rank: A, B^T and magnitudes of each targeted module.
+
+    `starts`: (start, stride) of each.
+    """
     found, column, k, start = [], geometry.parallel == "column", geometry.in_features, iter(starts)
     for index, (module, path, n) in enumerate(zip(geometry.modules, geometry.paths, geometry.out_features, strict=True)):
         if module in spec.target_modules:
             inputs, outputs = ((0 if column else geometry.first_feature, k),), geometry.pieces(index, tensor_rank)
             r, ratio = spec.linear(module, path)
-            shared = {"path": path, "r": r, "rows": spec.rows_of(module), "trained": r // 2 if spec.has_frozen_half else r}
-            shared |= {"experts": geometry.experts, "tensor_ranks": geometry.tensor_ranks}
+            of_factor = {"r": r, "rows": spec.rows_of(module), "trained": r // 2 if spec.has_frozen_half else r}
             alone = geometry.tensor_ranks == 1
-            kinds = (("A", k, alone or not column, inputs, 1.0), ("B", n, alone or column, outputs, ratio))
-            for (kind, width, sharded, pieces, times), (first, stride) in zip(kinds, (next(start), next(start)), strict=True):
+            kinds = [("A", k, alone or not column, inputs, 1.0, of_factor), ("B", n, alone or column, outputs, ratio, of_factor)]
+            if spec.has_magnitudes:
+                kinds.append(("m", n, alone or column, outputs, 1.0, {"r": 1, "rows": 1, "trained": 1}))
+            for kind, width, sharded, pieces, times, shared in kinds:
+                first, stride = next(start)
                 own = {"start": first, "stride": stride, "width": width, "sharded": sharded, "pieces": pieces, "ratio": times}
+                own |= {"path": path, "experts": geometry.experts, "tensor_ranks": geometry.tensor_ranks}
                 found += [Factor(kind=kind, **own, **shared)] if r else []
     return found
+
+
+def cut(buffer: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
+    """Return a part of a flat buffer."""
+    return buffer[start : start + math.prod(shape)].view(shape)
 
 
 class Region:
@@ -233,26 +262,34 @@ class Region:
         for shape in self.b_shapes:
             self.b_starts.append(end)
             end += math.prod(shape)
-        self.end = -(-end // ALIGN) * ALIGN
+        self.magnitudes_start = end
+        self.magnitudes_shape = (0 if self.experts else room.get(MAGNITUDES, 0), sum(geometry.out_features))
+        self.end = -(-(end + math.prod(self.magnitudes_shape)) // ALIGN) * ALIGN
 
     def place(self, spec: AdapterSpec, places: Places) -> Place:
         """Return where an adapter lies here."""
         rows = [places[module] if module in spec.target_modules else (-1, -1) for module in self.geometry.modules]
-        return Place(a_rows=tuple(a for a, _ in rows), b_rows=tuple(b for _, b in rows))
+        magnitude_row = places[MAGNITUDES][0] if spec.has_magnitudes else -1
+        return Place(a_rows=tuple(a for a, _ in rows), b_rows=tuple(b for _, b in rows), magnitude_row=magnitude_row)
 
     def factors(self, spec: AdapterSpec, place: Place) -> list[Factor]:
-        """Return an adapter's factors: A and B^T of each targeted module."""
+        """Return an adapter's factors: A, B^T and magnitudes of each targeted module."""
         starts, ((*_, a_height, k), b_shapes) = [], (self.a_shape, self.b_shapes)
-        for b_start, (*_, height, n), a_row, b_row in zip(self.b_starts, b_shapes, place.a_rows, place.b_rows, strict=True):
+        columns, magnitudes = self.geometry.columns, self.magnitudes_start + place.magnitude_row * self.magnitudes_shape[1]
+        for b_start, (*_, height, n), a_row, b_row, (column, _) in zip(
+            self.b_starts, b_shapes, place.a_rows, place.b_rows, columns, strict=True
+        ):
             if a_row >= 0:
                 starts += [(self.a_start + a_row * k, a_height * k), (b_start + b_row * n, height * n)]
+                starts += [(magnitudes + column, 0)] if spec.has_magnitudes else []
         return shards(self.geometry, self.tensor_rank, spec, starts)
+
+    def magnitudes(self, buffer: Tensor) -> Tensor:
+        """Return the linear's magnitudes in a flat buffer, [M, N]."""
+        return cut(buffer, self.magnitudes_start, self.magnitudes_shape)
 
     def views(self, compute: Tensor, grad: Tensor) -> dict[str, Any]:
         """Return the linear's views on the flat buffers, and the geometry that its kernels need: arguments of a group."""
-
-        def cut(buffer: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
-            return buffer[start : start + math.prod(shape)].view(shape)
 
         e = "E" if self.experts else ""
         return {

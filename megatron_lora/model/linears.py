@@ -43,6 +43,7 @@ from fused_ops.lora.adapters import LoraGroup
 from fused_ops.lora.fp8 import Rounded
 from fused_ops.lora.frozen import FrozenWeight
 from fused_ops.lora.linear import Collectives, multi_lora_linear
+from fused_ops.lora.magnitude import Magnitudes, scale_outputs
 from fused_ops.lora.refill import Refill
 from fused_ops.lora.route import Route
 from megatron_lora.parallel.collectives import ColumnCollectives, ColumnSequenceCollectives, RowCollectives, RowSequenceCollectives
@@ -91,6 +92,7 @@ class MultiLoraLinear:
     bias: torch.nn.Parameter | None
     geometry: LinearGeometry
     adapters: LoraGroup | None = None  # of all resident jobs; None: the base model alone
+    magnitudes: Magnitudes | None = None  # of those that have some; None: none has
     frozen: FrozenWeight | None = None  # takes the place of `weight`
     operator = staticmethod(multi_lora_linear)  # a benchmark replaces it by another with the same arguments
 
@@ -140,8 +142,23 @@ class MultiLoraLinear:
 
     def _apply_linear(self, x: Tensor, bias: Tensor | None, route: Route | None, **options) -> Tensor:
         """Return Y [T or T_local, 1, N] for Megatron's x [rows, batch of 1, K]; `options` are the operator's."""
-        weight = self.weight if self.frozen is None else self.frozen
-        return self.operator(x.squeeze(1), weight, bias, self.adapters, route, self.collectives, **options).unsqueeze(1)
+        scaled = self._has_scaled_rows(route)
+        if scaled:  # dY is another one before it is scaled
+            options["rounded"] = None
+        y = self.operator(x.squeeze(1), self.stored_weight, bias, self.adapters, route, self.collectives, **options)
+        if scaled and route is not None and self.magnitudes is not None:
+            first = 0 if len(y) == route.num_rows else self.tp_group.rank() * len(y)  # rows are sharded
+            y = scale_outputs(y, bias, self.magnitudes, route.rows(first, first + len(y)))
+        return y.unsqueeze(1)
+
+    @property
+    def stored_weight(self) -> Tensor | FrozenWeight:
+        """The frozen weight [N, K], as it is stored."""
+        return self.weight if self.frozen is None else self.frozen
+
+    def _has_scaled_rows(self, route: Route | None) -> bool:
+        """Whether an adapter of the route has magnitudes; then backward needs the output's values."""
+        return self.magnitudes is not None and bool(self.magnitudes.blocks(route))
 
 
 class MultiLoraColumnParallelLinear(MultiLoraLinear, ColumnParallelLinear):
@@ -169,7 +186,9 @@ class MultiLoraRowParallelLinear(MultiLoraLinear, RowParallelLinear):
         return y if self.bias is None else y + self.bias, None
 
     def for_backward(self, input_: Tensor, route: Route | None, refill: Refill | None, output_shape: torch.Size) -> Tensor:
-        """Return what `forward` returned, [T_local, 1, N], without values: to run backward again, whose gradients do not depend on them."""
+        """Return what `forward` returned, [T_local, 1, N], to run backward again; without values, unless its gradients depend on them."""
+        if self._has_scaled_rows(route):
+            return self.forward(input_, route, refill)[0]
         return self._apply_linear(input_, None, route, refill=refill, output_shape=torch.Size((output_shape[0], output_shape[-1])))
 
 

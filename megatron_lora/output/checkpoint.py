@@ -31,7 +31,7 @@ from megatron_lora.config.rules import show
 from megatron_lora.config.schema import JobConfig
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import digest_of_file, remove_leftovers, sealed, sync
-from megatron_lora.huggingface.adapter_files import CARD_FILE, CONFIG_FILE, PREFIX, AdapterFile, read_adapter, write_adapter
+from megatron_lora.huggingface.adapter_files import CARD_FILE, CONFIG_FILE, PREFIX, TENSORS, AdapterFile, read_adapter, write_adapter
 from megatron_lora.output.best import check_best
 from megatron_lora.output.resume import deciding_keys, logged_lines
 from megatron_lora.output.standing import STATE_FILE, CheckpointState, Damaged, ResumePoint, checkpoint_name, resume_point_of
@@ -39,7 +39,7 @@ from megatron_lora.output.standing import STATE_FILE, CheckpointState, Damaged, 
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TARGETS = {"target_modules": chosen_modules, "linears": linears}  # keys that planning completes
-Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # path -> one tensor for A [r, K], one for B [N, r]
+Pairs = Mapping[str, tuple[torch.Tensor, ...]]  # path -> one tensor for A [r, K], one for B [N, r], with DoRA one for m [N]
 
 
 def write_checkpoint(job_dir: Path, adapter: AdapterFile, base_model: str, moments: Sequence[Pairs], state: CheckpointState) -> None:
@@ -131,7 +131,7 @@ def read_checkpoint(checkpoint: Path) -> tuple[Pairs, list[Pairs]]:
         raise UserError(f"{checkpoint}: is not there on this machine; choose an output_dir that all machines of the run share")
     file = checkpoint / OPTIMIZER_FILE
     try:
-        weights, tensors = read_adapter(checkpoint).weights, load_file(file)
+        weights, tensors = read_adapter(checkpoint).factors, load_file(file)
     except (SafetensorError, OSError) as error:
         raise Damaged(checkpoint, f"{file}: is damaged ({one_line(error, 160)})") from None
     except UserError as error:
@@ -141,7 +141,11 @@ def read_checkpoint(checkpoint: Path) -> tuple[Pairs, list[Pairs]]:
             key = _key(path, kind, name)
             if key not in tensors or tensors[key].shape != tensor.shape:
                 raise Damaged(checkpoint, f"{file}: has no {key} of shape {list(tensor.shape)}")
-    return weights, [{path: (tensors[_key(path, "A", name)], tensors[_key(path, "B", name)]) for path in weights} for name in MOMENTS]
+    moments: list[dict[str, tuple[torch.Tensor, ...]]] = [{} for _ in MOMENTS]
+    for name, moment in zip(MOMENTS, moments, strict=True):
+        for path, kind, _ in _walk(weights):
+            moment[path] = (*moment.get(path, ()), tensors[_key(path, kind, name)])
+    return weights, list(moments)
 
 
 def _without_remedy(error: UserError) -> str:
@@ -149,11 +153,11 @@ def _without_remedy(error: UserError) -> str:
 
 
 def _walk(pairs: Pairs) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yield (path, "A" or "B", tensor)."""
-    for path, pair in pairs.items():
-        for kind, tensor in zip("AB", pair, strict=True):
-            yield path, kind, tensor
+    """Yield (path, name of the tensor in PEFT's files, tensor)."""
+    for path, tensors in pairs.items():
+        for name, tensor in zip(TENSORS, tensors, strict=False):
+            yield path, name, tensor
 
 
 def _key(path: str, kind: str, moment: str) -> str:
-    return f"{PREFIX}{path}.lora_{kind}.weight.{moment}"
+    return f"{PREFIX}{path}.{kind}.{moment}"

@@ -21,11 +21,11 @@ from functools import lru_cache
 
 from megatron_lora.config.schema import RunConfig
 from megatron_lora.errors import UserError
-from megatron_lora.planning.adapter_rows import Adapted
-from scheduling.layer_memory import EXPERT_MODULES, FUSED_MODULES, MODULES, RANK_ALIGN, Adapter
+from megatron_lora.planning.adapter_rows import Adapted, modules_of
+from scheduling.layer_memory import EXPERT_MODULES, FUSED_MODULES, MAGNITUDES, MODULES, RANK_ALIGN, Adapter
 
 GB = 1e9
-ALL_MODULES = tuple(dict.fromkeys((*MODULES, *FUSED_MODULES)))
+ALL_MODULES = tuple(dict.fromkeys((*MODULES, *FUSED_MODULES, MAGNITUDES)))
 MODEST_SHARE = 0.25  # of a device's memory: activations leave as much to adapters, if jobs need it
 
 
@@ -33,7 +33,7 @@ def adapters_of(jobs: Collection[Adapted]) -> tuple[Adapter, ...]:
     """Return the adapters of jobs, as the memory model sees them, the largest rank first."""
     return tuple(
         sorted(
-            (Adapter(job.lora_rank, tuple(m for m in ALL_MODULES if m in job.target_modules), job.expert_rank) for job in jobs),
+            (Adapter(job.lora_rank, tuple(m for m in ALL_MODULES if m in modules_of(job)), job.expert_rank) for job in jobs),
             key=lambda each: (-each.rank, -each.expert_rank),
         )
     )
@@ -60,8 +60,9 @@ def _rooms(adapters: tuple[Adapter, ...], of_modules: tuple[tuple[str, float], .
     row_bytes, num = dict(of_modules), most(adapters, dict(of_modules), num_bytes)
     room = rows_of(adapters, num)
     over = list(row_bytes) if num == len(adapters) else [module for module in row_bytes if module in room]
-    spare = (num_bytes - bytes_of(room, row_bytes)) / (RANK_ALIGN * sum(row_bytes[module] for module in over))
-    rows = {module: room.get(module, 0) + RANK_ALIGN * int(spare) for module in over}
+    of_one = {module: 1 if module == MAGNITUDES else RANK_ALIGN for module in over}  # rows of one more adapter
+    spare = (num_bytes - bytes_of(room, row_bytes)) / sum(row_bytes[module] * rows for module, rows in of_one.items())
+    rows = {module: room.get(module, 0) + of_one[module] * int(spare) for module in over}
     return tuple((module, count) for module, count in rows.items() if count)
 
 
@@ -82,7 +83,8 @@ def check_fits(name: str, adapter: Adapted, room: Mapping[str, int], row_bytes: 
     short = [module for module, rows in own.items() if rows > room.get(module, 0)]
     if short:
         needed = in_gb(bytes_of(own, row_bytes))
-        there = f"{room.get(short[0], 0)} rank rows for {short[0]}, and r: {adapter.lora_rank} takes {own[short[0]]}"
+        taker = "adapter: dora" if short[0] == MAGNITUDES else f"r: {adapter.lora_rank}"
+        there = f"{room.get(short[0], 0)} rank rows for {short[0]}, and {taker} takes {own[short[0]]}"
         remedy = f"use at least {needed:.4g}" if needed > adapter_memory else "use more, or start a run that has the job from the beginning"
         raise UserError(
             f"job {name}: adapter_memory: {adapter_memory:.4g} GB have {there}; its adapter needs {needed:.4g} GB: {remedy}, or a smaller r"
@@ -96,7 +98,8 @@ def as_if_kept_alive(config: RunConfig, modules: Collection[str]) -> RunConfig:
     """
     expert_r, largest = max(job.expert_rank for job in config.jobs), max(config.jobs, key=lambda job: job.lora_rank)
     targets = (*modules, *(EXPERT_MODULES if expert_r else ()))
-    alike = {"r": largest.lora_rank, "init_lora_weights": True, "linears": None}
+    kind = "dora" if any(job.adapter == "dora" for job in config.jobs) else "lora"
+    alike = {"r": largest.lora_rank, "init_lora_weights": True, "linears": None, "adapter": kind}
     largest = dataclasses.replace(largest, **alike, target_modules=targets, experts=expert_r > 0, expert_r=expert_r or None)
     gap = config.parallel.pipeline + config.parallel.norm_delay
     return dataclasses.replace(config, jobs=(largest,) * (2 * max(len(config.jobs), 2 * gap)))

@@ -1,7 +1,7 @@
 """The first rank's book of rank rows: where each adapter lies, who may join, and who moves so that another fits.
 
 An adapter takes rank rows of A in each kind of linear (one run, for all modules that it targets there)
-and of B^T for each module. All linears of a kind have the same rows, on all ranks, so that one book
+and of B^T for each module, and with DoRA one of magnitudes. All linears of a kind have the same rows, on all ranks, so that one book
 serves them all. What it hands out are `Places`, module -> (first row of A, first row of B^T): plain
 data that travel with the plan's windows, and that every rank's arena follows (model/adapter_arena.py).
 
@@ -23,10 +23,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_lora.huggingface.architecture import MERGED_LINEARS
+from megatron_lora.huggingface.architecture import MAGNITUDES, SPACES
 from scheduling.layer_memory import RANK_ALIGN, Adapter
 
-KIND_OF = {module: kind for kind, modules in MERGED_LINEARS.items() for module in modules}
+KIND_OF = {module: kind for kind, modules in SPACES.items() for module in modules}
 MAX_PASSED = 8  # later jobs that join before one that does not fit
 
 Span = tuple[int, int]  # first row, end row
@@ -44,6 +44,9 @@ class Adapted(Protocol):
 
     @property
     def expert_rank(self) -> int: ...
+
+    @property
+    def adapter(self) -> str: ...
 
 
 class FreeRows:
@@ -95,7 +98,7 @@ class Book:
     def __init__(self, room: Mapping[str, int]):
         """Begin with `room`, module -> rank rows, all free."""
         self.room = {module: room.get(module, 0) for module in KIND_OF}
-        of_a = {kind: sum(self.room[module] for module in modules) for kind, modules in MERGED_LINEARS.items()}
+        of_a = {kind: sum(self.room[module] for module in modules) for kind, modules in SPACES.items()}
         self.free = {space: FreeRows(rows) for space, rows in (of_a | self.room).items()}
         self.residents: dict[str, Resident] = {}
         self.left: list[tuple[str, Span]] = []  # by those that moved since the last `finish_moves`
@@ -220,10 +223,15 @@ def admit(book: Book, queue: Sequence[Waiting]) -> list[tuple[str, Places]]:
     return joined
 
 
+def modules_of(adapter: Adapted) -> tuple[str, ...]:
+    """Return what an adapter has rank rows of: its modules, and the magnitudes of DoRA."""
+    return (*adapter.target_modules, *((MAGNITUDES,) if adapter.adapter == "dora" else ()))
+
+
 def needs(adapter: Adapted) -> dict[str, int]:
     """Return space -> contiguous rows that an adapter takes."""
-    of_b = {module: _rows_of(adapter, module) for module in sorted(adapter.target_modules)}
-    of_a = {kind: sum(of_b.get(module, 0) for module in modules) for kind, modules in MERGED_LINEARS.items()}
+    of_b = {module: _rows_of(adapter, module) for module in sorted(modules_of(adapter))}
+    of_a = {kind: sum(of_b.get(module, 0) for module in modules) for kind, modules in SPACES.items()}
     return {space: count for space, count in (of_a | of_b).items() if count}
 
 
@@ -235,7 +243,7 @@ def places_at(adapter: Adapted, firsts: Mapping[str, int]) -> Places:
     """Return the places of an adapter whose rows of each space begin at `firsts`."""
     places, ends = {}, dict(firsts)
     for module, kind in KIND_OF.items():
-        if module in adapter.target_modules:
+        if module in modules_of(adapter):
             places[module] = (ends[kind], firsts[module])
             ends[kind] += _rows_of(adapter, module)
     return places

@@ -13,6 +13,7 @@ from megatron_lora.planning.adapter_memory import GB, MODEST_SHARE, adapters_of,
 from megatron_lora.planning.devices import reference_of
 from megatron_lora.planning.targets import jobs_of
 from scheduling.cost import CostModel, Device, StageCost, head_share, linear_tiles, stage_costs, stage_policies
+from scheduling.layer_memory import MAGNITUDES
 from scheduling.memory import (
     StageMemory,
     loss_chunk_rows,
@@ -149,11 +150,13 @@ def precision_of(config: RunConfig, device: Device) -> str:
 def rank_row_bytes_of(config: RunConfig, architecture: Architecture, item: int) -> dict[str, int]:
     """Return module -> bytes of one rank row in all layers of the stage that has the most; `item` is the bytes of a number.
 
-    Those of experts are there where a job adapts them. layers_per_stage must be resolved.
+    Those of experts are there where a job adapts them, and magnitudes where one is a DoRA. layers_per_stage must be resolved.
     """
     layers = max(len(stage) for stage in layers_of_stages(architecture.num_layers, config.parallel))
     of_layer = rank_row_bytes(shape_of(architecture), item, config.parallel.tensor, config.parallel.expert)
     frozen = () if any(job.experts for job in config.jobs) else architecture.expert_modules
+    if all(job.adapter == "lora" for job in config.jobs):
+        frozen = (*frozen, MAGNITUDES)
     return {module: num_bytes * layers for module, num_bytes in of_layer.items() if module not in frozen}
 
 

@@ -16,14 +16,14 @@ from megatron_lora.huggingface.adapter_files import AdapterFile, layer_of
 from megatron_lora.huggingface.export import with_alphas
 from megatron_lora.planning.targets import targets_of
 
-Weights = dict[str, tuple[Tensor, Tensor]]  # path -> (A [r, K], B [N, r]), fp32, all shards joined
+Weights = dict[str, tuple[Tensor, ...]]  # path -> (A [r, K], B [N, r]), with DoRA also m [N]; fp32, all shards joined
 
 
 def adapter_of(job: JobConfig, weights: Weights, rests_on: Mapping[str, str]) -> AdapterFile:
     """Return a job's adapter in PEFT's format, as the arena has it, for the base model whose files have the digests `rests_on`."""
     alphas = {}
     if job.linears:
-        alphas = {path: job.scale * len(a_RK) ** (0.5 if job.use_rslora else 1.0) for path, (a_RK, _) in weights.items()}
+        alphas = {path: job.scale * len(a_RK) ** (0.5 if job.use_rslora else 1.0) for path, (a_RK, *_) in weights.items()}
     return AdapterFile(
         r=job.lora_rank,
         expert_r=job.expert_rank,
@@ -33,7 +33,8 @@ def adapter_of(job: JobConfig, weights: Weights, rests_on: Mapping[str, str]) ->
         use_rslora=job.use_rslora,
         lora_dropout=0.0 if job.experts else job.lora_dropout,  # PEFT refuses another for experts
         target_modules=tuple(dict.fromkeys(path.rpartition(".")[2] for path in weights)),
-        weights=weights,
+        weights={path: (tensors[0], tensors[1]) for path, tensors in weights.items()},
+        magnitudes={path: tensors[2] for path, tensors in weights.items() if len(tensors) > 2},
         revision=rests_on.get(base_files.COMMIT),
         base_digest=rests_on.get(base_files.WEIGHTS, ""),
     )
@@ -50,5 +51,8 @@ def as_trained(job: JobConfig, adapter: AdapterFile) -> AdapterFile:
 def as_in_arena(job: JobConfig, adapter: AdapterFile) -> Weights:
     """Return the weights of an adapter with a job's alphas as the arena has them."""
     if not job.linears:
-        return dict(adapter.weights)
-    return {path: (a_RK, b_NR.float() * (adapter.scale(path) / job.scale)) for path, (a_RK, b_NR) in adapter.weights.items()}
+        return dict(adapter.factors)
+    return {
+        path: (a_RK, b_NR.float() * (adapter.scale(path) / job.scale), *magnitudes)
+        for path, (a_RK, b_NR, *magnitudes) in adapter.factors.items()
+    }

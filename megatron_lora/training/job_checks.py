@@ -90,6 +90,8 @@ def check_init_adapter(job: JobConfig, architecture: Architecture, base_model: s
         found = getattr(adapter, key)
         if wanted != found and (key != "r" or set(job.target_modules) - {*architecture.expert_modules}):
             raise UserError(f"{where}.{key}: {wanted} differs from {found} in init_adapter {job.init_adapter!r}; set {key}: {found}")
+    if adapter.magnitudes and job.adapter != "dora":
+        raise UserError(f"{where}.adapter: {job.adapter}, and init_adapter {job.init_adapter!r} is a DoRA adapter; set adapter: dora")
     if {own[module] for module in adapter.target_modules} != set(job.target_modules):
         found = ", ".join(own[module] for module in own if module in adapter.target_modules)
         raise UserError(f"{where}.target_modules: differ from those in init_adapter {job.init_adapter!r}; set [{found}]")

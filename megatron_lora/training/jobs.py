@@ -25,6 +25,7 @@ from megatron_lora.data.token_cache import cache_dir
 from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.model.arena_region import AdapterSpec, LinearSpec
 from megatron_lora.output.standing import ResumePoint
+from megatron_lora.planning.adapter_rows import modules_of
 from megatron_lora.training.objectives import Outcome, cross_entropy, labelled, preference
 from megatron_lora.training.optimizer import JobOptimizer, OptimizerSettings
 from megatron_lora.training.references import References
@@ -155,7 +156,7 @@ def spec_of(job: JobConfig) -> AdapterSpec:
         r=job.lora_rank,
         scale=job.scale,
         dropout=job.lora_dropout,
-        target_modules=frozenset(job.target_modules),
+        target_modules=frozenset(modules_of(job)),
         expert_rank=job.expert_rank,
         expert_scale=job.lora_alpha / max(1, job.expert_rank),
         linears=tuple(

@@ -6,6 +6,8 @@ A step whose norm is not finite is skipped: weights, moments and Adam's step cou
 and the learning-rate schedule continues. After three skipped steps in a row the job has failed, and
 all its later steps are skipped too. The device decides all of this, so the host never waits for a norm.
 With LoRA+ B has a learning rate of its own. Rows that an adapter holds frozen count nowhere; their gradients are zeroed.
+DoRA's magnitudes are weights like the others, decay included, as transformers groups them;
+their norms are measured anew after each step.
 """
 
 from __future__ import annotations
@@ -94,8 +96,11 @@ class JobOptimizer:
         self.replicated, self.sharded = (self._gradients([f for f in self.factors if f.sharded == which]) for which in (False, True))
 
     def _parts(self, factor: Factor) -> list[tuple[int, int, int]]:
-        """Return (first element, number of elements, row of settings) of a factor's rows: those that are trained, and those behind."""
-        times = _Times(lr=self.settings.loraplus_lr_ratio or 1.0, ratio=factor.ratio) if factor.kind == "B" else _Times()
+        """Return (first element, number of elements, row of settings) of a factor's rows: those that are trained, and those behind.
+
+        As in PEFT, magnitudes learn with LoRA+ as B does.
+        """
+        times = _Times(lr=self.settings.loraplus_lr_ratio or 1.0, ratio=factor.ratio) if factor.kind != "A" else _Times()
         parts = [(0, factor.trained, times)] + [(factor.trained, factor.r - factor.trained, None)] * (factor.trained < factor.r)
         self.setting_rows += [each for _, _, each in parts if each not in self.setting_rows]
         places = [(first * factor.width, rows * factor.width, self.setting_rows.index(each)) for first, rows, each in parts]
@@ -149,6 +154,7 @@ class JobOptimizer:
         rows = [self._setting_row(rate, each or _Times(), square_norm, apply if each else never) for each in self.setting_rows]
         a = self.arena
         adamw_(a.master, a.grad, a.exp_avg, a.exp_avg_sq, a.compute, self.chunks, torch.stack(rows))
+        a.set_norms(self.adapter_row, self.groups.tensor)
 
     def _setting_row(self, rate: float, times: _Times, square_norm: Tensor, apply: Tensor) -> Tensor:
         """Return the row of ten numbers that `adamw_` reads, fp32 [10], made on the device in float64.

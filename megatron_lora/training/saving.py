@@ -181,6 +181,7 @@ class Start:
     """A job's weights where it starts or resumes, and Adam's two moments if it resumes: this rank's shards, in host memory."""
 
     weights: Tensor
+    has_magnitudes: bool = True  # of a DoRA job; else they begin as the norms of what it starts with
     moments: tuple[Tensor, ...] = ()
     initial: Tensor | None = None  # `init_adapter`'s weights, where they are the job's reference and still to be computed with
 
@@ -202,10 +203,13 @@ def read_start(job: Job, arena: Arena, first_factors: FirstFactors | None = None
         shards = tuple(arena.shard(spec, moment) for moment in moments)
         return Start(weights=arena.shard(spec, weights), moments=shards, initial=initial)
     if job.config.init_adapter is not None:
-        return Start(weights=arena.shard(spec, as_in_arena(job.config, read_adapter(job.config.init_adapter))), initial=initial)
+        adapter = read_adapter(job.config.init_adapter)
+        weights = arena.shard(spec, as_in_arena(job.config, adapter))
+        return Start(weights=weights, has_magnitudes=bool(adapter.magnitudes), initial=initial)
     if job.config.has_frozen_half and first_factors is not None:
-        return Start(weights=arena.shard(spec, first_factors.read(job.name)))
-    return Start(weights=arena.draw(spec, job.step_samples.seed, gaussian=job.config.init_lora_weights == "gaussian"))
+        return Start(weights=arena.shard(spec, first_factors.read(job.name)), has_magnitudes=False)
+    weights = arena.draw(spec, job.step_samples.seed, gaussian=job.config.init_lora_weights == "gaussian")
+    return Start(weights=weights, has_magnitudes=False)
 
 
 def start_job(job: Job, arena: Arena, adapter_row: int, groups: StageGroups, start: Start) -> None:
@@ -213,6 +217,7 @@ def start_job(job: Job, arena: Arena, adapter_row: int, groups: StageGroups, sta
     job.adapter_row = adapter_row
     job.resident_optimizer = JobOptimizer(arena, adapter_row, job.optimizer_settings(), groups)
     arena.put(adapter_row, start.weights, arena.master)
+    arena.set_norms(adapter_row, groups.tensor, restart=not start.has_magnitudes)
     if start.moments:
         state = job.resume_point.state
         assert state is not None

@@ -3,7 +3,7 @@
 Stages take a job's step at different times, so no rank may wait for another while it takes one. Each
 rank copies the job's factors (for a checkpoint also Adam's two moments) to host memory and queues them
 for a thread, which sends them over gloo. The first rank's thread receives the parts of all ranks, joins
-the shards (A along K for row-parallel linears, B along N for column-parallel ones) and has `write` called,
+the shards (A along K for row-parallel linears, B and magnitudes along N for column-parallel ones) and has `write` called,
 which may wait until the snapshot's step is reported; the ranks' training threads wait for neither.
 All ranks take the same steps in the same order, so messages match by their order. Snapshots of one job are
 written one after another, those of different jobs side by side: a digest and a sync take the most of it.
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.model.adapter_arena import Arena, Factor
-from megatron_lora.model.arena_region import AdapterSpec, shards
+from megatron_lora.model.arena_region import KINDS, AdapterSpec, shards
 from megatron_lora.model.linears import LinearGeometry
 from megatron_lora.training.adapter_forms import Weights
 from megatron_lora.training.jobs import Job
@@ -276,4 +276,7 @@ def join_shards(factors_of_rank: Sequence[Sequence[Factor]], flats: Sequence[Ten
                 by_first = shards.setdefault((path, factor.kind), {})
                 by_first |= {first: piece for (first, _), piece in zip(factor.pieces, pieces, strict=True)}
     joined = {key: torch.cat([by_first[first] for first in sorted(by_first)], dim=1) for key, by_first in shards.items()}
-    return {path: (joined[path, "A"], joined[path, "B"].t().contiguous()) for path, kind in joined if kind == "A"}
+    for path, kind in joined:
+        if kind != "A":
+            joined[path, kind] = joined[path, kind].t().contiguous() if kind == "B" else joined[path, kind][0]
+    return {path: tuple(joined[path, each] for each in KINDS if (path, each) in joined) for path, kind in joined if kind == "A"}

@@ -39,8 +39,9 @@ def make(directory: Path, random: Random) -> None:
         path: (torch.randn(3, columns, generator=generator), torch.randn(rows, 3, generator=generator))
         for path, (rows, columns) in PATHS.items()
     }
-    adapter = AdapterFile(r=3, lora_alpha=6, use_rslora=random.random() < 0.5, target_modules=tuple(SHAPES), weights=weights)
-    write_adapter(directory, adapter, "org/model")
+    magnitudes = {path: torch.randn(rows, generator=generator) for path, (rows, _) in PATHS.items()} if random.random() < 0.25 else {}
+    of_all = {"use_rslora": random.random() < 0.5, "target_modules": tuple(SHAPES), "magnitudes": magnitudes}
+    write_adapter(directory, AdapterFile(r=3, lora_alpha=6, weights=weights, **of_all), "org/model")
 
 
 def read(directory: Path) -> None:

@@ -47,6 +47,8 @@ def scene(tmp_path_factory):
     write_adapter(root / "good", random_adapter(linears), str(root / "base"))
     digest = digests_of_base(root / "base", True, root)[WEIGHTS]
     write_adapter(root / "rslora", random_adapter(linears, use_rslora=True, base_digest=digest), str(root / "base"))
+    magnitudes = {path: linear.weight.norm(dim=1) * 1.1 for path, linear in base.named_modules() if path in linears}
+    write_adapter(root / "dora", random_adapter(linears, magnitudes=magnitudes), str(root / "base"))
     oracle.make_rows(root / "rows.jsonl", num_rows=6, seed=0)
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()[:3]]
     (root / "samples.jsonl").write_text("".join(json.dumps({"text": row["prompt"] + row["completion"]}) + "\n" for row in rows))
@@ -90,14 +92,14 @@ def check(capsys, *arguments):
     return status, re.findall(r"^wrong    ([\w ]+): ", printed.out, re.MULTILINE), printed.out + printed.err
 
 
-@pytest.mark.parametrize("name", ["good", "rslora"])
+@pytest.mark.parametrize("name", ["good", "rslora", "dora"])
 def test_a_right_adapter_is_peft_s_and_has_its_command(scene, capsys, name):
     status, faults, text = check(capsys, scene / name)
     assert (status, faults) == (0, []), text
     assert float(re.search(r"peft .* differs by (\S+)", text)[1]) < 1e-5
     assert float(re.search(r"effect   (\S+)", text)[1]) > 0.05
     assert f"vllm serve {scene / 'base'} --enable-lora --max-lora-rank 8 --lora-modules {name}={scene / name}" in text
-    assert ("use_rslora" in text) == (name == "rslora")
+    assert ("use_rslora" in text) == (name == "rslora") and ("refuses use_dora" in text) == (name == "dora")
 
 
 TENSORS = {  # fault -> what becomes of the tensors

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 
 import pytest
@@ -146,7 +147,8 @@ def test_the_card_survives_a_hub_parser(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"use_dora": True}, "use_dora: true"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing, and use_dora is true"),
+        ({"use_dora": 1}, "use_dora: 1 is not true or false"),
         ({"rank_pattern": {"q_proj": 3}}, r"q_proj.lora_A.weight has shape \[4, \d+\] where r = 3 needs \[3, in\]"),
         ({"exclude_modules": ["q_proj"]}, "q_proj has weights and is in exclude_modules"),
         ({"exclude_modules": "(q_proj"}, r"exclude_modules: \(q_proj is no regular expression"),
@@ -339,7 +341,7 @@ ANOTHER_VALUE = {  # of each field of plain LoRA that is refused
     "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 2}, "bias": "all", "fan_in_fan_out": True, "kasa_config": {"beta": 1e-4},
     "layer_replication": [[0, 1], [0, 2]], "lora_bias": True, "megatron_config": {"a": 1}, "modules_to_save": ["lm_head"],
     "monteclora_config": {"num_samples": 2}, "target_parameters": ["mlp.down_proj.weight"], "trainable_token_indices": [1],
-    "use_bdlora": {"nblocks": 2}, "use_dora": True, "use_qalora": True, "velora_config": {"num_groups": 2},
+    "use_bdlora": {"nblocks": 2}, "use_qalora": True, "velora_config": {"num_groups": 2},
 }  # fmt: skip
 
 
@@ -347,13 +349,41 @@ def test_every_field_of_pefts_config_has_a_place(saved):
     directory, _ = saved
     original = (directory / "adapter_config.json").read_text()
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    accepted = FIELDS_READ | {*DESCRIPTIVE, *WITHOUT_EFFECT, *OF_TARGETS}
+    accepted = FIELDS_READ | {"use_dora", *DESCRIPTIVE, *WITHOUT_EFFECT, *OF_TARGETS}
     assert fields - accepted == ANOTHER_VALUE.keys(), "what becomes of these fields of PEFT?"
     for key, value in ANOTHER_VALUE.items():
         edit_config(directory, **{key: value})
         with pytest.raises(UserError, match=f"{key}: .* is not supported; use a plain LoRA adapter, without {key}"):
             read_adapter(directory)
         (directory / "adapter_config.json").write_text(original)
+
+
+def with_magnitudes(factor=1.0):
+    adapter, path = views_of_one_storage(), "model.layers.0.self_attn.q_proj"
+    return dataclasses.replace(adapter, magnitudes={path: torch.arange(15.0) * factor})
+
+
+def test_magnitudes_are_read_as_they_were_written(tmp_path):
+    write_adapter(tmp_path, with_magnitudes(), "b")
+    again, tensors = read_adapter(tmp_path), load_file(tmp_path / "adapter_model.safetensors")
+    assert [len(factors) for factors in again.factors.values()] == [3]
+    assert torch.equal(again.factors["model.layers.0.self_attn.q_proj"][2], torch.arange(15.0))
+    assert "merge" in (tmp_path / "README.md").read_text() and "vllm serve" not in (tmp_path / "README.md").read_text()
+    with pytest.raises(UserError, match="magnitudes of model.layers.0.self_attn.q_proj holds NaN"):
+        write_adapter(tmp_path, with_magnitudes(math.nan), "b")
+        check_adapter("dir", read_adapter(tmp_path), {"model.layers.0.self_attn.q_proj": (15, 5)})
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    for changed, fault in (
+        ({key: tensors[key][:-1].clone()}, r"is torch.float32 \[14\] where floats \[15\] belong"),
+        ({key: tensors[key].to(torch.int32)}, "is torch.int32"),
+        ({key.replace("q_proj", "k_proj"): tensors[key].clone()}, "k_proj.lora_magnitude_vector without A and B"),
+    ):
+        save_file(tensors | changed, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=fault):
+            read_adapter(tmp_path)
+    edit_config(tmp_path, use_dora=False)
+    with pytest.raises(UserError, match="which is no A or B of a linear"):
+        read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(

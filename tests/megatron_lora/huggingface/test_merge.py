@@ -123,6 +123,20 @@ def scene(tmp_path_factory):
     return folder
 
 
+def test_a_dora_adapter_is_merged_alone(scene, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(merging, "BLOCK_ROWS", 5)
+    model = peft.get_peft_model(load(scene / "base"), peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, **ADAPTERS["two"]))
+    randomise(model)
+    model.save_pretrained(tmp_path / "dora")
+    words = ["--base", str(scene / "base")]
+    assert main(["merge", str(tmp_path / "dora"), str(tmp_path / "out"), *words]) == 0
+    assert (logits(load(tmp_path / "out")) - (wanted := logits(model))).abs().max() <= 1e-5 * wanted.abs().max().clamp_min(1)
+    for others in ([str(scene / "peft")], []):
+        name = str(tmp_path / "dora") + ("" if others else "=0.5")
+        assert main(["merge", name, *others, str(tmp_path / "two"), *words]) == 2
+        assert "a DoRA adapter scales what it adds to" in capsys.readouterr().err and not (tmp_path / "two").exists()
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_a_sum_is_rounded_once_to_the_stored_type(scene, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(merging, "BLOCK_ROWS", 5)

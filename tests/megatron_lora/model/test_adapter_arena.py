@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_ops.lora.adapters import padded_rank
+from megatron_lora.huggingface.architecture import MAGNITUDES
 from megatron_lora.model.adapter_arena import Arena
 from megatron_lora.model.arena_region import AdapterSpec, LinearSpec, Stripes, room_of, shards, side_by_side
 from megatron_lora.model.linears import LinearGeometry
@@ -81,7 +82,9 @@ alike = st.builds(
     r=st.integers(1, 70),
     scale=st.floats(0.1, 4.0),
     dropout=st.sampled_from([0.0, 0.1]),
-    target_modules=st.sets(st.sampled_from([*QKV, *PROJ]), min_size=1).map(frozenset),
+    target_modules=st.tuples(st.sets(st.sampled_from([*QKV, *PROJ]), min_size=1), st.sampled_from([(), (MAGNITUDES,)])).map(
+        lambda both: frozenset((*both[0], *both[1]))
+    ),
 )
 specs = alike | st.builds(of_some_linears, alike, st.sampled_from([(0,), (1,), (0, 1)]), st.integers(0, 20))
 
@@ -125,7 +128,7 @@ steps = st.lists(st.tuples(st.sampled_from(["join", "leave", "move"]), specs, st
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 8), steps, st.integers(1, 2), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_the_arena_repeats_the_book_and_keeps_every_bit(units, actions, ranks, dtype):
-    room = dict.fromkeys((*QKV, *PROJ), 16 * units)
+    room = dict.fromkeys((*QKV, *PROJ), 16 * units) | {MAGNITUDES: 2}
     arenas, book = [build(room=room, rank=rank, ranks=ranks, dtype=dtype) for rank in range(ranks)], Book(room)
     resident: dict[int, AdapterSpec] = {}  # by adapter row, which names it in the book too
     values: dict[int, list[dict[str, torch.Tensor]]] = {}

@@ -59,6 +59,7 @@ class Job:
     lora_rank: int
     target_modules: tuple[str, ...]
     expert_rank: int = 0
+    adapter: str = "lora"
 
 
 TARGETS = f"defaults.target_modules=[{', '.join(TARGET_MODULES)}]"

@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_lora.config.rules import TARGET_MODULES
-from megatron_lora.planning.adapter_rows import MAX_PASSED, Book, FreeRows, Waiting, admit, needs, spans
+from megatron_lora.huggingface.architecture import MAGNITUDES
+from megatron_lora.planning.adapter_rows import MAX_PASSED, Book, FreeRows, Waiting, admit, modules_of, needs, spans
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,10 @@ class Kind:
     lora_rank: int = 16
     target_modules: frozenset[str] = field(default=frozenset(TARGET_MODULES))
     expert_rank: int = 0
+    adapter: str = "lora"
 
 
-ranks = {"lora_rank": st.integers(1, 70), "expert_rank": st.sampled_from((0, 3, 8))}
+ranks = {"lora_rank": st.integers(1, 70), "expert_rank": st.sampled_from((0, 3, 8)), "adapter": st.sampled_from(("lora", "dora"))}
 adapters = st.builds(Kind, **ranks, target_modules=st.sets(st.sampled_from(TARGET_MODULES), min_size=1).map(frozenset))
 actions = st.lists(
     st.tuples(st.sampled_from(["join", "leave", "compact"]), adapters, st.integers(0, 99), st.sets(st.integers(0, 9))), max_size=30
@@ -46,7 +48,7 @@ def check(book: Book) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 14), actions)
 def test_whoever_joins_leaves_and_moves_rows_are_held_once(units, steps):
-    book = Book(dict.fromkeys(TARGET_MODULES, 16 * units))
+    book = Book(dict.fromkeys(TARGET_MODULES, 16 * units) | {MAGNITUDES: 2})
     for step, (what, adapter, which, movable) in enumerate(steps):
         number = f"{step:02}"
         if what == "join":
@@ -68,7 +70,7 @@ def test_whoever_joins_leaves_and_moves_rows_are_held_once(units, steps):
                 free = {space: list(rows.spans) for space, rows in book.free.items()}
                 for job, places in moves.items():
                     assert job in {jobs[each] for each in movable if each < len(jobs)}
-                    assert places.keys() == book.residents[job].adapter.target_modules and places != book.residents[job].places
+                    assert places.keys() == {*modules_of(book.residents[job].adapter)} and places != book.residents[job].places
                     before = spans(book.residents[job].adapter, book.residents[job].places)
                     for space, (first, end) in spans(book.residents[job].adapter, places).items():
                         rows = set(range(first, end)) - set(range(*before[space]))

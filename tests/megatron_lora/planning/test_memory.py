@@ -29,7 +29,7 @@ from megatron_lora.model.arena_region import AdapterSpec
 from megatron_lora.model.stage import build_stage
 from megatron_lora.planning.predict import shape_of
 from scheduling import memory
-from scheduling.layer_memory import Adapter, LayerMemory, layer_memory
+from scheduling.layer_memory import MAGNITUDES, Adapter, LayerMemory, layer_memory
 from scheduling.memory import stage_memory
 from scheduling.model_shape import ModelShape
 
@@ -112,10 +112,11 @@ def measure(directory, parallel, recompute, dtype, adapters, offload=False) -> S
             kept = allocated.current
             end.backward()
         model_peak = model.per_token_in_flight * ROWS + model.workspace(ROWS)
+    norms = [tensor for each in arena.magnitudes for tensor in (each.factors.scale_MN, each.factors.inverse_norm_MN)]
     messages = model.num_messages * model.layer.hidden * ROWS  # of a real pipeline; here none is on its way
     return SimpleNamespace(
         weights=bytes_of(stage.parameters()) / model.weights,
-        adapters=bytes_of((arena.master, arena.grad, arena.exp_avg, arena.exp_avg_sq, arena.compute)),
+        adapters=bytes_of((arena.master, arena.grad, arena.exp_avg, arena.exp_avg_sq, arena.compute, *norms)),
         modelled_adapters=model.adapters,
         kept=kept / (model.per_token_in_flight * ROWS - INPUTS),
         peak=allocated.peak / (model_peak - INPUTS - messages),
@@ -186,6 +187,15 @@ def test_targets_and_ranks(adapters, recompute, directory, one_process):
     found = measure(directory / "mistral", ParallelConfig(), recompute, torch.bfloat16, adapters)
     assert found.adapters == found.modelled_adapters
     assert found.kept == pytest.approx(1, rel=0.002) and found.peak == pytest.approx(1, rel=0.015)
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
+@pytest.mark.parametrize("modules", [TARGET_MODULES, ("q_proj", "o_proj"), ("down_proj",)])
+def test_outputs_that_dora_keeps(modules, recompute, directory, one_process):
+    adapters = [Adapter(16, (*modules, MAGNITUDES)), Adapter(24, (*modules, MAGNITUDES))]
+    found = measure(directory / "mistral", ParallelConfig(), recompute, torch.bfloat16, adapters)
+    assert found.adapters == pytest.approx(found.modelled_adapters, rel=1e-3)  # regions begin at multiples of 64
+    assert found.kept == pytest.approx(1, rel=0.002) and 0.9 < found.peak < 1.01  # its segments are smaller than a block of rows
 
 
 def test_the_loss_in_chunks(directory, one_process, monkeypatch, tmp_path):
