@@ -88,9 +88,11 @@ def adapter_lines(jobs: Sequence[JobConfig], architecture: Architecture) -> list
 
 def num_parameters(job: JobConfig, architecture: Architecture) -> int:
     """Return the weights of a job's adapter."""
+    sizes, dora = architecture.module_sizes, job.adapter == "dora"  # module -> (inputs, outputs)
     if job.linears is not None:
-        return job.halves * sum(each.r * len(each.layers) * sum(architecture.module_sizes[each.module]) for each in job.linears.of)
-    outside = job.lora_rank * sum(sum(size) for module, size in architecture.module_sizes.items() if module in job.target_modules)
+        of_layer = ((len(each.layers), job.halves * each.r, sizes[each.module]) for each in job.linears.of)
+        return sum(num_layers * (r * sum(size) + dora * size[1]) for num_layers, r, size in of_layer)
+    outside = sum(job.lora_rank * sum(size) + dora * size[1] for module, size in sizes.items() if module in job.target_modules)
     hidden, width = architecture.hidden_size, architecture.ffn_size
     experts = architecture.num_experts * job.expert_rank * (hidden + width)
     return architecture.num_layers * (outside + experts * sum(module in architecture.expert_modules for module in job.target_modules))

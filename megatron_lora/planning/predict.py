@@ -202,7 +202,8 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
         room = rows_of(adapters, least_residents(config, architecture, device))
     else:
         room = room_of(config, architecture, item)
-    residents = max((-(-len(adapters) * rows // demand[module]) for module, rows in room.items() if module in demand), default=1)
+    of_factors = [(rows, demand[module]) for module, rows in room.items() if module in demand and module != MAGNITUDES]
+    residents = max((-(-len(adapters) * rows // wanted) for rows, wanted in of_factors), default=1)
     stages = [
         stage_memory(
             shape,

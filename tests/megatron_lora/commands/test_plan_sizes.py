@@ -1,5 +1,7 @@
 """The size of an adapter, as `megatron-lora plan` says it, is PEFT's."""
 
+import dataclasses
+
 import pytest
 import tiny
 
@@ -13,16 +15,17 @@ def job(name: str, r: int, modules: list[str]) -> JobConfig:
     return load_jobs(None, [mapping], 0)[0]
 
 
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gemma3_text", "qwen3_moe"])
-def test_parameters_are_those_of_peft(tmp_path, kind):
+def test_parameters_are_those_of_peft(tmp_path, kind, adapter):
     from peft import LoraConfig, get_peft_model
 
     base = tiny.save_model(tmp_path, kind)
     architecture = read_architecture(tmp_path)
     modules = list(architecture.module_sizes)
-    model = get_peft_model(base, LoraConfig(r=6, target_modules=modules, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=6, target_modules=modules, use_dora=adapter == "dora", task_type="CAUSAL_LM"))
     number, _ = model.get_nb_trainable_parameters()
-    (line,) = adapter_lines([job("a", 6, modules)], architecture)
+    (line,) = adapter_lines([dataclasses.replace(job("a", 6, modules), adapter=adapter)], architecture)
     assert line == f"a: {number:,} parameters, {4 * number / 1e6:.0f} MB, and {12 * number / 1e6:.0f} MB a checkpoint"
 
 

@@ -139,3 +139,25 @@ def outputs(linear):
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     assert ours.shape == theirs.shape and theirs.abs().max() > 0
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("base_weights", ["fp8", "native"])
+def test_dora_begins_as_the_lora_that_it_has(base_weights, tmp_path, one_process):
+    """Its magnitudes are then the norms, and every factor is 1: not a bit of the products changes, and none of A's and B's gradients."""
+    save_model(tmp_path, "mistral")
+    found, cpu = [], torch.device("cpu")
+    for kinds in ((), ("magnitudes",)):
+        stage = build_stage(
+            read_base_model(tmp_path), tmp_path, ParallelConfig(), dtype=torch.float32, device=cpu, base_weights=base_weights
+        )
+        spec = AdapterSpec(r=R, scale=0.5, dropout=0.0, target_modules=frozenset(("q_proj", "v_proj", "up_proj", "down_proj", *kinds)))
+        arena = Arena(stage.adapted, [spec], tensor_rank=0, tensor_ranks=1, dtype=torch.float32, device=cpu)
+        factors = [factor for factor in arena.factors[0] if factor.kind != "m"]
+        for factor in factors:
+            arena.view(factor, arena.master).copy_(random_factor(factor.path, factor.kind, 0, factor.r, factor.width))
+        arena.set_norms(0, None, restart=True)
+        microbatch = stage_input(LENGTHS, stage.architecture.vocab_size, ((3, sum(LENGTHS), 0),))
+        hidden = stage(microbatch)
+        (stage.losses(hidden, microbatch.labels) * microbatch.weights).sum().backward()
+        found.append([hidden.detach(), *(arena.view(factor, arena.grad).clone() for factor in factors)])
+    assert all(torch.equal(ours, lora) for lora, ours in zip(*found, strict=True)) and any(each.any() for each in found[0][1:])

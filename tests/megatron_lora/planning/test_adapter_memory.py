@@ -20,7 +20,7 @@ from megatron_lora.planning.adapter_rows import Book
 from megatron_lora.planning.predict import memory_of, predicted_peaks, rank_row_bytes_of, room_of
 from megatron_lora.planning.resolve import adapter_memory_line, resolve
 from scheduling.cost import DEVICES
-from scheduling.layer_memory import MODULES, Adapter
+from scheduling.layer_memory import MAGNITUDES, MODULES, Adapter
 from scheduling.memory import usable_bytes
 
 H100 = DEVICES["h100"]
@@ -50,6 +50,16 @@ def test_room_is_as_large_as_bytes_allow_and_holds_the_largest_at_once(kinds, nu
     assert all(book.take(str(i), Job(each.rank, each.modules)) is not None for i, each in enumerate(kinds[:num]))
     needed = bytes_of(rows_of(kinds), ROW_BYTES)
     assert rooms(kinds, ROW_BYTES, in_gb(needed) * 1e9) == rows_of(kinds), "exactly as many bytes as all need"
+
+
+def test_a_row_of_magnitudes_for_each_dora():
+    kinds, row_bytes = [Adapter(16, (*MODULES, MAGNITUDES)), Adapter(16)], ROW_BYTES | {MAGNITUDES: 300.0}
+    needed, another = bytes_of(rows_of(kinds), row_bytes), 16 * sum(ROW_BYTES.values()) + 300
+    assert rooms(kinds, row_bytes, needed + another - 1) == rows_of(kinds) == dict.fromkeys(MODULES, 32) | {MAGNITUDES: 1}
+    assert rooms(kinds, row_bytes, needed + another) == dict.fromkeys(MODULES, 48) | {MAGNITUDES: 2}
+    assert adapters_of([Job(16, MODULES, adapter="dora")]) == (kinds[0],)
+    with pytest.raises(UserError, match="0 rank rows for magnitudes, and adapter: dora takes 1; .* a run that has the job from the beg"):
+        check_fits("a", Job(16, MODULES, adapter="dora"), dict.fromkeys(MODULES, 32), ROW_BYTES, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
