@@ -81,15 +81,13 @@ def swap_words(source: Path, target: Path) -> Path:
     return target
 
 
-def make_adapter(
-    model_dir: Path, directory: Path, *, r: int, lora_alpha: float, target_modules: list[str], seed: int, use_dora: bool = False
-) -> Path:
-    """Save a fresh adapter as peft initialises it."""
+def make_adapter(model_dir: Path, directory: Path, *, seed: int, **keys) -> Path:
+    """Save a fresh adapter as peft initialises it; `keys` are its LoraConfig's."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    lora = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules, use_dora=use_dora, task_type="CAUSAL_LM")
+    lora = LoraConfig(**keys, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), lora).save_pretrained(directory)
     return directory
 

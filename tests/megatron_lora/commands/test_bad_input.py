@@ -377,6 +377,7 @@ CASES = {
     "adapter that is DoRA": (adapter_config(use_dora=True), ["jobs.two.init_adapter: ", "magnitude_vector is missing"]),
     "DoRA and dropout": (override("jobs.two.adapter=dora", "jobs.two.lora_dropout=0.1"), ["jobs.two.lora_dropout: ", "dora", "set", "0"]),
     "DoRA and a portable export": (override("jobs.two.adapter=dora", "jobs.two.export=portable"), ["jobs.two.export: ", "dora", "peft"]),
+    "DoRA and pissa": (override("jobs.one.adapter=dora", "jobs.one.init_lora_weights=pissa"), ["jobs.one.init_lora_weights: ", "dora"]),
     "DoRA and experts": (override("jobs.two.adapter=dora", "jobs.two.experts=true"), ["jobs.two.experts: ", "dora", "false"]),
     "adapter that diverged": (poisoned_adapter, ["jobs.two.init_adapter: 'adapter': A of model.layers.0.self_attn.q_proj holds NaN"]),
     "adapter of a fused linear": (fused_adapter, ["jobs.two.init_adapter: 'adapter': adapts qkv_proj, which holds q_proj, k_proj and"]),

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_lora.errors import UserError
 from megatron_lora.huggingface.adapter_effect import applied, load_base
 from megatron_lora.huggingface.adapter_files import read_adapter
 
@@ -29,12 +30,16 @@ JOBS = [
         "r": 8,
         "lora_alpha": 32.0,
         "target_modules": ["k_proj", "o_proj", "up_proj", "down_proj"],
+        "layers_to_transform": [0, 1, 3],
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"o_proj": 12},
         "learning_rate": 5e-4,
         "loraplus_lr_ratio": 4.0,
         "weight_decay": 0.1,
         "global_batch_size": 5,
     },
 ]
+OF_PEFT = ("r", "lora_alpha", "target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern")
 LAYOUTS = {  # the layout, the budget, and the layout in which the run goes on once it has been stopped
     "pp2-dp2": ({"pp": 2, "dp": 2}, 150, None),
     "pp2-tp2-sequence": ({"pp": 2, "tp": 2, "sequence": True}, 96, None),
@@ -52,7 +57,7 @@ def scene(tmp_path_factory) -> dict:
     for i, settings in enumerate(JOBS):
         settings = SHARED | settings
         rows = oracle.make_rows(root / f"{settings['name']}.jsonl", num_rows=4 * settings["global_batch_size"] + 1, seed=i)
-        lora = {key: settings[key] for key in ("r", "lora_alpha", "target_modules")}
+        lora = {key: settings[key] for key in OF_PEFT if key in settings}
         start = oracle.make_adapter(model, root / f"init-{settings['name']}", seed=i, use_dora="adapter" in settings, **lora)
         truth[settings["name"]] = oracle.train_alone(model, start, rows, settings | {"max_steps": STEPS})
         datasets = [{"path": str(rows), "type": "prompt_completion"}]
@@ -111,6 +116,8 @@ def test_what_is_written_is_what_peft_computes_and_jobs_go_on_from_it(trained, s
         assert (again(tokens).logits - theirs).abs().max() < 1e-4 < (plain - theirs).abs().max()
     by_name = {settings["name"]: settings for settings in scene["jobs"]}
     short = {"max_steps": 3, "shuffle": False}
+    with pytest.raises(UserError, match="jobs.some.adapter: lora, and init_adapter .* is a DoRA adapter; set adapter: dora"):
+        train(scene, pool, tmp_path, [by_name["some"] | {"init_adapter": str(trained / "jobs" / "some"), "adapter": "lora"}], {}, 96)
     onward = by_name["some"] | short | {"init_adapter": str(trained / "jobs" / "some")}
     of_lora = [by_name["lora"] | short | {"init_adapter": str(trained / "jobs" / "lora"), "name": kind, "adapter": kind} for kind in KINDS]
     run = train(scene, pool, tmp_path, [onward, *of_lora], {"pp": 2}, 96)
