@@ -60,3 +60,22 @@ def test_a_resumed_job_may_leave_open_what_its_run_completed(one, other, same):
     job = {"name": "one", "datasets": [{"path": "d.jsonl", "type": "text"}]}
     first, second = (load_jobs(None, [job | keys], 0)[0] for keys in (one, other))
     assert same_targets(first, second) == same_targets(second, first) == same
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("lora_dropout", 0.1, "0"),
+        ("experts", True, "false"),
+        ("export", "portable", "peft, since no LoRA adapter computes the same"),
+        ("init_lora_weights", "olora", "true, or gaussian"),
+        ("objective", {"type": "dpo", "reference": "init_adapter"}, "base"),
+    ],
+)
+def test_what_does_not_go_with_dora(key, value, remedy):
+    datasets = [{"path": "d.jsonl", "type": "preference" if key == "objective" else "text"}]
+    keys = {"name": "one", "datasets": datasets, "init_adapter": "a" if key == "objective" else None, key: value}
+    load_jobs(None, [keys], 0)
+    named = "objective.reference" if key == "objective" else key
+    with pytest.raises(UserError, match=f"jobs.one.{named}: does not go with jobs.one.adapter: dora; set {named}: {remedy}$"):
+        load_jobs(None, [keys | {"adapter": "dora"}], 0)
