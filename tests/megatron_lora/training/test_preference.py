@@ -174,6 +174,31 @@ def test_a_run_stopped_mid_epoch_resumes_in_another_layout(scene, pool, tmp_path
             assert oracle.distance(adapter_of(tmp_path / "stopped", name), adapter_of(tmp_path / "whole", name), kind) < 1e-4
 
 
+KINDS = {"sigmoid": {"adapter": "dora", "init_adapter": None}, "orpo": {"init_lora_weights": "pissa", "init_adapter": None},
+         "kto": {"loraplus_lr_ratio": 4.0}, "sft": {"adapter": "dora", "rank_pattern": {"v_proj": 4}},
+         "simpo": {"lora_dropout": 0.1}}  # fmt: skip
+
+
+def test_jobs_of_all_objectives_and_kinds_in_one_run_are_each_the_job_alone(scene, pool, tmp_path):
+    """DPO and sft with DoRA, ORPO from PiSSA, KTO with LoRA+: stopped on a pipeline in the middle of an epoch, resumed on tensor ranks."""
+    jobs = {name: scene["jobs"][name] | {"adam_epsilon": 1e-6} | kind for name, kind in KINDS.items()}
+    parts = [({"pp": 2}, 2, 75), ({"tp": 2, "sequence": True}, None, 0)]
+    for parallel, stop_after, status in parts:
+        config = runs.write_config(tmp_path / "mixed.yaml", scene["model"], tmp_path / "mixed", list(jobs.values()), parallel, 160)
+        assert runs.start(pool, config, parallel, stop_after) == status
+        if stop_after:
+            taken = {name: len(runs.lines_of(tmp_path / "mixed", name)) for name in jobs}
+            assert 0 < taken["sigmoid"] < STEPS and taken["sigmoid"] % 5, taken
+    for name, job in jobs.items():
+        config = runs.write_config(tmp_path / f"{name}.yaml", scene["model"], tmp_path / name, [job], {}, 160)
+        assert runs.start(pool, config, {}) == 0
+        assert runs.losses_of(tmp_path / "mixed", name) == pytest.approx(runs.losses_of(tmp_path / name, name), rel=1e-5), name
+        mixed, alone = (adapter_of(tmp_path / path, name) for path in ("mixed", name))
+        assert mixed.keys() == alone.keys()
+        for kind in {key.split(".")[-2 if key.endswith(".weight") else -1] for key in alone}:
+            assert oracle.distance(mixed, alone, kind) < 1e-4, (name, kind)
+
+
 def test_references_are_those_of_peft_with_the_adapter_off(scene, pool, tmp_path):
     """At step 1, where the policy is the adapter that it began from: what the rewards leave out of logps is the reference."""
     from peft import PeftModel
