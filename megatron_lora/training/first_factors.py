@@ -6,11 +6,12 @@
 
 PEFT takes c B A off the base weight. Here that stays as it is, and the adapter has rank 2 r: [A; A] and [B, -B], of which the
 second half is never trained. In float32, of each component the sign such that A's largest number is positive. Machines decompose
-differently, so the first rank does it, into jobs/<name>/start, a PEFT directory with a sealed list of its files' digests, before
-the others learn of the job; all ranks read that, as does a run that resumes from before the job's first checkpoint.
+differently, so the first rank does it, or its reader of queued jobs, into jobs/<name>/start, a PEFT directory with a sealed list of
+its files' digests, before the others learn of the job; all ranks read that, as does a run that resumes from before the job's first
+checkpoint.
 
-    FirstFactors(config, architecture, model_dir).write(job)         # the first rank; nothing where they are there
-    FirstFactors(config, architecture, model_dir).read(job.name)     # path -> (A [2r, K], B [N, 2r])
+    FirstFactors(output_dir, base_model, architecture, model_dir).write(job)         # the first rank; nothing where they are there
+    FirstFactors(output_dir, base_model, architecture, model_dir).read(job.name)     # path -> (A [2r, K], B [N, 2r])
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lora.config.schema import JobConfig, RunConfig
+from megatron_lora.config.schema import JobConfig
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.files import digest_of_file, remove_leftovers, sealed, sync, unsealed
 from megatron_lora.huggingface.adapter_files import layer_of, read_adapter, write_adapter
@@ -39,9 +40,9 @@ COMPLETE = (slice(None), slice(None))
 class FirstFactors:
     """The first factors of a run's jobs, in its directory."""
 
-    def __init__(self, config: RunConfig, architecture: Architecture, model_dir: Path):
+    def __init__(self, output_dir: str, base_model: str, architecture: Architecture, model_dir: Path):
         """Read base weights in `model_dir`."""
-        self.jobs_dir, self.base_model = Path(config.output_dir) / "jobs", config.base_model
+        self.jobs_dir, self.base_model = Path(output_dir) / "jobs", base_model
         self.architecture, self.model_dir = architecture, model_dir
 
     def write(self, job: JobConfig) -> None:

@@ -27,6 +27,7 @@ from megatron_lora.data.tokenizer import tokenizer_for
 from megatron_lora.errors import UserError, one_line
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.output.standing import resume_point_of
+from megatron_lora.training.first_factors import FirstFactors
 from megatron_lora.training.job_checks import check_checkpoint, check_data, check_init_adapter
 
 Check = Callable[[JobConfig], "str | None"]
@@ -35,7 +36,7 @@ Check = Callable[[JobConfig], "str | None"]
 def read_and_check(
     job: JobConfig, *, output_dir: str, base_model: str, model_dir: Path, architecture: Architecture, budget: int, cache_dir: Path | None
 ) -> str | None:
-    """Read a job's data into the cache and check what can be wrong with the job; return in one line what is, None for nothing.
+    """Read a job's data into the cache, cut its first factors, check what can be wrong with it; return in one line what is, or None.
 
     `budget`: tokens of a microbatch. `output_dir` may hold a checkpoint of the job.
     """
@@ -43,7 +44,10 @@ def read_and_check(
         check_init_adapter(job, architecture, base_model)
         data = load_jobs_data([job], tokenizer_for([job], model_dir), cache_dir, architecture.vocab_size)[0]
         check_data(job, data, budget, architecture)
-        check_checkpoint(job, data, resume_point_of(Path(output_dir) / "jobs" / job.name))
+        point = resume_point_of(Path(output_dir) / "jobs" / job.name)
+        check_checkpoint(job, data, point)
+        if job.has_frozen_half and point.checkpoint is None:  # minutes, which no window should wait for
+            FirstFactors(output_dir, base_model, architecture, model_dir).write(job)
     except UserError as error:
         return str(error)
     return None

@@ -137,7 +137,7 @@ def _train(config: RunConfig, stop: StopRequest, live: Live, on_begin: OnBegin |
         config.parallel.data,
         slot_cost,
         ReferenceCache(config, model_dir, cache_dir()),
-        FirstFactors(config, architecture, model_dir),
+        FirstFactors(config.output_dir, config.base_model, architecture, model_dir),
         keeps_references=position_of(config.parallel).is_last and dist.get_rank() == pipelines(config.parallel)[0][-1],
     )
     residents.data = {job.name: job.data for job in first.values()}

@@ -11,6 +11,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
 from megatron_lora.planning.targets import targeted
 from megatron_lora.training.first_factors import FirstFactors, cut
+from megatron_lora.training.job_reader import read_and_check
 
 SHAPES = [(48, 32), (20, 64)]
 
@@ -43,7 +44,7 @@ def test_they_are_cut_once_and_damage_is_named(tmp_path):
     config = {"base_model": str(model), "output_dir": str(tmp_path / "run"), "jobs": [job]}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     config = targeted(load_config(tmp_path / "config.yaml"), read_architecture(model))
-    factors = FirstFactors(config, read_architecture(model), model)
+    factors = FirstFactors(config.output_dir, config.base_model, read_architecture(model), model)
     factors.write(config.jobs[0])
     found, file = factors.read("one"), tmp_path / "run/jobs/one/start/adapter_model.safetensors"
     assert {path: len(a) for path, (a, _) in found.items()} == {f"model.layers.{n}.self_attn.v_proj": 2 * r for n, r in ((1, 3), (3, 2))}
@@ -57,3 +58,15 @@ def test_they_are_cut_once_and_damage_is_named(tmp_path):
     (file.parent / "state.json").unlink()
     with pytest.raises(UserError, match=r"start: cannot be read"):
         factors.read("one")
+
+
+def test_those_of_a_queued_job_are_there_once_it_is_read(tmp_path):
+    model, rows = oracle.make_model(tmp_path / "model"), oracle.make_rows(tmp_path / "rows.jsonl", num_rows=4, seed=0)
+    job = {"name": "one", "datasets": [{"path": str(rows), "type": "prompt_completion"}], "r": 2, "target_modules": ["v_proj"]}
+    config = {"base_model": str(model), "output_dir": str(tmp_path / "run"), "jobs": [job | {"init_lora_weights": "pissa_niter_2"}]}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    architecture = read_architecture(model)
+    config = targeted(load_config(tmp_path / "config.yaml"), architecture)
+    places = {"output_dir": config.output_dir, "base_model": str(model), "model_dir": model, "cache_dir": None}
+    assert read_and_check(config.jobs[0], architecture=architecture, budget=256, **places) is None
+    assert FirstFactors(config.output_dir, str(model), architecture, model).read("one")
