@@ -194,6 +194,11 @@ def _state_bytes(item: int) -> int:
     return _STATE_BYTES + (item if item < 4 else 0)
 
 
+def copied_share(item: int) -> float:
+    """Return which share of an adapter's bytes a copy of its weights alone, as the kernels take them, has."""
+    return item / _state_bytes(item)
+
+
 def tokens_in_flight(stream: Stream, stage: int, num_stages: int) -> int:
     """Return the most tokens that a stage holds at once: the fullest num_stages - stage consecutive slots."""
     width, tokens = num_stages - stage, [microbatch.num_tokens for microbatch in stream]

@@ -69,7 +69,7 @@ def _check_dora(where: str, job: JobConfig) -> None:
     """Raise UserError where `adapter: dora` does not go with the job's other keys."""
     if job.adapter != "dora":
         return
-    reference, init = None if job.preference is None else job.preference.reference, "init_adapter"
+    reference, init = job.reference, "init_adapter"
     wrong = {
         "lora_dropout": (job.lora_dropout > 0, "0"),
         "experts": (job.experts, "false"),

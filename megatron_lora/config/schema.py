@@ -190,6 +190,11 @@ class JobConfig(AdapterKeys):
         return None if isinstance(self.objective, str) else self.objective
 
     @property
+    def reference(self) -> str | None:
+        """What its objective holds it to: `base`, `init_adapter`, or None."""
+        return None if self.preference is None else self.preference.reference
+
+    @property
     def is_evaluated(self) -> bool:
         """Whether the job has validation data."""
         return bool(self.val_datasets or self.val_set_size)

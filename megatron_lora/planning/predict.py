@@ -9,13 +9,14 @@ from megatron_lora.config.schema import RunConfig
 from megatron_lora.huggingface.architecture import Architecture
 from megatron_lora.huggingface.quantisation import NF4_BLOCK
 from megatron_lora.parallel.partition import layers_of_stages
-from megatron_lora.planning.adapter_memory import GB, MODEST_SHARE, adapters_of, most, rooms, rows_of
+from megatron_lora.planning.adapter_memory import GB, MODEST_SHARE, adapters_of, bytes_of, most, rooms, rows_of
 from megatron_lora.planning.devices import reference_of
 from megatron_lora.planning.targets import jobs_of
 from scheduling.cost import CostModel, Device, StageCost, head_share, linear_tiles, stage_costs, stage_policies
 from scheduling.layer_memory import MAGNITUDES
 from scheduling.memory import (
     StageMemory,
+    copied_share,
     loss_chunk_rows,
     peak_bytes,
     rank_row_bytes,
@@ -226,6 +227,11 @@ def memory_of(config: RunConfig, architecture: Architecture, device: Device) -> 
         )
         for stage in range(parallel.pipeline)
     ]
+    # Adapters that jobs are held to, beside those that they train.
+    held = rows_of(adapters_of([job for job in jobs_of(config, architecture) if job.reference == "init_adapter"]))
+    held = {module: min(rows, room.get(module, 0)) for module, rows in held.items()}
+    copies = bytes_of(held, rank_row_bytes_of(config, architecture, item)) * copied_share(item)
+    stages = [dataclasses.replace(stage, adapters=stage.adapters + copies) for stage in stages]
     if architecture.tied_head and parallel.pipeline == 1:  # one matrix is embedding and head; stage_memory counts two
         once = shape.hidden_size * -(-shape.vocab_size // parallel.tensor) * item
         stages = [dataclasses.replace(stages[0], weights=stages[0].weights - once)]

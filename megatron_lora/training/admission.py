@@ -52,8 +52,7 @@ def to_read(entries: Collection[Entry]) -> list[Entry]:
 
 def may_rest(entry: Entry, entries: Iterable[Entry]) -> bool:
     """Whether a job that is at a rung keeps its rows: no job waits for some, and no references of its later steps are wanted."""
-    objective = entry.config.preference
-    return (objective is None or objective.reference is None) and not any(other.waits for other in entries)
+    return entry.config.reference is None and not any(other.waits for other in entries)
 
 
 def furthest_past_its_share(entries: Iterable[Entry], limit_s: float | None, changed: Collection[str]) -> tuple[Entry, Entry] | None:

@@ -90,12 +90,12 @@ class Job:
     @property
     def has_reference(self) -> bool:
         """Whether its objective holds it to a reference."""
-        return self.config.preference is not None and self.config.preference.reference is not None
+        return self.config.reference is not None
 
     @property
     def reference_has_adapter(self) -> bool:
         """Whether its reference is the adapter that it began from, and not the base model."""
-        return self.config.preference is not None and self.config.preference.reference == "init_adapter"
+        return self.config.reference == "init_adapter"
 
     @property
     def has_mismatched(self) -> bool:

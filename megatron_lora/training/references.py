@@ -60,7 +60,7 @@ def shape_of(data: JobData) -> tuple[int, int]:
 
 def digest_of_reference(job: JobConfig) -> str:
     """Return the SHA-256 of the weights of the adapter that a job is held to; nothing where that is the base model, or it has none."""
-    if job.preference is None or job.preference.reference != "init_adapter":
+    if job.reference != "init_adapter":
         return ""
     assert job.init_adapter is not None
     return digest_of_file(Path(job.init_adapter) / WEIGHTS_FILE)

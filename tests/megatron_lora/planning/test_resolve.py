@@ -12,6 +12,7 @@ import pytest
 import runs
 
 from megatron_lora.config.live import Live
+from megatron_lora.config.objective_keys import DpoConfig
 from megatron_lora.config.resolved import ResolvedConfig
 from megatron_lora.config.schema import dump_config, load_config
 from megatron_lora.data.tokenizer import load_tokenizer
@@ -270,6 +271,18 @@ def test_weights_are_counted_in_their_precision_and_a_tied_matrix_once(configure
     assert weights[0] == pytest.approx(2 * 8.03e9, rel=1e-3) and weights[1] == 2 * weights[0]
     tied = memory_of(config, dataclasses.replace(large, tied_head=True), H100)[0].weights
     assert weights[0] - tied == 2 * 4096 * 128256
+
+
+def test_an_adapter_that_a_job_is_held_to_is_counted_beside_the_one_that_it_trains(configure, root):
+    large = model(root, **LARGE, vocab_size=128256)
+    config = configure("parallel.layers_per_stage=[32]")
+
+    def of_adapters(**keys) -> float:
+        job = dataclasses.replace(config.jobs[0], init_adapter="somewhere", **keys)
+        return memory_of(dataclasses.replace(config, jobs=(job,)), large, H100)[0].adapters
+
+    held = of_adapters(objective=DpoConfig(type="dpo", reference="init_adapter")) - of_adapters(objective=DpoConfig(type="dpo"))
+    assert held == pytest.approx(2 * 41_943_040)  # r = 16 on all linears of an 8B, in 16 bits
 
 
 def test_this_machine_is_shared_by_its_ranks(monkeypatch):
