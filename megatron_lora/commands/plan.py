@@ -17,7 +17,7 @@ from megatron_lora.config.rules import one_of
 from megatron_lora.config.schema import JobConfig, RunConfig, load_config
 from megatron_lora.config.sweep_keys import by_sweep
 from megatron_lora.data.evaluation import evaluation_steps, longest_of
-from megatron_lora.data.sample_arrays import target_share
+from megatron_lora.data.sample_arrays import JobSamples, target_share
 from megatron_lora.data.samples import JobData
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import Architecture
@@ -152,9 +152,12 @@ def table(config: RunConfig, policy: str, workload: Workload, solo: Forecast, to
 
 
 def validation_lines(config: RunConfig, data: Sequence[JobData]) -> list[str]:
-    """Return a line for each job with validation data, or with mismatched slots of its own, and an empty one behind them."""
+    """Return a line for each job with validation data, a reference or mismatched slots, and an empty one behind them."""
     lines = []
     for job, job_data in zip(config.jobs, data, strict=True):
+        if job.reference is not None:
+            tokens = tokens_once(job_data.steps_of(job))
+            lines.append(f"{job.name}: its reference runs {tokens:,} tokens forward, once, which the seconds do not count")
         if isinstance(job.preference, KtoConfig):
             lines.append(f"{job.name}: each step runs as many tokens forward twice more, to compare, which the seconds do not count")
         if times := len(evaluation_steps(job, job_data.steps_of(job).steps)):
@@ -162,6 +165,16 @@ def validation_lines(config: RunConfig, data: Sequence[JobData]) -> list[str]:
             size = f"{len(samples):,} samples for validation, {samples.lengths.sum():,} tokens"
             lines.append(f"{job.name}: {size}, evaluated {times} times, which the seconds do not count")
     return [*lines, ""] if lines else []
+
+
+def tokens_once(of: JobSamples) -> int:
+    """Return the tokens of all samples that a job's steps take, each counted once."""
+    seen: set[int] = set()
+    for step in of.steps:
+        seen |= {sample for _, sample in step}
+        if len(seen) == len(of.samples):
+            break
+    return int(of.samples.lengths[sorted(seen)].sum())
 
 
 def sweep_lines(config: RunConfig, together: Forecast) -> list[str]:

@@ -50,3 +50,19 @@ def test_a_validation_sample_that_fits_no_microbatch_is_refused(scene, capsys):
     assert int(chosen) >= longest
     with pytest.raises(UserError, match="jobs.a.val_datasets.0.path: 'none.jsonl': no such file"):
         read_inputs(load_config("config.yaml", ["jobs.a.val_datasets.0.path=none.jsonl"]))
+
+
+def test_plan_says_how_many_tokens_a_reference_runs_forward(scene, capsys):
+    """Each pair once: in one epoch, in three, and where two steps take four of the five pairs alone."""
+    rows = [{"prompt": "w1", "chosen": " w2" * 3, "rejected": " w3" * count} for count in range(1, 6)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load(Path("config.yaml").read_text())
+    (job := config["jobs"][1]).update(objective="dpo", datasets=[{"path": "pairs.jsonl", "type": "preference"}], global_batch_size=2)
+    found = []
+    for more in ({}, {"num_epochs": 3}, {"max_steps": 2, "shuffle": False}):
+        Path("config.yaml").write_text(yaml.safe_dump(config | {"jobs": [config["jobs"][0], job | more]}))
+        assert main(["plan", "config.yaml"]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("b: its reference runs "))
+        found.append(int(line.removeprefix("b: its reference runs ").split()[0]))
+    lengths = read_inputs(load_config("config.yaml")).data[1].samples.lengths
+    assert found == [sum(lengths), sum(lengths), sum(lengths[:4])]
