@@ -28,7 +28,7 @@ def test_each_job_has_those_of_its_tokens(one_process, tmp_path, capsys):
     near_ties = NearTies()
     for _ in range(2):
         data = stage_input((5, 22, 1, 16), architecture.vocab_size, ((2, 9, 1), (9, 40, 0)))
-        data = replace(data, parts=(Part(job=7, step=0, first=2, end=9), Part(job=8, step=0, first=9, end=40)))
+        data = replace(data, parts=(Part(job=7, step=0, first=2, end=9, batch=0), Part(job=8, step=0, first=9, end=40, batch=0)))
         near_ties.note(data, cast(Any, jobs))
         stage(data).sum().backward()
     near_ties.say(1, cast(Any, None))
