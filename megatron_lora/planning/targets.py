@@ -19,9 +19,14 @@ Paths = dict[str, tuple[int, str]]  # path of a linear -> its layer and module
 
 def with_modules(job: JobConfig, architecture: Architecture) -> JobConfig:
     """Return a job that names the modules that it targets of the base model; UserError where that does not have one."""
-    if job.linears is None and job.has_patterns:
+    if job.linears is not None:
+        written = dataclasses.replace(job, target_modules=job.linears.target_modules, linears=None)
+        if _resolved(written, architecture) != job:
+            said = "is what a run wrote for other keys of the job, or another base model; remove it, and set target_modules to"
+            raise UserError(f"jobs.{job.name}.linears: {said} {show(plain(written.target_modules))}, as it was, or to others")
+    elif job.has_patterns:
         job = _resolved(job, architecture)
-    elif job.linears is None:
+    else:
         job = with_targets(job, tuple(architecture.module_sizes), architecture.expert_modules, architecture.model_type)
     if job.has_frozen_half:
         _check_sizes(job, architecture)
@@ -38,6 +43,11 @@ def targets_of(job: JobConfig, names: tuple[str, ...] = ()) -> Targets:
         rank_pattern=job.rank_pattern or {},
         alpha_pattern=job.alpha_pattern or {},
     )
+
+
+def plain(targets: str | tuple[str, ...] | None) -> str | list[str] | None:
+    """Return a job's `target_modules` as a config has them."""
+    return list(targets) if isinstance(targets, tuple) else targets
 
 
 def _resolved(job: JobConfig, architecture: Architecture) -> JobConfig:
@@ -75,12 +85,17 @@ def _covered(job: JobConfig, targets: Targets, paths: Paths, architecture: Archi
         frozen[architecture.router(layer).removesuffix(".weight")] = "a router"
     for path, what in frozen.items():
         if targets.covers(path):
-            raise UserError(f"{where}.target_modules: {show(job.target_modules)} names {what} of a {kind}, {path}, which stays frozen")
-    known = (("target_modules", targets.target_modules, paths), ("exclude_modules", targets.exclude_modules, {**paths, **frozen}))
+            raise UserError(
+                f"{where}.target_modules: {show(plain(job.target_modules))} names {what} of a {kind}, {path}, which stays frozen"
+            )
+    chosen = filter(dataclasses.replace(targets, exclude_modules=()).covers, paths)
+    known = (("target_modules", targets.target_modules, paths), ("exclude_modules", targets.exclude_modules, (*chosen, *frozen)))
     for key, given, there in known:
         for name in (given,) if isinstance(given, str) else given:
             alone = Targets(target_modules=name if isinstance(given, str) else (name,))
             if not any(map(alone.covers, there)):
+                if any(map(alone.covers, paths)):
+                    raise UserError(f"{where}.{key}: {show(name)} leaves out what the job does not adapt anyway; remove it")
                 example = f"a name such as {next(iter(architecture.module_sizes))}, or for complete paths such as {next(iter(paths))}"
                 raise UserError(f"{where}.{key}: {show(name)} is no linear of a {kind}; write {example}")
     covered = [path for path in paths if targets.covers(path)]
@@ -111,5 +126,5 @@ def completed(job: JobConfig, architecture: Architecture) -> JobConfig:
 
 def jobs_of(config: RunConfig, architecture: Architecture) -> tuple[JobConfig, ...]:
     """Return the jobs of a config with their modules; those of a run name them already."""
-    open_jobs = any(job.target_modules is None or (job.has_patterns and not job.linears) for job in config.jobs)
+    open_jobs = any(job.target_modules is None or job.has_patterns or job.linears for job in config.jobs)
     return targeted(config, architecture).jobs if open_jobs else config.jobs

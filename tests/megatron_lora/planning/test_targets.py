@@ -6,7 +6,7 @@ import pytest
 from megatron_lora.config.schema import dump_config, load_config
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
-from megatron_lora.planning.targets import targeted
+from megatron_lora.planning.targets import jobs_of, targeted
 
 PATTERNS = {
     "all-linear": {"target_modules": "all-linear"},
@@ -71,6 +71,8 @@ def test_patterns_come_to_what_peft_makes_of_them(name, model, load, tmp_path):
         ({"target_modules": "(q_proj"}, "target_modules: '(q_proj' is no regular expression"),
         ({"target_modules": ["q_proj"], "exclude_modules": [".self_attn.q_proj"]}, "exclude_modules: '.self_attn.q_proj' is no linear"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "exclude_modules: leaves no linear of jobs.one.target_modules"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["v_proj"]}, "exclude_modules: 'v_proj' leaves out what the job does not adapt"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 1, "exclude_modules": ["layers.0.self_attn.q_proj"]}, "does not adapt anyway"),
         ({"layers_to_transform": [1, 4]}, "layers_to_transform: 4 is none of the 4 layers; they count from 0"),
         ({"target_modules": "all-linear", "layers_to_transform": [1]}, "is not for target_modules that are 'all-linear'"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 4}}, "rank_pattern: 'k_proj' decides for no linear"),
@@ -83,6 +85,7 @@ def test_patterns_come_to_what_peft_makes_of_them(name, model, load, tmp_path):
         ({"experts": True, "rank_pattern": {"q_proj": 4}}, "rank_pattern: {'q_proj': 4} does not work yet with experts: true"),
         ({"experts": True, "init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' does not work yet with experts: true"),
         ({"linears": [1]}, "linears: [1] is written by a run alone"),
+        ({"linears": {"target_modules": None, "of": []}}, "linears: is what a run wrote for other keys of the job"),
         ({"init_lora_weights": False}, "init_lora_weights: false is no start of an adapter"),
         ({"init_lora_weights": "pissa_niter_0"}, "init_lora_weights: 'pissa_niter_0' is unknown"),
         ({"init_lora_weights": "olora", "init_adapter": "d"}, "init_lora_weights: olora is in place of jobs.one.init_adapter"),
@@ -95,3 +98,16 @@ def test_what_decides_nothing_or_contradicts_is_refused(keys, message, model, lo
     with pytest.raises(UserError) as caught:
         targeted(load(keys), read_architecture(model))
     assert message in str(caught.value) and "\n" not in str(caught.value) and str(caught.value).startswith("jobs.one.")
+
+
+def test_what_a_run_wrote_is_refused_beside_other_keys(model, load):
+    """A config.yaml of a run is a config too: a key that is changed in it is not passed over in silence."""
+    import dataclasses
+
+    architecture = read_architecture(model)
+    config = targeted(load({"target_modules": ["layers.1.self_attn.q_proj"], "rank_pattern": {"q_proj": 8}}), architecture)
+    for change in ({"r": 5, "rank_pattern": None}, {"rank_pattern": {"q_proj": 9}}, {"target_modules": ("k_proj",)}, {"lora_alpha": 2.0}):
+        changed = dataclasses.replace(config, jobs=(dataclasses.replace(config.jobs[0], **change),))
+        for of in (targeted, jobs_of):
+            with pytest.raises(UserError, match=r"jobs.one.linears: .* set target_modules to \['layers.1.self_attn.q_proj'\], as it was"):
+                of(changed, architecture)
