@@ -39,7 +39,7 @@ class UnknownKey(UserError):
         """Say what was meant, or with `homes` (section -> its name) where the key belongs."""
         self.missed = kind, path, name, known
         hint, meant = suggest(name, known), OTHER_WORDS.get(name.lower(), name)
-        home = next((where for other, where in (homes or {}).items() if other is not kind and meant in names_of(other)), None)
+        home = next((where for other, where in (homes or {}).items() if not path.endswith(where) and meant in names_of(other)), None)
         if home and (meant == name or not hint):
             hint = f" here; {'it' if meant == name else meant} is a key of {home}"
         if name in NOT_YET:

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 
 from megatron_lora.config.dataset_paths import LABELLED_TYPES, PREFERENCE_TYPES, DatasetConfig
 from megatron_lora.config.keys import build, key, required
-from megatron_lora.config.rules import PAIR_METRICS, accepts, list_of, null_or, number, one_of, show
+from megatron_lora.config.rules import PAIR_METRICS, accepts, list_of, null_or, number, one_of, show, suggest
 from megatron_lora.errors import UserError
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "sft")
+MOST_WEIGHT = 1e6  # of a label's answers, as of a record: what float32 bears beside the others
 LARGE_RATE = 1e-4  # of learning: SFT's size, which preference losses do not bear
 
 
@@ -104,8 +105,12 @@ class KtoConfig:
 
     type: str = required(one_of("kto"), "`kto`: Kahneman-Tversky Optimization, over single answers with a label (datasets of type `kto`)")
     beta: float = key(0.1, number("a beta", 0, above=True), "how strongly the policy is held to its reference")
-    desirable_weight: float = key(1.0, number("a weight", 0, above=True), "what losses of answers with label true are multiplied by")
-    undesirable_weight: float = key(1.0, number("a weight", 0, above=True), "what losses of answers with label false are multiplied by")
+    desirable_weight: float = key(
+        1.0, number("a weight", 0, MOST_WEIGHT, above=True), "what losses of answers with label true are multiplied by"
+    )
+    undesirable_weight: float = key(
+        1.0, number("a weight", 0, MOST_WEIGHT, above=True), "what losses of answers with label false are multiplied by"
+    )
     reference: str = key(
         "base",
         one_of("base", "init_adapter"),
@@ -126,7 +131,8 @@ def objective(path: str, value: object) -> Preference | str:
     if isinstance(value, str) and value in OBJECTIVES:
         value = {"type": value}
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {show(value)} is no objective; use sft, or {{type: dpo, beta: 0.1}}")
+        close = suggest(value, OBJECTIVES) if isinstance(value, str) else ""
+        raise UserError(f"{path}: {show(value)} is no objective{close}; use sft, {', '.join(OBJECTIVES)}, or {{type: dpo, beta: 0.1}}")
     kind = one_of(*OBJECTIVES)(f"{path}.type", value["type"]) if "type" in value else "dpo"
     found: Preference = build(OBJECTIVES[kind], path, value)
     if isinstance(found, DpoConfig) and found.loss_weights is not None and len(found.loss_weights) != len(found.loss_type):

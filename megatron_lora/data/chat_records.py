@@ -42,6 +42,11 @@ class ChatEncoder:
             if train_on_inputs and untrained and message["role"] != "assistant":
                 why = f"a turn of {message['role']!r} is marked untrained"
                 raise UserError(f"{where}: {why}; set train_on_inputs: false, or remove the mark")
+        try:
+            self._template.text(chat.tools)
+        except ValueError:  # of other types than prompt_completion and kto it is missed before any record is read
+            remedy = "use an instruct model, write prompt and completion as text, or set the job's chat_template"
+            raise UserError(f"{where}: is a conversation, and the base model's tokenizer has no chat template; {remedy}") from None
         text, marks = self._template.render_marked(chat.messages, chat.tools, chat.kwargs, where)
         complete(text, "the conversation", where)  # also what a tool or a call says
 

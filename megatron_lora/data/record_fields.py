@@ -71,7 +71,8 @@ def check_other_fields(record: Mapping[str, object], used: Collection[str], wher
             continue
         if is_mark(name):
             if name not in ("weight", "train", "loss") or not isinstance(value, int | float) or value != 1:  # else it says nothing new
-                raise UserError(f"{where}: {name!r} is not used; remove it, or in a conversation give turns a 'weight' of 0 or 1")
+                remedy = "remove it, or in a conversation give turns a 'weight' of 0 or 1; a record's own 'weight' multiplies its loss"
+                raise UserError(f"{where}: {name!r} is not used; {remedy}")
         elif name.lower() in REFUSED:
             raise UserError(f"{where}: {name!r} is not used by this type of dataset; remove it, or use a type that has it")
         else:

@@ -5,6 +5,7 @@ machine. A job's share is its part of all tokens per second. When the terminal i
 display ends and the run continues.
 """
 
+import math
 import sys
 import time
 from collections import Counter, deque
@@ -238,7 +239,8 @@ def line(job: Progress, total_tokens_per_second: float) -> str:
 def rewards(report: StepReport | EvalReport, prefix: str = "") -> list[str]:
     """Say a preference's margin, and of pairs how often the chosen answer is the better one; nothing of another objective."""
     found, right = report.reported, prefix + "rewards/accuracies"
-    shown = [f"reward margin {found[prefix + 'rewards/margins']:.4f}"] if found else []
+    margin = found.get(prefix + "rewards/margins")
+    shown = [] if margin is None else [f"reward margin {margin:.4f}" if math.isfinite(margin) else "no reward margin"]
     return shown + ([f"chosen above rejected {found[right]:.1%}"] if right in found else [])
 
 

@@ -46,8 +46,15 @@ def check_decay(job: JobConfig, data: JobData) -> None:
 
 
 def check_pairs(job: JobConfig, data: JobData) -> None:
-    """Check that samples are pairs where the objective takes pairs, and are not elsewhere: datasets of lengths may be either."""
+    """Check that samples are pairs where the objective takes pairs, and are not elsewhere: datasets of lengths may be either.
+
+    Of labelled answers, that those for validation have both labels where the metric compares them.
+    """
     if isinstance(job.preference, KtoConfig):
+        labels = set((data.validation_samples.weights > 0).tolist())
+        if job.metric == "eval_rewards/margins" and len(labels) == 1:
+            said = f"is the difference of both labels, and all {len(data.validation_samples)} answers for validation have label "
+            raise UserError(f"jobs.{job.name}.metric: {job.metric} {said}{show(labels.pop())}; add others, or use eval_loss")
         return
     for samples in (data.samples, data.validation_samples):
         if len(wrong := np.flatnonzero((samples.borders > 0) != (job.preference is not None))):

@@ -42,7 +42,7 @@ def test_a_run_is_resumed_with_its_objective_alone():
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (tree("grpo"), "objective: 'grpo' is no objective; use sft, or {type: dpo"),
+        (tree("grpo"), "objective: 'grpo' is no objective (did you mean orpo?); use sft, dpo, cpo, simpo, orpo, kto, or {type: dpo"),
         (tree("kto"), "jobs.a.datasets.0.type: preference is not for the job's objective; use kto"),
         (tree("kto", "lengths"), "jobs.a.datasets.0.type: lengths is not for the job's objective; use kto"),
         (tree(DPO, "kto"), "jobs.a.datasets.0.type: kto is not for the job's objective; use preference"),
@@ -51,6 +51,10 @@ def test_a_run_is_resumed_with_its_objective_alone():
         (
             tree("kto", "kto", metric="eval_rewards/accuracies"),
             "metric: eval_rewards/accuracies is none of its objective's; use eval_loss or eval_rewards/margins",
+        ),
+        (
+            tree({"type": "kto", "undesirable_weight": 1e308}, "kto"),
+            "objective.undesirable_weight: 1e+308 is not a weight; use a number above 0 to 1e+06",
         ),
         (tree({"type": "kto", "desirable_weight": 0}, "kto"), "objective.desirable_weight: 0"),
         (tree({"type": "kto", "reference": "init_adapter"}, "kto"), "objective.reference: init_adapter needs jobs.a.init_adapter"),

@@ -196,3 +196,31 @@ def test_the_steps_of_a_job_join_the_answers_of_one_batch_alone():
     for step, lengths in enumerate(job.mismatched_lengths()):
         batch = job.steps.batch(step)
         assert lengths == [len(samples.mismatched(batch, k, 9)) for k in range(len(batch))]
+
+
+@pytest.mark.parametrize("format", ["kto", "prompt_completion"])
+def test_turns_without_a_chat_template_are_refused(format):
+    record = {"prompt": [USER], "completion": [says("yes")], **({"label": True} if format == "kto" else {})}
+    with pytest.raises(UserError, match="f:1: is a conversation, and the base model's tokenizer has no chat template; use an instruct"):
+        RecordEncoder(make_tokenizer()).encode(record, format, False, "f:1")
+
+
+def test_margins_of_validation_answers_need_both_labels(tmp_path):
+    both_labels, one = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)], tmp_path / "one.jsonl"
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(record) + "\n" for record in both_labels))
+    one.write_text(json.dumps(both_labels[1]) + "\n")
+    for file, metric, refused in (
+        (one, "eval_rewards/margins", True),
+        (one, "eval_loss", False),
+        (tmp_path / "both.jsonl", "eval_rewards/margins", False),
+    ):
+        held = [DatasetConfig(path=str(path), type="kto") for path in (tmp_path / "both.jsonl", file)]
+        job = JobConfig(name="a", datasets=held[:1], val_datasets=held[1:], objective=objective("", "kto"), metric=metric)
+        (data,) = load_jobs_data([job], make_tokenizer(), tmp_path / "cache")
+        if refused:
+            with pytest.raises(
+                UserError, match="jobs.a.metric: eval_rewards/margins is the difference of both labels, and all 1 .* label false"
+            ):
+                check_pairs(job, data)
+        else:
+            check_pairs(job, data)

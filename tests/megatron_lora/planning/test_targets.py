@@ -72,7 +72,7 @@ def test_patterns_come_to_what_peft_makes_of_them(name, model, load, tmp_path):
         ({"target_modules": ["q_proj"], "exclude_modules": [".self_attn.q_proj"]}, "exclude_modules: '.self_attn.q_proj' is no linear"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "exclude_modules: leaves no linear of jobs.one.target_modules"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["v_proj"]}, "exclude_modules: 'v_proj' leaves out what the job does not adapt"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": 1, "exclude_modules": ["layers.0.self_attn.q_proj"]}, "does not adapt anyway"),
+        ({"layers_to_transform": 1, "exclude_modules": ["layers.0.self_attn.q_proj"]}, "leaves out what the job does not adapt anyway"),
         ({"layers_to_transform": [1, 4]}, "layers_to_transform: 4 is none of the 4 layers; they count from 0"),
         ({"target_modules": "all-linear", "layers_to_transform": [1]}, "is not for target_modules that are 'all-linear'"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 4}}, "rank_pattern: 'k_proj' decides for no linear"),
