@@ -95,6 +95,7 @@ def _check_run(config: RunConfig, ranks_here: int | None, owner: bool, from_olde
     inputs = read_inputs(config, may_fail)
     remaining = [job for job in inputs.jobs if job.name not in inputs.failed]
     from megatron_lora.data.token_cache import cache_dir
+    from megatron_lora.training.first_factors import check_first_factors
     from megatron_lora.training.job_checks import check_checkpoint
 
     if owner:
@@ -102,6 +103,8 @@ def _check_run(config: RunConfig, ranks_here: int | None, owner: bool, from_olde
         check_same_base(base_files_of(Path(config.output_dir)), inputs.rests_on, inputs.model_dir)
     for job, job_data in zip(remaining, inputs.data, strict=True):
         check_checkpoint(job, job_data, points.get(job.name, ResumePoint()))
+        if job.name in points and job.has_frozen_half and points[job.name].checkpoint is None:
+            check_first_factors(Path(config.output_dir) / "jobs" / job.name)
     return inputs
 
 
@@ -120,7 +123,7 @@ def config_to_repeat(config: RunConfig, live: Live) -> RunConfig:
     before = load_config(run / "config.yaml")
     before = dataclasses.replace(before, jobs=tuple(job for job in before.jobs if job.name not in added))
     changed = changed_key(before, config)
-    for key in ("pipeline", "tensor", "data", "sequence"):
+    for key in ("pipeline", "tensor", "expert", "data", "sequence"):
         new, old = getattr(config.parallel, key), getattr(before.parallel, key)
         changed = changed or (f"parallel.{key}: {new} differs from {old}" if new != old else None)
     names = [[job.name for job in each.jobs] for each in (before, config)]

@@ -133,7 +133,9 @@ def objective(path: str, value: object) -> Preference | str:
     if not isinstance(value, dict):
         close = suggest(value, OBJECTIVES) if isinstance(value, str) else ""
         raise UserError(f"{path}: {show(value)} is no objective{close}; use sft, {', '.join(OBJECTIVES)}, or {{type: dpo, beta: 0.1}}")
-    kind = one_of(*OBJECTIVES)(f"{path}.type", value["type"]) if "type" in value else "dpo"
+    if "type" not in value:
+        raise UserError(f"{path}.type: is missing; use {' or '.join(OBJECTIVES)}")
+    kind = one_of(*OBJECTIVES)(f"{path}.type", value["type"])
     found: Preference = build(OBJECTIVES[kind], path, value)
     if isinstance(found, DpoConfig) and found.loss_weights is not None and len(found.loss_weights) != len(found.loss_type):
         named = f"{path}.loss_weights: has {len(found.loss_weights)} weights, and loss_type {len(found.loss_type)} losses"

@@ -89,7 +89,11 @@ def code(word: str) -> str:
 
 def show(value: object) -> str:
     """Write a value as in YAML, on one line of at most 60 characters."""
-    text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    text = (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or isinstance(value, bool)
+        else repr(list(value) if isinstance(value, tuple) else value)
+    )
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -23,7 +23,7 @@ def with_modules(job: JobConfig, architecture: Architecture) -> JobConfig:
         written = dataclasses.replace(job, target_modules=job.linears.target_modules, linears=None)
         if _resolved(written, architecture) != job:
             said = "is what a run wrote for other keys of the job, or another base model; remove it, and set target_modules to"
-            raise UserError(f"jobs.{job.name}.linears: {said} {show(plain(written.target_modules))}, as it was, or to others")
+            raise UserError(f"jobs.{job.name}.linears: {said} {show(written.target_modules)}, as it was, or to others")
     elif job.has_patterns:
         job = _resolved(job, architecture)
     else:
@@ -43,11 +43,6 @@ def targets_of(job: JobConfig, names: tuple[str, ...] = ()) -> Targets:
         rank_pattern=job.rank_pattern or {},
         alpha_pattern=job.alpha_pattern or {},
     )
-
-
-def plain(targets: str | tuple[str, ...] | None) -> str | list[str] | None:
-    """Return a job's `target_modules` as a config has them."""
-    return list(targets) if isinstance(targets, tuple) else targets
 
 
 def _resolved(job: JobConfig, architecture: Architecture) -> JobConfig:
@@ -85,9 +80,7 @@ def _covered(job: JobConfig, targets: Targets, paths: Paths, architecture: Archi
         frozen[architecture.router(layer).removesuffix(".weight")] = "a router"
     for path, what in frozen.items():
         if targets.covers(path):
-            raise UserError(
-                f"{where}.target_modules: {show(plain(job.target_modules))} names {what} of a {kind}, {path}, which stays frozen"
-            )
+            raise UserError(f"{where}.target_modules: {show(job.target_modules)} names {what} of a {kind}, {path}, which stays frozen")
     chosen = filter(dataclasses.replace(targets, exclude_modules=()).covers, paths)
     known = (("target_modules", targets.target_modules, paths), ("exclude_modules", targets.exclude_modules, (*chosen, *frozen)))
     for key, given, there in known:

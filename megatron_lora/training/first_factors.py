@@ -63,15 +63,8 @@ class FirstFactors:
 
     def read(self, name: str) -> Weights:
         """Read a job's first factors; UserError where they are not what was written."""
-        directory = self.jobs_dir / name / START
-        try:
-            files = unsealed((directory / STATE_FILE).read_text(encoding="utf-8"))["files"]
-            damaged = [file for file, digest in files.items() if digest_of_file(directory / file) != digest]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{directory}: cannot be read ({one_line(error, 120)}); restore it, or choose another output_dir") from None
-        if damaged:
-            raise UserError(f"{directory / damaged[0]}: is damaged (its SHA-256 differs from that in {STATE_FILE}); restore it")
-        return dict(read_adapter(directory).weights)
+        check_first_factors(self.jobs_dir / name)
+        return dict(read_adapter(self.jobs_dir / name / START).weights)
 
     def _cut(self, job: JobConfig) -> Weights:
         source, weights = Checkpoint(self.model_dir, self.architecture), {}
@@ -85,6 +78,21 @@ class FirstFactors:
             b_NR *= scale / job.scale  # the arena has one scale
             weights[path] = torch.cat([a_RK, a_RK]), torch.cat([b_NR, -b_NR], 1)
         return weights
+
+
+def check_first_factors(job_dir: Path) -> None:
+    """Check the first factors of a job, if it has some; UserError where they are not what was written."""
+    directory = job_dir / START
+    if not directory.exists():
+        return
+    remedy = "restore it, or remove the directory, which is then made anew"
+    try:
+        files = unsealed((directory / STATE_FILE).read_text(encoding="utf-8"))["files"]
+        damaged = [file for file, digest in files.items() if digest_of_file(directory / file) != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{directory}: cannot be read ({one_line(error, 120)}); {remedy}") from None
+    if damaged:
+        raise UserError(f"{directory / damaged[0]}: is damaged (its SHA-256 differs from that in {STATE_FILE}); {remedy}")
 
 
 def remove_first_factors(job_dir: Path) -> None:

@@ -288,6 +288,11 @@ def test_a_run_is_repeated_with_its_own_jobs_and_ranks_in_a_new_directory(words,
     RequestFolder(run).path.mkdir()
     (RequestFolder(run).path / "something").touch()
     assert message in said(capsys, 2, "train", "config.yaml", "--replay", run, *words)
+    begun = yaml.safe_load((run / "config.yaml").read_text())
+    begun["parallel"]["tensor"] = 2
+    (run / "config.yaml").write_text(yaml.safe_dump(begun))
+    asked = said(capsys, 2, "train", "config.yaml", "output_dir=again", "--replay", run, "parallel.tensor=2", "parallel.expert=2")
+    assert "--replay: parallel.expert: 2 differs from 1 in" in asked
 
 
 # ---- jobs ----

@@ -1,5 +1,7 @@
 """What may be said of an objective, and each contradiction refused in one line that names its key."""
 
+import json
+
 import pytest
 
 from megatron_lora.config.schema import config_of, dump_config, load_config
@@ -59,6 +61,7 @@ def test_a_run_is_resumed_with_its_objective_alone():
         (tree({"type": "kto", "desirable_weight": 0}, "kto"), "objective.desirable_weight: 0"),
         (tree({"type": "kto", "reference": "init_adapter"}, "kto"), "objective.reference: init_adapter needs jobs.a.init_adapter"),
         (tree({"type": "grpo"}), "objective.type: 'grpo' is unknown"),
+        (tree({"beta": 0.2}), "jobs.a.objective.type: is missing; use dpo or cpo or simpo or orpo or kto"),
         (tree({"type": "orpo", "reference": "base"}), "objective.reference: unknown key"),
         (tree({"type": "dpo", "gamma": 1}), "objective.gamma: unknown key"),
         (tree({"type": "dpo", "loss_type": "apo_zero"}), "objective.loss_type.0: 'apo_zero' is unknown"),
@@ -79,3 +82,9 @@ def test_what_does_not_fit_is_refused_by_name(made, words):
     with pytest.raises(UserError) as refused:
         config_of(made)
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_key_of_another_objective_is_not_said_to_be_one_of_objective(tmp_path):
+    (tmp_path / "config.yaml").write_text(json.dumps(tree({"type": "orpo", "cpo_alpha": 1})))
+    with pytest.raises(UserError, match=r"^jobs.a.objective.cpo_alpha: unknown key; the keys are beta, type$"):
+        load_config(tmp_path / "config.yaml")

@@ -1,14 +1,17 @@
 """What adapters of pissa and olora start from: the best approximation, with a sign of its own; and files that are not what was written."""
 
 import json
+import shutil
 
 import oracle
 import pytest
 import torch
 
+from megatron_lora.commands.checks import check_run
 from megatron_lora.config.schema import load_config
 from megatron_lora.errors import UserError
 from megatron_lora.huggingface.architecture import read_architecture
+from megatron_lora.output.run_directory import RunDirectory
 from megatron_lora.planning.targets import targeted
 from megatron_lora.training.first_factors import FirstFactors, cut
 from megatron_lora.training.job_reader import read_and_check
@@ -39,10 +42,12 @@ def test_a_start_is_what_peft_cuts_out(how, shape):
 
 def test_they_are_cut_once_and_damage_is_named(tmp_path):
     model = oracle.make_model(tmp_path / "model")
-    job = {"name": "one", "datasets": [{"path": "d.jsonl", "type": "text"}], "r": 3, "target_modules": ["v_proj"]}
+    job = {"name": "one", "datasets": [{"path": str(tmp_path / "d.jsonl"), "type": "text"}], "r": 3, "target_modules": ["v_proj"]}
     job |= {"init_lora_weights": "olora", "layers_to_transform": [1, 3], "rank_pattern": {"layers.3.*": 2}}
-    config = {"base_model": str(model), "output_dir": str(tmp_path / "run"), "jobs": [job]}
+    config = {"base_model": str(model), "output_dir": str(tmp_path / "run"), "microbatch_tokens": 64, "jobs": [job]}
+    (tmp_path / "d.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     (tmp_path / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "other.yaml").write_text(json.dumps(config | {"output_dir": str(tmp_path / "other")}))
     config = targeted(load_config(tmp_path / "config.yaml"), read_architecture(model))
     factors = FirstFactors(config.output_dir, config.base_model, read_architecture(model), model)
     factors.write(config.jobs[0])
@@ -55,6 +60,11 @@ def test_they_are_cut_once_and_damage_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     with pytest.raises(UserError, match=r"start/adapter_model.safetensors: is damaged \(its SHA-256 differs"):
         factors.read("one")
+    inputs = check_run(load_config(tmp_path / "other.yaml"))
+    with RunDirectory.create(load_config(tmp_path / "other.yaml"), failed=inputs.failed, rests_on=inputs.rests_on):
+        shutil.copytree(file.parent, tmp_path / "other/jobs/one/start", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"other/jobs/one/start/adapter_model.safetensors: is damaged .* remove the directory"):
+        check_run(load_config(tmp_path / "other.yaml"))  # before its ranks start
     (file.parent / "state.json").unlink()
     with pytest.raises(UserError, match=r"start: cannot be read"):
         factors.read("one")
