@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_lora.errors import UserError
-from megatron_lora.files import digest_of_file, write_atomically
+from megatron_lora.files import check_regular, digest_of_file, write_atomically
 from megatron_lora.huggingface.weight_files import weight_files
 
 WEIGHTS, COMMIT = "base weights", "hub commit"
@@ -26,7 +26,8 @@ NUM_THREADS = 8  # a file each; hashing lets other threads run
 
 
 def digests_of_base(model_dir: Path, load_weights: bool, cache: Path) -> dict[str, str]:
-    """Return the digests of a base model's files, and the commit of a snapshot of the hub."""
+    """Return the digests of a base model's files, and the commit of a snapshot of the hub; UserError for a file without an end."""
+    check_regular(model_dir)
     found = {name: digest_of_file(model_dir / name) for name in FILES if (model_dir / name).is_file()}
     if load_weights:
         files = sorted(weight_files(model_dir))

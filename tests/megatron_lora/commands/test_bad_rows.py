@@ -20,7 +20,7 @@ BAD_LINES = {  # a line of a file that is no record that can be trained on -> wh
     '{"prompt": "w1"}': ":3: has no 'completion'",
     '{"prompt": "w1", "completion": " "}': ":3: 'completion' is empty",
     '{"prompt": 5, "completion": "w1"}': ":3: 'prompt' is 5; write it as text",
-    '{"prompt": "w1", "completion": "w2", "weight": 0}': ":3: 'weight' is not used",
+    '{"prompt": "w1", "completion": "w2", "weight": 0}': ":3: 'weight' is 0; write a number from",
 }
 
 
