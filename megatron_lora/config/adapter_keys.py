@@ -32,7 +32,7 @@ ALL_LINEAR = "all-linear"
 MAX_RANK = 256
 NOT_ADAPTED = ("embed_tokens", "lm_head")
 RANK = whole_number("a LoRA rank", 1, MAX_RANK)
-ALPHA = number("a LoRA alpha", 0, above=True)
+ALPHA = number("a LoRA alpha", 0, 1e6, above=True)
 NITER = re.compile(r"pissa_niter_[1-9]\d{0,2}")
 
 

@@ -22,6 +22,7 @@ from megatron_lora.errors import UserError
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "sft")
 MOST_WEIGHT = 1e6  # of a label's answers, as of a record: what float32 bears beside the others
+BETA = number("a beta", 0, 1e6, above=True)  # beyond, float32 has no number for a loss of long answers
 LARGE_RATE = 1e-4  # of learning: SFT's size, which preference losses do not bear
 
 
@@ -39,9 +40,7 @@ class DpoConfig:
     """Direct Preference Optimization."""
 
     type: str = required(one_of("dpo"), "`dpo`: Direct Preference Optimization, over pairs of answers (datasets of type `preference`)")
-    beta: float = key(
-        0.1, number("a beta", 0, above=True), "how strongly the policy is held to its reference; of `ipo` the regularization tau"
-    )
+    beta: float = key(0.1, BETA, "how strongly the policy is held to its reference; of `ipo` the regularization tau")
     loss_type: tuple[str, ...] = key(
         ("sigmoid",), loss_types, "TRL's losses; `robust` is `sigmoid` with `label_smoothing`, `sft` the chosen answers' cross-entropy"
     )
@@ -69,7 +68,7 @@ class CpoConfig:
 
     reference: ClassVar[None] = None
     type: str = required(one_of("cpo"), "`cpo`: Contrastive Preference Optimization, without a reference")
-    beta: float = key(0.1, number("a beta", 0, above=True), "what log-probabilities are multiplied by; of `ipo` the regularization tau")
+    beta: float = key(0.1, BETA, "what log-probabilities are multiplied by; of `ipo` the regularization tau")
     loss_type: str = key("sigmoid", one_of("sigmoid", "hinge", "ipo"), "TRL's losses; `ipo` takes means over targets")
     label_smoothing: float = key(
         0.0, number("a label smoothing", 0, 0.5, below=True), "of `sigmoid`: how likely a pair is labelled the wrong way round"
@@ -84,7 +83,7 @@ class SimpoConfig:
     reference: ClassVar[None] = None
 
     type: str = required(one_of("simpo"), "`simpo`: Simple Preference Optimization, over means of log-probabilities, without a reference")
-    beta: float = key(0.1, number("a beta", 0, above=True), "what means of log-probabilities are multiplied by; its paper uses 2 to 2.5")
+    beta: float = key(0.1, BETA, "what means of log-probabilities are multiplied by; its paper uses 2 to 2.5")
     simpo_gamma: float = key(0.5, number("a margin", 0), "margin by which the chosen answer's reward is to be the larger one")
     label_smoothing: float = key(0.0, number("a label smoothing", 0, 0.5, below=True), "how likely a pair is labelled the wrong way round")
 
@@ -96,7 +95,7 @@ class OrpoConfig:
     reference: ClassVar[None] = None
 
     type: str = required(one_of("orpo"), "`orpo`: Odds Ratio Preference Optimization, with cross-entropy, without a reference")
-    beta: float = key(0.1, number("a beta", 0, above=True), "weight of the odds ratio beside the cross-entropy; its paper's lambda")
+    beta: float = key(0.1, BETA, "weight of the odds ratio beside the cross-entropy; its paper's lambda")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +103,7 @@ class KtoConfig:
     """Kahneman-Tversky Optimization."""
 
     type: str = required(one_of("kto"), "`kto`: Kahneman-Tversky Optimization, over single answers with a label (datasets of type `kto`)")
-    beta: float = key(0.1, number("a beta", 0, above=True), "how strongly the policy is held to its reference")
+    beta: float = key(0.1, BETA, "how strongly the policy is held to its reference")
     desirable_weight: float = key(
         1.0, number("a weight", 0, MOST_WEIGHT, above=True), "what losses of answers with label true are multiplied by"
     )
