@@ -31,6 +31,7 @@ PRELOAD = [
     "transformers.models.llama.configuration_llama",
     "rank_pool",
 ]
+CACHE = "MEGATRON_LORA_CACHE"
 ENDED = "the process ended"
 
 
@@ -100,7 +101,7 @@ class RankPool:
         pipes = [pipe for _, pipe in self.workers[: layout.world_size]]
         module = sys.modules[fn.__module__]
         for rank, pipe in enumerate(pipes):
-            pipe.send((rank, module.__name__, module.__file__, pickle.dumps((fn, args))))
+            pipe.send((rank, os.environ.get(CACHE), module.__name__, module.__file__, pickle.dumps((fn, args))))
         answers, deadline = {}, time.monotonic() + timeout_s
         while len(answers) < len(pipes):
             ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in answers], max(0.0, deadline - time.monotonic()))
@@ -151,10 +152,12 @@ def _work(pipe) -> None:
     threading.Thread(target=_end_with_the_tests, daemon=True).start()
     while True:
         try:
-            rank, module_name, path, payload = pipe.recv()
+            rank, cache, module_name, path, payload = pipe.recv()
         except EOFError:
             return
         os.environ["RANK_POOL_RANK"] = str(rank)
+        os.environ.pop(CACHE, None)
+        os.environ |= {} if cache is None else {CACHE: cache}  # this process is older than the test
         try:
             _load(module_name, path)
             fn, args = pickle.loads(payload)
