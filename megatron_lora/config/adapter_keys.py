@@ -168,7 +168,7 @@ class AdapterKeys:
     )
     expert_r: int | None = key(
         None,
-        null_or(whole_number("a LoRA rank", 1, 256)),
+        null_or(RANK),
         "rank of A and B of each expert, with the scale `lora_alpha / expert_r`; null: `r`",
     )
     init_lora_weights: bool | str = key(

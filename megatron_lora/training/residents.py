@@ -39,6 +39,7 @@ from megatron_lora.training.references import Known, ReferenceCache, References
 from megatron_lora.training.saving import Saver, Start, read_start, start_job
 from megatron_lora.training.window_changes import Joining, Places, WindowChanges
 from scheduling.data_parallel import DealtJob
+from scheduling.references import Wanted
 from scheduling.slot_cost import SlotCost
 from scheduling.types import Microbatch
 
@@ -88,7 +89,7 @@ class Residents:
             job, step = self.jobs[continuing.number], continuing.step
             after, dealt = [each for each in job.evaluation_steps if each > step], self._deal(job)
             later = {} if job.references is None else {k: held for k, held in job.references.wanted(dealt).items() if k >= step}
-            planned.append(replace(self._planned(job, dealt, step, after, continuing.rungs), wanted=later))
+            planned.append(self._planned(job, dealt, step, after, continuing.rungs, later))
         for joining in changes.joined:
             job = self._make(joining.number, joining.config, joining.point)
             self._ready[job.number], self._starts[job.number] = job, Future()
@@ -99,8 +100,8 @@ class Residents:
                 found = self._reference_cache.known(job.config, job.data) if known is None else known[job.number]
                 assert found is not None
                 job.references = References(found, job.data, job.step_samples.steps, job.resume_point.step, bool(job.evaluation_steps))
-            each = self._planned(job, dealt, job.resume_point.step, job.evaluation_steps, joining.rungs)
-            planned.append(replace(each, wanted={} if job.references is None else job.references.wanted(dealt), known=found))
+            wanted = {} if job.references is None else job.references.wanted(dealt)
+            planned.append(self._planned(job, dealt, job.resume_point.step, job.evaluation_steps, joining.rungs, wanted, found))
         return planned
 
     def _deal(self, job: Job) -> DealtJob:
@@ -111,7 +112,16 @@ class Residents:
         of_validation = held.mismatched_lengths(np.arange(len(held)), np.array([len(held)]), job.config.sequence_len) if len(held) else ()
         return replace(dealt, mismatched=DealtJob.of(job.step_samples.mismatched_lengths(), *shared, list(map(int, of_validation))))
 
-    def _planned(self, job: Job, dealt: DealtJob, first_step: int, evaluate_after: Sequence[int], rungs: int) -> PlannedJob:
+    def _planned(
+        self,
+        job: Job,
+        dealt: DealtJob,
+        first_step: int,
+        evaluate_after: Sequence[int],
+        rungs: int,
+        wanted: Wanted,
+        known: Known | None = None,
+    ) -> PlannedJob:
         return PlannedJob(
             number=job.number,
             dealt=dealt,
@@ -119,6 +129,8 @@ class Residents:
             evaluate_after=evaluate_after,
             priority=job.config.priority,
             until=job.next_rung(rungs),
+            wanted=wanted,
+            known=known,
         )
 
     def _make(self, number: int, config: JobConfig, point: ResumePoint) -> Job:

@@ -292,6 +292,7 @@ def test_grouped_products_neither_spill_nor_wait():
 
     from fused_ops.experts import fused
     from fused_ops.experts.route import ExpertRoute
+    from fused_ops.launch.triton_version import VERSION
 
     places, weight = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(4, 1536, 2048, dtype=torch.bfloat16)
     route = ExpertRoute(weight_R=places, place_Tk=places, first_E=places, tiles=places)
@@ -311,7 +312,8 @@ def test_grouped_products_neither_spill_nor_wait():
         for transposed in (False, True):
             lora = Lora(weight.new_zeros(128, group.width), group, rows)
             fused.grouped(weight.new_zeros(128, 1536 if transposed else 2048), weight, route, transposed, lora)
-    for kernel in compiled:  # after the loop, of a tile of 32 blocks, some registers are spilled once: how many depends on the compiler
+    most = 512 if VERSION < (3, 9) else 576
+    for kernel in compiled:  # after the loop, of a tile of 32 blocks, some registers are spilled once
         found = assemble(kernel.asm["ptx"])
-        assert found.spilled_bytes <= 1024 and not found.serialised, (found.registers, found.spilled_bytes, found.serialised)
+        assert found.spilled_bytes <= most and not found.serialised, (found.registers, found.spilled_bytes, found.serialised)
         assert "wgmma.mma_async" in found.ptx and "cp.async.bulk.tensor" in found.ptx

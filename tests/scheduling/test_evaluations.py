@@ -215,7 +215,7 @@ def test_one_ending_a_slot_leaves_no_room_for_evaluations():
 
 
 def test_evaluations_that_are_due_when_training_has_ended_find_places_beside_those_of_earlier_windows():
-    """Nine jobs of one step end at once, where two evaluations may be listed in a slot: each window goes on, the last one too."""
+    """Nine jobs of one step end at once, where two evaluations may be listed in a slot: no window stands still, the last one neither."""
     planner = WindowPlanner(2, 32, num_slots=8, delay=1, max_endings=4)
     for job in range(9):
         planner.join(job, [[3, 4]], [2, 2], [1])

@@ -40,7 +40,7 @@ JOBS = [
     },
 ]
 OF_PEFT = ("r", "lora_alpha", "target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern")
-LAYOUTS = {  # the layout, the budget, and the layout in which the run goes on once it has been stopped
+LAYOUTS = {  # the layout, the budget, and the layout in which the run resumes once it has been stopped
     "pp2-dp2": ({"pp": 2, "dp": 2}, 150, None),
     "pp2-tp2-sequence": ({"pp": 2, "tp": 2, "sequence": True}, 96, None),
     "tp2-then-pp1": ({"tp": 2}, 64, {}),
